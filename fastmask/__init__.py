@@ -1,0 +1,9 @@
+"""fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part."""
+
+from fastmask.functional import masked_linear
+from fastmask.linear import MaskedLinear
+from fastmask.masks import Mask
+
+__version__ = "0.1.0"
+
+__all__ = ["Mask", "MaskedLinear", "masked_linear"]

@@ -23,7 +23,7 @@ def nearest(name: str, choices: Iterable[str], limit: int = 3) -> list[str]:
 def unknown(kind: str, given: object, choices: Iterable[str]) -> FastmaskKeyError:
     """Build (not raise) the error for a name that is not one of `choices`.
 
-    Example: ``unknown("language", "dee", ["de", "en"])`` -> ``unknown language 'dee'; did you mean 'de'? Known: de, en``.
+    `unknown("language", "dee", ["de", "en"])` reads "unknown language 'dee'; did you mean 'de'? Known: de, en".
     """
     known = sorted(str(choice) for choice in choices)
     close = nearest(str(given), known)

@@ -1,0 +1,66 @@
+"""`MaskedLinear`: `nn.Linear` with one mask for each language."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from fastmask.functional import masked_linear
+from fastmask.masks import Mask
+
+__all__ = ["MaskedLinear"]
+
+Self = TypeVar("Self", bound="MaskedLinear")
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer that L languages share, each through its own mask.
+
+    The parameters, their names and the state dict are those of `nn.Linear`; the mask is configuration, moves with the
+    module and is not saved with it (`fastmask.Subnetworks.save` saves masks).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        mask: a `Mask` over [out_features, in_features].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Mask,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        if (mask.out_features, mask.in_features) != (out_features, in_features):
+            raise ValueError(
+                f"the mask is for {mask.in_features} -> {mask.out_features} features, "
+                f"the layer is {in_features} -> {out_features}"
+            )
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.mask = mask.to(self.weight.device) if self.weight.device.type != "meta" else mask
+
+    @classmethod
+    def from_linear(cls: type[Self], linear: nn.Linear, mask: Mask, **options: Any) -> Self:
+        """A masked layer that shares the Parameters of `linear`."""
+        has_bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, mask=mask, bias=has_bias, device="meta", **options)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.mask = mask.to(linear.weight.device)
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor, language_ids: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, ..., in], int64 [B] -> [B, ..., out]; see `fastmask.masked_linear`."""
+        return masked_linear(x, self.weight, self.mask, language_ids, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Called by .to(), .cuda(), .half() ...: masks are integers, so only the device ever changes.
+        super()._apply(fn, recurse)
+        self.mask = self.mask.map(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mask={self.mask!r}"

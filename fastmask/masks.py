@@ -1,0 +1,184 @@
+"""`Mask`: which part of one weight each of L languages owns.
+
+Dimension letters, here and everywhere: L languages, B examples, T tokens, N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmask import bits
+
+__all__ = ["Mask"]
+
+KINDS = ("rows", "columns", "blocks", "weights")
+
+
+class Mask:
+    """The masks of L languages over one weight [N, K]; immutable.
+
+    Build one with `Mask.rows`, `Mask.columns`, `Mask.blocks` or `Mask.weights`. A language owns at least nothing and at
+    most everything: empty and full masks are valid.
+
+    Attributes:
+        kind: "rows", "columns", "blocks" or "weights".
+        n_languages, out_features, in_features: L, N, K.
+        geometry: size of a unit that lives and dies as one: (rows,) or (columns,), (bn, bk) of a block, (1, 1).
+        layout: the tensors the kernels read; their meaning depends on the kind:
+            rows, columns: `units` int64 [L, U] (live units in ascending order, padded with 0), `counts` int64 [L];
+            blocks: `row_runs` int64 [R, 3] (block row, first and past-the-last block column) and `row_offsets`
+            int64 [L + 1], then `column_runs` and `column_offsets`, the same for the transposed weight;
+            weights: `bits` int32 [L, N, ceil(K / 32)], bit k % 32 of word k // 32.
+    """
+
+    def __init__(
+        self, kind: str, shape: tuple[int, int, int], geometry: tuple[int, ...], live: Tensor, layout: Sequence[Tensor]
+    ) -> None:
+        self.kind = kind
+        self.n_languages, self.out_features, self.in_features = shape
+        self.geometry = geometry
+        self.live = live  # int64 [L]: how many weights each language owns
+        self.layout = tuple(layout)
+
+    # ---- constructors
+
+    @classmethod
+    def rows(cls, keep: Tensor, in_features: int) -> Mask:
+        """Whole output units: `keep` bool [L, N]. A dead row gives exactly 0, its bias included."""
+        keep = _checked(keep, 2, "keep [languages, out_features]")
+        in_features = _positive(in_features, "in_features")
+        unit, layout = _unit_layout(keep)
+        live = keep.sum(1) * in_features
+        return cls("rows", (keep.shape[0], keep.shape[1], in_features), (unit,), live, layout)
+
+    @classmethod
+    def columns(cls, keep: Tensor, out_features: int) -> Mask:
+        """Whole input units: `keep` bool [L, K]. A dead input is never read and gets no gradient."""
+        keep = _checked(keep, 2, "keep [languages, in_features]")
+        out_features = _positive(out_features, "out_features")
+        unit, layout = _unit_layout(keep)
+        live = keep.sum(1) * out_features
+        return cls("columns", (keep.shape[0], out_features, keep.shape[1]), (unit,), live, layout)
+
+    @classmethod
+    def blocks(cls, keep: Tensor, block: tuple[int, int]) -> Mask:
+        """Blocks of (bn, bk) weights: `keep` bool [L, N / bn, K / bk]."""
+        keep = _checked(keep, 3, "keep [languages, out_features / bn, in_features / bk]")
+        if len(block) != 2:
+            raise ValueError(f"block must be (bn, bk), given {block!r}")
+        bn, bk = _positive(block[0], "block[0]"), _positive(block[1], "block[1]")
+        shape = (keep.shape[0], keep.shape[1] * bn, keep.shape[2] * bk)
+        layout = (*_runs(keep), *_runs(keep.transpose(1, 2)))
+        return cls("blocks", shape, (bn, bk), keep.sum((1, 2)) * bn * bk, layout)
+
+    @classmethod
+    def weights(cls, keep: Tensor) -> Mask:
+        """Any pattern: `keep` bool [L, N, K], stored as one bit a weight."""
+        keep = _checked(keep, 3, "keep [languages, out_features, in_features]")
+        L, N, K = keep.shape
+        return cls("weights", (L, N, K), (1, 1), keep.sum((1, 2)), (bits.pack(keep),))
+
+    # ---- properties
+
+    @property
+    def density(self) -> Tensor:
+        """Share of the N x K weights each language owns, float32 [L]."""
+        return self.live.float() / (self.out_features * self.in_features)
+
+    @property
+    def device(self) -> torch.device:
+        return self.live.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored layout, all languages together."""
+        return sum(t.numel() * t.element_size() for t in self.layout)
+
+    def live_units(self) -> list[int]:
+        """Live rows (or columns) of each language; row and column masks only."""
+        return [count * self.geometry[0] for count in self.layout[1].tolist()]
+
+    def to_dense(self) -> Tensor:
+        """The mask as bool [L, N, K], whatever its kind."""
+        L, N, K = self.n_languages, self.out_features, self.in_features
+        if self.kind == "weights":
+            return bits.unpack(self.layout[0], K)
+        if self.kind == "blocks":
+            bn, bk = self.geometry
+            keep = torch.zeros(L, N // bn, K // bk, dtype=torch.bool, device=self.device)
+            offsets = self.layout[1].tolist()
+            for language in range(L):
+                for row, first, last in self.layout[0][offsets[language] : offsets[language + 1]].tolist():
+                    keep[language, row, first:last] = True
+            return keep.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
+        units, counts = self.layout
+        width = N if self.kind == "rows" else K
+        keep = torch.zeros(L, width // self.geometry[0], dtype=torch.bool, device=self.device)
+        for language, count in enumerate(counts.tolist()):
+            keep[language, units[language, :count]] = True
+        keep = keep.repeat_interleave(self.geometry[0], 1)
+        return keep[:, :, None].expand(L, N, K) if self.kind == "rows" else keep[:, None, :].expand(L, N, K)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
+        """The same mask with `function` applied to each stored tensor (to move it between devices)."""
+        shape = (self.n_languages, self.out_features, self.in_features)
+        return Mask(self.kind, shape, self.geometry, function(self.live), [function(t) for t in self.layout])
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask on `device`."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def __repr__(self) -> str:
+        density = ", ".join(f"{d:.2f}" for d in self.density.tolist()[:8]) + (", ..." if self.n_languages > 8 else "")
+        return (
+            f"Mask.{self.kind}({self.n_languages} languages, {self.out_features} x {self.in_features}, "
+            f"unit {self.geometry}, density [{density}])"
+        )
+
+
+def _checked(keep: Tensor, ndim: int, what: str) -> Tensor:
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"expected {what} as a bool tensor, given {type(keep).__name__}")
+    if keep.dtype != torch.bool:
+        raise TypeError(f"expected {what} of dtype torch.bool, given {keep.dtype}; write keep.bool() if that is meant")
+    if keep.ndim != ndim or 0 in keep.shape:
+        raise ValueError(f"expected {what} with every size >= 1, given shape {tuple(keep.shape)}")
+    return keep.detach()
+
+
+def _positive(value: int, name: str) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, given {value!r}")
+    return value
+
+
+def _unit_layout(keep: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
+    """The coarsest unit size that describes `keep` [L, width], and its (units, counts).
+
+    Heads are runs of head_dim rows: one index for each run instead of one for each row means long contiguous copies.
+    """
+    width = keep.shape[1]
+    changes = (keep[:, 1:] != keep[:, :-1]).any(0).nonzero().flatten() + 1
+    unit = math.gcd(width, *changes.tolist())
+    keep = keep[:, ::unit]
+    counts = keep.sum(1)
+    # A stable descending sort of the flags puts the live units first, in ascending order.
+    order = torch.sort(keep.to(torch.int8), dim=1, descending=True, stable=True).indices
+    most = max(1, int(counts.max()))
+    units = order[:, :most]
+    padding = torch.arange(most, device=keep.device)[None, :] >= counts[:, None]
+    return unit, (units.masked_fill(padding, 0).contiguous(), counts)
+
+
+def _runs(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs of live blocks along the last axis of `keep` [L, R, C]: (row, first, past the last) of each, and offsets."""
+    edge = torch.zeros(*keep.shape[:2], 1, dtype=torch.int8, device=keep.device)
+    steps = torch.cat([edge, keep.to(torch.int8), edge], 2).diff(dim=2)
+    starts, ends = (steps == 1).nonzero(), (steps == -1).nonzero()
+    runs = torch.stack([starts[:, 1], starts[:, 2], ends[:, 2]], 1)
+    per_language = torch.bincount(starts[:, 0], minlength=keep.shape[0])
+    return runs, torch.cat([per_language.new_zeros(1), per_language.cumsum(0)])

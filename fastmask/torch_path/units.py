@@ -1,0 +1,123 @@
+"""Row and column masks: gather the live units of the weight, multiply compactly, scatter the gradient back.
+
+*Packed* means that the masked side of the activation holds only live units, moved to the front of a buffer whose width
+is that of the widest language in the batch; what is left over is zero. Heads and neurons travel packed from the
+projection that makes them to the projection that consumes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmask.torch_path.segments import FULL, Pieces
+
+__all__ = ["Columns", "Rows", "multiply"]
+
+
+class _Units:
+    """Which units each language owns; `packed_width` is the width of the packed side, or None if it is not packed."""
+
+    def __init__(self, layout: list[Tensor], unit: int, size: int, packed_width: int | None) -> None:
+        self.units, counts = layout
+        self.counts: list[int] = counts.tolist()
+        self.unit, self.size, self.packed_width = unit, size, packed_width
+        self.width = size if packed_width is None else packed_width
+
+    def live(self, language: int) -> int:
+        """Live rows (or columns) of a language."""
+        return self.size if language == FULL else self.counts[language] * self.unit
+
+    def of(self, language: int) -> Tensor:
+        return self.units[language, : self.counts[language]]
+
+    def elements(self, language: int) -> Tensor:
+        """Indices of the live rows (or columns) themselves."""
+        units = self.of(language)
+        if self.unit == 1:
+            return units
+        return (units[:, None] * self.unit + torch.arange(self.unit, device=units.device)).flatten()
+
+    def compact(self, language: int, activation: Tensor) -> Tensor:
+        """The live part [M, live] of an activation [M, width] on the masked side."""
+        if language == FULL or self.packed_width is not None:
+            return activation[:, : self.live(language)]
+        return activation.index_select(1, self.elements(language))
+
+    def multiply_into(self, language: int, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """out[:, live] = a @ b (+ bias), zero elsewhere; `out` [M, width] is on the masked side."""
+        live = self.live(language)
+        if language == FULL or self.packed_width is not None:
+            multiply(a, b, bias, out[:, :live])
+            out[:, live:] = 0
+        else:
+            out.zero_()
+            out.index_copy_(1, self.elements(language), multiply(a, b, bias))
+
+
+class Rows(_Units, Pieces):
+    """Masks over whole rows: the output side is the masked one."""
+
+    def __init__(self, layout: list[Tensor], unit: int, N: int, K: int, packed_width: int | None) -> None:
+        super().__init__(layout, unit, N, packed_width)
+        self.in_width, self.out_width = K, self.width
+
+    def gather(self, language: int, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """Live rows of a weight [N, K] or a bias [N]."""
+        if language != FULL:
+            grouped = parameter.unflatten(0, (-1, self.unit))
+            parameter = grouped.index_select(0, self.of(language)).flatten(0, 1)
+        return parameter.to(dtype)
+
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        live_bias = None if bias is None else self.gather(language, bias, x.dtype)
+        self.multiply_into(language, out, x, self.gather(language, weight, x.dtype).t(), live_bias)
+
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
+        torch.mm(self.compact(language, dy), self.gather(language, weight, dy.dtype), out=out)
+
+    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
+        self._scatter_add(language, grad, self.compact(language, dy).t() @ x)
+
+    def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
+        self._scatter_add(language, grad, self.compact(language, dy).sum(0))
+
+    def _scatter_add(self, language: int, grad: Tensor, part: Tensor) -> None:
+        part = part.to(grad.dtype)
+        if language == FULL:
+            grad += part
+        else:
+            grad.unflatten(0, (-1, self.unit)).index_add_(0, self.of(language), part.unflatten(0, (-1, self.unit)))
+
+
+class Columns(_Units, Pieces):
+    """Masks over whole columns: the input side is the masked one."""
+
+    def __init__(self, layout: list[Tensor], unit: int, N: int, K: int, packed_width: int | None) -> None:
+        super().__init__(layout, unit, K, packed_width)
+        self.in_width, self.out_width = self.width, N
+
+    def gather(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Live columns [N, live] of a weight [N, K]."""
+        if language != FULL:
+            grouped = weight.unflatten(1, (-1, self.unit))
+            weight = grouped.index_select(1, self.of(language)).flatten(1, 2)
+        return weight.to(dtype)
+
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        live_bias = None if bias is None else bias.to(x.dtype)
+        multiply(self.compact(language, x), self.gather(language, weight, x.dtype).t(), live_bias, out)
+
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
+        self.multiply_into(language, out, dy, self.gather(language, weight, dy.dtype), None)
+
+    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
+        part = (dy.t() @ self.compact(language, x)).to(grad.dtype)
+        if language == FULL:
+            grad += part
+        else:
+            grad.unflatten(1, (-1, self.unit)).index_add_(1, self.of(language), part.unflatten(1, (-1, self.unit)))
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)

@@ -1,0 +1,38 @@
+"""Arbitrary masks: no whole unit is dead, so the product stays dense; bits are unpacked for one language at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastmask import bits
+from fastmask.torch_path.segments import FULL, Pieces
+from fastmask.torch_path.units import multiply
+
+__all__ = ["Weights"]
+
+
+class Weights(Pieces):
+    """Masks over single weights of [N, K]."""
+
+    def __init__(self, layout: list[Tensor], N: int, K: int) -> None:
+        (self.words,) = layout
+        self.in_width, self.out_width = K, N
+
+    def _keep(self, language: int) -> Tensor:
+        return bits.unpack(self.words[language], self.in_width)
+
+    def _masked(self, language: int, weight: Tensor) -> Tensor:
+        return weight if language == FULL else weight * self._keep(language)
+
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        live_bias = None if bias is None else bias.to(x.dtype)
+        multiply(x, self._masked(language, weight).to(x.dtype).t(), live_bias, out)
+
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
+        multiply(dy, self._masked(language, weight).to(dy.dtype), None, out)
+
+    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
+        part = dy.t() @ x
+        if language != FULL:
+            part *= self._keep(language)
+        grad += part.to(grad.dtype)

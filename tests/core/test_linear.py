@@ -1,0 +1,85 @@
+"""`MaskedLinear` as a module: parameters, state dict, moving, compiling."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from oracle import KINDS, random_mask
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastmask import Mask, MaskedLinear, masked_linear
+
+
+def test_shares_parameters_and_state_dict_with_the_linear():
+    """Training the masked layer would not train the model it came from."""
+    linear = nn.Linear(6, 8)
+    layer = MaskedLinear.from_linear(linear, random_mask("rows", 2, 8, 6))
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert layer.state_dict().keys() == linear.state_dict().keys()
+    assert isinstance(layer, nn.Linear)
+
+
+def test_forward_is_masked_linear():
+    """The module and the function disagree."""
+    mask = random_mask("weights", 2, 8, 6)
+    layer, x, ids = MaskedLinear(6, 8, mask=mask), torch.randn(3, 2, 6), torch.tensor([0, -1, 1])
+    assert torch.equal(layer(x, ids), masked_linear(x, layer.weight, mask, ids, layer.bias))
+
+
+def test_wrong_mask_shape():
+    """A mask for another layer would be taken."""
+    with pytest.raises(ValueError, match=r"mask is for 6 -> 8 features, the layer is 6 -> 9"):
+        MaskedLinear(6, 9, mask=random_mask("rows", 2, 8, 6))
+
+
+def test_half_keeps_the_mask():
+    """`.to(dtype)` or `.to(device)` would corrupt the mask or leave it behind."""
+    layer = MaskedLinear(6, 8, mask=random_mask("blocks", 2, 8, 6, unit=2))
+    before = layer.mask.to_dense()
+    assert torch.equal(layer.to(torch.bfloat16).mask.to_dense(), before)
+    assert layer.to("meta").mask.device.type == "meta"
+
+
+def test_deepcopy_is_independent():
+    """A copied layer would train the original's parameters."""
+    layer = MaskedLinear(6, 8, mask=random_mask("rows", 2, 8, 6))
+    clone = copy.deepcopy(layer)
+    assert clone.weight is not layer.weight
+    assert torch.equal(clone(torch.ones(1, 6), torch.tensor([0])), layer(torch.ones(1, 6), torch.tensor([0])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiles_without_graph_breaks(kind):
+    """torch.compile falls back to eager, or recompiles when the languages of a batch change."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer = MaskedLinear(6, 8, mask=random_mask(kind, 3, 8, 6, unit=2))
+    model = nn.Sequential(nn.Linear(6, 6), nn.GELU())
+    count = CompileCounterWithBackend("aot_eager")
+
+    def step(x, ids):
+        return layer(model(x), ids).square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend=count)
+    for ids in ([0, 1, 2, -1], [2, 2, 0, 0], [1, 1, 1, 1]):
+        x, ids = torch.randn(4, 3, 6), torch.tensor(ids)
+        layer.zero_grad()
+        loss = compiled(x, ids)
+        loss.backward()
+        ours, grad = loss.detach(), layer.weight.grad.clone()
+        layer.zero_grad()
+        expected = step(x, ids)
+        expected.backward()
+        torch.testing.assert_close(ours, expected.detach())
+        torch.testing.assert_close(grad, layer.weight.grad)
+    assert count.frame_count == 1
+
+
+def test_mask_kind_in_repr():
+    """A printed model would not say what is masked."""
+    text = repr(MaskedLinear(4, 2, mask=Mask.rows(torch.tensor([[True, False]]), 4)))
+    assert "Mask.rows(1 languages, 2 x 4, unit (1,), density [0.50])" in text

@@ -1,0 +1,214 @@
+"""`masked_linear` on the torch path equals multiplying by masks, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import KINDS, assert_close, check, gradients, random_mask
+
+from fastmask import Mask, masked_linear
+from fastmask.functional import packed_linear
+from fastmask.torch_path.naive import masked_linear_naive
+
+MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
+
+
+def shape_of(unit: int) -> tuple[int, int]:
+    # Large enough that the worst error of plain PyTorch, the yardstick, is not itself a matter of luck.
+    return (24 // unit * unit, 40 // unit * unit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("unit", [1, 3, 8])
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_equals_multiplying_by_masks(kind, unit, has_bias, dtype):
+    """The library computes something other than the masked model."""
+    torch.manual_seed(0)
+    N, K = shape_of(unit)
+    mask = random_mask(kind, 4, N, K, unit=unit)
+    x, weight = torch.randn(len(MIXED), 5, K, dtype=dtype), torch.randn(N, K, dtype=dtype)
+    check(x, weight, torch.randn(N, dtype=dtype) if has_bias else None, mask, torch.tensor(MIXED))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    L=st.integers(1, 5),
+    N=st.integers(1, 40),
+    K=st.integers(1, 40),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    ids=st.lists(st.integers(-1, 4), max_size=9),
+    middle=st.lists(st.integers(0, 3), max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_any_shape_and_any_mix(kind, L, N, K, density, ids, middle, seed):
+    """An odd shape, an empty batch, an absent or dead language breaks the result."""
+    torch.manual_seed(seed)
+    ids = torch.tensor([min(i, L - 1) for i in ids], dtype=torch.int64)
+    mask = random_mask(kind, L, N, K, density, seed=seed)
+    check(torch.randn(len(ids), *middle, K), torch.randn(N, K), torch.randn(N), mask, ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_in_float64(kind):
+    """The analytic gradient is not the derivative of the forward pass."""
+    torch.manual_seed(0)
+    mask = random_mask(kind, 3, 4, 6, unit=2)
+    x, weight = torch.randn(4, 2, 6).double().requires_grad_(), torch.randn(4, 6).double().requires_grad_()
+    bias, ids = torch.randn(4).double().requires_grad_(), torch.tensor([0, -1, 2, 0])
+    assert torch.autograd.gradcheck(lambda x, w, b: masked_linear(x, w, mask, ids, b), (x, weight, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dead_weights_get_exactly_zero_gradient(kind):
+    """An update of one language would leak into what it does not own."""
+    mask = random_mask(kind, 2, 8, 8, unit=2)
+    x, weight, bias = torch.randn(3, 4, 8), torch.randn(8, 8), torch.randn(8)
+    _, _, dw, _ = gradients(masked_linear, x, weight, bias, torch.randn(3, 4, 8), mask, torch.tensor([0, 0, 0]))
+    assert not dw[~mask.to_dense()[0]].any()
+    assert dw[mask.to_dense()[0]].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_non_contiguous_input_and_weight(kind):
+    """Strides are ignored somewhere."""
+    torch.manual_seed(0)
+    mask = random_mask(kind, 3, 6, 4, unit=2)
+    x = torch.randn(4, 5, 3).transpose(0, 2)  # [3, 5, 4]
+    check(x, torch.randn(4, 6).t(), torch.randn(6), mask, torch.tensor([0, 2, 0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_keeps_float32_master_weights(kind):
+    """Under autocast the gradient of a float32 weight would come back in half precision, or nothing be cast."""
+    torch.manual_seed(0)
+    mask = random_mask(kind, 3, 8, 6, unit=2)
+    x, weight, bias, ids = torch.randn(4, 3, 6), torch.randn(8, 6), torch.randn(8), torch.tensor([0, 1, 2, -1])
+    dy = torch.randn(4, 3, 8)
+
+    def under_autocast(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients(function, x, weight, bias, dy, mask, ids)
+
+    ours, plain = under_autocast(masked_linear), under_autocast(masked_linear_naive)
+    assert ours[0].dtype == torch.bfloat16
+    assert ours[2].dtype == torch.float32
+    truth = gradients(masked_linear_naive, x.double(), weight.double(), bias.double(), dy.double(), mask, ids)
+    for name, result, exact, reference in zip(("y", "dx", "dW", "db"), ours, truth, plain, strict=True):
+        assert_close(name, result.float(), exact, reference.bfloat16().float().to(result.float().dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_non_leaf_weight(kind):
+    """Fast weights of an inner loop (functions of other tensors) would get no gradient."""
+    mask = random_mask(kind, 2, 4, 4, unit=2)
+    base = torch.randn(4, 4, requires_grad=True)
+    masked_linear(torch.randn(2, 4), base * 2, mask, torch.tensor([0, 1])).sum().backward()
+    assert base.grad is not None
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("unit", [1, 4])
+def test_packed_equals_unpacked(kind, unit):
+    """Packing moves a unit to the wrong place, or leaves something behind the live units."""
+    torch.manual_seed(0)
+    N, K = (8 * unit, 12) if kind == "rows" else (12, 8 * unit)
+    mask, ids = random_mask(kind, 2, N, K, unit=unit), torch.tensor([1, 0, 1])
+    width = max(mask.live_units()) + unit
+    weight, bias = torch.randn(N, K), torch.randn(N)
+    dense = mask.to_dense()[:, :, 0] if kind == "rows" else mask.to_dense()[:, 0]
+    order = [torch.where(row)[0].tolist() for row in dense]
+
+    def pack(full):
+        out = torch.zeros(*full.shape[:-1], width)
+        for b, language in enumerate(ids.tolist()):
+            out[b, ..., : len(order[language])] = full[b, ..., order[language]]
+        return out
+
+    if kind == "rows":
+        x, dy = torch.randn(3, 5, K), torch.randn(3, 5, N)
+        expected = gradients(masked_linear, x, weight, bias, dy, mask, ids)
+        ours = gradients(
+            lambda x, w, m, i, b: packed_linear(x, w, m, i, b, width), x, weight, bias, pack(dy), mask, ids
+        )
+        assert torch.equal(ours[0], pack(expected[0]))
+    else:
+        x, dy = torch.randn(3, 5, K), torch.randn(3, 5, N)
+        expected = gradients(masked_linear, x, weight, bias, dy, mask, ids)
+        packed_x = pack(x)
+        packed_x[..., -unit:] = 7.0  # behind every language's live units: must never be read
+        ours = gradients(
+            lambda x, w, m, i, b: packed_linear(x, w, m, i, b, width), packed_x, weight, bias, dy, mask, ids
+        )
+        torch.testing.assert_close(ours[0], expected[0])
+        torch.testing.assert_close(ours[1], pack(expected[1]))
+    torch.testing.assert_close(ours[2], expected[2])
+    torch.testing.assert_close(ours[3], expected[3])
+
+
+def test_packed_width_too_narrow_names_the_language():
+    """A full network in a buffer for a subnetwork would be cut off silently."""
+    mask = Mask.rows(torch.tensor([[True, False, False, False]]), 4)
+    with pytest.raises(ValueError, match=r"full network \(-1\) has 4 live rows, more than the packed width 1"):
+        packed_linear(torch.randn(1, 4), torch.randn(4, 4), mask, torch.tensor([-1]), None, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed_width", [-1, 6], ids=["unpacked", "packed"])
+def test_opcheck(kind, packed_width):
+    """The operators' fake kernels, schema or autograd registration are wrong, so torch.compile would be too."""
+    if packed_width != -1 and kind not in ("rows", "columns"):
+        pytest.skip("only rows and columns are packed")
+    mask = random_mask(kind, 2, 6, 6, unit=2)
+    x, weight = torch.randn(3, 2, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
+    bias, ids = torch.randn(6, requires_grad=True), torch.tensor([0, 1, 0])
+    arguments = (x, weight, bias, ids, list(mask.layout), mask.kind, list(mask.geometry), 2, packed_width)
+    torch.library.opcheck(torch.ops.fastmask.masked_linear, arguments)
+    torch.library.opcheck(
+        torch.ops.fastmask.masked_linear_backward,
+        (
+            torch.randn(3, 2, 6),
+            x.detach(),
+            weight.detach(),
+            ids,
+            list(mask.layout),
+            mask.kind,
+            list(mask.geometry),
+            packed_width,
+            [True, True, True],
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.randn(3, 5)}, "last size 4"),
+        ({"weight": torch.randn(6, 5)}, r"weight of shape \(6, 4\)"),
+        ({"bias": torch.randn(5)}, "bias of shape"),
+        ({"ids": torch.tensor([0, 1])}, "each of the 3 examples"),
+        ({"ids": torch.tensor([0, 1, 0], dtype=torch.int32)}, "torch.int64"),
+        ({"ids": torch.tensor([0, 2, 0])}, r"language_ids\[1\] is 2; expected 0 to 1"),
+        ({"ids": torch.tensor([0, -2, 0])}, r"language_ids\[1\] is -2"),
+        ({"x": torch.randn(3, 4).double()}, "does not fit a weight of dtype"),
+        ({"x": torch.ones(3, 4, dtype=torch.int64)}, "floating-point"),
+    ],
+)
+def test_bad_input_names_what_was_given(change, message):
+    """A user gets an error from deep inside, or a wrong result."""
+    arguments = {"x": torch.randn(3, 4), "weight": torch.randn(6, 4), "bias": None, "ids": torch.tensor([0, 1, 0])}
+    arguments.update(change)
+    mask = random_mask("rows", 2, 6, 4)
+    with pytest.raises(ValueError, match=message):
+        masked_linear(arguments["x"], arguments["weight"], mask, arguments["ids"], arguments["bias"])
+
+
+def test_full_network_is_the_plain_linear():
+    """-1 would be something other than the unmasked layer."""
+    x, weight, bias = torch.randn(2, 3, 4), torch.randn(6, 4), torch.randn(6)
+    mask = random_mask("weights", 2, 6, 4)
+    torch.testing.assert_close(masked_linear(x, weight, mask, torch.tensor([-1, -1]), bias), F.linear(x, weight, bias))

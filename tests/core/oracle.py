@@ -36,10 +36,11 @@ def assert_close(name: str, result: Tensor, truth: Tensor, plain: Tensor) -> Non
     assert result.dtype == plain.dtype, f"{name}: dtype {result.dtype}, expected {plain.dtype}"
     if truth.numel() == 0:
         return
-    scale = truth.abs().max()
-    error = (result.double() - truth).abs().max()
-    # One rounding of the largest value is allowed where plain PyTorch happens to be exact.
-    allowed = 2 * torch.maximum((plain.double() - truth).abs().max(), torch.finfo(plain.dtype).eps * scale)
+    # The norm of all errors, not the worst one: the worst of a few numbers is itself a matter of luck. Where plain
+    # PyTorch happens to be exact, half a rounding of every element is still allowed.
+    error = (result.double() - truth).norm()
+    half_rounding = torch.finfo(plain.dtype).eps / 2 * truth.norm()
+    allowed = 2 * torch.maximum((plain.double() - truth).norm(), half_rounding)
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 

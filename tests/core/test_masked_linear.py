@@ -17,7 +17,7 @@ MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (
 
 
 def shape_of(unit: int) -> tuple[int, int]:
-    # Large enough that the worst error of plain PyTorch, the yardstick, is not itself a matter of luck.
+    # Large enough for the error of plain PyTorch, the yardstick, to be more than luck.
     return (24 // unit * unit, 40 // unit * unit)
 
 

@@ -3,7 +3,9 @@
 from fastmask.functional import masked_linear
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
+from fastmask.models import attach, detach, language
+from fastmask.subnetworks import Subnetworks
 
 __version__ = "0.1.0"
 
-__all__ = ["Mask", "MaskedLinear", "masked_linear"]
+__all__ = ["Mask", "MaskedLinear", "Subnetworks", "attach", "detach", "language", "masked_linear"]

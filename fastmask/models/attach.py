@@ -1,0 +1,232 @@
+"""`attach`, `detach` and `language`: subnetworks on a Hugging Face model, in place and reversible."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.errors import unknown
+from fastmask.masks import Mask
+from fastmask.models.families import family_of, layer_parts
+from fastmask.models.layers import AttachedLinear
+from fastmask.models.routing import Router, carried_through_checkpointing
+from fastmask.subnetworks.geometry import Geometry
+from fastmask.subnetworks.subnetworks import Subnetworks
+
+__all__ = ["attach", "attached", "detach", "language"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Attached:
+    """What `attach` did to a model: the masks, the router, and the plain layers that `detach` puts back."""
+
+    subnets: Subnetworks
+    router: Router
+    plain_layers: dict[str, nn.Linear]
+    plain_class: type[nn.Module]
+
+
+def attach(model: Model, subnets: Subnetworks) -> Model:
+    """Give each language of `subnets` its subnetwork of `model`; the model is changed in place and returned.
+
+    Parameters, state dict keys and `save_pretrained` stay as they were. The forward pass takes one more argument,
+    `language_ids` int64 [batch] (positions in `subnets.languages`, -1 for the full network), shown in its signature so
+    that `transformers.Trainer` keeps the column. Batches may mix languages; they run fastest sorted by language.
+    Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
+    those of the live heads, in order.
+
+    Args:
+        model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).
+        subnets: masks for the model's geometry.
+
+    Raises:
+        ValueError: an unsupported model, a model that has subnetworks attached, masks of another geometry.
+        KeyError: `subnets.weights` names a module that does not exist.
+    """
+    if attached(model, default=None) is not None:
+        raise ValueError("this model has subnetworks attached already: call fastmask.detach(model) first")
+    router = Router(subnets.languages)
+    # Everything that can fail comes before the first change to the model.
+    masked = {**_unit_layers(model, subnets, router), **_weight_layers(model, subnets, router)}
+    plain = {name: model.get_submodule(name) for name in masked}
+    state = Attached(subnets, router, plain, type(model))  # type: ignore[arg-type]
+    for name, layer in masked.items():
+        _replace(model, name, layer)
+    model.__class__ = _attached_class(type(model))  # type: ignore[assignment]
+    model._fastmask = state  # type: ignore[assignment]
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Undo `attach`: the plain model again, with the parameters as training left them."""
+    state = attached(model)
+    owner = _owner(model)
+    for name, linear in state.plain_layers.items():
+        layer = owner.get_submodule(name)
+        # Loading with assign=True or moving a model can replace the Parameter objects.
+        linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
+        _replace(owner, name, linear.train(layer.training))
+    owner.__class__ = state.plain_class
+    del owner._fastmask
+    return model
+
+
+@contextmanager
+def language(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Run every forward pass inside with one language for the whole batch; None is the full network.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks; the message names the nearest ones.
+    """
+    router = attached(model).router
+    index = -1 if name is None else attached(model).subnets.index(name)
+    before, router.default = router.default, index
+    try:
+        yield
+    finally:
+        router.default = before
+
+
+def attached(model: nn.Module, **default: Any) -> Attached:
+    """The state that `attach` left on a model (also below DistributedDataParallel or torch.compile)."""
+    state: Attached | None = getattr(_owner(model), "_fastmask", None)
+    if state is None:
+        if default:
+            return default["default"]
+        raise ValueError(f"no subnetworks are attached to this {type(model).__name__}: call fastmask.attach first")
+    return state
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    while not hasattr(model, "_fastmask"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    return model
+
+
+# ---- building the masked layers
+
+
+def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:
+    """The packed layers of heads and neurons, by module name."""
+    if subnets.heads is None and subnets.neurons is None:
+        return {}
+    family_of(model)  # an unsupported model gets an error that names the supported ones, not a missing attribute
+    _check_geometry(model, subnets)
+    layers: dict[str, AttachedLinear] = {}
+
+    def add(name: str, keep: Tensor, unit: int, side: str) -> None:
+        linear = _linear(model, name)
+        wide = keep.repeat_interleave(unit, 1)
+        build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
+        layers[name] = AttachedLinear.from_linear(linear, build(wide, other), router=router, packed_unit=unit)
+
+    for index, parts in enumerate(layer_parts(model)):
+        if subnets.heads is not None:
+            for name, unit in parts.heads_rows.items():
+                add(name, subnets.heads[:, index], unit, "rows")
+            add(parts.heads_columns[0], subnets.heads[:, index], parts.heads_columns[1], "columns")
+        if subnets.neurons is not None:
+            for name in parts.neurons_rows:
+                add(name, subnets.neurons[:, index], 1, "rows")
+            add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
+    return layers
+
+
+def _weight_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:
+    """The layers with a mask over single weights, by module name."""
+    layers = {}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name, keep in (subnets.weights or {}).items():
+        if name not in linears:
+            raise unknown("linear layer", name, linears)
+        linear = _linear(model, name)
+        expected = (len(subnets.languages), linear.out_features, linear.in_features)
+        if tuple(keep.shape) != expected:
+            raise ValueError(f"the mask of {name!r} has shape {tuple(keep.shape)}, expected {expected}")
+        layers[name] = AttachedLinear.from_linear(linear, Mask.weights(keep), router=router, packed_unit=None)
+    if subnets.heads is not None or subnets.neurons is not None:
+        taken = [name for name in layers if name in _unit_names(model, subnets)]
+        if taken:
+            raise ValueError(f"{taken[0]!r} has a mask over weights and one over heads or neurons: give one of the two")
+    return layers
+
+
+def _unit_names(model: nn.Module, subnets: Subnetworks) -> set[str]:
+    names: set[str] = set()
+    for parts in layer_parts(model):
+        if subnets.heads is not None:
+            names |= {*parts.heads_rows, parts.heads_columns[0]}
+        if subnets.neurons is not None:
+            names |= {*parts.neurons_rows, parts.neurons_columns}
+    return names
+
+
+def _check_geometry(model: nn.Module, subnets: Subnetworks) -> None:
+    geometry = Geometry.of(model.config)
+    for what, keep, size in (
+        ("heads", subnets.heads, geometry.heads),
+        ("neurons", subnets.neurons, geometry.neurons),
+    ):
+        if keep is not None and tuple(keep.shape[1:]) != (geometry.layers, size):
+            raise ValueError(
+                f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {what}, "
+                f"this {type(model).__name__} has {geometry.layers} layers of {size} {what}"
+            )
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if type(module) is not nn.Linear:
+        raise ValueError(
+            f"expected a plain nn.Linear at {name!r}, found {type(module).__name__}: attach before wrapping or "
+            "quantising layers"
+        )
+    return module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+# ---- the forward pass
+
+
+def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the model's class, under the same name, whose forward also takes `language_ids`.
+
+    A subclass rather than a function on the instance: copies of the model then run their own forward, and
+    `isinstance`, `save_pretrained` and `inspect.signature(model.forward)` work as before.
+    """
+
+    def forward(self: Any, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        router: Router = self._fastmask.router
+        route = router.resolve(language_ids)
+        recomputes = (
+            self.training and not torch.compiler.is_compiling() and getattr(self, "is_gradient_checkpointing", False)
+        )
+        carrying = carried_through_checkpointing(self, router, route) if recomputes else nullcontext()
+        with carrying, router.using(route):
+            return plain.forward(self, *args, **kwargs)
+
+    signature = inspect.signature(plain.forward)
+    parameters = list(signature.parameters.values())
+    extra = inspect.Parameter("language_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
+    position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*parameters[:position], extra, *parameters[position:]]
+    )
+    forward.__doc__ = plain.forward.__doc__
+    namespace = {"forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (plain,), namespace)

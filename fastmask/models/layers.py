@@ -1,0 +1,63 @@
+"""The masked layer inside a Hugging Face model: it reads its languages from the model's router."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmask.functional import masked_linear, packed_linear
+from fastmask.linear import MaskedLinear
+from fastmask.masks import Mask
+from fastmask.models.routing import Router
+
+__all__ = ["AttachedLinear"]
+
+
+class AttachedLinear(MaskedLinear):
+    """A `MaskedLinear` that looks like the `nn.Linear` it replaces.
+
+    With `packed_unit` it works packed: a row mask puts each example's live heads (or neurons) at the front of an output
+    as wide as the widest language of the batch, and a column mask reads such an input. The attention code in between
+    reshapes with -1 heads and so needs no change; a slot that is left over is a head of zeros, which adds nothing.
+
+    Args:
+        packed_unit: rows or columns of one head (or neuron); the packed width is a multiple of it and holds at least
+            one unit, because attention code cannot reshape zero heads. None for a layer that is not packed.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Mask,
+        *,
+        router: Router,
+        packed_unit: int | None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, mask, **options)
+        self.router = router
+        self.packed_unit = packed_unit
+        self._live_units = mask.live_units() if packed_unit is not None else []
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
+        route = self.router.current()
+        language_ids = route.language_ids
+        if language_ids.shape[0] == 1:
+            language_ids = language_ids.expand(x.shape[0])
+        if self.packed_unit is None:
+            return masked_linear(x, self.weight, self.mask, language_ids, self.bias)
+        width = x.shape[-1] if self.mask.kind == "columns" else self._packed_width(route.present)
+        return packed_linear(x, self.weight, self.mask, language_ids, self.bias, width)
+
+    def _packed_width(self, present: frozenset[int] | None) -> int:
+        assert self.packed_unit is not None
+        if present is None:
+            widest = max(self._live_units)
+        elif -1 in present:
+            return self.out_features
+        else:
+            widest = max((self._live_units[language] for language in present), default=0)
+        return max(widest, self.packed_unit)

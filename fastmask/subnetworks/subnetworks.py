@@ -1,0 +1,176 @@
+"""`Subnetworks`: which heads, neurons and weights of a model each language owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmask.errors import unknown
+from fastmask.subnetworks.geometry import Geometry
+
+__all__ = ["UNITS", "Subnetworks"]
+
+UNITS = ("heads", "neurons", "both")
+
+
+class Subnetworks:
+    """The subnetworks of L languages in one model; treat the tensors as read-only.
+
+    Args:
+        languages: L distinct names; a language's id is its position.
+        heads: bool [L, layers, heads] (key/value groups where attention is grouped-query), or None: all heads live.
+        neurons: bool [L, layers, ffn], or None: all neurons live.
+        weights: {module name: bool [L, out, in]}, or None.
+
+    Raises:
+        ValueError: nothing is masked, or a shape, dtype or name does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        languages: Sequence[str],
+        heads: Tensor | None = None,
+        neurons: Tensor | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.languages = tuple(languages)
+        self.heads, self.neurons = heads, neurons
+        self.weights = dict(weights) if weights else None
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self.languages, str) or not self.languages:
+            raise ValueError(f"expected at least one language name, given {self.languages!r}")
+        repeated = {name for name in self.languages if self.languages.count(name) > 1}
+        if repeated or not all(isinstance(name, str) and name for name in self.languages):
+            raise ValueError(f"language names must be distinct and not empty, given {list(self.languages)!r}")
+        tensors = self._tensors()
+        if not tensors:
+            raise ValueError("nothing is masked: give heads, neurons or weights")
+        for name, keep in tensors.items():
+            if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.ndim != 3:
+                given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+                raise ValueError(f"expected {name} as a bool tensor with 3 dimensions, given {given}")
+            if keep.shape[0] != len(self.languages):
+                raise ValueError(f"{name} has masks for {keep.shape[0]} languages, expected {len(self.languages)}")
+        if self.heads is not None and self.neurons is not None and self.heads.shape[1] != self.neurons.shape[1]:
+            raise ValueError(f"heads cover {self.heads.shape[1]} layers, neurons {self.neurons.shape[1]}")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {"heads": self.heads, "neurons": self.neurons}
+        units = {name: keep for name, keep in named.items() if keep is not None}
+        return units | {f"weights[{name!r}]": keep for name, keep in (self.weights or {}).items()}
+
+    # ---- making some
+
+    @classmethod
+    def full(cls, config: Any, languages: Sequence[str], units: str = "heads") -> Subnetworks:
+        """Every language owns everything. `config`: of a Hugging Face model; `units`: heads, neurons or both."""
+        return cls.random(config, languages, density=1.0, seed=0, units=units)
+
+    @classmethod
+    def random(
+        cls, config: Any, languages: Sequence[str], density: float, seed: int, units: str = "heads"
+    ) -> Subnetworks:
+        """Every language owns a random `density` of each layer's units, at least one a layer; same seed, same masks."""
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, given {density}")
+        if units not in UNITS:
+            raise unknown("kind of unit", units, UNITS)
+        geometry, generator = Geometry.of(config), torch.Generator().manual_seed(seed)
+
+        def draw(size: int) -> Tensor:
+            sizes = torch.full((len(languages), geometry.layers), max(1, round(density * size)))
+            return random_of_sizes(sizes, size, generator)
+
+        return cls(
+            languages,
+            heads=draw(geometry.heads) if units in ("heads", "both") else None,
+            neurons=draw(geometry.neurons) if units in ("neurons", "both") else None,
+        )
+
+    # ---- looking inside
+
+    def index(self, language: str) -> int:
+        """The id of a language. Raises KeyError with the nearest names."""
+        if language not in self.languages:
+            raise unknown("language", language, self.languages)
+        return self.languages.index(language)
+
+    def ids(self, languages: Iterable[str]) -> Tensor:
+        """The ids of many languages, int64."""
+        return torch.tensor([self.index(language) for language in languages], dtype=torch.int64)
+
+    @property
+    def density(self) -> dict[str, Tensor]:
+        """Share of live units of each language, float32 [L], for each of heads, neurons and masked modules."""
+        return {name: keep.flatten(1).float().mean(1) for name, keep in self._tensors().items()}
+
+    def overlap(self, what: str = "heads") -> Tensor:
+        """Jaccard similarity of the languages' masks, float32 [L, L]: |A and B| / |A or B|, 1 for two empty masks.
+
+        Args:
+            what: "heads", "neurons" or "weights".
+        """
+        chosen = [keep for name, keep in self._tensors().items() if name.startswith(what)]
+        if not chosen:
+            raise unknown("masked part", what, {name.split("[")[0] for name in self._tensors()})
+        flat = torch.cat([keep.flatten(1) for keep in chosen], 1).float()
+        both = flat @ flat.t()
+        sizes = flat.sum(1)
+        either = sizes[:, None] + sizes[None, :] - both
+        return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both))
+
+    def map(self, function: Any) -> Subnetworks:
+        """The same languages with `function` applied to every mask tensor."""
+        return Subnetworks(
+            self.languages,
+            None if self.heads is None else function(self.heads),
+            None if self.neurons is None else function(self.neurons),
+            None if self.weights is None else {name: function(keep) for name, keep in self.weights.items()},
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Subnetworks) or self.languages != other.languages:
+            return False
+        mine, theirs = self._tensors(), other._tensors()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{name} {tuple(keep.shape[1:])} {keep.float().mean():.0%} live" for name, keep in self._tensors().items()
+        ]
+        more = f", ... {len(parts) - 3} more" if len(parts) > 3 else ""
+        return f"Subnetworks({', '.join(self.languages)}: {', '.join(parts[:3])}{more})"
+
+    # ---- files
+
+    def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+        """Write one safetensors file, 8 units to a byte; `metadata` is kept with it. Replaces the file atomically."""
+        from fastmask.subnetworks.storage import save
+
+        save(self, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Subnetworks:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is truncated, of another kind or of a newer version.
+        """
+        from fastmask.subnetworks.storage import load
+
+        return load(path)
+
+
+def random_of_sizes(sizes: Tensor, units: int, generator: torch.Generator) -> Tensor:
+    """Random masks bool [L, layers, units] with exactly `sizes` [L, layers] live units each."""
+    order = torch.rand(*sizes.shape, units, generator=generator).argsort(-1).argsort(-1)
+    return order < sizes[..., None]

@@ -1,5 +1,6 @@
 """fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part."""
 
+from fastmask.discovery import discover
 from fastmask.functional import masked_linear
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
@@ -8,4 +9,4 @@ from fastmask.subnetworks import Subnetworks
 
 __version__ = "0.1.0"
 
-__all__ = ["Mask", "MaskedLinear", "Subnetworks", "attach", "detach", "language", "masked_linear"]
+__all__ = ["Mask", "MaskedLinear", "Subnetworks", "attach", "detach", "discover", "language", "masked_linear"]

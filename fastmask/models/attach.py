@@ -213,9 +213,7 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
         router: Router = self._fastmask.router
         route = router.resolve(language_ids)
-        recomputes = (
-            self.training and not torch.compiler.is_compiling() and getattr(self, "is_gradient_checkpointing", False)
-        )
+        recomputes = self.training and not torch.compiler.is_compiling()
         carrying = carried_through_checkpointing(self, router, route) if recomputes else nullcontext()
         with carrying, router.using(route):
             return plain.forward(self, *args, **kwargs)

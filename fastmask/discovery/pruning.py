@@ -1,0 +1,212 @@
+"""Static discovery: find a language's subnetwork by iterative pruning.
+
+Score the live units, drop the least important tenth of all, score again with the rest, and stop before the development
+metric falls below tau times that of the full network (Michel et al. 2019; Prasanna et al. 2020). Pruned units are
+skipped, not multiplied by zero, so every round is cheaper than the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.discovery.importance import Importance, importance
+from fastmask.errors import unknown
+from fastmask.models.attach import attach, attached, detach, language
+from fastmask.subnetworks.geometry import Geometry
+from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
+
+__all__ = ["Round", "discover"]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of pruning left: live units, and the metric with them; `kept` is False where it fell too far."""
+
+    language: str
+    number: int  # 0 is the full network
+    heads: int | None
+    neurons: int | None
+    metric: float | None
+    kept: bool
+
+
+@dataclass
+class _Masks:
+    heads: Tensor | None  # bool [layers, heads]
+    neurons: Tensor | None  # bool [layers, ffn]
+
+    def parts(self) -> list[Tensor]:
+        return [keep for keep in (self.heads, self.neurons) if keep is not None]
+
+    def counts(self) -> tuple[int | None, int | None]:
+        return (
+            None if self.heads is None else int(self.heads.sum()),
+            None if self.neurons is None else int(self.neurons.sum()),
+        )
+
+    def subnetworks(self, name: str) -> Subnetworks:
+        return Subnetworks(
+            [name],
+            None if self.heads is None else self.heads[None],
+            None if self.neurons is None else self.neurons[None],
+        )
+
+
+def discover(
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Any]],
+    loss: Callable[[Any], Tensor],
+    metric: Callable[[str], float] | None = None,
+    *,
+    units: str = "heads",
+    tau: float = 0.95,
+    density: float | None = None,
+    drop: float = 0.10,
+    on_round: Callable[[Round], None] | None = None,
+) -> Subnetworks:
+    """Find one subnetwork for each language.
+
+    Args:
+        model: a plain Hugging Face model (nothing attached), fine-tuned on the task. It comes back as it was.
+        batches: for each language the batches its units are scored on; read once a round.
+        loss: runs `model` on a batch -> one loss for each example, [B]; called inside `fastmask.language`.
+        metric: the development metric of a language, higher is better; called inside `fastmask.language` with
+            the masks of the round. Needed unless `density` is given.
+        units: "heads", "neurons" or "both"; each kind is ranked on its own.
+        tau: the share of the full network's metric that a subnetwork must keep.
+        density: prune to this share of the units instead of down to tau.
+        drop: share of all units dropped in a round (at least one).
+        on_round: called after each round.
+
+    Returns:
+        Subnetworks over the languages of `batches`, in their order, with at least one unit in every layer.
+
+    Raises:
+        ValueError: an option out of range, subnetworks attached already, no metric where tau needs one.
+        KeyError: an unknown kind of unit.
+    """
+    if units not in UNITS:
+        raise unknown("kind of unit", units, UNITS)
+    if not 0 < drop < 1:
+        raise ValueError(f"drop must be between 0 and 1, given {drop}")
+    if density is None and metric is None:
+        raise ValueError("pruning down to tau needs a development metric; give metric or density")
+    if density is None and not 0 < tau <= 1:
+        raise ValueError(f"tau must be above 0 and at most 1, given {tau}")
+    if density is not None and not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, given {density}")
+    if not batches:
+        raise ValueError("no language to find a subnetwork for")
+    if attached(model, default=None) is not None:
+        raise ValueError("this model has subnetworks attached: call fastmask.detach(model) first")
+
+    found = []
+    for name, scoring in batches.items():
+        pruner = _Pruner(model, name, scoring, loss, metric, units, drop, on_round)
+        found.append(pruner.to_density(density) if density is not None else pruner.to_tau(tau))
+    heads, neurons = [m.heads for m in found], [m.neurons for m in found]
+    return Subnetworks(
+        list(batches),
+        None if heads[0] is None else torch.stack([keep for keep in heads if keep is not None]),
+        None if neurons[0] is None else torch.stack([keep for keep in neurons if keep is not None]),
+    )
+
+
+class _Pruner:
+    """The rounds of one language."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        batches: Iterable[Any],
+        loss: Callable[[Any], Tensor],
+        metric: Callable[[str], float] | None,
+        units: str,
+        drop: float,
+        on_round: Callable[[Round], None] | None,
+    ) -> None:
+        geometry = Geometry.of(model.config)
+        self.model, self.name, self.batches, self.loss, self.metric = model, name, batches, loss, metric
+        self.drop, self.on_round = drop, on_round
+        self.masks = _Masks(
+            torch.ones(geometry.layers, geometry.heads, dtype=torch.bool) if units in ("heads", "both") else None,
+            torch.ones(geometry.layers, geometry.neurons, dtype=torch.bool) if units in ("neurons", "both") else None,
+        )
+
+    def to_tau(self, tau: float) -> _Masks:
+        full = self._measure(self.masks)
+        self._report(0, self.masks, full, True)
+        number = 0
+        while True:
+            number += 1
+            smaller = self._pruned([max(1, int(self.drop * keep.numel())) for keep in self.masks.parts()])
+            if smaller.counts() == self.masks.counts():
+                return self.masks  # one unit left in every layer
+            value = self._measure(smaller)
+            kept = value >= tau * full
+            self._report(number, smaller, value, kept)
+            if not kept:
+                return self.masks
+            self.masks = smaller
+
+    def to_density(self, density: float) -> _Masks:
+        number = 0
+        while True:
+            surplus = [
+                int(keep.sum()) - max(keep.shape[0], round(density * keep.numel())) for keep in self.masks.parts()
+            ]
+            if max(surplus) <= 0:
+                return self.masks
+            number += 1
+            steps = [max(1, int(self.drop * keep.numel())) for keep in self.masks.parts()]
+            self.masks = self._pruned([max(0, min(s, most)) for s, most in zip(steps, surplus, strict=True)])
+            self._report(number, self.masks, None, True)
+
+    def _pruned(self, drops: Sequence[int]) -> _Masks:
+        """The current masks without the `drops` least important units of each kind."""
+        with _attached(self.model, self.masks.subnetworks(self.name)):
+            scores = importance(self.model, self.batches, self.loss, self.name)
+        return _drop_lowest(self.masks, scores, drops)
+
+    def _measure(self, masks: _Masks) -> float:
+        assert self.metric is not None
+        with _attached(self.model, masks.subnetworks(self.name)), language(self.model, self.name):
+            return float(self.metric(self.name))
+
+    def _report(self, number: int, masks: _Masks, value: float | None, kept: bool) -> None:
+        if self.on_round is not None:
+            self.on_round(Round(self.name, number, *masks.counts(), value, kept))
+
+
+def _drop_lowest(masks: _Masks, scores: Importance, drops: Sequence[int]) -> _Masks:
+    parts = []
+    ranked = [score for score in (scores.heads, scores.neurons) if score is not None]
+    for keep, score, count in zip(masks.parts(), ranked, drops, strict=True):
+        candidates = score.masked_fill(~keep, float("inf"))
+        # The best unit of each layer stays, whatever the others of the network score.
+        best = score.masked_fill(~keep, -1).argmax(1, keepdim=True)
+        candidates.scatter_(1, best, float("inf"))
+        order = candidates.flatten().argsort(stable=True)[:count]
+        order = order[torch.isfinite(candidates.flatten()[order])]
+        smaller = keep.flatten().clone()
+        smaller[order] = False
+        parts.append(smaller.view_as(keep))
+    return _Masks(
+        parts.pop(0) if masks.heads is not None else None, parts.pop(0) if masks.neurons is not None else None
+    )
+
+
+@contextmanager
+def _attached(model: nn.Module, subnets: Subnetworks) -> Iterator[None]:
+    attach(model, subnets)
+    try:
+        yield
+    finally:
+        detach(model)

@@ -1,0 +1,198 @@
+"""Importance scores and iterative pruning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import fastmask as fm
+from fastmask.discovery import combine, importance
+from fastmask.subnetworks import Subnetworks
+
+LAYERS, HEADS, FFN = 2, 4, 12
+
+
+@pytest.fixture
+def model():
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=FFN,
+        max_position_embeddings=16,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(0)
+    model = BertModel(config, add_pooling_layer=False).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def data(n=7, length=5, seed=1):
+    return torch.randint(1, 30, (n, length), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model):
+    target = torch.randn(16, generator=torch.Generator().manual_seed(2)).double()
+    return lambda ids: ((model(input_ids=ids)[0] - target) ** 2).mean((1, 2))
+
+
+def literal_importance(model, ids, heads, neurons):
+    """Slow and obvious: one sentence at a time, gates multiplied in by hooks on the plain model."""
+    totals = {"heads": torch.zeros(LAYERS, HEADS).double(), "neurons": torch.zeros(LAYERS, FFN).double()}
+    target = torch.randn(16, generator=torch.Generator().manual_seed(2)).double()
+    for sentence in ids:
+        head_gates = heads.double().requires_grad_()
+        neuron_gates = neurons.double().requires_grad_()
+        handles = []
+        for index, layer in enumerate(model.encoder.layer):
+            for module, gates in ((layer.attention.output.dense, head_gates), (layer.output.dense, neuron_gates)):
+                handles.append(
+                    module.register_forward_pre_hook(
+                        lambda m, args, g=gates, i=index: (
+                            args[0] * g[i].repeat_interleave(args[0].shape[-1] // g.shape[1]),
+                        )
+                    )
+                )
+        loss = ((model(input_ids=sentence[None])[0] - target) ** 2).mean()
+        for total, grad in zip(totals.values(), torch.autograd.grad(loss, (head_gates, neuron_gates)), strict=True):
+            total += grad.abs()
+        for handle in handles:
+            handle.remove()
+    for total, keep in zip(totals.values(), (heads, neurons), strict=True):
+        total *= keep
+    return {kind: total / total.norm(dim=1, keepdim=True) for kind, total in totals.items()}
+
+
+def test_equals_the_literal_definition(model):
+    """The score is not the mean over sentences of |dL/dxi|, or lands on the wrong unit when others are skipped."""
+    subnets = Subnetworks.random(model.config, ["a", "b"], 0.5, seed=3, units="both")
+    ids = data()
+    expected = literal_importance(copy.deepcopy(model).eval(), ids, subnets.heads[1], subnets.neurons[1])
+    fm.attach(model, subnets)
+    scores = importance(model, ids.split(3), loss_of(model), "b")
+    torch.testing.assert_close(scores.heads.double(), expected["heads"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores.neurons.double(), expected["neurons"], rtol=1e-5, atol=1e-6)
+
+
+def test_does_not_depend_on_the_batch_size(model):
+    """Published codes sum |cumulative gradient|, which depends on how sentences fall into batches."""
+    fm.attach(model, Subnetworks.full(model.config, ["a"], units="both"))
+    ids = data()
+    one, three, seven = (importance(model, ids.split(size), loss_of(model), "a") for size in (1, 3, 7))
+    for other in (three, seven):
+        torch.testing.assert_close(one.heads, other.heads, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one.neurons, other.neurons, rtol=1e-5, atol=1e-6)
+
+
+def test_leaves_the_model_as_it_was(model):
+    """Scoring would leave gradients, frozen parameters, hooks or eval mode behind."""
+    model.embeddings.word_embeddings.weight.requires_grad_(False)
+    model.train()
+    fm.attach(model, Subnetworks.full(model.config, ["a"]))
+    importance(model, [data()], loss_of(model), "a")
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    trainable = [p.requires_grad for p in model.parameters()]
+    assert trainable.count(False) == 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_prunes_to_tau(model):
+    """Pruning stops too early or too late: the metric is a known function of the live heads."""
+    rounds = []
+
+    def metric(name):
+        live = int(model._fastmask.subnets.heads.sum())
+        return {8: 100.0, 7: 99.0, 6: 97.0, 5: 90.0}[live]
+
+    found = fm.discover(
+        model, {"a": [data()], "b": [data(seed=2)]}, loss_of(model), metric, tau=0.95, on_round=rounds.append
+    )
+    assert found.languages == ("a", "b")
+    assert found.heads.sum((1, 2)).tolist() == [6, 6]
+    assert [(r.language, r.heads, r.kept) for r in rounds[:4]] == [
+        ("a", 8, True),
+        ("a", 7, True),
+        ("a", 6, True),
+        ("a", 5, False),
+    ]
+    assert type(model).__module__.startswith("transformers.")
+
+
+def test_drops_the_least_important_first(model):
+    """A head that provably does nothing survives."""
+    with torch.no_grad():
+        model.encoder.layer[1].attention.output.dense.weight[:, 4:8] = 0  # head 1 of layer 1
+        model.encoder.layer[0].output.dense.weight[:, [2, 9]] = 0
+    found = fm.discover(model, {"a": [data()]}, loss_of(model), units="both", density=0.9)
+    assert not found.heads[0, 1, 1]
+    assert not found.neurons[0, 0, [2, 9]].any()
+
+
+@pytest.mark.parametrize("density", [0.5, 0.25, 0.01])
+def test_prunes_to_density_with_a_floor(model, density):
+    """A subnetwork of another size than asked for, or a layer without any head."""
+    found = fm.discover(model, {"a": [data()]}, loss_of(model), units="both", density=density)
+    assert found.heads.sum() == max(LAYERS, round(density * LAYERS * HEADS))
+    assert found.neurons.sum() == max(LAYERS, round(density * LAYERS * FFN))
+    assert (found.heads.sum(-1) >= 1).all()
+    assert (found.neurons.sum(-1) >= 1).all()
+
+
+def test_prunes_down_to_the_floor_when_the_metric_never_falls(model):
+    """Tau is never reached: the loop would not end."""
+    found = fm.discover(model, {"a": [data()]}, loss_of(model), lambda name: 1.0, drop=0.4)
+    assert found.heads.sum(-1).tolist() == [[1, 1]]
+
+
+def test_same_data_same_masks(model):
+    """Discovery must not depend on the random state, nor change it."""
+    state = torch.get_rng_state()
+    first = fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5) == first
+
+
+def test_combining_seeds():
+    """Hand-computed: votes 3 2 1 0, and a layer where nobody agrees."""
+
+    def subnets(*rows):
+        return Subnetworks(["a"], torch.tensor([rows], dtype=torch.bool))
+
+    seeds = [
+        subnets([1, 1, 1, 0], [1, 0, 0, 0]),
+        subnets([1, 1, 0, 0], [0, 1, 0, 0]),
+        subnets([1, 0, 0, 0], [0, 0, 1, 0]),
+    ]
+    assert combine(seeds) == subnets([1, 1, 0, 0], [1, 0, 0, 0])
+    assert combine(seeds, "union") == subnets([1, 1, 1, 0], [1, 1, 1, 0])
+    assert combine(seeds, "intersection") == subnets([1, 0, 0, 0], [1, 0, 0, 0])
+    with pytest.raises(KeyError, match="did you mean 'majority'"):
+        combine(seeds, "majorty")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tau": 0}, ValueError, "tau must be"),
+        ({"tau": 0.9, "metric": None}, ValueError, "needs a development metric"),
+        ({"density": 2.0}, ValueError, "density must be"),
+        ({"drop": 1.0}, ValueError, "drop must be"),
+        ({"units": "layers"}, KeyError, "unknown kind of unit"),
+        ({"batches": {}}, ValueError, "no language"),
+        ({"batches": {"a": []}}, ValueError, "no batch to score"),
+    ],
+)
+def test_bad_options(model, options, error, message):
+    """A wrong option is accepted silently."""
+    arguments = {"batches": {"a": [data()]}, "metric": lambda name: 1.0, **options}
+    with pytest.raises(error, match=message):
+        fm.discover(model, arguments.pop("batches"), loss_of(model), arguments.pop("metric"), **arguments)
+    assert type(model).__module__.startswith("transformers.")

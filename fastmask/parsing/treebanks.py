@@ -1,0 +1,251 @@
+"""Finding treebanks in a data folder and loading them as `datasets`.
+
+A treebank is a folder ``UD_Language-Name`` with a CoNLL-U file per split: ``train.conllu`` or, as in the official
+releases, ``en_ewt-ud-train.conllu`` (large ones come in several files: ``de_hdt-ud-train-a.conllu``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fastmask.errors import unknown
+from fastmask.parsing.conllu import ConlluError, read_sentences
+from fastmask.parsing.language_codes import LANGUAGE_CODES
+
+__all__ = ["FEATURES", "SPLITS", "Treebank", "find_treebanks", "load_treebanks", "select_treebanks"]
+
+SPLITS = ("train", "dev", "test")
+
+FEATURES = datasets.Features(
+    {
+        "language": datasets.Value("string"),
+        "treebank": datasets.Value("string"),
+        "sent_id": datasets.Value("string"),
+        "words": datasets.List(datasets.Value("string")),
+        "upos": datasets.List(datasets.Value("string")),
+        "heads": datasets.List(datasets.Value("int32")),
+        "deprels": datasets.List(datasets.Value("string")),
+        "conllu": datasets.Value("string"),
+    }
+)
+
+# Part of the cache key: raise it when the rows made from an unchanged file change.
+_ROWS_VERSION = 1
+
+_OFFICIAL = re.compile(r"(?P<code>[a-z]{2,3})_[a-z0-9]+-ud-(?P<split>train|dev|test)(-[a-z0-9-]+)?\.conllu")
+
+# Progress bars and log levels of `datasets` belong to the whole process, and a second thread must not find a data set
+# half prepared; so one thread at a time. Between processes `datasets` itself holds a file lock.
+_preparing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Treebank:
+    """One treebank folder.
+
+    Attributes:
+        name: the folder's name, ``UD_English-EWT``.
+        code: the language's code: the prefix of official file names, else looked up by the folder's language; a
+            language that is in no table is called by its own name in lower case.
+        folder: where it is.
+        files: for every split that exists its files, in order.
+    """
+
+    name: str
+    code: str
+    folder: Path
+    files: Mapping[str, tuple[Path, ...]]
+
+
+def find_treebanks(data: str | os.PathLike[str]) -> dict[str, Treebank]:
+    """Return the treebanks under `data` by name, sorted.
+
+    `data` holds the ``UD_*`` folders, or is the folder above (an unpacked release), or is one treebank itself.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no treebank in it.
+    """
+    root = Path(data).expanduser().resolve()
+    if not root.is_dir():
+        raise FileNotFoundError(f"data folder {root} does not exist (expected a folder of UD_* treebanks)")
+    if root.name.startswith("UD_"):
+        folders = [root]
+    else:
+        folders = [f for f in root.glob("UD_*") if f.is_dir()] or [f for f in root.glob("*/UD_*") if f.is_dir()]
+    if not folders:
+        raise FileNotFoundError(f"no treebank in {root} (expected folders UD_Language-Name with *.conllu files)")
+    return {folder.name: _treebank(folder) for folder in sorted(folders, key=lambda folder: folder.name)}
+
+
+def _treebank(folder: Path) -> Treebank:
+    """Read a folder's split files and its language code off their names."""
+    language = folder.name.removeprefix("UD_").partition("-")[0]
+    code = LANGUAGE_CODES.get(language, language.lower())
+    files: dict[str, tuple[Path, ...]] = {}
+    official = [(path, match) for path in sorted(folder.glob("*.conllu")) if (match := _OFFICIAL.fullmatch(path.name))]
+    for split in SPLITS:
+        paths = tuple(path for path, match in official if match["split"] == split)
+        if not paths and (folder / f"{split}.conllu").is_file():
+            paths = (folder / f"{split}.conllu",)
+        if paths:
+            files[split] = paths
+    if official:
+        code = official[0][1]["code"]
+    return Treebank(folder.name, code, folder, files)
+
+
+def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterable[str]) -> dict[str, list[Treebank]]:
+    """Return language code -> treebanks for a list such as ``"en,ar,UD_Czech-CAC"``.
+
+    A code stands for all treebanks of that language, a name for that treebank alone; several names of one language
+    are joined under its code. Codes keep the order in which they were asked for.
+
+    Raises:
+        FastmaskKeyError: neither a code nor a treebank of `treebanks`.
+        ValueError: the list is empty.
+    """
+    asked = languages.split(",") if isinstance(languages, str) else list(languages)
+    asked = [item.strip() for item in asked if item.strip()]
+    if not asked:
+        raise ValueError("no languages given (expected codes or treebank names, as in 'en,UD_Czech-CAC')")
+    codes = {treebank.code for treebank in treebanks.values()}
+    chosen: dict[str, list[Treebank]] = {}
+    for item in asked:
+        if item in treebanks:
+            new = [treebanks[item]]
+        elif item in codes:
+            new = [treebank for treebank in treebanks.values() if treebank.code == item]
+        else:
+            raise unknown("language or treebank", item, [*codes, *treebanks])
+        label = chosen.setdefault(new[0].code, [])
+        label.extend(treebank for treebank in new if treebank not in label)
+    return chosen
+
+
+def load_treebanks(
+    data: str | os.PathLike[str],
+    languages: str | Iterable[str],
+    splits: Sequence[str] = SPLITS,
+    optional: Sequence[str] = (),
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, dict[str, datasets.Dataset]]:
+    """Load treebanks; return language code -> split -> data set with the columns of `FEATURES`.
+
+    Every file is read and checked once and then comes from a cache in Arrow format, until its content changes.
+    ``heads`` counts words from 1 and has 0 for the root; ``conllu`` is the sentence's text for writing predictions.
+
+    Args:
+        data: see `find_treebanks`.
+        languages: see `select_treebanks`. A split joins those of a language's chosen treebanks that have it.
+        splits: which of train, dev and test to load.
+        optional: splits of which a language may have none; they are then left out of its dictionary.
+        cache_dir: where the cache lives; the default of `datasets` if None.
+
+    Raises:
+        FileNotFoundError: no such data folder, or no treebank in it.
+        FastmaskKeyError: an unknown language, treebank or split.
+        ValueError: a language has no treebank with a split that is not optional.
+        ConlluError: a file is not valid CoNLL-U with one tree per sentence.
+    """
+    for split in [*splits, *optional]:
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+    chosen = select_treebanks(find_treebanks(data), languages)
+    for code, treebanks in chosen.items():  # all complaints before the first file is read
+        for split in splits:
+            if split not in optional and not any(split in treebank.files for treebank in treebanks):
+                raise _missing_split(code, treebanks, split)
+    loaded: dict[str, dict[str, datasets.Dataset]] = {}
+    for code, treebanks in chosen.items():
+        loaded[code] = {}
+        for split in splits:
+            parts = [_load(treebank, split, cache_dir) for treebank in treebanks if split in treebank.files]
+            if parts:
+                loaded[code][split] = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return loaded
+
+
+def _missing_split(code: str, treebanks: Sequence[Treebank], split: str) -> ValueError:
+    """Build the error for a language none of whose treebanks has `split`."""
+    lines = [f"language {code!r} has no {split} split. Looked for {split}.conllu or *-ud-{split}.conllu in:"]
+    lines += [f"  {treebank.folder} (has {', '.join(treebank.files) or 'no split'})" for treebank in treebanks]
+    return ValueError("\n".join(lines))
+
+
+def _load(treebank: Treebank, split: str, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
+    """Return one split of one treebank from the cache, reading its files first if they are new or have changed."""
+    # A tuple: `datasets` would take a list for shards to deal out.
+    files = tuple((str(path), path.stat().st_size, _sha256(path)) for path in treebank.files[split])
+    with _preparing, _quiet():
+        try:
+            return datasets.Dataset.from_generator(
+                _rows,
+                features=FEATURES,
+                cache_dir=None if cache_dir is None else str(cache_dir),
+                gen_kwargs={
+                    "files": files,
+                    "language": treebank.code,
+                    "treebank": treebank.name,
+                    "version": _ROWS_VERSION,
+                },
+                split=datasets.NamedSplit(split),
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, ConlluError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+
+
+def _rows(
+    files: tuple[tuple[str, int, str], ...], language: str, treebank: str, version: int
+) -> Iterator[dict[str, Any]]:
+    """Yield one row per sentence; sizes, checksums and version are here because arguments make up the cache key."""
+    for path, _, _ in files:
+        for sentence in read_sentences(path):
+            yield {
+                "language": language,
+                "treebank": treebank,
+                "sent_id": sentence.sent_id,
+                "words": sentence.words,
+                "upos": sentence.upos,
+                "heads": sentence.heads,
+                "deprels": sentence.deprels,
+                "conllu": sentence.conllu,
+            }
+
+
+def _sha256(path: Path) -> str:
+    """Return the checksum of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and messages of `datasets`, and put both back as they were."""
+    level = datasets.logging.get_verbosity()
+    bars_were_on = datasets.are_progress_bars_disabled() is False
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars_were_on:
+            datasets.enable_progress_bars()

@@ -1,0 +1,19 @@
+"""What several test folders share: the real treebanks, where there are any."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
+
+
+@pytest.fixture(scope="session")
+def ud_dir() -> Path:
+    """Folder of Universal Dependencies treebanks (FASTMASK_UD_DIR); the test is skipped where there is none."""
+    folder = Path(os.environ.get("FASTMASK_UD_DIR", _BESIDE_THE_CHECKOUT)).expanduser()
+    if not folder.is_dir():
+        pytest.skip(f"no treebanks in {folder}; set FASTMASK_UD_DIR to a folder of UD_* treebanks")
+    return folder

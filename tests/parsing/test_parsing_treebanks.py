@@ -1,0 +1,244 @@
+"""Finding and loading treebanks: the right files, each read once, every wrong name answered with the right ones."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+
+from fastmask.errors import FastmaskKeyError
+from fastmask.parsing.conllu import ConlluError
+from fastmask.parsing.treebanks import FEATURES, SPLITS, find_treebanks, load_treebanks, select_treebanks
+
+
+def sentences(*names: str) -> str:
+    return "".join(
+        f"# sent_id = {name}\n1-2\t{name}b\t_\t_\t_\t_\t_\t_\t_\t_\n"
+        f"1\t{name}\t_\tNOUN\t_\t_\t2\tnsubj\t_\t_\n2\tb\t_\tVERB\t_\t_\t0\troot\t_\t_\n\n"
+        for name in names
+    )
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three Czech treebanks (one with official names), one English, one of a language in no table."""
+    files = {
+        "UD_Czech-CAC/train.conllu": sentences("c1", "c2"),
+        "UD_Czech-CAC/dev.conllu": sentences("c3"),
+        "UD_Czech-PUD/test.conllu": sentences("p1"),
+        "UD_Czech-PDT/cs_pdt-ud-train-a.conllu": sentences("t1"),
+        "UD_Czech-PDT/cs_pdt-ud-train-b.conllu": sentences("t2"),
+        "UD_Czech-PDT/cs_pdt-ud-test.conllu": sentences("t3"),
+        "UD_English-EWT/train.conllu": sentences("e1"),
+        "UD_English-EWT/dev.conllu": sentences("e2"),
+        "UD_English-EWT/test.conllu": sentences("e3"),
+        "UD_Klingon-KTB/test.conllu": sentences("k1"),
+    }
+    for name, text in files.items():
+        path = tmp_path / "ud" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "ud" / "MANIFEST.tsv").write_text("not read\n")
+    return tmp_path / "ud"
+
+
+def ids(dataset: datasets.Dataset) -> list[str]:
+    return list(dataset["sent_id"])
+
+
+def test_rows_have_the_promised_columns(data: Path, tmp_path: Path) -> None:
+    """If this fails, the rest of the library reads a column that is missing or of another type."""
+    loaded = load_treebanks(data, "en", cache_dir=tmp_path / "cache")
+    assert list(loaded) == ["en"]
+    assert list(loaded["en"]) == list(SPLITS)
+    train = loaded["en"]["train"]
+    assert train.features == FEATURES
+    assert train[0] == {
+        "language": "en",
+        "treebank": "UD_English-EWT",
+        "sent_id": "e1",
+        "words": ["e1", "b"],
+        "upos": ["NOUN", "VERB"],
+        "heads": [2, 0],
+        "deprels": ["nsubj", "root"],
+        "conllu": sentences("e1").rstrip("\n"),
+    }
+
+
+def test_a_code_joins_the_treebanks_that_have_the_split(data: Path, tmp_path: Path) -> None:
+    """If this fails, "cs" trains on one treebank of several, or a name pulls in its neighbours."""
+    cache = tmp_path / "cache"
+    czech = load_treebanks(data, "cs", cache_dir=cache)["cs"]
+    assert ids(czech["train"]) == ["c1", "c2", "t1", "t2"]
+    assert ids(czech["dev"]) == ["c3"]
+    assert ids(czech["test"]) == ["t3", "p1"]
+    assert ids(load_treebanks(data, "UD_Czech-CAC", ["train"], cache_dir=cache)["cs"]["train"]) == ["c1", "c2"]
+    named = load_treebanks(data, ["UD_Czech-PUD", "en", "UD_Czech-PDT"], ["test"], cache_dir=cache)
+    assert list(named) == ["cs", "en"]
+    assert ids(named["cs"]["test"]) == ["p1", "t3"]
+    both = load_treebanks(data, " UD_Czech-PUD, cs,", ["test"], cache_dir=cache)
+    assert ids(both["cs"]["test"]) == ["p1", "t3"]  # nothing twice
+
+
+def test_the_folder_above_and_a_single_treebank_are_found_too(data: Path) -> None:
+    """If this fails, an unpacked release or one treebank cannot be given as it is."""
+    expected = find_treebanks(data)
+    assert find_treebanks(data.parent) == expected
+    assert find_treebanks(data / "UD_Czech-PUD") == {"UD_Czech-PUD": expected["UD_Czech-PUD"]}
+
+
+def test_codes_come_from_file_names_first(data: Path) -> None:
+    """If this fails, an official file is filed under another language than its own prefix says."""
+    (data / "UD_Czech-PUD" / "test.conllu").rename(data / "UD_Czech-PUD" / "xcz_pud-ud-test.conllu")
+    codes = {name: treebank.code for name, treebank in find_treebanks(data).items()}
+    assert codes["UD_Czech-PUD"] == "xcz"
+    assert codes["UD_Czech-CAC"] == "cs"
+    assert codes["UD_Klingon-KTB"] == "klingon"
+
+
+def test_codes_of_real_treebanks(ud_dir: Path) -> None:
+    """If this fails, a real treebank is filed under a wrong language code."""
+    found = find_treebanks(ud_dir)
+    with open(ud_dir / "MANIFEST.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    assert {name: treebank.code for name, treebank in found.items()} == {row["treebank"]: row["code"] for row in rows}
+    assert {(name, split) for name, treebank in found.items() for split in treebank.files} == {
+        (row["treebank"], row["split"]) for row in rows
+    }
+
+
+def test_unknown_names_are_answered_with_known_ones(data: Path) -> None:
+    """If this fails, a typing mistake ends in a bare KeyError or in nothing at all."""
+    with pytest.raises(
+        FastmaskKeyError, match="unknown language or treebank 'UD_Czech-CAK'; did you mean 'UD_Czech-CA"
+    ):
+        load_treebanks(data, "en,UD_Czech-CAK")
+    with pytest.raises(FastmaskKeyError, match=r"Known: UD_Czech-CAC, .*, cs, en"):
+        load_treebanks(data, "xx")
+    with pytest.raises(FastmaskKeyError, match="unknown split 'validation'"):
+        load_treebanks(data, "en", ["validation"])
+    with pytest.raises(ValueError, match="no languages given"):
+        select_treebanks(find_treebanks(data), " , ")
+
+
+def test_missing_folders_are_named(tmp_path: Path) -> None:
+    """If this fails, a wrong path to the data is reported as something else."""
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+        load_treebanks(tmp_path / "nowhere", "en")
+    with pytest.raises(FileNotFoundError, match="no treebank in"):
+        load_treebanks(tmp_path, "en")
+
+
+def test_a_missing_split_is_an_error_unless_optional(data: Path, tmp_path: Path) -> None:
+    """If this fails, a language without training data drops out of an experiment without a word."""
+    with pytest.raises(ValueError, match="language 'klingon' has no train split") as error:
+        load_treebanks(data, "en,klingon", cache_dir=tmp_path / "cache")
+    for part in ("train.conllu or *-ud-train.conllu", str(data / "UD_Klingon-KTB"), "(has test)"):
+        assert part in str(error.value)
+    assert not (tmp_path / "cache").exists()  # complained before reading anything
+    loaded = load_treebanks(data, "klingon", optional=("train", "dev"), cache_dir=tmp_path / "cache")
+    assert list(loaded["klingon"]) == ["test"]
+
+
+def test_a_bad_file_is_reported_as_itself(data: Path, tmp_path: Path) -> None:
+    """If this fails, file and line of a mistake are buried in an error of the `datasets` library."""
+    with open(data / "UD_English-EWT" / "dev.conllu", "a") as file:
+        file.write("1\tx\n\n")
+    with pytest.raises(ConlluError, match=r"UD_English-EWT/dev\.conllu:6: 2 columns"):
+        load_treebanks(data, "en", cache_dir=tmp_path / "cache")
+
+
+def arrow_files(cache: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}
+
+
+def test_a_file_is_read_again_only_if_its_content_changed(data: Path, tmp_path: Path) -> None:
+    """If this fails, every run parses all treebanks again, or an edited file is not noticed."""
+    cache, path = tmp_path / "cache", data / "UD_English-EWT" / "train.conllu"
+    load_treebanks(data, "en", cache_dir=cache)
+    first = arrow_files(cache)
+    assert len(first) == 3
+    path.touch()
+    load_treebanks(data, "en", cache_dir=cache)
+    assert arrow_files(cache) == first
+    stat = path.stat()
+    path.write_text(sentences("x1"))  # as long as before
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert ids(load_treebanks(data, "en", cache_dir=cache)["en"]["train"]) == ["x1"]
+    second = arrow_files(cache)
+    assert len(second) == 4
+    assert {path: second[path] for path in first} == first
+
+
+def test_loading_leaves_the_settings_of_datasets_alone(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """If this fails, loading prints progress bars or switches off other people's."""
+    datasets.enable_progress_bars()
+    level = datasets.logging.get_verbosity()
+    load_treebanks(data, "en", cache_dir=tmp_path / "cache")
+    assert datasets.are_progress_bars_disabled() is False
+    assert datasets.logging.get_verbosity() == level
+    assert capfd.readouterr() == ("", "")
+
+
+def load_in_process(data: Path, cache: Path, queue: multiprocessing.Queue) -> None:
+    loaded = load_treebanks(data, "cs,en", cache_dir=cache)
+    queue.put({(code, split): ids(rows) for code, splits in loaded.items() for split, rows in splits.items()})
+
+
+def test_two_processes_at_once_read_the_same(data: Path, tmp_path: Path) -> None:
+    """If this fails, two runs started together spoil each other's cache."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=load_in_process, args=(data, tmp_path / "cache", queue)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert results[0] == results[1]
+    assert results[0]["cs", "train"] == ["c1", "c2", "t1", "t2"]
+
+
+def test_threads_at_once_read_the_same(data: Path, tmp_path: Path) -> None:
+    """If this fails, loading in the background while evaluating breaks either."""
+    results: list[list[str]] = []
+
+    def load() -> None:
+        results.append(ids(load_treebanks(data, "cs", cache_dir=tmp_path / "cache")["cs"]["train"]))
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [["c1", "c2", "t1", "t2"]] * 4
+
+
+def test_a_copy_of_the_data_elsewhere_loads_the_same(data: Path, tmp_path: Path) -> None:
+    """If this fails, moving the data folder breaks a cache that remembers the old place."""
+    cache = tmp_path / "cache"
+    first = ids(load_treebanks(data, "cs", cache_dir=cache)["cs"]["test"])
+    shutil.move(data, tmp_path / "moved")
+    assert ids(load_treebanks(tmp_path / "moved", "cs", cache_dir=cache)["cs"]["test"]) == first
+
+
+@pytest.mark.slow
+def test_all_real_treebanks_load(ud_dir: Path, tmp_path: Path) -> None:
+    """If this fails, some real treebank does not go through the cache, or sentences are lost on the way."""
+    codes = {treebank.code for treebank in find_treebanks(ud_dir).values()}
+    loaded = load_treebanks(ud_dir, sorted(codes), optional=SPLITS, cache_dir=tmp_path)
+    with open(ud_dir / "MANIFEST.tsv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for code, splits in loaded.items():
+        for split in splits:
+            wanted = sum(int(row["sentences"]) for row in rows if (row["code"], row["split"]) == (code, split))
+            assert len(splits[split]) == wanted, (code, split)

@@ -66,7 +66,16 @@ def _call(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check(x, weight, mask, language_ids, bias, packed_width)
     return torch.ops.fastmask.masked_linear(
-        x, weight, bias, language_ids, mask.layout, mask.kind, mask.geometry, mask.n_languages, packed_width
+        x,
+        weight,
+        bias,
+        language_ids,
+        mask.index,
+        mask.extents,
+        mask.kind,
+        mask.geometry,
+        mask.n_languages,
+        packed_width,
     )
 
 
@@ -99,16 +108,18 @@ def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Te
 # ---- custom operators
 
 
-def _pieces(layout: list[Tensor], kind: str, geometry: list[int], weight: Tensor, packed_width: int) -> segments.Pieces:
+def _pieces(
+    index: Tensor, extents: Tensor, kind: str, geometry: list[int], weight: Tensor, packed_width: int
+) -> segments.Pieces:
     N, K = weight.shape
     packed = None if packed_width == UNPACKED else packed_width
     if kind == "rows":
-        return Rows(layout, geometry[0], N, K, packed)
+        return Rows(index, extents, geometry[0], N, K, packed)
     if kind == "columns":
-        return Columns(layout, geometry[0], N, K, packed)
+        return Columns(index, extents, geometry[0], N, K, packed)
     if kind == "blocks":
-        return Blocks(layout, (geometry[0], geometry[1]), N, K)
-    return Weights(layout, N, K)
+        return Blocks(index, extents, (geometry[0], geometry[1]), N, K)
+    return Weights(index, N, K)
 
 
 def _host_ids(language_ids: Tensor, n_languages: int) -> list[int]:
@@ -145,13 +156,14 @@ def _masked_linear(
     weight: Tensor,
     bias: Tensor | None,
     language_ids: Tensor,
-    layout: list[Tensor],
+    index: Tensor,
+    extents: Tensor,
     kind: str,
     geometry: list[int],
     n_languages: int,
     packed_width: int,
 ) -> Tensor:
-    pieces = _pieces(layout, kind, geometry, weight, packed_width)
+    pieces = _pieces(index, extents, kind, geometry, weight, packed_width)
     ids = _host_ids(language_ids, n_languages)
     _check_packed(pieces, kind, ids, packed_width)
     y = segments.forward(pieces, _examples(x), weight, bias, ids)
@@ -159,7 +171,7 @@ def _masked_linear(
 
 
 @_masked_linear.register_fake
-def _(x, weight, bias, language_ids, layout, kind, geometry, n_languages, packed_width):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, language_ids, index, extents, kind, geometry, n_languages, packed_width):  # type: ignore[no-untyped-def]
     packed_rows = kind == "rows" and packed_width != UNPACKED
     return x.new_empty(*x.shape[:-1], packed_width if packed_rows else weight.shape[0])
 
@@ -170,13 +182,14 @@ def _masked_linear_backward(
     x: Tensor,
     weight: Tensor,
     language_ids: Tensor,
-    layout: list[Tensor],
+    index: Tensor,
+    extents: Tensor,
     kind: str,
     geometry: list[int],
     packed_width: int,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pieces = _pieces(layout, kind, geometry, weight, packed_width)
+    pieces = _pieces(index, extents, kind, geometry, weight, packed_width)
     needs_x, needs_weight, needs_bias = needs
     dx, dw, db = segments.backward(
         pieces, _examples(dy), _examples(x), weight, language_ids.tolist(), (needs_x, needs_weight, needs_bias)
@@ -190,7 +203,7 @@ def _masked_linear_backward(
 
 
 @_masked_linear_backward.register_fake
-def _(dy, x, weight, language_ids, layout, kind, geometry, packed_width, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, language_ids, index, extents, kind, geometry, packed_width, needs):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape if needs[0] else 0),
         weight.new_empty(weight.shape if needs[1] else 0),
@@ -199,18 +212,18 @@ def _(dy, x, weight, language_ids, layout, kind, geometry, packed_width, needs):
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, _bias, language_ids, layout, ctx.kind, ctx.geometry, _, ctx.packed_width = inputs
-    ctx.save_for_backward(x, weight, language_ids, *layout)
+    x, weight, _bias, language_ids, index, extents, ctx.kind, ctx.geometry, _, ctx.packed_width = inputs
+    ctx.save_for_backward(x, weight, language_ids, index, extents)
 
 
 def _backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
-    x, weight, language_ids, *layout = ctx.saved_tensors
+    x, weight, language_ids, index, extents = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     dx, dw, db = torch.ops.fastmask.masked_linear_backward(
-        dy, x, weight, language_ids, layout, ctx.kind, ctx.geometry, ctx.packed_width, needs
+        dy, x, weight, language_ids, index, extents, ctx.kind, ctx.geometry, ctx.packed_width, needs
     )
     grads = [grad if needed else None for grad, needed in zip((dx, dw, db), needs, strict=True)]
-    return (*grads, None, [None] * len(layout), None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None)
 
 
 _masked_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -6,7 +6,7 @@ Dimension letters, here and everywhere: L languages, B examples, T tokens, N out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,21 +28,27 @@ class Mask:
         kind: "rows", "columns", "blocks" or "weights".
         n_languages, out_features, in_features: L, N, K.
         geometry: size of a unit that lives and dies as one: (rows,) or (columns,), (bn, bk) of a block, (1, 1).
-        layout: the tensors the kernels read; their meaning depends on the kind:
-            rows, columns: `units` int64 [L, U] (live units in ascending order, padded with 0), `counts` int64 [L];
-            blocks: `row_runs` int64 [R, 3] (block row, first and past-the-last block column) and `row_offsets`
-            int64 [L + 1], then `column_runs` and `column_offsets`, the same for the transposed weight;
-            weights: `bits` int32 [L, N, ceil(K / 32)], bit k % 32 of word k // 32.
+        index, extents: what the kernels read; their meaning depends on the kind:
+            rows, columns: the live rows int64 [L, most], ascending, padded with 0; how many, int64 [L].
+            blocks: runs int64 [R, 3] of live blocks (block row, first, past the last), then the same of the transposed
+            weight; where each language's runs begin, int64 [2, L + 1].
+            weights: bits int32 [L, N, ceil(K / 32)], bit k % 32 of word k // 32; live weights, int64 [L].
     """
 
     def __init__(
-        self, kind: str, shape: tuple[int, int, int], geometry: tuple[int, ...], live: Tensor, layout: Sequence[Tensor]
+        self,
+        kind: str,
+        shape: tuple[int, int, int],
+        geometry: tuple[int, ...],
+        live: Tensor,
+        index: Tensor,
+        extents: Tensor,
     ) -> None:
         self.kind = kind
         self.n_languages, self.out_features, self.in_features = shape
         self.geometry = geometry
         self.live = live  # int64 [L]: how many weights each language owns
-        self.layout = tuple(layout)
+        self.index, self.extents = index, extents
 
     # ---- constructors
 
@@ -51,18 +57,18 @@ class Mask:
         """Whole output units: `keep` bool [L, N]. A dead row gives exactly 0, its bias included."""
         keep = _checked(keep, 2, "keep [languages, out_features]")
         in_features = _positive(in_features, "in_features")
-        unit, layout = _unit_layout(keep)
-        live = keep.sum(1) * in_features
-        return cls("rows", (keep.shape[0], keep.shape[1], in_features), (unit,), live, layout)
+        unit, index, counts = _live_units(keep)
+        shape = (keep.shape[0], keep.shape[1], in_features)
+        return cls("rows", shape, (unit,), counts * in_features, index, counts)
 
     @classmethod
     def columns(cls, keep: Tensor, out_features: int) -> Mask:
         """Whole input units: `keep` bool [L, K]. A dead input is never read and gets no gradient."""
         keep = _checked(keep, 2, "keep [languages, in_features]")
         out_features = _positive(out_features, "out_features")
-        unit, layout = _unit_layout(keep)
-        live = keep.sum(1) * out_features
-        return cls("columns", (keep.shape[0], out_features, keep.shape[1]), (unit,), live, layout)
+        unit, index, counts = _live_units(keep)
+        shape = (keep.shape[0], out_features, keep.shape[1])
+        return cls("columns", shape, (unit,), counts * out_features, index, counts)
 
     @classmethod
     def blocks(cls, keep: Tensor, block: tuple[int, int]) -> Mask:
@@ -72,15 +78,18 @@ class Mask:
             raise ValueError(f"block must be (bn, bk), given {block!r}")
         bn, bk = _positive(block[0], "block[0]"), _positive(block[1], "block[1]")
         shape = (keep.shape[0], keep.shape[1] * bn, keep.shape[2] * bk)
-        layout = (*_runs(keep), *_runs(keep.transpose(1, 2)))
-        return cls("blocks", shape, (bn, bk), keep.sum((1, 2)) * bn * bk, layout)
+        (row_runs, row_starts), (column_runs, column_starts) = _runs(keep), _runs(keep.transpose(1, 2))
+        starts = torch.stack([row_starts, column_starts + len(row_runs)])
+        runs = torch.cat([row_runs, column_runs])
+        return cls("blocks", shape, (bn, bk), keep.sum((1, 2)) * bn * bk, runs, starts)
 
     @classmethod
     def weights(cls, keep: Tensor) -> Mask:
         """Any pattern: `keep` bool [L, N, K], stored as one bit a weight."""
         keep = _checked(keep, 3, "keep [languages, out_features, in_features]")
         L, N, K = keep.shape
-        return cls("weights", (L, N, K), (1, 1), keep.sum((1, 2)), (bits.pack(keep),))
+        live = keep.sum((1, 2))
+        return cls("weights", (L, N, K), (1, 1), live, bits.pack(keep), live)
 
     # ---- properties
 
@@ -95,38 +104,36 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored layout, all languages together."""
-        return sum(t.numel() * t.element_size() for t in self.layout)
+        """Bytes of the stored mask, all languages together."""
+        return sum(t.numel() * t.element_size() for t in (self.index, self.extents))
 
-    def live_units(self) -> list[int]:
+    def live_counts(self) -> list[int]:
         """Live rows (or columns) of each language; row and column masks only."""
-        return [count * self.geometry[0] for count in self.layout[1].tolist()]
+        counts: list[int] = self.extents.tolist()
+        return counts
 
     def to_dense(self) -> Tensor:
         """The mask as bool [L, N, K], whatever its kind."""
         L, N, K = self.n_languages, self.out_features, self.in_features
         if self.kind == "weights":
-            return bits.unpack(self.layout[0], K)
+            return bits.unpack(self.index, K)
         if self.kind == "blocks":
             bn, bk = self.geometry
             keep = torch.zeros(L, N // bn, K // bk, dtype=torch.bool, device=self.device)
-            offsets = self.layout[1].tolist()
+            starts = self.extents[0].tolist()
             for language in range(L):
-                for row, first, last in self.layout[0][offsets[language] : offsets[language + 1]].tolist():
+                for row, first, last in self.index[starts[language] : starts[language + 1]].tolist():
                     keep[language, row, first:last] = True
             return keep.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
-        units, counts = self.layout
-        width = N if self.kind == "rows" else K
-        keep = torch.zeros(L, width // self.geometry[0], dtype=torch.bool, device=self.device)
-        for language, count in enumerate(counts.tolist()):
-            keep[language, units[language, :count]] = True
-        keep = keep.repeat_interleave(self.geometry[0], 1)
+        keep = torch.zeros(L, N if self.kind == "rows" else K, dtype=torch.bool, device=self.device)
+        for language, count in enumerate(self.live_counts()):
+            keep[language, self.index[language, :count]] = True
         return keep[:, :, None].expand(L, N, K) if self.kind == "rows" else keep[:, None, :].expand(L, N, K)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
         """The same mask with `function` applied to each stored tensor (to move it between devices)."""
         shape = (self.n_languages, self.out_features, self.in_features)
-        return Mask(self.kind, shape, self.geometry, function(self.live), [function(t) for t in self.layout])
+        return Mask(self.kind, shape, self.geometry, function(self.live), function(self.index), function(self.extents))
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on `device`."""
@@ -156,22 +163,20 @@ def _positive(value: int, name: str) -> int:
     return value
 
 
-def _unit_layout(keep: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
-    """The coarsest unit size that describes `keep` [L, width], and its (units, counts).
+def _live_units(keep: Tensor) -> tuple[int, Tensor, Tensor]:
+    """The coarsest unit size that describes `keep` [L, width], the live indices [L, most] and their counts [L].
 
-    Heads are runs of head_dim rows: one index for each run instead of one for each row means long contiguous copies.
+    Heads are runs of head_dim rows: knowing it, columns are copied in runs instead of one by one.
     """
     width = keep.shape[1]
     changes = (keep[:, 1:] != keep[:, :-1]).any(0).nonzero().flatten() + 1
     unit = math.gcd(width, *changes.tolist())
-    keep = keep[:, ::unit]
     counts = keep.sum(1)
-    # A stable descending sort of the flags puts the live units first, in ascending order.
+    # A stable descending sort of the flags puts the live indices first, in ascending order.
     order = torch.sort(keep.to(torch.int8), dim=1, descending=True, stable=True).indices
     most = max(1, int(counts.max()))
-    units = order[:, :most]
     padding = torch.arange(most, device=keep.device)[None, :] >= counts[:, None]
-    return unit, (units.masked_fill(padding, 0).contiguous(), counts)
+    return unit, order[:, :most].masked_fill(padding, 0).contiguous(), counts
 
 
 def _runs(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ class AttachedLinear(MaskedLinear):
         super().__init__(in_features, out_features, mask, **options)
         self.router = router
         self.packed_unit = packed_unit
-        self._live_units = mask.live_units() if packed_unit is not None else []
+        self._live_counts = mask.live_counts() if packed_unit is not None else []
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
@@ -55,9 +55,9 @@ class AttachedLinear(MaskedLinear):
     def _packed_width(self, present: frozenset[int] | None) -> int:
         assert self.packed_unit is not None
         if present is None:
-            widest = max(self._live_units)
+            widest = max(self._live_counts)
         elif -1 in present:
             return self.out_features
         else:
-            widest = max((self._live_units[language] for language in present), default=0)
+            widest = max((self._live_counts[language] for language in present), default=0)
         return max(widest, self.packed_unit)

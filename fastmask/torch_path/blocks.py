@@ -16,26 +16,29 @@ __all__ = ["Blocks"]
 class Blocks(Pieces):
     """Masks over (bn, bk) blocks of a weight [N, K]."""
 
-    def __init__(self, layout: list[Tensor], block: tuple[int, int], N: int, K: int) -> None:
-        self.row_runs, row_offsets, self.column_runs, column_offsets = layout
-        self.row_offsets: list[int] = row_offsets.tolist()
-        self.column_offsets: list[int] = column_offsets.tolist()
+    def __init__(self, runs: Tensor, starts: Tensor, block: tuple[int, int], N: int, K: int) -> None:
+        self.runs = runs
+        self.row_starts, self.column_starts = starts.tolist()
         self.bn, self.bk = block
         self.in_width, self.out_width = K, N
+
+    def _runs(self, starts: list[int], language: int) -> list[list[int]]:
+        runs: list[list[int]] = self.runs[starts[language] : starts[language + 1]].tolist()
+        return runs
 
     def _row_strips(self, language: int) -> list[tuple[slice, slice]]:
         """(rows, columns) of each run of live blocks, one block row after the other."""
         if language == FULL:
             return [(slice(0, self.out_width), slice(0, self.in_width))]
-        runs = self.row_runs[self.row_offsets[language] : self.row_offsets[language + 1]].tolist()
-        return [(slice(r * self.bn, (r + 1) * self.bn), slice(a * self.bk, b * self.bk)) for r, a, b in runs]
+        bn, bk, runs = self.bn, self.bk, self._runs(self.row_starts, language)
+        return [(slice(n * bn, (n + 1) * bn), slice(first * bk, last * bk)) for n, first, last in runs]
 
     def _column_strips(self, language: int) -> list[tuple[slice, slice]]:
         """The same, one block column after the other."""
         if language == FULL:
             return [(slice(0, self.out_width), slice(0, self.in_width))]
-        runs = self.column_runs[self.column_offsets[language] : self.column_offsets[language + 1]].tolist()
-        return [(slice(a * self.bn, b * self.bn), slice(c * self.bk, (c + 1) * self.bk)) for c, a, b in runs]
+        bn, bk, runs = self.bn, self.bk, self._runs(self.column_starts, language)
+        return [(slice(first * bn, last * bn), slice(k * bk, (k + 1) * bk)) for k, first, last in runs]
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         weight = weight.to(x.dtype)

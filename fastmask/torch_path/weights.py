@@ -14,8 +14,8 @@ __all__ = ["Weights"]
 class Weights(Pieces):
     """Masks over single weights of [N, K]."""
 
-    def __init__(self, layout: list[Tensor], N: int, K: int) -> None:
-        (self.words,) = layout
+    def __init__(self, words: Tensor, N: int, K: int) -> None:
+        self.words = words
         self.in_width, self.out_width = K, N
 
     def _keep(self, language: int) -> Tensor:

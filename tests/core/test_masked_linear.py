@@ -126,7 +126,7 @@ def test_packed_equals_unpacked(kind, unit):
     torch.manual_seed(0)
     N, K = (8 * unit, 12) if kind == "rows" else (12, 8 * unit)
     mask, ids = random_mask(kind, 2, N, K, unit=unit), torch.tensor([1, 0, 1])
-    width = max(mask.live_units()) + unit
+    width = max(mask.live_counts()) + unit
     weight, bias = torch.randn(N, K), torch.randn(N)
     dense = mask.to_dense()[:, :, 0] if kind == "rows" else mask.to_dense()[:, 0]
     order = [torch.where(row)[0].tolist() for row in dense]
@@ -174,7 +174,7 @@ def test_opcheck(kind, packed_width):
     mask = random_mask(kind, 2, 6, 6, unit=2)
     x, weight = torch.randn(3, 2, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
     bias, ids = torch.randn(6, requires_grad=True), torch.tensor([0, 1, 0])
-    arguments = (x, weight, bias, ids, list(mask.layout), mask.kind, list(mask.geometry), 2, packed_width)
+    arguments = (x, weight, bias, ids, mask.index, mask.extents, mask.kind, list(mask.geometry), 2, packed_width)
     torch.library.opcheck(torch.ops.fastmask.masked_linear, arguments)
     torch.library.opcheck(
         torch.ops.fastmask.masked_linear_backward,
@@ -183,7 +183,8 @@ def test_opcheck(kind, packed_width):
             x.detach(),
             weight.detach(),
             ids,
-            list(mask.layout),
+            mask.index,
+            mask.extents,
             mask.kind,
             list(mask.geometry),
             packed_width,

@@ -1,4 +1,4 @@
-"""`Mask`: constructors, layouts, densities and their errors."""
+"""`Mask`: constructors, storage, densities and their errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmask import Mask, bits
     p=st.sampled_from([0, 0.3, 1]),
 )
 def test_every_kind_round_trips_to_dense(L, N, K, seed, p):
-    """A layout loses or invents a live weight."""
+    """The stored form loses or invents a live weight."""
     generator = torch.Generator().manual_seed(seed)
 
     def flags(*shape):
@@ -60,7 +60,8 @@ def test_units_are_found():
 
 def test_weights_cost_one_bit_each():
     """Arbitrary masks of 100 languages would not fit."""
-    assert Mask.weights(torch.ones(4, 64, 96, dtype=torch.bool)).nbytes == 4 * 64 * 96 // 8
+    mask = Mask.weights(torch.ones(4, 64, 96, dtype=torch.bool))
+    assert mask.nbytes <= 4 * 64 * 96 / 8 + 100
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""The `fastmask` command: train, discover, evaluate, predict, masks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted.
+
+    A failure prints one message and no traceback unless `--debug` is given.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        _run(options)
+    except KeyboardInterrupt:
+        print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        expected = isinstance(error, (ValueError, KeyError, OSError, RuntimeError, ImportError))
+        what = "error" if expected else f"unexpected {type(error).__name__}"
+        print(f"fastmask {options.command}: {what}: {error}", file=sys.stderr)
+        if not expected:
+            print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Each command imports what it needs when it runs: `--help` answers at once.
+    if options.command == "train":
+        from fastmask.cli.train import run
+    elif options.command == "discover":
+        from fastmask.cli.discover import run
+    elif options.command == "evaluate":
+        from fastmask.cli.evaluate import run
+    elif options.command == "predict":
+        from fastmask.cli.predict import run
+    else:
+        from fastmask.cli.masks import run
+    run(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastmask.cli.options import Formatter, add_settings
+    from fastmask.training.config import DEVICES
+
+    parser = argparse.ArgumentParser(
+        prog="fastmask", description="Per-language subnetworks of one shared model.", formatter_class=Formatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=Formatter)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return sub
+
+    def data_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--data", help="folder of UD treebanks; that of the run if not given")
+        sub.add_argument("--languages", help="codes or treebank names; those of the run if not given")
+        sub.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+
+    train = command("train", "train a multilingual dependency parser with one subnetwork for each language")
+    train.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here override it")
+    add_settings(train)
+
+    find = command("discover", "find one subnetwork for each language by iterative pruning")
+    find.add_argument("runs", nargs="+", metavar="RUN", help="finished runs; several (of other seeds) are combined")
+    find.add_argument("--masks", metavar="FILE", default="masks.safetensors", help="where to write the subnetworks")
+    find.add_argument("--seeds", type=int, default=1, help="draws of scoring sentences for each run, combined")
+    find.add_argument("--combine", choices=("majority", "union", "intersection"), default="majority", help="how")
+    add_settings(find, only=("units", "density", "tau", "score_sentences", "dev_sentences", "seed"))
+    data_options(find)
+
+    score = command("evaluate", "official LAS and UAS of a run")
+    score.add_argument("run", metavar="RUN", help="folder of a finished run")
+    score.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which part of the treebanks")
+    score.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    data_options(score)
+
+    write = command("predict", "parse a CoNLL-U file")
+    write.add_argument("run", metavar="RUN", help="folder of a finished run")
+    write.add_argument("input", metavar="INPUT", help="CoNLL-U file; only HEAD and DEPREL will change")
+    write.add_argument("output", metavar="OUTPUT", help="CoNLL-U file to write")
+    write.add_argument("--language", help="whose subnetwork to use; the full network if not given")
+    write.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+
+    show = command("masks", "show what is in a file of subnetworks")
+    show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote")
+    show.add_argument("--picture", metavar="FILE", help="also draw head use by language and layer (.png, .svg, .pdf)")
+    return parser

@@ -1,0 +1,53 @@
+"""`fastmask masks`: what is in a file of subnetworks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from fastmask.subnetworks import Subnetworks
+
+__all__ = ["print_masks", "run"]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the table, and draw the picture if asked."""
+    subnets = Subnetworks.load(options.file)
+    print_masks(subnets, sys.stdout)
+    if options.picture:
+        from fastmask.cli.pictures import head_use
+
+        head_use(subnets, options.picture)
+        print(f"picture written to {options.picture}")
+
+
+def print_masks(subnets: Subnetworks, file: TextIO) -> None:
+    """A row for each language: units kept, live heads of each layer, and its most similar other language."""
+    table = Table(title=f"subnetworks of {len(subnets.languages)} languages")
+    table.add_column("language")
+    named = (("heads", subnets.heads), ("neurons", subnets.neurons))
+    kinds = [(kind, keep) for kind, keep in named if keep is not None]
+    for kind, keep in kinds:
+        table.add_column(f"{kind} of {keep[0].numel()}", justify="right")
+        table.add_column(f"{kind} by layer", justify="left")
+    for name in subnets.weights or {}:
+        table.add_column(f"% of {name}", justify="right")
+    several = len(subnets.languages) > 1
+    if several:
+        table.add_column("nearest (Jaccard)")
+        overlap = subnets.overlap(kinds[0][0] if kinds else "weights").fill_diagonal_(-1)
+    for index, language in enumerate(subnets.languages):
+        cells = [language]
+        for _, keep in kinds:
+            cells += [str(int(keep[index].sum())), " ".join(str(n) for n in keep[index].sum(-1).tolist())]
+        cells += [f"{keep[index].float().mean() * 100:.1f}" for keep in (subnets.weights or {}).values()]
+        if several:
+            nearest = int(overlap[index].argmax())
+            cells.append(f"{subnets.languages[nearest]} {overlap[index, nearest]:.2f}")
+        table.add_row(*cells)
+    console = Console(file=file) if file.isatty() else Console(file=file, width=120)
+    console.print(table)

@@ -1,0 +1,47 @@
+"""Command-line options made from the fields of `TrainConfig`, and merged with a YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, get_args, get_type_hints
+
+from fastmask.training.config import TrainConfig
+
+__all__ = ["Formatter", "add_settings", "given_settings"]
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help text, where there is one worth showing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_settings(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+    """Add an option for every field of `TrainConfig`, or for some; what is not given stays out of the namespace."""
+    hints = get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        if only is not None and item.name not in only:
+            continue
+        kinds = [kind for kind in get_args(hints[item.name]) if kind is not type(None)] or [hints[item.name]]
+        default = "" if item.default is None else f" (default: {item.default})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.metadata["help"] + default}
+        if kinds[0] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kinds[0]
+            options["choices"] = item.metadata.get("choices")
+            if options["choices"] is None:
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
+        parser.add_argument(f"--{item.name.replace('_', '-')}", dest=f"setting:{item.name}", **options)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    return {
+        name.removeprefix("setting:"): value for name, value in vars(options).items() if name.startswith("setting:")
+    }

@@ -1,0 +1,72 @@
+"""Pictures of a run's subnetworks."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastmask.subnetworks import Subnetworks
+from fastmask.training.checkpoints import replace_file
+
+__all__ = ["head_use"]
+
+
+def head_use(subnets: Subnetworks, path: str | PathLike[str]) -> None:
+    """Draw which heads each language keeps, and what share of each layer's neurons; the ending gives the format.
+
+    Raises:
+        ValueError: the subnetworks have masks neither over heads nor over neurons.
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    panels = [kind for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)) if keep is not None]
+    if not panels:
+        raise ValueError("there is nothing to draw: these subnetworks mask neither heads nor neurons")
+    languages = len(subnets.languages)
+    widths = [max(4.0, 0.14 * subnets.heads[0].numel()) if kind == "heads" else 4.0 for kind in panels]  # type: ignore[index]
+    size = (sum(widths) + 1.5, max(2.4, 0.3 * languages + 1.4))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, width_ratios=widths, layout="constrained")
+    for axis, kind in zip(axes[0], panels, strict=True):
+        if kind == "heads" and subnets.heads is not None:
+            _draw_heads(axis, subnets.heads)
+        elif subnets.neurons is not None:
+            _draw_neurons(figure, axis, subnets.neurons)
+        axis.set_yticks(range(languages), subnets.languages)
+        axis.set_xlabel("layer")
+    target = Path(path)
+    replace_file(target, lambda partial: figure.savefig(partial, dpi=150, format=target.suffix.lstrip(".") or "png"))
+    plt.close(figure)
+
+
+def _draw_heads(axis: Any, keep: Tensor) -> None:
+    """One cell for each head, dark where the language keeps it; the number kept stands under each layer's cells."""
+    languages, layers, heads = keep.shape
+    axis.imshow(keep.flatten(1).float(), cmap="Blues", vmin=0, vmax=1.25, aspect="auto", interpolation="none")
+    for layer in range(1, layers):
+        axis.axvline(layer * heads - 0.5, color="black", linewidth=1)
+    for row in range(1, languages):
+        axis.axhline(row - 0.5, color="white", linewidth=1)
+    for column in range(1, layers * heads):
+        axis.axvline(column - 0.5, color="white", linewidth=0.4)
+    axis.set_xticks([layer * heads + (heads - 1) / 2 for layer in range(layers)], range(layers))
+    axis.set_title(f"heads kept (dark), {heads} a layer")
+
+
+def _draw_neurons(figure: Any, axis: Any, keep: Tensor) -> None:
+    """One cell for each layer, with the percentage of its neurons that the language keeps."""
+    shares = keep.float().mean(2) * 100
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    for row in range(shares.shape[0]):
+        for column in range(shares.shape[1]):
+            value = float(shares[row, column])
+            colour = "white" if value > 60 else "black"
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    axis.set_xticks(range(shares.shape[1]))
+    axis.set_title(f"neurons kept, % of {keep.shape[2]}")
+    figure.colorbar(image, ax=axis, shrink=0.8)

@@ -1,0 +1,138 @@
+"""What the commands print: tables of scores, rounds of pruning, and where a run's files are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastmask.discovery import Round
+    from fastmask.subnetworks import Subnetworks
+
+__all__ = ["Row", "print_scores", "print_summary", "round_printer"]
+
+WIDTH = 120  # of tables that do not go to a terminal
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one language, in percent, and tokens per second; None where it has no subnetwork."""
+
+    language: str
+    words: int
+    full_las: float
+    full_uas: float
+    full_tokens_per_second: float
+    las: float | None = None
+    uas: float | None = None
+    tokens_per_second: float | None = None
+    heads: int | None = None
+    all_heads: int | None = None
+    neurons: int | None = None
+    all_neurons: int | None = None
+
+    @classmethod
+    def of(cls, language: str, full: Any, own: Any | None, subnets: Subnetworks | None) -> Row:
+        """From two `Evaluation`s and the subnetworks that the second one ran with."""
+        row: dict[str, Any] = {
+            "language": language,
+            "words": full.scores.words,
+            "full_las": full.las,
+            "full_uas": full.uas,
+            "full_tokens_per_second": full.tokens_per_second,
+        }
+        if own is not None and subnets is not None:
+            index = subnets.index(language)
+            row |= {"las": own.las, "uas": own.uas, "tokens_per_second": own.tokens_per_second}
+            for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+                if keep is not None:
+                    row |= {kind: int(keep[index].sum()), f"all_{kind}": keep[index].numel()}
+        return cls(**row)
+
+
+def print_scores(rows: Sequence[Row], file: TextIO) -> None:
+    """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
+    table = Table(title="official LAS / UAS on the test sets, percent")
+    for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full tok/s"):
+        table.add_column(name, justify="left" if name == "language" else "right")
+    table.add_column("subnet tok/s", justify="right")
+    masked = any(row.las is not None for row in rows)
+    for row in rows:
+        table.add_row(
+            row.language if row.las is not None or not masked else f"{row.language} (no subnetwork)",
+            f"{row.full_las:.2f}",
+            f"{row.full_uas:.2f}",
+            _number(row.las, ".2f"),
+            _number(row.uas, ".2f"),
+            _share(row.heads, row.all_heads),
+            _share(row.neurons, row.all_neurons),
+            f"{row.full_tokens_per_second:,.0f}",
+            _number(row.tokens_per_second, ",.0f"),
+        )
+    own = [row for row in rows if row.las is not None] or list(rows)
+    if len(own) > 1:
+        table.add_section()
+        table.add_row(
+            f"mean of {len(own)}",
+            f"{_mean([row.full_las for row in own]):.2f}",
+            f"{_mean([row.full_uas for row in own]):.2f}",
+            _number(_mean([row.las for row in own]), ".2f"),
+            _number(_mean([row.uas for row in own]), ".2f"),
+        )
+    _console(file).print(table)
+
+
+def print_summary(folder: Path, speed: dict[str, float], pictures: Sequence[Path], file: TextIO) -> None:
+    """Training speed, and where everything is."""
+    names = {"full_network": "on the full network", "subnetworks": "with subnetworks"}
+    console = _console(file)
+    if speed:
+        parts = [f"{value:,.0f} tokens/s {names[name]}" for name, value in speed.items()]
+        console.print(f"training: {', '.join(parts)}", highlight=False)
+    files = [f"{name} {what}" for name, what in _FILES.items() if (folder / name).exists()]
+    files += [f"{path.name} (heads by language and layer)" for path in pictures]
+    console.print(f"run: {folder.resolve()}", highlight=False, soft_wrap=True)
+    console.print(f"     {', '.join(files)}", highlight=False, soft_wrap=True)
+
+
+_FILES = {
+    "results.json": "(this table)",
+    "metrics.jsonl": "(loss and dev scores)",
+    "model": "(parser)",
+    "masks.safetensors": "(subnetworks)",
+}
+
+
+def round_printer(file: TextIO) -> Callable[[Round], None]:
+    """A function that prints one line for each round of pruning."""
+
+    def show(found: Round) -> None:
+        counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
+        metric = "" if found.metric is None else f"  dev LAS {found.metric:.2f}"
+        stopped = "" if found.kept else "  too low: back to the round before"
+        print(f"  {found.language} round {found.number}: {', '.join(counts)}{metric}{stopped}", file=file)
+
+    return show
+
+
+def _console(file: TextIO) -> Console:
+    return Console(file=file) if file.isatty() else Console(file=file, width=WIDTH)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def _share(live: int | None, total: int | None) -> str:
+    return "-" if live is None or total is None else f"{live} of {total}"
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else math.nan

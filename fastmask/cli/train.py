@@ -1,0 +1,109 @@
+"""`fastmask train`: from settings to a trained run, a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastmask.cli.options import given_settings
+from fastmask.cli.report import Row, print_scores, print_summary, round_printer
+from fastmask.training.checkpoints import replace_file
+from fastmask.training.config import TrainConfig
+
+__all__ = ["run"]
+
+RESULTS_FILE = "results.json"
+EMBEDDED_STEPS = 600  # about a minute and a half on two cores
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, score every language with the full network and with its subnetwork, and say where everything is."""
+    from fastmask.parsing import synthetic
+    from fastmask.training.build import build_parser
+    from fastmask.training.data import embedded_treebanks, load_training_data, training_languages
+    from fastmask.training.loop import train
+    from fastmask.training.methods import subnetworks_of
+    from fastmask.training.run_folder import check_out
+
+    config = _config(options)
+    check_out(config)  # before anything is written or computed
+    data = config.data or embedded_treebanks(config.out)
+    if config.data is None:
+        print(f"no --data given: training on the embedded artificial languages ({data})", file=sys.stderr)
+    languages = config.languages or (training_languages(data) if config.data else ",".join(synthetic.SEEN))
+    datasets = load_training_data(data, languages)
+    parser = build_parser(config, datasets)
+    show = sys.stderr.isatty()
+    result = train(
+        parser, datasets, config, lambda point: subnetworks_of(point, round_printer(sys.stderr)), progress=show
+    )
+
+    tests: dict[str, Any] = {code: splits["test"] for code, splits in datasets.items() if "test" in splits}
+    if config.data is None:
+        tests |= _unseen(data, [code for code in synthetic.UNSEEN if code not in datasets])
+    rows = _scored(result, tests)
+    folder = Path(config.out)
+    speed = _training_speed(result.history, config.switch_step)
+    report = {
+        "settings": dataclasses.asdict(config),
+        "training_tokens_per_second": speed,
+        "test": [dataclasses.asdict(row) for row in rows],
+    }
+    replace_file(folder / RESULTS_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+    pictures = []
+    if result.subnetworks is not None:
+        from fastmask.cli.pictures import head_use
+
+        pictures.append(folder / "head_use.png")
+        head_use(result.subnetworks, pictures[0])
+    print_scores(rows, sys.stdout)
+    print_summary(folder, speed, pictures, sys.stdout)
+
+
+def _config(options: argparse.Namespace) -> TrainConfig:
+    given = given_settings(options)
+    file = TrainConfig.load(options.config) if options.config else TrainConfig()
+    config = TrainConfig.from_dict({**dataclasses.asdict(file), **given})
+    embedded = config.data is None
+    if embedded and "steps" not in given and not options.config:
+        config = dataclasses.replace(config, steps=EMBEDDED_STEPS)
+    if not embedded and not os.path.isdir(config.data or ""):
+        raise FileNotFoundError(f"no folder of treebanks at {config.data}")
+    return config
+
+
+def _unseen(data: Any, languages: list[str]) -> dict[str, Any]:
+    from fastmask.parsing.treebanks import load_treebanks
+
+    return {code: splits["test"] for code, splits in load_treebanks(data, languages, splits=("test",)).items()}
+
+
+def _scored(result: Any, tests: dict[str, Any]) -> list[Row]:
+    """Score every test set with the full network, and with the language's subnetwork where it has one."""
+    from fastmask.parsing.evaluation import evaluate, prepare
+
+    rows = []
+    ids, subnets = result.language_ids or {}, result.subnetworks
+    for code, data in tests.items():
+        prepared = prepare(result.parser, data)
+        full = evaluate(result.parser, {code: prepared}, None if subnets is None else -1)[code]
+        own = evaluate(result.parser, {code: prepared}, ids[code])[code] if code in ids else None
+        rows.append(Row.of(code, full, own, subnets))
+    return rows
+
+
+def _training_speed(history: list[dict[str, Any]], switch: int | None) -> dict[str, float]:
+    """Median tokens/s of the training steps before and after the subnetworks were switched on."""
+    import statistics
+
+    speeds: dict[str, list[float]] = {"full_network": [], "subnetworks": []}
+    for record in history:
+        if "words_per_second" in record:
+            before = switch is None or record["step"] <= switch
+            speeds["full_network" if before else "subnetworks"].append(record["words_per_second"])
+    return {name: statistics.median(values) for name, values in speeds.items() if values}

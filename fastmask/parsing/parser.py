@@ -1,0 +1,314 @@
+"""A graph-based dependency parser: a Hugging Face encoder under biaffine arc and label scores."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fastmask.parsing.batch import Batch
+from fastmask.parsing.biaffine import ArcScorer, LabelScorer
+from fastmask.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
+from fastmask.parsing.mst import maximum_spanning_trees
+from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+
+__all__ = ["LOSSES", "Parser", "ParserConfig", "ParserOutput"]
+
+FORMAT_VERSION = 1
+LOSSES = ("words", "sentences")
+
+
+@dataclass(frozen=True)
+class ParserConfig:
+    """Sizes of what stands on the encoder.
+
+    Attributes:
+        arc_size: width of the arc perceptrons.
+        label_size: width of the label perceptrons; their form has labels * (label_size + 1)^2 weights. One less than a
+            multiple of 16, so that with the constant 1 rows are aligned: a third faster on a CPU than one more.
+        dropout: on word states and inside the perceptrons.
+        loss_over: the batch loss is a mean over its "words", or over its "sentences" of their mean over words.
+    """
+
+    arc_size: int = 256
+    label_size: int = 95
+    dropout: float = 0.2
+    loss_over: str = "words"
+
+    def __post_init__(self) -> None:
+        """Reject an unknown `loss_over`."""
+        if self.loss_over not in LOSSES:
+            raise ValueError(f"loss_over is {self.loss_over!r} (expected one of {', '.join(LOSSES)})")
+
+
+@dataclass
+class ParserOutput:
+    """What one pass gives.
+
+    Attributes:
+        arc_scores: float32 [B, W, W + 1]: column 0 is the root, column j the j-th word.
+        states: [B, W + 1, D], the root's state first.
+        loss_per_sentence: float32 [B], mean over the sentence's words of arc and label cross entropy, so that a score
+            made of its gradients does not depend on the batch; None without gold heads.
+        loss: float32 [], see `ParserConfig.loss_over`; None without gold heads.
+    """
+
+    arc_scores: torch.Tensor
+    states: torch.Tensor
+    loss_per_sentence: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+
+
+class Parser(nn.Module):
+    """Encoder, arcs and labels; `parser.encoder` is the model that `fastmask.attach` takes.
+
+    While the encoder is attached, `language_ids` reach it; otherwise they are not passed on.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        features: TrigramFeatures | PieceFeatures,
+        vocabulary: Vocabulary,
+        config: ParserConfig,
+    ) -> None:
+        """Put a parser on `encoder`; see `small` and `pretrained` for the usual ways."""
+        super().__init__()
+        self.encoder = encoder
+        self.features: Features = features
+        self.vocabulary = vocabulary
+        self.config = config
+        hidden = int(encoder.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        scale = float(getattr(encoder.config, "initializer_range", 0.02))
+        self.root = nn.Parameter(torch.randn(hidden) * scale)
+        if isinstance(features, TrigramFeatures):
+            self.trigrams: nn.EmbeddingBag | None = nn.EmbeddingBag(features.buckets, hidden, mode="mean")
+            self.upos: nn.Embedding | None = nn.Embedding(len(vocabulary.upos) + 1, hidden, padding_idx=0)
+            # As large as the encoder's positions, or its LayerNorm would drown word order in the word's form.
+            nn.init.normal_(self.trigrams.weight, std=2 * scale)
+            nn.init.normal_(self.upos.weight, std=scale)
+            with torch.no_grad():
+                self.upos.weight[0].zero_()
+        else:
+            self.trigrams = self.upos = None
+        self.dropout = nn.Dropout(config.dropout)
+        self.arcs = ArcScorer(hidden, config.arc_size, config.dropout)
+        self.labels = LabelScorer(hidden, config.label_size, len(vocabulary.deprels), config.dropout)
+
+    @classmethod
+    def small(
+        cls,
+        vocabulary: Vocabulary,
+        layers: int = 4,
+        heads: int = 8,
+        head_size: int = 32,
+        ffn: int = 1024,
+        buckets: int = 16384,
+        max_positions: int = 512,
+        encoder_dropout: float = 0.1,
+        config: ParserConfig | None = None,
+    ) -> Parser:
+        """Build a parser from scratch: an HF `BertModel` fed with trigram and UPOS embeddings."""
+        from transformers import BertConfig, BertModel
+
+        bert = BertConfig(
+            vocab_size=1,  # never looked up: words come in as `inputs_embeds`
+            pad_token_id=0,
+            hidden_size=heads * head_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=ffn,
+            max_position_embeddings=max_positions,
+            hidden_dropout_prob=encoder_dropout,
+            attention_probs_dropout_prob=encoder_dropout,
+        )
+        encoder = BertModel(bert, add_pooling_layer=False)
+        encoder.embeddings.word_embeddings.weight.requires_grad_(False)
+        return cls(encoder, TrigramFeatures(buckets, max_positions), vocabulary, config or ParserConfig())
+
+    @classmethod
+    def pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        vocabulary: Vocabulary,
+        max_length: int | None = None,
+        config: ParserConfig | None = None,
+    ) -> Parser:
+        """Put a parser on any encoder that `transformers.AutoModel` and `AutoTokenizer` find on disk or on the Hub.
+
+        Args:
+            name_or_path: a folder or a name on the Hub.
+            vocabulary: of the training data.
+            max_length: at most so many positions per sentence; never more than the model has.
+            config: sizes of what stands on the encoder.
+        """
+        from transformers import AutoTokenizer
+
+        name = os.fspath(name_or_path)
+        encoder = _load_encoder(name)
+        kind = getattr(encoder.config, "model_type", "")
+        # RoBERTa's byte pairs differ at the start of a text unless told that every word follows a space.
+        extra = {"add_prefix_space": True} if kind in ("roberta", "gpt2", "longformer", "bart") else {}
+        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        room = _positions_of(encoder, tokenizer)
+        features = PieceFeatures(tokenizer, min(room, max_length) if max_length else room)
+        return cls(encoder, features, vocabulary, config or ParserConfig())
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether `fastmask.attach` has put `language_ids` into the encoder's forward signature."""
+        return "language_ids" in inspect.signature(self.encoder.forward).parameters
+
+    def forward(self, batch: Batch, language_ids: torch.Tensor | None = None) -> ParserOutput:
+        """Score all arcs, and the losses where the batch has gold heads.
+
+        Args:
+            batch: B sentences of at most W words.
+            language_ids: int64 [B], -1 for the full network; default `batch.language_ids`. None leaves the choice to
+                `fastmask.language`.
+        """
+        states = self.dropout(self.encode(batch, batch.language_ids if language_ids is None else language_ids))
+        mask = batch.word_mask
+        scores = self.arcs(states, mask)
+        rows, columns = mask.nonzero(as_tuple=True)
+        gold = batch.heads[rows, columns]
+        if not bool((gold != IGNORE).any()):
+            return ParserOutput(scores, states)
+        arc_loss = F.cross_entropy(scores[rows, columns], gold, ignore_index=IGNORE, reduction="none")
+        label_scores = self.labels(states, rows, columns + 1, gold.clamp(min=0))
+        wanted = batch.deprels[rows, columns].masked_fill(gold == IGNORE, IGNORE)
+        label_loss = F.cross_entropy(label_scores, wanted, ignore_index=IGNORE, reduction="none")
+        total = arc_loss + label_loss
+        per_sentence = total.new_zeros(len(batch.lengths)).index_add(0, rows, total) / batch.lengths
+        loss = total.mean() if self.config.loss_over == "words" else per_sentence.mean()
+        return ParserOutput(scores, states, per_sentence, loss)
+
+    def encode(self, batch: Batch, language_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the states [B, W + 1, D] of the root (first) and the words."""
+        extra = {} if language_ids is None or not self.is_attached else {"language_ids": language_ids}
+        T = int(batch.unit_lengths.max()) if len(batch.unit_lengths) else 0
+        attention = (torch.arange(T, device=batch.unit_lengths.device) < batch.unit_lengths[:, None]).long()
+        if self.trigrams is not None and self.upos is not None:
+            B, W = batch.upos.shape
+            words = self.trigrams(batch.units, batch.places).view(B, W, -1) + self.upos(batch.upos)
+            inputs = torch.cat([self.root.expand(B, 1, -1), words], dim=1)
+            return self.encoder(inputs_embeds=inputs, attention_mask=attention, **extra).last_hidden_state
+        states = self.encoder(input_ids=batch.units, attention_mask=attention, **extra).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        root = self.root.to(states.dtype).expand(len(states), 1, -1)
+        return torch.cat([root, states[rows, batch.places]], dim=1)
+
+    @torch.no_grad()
+    def predict(
+        self, batch: Batch, language_ids: torch.Tensor | None = None
+    ) -> tuple[list[np.ndarray], list[list[str]]]:
+        """Return the heads (int arrays, 0 = root) of the best single-rooted trees and the labels of their arcs.
+
+        Runs with dropout off and leaves the module in the mode it was in.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            states = self.encode(batch, batch.language_ids if language_ids is None else language_ids)
+            mask = batch.word_mask
+            trees = maximum_spanning_trees(self.arcs(states, mask).cpu().numpy(), batch.lengths_list)
+            rows, columns = mask.nonzero(as_tuple=True)
+            heads = torch.from_numpy(np.concatenate(trees).astype(np.int64)).to(states.device)
+            best = self.labels(states, rows, columns + 1, heads).argmax(1).tolist()
+        finally:
+            self.train(was_training)
+        names, labels, start = self.vocabulary.deprels, [], 0
+        for length in batch.lengths_list:
+            labels.append([names[i] for i in best[start : start + length]])
+            start += length
+        return trees, labels
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``encoder/`` (save_pretrained), ``parser.safetensors``, ``parser.json``, vocabulary and features.
+
+        Nothing is pickled. An attached encoder is saved whole, without its masks.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _without_progress_bars():
+            self.encoder.save_pretrained(folder / "encoder")  # type: ignore[operator]
+        own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
+        save_file(own, folder / "parser.safetensors")
+        self.vocabulary.save(folder / "vocabulary.json")
+        self.features.save(folder)
+        content = {"version": FORMAT_VERSION, "config": asdict(self.config)}
+        (folder / "parser.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Parser:
+        """Read what `save` wrote; the encoder comes back unattached and the parser in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no saved parser there.
+            ValueError: written by a newer version, or its weights are incomplete.
+        """
+        folder = Path(folder)
+        description = folder / "parser.json"
+        if not description.is_file():
+            raise FileNotFoundError(f"no parser in {folder} (expected {description.name})")
+        content = json.loads(description.read_text(encoding="utf-8"))
+        if content["version"] > FORMAT_VERSION:
+            raise ValueError(f"{description} has version {content['version']} (expected at most {FORMAT_VERSION})")
+        known = {field.name for field in fields(ParserConfig)}
+        config = ParserConfig(**{k: v for k, v in content["config"].items() if k in known})
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
+        parser = cls(_load_encoder(str(folder / "encoder")), load_features(folder), vocabulary, config)
+        if parser.trigrams is not None:
+            parser.encoder.embeddings.word_embeddings.weight.requires_grad_(False)  # type: ignore[union-attr]
+        missing, unexpected = parser.load_state_dict(load_file(folder / "parser.safetensors"), strict=False)
+        missing = [name for name in missing if not name.startswith("encoder.")]
+        if missing or unexpected:
+            raise ValueError(f"{folder}/parser.safetensors lacks {missing} and has {unexpected} in excess")
+        return parser.eval()
+
+
+def _load_encoder(name: str) -> nn.Module:
+    """Load an encoder, without the pooling layer nobody reads where the class can do without."""
+    from transformers import AutoModel
+
+    load: Callable[..., Any] = AutoModel.from_pretrained
+    # transformers loads the dtype of the file; weights that are trained are kept in float32.
+    with _without_progress_bars():
+        try:
+            return load(name, add_pooling_layer=False, dtype=torch.float32)
+        except TypeError:
+            return load(name, dtype=torch.float32)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars over ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _positions_of(encoder: nn.Module, tokenizer: Any) -> int:
+    """Return how many positions a model can take; RoBERTa's table starts after its padding index."""
+    config: Any = encoder.config
+    room = int(getattr(config, "max_position_embeddings", 512))
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+        room -= int(config.pad_token_id) + 1
+    return min(room, int(min(tokenizer.model_max_length, 1 << 20)))

@@ -1,0 +1,1 @@
+"""Training: which sentences, which steps, which checkpoints; the same run again from the same seed."""

@@ -1,0 +1,43 @@
+"""The treebanks of a run: a folder on disk, or the embedded artificial languages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastmask.parsing import synthetic
+from fastmask.parsing.treebanks import find_treebanks, load_treebanks
+
+__all__ = ["embedded_treebanks", "load_training_data", "training_languages"]
+
+
+def embedded_treebanks(run: str | os.PathLike[str]) -> Path:
+    """Write the artificial languages to ``RUN/data`` (once) and return that folder."""
+    target = Path(run, "data")
+    if not target.is_dir():
+        partial = target.with_name(f".partial-data-{os.getpid()}")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            synthetic.write_treebanks(partial)
+            os.replace(partial, target)
+        except OSError:
+            if not target.is_dir():  # another process was faster: its files are the same
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def training_languages(data: str | os.PathLike[str]) -> str:
+    """Every language of a folder that has training data, as a `languages` setting."""
+    codes = sorted({bank.code for bank in find_treebanks(data).values() if "train" in bank.files})
+    if not codes:
+        raise ValueError(f"no treebank in {os.fspath(data)} has training data (*train.conllu)")
+    return ",".join(codes)
+
+
+def load_training_data(data: str | os.PathLike[str], languages: str) -> dict[str, dict[str, Any]]:
+    """Language -> split -> rows: train for every language, dev and test where there are any."""
+    return load_treebanks(data, languages, optional=("dev", "test"))

@@ -1,0 +1,117 @@
+"""Which subnetworks a run trains: found per language (`static`), or one of the controls made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmask.discovery import Round, discover
+from fastmask.parsing.batch import Batch, Encoded
+from fastmask.parsing.evaluation import Prepared, evaluate, prepare
+from fastmask.parsing.parser import Parser
+from fastmask.subnetworks import Subnetworks
+from fastmask.subnetworks.controls import random_like, shared_like
+from fastmask.training.config import TrainConfig
+from fastmask.training.loop import SwitchPoint
+
+__all__ = ["discover_for_parser", "subnetworks_of"]
+
+SCORING_BATCH = 32  # sentences; the scores do not depend on it
+
+
+def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None = None) -> Subnetworks:
+    """The subnetworks that the run's method trains, at the step where they are switched on.
+
+    `random` and `shared` are controls: they start from the static subnetworks and keep the number of live units of
+    every language and layer (`random`), or the average one of every layer (`shared`).
+    """
+    config = point.config
+    if config.masks is not None:
+        found = _chosen(Subnetworks.load(config.masks), list(point.train))
+    else:
+        dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
+        found = discover_for_parser(point.parser, point.train, dev, config, config.seed, on_round)
+    if config.method == "random":
+        return random_like(found, config.seed)
+    if config.method == "shared":
+        return shared_like(found)
+    return found
+
+
+def _chosen(subnets: Subnetworks, languages: list[str]) -> Subnetworks:
+    """The masks of `languages`, in that order."""
+    rows = torch.tensor([subnets.index(language) for language in languages])
+    return Subnetworks(
+        languages,
+        None if subnets.heads is None else subnets.heads[rows],
+        None if subnets.neurons is None else subnets.neurons[rows],
+        None if subnets.weights is None else {name: keep[rows] for name, keep in subnets.weights.items()},
+    )
+
+
+def discover_for_parser(
+    parser: Parser,
+    train: Mapping[str, Encoded],
+    dev: Mapping[str, Any],
+    config: TrainConfig,
+    seed: int,
+    on_round: Callable[[Round], None] | None = None,
+) -> Subnetworks:
+    """Find one subnetwork for each language of `train` in a parser whose encoder is not attached.
+
+    Args:
+        parser: fine-tuned; comes back as it was.
+        train: training sentences by language; `config.score_sentences` of each are drawn to score units on.
+        dev: development rows by language, for tau; a language without any is measured on its scoring sentences' loss
+            instead (its negative exponential, so that higher is better and tau is a share).
+        config: `units`, `density`, `tau`, `score_sentences` and `dev_sentences` are read.
+        seed: of the draw of scoring sentences.
+        on_round: called after each round of pruning.
+    """
+    device = next(parser.parameters()).device
+    scoring = {
+        language: _batches(parser, encoded, config.score_sentences, np.random.default_rng([seed, position]))
+        for position, (language, encoded) in enumerate(train.items())
+    }
+    limit = config.dev_sentences or None
+    prepared: dict[str, Prepared] = {code: prepare(parser, rows, limit) for code, rows in dev.items() if code in train}
+
+    def loss(batch: Batch) -> torch.Tensor:
+        losses = parser(batch.to(device)).loss_per_sentence
+        assert losses is not None  # training sentences have gold heads
+        return losses
+
+    def metric(language: str) -> float:
+        if language in prepared:
+            return evaluate(parser, {language: prepared[language]})[language].las
+        with torch.no_grad():
+            return float(torch.cat([loss(batch) for batch in scoring[language]]).mean().neg().exp())
+
+    was_training = parser.training
+    parser.eval()
+    try:
+        return discover(
+            parser.encoder,
+            scoring,
+            loss,
+            metric,
+            units=config.units,
+            tau=config.tau,
+            density=config.density,
+            on_round=on_round,
+        )
+    finally:
+        parser.train(was_training)
+
+
+def _batches(parser: Parser, encoded: Encoded, count: int, generator: np.random.Generator) -> list[Batch]:
+    """Batches of `count` random sentences, alike in length."""
+    rows = generator.permutation(len(encoded))[:count]
+    rows = rows[np.argsort(encoded.lengths[rows], kind="stable")]
+    return [
+        parser.features.collate(encoded.select(rows[first : first + SCORING_BATCH]))
+        for first in range(0, len(rows), SCORING_BATCH)
+    ]

@@ -1,0 +1,159 @@
+"""Which sentences make up the next step: mixed over languages, alike in length, the same after a resume.
+
+Three properties hold at once:
+
+* **Shares.** Language l gets a share p_l ~ n_l ** temperature of every batch. Its count is drawn by systematic
+  resampling (one uniform number per step), so it is p_l * batch_size in expectation and never off by one or more.
+* **Epochs.** Within a language every sentence is drawn once before any is drawn again, in random order.
+* **Lengths.** All languages draw from the same length *quantile* of their own sentences at a step, so that a batch is
+  little padded although no language is tied to long or to short steps.
+
+Every random decision is a function of (seed, what it is for, a counter), so the state is a handful of counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["MixedLanguageSampler"]
+
+_COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
+
+
+class MixedLanguageSampler:
+    """Yields (rows int64 [b], languages int64 [b]) for ever, sorted by language.
+
+    Rows count through the sentences of all languages joined in order: language 0's sentences first.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[np.ndarray],
+        batch_size: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        bins: int = 10,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Set up the order of the first epoch.
+
+        Args:
+            lengths: per language int [n_l], the length of each of its sentences.
+            batch_size: sentences per step over all ranks.
+            temperature: exponent of the languages' sizes: 0 gives equal shares, 1 shares proportional to size.
+            seed: of all random choices.
+            bins: length quantiles; 1 switches bucketing off.
+            rank: this process; it gets every `world_size`-th sentence of a batch, so each rank sees all languages.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: a language without sentences, or a number out of its range.
+        """
+        if not lengths or any(len(n) == 0 for n in lengths):
+            empty = [i for i, n in enumerate(lengths) if len(n) == 0]
+            raise ValueError(f"languages without training sentences: {empty or 'all'} (expected at least one each)")
+        if not 0 <= temperature <= 1:
+            raise ValueError(f"temperature is {temperature} (expected 0 for equal shares .. 1 for proportional ones)")
+        if batch_size < world_size or not 0 <= rank < world_size or bins < 1:
+            raise ValueError(
+                f"batch_size {batch_size}, rank {rank} of {world_size}, bins {bins} "
+                "(expected batch_size >= world_size > rank >= 0 and bins >= 1)"
+            )
+        self.lengths = [np.asarray(n, dtype=np.int64) for n in lengths]
+        self.batch_size, self.temperature, self.seed, self.bins = batch_size, temperature, seed, bins
+        self.rank, self.world_size = rank, world_size
+        sizes = np.array([len(n) for n in self.lengths], dtype=np.float64)
+        weights = sizes**temperature
+        self.shares = weights / weights.sum()
+        # Rounded, so that 4.000000000000001 sentences do not become 5 once in a while.
+        self._cumulative = np.round(np.cumsum(self.shares) * batch_size, 9)
+        self._cumulative[-1] = batch_size
+        self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._step = 0
+        self._epochs = [0] * len(self.lengths)
+        self._taken = [[0] * bins for _ in self.lengths]
+        self._orders = [self._order(language) for language in range(len(self.lengths))]
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Return itself: there is one stream."""
+        return self
+
+    def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return this rank's part of the next batch; never runs dry."""
+        uniform = self._random(_COUNTS, self._step).random()
+        counts = np.diff(np.floor(self._cumulative + uniform), prepend=0.0).astype(np.int64)
+        cycle, place = divmod(self._step, self.bins)
+        wanted = int(self._random(_BINS, cycle).permutation(self.bins)[place])
+        rows = np.concatenate([self._draw(language, int(n), wanted) for language, n in enumerate(counts)])
+        languages = np.repeat(np.arange(len(counts)), counts)
+        self._step += 1
+        mine = slice(self.rank, None, self.world_size)
+        return rows[mine], languages[mine]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters that JSON can hold; the same on every rank."""
+        return {
+            "step": self._step,
+            "epochs": list(self._epochs),
+            "taken": [list(taken) for taken in self._taken],
+            "made_for": self._made_for(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called.
+
+        Raises:
+            ValueError: the state is of a sampler with other data or settings; nothing is changed.
+        """
+        if state["made_for"] != self._made_for():
+            raise ValueError(
+                f"the sampler's state was made for {state['made_for']} (expected {self._made_for()}): "
+                "resume with the data and settings of the run"
+            )
+        self._step = int(state["step"])
+        self._epochs = [int(epoch) for epoch in state["epochs"]]
+        self._taken = [[int(n) for n in taken] for taken in state["taken"]]
+        self._orders = [self._order(language) for language in range(len(self.lengths))]
+
+    def _made_for(self) -> dict[str, Any]:
+        words = [int(n.sum()) for n in self.lengths]
+        return {
+            "sentences": [len(n) for n in self.lengths],
+            "words": words,
+            "batch_size": self.batch_size,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "bins": self.bins,
+        }
+
+    def _random(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *stream])
+
+    def _order(self, language: int) -> list[np.ndarray]:
+        """Return a language's sentences in this epoch: one shuffled array of rows per length quantile."""
+        random = self._random(_ORDER, language, self._epochs[language])
+        lengths = self.lengths[language]
+        by_length = np.lexsort((random.random(len(lengths)), lengths))  # ties fall into either bin
+        return [random.permutation(part) for part in np.array_split(by_length, self.bins)]
+
+    def _draw(self, language: int, count: int, wanted: int) -> np.ndarray:
+        """Take `count` sentences from bin `wanted`, then from the bins nearest to it that have some left."""
+        order, taken = self._orders[language], self._taken[language]
+        drawn: list[np.ndarray] = []
+        while count > 0:
+            left = [b for b in range(self.bins) if taken[b] < len(order[b])]
+            if not left:
+                self._epochs[language] += 1
+                order = self._orders[language] = self._order(language)
+                taken = self._taken[language] = [0] * self.bins
+                continue
+            nearest = min(left, key=lambda b: (abs(b - wanted), b))
+            rows = order[nearest][taken[nearest] : taken[nearest] + count]
+            taken[nearest] += len(rows)
+            count -= len(rows)
+            drawn.append(rows)
+        return np.concatenate(drawn) + self._offsets[language] if drawn else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,180 @@
+"""Sentences as tensors: labels never change into others, words never change places, batches equal their rows."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from toy_parser import SENTENCES
+from transformers import PreTrainedTokenizerFast
+
+from fastmask.parsing.batch import Encoded, flat_ranges
+from fastmask.parsing.features import (
+    PieceFeatures,
+    SentenceTooLongError,
+    TrigramFeatures,
+    load_features,
+    trigrams,
+)
+from fastmask.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary
+
+
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Train a small tokenizer of one of the families in use."""
+    text = ["the old dog barks and she was seen running", "run runs running dogs"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    if kind == "wordpiece":
+        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        trainer = trainers.WordPieceTrainer(vocab_size=60, special_tokens=special)
+    elif kind == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=40, special_tokens=special, unk_token="[UNK]")
+    else:
+        made = Tokenizer(models.BPE(unk_token="[UNK]"))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special)
+    made.train_from_iterator(text, trainer)
+    from tokenizers.processors import TemplateProcessing
+
+    names = [(name, made.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    made.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def test_unseen_labels_are_ignored_not_replaced() -> None:
+    """If this fails, a label the parser cannot know is trained as another one."""
+    vocabulary = Vocabulary.build(SENTENCES)
+    assert vocabulary.deprel_ids(["root", "never-seen", "_"]).tolist() == [vocabulary.deprel("root"), IGNORE, IGNORE]
+    assert vocabulary.upos_ids(["VERB", "X", "_"]).tolist()[1:] == [UNKNOWN_UPOS, UNKNOWN_UPOS]
+    assert UNKNOWN_UPOS not in vocabulary.upos_ids(list(vocabulary.upos))
+
+
+def test_subtypes_are_dropped_or_kept() -> None:
+    """If this fails, `subtypes` does nothing or merges labels it should keep apart."""
+    dropped, kept = Vocabulary.build(SENTENCES), Vocabulary.build(SENTENCES, subtypes="keep")
+    assert "nsubj" in dropped.deprels
+    assert not any(":" in label for label in dropped.deprels)
+    assert dropped.deprel_ids(["nsubj:pass"]) == dropped.deprel_ids(["nsubj"])
+    assert kept.deprel_ids(["nsubj:pass"]) != kept.deprel_ids(["nsubj"])
+    with pytest.raises(ValueError, match=r"maybe.*drop, keep"):
+        Vocabulary.build(SENTENCES, subtypes="maybe")
+
+
+def test_vocabulary_survives_its_file(tmp_path) -> None:
+    """If this fails, a saved model names labels differently after loading."""
+    vocabulary = Vocabulary(["root", "ñ:ü"], ["VERB"], "keep")
+    vocabulary.save(tmp_path / "v.json")
+    assert Vocabulary.load(tmp_path / "v.json") == vocabulary
+
+
+def test_trigrams_do_not_depend_on_the_process() -> None:
+    """If this fails, a saved model reads other embeddings in another process (as with Python's own hash)."""
+    code = "from fastmask.parsing.features import trigrams; print(trigrams('straße', 16384))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert str(trigrams("straße", 16384)) == other.strip()
+
+
+@given(st.text(max_size=12))
+def test_every_word_has_trigrams_within_range(word: str) -> None:
+    """If this fails, some word has no features or an index outside the table."""
+    units = trigrams(word, 97)
+    assert units
+    assert all(0 <= unit < 97 for unit in units)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
+def test_flat_ranges(pairs: list[tuple[int, int]]) -> None:
+    """If this fails, batches are cut from the wrong words."""
+    starts, counts = (np.array([p[i] for p in pairs], dtype=np.int64) for i in (0, 1))
+    assert flat_ranges(starts, counts).tolist() == [s + i for s, n in pairs for i in range(n)]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.sampled_from(["trigrams", "wordpiece"]))
+def test_select_and_join_equal_encoding_the_same_sentences(rows: list[int], kind: str) -> None:
+    """If this fails, a mixed batch holds other words, heads or labels than its sentences."""
+    vocabulary = Vocabulary.build(SENTENCES)
+    features = TrigramFeatures(64) if kind == "trigrams" else PieceFeatures(tokenizer(kind))
+    wanted = features.encode([SENTENCES[i] for i in rows], vocabulary)
+    joined = Encoded.join([features.encode([sentence], vocabulary) for sentence in SENTENCES])
+    found = joined.select(np.array(rows))
+    for name in ("word_start", "unit_start", "units", "upos", "heads", "deprels"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+
+
+def test_trigram_batch_points_every_word_at_its_own_trigrams() -> None:
+    """If this fails, a word is embedded with another word's trigrams, or padding with anything at all."""
+    vocabulary = Vocabulary.build(SENTENCES)
+    features = TrigramFeatures(64)
+    batch = features.collate(features.encode(SENTENCES, vocabulary))
+    assert batch.upos.shape == (3, 4)
+    ends = torch.cat([batch.places[1:], torch.tensor([len(batch.units)])])
+    for row, sentence in enumerate(SENTENCES):
+        for column in range(4):
+            cell = row * 4 + column
+            units = batch.units[batch.places[cell] : ends[cell]].tolist()
+            words = sentence["words"]
+            assert units == (trigrams(words[column], 64) if column < len(words) else [])
+    assert batch.heads.tolist() == [[3, 3, 4, 0], [0, IGNORE, IGNORE, IGNORE], [3, 3, 0, IGNORE]]
+    assert batch.n_words == 8
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bytes"])
+def test_piece_batch_equals_the_tokenizers_own(kind: str) -> None:
+    """If this fails, a pretrained model reads other pieces than it was trained on, or pools the wrong ones."""
+    made = tokenizer(kind)
+    vocabulary = Vocabulary.build(SENTENCES)
+    features = PieceFeatures(made)
+    batch = features.collate(features.encode(SENTENCES, vocabulary))
+    for row, sentence in enumerate(SENTENCES):
+        wanted = made(sentence["words"], is_split_into_words=True)
+        n = len(wanted["input_ids"])
+        assert batch.units[row, :n].tolist() == wanted["input_ids"]
+        assert set(batch.units[row, n:].tolist()) <= {made.pad_token_id}
+        assert int(batch.unit_lengths[row]) == n
+        first = [wanted.word_ids().index(i) for i in range(len(sentence["words"]))]
+        assert batch.places[row, : len(first)].tolist() == first
+
+
+def test_a_word_without_pieces_becomes_the_unknown_piece() -> None:
+    """If this fails, such a word shifts all words after it, or crashes the run."""
+    features = PieceFeatures(tokenizer("wordpiece"))
+    sentence = {"words": ["dog", " ", "dog"], "upos": ["NOUN"] * 3, "heads": [0, 1, 1], "deprels": ["root"] * 3}
+    batch = features.collate(features.encode([sentence], Vocabulary.build(SENTENCES)))
+    places = batch.places[0].tolist()
+    assert int(batch.units[0, places[1]]) == features.tokenizer.unk_token_id
+    assert int(batch.units[0, places[0]]) == int(batch.units[0, places[2]]) != features.tokenizer.unk_token_id
+
+
+def test_sentences_that_are_too_long() -> None:
+    """If this fails, a long sentence crashes inside the encoder instead of being shortened or named."""
+    vocabulary = Vocabulary.build(SENTENCES)
+    long = {"words": ["running"] * 8, "upos": ["VERB"] * 8, "heads": [0] + [1] * 7, "deprels": ["root"] * 8}
+    features = PieceFeatures(tokenizer("wordpiece"), max_positions=10)
+    features._words["running"] = np.array([5, 6, 7], dtype=np.int32)  # whatever the trainer made of it
+    encoded = features.encode([SENTENCES[1], long], vocabulary)
+    assert features.positions(encoded)[1] == 26
+    with pytest.warns(UserWarning, match="1 sentences have more than 10 pieces"):
+        shortened = features.shorten(encoded)
+    assert features.positions(shortened).max() == 10
+    assert features.collate(shortened).places[1].tolist() == list(range(1, 9))
+    with pytest.raises(SentenceTooLongError, match=r"sentence 2 has 8 words \(expected at most 7"):
+        TrigramFeatures(64, max_positions=8).shorten(encoded)
+
+
+@pytest.mark.parametrize("kind", ["trigrams", "wordpiece"])
+def test_features_survive_their_folder(kind: str, tmp_path) -> None:
+    """If this fails, a loaded model encodes words differently."""
+    features = TrigramFeatures(128, 64, False) if kind == "trigrams" else PieceFeatures(tokenizer(kind), 64)
+    features.save(tmp_path)
+    vocabulary = Vocabulary.build(SENTENCES)
+    again = load_features(tmp_path).encode(SENTENCES, vocabulary)
+    np.testing.assert_array_equal(again.units, features.encode(SENTENCES, vocabulary).units)

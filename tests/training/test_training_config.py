@@ -1,0 +1,79 @@
+"""Settings: what is wrong is named, and a YAML file gives back what was put in."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from fastmask.errors import FastmaskKeyError
+from fastmask.training.config import ConfigError, TrainConfig
+from fastmask.training.schedule import learning_rate_factor
+
+
+def test_yaml_gives_back_the_settings(tmp_path) -> None:
+    """If this fails, a run cannot be repeated from its config.yaml; `no` must not become false."""
+    config = TrainConfig(languages="en,no,UD_Czech-CAC", density=0.5, lr=1e-5, method="random", data="däta")
+    config.save(tmp_path / "c.yaml")
+    assert TrainConfig.load(tmp_path / "c.yaml") == config
+
+
+def test_yaml_by_hand(tmp_path) -> None:
+    """If this fails, YAML's own ideas (no = false, 3e-4 = text) turn into errors or, worse, other settings."""
+    path = tmp_path / "c.yaml"
+    path.write_text("languages: [en, no, ru]\nprecision: no\nlr: 3e-4\ndensity: 1\nsteps: 10\n")
+    config = TrainConfig.load(path)
+    assert config.language_list == ["en", "no", "ru"]
+    assert (config.precision, config.lr, config.density, config.steps) == ("no", 3e-4, 1.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "statik"}, r"method is 'statik' \(expected one of full, static, random, shared\)"),
+        ({"steps": 0}, r"steps is 0 \(expected >= 1\)"),
+        ({"steps": True}, "steps is True"),
+        ({"steps": 2.5}, "a whole number"),
+        ({"lr": "fast"}, "lr is 'fast'"),
+        ({"lr": math.nan}, "lr is nan"),
+        ({"density": 0.0}, r"density is 0.0 \(expected > 0 and <= 1\)"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
+        ({"batch_size": -3}, "batch_size is -3"),
+        ({"resume": "yes please"}, "true or false"),
+        ({"steps": 1, "discover_at": 0.9}, "discover_at is 0.9"),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict, message: str) -> None:
+    """If this fails, a wrong setting is accepted, or the message does not say which and what is allowed."""
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**values)
+
+
+def test_an_unknown_name_gets_the_nearest(tmp_path) -> None:
+    """If this fails, a misspelt setting is silently without effect."""
+    path = tmp_path / "c.yaml"
+    path.write_text("bach_size: 3\n")
+    with pytest.raises(FastmaskKeyError, match=r"'bach_size'.*'batch_size'"):
+        TrainConfig.load(path)
+    path.write_text("- 3\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        TrainConfig.load(path)
+    path.write_text("a: [\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        TrainConfig.load(path)
+
+
+def test_every_setting_has_a_help_text() -> None:
+    """If this fails, the command line shows an option without an explanation."""
+    for item in dataclasses.fields(TrainConfig):
+        assert len(item.metadata["help"]) > 10, item.name
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_the_learning_rate_falls_and_never_climbs_again(kind: str) -> None:
+    """If this fails, training past the schedule's end runs at a rate that climbs, as in published code."""
+    rates = [learning_rate_factor(step, 100, 10, kind) for step in range(260)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == max(rates) == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+    assert rates[100:] == [0.0] * 160

@@ -1,0 +1,279 @@
+"""The loop: a broken run ends like an unbroken one, and bad news stops it with something left to go on from."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy_run import LANGUAGES, assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+
+import fastmask as fm
+from fastmask.errors import FastmaskKeyError
+from fastmask.parsing.evaluation import evaluate
+from fastmask.parsing.parser import Parser
+from fastmask.training import checkpoints
+from fastmask.training.config import ConfigError
+from fastmask.training.loop import SwitchPoint, TrainingDiverged, TrainResult, train
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands for whatever ends a process."""
+
+
+def kill_at(step: int) -> Any:
+    """Return a hook that raises after `step` steps."""
+
+    def hook(done: int) -> None:
+        if done == step:
+            raise Killed
+
+    return hook
+
+
+def random_subnetworks(point: SwitchPoint) -> Any:
+    """Random masks; draws random numbers on purpose, which must not show in the rest of the run."""
+    torch.rand(5)
+    config = point.parser.encoder.config
+    return fm.Subnetworks.random(config, LANGUAGES, density=0.5, seed=point.config.seed)
+
+
+def run(folder: Path, hook: Any = None, **changes: Any) -> TrainResult:
+    """Train the toy parser."""
+    return train(toy_parser(), toy_data(), toy_config(folder, **changes), random_subnetworks, hook, progress=False)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    """One unbroken run per method."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {method: run(folder / method, method=method) for method in ("full", "random")}
+
+
+def test_same_seed_same_run_and_another_seed_another(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """If this fails, results cannot be repeated, or the seed does nothing."""
+    again = run(tmp_path / "again")
+    assert_same_weights(again.parser, unbroken["full"].parser)
+    assert metrics(again.run) == metrics(unbroken["full"].run)
+    other = run(tmp_path / "other", seed=1)
+    assert metrics(other.run) != metrics(again.run)
+
+
+@pytest.mark.parametrize("killed_at", [2, 7, 12])
+def test_resumed_full_run_ends_like_the_unbroken_one(killed_at: int, unbroken: Any, tmp_path: Path) -> None:
+    """If this fails, a resumed run ends with other weights or metrics; 2 is before the first checkpoint."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", kill_at(killed_at))
+    if killed_at == 7:
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+            file.write('{"step": 8, "lo')  # as a kill in the middle of a line leaves it
+    torch.rand(7)  # the state of this process must not matter
+    resumed = run(tmp_path / "run", resume=True)
+    assert_same_weights(resumed.parser, unbroken["full"].parser)
+    assert metrics(resumed.run) == metrics(unbroken["full"].run)
+
+
+@pytest.mark.parametrize("killed_at", [4, 6, 8, 10])
+def test_resumed_run_with_subnetworks_ends_like_the_unbroken_one(killed_at: int, unbroken: Any, tmp_path: Path) -> None:
+    """If this fails, a run killed before, at or after the switch goes on with other masks, weights or metrics."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", kill_at(killed_at), method="random")
+    resumed = run(tmp_path / "run", method="random", resume=True)
+    assert_same_weights(resumed.parser, unbroken["random"].parser)
+    assert metrics(resumed.run) == metrics(unbroken["random"].run)
+    masks = [load_file(folder.run / "masks.safetensors") for folder in (resumed, unbroken["random"])]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
+
+
+def test_killed_while_looking_for_subnetworks(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """If this fails, hours of training before the switch are lost when discovery is killed."""
+
+    def fail(point: SwitchPoint) -> Any:
+        raise Killed
+
+    config = toy_config(tmp_path / "run", method="random", checkpoint_every=0)
+    with pytest.raises(Killed):
+        train(toy_parser(), toy_data(), config, fail, progress=False)
+    latest = checkpoints.latest(tmp_path / "run")
+    assert latest is not None
+    assert latest.name == "step-00000006"
+    resumed = run(tmp_path / "run", method="random", checkpoint_every=0, resume=True)
+    assert_same_weights(resumed.parser, unbroken["random"].parser)
+
+
+def test_all_methods_train_alike_until_the_switch(unbroken: dict[str, TrainResult]) -> None:
+    """If this fails, methods start their subnetworks from different networks; and the switch must do something."""
+    full, masked = (metrics(unbroken[method].run) for method in ("full", "random"))
+    assert [r for r in full if r["step"] <= 6] == [r for r in masked if r["step"] <= 6]
+    assert [r for r in full if r["step"] > 6] != [r for r in masked if r["step"] > 6]
+    assert [r["step"] for r in full] == [r["step"] for r in masked]
+
+
+def test_dead_units_of_all_languages_get_no_gradient(tmp_path: Path) -> None:
+    """If this fails, training goes on with the full network although masks are attached."""
+
+    def one_dead_head(point: SwitchPoint) -> Any:
+        heads = torch.ones(len(LANGUAGES), 2, 2, dtype=torch.bool)
+        heads[:, 1, 0] = False
+        return fm.Subnetworks(LANGUAGES, heads=heads)
+
+    before: dict[str, torch.Tensor] = {}
+
+    def spy(point: SwitchPoint) -> Any:
+        before.update({k: v.clone() for k, v in point.parser.state_dict().items()})
+        return one_dead_head(point)
+
+    config = toy_config(tmp_path / "run", method="static", discover_at=0.0, weight_decay=0.0, schedule="constant")
+    result = train(toy_parser(), toy_data(), config, spy, progress=False)
+    after = result.parser.state_dict()
+    name = next(k for k in after if k.startswith("encoder.") and "layer.1" in k and k.endswith("query.weight"))
+    assert torch.equal(before[name][:8], after[name][:8])
+    assert not torch.equal(before[name][8:], after[name][8:])
+    assert result.language_ids == {code: i for i, code in enumerate(LANGUAGES)}
+
+
+def test_dev_scores_are_those_of_the_saved_model(unbroken: dict[str, TrainResult]) -> None:
+    """If this fails, the metrics describe another model than the one in the run's folder."""
+    result = unbroken["random"]
+    parser = Parser.load(result.run / "model")
+    subnetworks = fm.Subnetworks.load(result.run / "masks.safetensors")
+    fm.attach(parser.encoder, subnetworks)
+    dev = {code: splits["dev"] for code, splits in toy_data().items()}
+    ids = {code: list(subnetworks.languages).index(code) for code in dev}
+    scores = evaluate(parser, dev, ids)
+    logged = [r for r in metrics(result.run) if "dev" in r][-1]["dev"]
+    assert {code: s.las for code, s in scores.items()} == pytest.approx({c: s["las"] for c, s in logged.items()})
+
+
+def train_in_a_process(folder: str, method: str) -> None:
+    """Train slowly enough to be killed."""
+    run(Path(folder), lambda step: time.sleep(0.05), method=method)
+
+
+@pytest.mark.parametrize("method", ["full", "random"])
+def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """If this fails, a killed process leaves a run that ends differently or cannot be resumed."""
+    process = start_process(train_in_a_process, str(tmp_path / "run"), method)
+    limit = time.monotonic() + 120
+    while (path := checkpoints.latest(tmp_path / "run")) is None or path.name < "step-00000009":
+        assert time.monotonic() < limit, "no checkpoint was written"
+        assert process.is_alive()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not (tmp_path / "run" / "model").exists()
+    resumed = run(tmp_path / "run", method=method, resume=True)
+    assert_same_weights(resumed.parser, unbroken[method].parser)
+    assert metrics(resumed.run) == metrics(unbroken[method].run)
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """If this fails, a NaN loss trains on, or nobody says where the last good weights are."""
+    parser = toy_parser()
+
+    def poison(step: int) -> None:
+        if step == 4:
+            with torch.no_grad():
+                parser.root.fill_(math.nan)
+
+    with pytest.raises(TrainingDiverged, match=r"at step 5; the last good checkpoint is .*step-00000003") as caught:
+        train(parser, toy_data(), toy_config(tmp_path / "run"), None, poison, progress=False)
+    assert caught.value.checkpoint == checkpoints.latest(tmp_path / "run")
+    fresh = run(tmp_path / "run", resume=True)
+    assert all(bool(torch.isfinite(p).all()) for p in fresh.parser.parameters())
+
+
+def test_spoilt_weights_are_not_checkpointed(tmp_path: Path) -> None:
+    """If this fails, a good checkpoint is replaced by one full of NaN."""
+    parser = toy_parser()
+
+    def poison(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                parser.upos.weight[-1].fill_(math.inf)  # a tag that no batch need have
+
+    with pytest.raises(TrainingDiverged):
+        train(parser, toy_data(), toy_config(tmp_path / "run"), None, poison, progress=False)
+    for path in checkpoints.folder_of(tmp_path / "run").iterdir():
+        assert path.name == "step-00000003"
+
+
+def test_another_run_is_never_overwritten(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """If this fails, a finished run is lost to a second one in the same folder."""
+    folder = unbroken["full"].run
+    with pytest.raises(ConfigError, match="holds a run"):
+        run(folder)
+    with pytest.raises(ConfigError, match=r"batch_size was 6 and is 9.*seed was 0 and is 5"):
+        run(folder, resume=True, seed=5, batch_size=9)
+    finished = run(folder, resume=True)  # nothing left to do
+    assert metrics(finished.run)[-1]["step"] == 12
+
+
+def test_subnetworks_without_a_language_of_the_data(tmp_path: Path) -> None:
+    """If this fails, a language is trained with another one's subnetwork."""
+
+    def too_few(point: SwitchPoint) -> Any:
+        return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES[:1], density=0.5, seed=0)
+
+    with pytest.raises(FastmaskKeyError, match=LANGUAGES[1]):
+        train(toy_parser(), toy_data(), toy_config(tmp_path / "r", method="static"), too_few, progress=False)
+    with pytest.raises(ValueError, match="needs `discover`"):
+        train(toy_parser(), toy_data(), toy_config(tmp_path / "s", method="static"), progress=False)
+
+
+def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:
+    """If this fails, mixed precision or TensorBoard does not work, or long sentences vanish without a word."""
+    changes = {"precision": "bf16", "tensorboard": True, "max_length": 12, "steps": 3}
+    with pytest.warns(UserWarning, match="training sentences are left out"):
+        result = run(tmp_path / "run", **changes)
+    assert math.isfinite(metrics(result.run)[0]["loss"])
+    assert list((result.run / "tensorboard").iterdir())
+    assert next(result.parser.parameters()).dtype == torch.float32
+    json.loads((result.run / "metrics.jsonl").read_text().splitlines()[0])
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_training_loop import random_subnetworks
+from toy_run import toy_config, toy_data, toy_parser
+from fastmask.training.loop import train
+config = toy_config(sys.argv[2], method="random", resume=True, steps=12)
+hook = (lambda step: sys.exit(1) if step == 8 else None) if sys.argv[3] == "kill" else None
+train(toy_parser(dropout=0.0), toy_data(), config, random_subnetworks, hook, progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    """If this fails, splitting a batch over processes changes what is trained, or such a run cannot be resumed."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", str(script)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for ending, succeeds in (("kill", False), ("finish", True)):
+        arguments = [str(Path(__file__).parent), str(tmp_path / "two"), ending]
+        done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+        assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+        latest = checkpoints.latest(tmp_path / "two")
+        assert latest is not None
+        assert checkpoints.read_progress(latest)["processes"] == 2
+    parser = toy_parser(dropout=0.0)
+    train(parser, toy_data(), toy_config(tmp_path / "one", method="random"), random_subnetworks, progress=False)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        if "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """If this fails, the loop runs but does not train."""
+    result = run(tmp_path / "run", steps=60, eval_every=60, log_every=10, checkpoint_every=0)
+    losses = [record["loss"] for record in metrics(result.run) if "loss" in record]
+    assert losses[-1] < 0.75 * losses[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = ["main"]
@@ -17,7 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        _run(options)
+        with warnings.catch_warnings():
+            _print_warnings_plainly(options.command)
+            _run(options)
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         return 130
@@ -31,6 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
         return 1
     return 0
+
+
+def _print_warnings_plainly(command: str) -> None:
+    """Show a warning as one line, without the source line that gave it; those of other libraries are kept out."""
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if category is UserWarning:
+            print(f"fastmask {command}: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastmask.subnetworks import Subnetworks
@@ -37,7 +38,7 @@ def head_use(subnets: Subnetworks, path: str | PathLike[str]) -> None:
             _draw_heads(axis, subnets.heads)
         elif subnets.neurons is not None:
             _draw_neurons(figure, axis, subnets.neurons)
-        axis.set_yticks(range(languages), subnets.languages)
+        axis.set_yticks(axis.get_yticks(), subnets.languages)
         axis.set_xlabel("layer")
     target = Path(path)
     replace_file(target, lambda partial: figure.savefig(partial, dpi=150, format=target.suffix.lstrip(".") or "png"))
@@ -45,16 +46,14 @@ def head_use(subnets: Subnetworks, path: str | PathLike[str]) -> None:
 
 
 def _draw_heads(axis: Any, keep: Tensor) -> None:
-    """One cell for each head, dark where the language keeps it; the number kept stands under each layer's cells."""
+    """One cell for each head, dark where the language keeps it; a gap between layers."""
     languages, layers, heads = keep.shape
-    axis.imshow(keep.flatten(1).float(), cmap="Blues", vmin=0, vmax=1.25, aspect="auto", interpolation="none")
-    for layer in range(1, layers):
-        axis.axvline(layer * heads - 0.5, color="black", linewidth=1)
-    for row in range(1, languages):
-        axis.axhline(row - 0.5, color="white", linewidth=1)
-    for column in range(1, layers * heads):
-        axis.axvline(column - 0.5, color="white", linewidth=0.4)
-    axis.set_xticks([layer * heads + (heads - 1) / 2 for layer in range(layers)], range(layers))
+    cells = torch.full((languages, layers, heads + 1), float("nan"))
+    cells[:, :, :heads] = keep.float()
+    axis.pcolormesh(cells.flatten(1)[:, :-1], cmap="Blues", vmin=0, vmax=1.25, edgecolors="white", linewidth=0.8)
+    axis.set_ylim(languages, 0)
+    axis.set_xticks([layer * (heads + 1) + heads / 2 for layer in range(layers)], range(layers))
+    axis.set_yticks([row + 0.5 for row in range(languages)])
     axis.set_title(f"heads kept (dark), {heads} a layer")
 
 
@@ -68,5 +67,6 @@ def _draw_neurons(figure: Any, axis: Any, keep: Tensor) -> None:
             colour = "white" if value > 60 else "black"
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
     axis.set_xticks(range(shares.shape[1]))
-    axis.set_title(f"neurons kept, % of {keep.shape[2]}")
+    axis.set_yticks(range(shares.shape[0]))
+    axis.set_title(f"neurons kept, % of {keep.shape[2]} a layer")
     figure.colorbar(image, ax=axis, shrink=0.8)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
 
 __all__ = ["run"]
 
@@ -17,9 +15,5 @@ def run(options: argparse.Namespace) -> None:
 
     loaded = load_run(options.run)
     loaded.parser.to(device_of(options.device))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        count = predict_file(loaded.parser, options.input, options.output, options.language)
-    for warning in caught:
-        print(f"fastmask predict: warning: {warning.message}", file=sys.stderr)
+    count = predict_file(loaded.parser, options.input, options.output, options.language)
     print(f"{count} sentences written to {options.output}")

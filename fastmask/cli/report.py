@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "print_scores", "print_summary", "round_printer"]
 
-WIDTH = 120  # of tables that do not go to a terminal
+WIDTH = 130  # of tables that do not go to a terminal
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def print_scores(rows: Sequence[Row], file: TextIO) -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
     table = Table(title="official LAS / UAS on the test sets, percent")
     for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full tok/s"):
-        table.add_column(name, justify="left" if name == "language" else "right")
+        table.add_column(name, justify="left" if name == "language" else "right", no_wrap=True)
     table.add_column("subnet tok/s", justify="right")
     masked = any(row.las is not None for row in rows)
     for row in rows:

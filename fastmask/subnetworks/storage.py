@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
 from fastmask.subnetworks.subnetworks import Subnetworks
 
@@ -37,7 +37,7 @@ def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str,
     }
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata=header)
+        temporary.write_bytes(to_bytes(tensors, metadata=header))
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,34 @@
+# `make train` and `make test` are all a new machine needs: they make .venv, install into it and run.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: train test bench slow clean
+
+train: .venv/installed
+	$(BIN)/fastmask train --out $(RUN)
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# The long tests: whole runs, several processes.
+slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

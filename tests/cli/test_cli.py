@@ -1,0 +1,240 @@
+"""The `fastmask` command, as a person types it: a tiny run, everything one does with it, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import fastmask as fm
+from fastmask.cli import main
+from fastmask.parsing.synthetic import write_treebanks
+
+TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
+TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ud")
+    write_treebanks(folder, sentences={"train": 40, "dev": 10, "test": 12})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    """A finished run of a few steps with static subnetworks."""
+    out = tmp_path_factory.mktemp("runs") / "static"
+    assert main(["train", "--data", str(data), "--out", str(out), "--steps", "6", "--density", "0.4", *TINY]) == 0
+    return out
+
+
+def output_of(capsys, *arguments, code=0):
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    return captured.err if code else captured.out
+
+
+def test_train_leaves_everything_it_names(run):
+    """A run lacks its metrics, model, masks, table or picture."""
+    results = json.loads((run / "results.json").read_text())
+    assert [row["language"] for row in results["test"]] == ["qaa", "qac"]
+    for row in results["test"]:
+        assert row["heads"] == round(0.4 * 32)
+        assert row["all_neurons"] == 4096
+        assert 0 <= row["full_las"] <= row["full_uas"] <= 100
+    assert results["training_tokens_per_second"].keys() == {"full_network", "subnetworks"}
+    assert (run / "head_use.png").read_bytes().startswith(b"\x89PNG")
+    assert fm.Subnetworks.load(run / "masks.safetensors").languages == ("qaa", "qac")
+    assert (run / "metrics.jsonl").stat().st_size > 0
+
+
+def test_evaluate_repeats_the_scores_of_the_run(run, data, capsys, tmp_path):
+    """A loaded run scores differently from the one that was trained."""
+    output_of(capsys, "evaluate", run, "--data", data, "--json", tmp_path / "scores.json")
+    rows = json.loads((tmp_path / "scores.json").read_text())
+    trained = json.loads((run / "results.json").read_text())["test"]
+    for row, expected in zip(rows, trained, strict=True):
+        for name in ("full_las", "full_uas", "las", "uas", "heads"):
+            assert row[name] == pytest.approx(expected[name])
+
+
+def test_evaluate_a_language_without_a_subnetwork(run, data, capsys):
+    """An unseen language is an error, or silently read by somebody else's subnetwork."""
+    table = output_of(capsys, "evaluate", run, "--data", data, "--languages", "qaa,qah", "--split", "dev")
+    assert "qah (no subnetwork)" in table
+
+
+def test_predict_changes_two_columns_only(run, data, capsys, tmp_path):
+    """Predict loses comments, multiword tokens or columns."""
+    source = next(data.glob("UD_*/qac_toy-ud-test.conllu"))
+    target = tmp_path / "out.conllu"
+    said = output_of(capsys, "predict", run, source, target, "--language", "qac")
+    assert "12 sentences written" in said
+    before, after = source.read_text().splitlines(), target.read_text().splitlines()
+    assert len(before) == len(after)
+    for old, new in zip(before, after, strict=True):
+        if "\t" in old and "-" not in old.split("\t")[0]:
+            a, b = old.split("\t"), new.split("\t")
+            assert a[:6] + a[8:] == b[:6] + b[8:]
+        else:
+            assert old == new
+
+
+def test_discover_then_train_with_the_masks(run, data, capsys, tmp_path):
+    """A masks file from `discover` cannot be shared, shown, or trained with."""
+    masks = tmp_path / "masks.safetensors"
+    options = ["--units", "heads", "--density", "0.5", "--seeds", "2", "--score-sentences", "8"]
+    table = output_of(capsys, "discover", run, "--masks", masks, *options)
+    assert "heads of 32" in table
+    subnets = fm.Subnetworks.load(masks)
+    assert subnets.neurons is None
+    shown = output_of(capsys, "masks", masks, "--picture", tmp_path / "heads.svg")
+    assert "qaa" in shown
+    assert (tmp_path / "heads.svg").read_text().lstrip().startswith("<?xml")
+    for method in ("random", "shared"):
+        out = tmp_path / method
+        arguments = ["--data", data, "--out", out, "--steps", "4", "--method", method, "--masks", masks, *TINY]
+        output_of(capsys, "train", *arguments)
+        control = fm.Subnetworks.load(out / "masks.safetensors")
+        if method == "random":
+            assert control.heads.sum(-1).tolist() == subnets.heads.sum(-1).tolist()
+        else:
+            assert control.heads[0].equal(control.heads[1])
+
+
+def test_full_method_has_no_subnetworks(data, capsys, tmp_path):
+    """`--method full` leaves masks or crashes without them."""
+    arguments = ["--data", data, "--out", tmp_path / "full", "--steps", "3", "--method", "full"]
+    table = output_of(capsys, "train", *arguments, *TINY)
+    assert not (tmp_path / "full" / "masks.safetensors").exists()
+    assert "mean of 2" in table
+    output_of(capsys, "evaluate", tmp_path / "full", "--data", data)
+
+
+def test_settings_from_a_file_and_overrides(data, capsys, tmp_path):
+    """A YAML file cannot hold the settings, or beats the command line."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {data}\nlanguages: [qaa, qac]\nmethod: full\nsteps: 2\nbatch_size: 4\nthreads: 1\n")
+    output_of(capsys, "train", "--config", config, "--out", tmp_path / "run", "--steps", "3")
+    settings = json.loads((tmp_path / "run" / "results.json").read_text())["settings"]
+    assert (settings["steps"], settings["batch_size"], settings["method"]) == (3, 4, "full")
+
+
+def test_killed_and_resumed_ends_the_same(run, data, tmp_path):
+    """A killed run cannot go on, or ends with other scores than one that never stopped."""
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "fastmask.cli", "train", "--data", str(data), "--out", str(out)]
+    command += ["--steps", "6", "--density", "0.4", "--checkpoint-every", "1", *TINY]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main([*command[3:], "--resume"]) == 0
+    for name in ("masks.safetensors",):
+        assert fm.Subnetworks.load(out / name) == fm.Subnetworks.load(run / name)
+    ended, unbroken = (json.loads((folder / "results.json").read_text())["test"] for folder in (out, run))
+    for row, expected in zip(ended, unbroken, strict=True):
+        assert {k: v for k, v in row.items() if "per_second" not in k} == {
+            k: v for k, v in expected.items() if "per_second" not in k
+        }
+
+
+class TestErrors:
+    """Exit code 1, one message that says what is wrong, no traceback, nothing lost."""
+
+    def test_out_holds_another_run(self, run, data, capsys):
+        before = (run / "results.json").read_bytes()
+        said = output_of(capsys, "train", "--data", data, "--out", run, "--steps", "3", *TINY, code=1)
+        assert "which holds a run" in said
+        assert (run / "results.json").read_bytes() == before
+
+    def test_resume_with_other_settings(self, run, data, capsys):
+        said = output_of(capsys, "train", "--data", data, "--out", run, "--steps", "9", "--resume", *TINY, code=1)
+        assert "steps was 6 and is 9" in said
+
+    def test_no_data(self, capsys, tmp_path):
+        said = output_of(capsys, "train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", code=1)
+        assert "no folder of treebanks at" in said
+        assert not (tmp_path / "run").exists()
+
+    def test_unknown_language(self, data, capsys, tmp_path):
+        arguments = ["--data", data, "--languages", "qaa,qax", "--out", tmp_path / "run"]
+        assert "did you mean" in output_of(capsys, "train", *arguments, code=1)
+
+    def test_malformed_treebank(self, data, capsys, tmp_path):
+        bank = tmp_path / "ud" / "UD_Broken-Toy"
+        bank.mkdir(parents=True)
+        source = next(data.glob("UD_*/qaa_toy-ud-train.conllu")).read_text().splitlines()
+        number = next(i for i, line in enumerate(source) if line.startswith("2\t"))
+        source[number] = source[number].rsplit("\t", 1)[0]
+        (bank / "qaa_toy-ud-train.conllu").write_text("\n".join(source) + "\n\n")
+        said = output_of(capsys, "train", "--data", tmp_path / "ud", "--out", tmp_path / "run", code=1)
+        assert f"qaa_toy-ud-train.conllu:{number + 1}:" in said
+
+    def test_no_gpu(self, data, capsys, tmp_path):
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        said = output_of(capsys, "train", "--data", data, "--out", tmp_path / "run", "--device", "cuda", *TINY, code=1)
+        assert "finds no GPU here" in said
+
+    def test_not_a_run(self, capsys, tmp_path):
+        assert "there is no such folder" in output_of(capsys, "evaluate", tmp_path / "nowhere", code=1)
+        assert "is not a run" in output_of(capsys, "evaluate", tmp_path, code=1)
+
+    def test_masks_of_another_model(self, data, capsys, tmp_path):
+        from transformers import BertConfig
+
+        config = BertConfig(num_hidden_layers=3, num_attention_heads=4, hidden_size=16, intermediate_size=8)
+        fm.Subnetworks.random(config, ["qaa", "qac"], 0.5, 0).save(tmp_path / "masks.safetensors")
+        arguments = [
+            "--data",
+            data,
+            "--out",
+            tmp_path / "run",
+            "--masks",
+            tmp_path / "masks.safetensors",
+            "--steps",
+            "3",
+        ]
+        said = output_of(capsys, "train", *arguments, *TINY, code=1)
+        assert "masks are for 3 layers of 4 heads, this BertModel has 4 layers of 8 heads" in said
+
+    def test_truncated_masks(self, run, capsys, tmp_path):
+        broken = tmp_path / "masks.safetensors"
+        broken.write_bytes((run / "masks.safetensors").read_bytes()[:-20])
+        assert "not a masks file, or is truncated" in output_of(capsys, "masks", broken, code=1)
+
+    def test_predict_with_an_unknown_language(self, run, data, capsys, tmp_path):
+        source = next(data.glob("UD_*/qac_toy-ud-test.conllu"))
+        said = output_of(capsys, "predict", run, source, tmp_path / "out", "--language", "qab", code=1)
+        assert "unknown language 'qab'; did you mean" in said
+        assert not (tmp_path / "out").exists()
+
+    def test_wrong_usage(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", "--method", "sttic"])
+        assert stopped.value.code == 2
+        assert "invalid choice: 'sttic'" in capsys.readouterr().err
+
+    def test_debug_shows_the_traceback(self, tmp_path):
+        with pytest.raises(FileNotFoundError):
+            main(["evaluate", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_help_answers_at_once():
+    """`fastmask --help` imports transformers and datasets, which takes seconds."""
+    code = "import sys, fastmask.cli\ntry: fastmask.cli.main(['--help'])\nexcept SystemExit: print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "discover" in done.stdout
+    assert "'transformers'" not in done.stdout
+    assert "'datasets'" not in done.stdout

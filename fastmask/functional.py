@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmask.masks import Mask
-from fastmask.torch_path import segments
+from fastmask.torch_path import batched, segments
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.units import Columns, Rows
 from fastmask.torch_path.weights import Weights
@@ -166,7 +166,11 @@ def _masked_linear(
     pieces = _pieces(index, extents, kind, geometry, weight, packed_width)
     ids = _host_ids(language_ids, n_languages)
     _check_packed(pieces, kind, ids, packed_width)
-    y = segments.forward(pieces, _examples(x), weight, bias, ids)
+    examples = _examples(x)
+    if batched.suits(pieces, examples.shape[1], ids):
+        y = batched.Batched(pieces, weight, ids).forward(examples, bias)
+    else:
+        y = segments.forward(pieces, examples, weight, bias, ids)
     return y.view(*x.shape[:-1], pieces.out_width)
 
 
@@ -190,10 +194,13 @@ def _masked_linear_backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     pieces = _pieces(index, extents, kind, geometry, weight, packed_width)
-    needs_x, needs_weight, needs_bias = needs
-    dx, dw, db = segments.backward(
-        pieces, _examples(dy), _examples(x), weight, language_ids.tolist(), (needs_x, needs_weight, needs_bias)
-    )
+    ids: list[int] = language_ids.tolist()
+    wanted = (needs[0], needs[1], needs[2])
+    dy_examples, examples = _examples(dy), _examples(x)
+    if batched.suits(pieces, examples.shape[1], ids):
+        dx, dw, db = batched.Batched(pieces, weight, ids).backward(dy_examples, examples, wanted)
+    else:
+        dx, dw, db = segments.backward(pieces, dy_examples, examples, weight, ids, wanted)
     # An operator cannot return None: what was not asked for comes back empty.
     return (
         x.new_empty(0) if dx is None else dx.view(x.shape),

@@ -11,6 +11,7 @@ from oracle import KINDS, assert_close, check, gradients, random_mask
 
 from fastmask import Mask, masked_linear
 from fastmask.functional import packed_linear
+from fastmask.torch_path import batched
 from fastmask.torch_path.naive import masked_linear_naive
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
@@ -121,41 +122,42 @@ def test_non_leaf_weight(kind):
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("unit", [1, 4])
-def test_packed_equals_unpacked(kind, unit):
+@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
+@pytest.mark.parametrize(
+    "order", [[0, 0, 1, 1, 2, 2], [1, 0, 2, 3, 1], [2, 0, 0, 3]], ids=["equal", "scattered", "unequal"]
+)
+def test_packed_equals_unpacked(kind, unit, at_once, order, monkeypatch):
     """Packing moves a unit to the wrong place, or leaves something behind the live units."""
+    if not at_once:
+        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
     torch.manual_seed(0)
     N, K = (8 * unit, 12) if kind == "rows" else (12, 8 * unit)
-    mask, ids = random_mask(kind, 2, N, K, unit=unit), torch.tensor([1, 0, 1])
+    mask, ids = random_mask(kind, 4, N, K, unit=unit), torch.tensor(order)
     width = max(mask.live_counts()) + unit
     weight, bias = torch.randn(N, K), torch.randn(N)
     dense = mask.to_dense()[:, :, 0] if kind == "rows" else mask.to_dense()[:, 0]
-    order = [torch.where(row)[0].tolist() for row in dense]
+    live = [torch.where(row)[0].tolist() for row in dense]
 
-    def pack(full):
-        out = torch.zeros(*full.shape[:-1], width)
+    def pack(full, behind=0.0):
+        out = torch.full((*full.shape[:-1], width), behind)
         for b, language in enumerate(ids.tolist()):
-            out[b, ..., : len(order[language])] = full[b, ..., order[language]]
+            out[b, ..., : len(live[language])] = full[b, ..., live[language]]
         return out
 
+    def packed(x, w, mask, ids, bias):
+        return packed_linear(x, w, mask, ids, bias, width)
+
+    x, dy = torch.randn(len(ids), 5, K), torch.randn(len(ids), 5, N)
+    y, dx, dw, db = gradients(masked_linear, x, weight, bias, dy, mask, ids)
+    # What lies behind the live units of the packed side must never show, neither in x nor in an upstream gradient.
     if kind == "rows":
-        x, dy = torch.randn(3, 5, K), torch.randn(3, 5, N)
-        expected = gradients(masked_linear, x, weight, bias, dy, mask, ids)
-        ours = gradients(
-            lambda x, w, m, i, b: packed_linear(x, w, m, i, b, width), x, weight, bias, pack(dy), mask, ids
-        )
-        assert torch.equal(ours[0], pack(expected[0]))
+        ours = gradients(packed, x, weight, bias, pack(dy, behind=7.0), mask, ids)
+        expected = pack(y), dx, dw, db
     else:
-        x, dy = torch.randn(3, 5, K), torch.randn(3, 5, N)
-        expected = gradients(masked_linear, x, weight, bias, dy, mask, ids)
-        packed_x = pack(x)
-        packed_x[..., -unit:] = 7.0  # behind every language's live units: must never be read
-        ours = gradients(
-            lambda x, w, m, i, b: packed_linear(x, w, m, i, b, width), packed_x, weight, bias, dy, mask, ids
-        )
-        torch.testing.assert_close(ours[0], expected[0])
-        torch.testing.assert_close(ours[1], pack(expected[1]))
-    torch.testing.assert_close(ours[2], expected[2])
-    torch.testing.assert_close(ours[3], expected[3])
+        ours = gradients(packed, pack(x, behind=7.0), weight, bias, dy, mask, ids)
+        expected = y, pack(dx), dw, db
+    for name, result, wanted in zip(("y", "dx", "dW", "db"), ours, expected, strict=True):
+        torch.testing.assert_close(result, wanted, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_packed_width_too_narrow_names_the_language():

@@ -12,9 +12,11 @@ from tiny_models import DECODERS, ENCODERS, batch, multiplied, tiny
 from torch import nn
 
 import fastmask as fm
+from fastmask.torch_path import batched
 
 LANGUAGES = ["aa", "bb", "cc"]
-MIXED = [2, 0, -1, 1, 0, 2]
+MIXED = [2, 0, 1, 1, 0, 2, 0]
+WITH_FULL = [2, 0, -1, 1, 0, 2]
 
 
 def subnetworks(model, units="both", density=0.5, seed=3):
@@ -44,9 +46,12 @@ def assert_equals_multiplying(model, subnets, ids=MIXED):
             )
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
 @pytest.mark.parametrize("model_type", [*ENCODERS, *DECODERS])
-def test_every_family(model_type):
-    """A family's heads or neurons are found in the wrong place."""
+def test_every_family(model_type, at_once, monkeypatch):
+    """A family's heads or neurons are found in the wrong place, by one of the two ways to run a mixed batch."""
+    if not at_once:
+        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
     model = tiny(model_type)
     assert_equals_multiplying(model, subnetworks(model))
 
@@ -67,7 +72,9 @@ def test_under_a_task_head(model_type, head):
     assert_equals_multiplying(model, subnetworks(model))
 
 
-@pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 1, 0, 1], [-1, -1]], ids=["one", "interleaved", "full"])
+@pytest.mark.parametrize(
+    "ids", [[1, 1, 1, 1], [0, 1, 0, 1], [-1, -1], WITH_FULL], ids=["one", "interleaved", "full", "with_full"]
+)
 def test_batches(ids):
     """Only some mixes of languages work."""
     model = tiny("bert")

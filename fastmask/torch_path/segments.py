@@ -31,6 +31,12 @@ class Pieces(ABC):
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         """Add this language's dW to the live part of `grad` [N, K]."""
 
+    def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        """The dW [N, K] of a batch of one language, in the weight's dtype; overridden where one pass less will do."""
+        grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        self.add_weight_grad(language, dy, x, grad)
+        return grad
+
     def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
         """Add this language's db to `grad` [N]; only row masks gate the bias."""
         grad += dy.sum(0).to(grad.dtype)
@@ -83,19 +89,24 @@ def backward(
     dW is one buffer that every language adds its live part to. Half-precision weights are summed in float32 when
     several languages add to them.
     """
-    pieces_of_batch = list(segments(language_ids))
-    several = len(pieces_of_batch) > 1
+    parts = list(segments(language_ids))
+    several = len(parts) > 1
     sum_dtype = torch.float32 if several and weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
     dx = x.new_empty(x.shape) if needs[0] else None
-    dw = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device) if needs[1] else None
+    dw = None
+    if needs[1] and len(parts) == 1:
+        language, where = parts[0]
+        dw = pieces.weight_grad(language, _take(dy, where), _take(x, where), weight)
+    elif needs[1]:
+        dw = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
     db = torch.zeros(weight.shape[0], dtype=sum_dtype, device=weight.device) if needs[2] else None
-    for language, where in pieces_of_batch:
+    for language, where in parts:
         dy_part = _take(dy, where)
         if dx is not None:
             target = _Target(dx, where)
             pieces.input_grad(language, dy_part, weight, target.tokens)
             target.done()
-        if dw is not None:
+        if dw is not None and several:
             pieces.add_weight_grad(language, dy_part, _take(x, where), dw)
         if db is not None:
             pieces.add_bias_grad(language, dy_part, db)

@@ -93,6 +93,18 @@ class Rows(_Units, Pieces):
         out = self.live_grad.take(self.live(language), x.shape[1], x)
         self._scatter_add(language, grad, torch.mm(self.compact(language, dy).t(), x, out=out))
 
+    def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if language == FULL:
+            return (dy.t() @ x).to(weight.dtype)
+        # One gather writes live and dead rows alike: every dead row takes the zero row behind the live ones.
+        live, indices = self.live(language), self.of(language)
+        part = x.new_empty(live + 1, x.shape[1])
+        torch.mm(self.compact(language, dy).t(), x, out=part[:live])
+        part[live] = 0
+        source = torch.full((weight.shape[0],), live, device=x.device)
+        source[indices] = torch.arange(live, device=x.device)
+        return part.to(weight.dtype).index_select(0, source)
+
     def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
         self._scatter_add(language, grad, self.compact(language, dy).sum(0))
 

@@ -32,7 +32,10 @@ class Weights(Pieces):
         multiply(dy, self._masked(language, weight).to(dy.dtype), None, out)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
+        grad += self.weight_grad(language, dy, x, grad)
+
+    def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         part = dy.t() @ x
         if language != FULL:
             part *= self._keep(language)
-        grad += part.to(grad.dtype)
+        return part.to(weight.dtype)

@@ -52,12 +52,12 @@ class AttachedLinear(MaskedLinear):
         width = x.shape[-1] if self.mask.kind == "columns" else self._packed_width(route.present)
         return packed_linear(x, self.weight, self.mask, language_ids, self.bias, width)
 
-    def _packed_width(self, present: frozenset[int] | None) -> int:
+    def _packed_width(self, present: tuple[int, ...] | None) -> int:
         assert self.packed_unit is not None
         if present is None:
             widest = max(self._live_counts)
         elif -1 in present:
             return self.out_features
         else:
-            widest = max((self._live_counts[language] for language in present), default=0)
+            widest = max([0, *[self._live_counts[language] for language in present]])
         return max(widest, self.packed_unit)

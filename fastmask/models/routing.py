@@ -22,7 +22,7 @@ class Route:
     """
 
     language_ids: Tensor
-    present: frozenset[int] | None
+    present: tuple[int, ...] | None
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Route:
@@ -35,7 +35,7 @@ class Route:
             raise ValueError(f"expected language_ids as an int64 tensor [batch], given {given}")
         if torch.compiler.is_compiling():
             return cls(language_ids, None)
-        present = frozenset(language_ids.tolist())
+        present = tuple(sorted(set(language_ids.tolist())))
         for language in present:
             if not -1 <= language < n_languages:
                 raise ValueError(
@@ -75,7 +75,7 @@ class Router:
                 f"{', ...' if len(self.languages) > 10 else ''}; -1 = full network) or call it inside "
                 "`with fastmask.language(model, ...)`"
             )
-        return Route(torch.tensor([self.default]), frozenset({self.default}))
+        return Route(torch.tensor([self.default]), (self.default,))
 
     def current(self) -> Route:
         """The route of the forward call that is running."""

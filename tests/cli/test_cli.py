@@ -117,6 +117,37 @@ def test_full_method_has_no_subnetworks(data, capsys, tmp_path):
     output_of(capsys, "evaluate", tmp_path / "full", "--data", data)
 
 
+def test_an_encoder_on_disk(data, capsys, tmp_path):
+    """`--model DIR` does not load, cannot be attached, or cannot be loaded back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+
+    text = "".join(path.read_text() for path in data.glob("UD_*/*-train.conllu"))
+    letters = sorted({letter for letter in text if letter.isalpha()})
+    pieces = {
+        piece: i for i, piece in enumerate(["<pad>", "<unk>", "<s>", "</s>", *letters, *("##" + c for c in letters)])
+    }
+    tokenizer = Tokenizer(models.WordPiece(pieces, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "encoder")
+    config = XLMRobertaConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=300,
+        pad_token_id=0,
+    )
+    XLMRobertaModel(config).save_pretrained(tmp_path / "encoder")
+    arguments = ["--data", data, "--model", tmp_path / "encoder", "--density", "0.5", "--steps", "3", *TINY]
+    output_of(capsys, "train", *arguments, "--out", tmp_path / "run")
+    subnets = fm.Subnetworks.load(tmp_path / "run" / "masks.safetensors")
+    assert subnets.heads.shape == (2, 2, 4)
+    assert "qaa" in output_of(capsys, "evaluate", tmp_path / "run", "--data", data)
+
+
 def test_settings_from_a_file_and_overrides(data, capsys, tmp_path):
     """A YAML file cannot hold the settings, or beats the command line."""
     config = tmp_path / "config.yaml"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import DECODERS, ENCODERS, batch, multiplied, tiny
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
 from fastmask.torch_path import batched
@@ -265,14 +266,19 @@ def test_compiles_without_graph_breaks():
     torch._dynamo.reset()
     model = tiny("bert").float()
     fm.attach(model, subnetworks(model))
-    from torch._dynamo.testing import CompileCounterWithBackend
-
     count = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=count)
     for ids in ([0, 1, 2], [1, 1, 1], [2, 0, 0]):
         inputs = {**batch(3), "language_ids": torch.tensor(ids)}
         torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-4)
     assert count.frame_count == 1
+    # A width for the subnetworks has no room for the full network; as the batch's only language it has its own.
+    inputs = batch(3)
+    with pytest.raises(ValueError, match=r"full network \(-1\) has 24 live rows, more than the packed width 12"):
+        compiled(**inputs, language_ids=torch.tensor([0, -1, 1]))
+    for name in (None, "bb"):
+        with fm.language(model, name):
+            torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], rtol=1e-4, atol=1e-4)
 
 
 class TestBadInput:

@@ -14,6 +14,7 @@ from fastmask.cli.options import given_settings
 from fastmask.cli.report import Row, print_scores, print_summary, round_printer
 from fastmask.training.checkpoints import replace_file
 from fastmask.training.config import TrainConfig
+from fastmask.training.run_folder import CONFIG_FILE, check_out
 
 __all__ = ["run"]
 
@@ -28,7 +29,6 @@ def run(options: argparse.Namespace) -> None:
     from fastmask.training.data import embedded_treebanks, load_training_data, training_languages
     from fastmask.training.loop import train
     from fastmask.training.methods import subnetworks_of
-    from fastmask.training.run_folder import check_out
 
     config = _config(options)
     check_out(config)  # before anything is written or computed
@@ -66,13 +66,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
+    """The settings of the run that is resumed or of a file, under those given on the command line."""
     given = given_settings(options)
-    file = TrainConfig.load(options.config) if options.config else TrainConfig()
-    config = TrainConfig.from_dict({**dataclasses.asdict(file), **given})
-    embedded = config.data is None
-    if embedded and "steps" not in given and not options.config:
+    started = Path(given.get("out", TrainConfig.out), CONFIG_FILE)
+    file = options.config or (started if given.get("resume") and started.is_file() else None)
+    base = TrainConfig.load(file) if file else TrainConfig()
+    config = TrainConfig.from_dict({**dataclasses.asdict(base), **given})
+    if config.data is None and file is None and "steps" not in given:
         config = dataclasses.replace(config, steps=EMBEDDED_STEPS)
-    if not embedded and not os.path.isdir(config.data or ""):
+    if config.data is not None and not os.path.isdir(config.data):
         raise FileNotFoundError(f"no folder of treebanks at {config.data}")
     return config
 

@@ -54,11 +54,11 @@ class TrainConfig:
     tau: float = _option(
         0.95, "prune while the dev score is at least tau times that of the full network", above=0, high=1
     )
-    steps: int = _option(1500, "optimiser steps in all", low=1)
+    steps: int = _option(1500, "optimiser steps in all; 600 if not given on the embedded languages", low=1)
     batch_size: int = _option(32, "sentences per step, over all languages and processes", low=1)
     seed: int = _option(0, "of weights, sentence order, dropout and random masks", low=0, high=2**32 - 1)
     precision: str = _option("no", "numbers in matrix products: float32 (no) or bfloat16 (bf16)", choices=PRECISIONS)
-    resume: bool = _option(False, "go on from the last checkpoint in `out`")
+    resume: bool = _option(False, "go on from the last checkpoint in `out`, with the settings of that run")
     lr: float = _option(3e-4, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1)
     encoder_lr: float = _option(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
     warmup: float = _option(0.05, "share of the steps in which the learning rate climbs", low=0, below=1)

@@ -40,7 +40,9 @@ def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
     if not (folder / "model" / "parser.json").is_file():
         last = checkpoints.latest(folder)
         state = f"its last checkpoint is {last.name}" if last else "it has no checkpoint yet"
-        raise FileNotFoundError(f"the run in {folder} has not finished; {state}: go on with `fastmask train --resume`")
+        raise FileNotFoundError(
+            f"the run in {folder} has not finished; {state}: go on with `fastmask train --out {folder} --resume`"
+        )
     config = TrainConfig.load(folder / CONFIG_FILE)
     parser = Parser.load(folder / "model")
     masks = folder / MASKS_FILE

@@ -41,7 +41,12 @@ class MetricsLog:
         replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ImportError(
+                    "tensorboard is on, but TensorBoard is not installed: pip install 'fastmask[tensorboard]'"
+                ) from error
 
             last = self.history[-1]["step"] if self.history else 0
             self._writer = SummaryWriter(str(Path(run, "tensorboard")), purge_step=last + 1)

@@ -39,7 +39,7 @@ def print_masks(subnets: Subnetworks, file: TextIO) -> None:
     several = len(subnets.languages) > 1
     if several:
         table.add_column("nearest (Jaccard)")
-        overlap = subnets.overlap(kinds[0][0] if kinds else "weights").fill_diagonal_(-1)
+        overlap = subnets.overlap().fill_diagonal_(-1)
     for index, language in enumerate(subnets.languages):
         cells = [language]
         for _, keep in kinds:

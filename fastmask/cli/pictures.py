@@ -50,7 +50,7 @@ def _draw_heads(axis: Any, keep: Tensor) -> None:
     languages, layers, heads = keep.shape
     cells = torch.full((languages, layers, heads + 1), float("nan"))
     cells[:, :, :heads] = keep.float()
-    axis.pcolormesh(cells.flatten(1)[:, :-1], cmap="Blues", vmin=0, vmax=1.25, edgecolors="white", linewidth=0.8)
+    axis.pcolormesh(cells.flatten(1)[:, :-1], cmap="Blues", vmin=-0.2, vmax=1.25, edgecolors="white", linewidth=0.8)
     axis.set_ylim(languages, 0)
     axis.set_xticks([layer * (heads + 1) + heads / 2 for layer in range(layers)], range(layers))
     axis.set_yticks([row + 0.5 for row in range(languages)])

@@ -110,12 +110,14 @@ class Subnetworks:
         """Share of live units of each language, float32 [L], for each of heads, neurons and masked modules."""
         return {name: keep.flatten(1).float().mean(1) for name, keep in self._tensors().items()}
 
-    def overlap(self, what: str = "heads") -> Tensor:
+    def overlap(self, what: str | None = None) -> Tensor:
         """Jaccard similarity of the languages' masks, float32 [L, L]: |A and B| / |A or B|, 1 for two empty masks.
 
         Args:
-            what: "heads", "neurons" or "weights".
+            what: "heads", "neurons" or "weights"; the first of these that is masked if not given.
         """
+        if what is None:
+            what = next(iter(self._tensors())).split("[")[0]
         chosen = [keep for name, keep in self._tensors().items() if name.startswith(what)]
         if not chosen:
             raise unknown("masked part", what, {name.split("[")[0] for name in self._tensors()})

@@ -46,6 +46,7 @@ def test_overlap_is_jaccard():
     subnets = Subnetworks(["a", "b", "c"], heads)
     expected = torch.tensor([[1, 1 / 3, 0], [1 / 3, 1, 0], [0, 0, 1]])
     torch.testing.assert_close(subnets.overlap(), expected)
+    torch.testing.assert_close(Subnetworks(["a", "b", "c"], neurons=heads).overlap(), expected)
 
 
 def test_random_like_keeps_sizes():

@@ -53,13 +53,12 @@ class Encoder:
 
     def step(self, run: Callable[[], Tensor]) -> Callable[[], None]:
         """Forward and backward, as in a training step."""
+        return lambda: run().backward(self.upstream)
 
-        def forward_and_backward() -> None:
-            for model in (self.dense, self.masked):
-                model.zero_grad(set_to_none=True)
-            run().backward(self.upstream)
-
-        return forward_and_backward
+    def reset(self) -> None:
+        """Clear the gradients of both sides."""
+        for model in (self.dense, self.masked):
+            model.zero_grad(set_to_none=True)
 
     def ideal(self) -> float:
         """The ratio if time followed the FLOPs of the linear layers and attention, which all scale with density."""
@@ -67,6 +66,7 @@ class Encoder:
 
     def check(self) -> None:
         """See that both sides compute what they should before they are timed: dead units give a zero gradient."""
+        self.reset()
         self.step(self.run_masked)()
         layer = self.masked.encoder.layer[0].intermediate.dense
         owned = layer.mask.to_dense()[self.ids.unique()].any(0)

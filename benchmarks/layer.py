@@ -24,13 +24,16 @@ class WeightMaskedLayer:
 
     def step_dense(self) -> None:
         """Forward and backward of the plain layer."""
-        self.dense.weight.grad = self.x.grad = None
         self.dense(self.x).backward(self.upstream)
 
     def step_masked(self) -> None:
         """Forward and backward of the masked layer."""
-        self.dense.weight.grad = self.x.grad = None
         self.masked(self.x, self.ids).backward(self.upstream)
+
+    def reset(self) -> None:
+        """Clear the gradients."""
+        self.dense.zero_grad(set_to_none=True)
+        self.x.grad = None
 
     def check(self) -> None:
         """See that the masked layer equals the definition before it is timed."""

@@ -24,20 +24,34 @@ class Ratio:
     pairs: int
 
 
-def compare(baseline: Callable[[], object], ours: Callable[[], object], seconds: float, warm_up: int = 2) -> Ratio:
+def compare(
+    baseline: Callable[[], object],
+    ours: Callable[[], object],
+    seconds: float,
+    reset: Callable[[], object] = lambda: None,
+    warm_up: int = 2,
+) -> Ratio:
     """Run the two sides A B A B for about `seconds`, at least seven pairs, and report quartiles of the ratios.
 
     The speed of such machines moves by a factor of two within a minute; two runs side by side see the same speed.
+    `reset` is called before each run, untimed: it clears gradients.
     """
+
+    def timed(function: Callable[[], object]) -> float:
+        reset()
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
     for _ in range(warm_up):
-        baseline()
-        ours()
+        timed(baseline)
+        timed(ours)
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 7 or time.perf_counter() < end:
         # Whoever runs second finds other things in the cache: take turns.
         first, second = (baseline, ours) if len(times) % 2 == 0 else (ours, baseline)
-        a, b = _seconds(first), _seconds(second)
+        a, b = timed(first), timed(second)
         times.append((a, b) if len(times) % 2 == 0 else (b, a))
     ratios = sorted(a / b for a, b in times)
     low, median, high = statistics.quantiles(ratios, n=4)
@@ -49,12 +63,6 @@ def compare(baseline: Callable[[], object], ours: Callable[[], object], seconds:
         ours_ms=1e3 * statistics.median(b for _, b in times),
         pairs=len(times),
     )
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], not_counted: list[torch.Tensor]) -> int:

@@ -58,7 +58,8 @@ class _Units:
         live = self.live(language)
         if language == FULL or self.packed_width is not None:
             multiply(a, b, bias, out[:, :live])
-            out[:, live:] = 0
+            if live < out.shape[1]:
+                out[:, live:] = 0
         else:
             out.zero_()
             out.index_copy_(1, self.of(language), multiply(a, b, bias))

@@ -47,6 +47,10 @@ class _Units:
         """Their indices."""
         return self.indices[language, : self.counts[language]]
 
+    def units_of(self, language: int) -> Tensor:
+        """Indices of their units."""
+        return self.of(language)[:: self.unit] // self.unit
+
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, live] of an activation [M, width] on the masked side."""
         if language == FULL or self.packed_width is not None:
@@ -98,13 +102,11 @@ class Rows(_Units, Pieces):
         if language == FULL:
             return (dy.t() @ x).to(weight.dtype)
         # One gather writes live and dead rows alike: every dead row takes the zero row behind the live ones.
-        live, indices = self.live(language), self.of(language)
+        live = self.live(language)
         part = x.new_empty(live + 1, x.shape[1])
         torch.mm(self.compact(language, dy).t(), x, out=part[:live])
         part[live] = 0
-        source = torch.full((weight.shape[0],), live, device=x.device)
-        source[indices] = torch.arange(live, device=x.device)
-        return part.to(weight.dtype).index_select(0, source)
+        return part.to(weight.dtype).index_select(0, _places(self.of(language), weight.shape[0]))
 
     def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
         self._scatter_add(language, grad, self.compact(language, dy).sum(0))
@@ -128,7 +130,7 @@ class Columns(_Units, Pieces):
         """Live columns [N, live] of a weight [N, K]."""
         if language != FULL:
             # Runs of columns are copied whole: a third of the time of copying them one by one.
-            units = self.of(language)[:: self.unit] // self.unit
+            units = self.units_of(language)
             out = self.live_weight.take(weight.shape[0], self.live(language), weight)
             grouped = weight.unflatten(1, (-1, self.unit))
             torch.index_select(grouped, 1, units, out=out.unflatten(1, (-1, self.unit)))
@@ -142,6 +144,18 @@ class Columns(_Units, Pieces):
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
         self.multiply_into(language, out, dy, self.gather(language, weight, dy.dtype), None)
 
+    def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        if language == FULL:
+            return (dy.t() @ x[:, : self.size]).to(weight.dtype)
+        if self.unit == 1:  # gathering columns one by one is slower than adding them
+            return super().weight_grad(language, dy, x, weight)
+        live, unit, N = self.live(language), self.unit, dy.shape[1]
+        part = x.new_empty(N, live + unit)
+        torch.mm(dy.t(), self.compact(language, x), out=part[:, :live])
+        part[:, live:] = 0
+        places = _places(self.units_of(language), self.size // unit)
+        return part.to(weight.dtype).view(N, -1, unit).index_select(1, places).view(N, self.size)
+
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         out = self.live_grad.take(dy.shape[1], self.live(language), x)
         part = torch.mm(dy.t(), self.compact(language, x), out=out).to(grad.dtype)
@@ -149,6 +163,13 @@ class Columns(_Units, Pieces):
             grad += part
         else:
             grad.index_add_(1, self.of(language), part)
+
+
+def _places(indices: Tensor, size: int) -> Tensor:
+    """For each of `size` units its place among the live ones, `indices`; for a dead one the place behind them."""
+    live = len(indices)
+    places = torch.full((size,), live, device=indices.device)
+    return places.index_copy_(0, indices, torch.arange(live, device=indices.device))
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

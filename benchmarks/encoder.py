@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import fastmask as fm
+from benchmarks.measure import Side
 
 __all__ = ["Encoder"]
 
@@ -51,14 +51,12 @@ class Encoder:
         output: Tensor = self.masked(inputs_embeds=self.x, language_ids=self.ids)[0]
         return output
 
-    def step(self, run: Callable[[], Tensor]) -> Callable[[], None]:
-        """Forward and backward, as in a training step."""
-        return lambda: run().backward(self.upstream)
-
-    def reset(self) -> None:
-        """Clear the gradients of both sides."""
-        for model in (self.dense, self.masked):
-            model.zero_grad(set_to_none=True)
+    def sides(self) -> tuple[Side, Side]:
+        """Forward and backward of the dense model, and of the one with subnetworks."""
+        return (
+            Side(lambda: self.run_dense().backward(self.upstream), self.dense.zero_grad),
+            Side(lambda: self.run_masked().backward(self.upstream), self.masked.zero_grad),
+        )
 
     def ideal(self) -> float:
         """The ratio if time followed the FLOPs of the linear layers and attention, which all scale with density."""
@@ -66,8 +64,7 @@ class Encoder:
 
     def check(self) -> None:
         """See that both sides compute what they should before they are timed: dead units give a zero gradient."""
-        self.reset()
-        self.step(self.run_masked)()
+        self.sides()[1].run()
         layer = self.masked.encoder.layer[0].intermediate.dense
         owned = layer.mask.to_dense()[self.ids.unique()].any(0)
         if layer.weight.grad[~owned].any() or not layer.weight.grad[owned].any():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastmask as fm
+from benchmarks.measure import Side
 from fastmask.torch_path.naive import masked_linear_naive
 
 __all__ = ["WeightMaskedLayer"]
@@ -22,18 +23,17 @@ class WeightMaskedLayer:
         self.ids = torch.zeros(tokens // 128, dtype=torch.int64)
         self.upstream = torch.randn(tokens // 128, 128, 3072)
 
-    def step_dense(self) -> None:
-        """Forward and backward of the plain layer."""
-        self.dense(self.x).backward(self.upstream)
+    def sides(self) -> tuple[Side, Side]:
+        """Forward and backward of the plain layer, and of the masked one; both have the same parameters."""
 
-    def step_masked(self) -> None:
-        """Forward and backward of the masked layer."""
-        self.masked(self.x, self.ids).backward(self.upstream)
+        def reset() -> None:
+            self.dense.zero_grad()
+            self.x.grad = None
 
-    def reset(self) -> None:
-        """Clear the gradients."""
-        self.dense.zero_grad(set_to_none=True)
-        self.x.grad = None
+        return (
+            Side(lambda: self.dense(self.x).backward(self.upstream), reset),
+            Side(lambda: self.masked(self.x, self.ids).backward(self.upstream), reset),
+        )
 
     def check(self) -> None:
         """See that the masked layer equals the definition before it is timed."""

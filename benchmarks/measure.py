@@ -9,7 +9,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Ratio", "compare", "saved_bytes"]
+__all__ = ["Ratio", "Side", "compare", "saved_bytes"]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is timed, and what is done before it, untimed: clearing its own gradients, as training does."""
+
+    run: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -25,22 +33,20 @@ class Ratio:
 
 
 def compare(
-    baseline: Callable[[], object],
-    ours: Callable[[], object],
+    baseline: Side,
+    ours: Side,
     seconds: float,
-    reset: Callable[[], object] = lambda: None,
     warm_up: int = 2,
 ) -> Ratio:
     """Run the two sides A B A B for about `seconds`, at least seven pairs, and report quartiles of the ratios.
 
     The speed of such machines moves by a factor of two within a minute; two runs side by side see the same speed.
-    `reset` is called before each run, untimed: it clears gradients.
     """
 
-    def timed(function: Callable[[], object]) -> float:
-        reset()
+    def timed(side: Side) -> float:
+        side.reset()
         start = time.perf_counter()
-        function()
+        side.run()
         return time.perf_counter() - start
 
     for _ in range(warm_up):

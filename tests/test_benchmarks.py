@@ -9,12 +9,12 @@ import torch
 
 from benchmarks.__main__ import Result
 from benchmarks.layer import WeightMaskedLayer
-from benchmarks.measure import compare, saved_bytes
+from benchmarks.measure import Side, compare, saved_bytes
 
 
 def test_ratio_is_baseline_over_ours():
     """A slower library would be reported as a faster one."""
-    ratio = compare(lambda: time.sleep(0.02), lambda: time.sleep(0.005), seconds=0.1)
+    ratio = compare(Side(lambda: time.sleep(0.02)), Side(lambda: time.sleep(0.005)), seconds=0.1)
     assert ratio.low <= ratio.median <= ratio.high
     assert ratio.median > 1.5
     assert ratio.pairs >= 7

@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(train)
 
     find = command("discover", "find one subnetwork for each language by iterative pruning")
-    find.add_argument("runs", nargs="+", metavar="RUN", help="finished runs; several (of other seeds) are combined")
+    find.add_argument(
+        "runs", nargs="+", metavar="RUN", help="finished runs; several, fine-tuned from the same encoder, are combined"
+    )
     find.add_argument("--masks", metavar="FILE", default="masks.safetensors", help="where to write the subnetworks")
     find.add_argument("--seeds", type=int, default=1, help="draws of scoring sentences for each run, combined")
     find.add_argument("--combine", choices=("majority", "union", "intersection"), default="majority", help="how")

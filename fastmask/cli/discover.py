@@ -11,6 +11,7 @@ from pathlib import Path
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import round_printer
+from fastmask.training.config import TrainConfig
 
 __all__ = ["run"]
 
@@ -31,8 +32,9 @@ def run(options: argparse.Namespace) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
     found = []
-    for folder in options.runs:
-        run = load_run(folder, attached=False)
+    loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
+    _check_comparable({folder: run.config for folder, run in loaded.items()})
+    for folder, run in loaded.items():
         config = dataclasses.replace(run.config, **given_settings(options))
         data, languages = data_of(run.config, folder, options)
         datasets = load_training_data(data, languages)
@@ -47,3 +49,15 @@ def run(options: argparse.Namespace) -> None:
     subnets.save(target, {"made_from": json.dumps(made_from)})
     print_masks(subnets, sys.stdout)
     print(f"written to {target}")
+
+
+def _check_comparable(configs: dict[str, TrainConfig]) -> None:
+    """See that head 3 of one run is head 3 of the others: they must have started from the same weights."""
+    first, *others = configs
+    for other in others:
+        start, another = ((c.model, c.seed if c.model == "small" else None) for c in (configs[first], configs[other]))
+        if start != another:
+            raise ValueError(
+                f"{first} and {other} did not start from the same weights (model {start[0]!r} and {another[0]!r}; "
+                "'small' starts from its seed): their heads and neurons do not correspond and cannot be combined"
+            )

@@ -108,13 +108,16 @@ def test_discover_then_train_with_the_masks(run, data, capsys, tmp_path):
             assert control.heads[0].equal(control.heads[1])
 
 
-def test_full_method_has_no_subnetworks(data, capsys, tmp_path):
+def test_full_method_has_no_subnetworks(run, data, capsys, tmp_path):
     """`--method full` leaves masks or crashes without them."""
-    arguments = ["--data", data, "--out", tmp_path / "full", "--steps", "3", "--method", "full"]
+    arguments = ["--data", data, "--out", tmp_path / "full", "--steps", "3", "--method", "full", "--seed", "1"]
     table = output_of(capsys, "train", *arguments, *TINY)
     assert not (tmp_path / "full" / "masks.safetensors").exists()
     assert "mean of 2" in table
     output_of(capsys, "evaluate", tmp_path / "full", "--data", data)
+    # Heads of two encoders trained from scratch with different seeds have nothing to do with each other.
+    said = output_of(capsys, "discover", run, tmp_path / "full", "--masks", tmp_path / "m.safetensors", code=1)
+    assert "did not start from the same weights" in said
 
 
 def test_an_encoder_on_disk(data, capsys, tmp_path):

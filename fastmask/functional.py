@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmask import operators
 from fastmask.masks import Mask
 from fastmask.operators import UNPACKED
+from fastmask.torch_path.activations import NONE
 
 __all__ = ["masked_linear", "packed_linear"]
 
@@ -37,20 +38,33 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, b
 
 
 def packed_linear(
-    x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None, packed_width: int
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None,
+    packed_width: int,
+    activation: str = NONE,
 ) -> Tensor:
     """`masked_linear` with the masked side compact: live units at the front of `packed_width`, zeros behind.
 
     A row mask makes y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width] and never reads what lies
-    behind the live units. `packed_width` must hold the widest language of the batch.
+    behind the live units. `packed_width` must hold the widest language of the batch. `activation`, a name of
+    `torch_path.activations`, is applied to x first and computed again in the backward pass instead of being kept.
     """
     if mask.kind not in ("rows", "columns"):
         raise ValueError(f"only row and column masks can be packed, given a mask of kind {mask.kind!r}")
-    return _call(x, weight, mask, language_ids, bias, packed_width)
+    return _call(x, weight, mask, language_ids, bias, packed_width, activation)
 
 
 def _call(
-    x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None, packed_width: int
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None,
+    packed_width: int,
+    activation: str = NONE,
 ) -> Tensor:
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
@@ -68,6 +82,7 @@ def _call(
         mask.geometry,
         mask.n_languages,
         packed_width,
+        activation,
     )
 
 

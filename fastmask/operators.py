@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmask.torch_path import batched, segments
+from fastmask.torch_path.activations import activate, activation_grad
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.units import Columns, Rows
 from fastmask.torch_path.weights import Weights
@@ -46,11 +47,12 @@ def _forward(
     geometry: list[int],
     n_languages: int,
     packed_width: int,
+    activation: str,
 ) -> Tensor:
     pieces = _pieces(index, extents, kind, geometry, weight, packed_width)
     ids = _host_ids(language_ids, n_languages)
     _check_packed(pieces, kind, ids, packed_width)
-    examples = _examples(x)
+    examples = activate(_examples(x), activation)
     if batched.suits(pieces, examples.shape[1], ids):
         y = batched.Batched(pieces, weight, ids).forward(examples, bias)
     else:
@@ -68,19 +70,20 @@ def _backward(
     kind: str,
     geometry: list[int],
     packed_width: int,
+    activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     pieces = _pieces(index, extents, kind, geometry, weight, packed_width)
     ids: list[int] = language_ids.tolist()
     wanted = (needs[0], needs[1], needs[2])
-    dy_examples, examples = _examples(dy), _examples(x)
+    dy_examples, examples = _examples(dy), activate(_examples(x), activation)
     if batched.suits(pieces, examples.shape[1], ids):
         dx, dw, db = batched.Batched(pieces, weight, ids).backward(dy_examples, examples, wanted)
     else:
         dx, dw, db = segments.backward(pieces, dy_examples, examples, weight, ids, wanted)
     # An operator cannot return None: what was not asked for comes back empty.
     return (
-        x.new_empty(0) if dx is None else dx.view(x.shape),
+        x.new_empty(0) if dx is None else activation_grad(dx.view(x.shape), x, activation),
         weight.new_empty(0) if dw is None else dw,
         weight.new_empty(0) if db is None else db,
     )
@@ -132,16 +135,18 @@ def _examples(x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, language_ids, index, extents, ctx.kind, ctx.geometry, _, ctx.packed_width = inputs
+    x, weight, _bias, language_ids, index, extents, ctx.kind, ctx.geometry, _, ctx.packed_width, ctx.activation = inputs
     ctx.save_for_backward(x, weight, language_ids, index, extents)
 
 
 def _gradients(backward: Callable[..., tuple[Tensor, Tensor, Tensor]], ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight, language_ids, index, extents = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    found = backward(dy, x, weight, language_ids, index, extents, ctx.kind, ctx.geometry, ctx.packed_width, needs)
+    found = backward(
+        dy, x, weight, language_ids, index, extents, ctx.kind, ctx.geometry, ctx.packed_width, ctx.activation, needs
+    )
     grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
-    return (*grads, None, None, None, None, None, None, None)
+    return (*grads, None, None, None, None, None, None, None, None)
 
 
 class _Eager(torch.autograd.Function):
@@ -168,13 +173,13 @@ _forward_op.register_autograd(
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, language_ids, index, extents, kind, geometry, n_languages, packed_width):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, language_ids, index, extents, kind, geometry, n_languages, packed_width, activation):  # type: ignore[no-untyped-def]
     packed_rows = kind == "rows" and packed_width != UNPACKED
     return x.new_empty(*x.shape[:-1], packed_width if packed_rows else weight.shape[0])
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, language_ids, index, extents, kind, geometry, packed_width, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, language_ids, index, extents, kind, geometry, packed_width, activation, needs):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape if needs[0] else 0),
         weight.new_empty(weight.shape if needs[1] else 0),

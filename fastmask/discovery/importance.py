@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fastmask.models.attach import attached, language
 from fastmask.models.families import layer_parts
+from fastmask.models.layers import AttachedLinear
+from fastmask.torch_path.activations import NONE, activate
 
 __all__ = ["Importance", "importance"]
 
@@ -108,22 +110,29 @@ def importance(
 def _gated(probes: list[tuple[str, int, nn.Module, int]]) -> Iterator[list[Tensor]]:
     """Gate the input of every consumer; yields the list that each forward pass fills with its gates [B, units]."""
     gates: list[Tensor] = []
+    consumers = [module for _, _, module, _ in probes if isinstance(module, AttachedLinear)]
+    activations: dict[nn.Module, str] = {module: module.activation for module in consumers}
 
     def hook(unit: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def gate(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = inputs[0]
+            # The gate stands behind the activation, also where the module computes it: it is taken out meanwhile.
+            x = activate(inputs[0], activations.get(module, NONE))
             ones = torch.ones(x.shape[0], x.shape[-1] // unit, device=x.device, requires_grad=True)
             gates.append(ones)
             return (_Gate.apply(x, ones, unit), *inputs[1:])
 
         return gate
 
+    for module in consumers:
+        module.activation = NONE
     handles = [module.register_forward_pre_hook(hook(unit)) for _, _, module, unit in probes]
     try:
         yield gates
     finally:
         for handle in handles:
             handle.remove()
+        for module in consumers:
+            module.activation = activations[module]
 
 
 @contextmanager

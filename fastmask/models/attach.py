@@ -18,6 +18,7 @@ from fastmask.models.layers import AttachedLinear
 from fastmask.models.routing import Router, carried_through_checkpointing
 from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import Subnetworks
+from fastmask.torch_path.activations import NONE, name_of
 
 __all__ = ["attach", "attached", "detach", "language"]
 
@@ -26,11 +27,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass
 class Attached:
-    """What `attach` did to a model: the masks, the router, and the plain layers that `detach` puts back."""
+    """What `attach` did to a model: the masks, the router, and the modules that `detach` puts back."""
 
     subnets: Subnetworks
     router: Router
-    plain_layers: dict[str, nn.Linear]
+    plain_modules: dict[str, nn.Module]
     plain_class: type[nn.Module]
 
 
@@ -57,7 +58,7 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     # Everything that can fail comes before the first change to the model.
     masked = {**_unit_layers(model, subnets, router), **_weight_layers(model, subnets, router)}
     plain = {name: model.get_submodule(name) for name in masked}
-    state = Attached(subnets, router, plain, type(model))  # type: ignore[arg-type]
+    state = Attached(subnets, router, plain, type(model))
     for name, layer in masked.items():
         _replace(model, name, layer)
     model.__class__ = _attached_class(type(model))  # type: ignore[assignment]
@@ -69,11 +70,12 @@ def detach(model: Model) -> Model:
     """Undo `attach`: the plain model again, with the parameters as training left them."""
     state = attached(model)
     owner = _owner(model)
-    for name, linear in state.plain_layers.items():
-        layer = owner.get_submodule(name)
-        # Loading with assign=True or moving a model can replace the Parameter objects.
-        linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]
-        _replace(owner, name, linear.train(layer.training))
+    for name, module in state.plain_modules.items():
+        replacement = owner.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            # Loading with assign=True or moving a model can replace the Parameter objects.
+            module.weight, module.bias = replacement.weight, replacement.bias  # type: ignore[assignment]
+        _replace(owner, name, module.train(replacement.training))
     owner.__class__ = state.plain_class
     del owner._fastmask
     return model
@@ -117,19 +119,21 @@ def _owner(model: nn.Module) -> nn.Module:
 # ---- building the masked layers
 
 
-def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:
-    """The packed layers of heads and neurons, by module name."""
+def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, nn.Module]:
+    """The packed layers of heads and neurons, by module name, and identities for activations that they take over."""
     if subnets.heads is None and subnets.neurons is None:
         return {}
     family_of(model)  # an unsupported model gets an error that names the supported ones, not a missing attribute
     _check_geometry(model, subnets)
-    layers: dict[str, AttachedLinear] = {}
+    layers: dict[str, nn.Module] = {}
 
-    def add(name: str, keep: Tensor, unit: int, side: str) -> None:
+    def add(name: str, keep: Tensor, unit: int, side: str) -> AttachedLinear:
         linear = _linear(model, name)
         wide = keep.repeat_interleave(unit, 1)
         build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
-        layers[name] = AttachedLinear.from_linear(linear, build(wide, other), router=router, packed_unit=unit)
+        layer = AttachedLinear.from_linear(linear, build(wide, other), router=router, packed_unit=unit)
+        layers[name] = layer
+        return layer
 
     for index, parts in enumerate(layer_parts(model)):
         if subnets.heads is not None:
@@ -139,7 +143,11 @@ def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict
         if subnets.neurons is not None:
             for name in parts.neurons_rows:
                 add(name, subnets.neurons[:, index], 1, "rows")
-            add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
+            down = add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
+            if parts.activation is not None:
+                down.activation = name_of(model.get_submodule(parts.activation))
+                if down.activation != NONE:
+                    layers[parts.activation] = nn.Identity()
     return layers
 
 

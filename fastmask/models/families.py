@@ -23,6 +23,7 @@ class Family:
     output: str
     up: tuple[str, ...]
     down: str
+    activation: str | None = None  # the module between up and down, where it stands alone
 
 
 _BERT = Family(
@@ -33,6 +34,7 @@ _BERT = Family(
     output="attention.output.dense",
     up=("intermediate.dense",),
     down="output.dense",
+    activation="intermediate.intermediate_act_fn",
 )
 _DISTILBERT = Family(
     layers="transformer.layer",
@@ -42,6 +44,7 @@ _DISTILBERT = Family(
     output="attention.out_lin",
     up=("ffn.lin1",),
     down="ffn.lin2",
+    activation="ffn.activation",
 )
 _LLAMA = Family(
     layers="layers",
@@ -83,13 +86,15 @@ class LayerParts:
     """One layer's projections as full module names, and the sizes of a unit in rows or columns.
 
     `heads_rows` maps the projections that make heads to the rows one unit takes in each (query heads of one key/value
-    group are one unit); `heads_columns` is the projection that consumes them. Likewise for neurons, of size 1.
+    group are one unit); `heads_columns` is the projection that consumes them. Likewise for neurons, of size 1, with the
+    module that computes their activation, if it stands alone.
     """
 
     heads_rows: dict[str, int]
     heads_columns: tuple[str, int]
     neurons_rows: tuple[str, ...]
     neurons_columns: str
+    activation: str | None
 
 
 def layer_parts(model: nn.Module) -> list[LayerParts]:
@@ -108,5 +113,8 @@ def layer_parts(model: nn.Module) -> list[LayerParts]:
 
         rows = {stem + name: unit(name, "out_features") for name in (family.query, family.key, family.value)}
         columns = (stem + family.output, unit(family.output, "in_features"))
-        parts.append(LayerParts(rows, columns, tuple(stem + name for name in family.up), stem + family.down))
+        activation = None if family.activation is None else stem + family.activation
+        parts.append(
+            LayerParts(rows, columns, tuple(stem + name for name in family.up), stem + family.down, activation)
+        )
     return parts

@@ -10,6 +10,7 @@ from fastmask.functional import masked_linear, packed_linear
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
 from fastmask.models.routing import Router
+from fastmask.torch_path.activations import NONE
 
 __all__ = ["AttachedLinear"]
 
@@ -39,6 +40,7 @@ class AttachedLinear(MaskedLinear):
         super().__init__(in_features, out_features, mask, **options)
         self.router = router
         self.packed_unit = packed_unit
+        self.activation = NONE  # applied to the input; set by `attach` where the model's own was taken out
         self._live_counts = mask.live_counts() if packed_unit is not None else []
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -50,7 +52,7 @@ class AttachedLinear(MaskedLinear):
         if self.packed_unit is None:
             return masked_linear(x, self.weight, self.mask, language_ids, self.bias)
         width = x.shape[-1] if self.mask.kind == "columns" else self._packed_width(route.present)
-        return packed_linear(x, self.weight, self.mask, language_ids, self.bias, width)
+        return packed_linear(x, self.weight, self.mask, language_ids, self.bias, width, self.activation)
 
     def _packed_width(self, present: tuple[int, ...] | None) -> int:
         assert self.packed_unit is not None

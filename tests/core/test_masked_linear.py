@@ -161,6 +161,29 @@ def test_packed_equals_unpacked(kind, unit, at_once, order, monkeypatch):
         torch.testing.assert_close(result, wanted, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
+@pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("relu", F.relu)])
+def test_activation_inside(name, function, at_once, monkeypatch):
+    """An activation that is computed again in the backward pass differs from one that stands before the layer."""
+    if not at_once:
+        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
+    torch.manual_seed(0)
+    mask, ids = random_mask("columns", 2, 6, 8), torch.tensor([1, 0, 0])
+    width = max(mask.live_counts()) + 1
+    x, dy = torch.randn(3, 5, width).double(), torch.randn(3, 5, 6).double()
+    weight, bias = torch.randn(6, 8).double(), torch.randn(6).double()
+
+    def inside(x, w, mask, ids, bias):
+        return packed_linear(x, w, mask, ids, bias, width, name)
+
+    def before(x, w, mask, ids, bias):
+        return packed_linear(function(x), w, mask, ids, bias, width)
+
+    ours, expected = (gradients(f, x, weight, bias, dy, mask, ids) for f in (inside, before))
+    for result, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+
+
 def test_packed_width_too_narrow_names_the_language():
     """A full network in a buffer for a subnetwork would be cut off silently."""
     mask = Mask.rows(torch.tensor([[True, False, False, False]]), 4)
@@ -170,14 +193,27 @@ def test_packed_width_too_narrow_names_the_language():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("packed_width", [-1, 6], ids=["unpacked", "packed"])
-def test_opcheck(kind, packed_width):
+@pytest.mark.parametrize("activation", ["", "gelu"], ids=["plain", "gelu"])
+def test_opcheck(kind, packed_width, activation):
     """The operators' fake kernels, schema or autograd registration are wrong, so torch.compile would be too."""
     if packed_width != -1 and kind not in ("rows", "columns"):
         pytest.skip("only rows and columns are packed")
     mask = random_mask(kind, 2, 6, 6, unit=2)
     x, weight = torch.randn(3, 2, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
     bias, ids = torch.randn(6, requires_grad=True), torch.tensor([0, 1, 0])
-    arguments = (x, weight, bias, ids, mask.index, mask.extents, mask.kind, list(mask.geometry), 2, packed_width)
+    arguments = (
+        x,
+        weight,
+        bias,
+        ids,
+        mask.index,
+        mask.extents,
+        mask.kind,
+        list(mask.geometry),
+        2,
+        packed_width,
+        activation,
+    )
     torch.library.opcheck(torch.ops.fastmask.masked_linear, arguments)
     torch.library.opcheck(
         torch.ops.fastmask.masked_linear_backward,
@@ -191,6 +227,7 @@ def test_opcheck(kind, packed_width):
             mask.kind,
             list(mask.geometry),
             packed_width,
+            activation,
             [True, True, True],
         ),
     )

@@ -127,6 +127,17 @@ def test_dead_heads_are_not_computed():
     assert shapes == [6, 5]
 
 
+@pytest.mark.parametrize(("act", "taken"), [("gelu", True), ("relu", True), ("gelu_new", False)])
+def test_activation_is_recomputed_not_kept(act, taken):
+    """An activation is lost, applied twice, or still kept for the backward pass."""
+    model = tiny("bert", hidden_act=act)
+    plain = model.encoder.layer[0].intermediate.intermediate_act_fn
+    subnets = subnetworks(model)
+    assert_equals_multiplying(model, subnets)
+    assert isinstance(model.encoder.layer[0].intermediate.intermediate_act_fn, nn.Identity) is taken
+    assert fm.detach(model).encoder.layer[0].intermediate.intermediate_act_fn is plain
+
+
 def test_weight_masks():
     """Masks over single weights of named modules."""
     model = tiny("bert")

@@ -10,7 +10,7 @@ from fastmask.masks import Mask
 from fastmask.operators import UNPACKED
 from fastmask.torch_path.activations import NONE
 
-__all__ = ["masked_linear", "packed_linear"]
+__all__ = ["compute", "masked_linear", "packed_linear"]
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +34,9 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, b
     Raises:
         ValueError: a shape, dtype or device that does not fit, or a language id out of range.
     """
-    return _call(x, weight, mask, language_ids, bias, UNPACKED)
+    x = _autocast(x)
+    _check(x, weight, mask, language_ids, bias, UNPACKED)
+    return compute(x, weight, mask, language_ids, bias, UNPACKED)
 
 
 def packed_linear(
@@ -54,10 +56,12 @@ def packed_linear(
     """
     if mask.kind not in ("rows", "columns"):
         raise ValueError(f"only row and column masks can be packed, given a mask of kind {mask.kind!r}")
-    return _call(x, weight, mask, language_ids, bias, packed_width, activation)
+    x = _autocast(x)
+    _check(x, weight, mask, language_ids, bias, packed_width)
+    return compute(x, weight, mask, language_ids, bias, packed_width, activation)
 
 
-def _call(
+def compute(
     x: Tensor,
     weight: Tensor,
     mask: Mask,
@@ -66,13 +70,9 @@ def _call(
     packed_width: int,
     activation: str = NONE,
 ) -> Tensor:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        # Only x is cast here: the weight is cast inside, after its dead part has been left out.
-        x = x.to(torch.get_autocast_dtype(device_type))
-    _check(x, weight, mask, language_ids, bias, packed_width)
+    """`masked_linear` (packed_width -1) or `packed_linear` without the checks: for layers that were checked once."""
     return operators.run(
-        x,
+        _autocast(x),
         weight,
         bias,
         language_ids,
@@ -84,6 +84,14 @@ def _call(
         packed_width,
         activation,
     )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Cast x as autocast would; the weight is cast inside, after its dead part has been left out."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None, packed_width: int) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastmask.functional import masked_linear, packed_linear
+from fastmask.functional import compute
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
 from fastmask.models.routing import Router
+from fastmask.operators import UNPACKED
 from fastmask.torch_path.activations import NONE
 
 __all__ = ["AttachedLinear"]
@@ -47,12 +48,20 @@ class AttachedLinear(MaskedLinear):
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
         language_ids = route.language_ids
-        if language_ids.shape[0] == 1:
+        if language_ids.shape[0] != x.shape[0]:
+            if language_ids.shape[0] != 1:
+                raise ValueError(
+                    f"expected one language id for each of the {x.shape[0]} examples, "
+                    f"given language_ids of shape {tuple(language_ids.shape)}"
+                )
             language_ids = language_ids.expand(x.shape[0])
         if self.packed_unit is None:
-            return masked_linear(x, self.weight, self.mask, language_ids, self.bias)
-        width = x.shape[-1] if self.mask.kind == "columns" else self._packed_width(route.present)
-        return packed_linear(x, self.weight, self.mask, language_ids, self.bias, width, self.activation)
+            width = UNPACKED
+        elif self.mask.kind == "columns":
+            width = x.shape[-1]
+        else:
+            width = self._packed_width(route.present)
+        return compute(x, self.weight, self.mask, language_ids, self.bias, width, self.activation)
 
     def _packed_width(self, present: tuple[int, ...] | None) -> int:
         assert self.packed_unit is not None

@@ -10,7 +10,7 @@ from fastmask.masks import Mask
 from fastmask.operators import UNPACKED
 from fastmask.torch_path.activations import NONE
 
-__all__ = ["compute", "masked_linear", "packed_linear"]
+__all__ = ["compute", "masked_linear"]
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,30 +35,8 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, b
         ValueError: a shape, dtype or device that does not fit, or a language id out of range.
     """
     x = _autocast(x)
-    _check(x, weight, mask, language_ids, bias, UNPACKED)
+    _check(x, weight, mask, language_ids, bias)
     return compute(x, weight, mask, language_ids, bias, UNPACKED)
-
-
-def packed_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Mask,
-    language_ids: Tensor,
-    bias: Tensor | None,
-    packed_width: int,
-    activation: str = NONE,
-) -> Tensor:
-    """`masked_linear` with the masked side compact: live units at the front of `packed_width`, zeros behind.
-
-    A row mask makes y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width] and never reads what lies
-    behind the live units. `packed_width` must hold the widest language of the batch. `activation`, a name of
-    `torch_path.activations`, is applied to x first and computed again in the backward pass instead of being kept.
-    """
-    if mask.kind not in ("rows", "columns"):
-        raise ValueError(f"only row and column masks can be packed, given a mask of kind {mask.kind!r}")
-    x = _autocast(x)
-    _check(x, weight, mask, language_ids, bias, packed_width)
-    return compute(x, weight, mask, language_ids, bias, packed_width, activation)
 
 
 def compute(
@@ -70,7 +48,13 @@ def compute(
     packed_width: int,
     activation: str = NONE,
 ) -> Tensor:
-    """`masked_linear` (packed_width -1) or `packed_linear` without the checks: for layers that were checked once."""
+    """`masked_linear` without the checks, for layers that were checked once; packed unless `packed_width` is -1.
+
+    Packed, the masked side is compact: live units at the front of `packed_width`, zeros behind. A row mask makes
+    y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width] and never reads what lies behind the live
+    units. `packed_width` must hold the widest language of the batch. `activation`, a name of `torch_path.activations`,
+    is applied to x first and computed again in the backward pass instead of being kept.
+    """
     return operators.run(
         _autocast(x),
         weight,
@@ -94,7 +78,7 @@ def _autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None, packed_width: int) -> None:
+def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None) -> None:
     N, K = mask.out_features, mask.in_features
     if tuple(weight.shape) != (N, K):
         raise ValueError(f"the mask is for a weight of shape {(N, K)}, given a weight of shape {tuple(weight.shape)}")
@@ -102,9 +86,8 @@ def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Te
         raise ValueError(f"expected a bias of shape {(N,)}, given {tuple(bias.shape)}")
     if x.ndim < 2:
         raise ValueError(f"expected x [B, ..., {K}] and a language id for each of B examples, given {tuple(x.shape)}")
-    width = packed_width if packed_width != UNPACKED and mask.kind == "columns" else K
-    if x.shape[-1] != width:
-        raise ValueError(f"expected x with last size {width}, given x of shape {tuple(x.shape)}")
+    if x.shape[-1] != K:
+        raise ValueError(f"expected x with last size {K}, given x of shape {tuple(x.shape)}")
     if language_ids.dtype != torch.int64:
         raise ValueError(f"expected language_ids of dtype torch.int64, given {language_ids.dtype}")
     if language_ids.ndim != 1 or language_ids.shape[0] != x.shape[0]:

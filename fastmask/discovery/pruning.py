@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastmask.discovery.importance import Importance, importance
 from fastmask.errors import unknown
-from fastmask.models.attach import attach, attached, detach, language
+from fastmask.models.attach import attach, detach, is_attached, language
 from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
 
@@ -103,7 +103,7 @@ def discover(
         raise ValueError(f"density must be above 0 and at most 1, given {density}")
     if not batches:
         raise ValueError("no language to find a subnetwork for")
-    if attached(model, default=None) is not None:
+    if is_attached(model):
         raise ValueError("this model has subnetworks attached: call fastmask.detach(model) first")
 
     found = []

@@ -20,7 +20,7 @@ from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.activations import NONE, name_of
 
-__all__ = ["attach", "attached", "detach", "language"]
+__all__ = ["attach", "attached", "detach", "is_attached", "language"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +52,7 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
         ValueError: an unsupported model, a model that has subnetworks attached, masks of another geometry.
         KeyError: `subnets.weights` names a module that does not exist.
     """
-    if attached(model, default=None) is not None:
+    if is_attached(model):
         raise ValueError("this model has subnetworks attached already: call fastmask.detach(model) first")
     router = Router(subnets.languages)
     # Everything that can fail comes before the first change to the model.
@@ -97,12 +97,15 @@ def language(model: nn.Module, name: str | None) -> Iterator[None]:
         router.default = before
 
 
-def attached(model: nn.Module, **default: Any) -> Attached:
-    """The state that `attach` left on a model (also below DistributedDataParallel or torch.compile)."""
+def is_attached(model: nn.Module) -> bool:
+    """Whether subnetworks are attached to a model (also below DistributedDataParallel or torch.compile)."""
+    return hasattr(_owner(model), "_fastmask")
+
+
+def attached(model: nn.Module) -> Attached:
+    """The state that `attach` left on a model."""
     state: Attached | None = getattr(_owner(model), "_fastmask", None)
     if state is None:
-        if default:
-            return default["default"]
         raise ValueError(f"no subnetworks are attached to this {type(model).__name__}: call fastmask.attach first")
     return state
 

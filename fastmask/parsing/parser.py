@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fastmask.models.attach import is_attached
 from fastmask.parsing.batch import Batch
 from fastmask.parsing.biaffine import ArcScorer, LabelScorer
 from fastmask.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
@@ -167,8 +167,8 @@ class Parser(nn.Module):
 
     @property
     def is_attached(self) -> bool:
-        """Whether `fastmask.attach` has put `language_ids` into the encoder's forward signature."""
-        return "language_ids" in inspect.signature(self.encoder.forward).parameters
+        """Whether subnetworks are attached to the encoder, whose forward then takes `language_ids`."""
+        return is_attached(self.encoder)
 
     def forward(self, batch: Batch, language_ids: torch.Tensor | None = None) -> ParserOutput:
         """Score all arcs, and the losses where the batch has gold heads.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import KINDS, assert_close, check, gradients, random_mask
 
 from fastmask import Mask, masked_linear
-from fastmask.functional import packed_linear
+from fastmask.functional import compute
 from fastmask.torch_path import batched
 from fastmask.torch_path.naive import masked_linear_naive
 
@@ -146,7 +146,7 @@ def test_packed_equals_unpacked(kind, unit, at_once, order, monkeypatch):
         return out
 
     def packed(x, w, mask, ids, bias):
-        return packed_linear(x, w, mask, ids, bias, width)
+        return compute(x, w, mask, ids, bias, width)
 
     x, dy = torch.randn(len(ids), 5, K), torch.randn(len(ids), 5, N)
     y, dx, dw, db = gradients(masked_linear, x, weight, bias, dy, mask, ids)
@@ -174,10 +174,10 @@ def test_activation_inside(name, function, at_once, monkeypatch):
     weight, bias = torch.randn(6, 8).double(), torch.randn(6).double()
 
     def inside(x, w, mask, ids, bias):
-        return packed_linear(x, w, mask, ids, bias, width, name)
+        return compute(x, w, mask, ids, bias, width, name)
 
     def before(x, w, mask, ids, bias):
-        return packed_linear(function(x), w, mask, ids, bias, width)
+        return compute(function(x), w, mask, ids, bias, width)
 
     ours, expected = (gradients(f, x, weight, bias, dy, mask, ids) for f in (inside, before))
     for result, wanted in zip(ours, expected, strict=True):
@@ -188,7 +188,7 @@ def test_packed_width_too_narrow_names_the_language():
     """A full network in a buffer for a subnetwork would be cut off silently."""
     mask = Mask.rows(torch.tensor([[True, False, False, False]]), 4)
     with pytest.raises(ValueError, match=r"full network \(-1\) has 4 live rows, more than the packed width 1"):
-        packed_linear(torch.randn(1, 4), torch.randn(4, 4), mask, torch.tensor([-1]), None, 1)
+        compute(torch.randn(1, 4), torch.randn(4, 4), mask, torch.tensor([-1]), None, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

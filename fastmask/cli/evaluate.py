@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastmask.cli.report import Row, print_scores
+from fastmask.cli.report import print_scores, scored
 from fastmask.training.config import TrainConfig
 
 __all__ = ["data_of", "run"]
@@ -17,7 +17,6 @@ __all__ = ["data_of", "run"]
 
 def run(options: argparse.Namespace) -> None:
     """Score every language; one that the run was not trained on is read by the full network."""
-    from fastmask.parsing.evaluation import evaluate, prepare
     from fastmask.parsing.treebanks import load_treebanks
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
@@ -25,14 +24,8 @@ def run(options: argparse.Namespace) -> None:
     loaded = load_run(options.run)
     data, languages = data_of(loaded.config, options.run, options)
     datasets = load_treebanks(data, languages, splits=(options.split,))
-    parser, subnets = loaded.parser.to(device_of(options.device)), loaded.subnetworks
-    rows = []
-    for code, splits in datasets.items():
-        prepared = {code: prepare(parser, splits[options.split])}
-        full = evaluate(parser, prepared, None if subnets is None else -1)[code]
-        known = subnets is not None and code in subnets.languages
-        own = evaluate(parser, prepared, subnets.index(code))[code] if known and subnets is not None else None
-        rows.append(Row.of(code, full, own, subnets))
+    sentences = {code: splits[options.split] for code, splits in datasets.items()}
+    rows = scored(loaded.parser.to(device_of(options.device)), loaded.subnetworks, sentences)
     print_scores(rows, sys.stdout)
     if options.json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
@@ -41,9 +34,12 @@ def run(options: argparse.Namespace) -> None:
 
 def data_of(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str | Path, str]:
     """The folder and the languages to read: those given, else those of the run."""
-    from fastmask.training.data import embedded_treebanks, training_languages
+    from fastmask.training.data import data_of_run, training_languages
 
-    data: str | Path = options.data or config.data or embedded_treebanks(run)
+    data: str | Path = options.data
+    languages = config.languages
+    if options.data is None:
+        data, languages = data_of_run(config, run)
     if not os.path.isdir(data):
         raise FileNotFoundError(f"no folder of treebanks at {data}" + ("" if options.data else " (of the run)"))
-    return data, options.languages or config.languages or training_languages(data)
+    return data, options.languages or languages or training_languages(data)

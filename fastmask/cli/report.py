@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,9 +13,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fastmask.discovery import Round
+    from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
 
-__all__ = ["Row", "print_scores", "print_summary", "round_printer"]
+__all__ = ["Row", "print_scores", "print_summary", "round_printer", "scored"]
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -54,6 +55,20 @@ class Row:
                 if keep is not None:
                     row |= {kind: int(keep[index].sum()), f"all_{kind}": keep[index].numel()}
         return cls(**row)
+
+
+def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, Any]) -> list[Row]:
+    """Score every language with the full network, and with its subnetwork where it has one."""
+    from fastmask.parsing.evaluation import evaluate, prepare
+
+    rows = []
+    for code, data in datasets.items():
+        prepared = {code: prepare(parser, data)}
+        full, own = evaluate(parser, prepared, None if subnets is None else -1)[code], None
+        if subnets is not None and code in subnets.languages:
+            own = evaluate(parser, prepared, subnets.index(code))[code]
+        rows.append(Row.of(code, full, own, subnets))
+    return rows
 
 
 def print_scores(rows: Sequence[Row], file: TextIO) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import Row, print_scores, print_summary, round_printer
+from fastmask.cli.report import print_scores, print_summary, round_printer, scored
 from fastmask.training.checkpoints import replace_file
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out
@@ -26,16 +26,15 @@ def run(options: argparse.Namespace) -> None:
     """Train, score every language with the full network and with its subnetwork, and say where everything is."""
     from fastmask.parsing import synthetic
     from fastmask.training.build import build_parser
-    from fastmask.training.data import embedded_treebanks, load_training_data, training_languages
+    from fastmask.training.data import data_of_run, load_training_data
     from fastmask.training.loop import train
     from fastmask.training.methods import subnetworks_of
 
     config = _config(options)
     check_out(config)  # before anything is written or computed
-    data = config.data or embedded_treebanks(config.out)
+    data, languages = data_of_run(config, config.out)
     if config.data is None:
         print(f"no --data given: training on the embedded artificial languages ({data})", file=sys.stderr)
-    languages = config.languages or (training_languages(data) if config.data else ",".join(synthetic.SEEN))
     datasets = load_training_data(data, languages)
     parser = build_parser(config, datasets)
     show = sys.stderr.isatty()
@@ -46,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     tests: dict[str, Any] = {code: splits["test"] for code, splits in datasets.items() if "test" in splits}
     if config.data is None:
         tests |= _unseen(data, [code for code in synthetic.UNSEEN if code not in datasets])
-    rows = _scored(result, tests)
+    rows = scored(result.parser, result.subnetworks, tests)
     folder = Path(config.out)
     speed = _training_speed(result.history, config.switch_step)
     report = {
@@ -83,20 +82,6 @@ def _unseen(data: Any, languages: list[str]) -> dict[str, Any]:
     from fastmask.parsing.treebanks import load_treebanks
 
     return {code: splits["test"] for code, splits in load_treebanks(data, languages, splits=("test",)).items()}
-
-
-def _scored(result: Any, tests: dict[str, Any]) -> list[Row]:
-    """Score every test set with the full network, and with the language's subnetwork where it has one."""
-    from fastmask.parsing.evaluation import evaluate, prepare
-
-    rows = []
-    ids, subnets = result.language_ids or {}, result.subnetworks
-    for code, data in tests.items():
-        prepared = prepare(result.parser, data)
-        full = evaluate(result.parser, {code: prepared}, None if subnets is None else -1)[code]
-        own = evaluate(result.parser, {code: prepared}, ids[code])[code] if code in ids else None
-        rows.append(Row.of(code, full, own, subnets))
-    return rows
 
 
 def _training_speed(history: list[dict[str, Any]], switch: int | None) -> dict[str, float]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from fastmask.parsing import synthetic
 from fastmask.parsing.treebanks import find_treebanks, load_treebanks
+from fastmask.training.config import TrainConfig
 
-__all__ = ["embedded_treebanks", "load_training_data", "training_languages"]
+__all__ = ["data_of_run", "embedded_treebanks", "load_training_data", "training_languages"]
 
 
 def embedded_treebanks(run: str | os.PathLike[str]) -> Path:
@@ -28,6 +29,13 @@ def embedded_treebanks(run: str | os.PathLike[str]) -> Path:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def data_of_run(config: TrainConfig, run: str | os.PathLike[str]) -> tuple[str | Path, str]:
+    """The folder of treebanks and the `languages` that a run in folder `run` trains on; makes the embedded ones."""
+    if config.data is None:
+        return embedded_treebanks(run), config.languages or ",".join(synthetic.SEEN)
+    return config.data, config.languages or training_languages(config.data)
 
 
 def training_languages(data: str | os.PathLike[str]) -> str:

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 
 import fastmask as fm
 from fastmask.cli import main
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.cli.evaluate import data_of
+from fastmask.parsing.synthetic import SEEN, write_treebanks
+from fastmask.training.config import TrainConfig
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
 TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
@@ -263,6 +266,14 @@ class TestErrors:
     def test_debug_shows_the_traceback(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             main(["evaluate", str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_an_embedded_run_goes_on_with_the_languages_it_was_trained_on(tmp_path):
+    """`discover` on an embedded run looks for subnetworks of the languages that were kept unseen."""
+    options = Namespace(data=None, languages=None)
+    folder, languages = data_of(TrainConfig(), str(tmp_path), options)
+    assert folder == tmp_path / "data"
+    assert languages.split(",") == list(SEEN)
 
 
 def test_help_answers_at_once():

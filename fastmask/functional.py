@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from fastmask.masks import Mask
 from fastmask.operators import UNPACKED
 from fastmask.torch_path.activations import NONE
 
-__all__ = ["compute", "masked_linear"]
+__all__ = ["compute", "compute_projections", "masked_linear"]
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -67,6 +69,31 @@ def compute(
         mask.n_languages,
         packed_width,
         activation,
+    )
+
+
+def compute_projections(
+    x: Tensor,
+    weights: list[Tensor],
+    masks: list[Mask],
+    language_ids: Tensor,
+    biases: list[Tensor],
+    packed_widths: list[int],
+) -> Sequence[Tensor]:
+    """`compute` for several row masks over one input, packed: y_g [B, ..., packed_widths[g]] of each.
+
+    All weights have a bias, or none has: then `biases` is empty.
+    """
+    return operators.run_projections(
+        _autocast(x),
+        weights,
+        biases,
+        language_ids,
+        [mask.index for mask in masks],
+        [mask.extents for mask in masks],
+        [mask.geometry[0] for mask in masks],
+        masks[0].n_languages,
+        packed_widths,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmask.errors import unknown
 from fastmask.masks import Mask
 from fastmask.models.families import family_of, layer_parts
-from fastmask.models.layers import AttachedLinear
+from fastmask.models.layers import AttachedLinear, Siblings
 from fastmask.models.routing import Router, carried_through_checkpointing
 from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import Subnetworks
@@ -140,18 +140,25 @@ def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict
 
     for index, parts in enumerate(layer_parts(model)):
         if subnets.heads is not None:
-            for name, unit in parts.heads_rows.items():
-                add(name, subnets.heads[:, index], unit, "rows")
+            _join([add(name, subnets.heads[:, index], unit, "rows") for name, unit in parts.heads_rows.items()])
             add(parts.heads_columns[0], subnets.heads[:, index], parts.heads_columns[1], "columns")
         if subnets.neurons is not None:
-            for name in parts.neurons_rows:
-                add(name, subnets.neurons[:, index], 1, "rows")
+            _join([add(name, subnets.neurons[:, index], 1, "rows") for name in parts.neurons_rows])
             down = add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
             if parts.activation is not None:
                 down.activation = name_of(model.get_submodule(parts.activation))
                 if down.activation != NONE:
                     layers[parts.activation] = nn.Identity()
     return layers
+
+
+def _join(layers: list[AttachedLinear]) -> None:
+    """Let layers that read the same input be computed together."""
+    with_bias = {layer.bias is not None for layer in layers}
+    if len(layers) > 1 and len(with_bias) == 1:
+        siblings = Siblings(layers)
+        for layer in layers:
+            layer.siblings = siblings
 
 
 def _weight_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:

@@ -1,19 +1,23 @@
-"""The masked layer inside a Hugging Face model: it reads its languages from the model's router."""
+"""The masked layer inside a Hugging Face model: it reads its languages from the model's router.
+
+Layers that share their input (Q, K and V; gate and up) are `Siblings`: whichever the model calls first computes all.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastmask.functional import compute
+from fastmask.functional import compute, compute_projections
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
-from fastmask.models.routing import Router
+from fastmask.models.routing import Route, Router
 from fastmask.operators import UNPACKED
 from fastmask.torch_path.activations import NONE
 
-__all__ = ["AttachedLinear"]
+__all__ = ["AttachedLinear", "Siblings"]
 
 
 class AttachedLinear(MaskedLinear):
@@ -42,28 +46,25 @@ class AttachedLinear(MaskedLinear):
         self.router = router
         self.packed_unit = packed_unit
         self.activation = NONE  # applied to the input; set by `attach` where the model's own was taken out
+        self.siblings: Siblings | None = None  # set by `attach`
         self._live_counts = mask.live_counts() if packed_unit is not None else []
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
-        language_ids = route.language_ids
-        if language_ids.shape[0] != x.shape[0]:
-            if language_ids.shape[0] != 1:
-                raise ValueError(
-                    f"expected one language id for each of the {x.shape[0]} examples, "
-                    f"given language_ids of shape {tuple(language_ids.shape)}"
-                )
-            language_ids = language_ids.expand(x.shape[0])
+        if self.siblings is not None:
+            return self.siblings.output_of(self, x, route)
+        language_ids = _ids_for(x, route)
         if self.packed_unit is None:
             width = UNPACKED
         elif self.mask.kind == "columns":
             width = x.shape[-1]
         else:
-            width = self._packed_width(route.present)
+            width = self.packed_width(route.present)
         return compute(x, self.weight, self.mask, language_ids, self.bias, width, self.activation)
 
-    def _packed_width(self, present: tuple[int, ...] | None) -> int:
+    def packed_width(self, present: tuple[int, ...] | None) -> int:
+        """Width of the packed output of a row mask: that of the widest language present, or of all if not known."""
         assert self.packed_unit is not None
         if present is None:
             widest = max(self._live_counts)
@@ -72,3 +73,60 @@ class AttachedLinear(MaskedLinear):
         else:
             widest = max([0, *[self._live_counts[language] for language in present]])
         return max(widest, self.packed_unit)
+
+
+class Siblings:
+    """Row-masked layers that a model calls with one input, one after the other.
+
+    The first that is called computes the outputs of all, and the others hand theirs out. An output is only handed out
+    for the very tensor, the route and the gradient mode it was computed for; anything else is computed afresh.
+    """
+
+    def __init__(self, layers: list[AttachedLinear]) -> None:
+        self.layers = layers
+        self._made_for: tuple[Tensor, int, Route, bool] | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
+        """The output of one of the layers for x [B, ..., in]."""
+        me = self.layers.index(layer)
+        if me not in self._waiting or not self._fits(x, route):
+            layers = self.layers
+            outputs = compute_projections(
+                x,
+                [sibling.weight for sibling in layers],
+                [sibling.mask for sibling in layers],
+                _ids_for(x, route),
+                [sibling.bias for sibling in layers if sibling.bias is not None],
+                [sibling.packed_width(route.present) for sibling in layers],
+            )
+            self._waiting = dict(enumerate(outputs))
+            self._made_for = (x, _version(x), route, torch.is_grad_enabled())
+        output = self._waiting.pop(me)
+        if not self._waiting:
+            self._made_for = None
+        return output
+
+    def _fits(self, x: Tensor, route: Route) -> bool:
+        if self._made_for is None:
+            return False
+        made_x, version, made_route, with_grad = self._made_for
+        return made_x is x and _version(x) == version and made_route is route and with_grad == torch.is_grad_enabled()
+
+
+def _version(x: Tensor) -> int:
+    """Counts what was written to x in place; a tracer knows of no versions, and shows writes as new tensors."""
+    return 0 if torch.compiler.is_compiling() else x._version
+
+
+def _ids_for(x: Tensor, route: Route) -> Tensor:
+    """A language id for each example of x [B, ...]; a route of one id is for all of them."""
+    language_ids = route.language_ids
+    if language_ids.shape[0] == x.shape[0]:
+        return language_ids
+    if language_ids.shape[0] != 1:
+        raise ValueError(
+            f"expected one language id for each of the {x.shape[0]} examples, "
+            f"given language_ids of shape {tuple(language_ids.shape)}"
+        )
+    return language_ids.expand(x.shape[0])

@@ -24,10 +24,10 @@ MOST_GATHERED = 2**22  # elements of all languages' live weights together: they 
 
 def suits(pieces: object, tokens: int, language_ids: list[int]) -> TypeGuard[Rows | Columns]:
     """Whether the batch is better off here than in a loop over its languages; `tokens` of one example."""
-    if not isinstance(pieces, (Rows, Columns)) or pieces.packed_width is None:
-        return False
     languages = set(language_ids)
     if len(languages) < 2 or FULL in languages:
+        return False
+    if not isinstance(pieces, (Rows, Columns)) or pieces.packed_width is None:
         return False
     most = max(language_ids.count(language) for language in languages)
     live = max(pieces.live(language) for language in languages)

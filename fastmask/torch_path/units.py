@@ -7,6 +7,8 @@ projection that makes them to the projection that consumes them.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,27 @@ from fastmask.torch_path.segments import FULL, Pieces
 __all__ = ["Columns", "Rows", "multiply"]
 
 
-class _Scratch:
-    """A buffer that the languages of a batch use in turn: fresh memory for each would cost as much as the copies."""
+class _Scratch(threading.local):
+    """A buffer that every call takes in turn, one for each thread: fresh memory costs more than what is copied into it.
+
+    The kernel clears each page of it at the first touch, and glibc gives large blocks back as soon as they are free.
+    What is kept is as large as the largest live part of one weight.
+    """
 
     def __init__(self) -> None:
-        self.flat: Tensor | None = None
+        self.memory: Tensor | None = None
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised matrix; what was taken before is overwritten."""
-        size = rows * columns
-        if self.flat is None or self.flat.numel() < size or self.flat.dtype != like.dtype:
-            self.flat = like.new_empty(size)
-        return self.flat[:size].view(rows, columns)
+        """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
+        if like.device.type != "cpu":
+            return like.new_empty(rows, columns)  # other devices have allocators that keep memory
+        size = rows * columns * like.element_size()
+        if self.memory is None or len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(like.dtype).view(rows, columns)
+
+
+_LIVE_WEIGHT, _LIVE_GRAD = _Scratch(), _Scratch()
 
 
 class _Units:
@@ -37,7 +48,8 @@ class _Units:
         self.counts: list[int] = counts.tolist()
         self.unit, self.size, self.packed_width = unit, size, packed_width
         self.width = size if packed_width is None else packed_width
-        self.live_weight, self.live_grad = _Scratch(), _Scratch()
+        self._units: dict[int, Tensor] = {}
+        self._places: dict[int, Tensor] = {}
 
     def live(self, language: int) -> int:
         """Live rows (or columns) of a language."""
@@ -49,7 +61,20 @@ class _Units:
 
     def units_of(self, language: int) -> Tensor:
         """Indices of their units."""
-        return self.of(language)[:: self.unit] // self.unit
+        units = self._units.get(language)
+        if units is None:
+            units = self._units[language] = self.of(language)[:: self.unit] // self.unit
+        return units
+
+    def places(self, language: int) -> Tensor:
+        """For each unit its place among a language's live ones; for a dead one the place behind them."""
+        places = self._places.get(language)
+        if places is None:
+            units = self.units_of(language)
+            places = torch.full((self.size // self.unit,), len(units), device=units.device)
+            places[units] = torch.arange(len(units), device=units.device)
+            self._places[language] = places
+        return places
 
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, live] of an activation [M, width] on the masked side."""
@@ -79,7 +104,7 @@ class Rows(_Units, Pieces):
     def gather(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Live rows [live, K] of a weight [N, K]."""
         if language != FULL:
-            out = self.live_weight.take(self.live(language), weight.shape[1], weight)
+            out = _LIVE_WEIGHT.take(self.live(language), weight.shape[1], weight)
             weight = torch.index_select(weight, 0, self.of(language), out=out)
         return weight.to(dtype)
 
@@ -94,19 +119,23 @@ class Rows(_Units, Pieces):
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(self.compact(language, dy), self.gather(language, weight, dy.dtype), out=out)
 
+    def add_input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
+        out.addmm_(self.compact(language, dy), self.gather(language, weight, dy.dtype))
+
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        out = self.live_grad.take(self.live(language), x.shape[1], x)
+        out = _LIVE_GRAD.take(self.live(language), x.shape[1], x)
         self._scatter_add(language, grad, torch.mm(self.compact(language, dy).t(), x, out=out))
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if language == FULL:
             return (dy.t() @ x).to(weight.dtype)
-        # One gather writes live and dead rows alike: every dead row takes the zero row behind the live ones.
-        live = self.live(language)
-        part = x.new_empty(live + 1, x.shape[1])
+        # One gather writes live and dead units alike: every dead one takes the zeros behind the live ones.
+        live, (N, K) = self.live(language), weight.shape
+        part = _LIVE_GRAD.take(live + self.unit, K, x)
         torch.mm(self.compact(language, dy).t(), x, out=part[:live])
-        part[live] = 0
-        return part.to(weight.dtype).index_select(0, _places(self.of(language), weight.shape[0]))
+        part[live:] = 0
+        part = part.to(weight.dtype).view(-1, self.unit * K)
+        return part.index_select(0, self.places(language)).view(N, K)
 
     def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
         self._scatter_add(language, grad, self.compact(language, dy).sum(0))
@@ -131,9 +160,12 @@ class Columns(_Units, Pieces):
         if language != FULL:
             # Runs of columns are copied whole: a third of the time of copying them one by one.
             units = self.units_of(language)
-            out = self.live_weight.take(weight.shape[0], self.live(language), weight)
-            grouped = weight.unflatten(1, (-1, self.unit))
-            torch.index_select(grouped, 1, units, out=out.unflatten(1, (-1, self.unit)))
+            out = _LIVE_WEIGHT.take(weight.shape[0], self.live(language), weight)
+            if self.unit == 1:  # half the time of index_select
+                torch.gather(weight, 1, units.expand(weight.shape[0], -1), out=out)
+            else:
+                grouped = weight.unflatten(1, (-1, self.unit))
+                torch.index_select(grouped, 1, units, out=out.unflatten(1, (-1, self.unit)))
             weight = out
         return weight.to(dtype)
 
@@ -150,26 +182,19 @@ class Columns(_Units, Pieces):
         if self.unit == 1:  # gathering columns one by one is slower than adding them
             return super().weight_grad(language, dy, x, weight)
         live, unit, N = self.live(language), self.unit, dy.shape[1]
-        part = x.new_empty(N, live + unit)
+        part = _LIVE_GRAD.take(N, live + unit, x)
         torch.mm(dy.t(), self.compact(language, x), out=part[:, :live])
         part[:, live:] = 0
-        places = _places(self.units_of(language), self.size // unit)
-        return part.to(weight.dtype).view(N, -1, unit).index_select(1, places).view(N, self.size)
+        part = part.to(weight.dtype).view(N, -1, unit)
+        return part.index_select(1, self.places(language)).view(N, self.size)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        out = self.live_grad.take(dy.shape[1], self.live(language), x)
+        out = _LIVE_GRAD.take(dy.shape[1], self.live(language), x)
         part = torch.mm(dy.t(), self.compact(language, x), out=out).to(grad.dtype)
         if language == FULL:
             grad += part
         else:
             grad.index_add_(1, self.of(language), part)
-
-
-def _places(indices: Tensor, size: int) -> Tensor:
-    """For each of `size` units its place among the live ones, `indices`; for a dead one the place behind them."""
-    live = len(indices)
-    places = torch.full((size,), live, device=indices.device)
-    return places.index_copy_(0, indices, torch.arange(live, device=indices.device))
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -1,0 +1,111 @@
+"""Running one batch: one masked layer, or several that share their input (Q, K and V; gate and up).
+
+All languages at once where `batched` suits, else one language after the other. Layers that share their input look up a
+language's tokens once and sum their input gradients in the products that make them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from fastmask.torch_path import batched
+from fastmask.torch_path.segments import Pieces, Target, segments, take
+from fastmask.torch_path.units import Columns, Rows
+
+__all__ = ["backward", "forward"]
+
+
+def forward(
+    layers: Sequence[Pieces],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    language_ids: list[int],
+) -> list[Tensor]:
+    """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out]."""
+    if _at_once(layers, x, language_ids):
+        return [
+            batched.Batched(layer, weight, language_ids).forward(x, bias)
+            for layer, weight, bias in zip(layers, weights, biases, strict=True)
+        ]
+    ys = [x.new_empty(*x.shape[:2], layer.out_width) for layer in layers]
+    for language, where in segments(language_ids):
+        tokens = take(x, where)
+        for layer, weight, bias, y in zip(layers, weights, biases, ys, strict=True):
+            target = Target(y, where)
+            layer.forward(language, tokens, weight, bias, target.tokens)
+            target.done()
+    return ys
+
+
+def backward(
+    layers: Sequence[Pieces],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    language_ids: list[int],
+    needs_x: bool,
+    needs_weight: Sequence[bool],
+    needs_bias: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
+
+    dW is one buffer that every language adds its live part to. Half-precision weights are summed in float32 when
+    several languages add to them.
+    """
+    if _at_once(layers, x, language_ids):
+        found = [
+            batched.Batched(layer, weight, language_ids).backward(dy, x, (needs_x, needs_weight[g], needs_bias[g]))
+            for g, (layer, weight, dy) in enumerate(zip(layers, weights, dys, strict=True))
+        ]
+        parts_of_dx = [dx for dx, _, _ in found if dx is not None]
+        dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
+        return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
+
+    parts = list(segments(language_ids))
+    alone = len(parts) == 1
+    dx = x.new_empty(x.shape) if needs_x else None
+    dws: list[Tensor | None] = [
+        None if alone or not need else _zeros(weight, weight.shape, len(parts))
+        for weight, need in zip(weights, needs_weight, strict=True)
+    ]
+    dbs: list[Tensor | None] = [
+        _zeros(weight, weight.shape[:1], len(parts)) if need else None
+        for weight, need in zip(weights, needs_bias, strict=True)
+    ]
+    for language, where in parts:
+        tokens = take(x, where)
+        target = None if dx is None else Target(dx, where)
+        for g, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+            upstream = take(dys[g], where)
+            if target is not None:
+                add = layer.add_input_grad if g else layer.input_grad
+                add(language, upstream, weight, target.tokens)
+            if needs_weight[g] and alone:
+                dws[g] = layer.weight_grad(language, upstream, tokens, weight)
+            elif (dw := dws[g]) is not None:
+                layer.add_weight_grad(language, upstream, tokens, dw)
+            if (db := dbs[g]) is not None:
+                layer.add_bias_grad(language, upstream, db)
+        if target is not None:
+            target.done()
+    return dx, _cast(dws, weights), _cast(dbs, weights)
+
+
+def _at_once(layers: Sequence[Pieces], x: Tensor, language_ids: list[int]) -> TypeGuard[Sequence[Rows | Columns]]:
+    return all(batched.suits(layer, x.shape[1], language_ids) for layer in layers)
+
+
+def _zeros(weight: Tensor, shape: torch.Size, n_languages: int) -> Tensor:
+    """What the languages of a batch add to."""
+    half = n_languages > 1 and weight.dtype in (torch.bfloat16, torch.float16)
+    return torch.zeros(shape, dtype=torch.float32 if half else weight.dtype, device=weight.device)
+
+
+def _cast(grads: list[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if grad is None else grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)]

@@ -1,0 +1,81 @@
+"""Several packed projections of one input equal one after the other, forward and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import random_mask
+
+from fastmask.functional import compute, compute_projections
+from fastmask.torch_path import batched
+
+UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention
+
+
+def setting(dtype, has_bias, needs=(True, True, True)):
+    torch.manual_seed(0)
+    masks = [random_mask("rows", 3, 3 * unit, 6, unit=unit) for unit in UNITS]
+    x = torch.randn(5, 2, 6, dtype=dtype, requires_grad=needs[0])
+    weights = [torch.randn(3 * unit, 6, dtype=dtype, requires_grad=needs[1]) for unit in UNITS]
+    biases = [torch.randn(3 * unit, dtype=dtype, requires_grad=needs[2]) for unit in UNITS] if has_bias else []
+    return x, weights, masks, biases, [3 * unit for unit in UNITS]
+
+
+@pytest.mark.parametrize("ids", [[0, 0, 0, 0, 0], [0, 2, 1, 0, 2], [-1, 0, 0, 2, -1], [1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
+def test_equals_one_after_the_other(ids, has_bias, at_once, monkeypatch):
+    """Computing Q, K and V together changes them, or a gradient."""
+    if not at_once:
+        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
+    ids = torch.tensor(ids)
+    x, weights, masks, biases, widths = setting(torch.float64, has_bias)
+    together = compute_projections(x, weights, masks, ids, biases, widths)
+    upstreams = [torch.randn_like(y) for y in together]
+    found = torch.autograd.grad(together, [x, *weights, *biases], upstreams)
+    apart = [
+        compute(x, weight, mask, ids, biases[g] if has_bias else None, widths[g])
+        for g, (weight, mask) in enumerate(zip(weights, masks, strict=True))
+    ]
+    expected = torch.autograd.grad(apart, [x, *weights, *biases], upstreams)
+    for ours, theirs in zip([*together, *found], [*apart, *expected], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_only_what_is_asked_for(needs):
+    """A frozen weight gets a gradient, or the others lose theirs."""
+    x, weights, masks, biases, widths = setting(torch.float64, True, needs)
+    for y in compute_projections(x, weights, masks, torch.tensor([0, 0, 1, 2, 2]), biases, widths):
+        y.sum().backward(retain_graph=True)
+    assert (x.grad is not None) == needs[0]
+    assert all((w.grad is not None) == needs[1] for w in weights)
+    assert all((b.grad is not None) == needs[2] for b in biases)
+
+
+def test_an_unused_output():
+    """A projection whose output nobody uses breaks the backward pass of the others."""
+    x, weights, masks, biases, widths = setting(torch.float64, True)
+    query, _, _ = compute_projections(x, weights, masks, torch.tensor([0, 0, 2, 2, 2]), biases, widths)
+    query.sum().backward()
+    assert weights[0].grad.any()
+    assert not weights[1].grad.any()
+
+
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
+def test_opcheck(has_bias):
+    """The operators' fake kernels, schema or autograd registration are wrong, so torch.compile would be too."""
+    x, weights, masks, biases, widths = setting(torch.float32, has_bias)
+    ids = torch.tensor([0, 1, 2, 2, 0])
+    indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
+    units = [mask.geometry[0] for mask in masks]
+    torch.library.opcheck(
+        torch.ops.fastmask.masked_projections, (x, weights, biases, ids, indices, extents, units, 3, widths)
+    )
+    plain = [w.detach() for w in weights]
+    upstreams = [torch.randn(5, 2, width) for width in widths]
+    wanted = (True, [True, True, False], [True, False, True] if has_bias else [False] * 3)
+    torch.library.opcheck(
+        torch.ops.fastmask.masked_projections_backward,
+        (upstreams, x.detach(), plain, ids, indices, extents, units, widths, *wanted),
+    )

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmask import operators
-from fastmask.masks import Mask
-from fastmask.operators import UNPACKED
+from fastmask.masks import UNPACKED, Mask
 from fastmask.torch_path.activations import NONE
 
 __all__ = ["compute", "compute_projections", "masked_linear"]

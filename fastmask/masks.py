@@ -6,16 +6,29 @@ Dimension letters, here and everywhere: L languages, B examples, T tokens, N out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmask import bits
 
-__all__ = ["Mask"]
+__all__ = ["UNPACKED", "Mask", "StoredMask"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
+UNPACKED = -1
+
+
+@dataclass(frozen=True)
+class StoredMask:
+    """A mask as operators receive it, and the width of the packed side, or -1 (UNPACKED) if it is not packed."""
+
+    kind: str
+    geometry: Sequence[int]
+    index: Tensor
+    extents: Tensor
+    packed_width: int
 
 
 class Mask:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastmask.functional import compute, compute_projections
 from fastmask.linear import MaskedLinear
-from fastmask.masks import Mask
+from fastmask.masks import UNPACKED, Mask
 from fastmask.models.routing import Route, Router
-from fastmask.operators import UNPACKED
 from fastmask.torch_path.activations import NONE
 
 __all__ = ["AttachedLinear", "Siblings"]
@@ -54,7 +53,7 @@ class AttachedLinear(MaskedLinear):
         route = self.router.current()
         if self.siblings is not None:
             return self.siblings.output_of(self, x, route)
-        language_ids = _ids_for(x, route)
+        language_ids = route.ids_for(x)
         if self.packed_unit is None:
             width = UNPACKED
         elif self.mask.kind == "columns":
@@ -96,7 +95,7 @@ class Siblings:
                 x,
                 [sibling.weight for sibling in layers],
                 [sibling.mask for sibling in layers],
-                _ids_for(x, route),
+                route.ids_for(x),
                 [sibling.bias for sibling in layers if sibling.bias is not None],
                 [sibling.packed_width(route.present) for sibling in layers],
             )
@@ -117,16 +116,3 @@ class Siblings:
 def _version(x: Tensor) -> int:
     """Counts what was written to x in place; a tracer knows of no versions, and shows writes as new tensors."""
     return 0 if torch.compiler.is_compiling() else x._version
-
-
-def _ids_for(x: Tensor, route: Route) -> Tensor:
-    """A language id for each example of x [B, ...]; a route of one id is for all of them."""
-    language_ids = route.language_ids
-    if language_ids.shape[0] == x.shape[0]:
-        return language_ids
-    if language_ids.shape[0] != 1:
-        raise ValueError(
-            f"expected one language id for each of the {x.shape[0]} examples, "
-            f"given language_ids of shape {tuple(language_ids.shape)}"
-        )
-    return language_ids.expand(x.shape[0])

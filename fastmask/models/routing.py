@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +12,27 @@ from torch import Tensor, nn
 __all__ = ["Route", "Router", "carried_through_checkpointing"]
 
 
-@dataclass(frozen=True)
 class Route:
-    """The languages of one batch: ids int64 [B], or [1] for a whole batch of one language, and which ones occur.
+    """The languages of one forward pass, and its backward pass: one id for each example, or one for the whole batch.
 
-    `present` lets layers pack to the widest language of this batch. It is None while `torch.compile` traces, where the
-    ids are not known: layers then pack to the widest of all languages, and the full network (-1) does not fit.
+    Attributes:
+        present: which languages occur, so that layers pack to the widest of them. None where the ids are not known:
+            while `torch.compile` traces, and for ids on a GPU, which nobody waits for. Layers then pack to the widest
+            of all languages, and the full network (-1) does not fit.
     """
 
-    language_ids: Tensor
-    present: tuple[int, ...] | None
+    def __init__(self, language_ids: Tensor | int, present: tuple[int, ...] | None) -> None:
+        self._language_ids = language_ids
+        self.present = present
+        self._made: Tensor | None = None
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Route:
+        """The route of ids int64 [B].
+
+        Raises:
+            ValueError: something else, or an id out of range.
+        """
         if not isinstance(language_ids, Tensor) or language_ids.dtype != torch.int64 or language_ids.ndim != 1:
             given = (
                 f"{language_ids.dtype} of shape {tuple(language_ids.shape)}"
@@ -35,6 +42,14 @@ class Route:
             raise ValueError(f"expected language_ids as an int64 tensor [batch], given {given}")
         if torch.compiler.is_compiling():
             return cls(language_ids, None)
+        if language_ids.device.type != "cpu":
+            inside = ((language_ids >= 0) & (language_ids < n_languages)).all()
+            torch._assert_async(
+                inside,
+                f"language_ids on a GPU: expected 0 to {n_languages - 1} (the full network, -1, is asked for by ids on "
+                "the CPU or by `with fastmask.language(model, None)`)",
+            )
+            return cls(language_ids, None)
         present = tuple(sorted(set(language_ids.tolist())))
         for language in present:
             if not -1 <= language < n_languages:
@@ -43,6 +58,28 @@ class Route:
                     "or -1 for the full network"
                 )
         return cls(language_ids, present)
+
+    def ids_for(self, x: Tensor) -> Tensor:
+        """A language id for each example of x [B, ...], on its device; one tensor for all layers of a pass.
+
+        Raises:
+            ValueError: x has another number of examples.
+        """
+        made = self._made
+        if made is not None and made.shape[0] == x.shape[0] and made.device == x.device:
+            return made
+        if isinstance(self._language_ids, int):
+            made = torch.full((x.shape[0],), self._language_ids, device=x.device)
+        elif self._language_ids.shape[0] == x.shape[0]:
+            made = self._language_ids.detach().to(x.device, non_blocking=True)
+        else:
+            raise ValueError(
+                f"expected one language id for each of the {x.shape[0]} examples, "
+                f"given language_ids of shape {tuple(self._language_ids.shape)}"
+            )
+        made._fastmask_of_one_pass = True  # type: ignore[attr-defined]
+        self._made = made
+        return made
 
 
 class Router:
@@ -75,7 +112,7 @@ class Router:
                 f"{', ...' if len(self.languages) > 10 else ''}; -1 = full network) or call it inside "
                 "`with fastmask.language(model, ...)`"
             )
-        return Route(torch.tensor([self.default]), (self.default,))
+        return Route(self.default, (self.default,))
 
     def current(self) -> Route:
         """The route of the forward call that is running."""

@@ -5,8 +5,7 @@ as a custom operator for tracers, and as a plain `autograd.Function` for eager c
 Python wrapping: in a small layer that costs more than the layer.
 """
 
-from fastmask.operators.arguments import UNPACKED
 from fastmask.operators.linear import run
 from fastmask.operators.projections import run_projections
 
-__all__ = ["UNPACKED", "run", "run_projections"]
+__all__ = ["run", "run_projections"]

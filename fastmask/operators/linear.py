@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.operators.arguments import UNPACKED, as_examples, check_packed, host_ids, pieces_of, traced
-from fastmask.torch_path import batch
+from fastmask.masks import UNPACKED, StoredMask
+from fastmask.operators.paths import as_examples, path_for, traced
 from fastmask.torch_path.activations import activate, activation_grad
 
 __all__ = ["run"]
@@ -36,12 +36,10 @@ def _forward(
     packed_width: int,
     activation: str,
 ) -> Tensor:
-    pieces = pieces_of(index, extents, kind, geometry, weight, packed_width)
-    ids = host_ids(language_ids, n_languages)
-    check_packed(pieces, kind, ids, packed_width)
+    mask = StoredMask(kind, geometry, index, extents, packed_width)
     examples = activate(as_examples(x), activation)
-    (y,) = batch.forward([pieces], examples, [weight], [bias], ids)
-    return y.view(*x.shape[:-1], pieces.out_width)
+    (y,) = path_for(x, [weight]).forward([mask], examples, [weight], [bias], language_ids, n_languages)
+    return y.view(*x.shape[:-1], y.shape[2])
 
 
 def _backward(
@@ -53,15 +51,16 @@ def _backward(
     extents: Tensor,
     kind: str,
     geometry: list[int],
+    n_languages: int,
     packed_width: int,
     activation: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pieces = pieces_of(index, extents, kind, geometry, weight, packed_width)
-    examples = activate(as_examples(x), activation)
-    dx, (dw,), (db,) = batch.backward(
-        [pieces], [as_examples(dy)], examples, [weight], language_ids.tolist(), needs[0], [needs[1]], [needs[2]]
-    )
+    mask = StoredMask(kind, geometry, index, extents, packed_width)
+    upstream, examples = as_examples(dy), activate(as_examples(x), activation)
+    wanted = (needs[0], [needs[1]], [needs[2]])
+    backward = path_for(x, [weight]).backward
+    dx, (dw,), (db,) = backward([mask], [upstream], examples, [weight], language_ids, n_languages, *wanted)
     # An operator cannot return None: what was not asked for comes back empty.
     return (
         x.new_empty(0) if dx is None else activation_grad(dx.view(x.shape), x, activation),
@@ -71,16 +70,14 @@ def _backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, language_ids, index, extents, ctx.kind, ctx.geometry, _, ctx.packed_width, ctx.activation = inputs
+    x, weight, _bias, language_ids, index, extents, *ctx.settings = inputs
     ctx.save_for_backward(x, weight, language_ids, index, extents)
 
 
 def _gradients(backward: Callable[..., tuple[Tensor, Tensor, Tensor]], ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, weight, language_ids, index, extents = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    found = backward(
-        dy, x, weight, language_ids, index, extents, ctx.kind, ctx.geometry, ctx.packed_width, ctx.activation, needs
-    )
+    found = backward(dy, x, weight, language_ids, index, extents, *ctx.settings, needs)
     grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
     return (*grads, None, None, None, None, None, None, None, None)
 
@@ -112,7 +109,7 @@ def _(x, weight, bias, language_ids, index, extents, kind, geometry, n_languages
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, language_ids, index, extents, kind, geometry, packed_width, activation, needs):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, language_ids, index, extents, kind, geometry, n_languages, packed_width, activation, needs):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape if needs[0] else 0),
         weight.new_empty(weight.shape if needs[1] else 0),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.operators.arguments import as_examples, check_packed, host_ids, pieces_of, traced
-from fastmask.torch_path import batch
+from fastmask.masks import StoredMask
+from fastmask.operators.paths import as_examples, path_for, traced
 
 __all__ = ["run_projections"]
 
@@ -47,11 +47,9 @@ def _forward(
     n_languages: int,
     widths: list[int],
 ) -> list[Tensor]:
-    ids = host_ids(language_ids, n_languages)
-    layers = _layers(weights, indices, extents, units, widths)
-    for layer, width in zip(layers, widths, strict=True):
-        check_packed(layer, "rows", ids, width)
-    ys = batch.forward(layers, as_examples(x), weights, biases or [None] * len(weights), ids)
+    masks = _masks(indices, extents, units, widths)
+    given: list[Any] = biases or [None] * len(weights)
+    ys = path_for(x, weights).forward(masks, as_examples(x), weights, given, language_ids, n_languages)
     return [y.view(*x.shape[:-1], width) for y, width in zip(ys, widths, strict=True)]
 
 
@@ -63,15 +61,16 @@ def _backward(
     indices: list[Tensor],
     extents: list[Tensor],
     units: list[int],
+    n_languages: int,
     widths: list[int],
     needs_x: bool,
     needs_weight: list[bool],
     needs_bias: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers = _layers(weights, indices, extents, units, widths)
-    upstreams, examples = [as_examples(dy) for dy in dys], as_examples(x)
+    masks, upstreams = _masks(indices, extents, units, widths), [as_examples(dy) for dy in dys]
     wanted = (needs_x, needs_weight, needs_bias)
-    dx, dws, dbs = batch.backward(layers, upstreams, examples, weights, language_ids.tolist(), *wanted)
+    backward = path_for(x, weights).backward
+    dx, dws, dbs = backward(masks, upstreams, as_examples(x), weights, language_ids, n_languages, *wanted)
     empty = x.new_empty  # an operator cannot return None: what was not asked for comes back empty
     return (
         empty(0) if dx is None else dx.view(x.shape),
@@ -80,12 +79,10 @@ def _backward(
     )
 
 
-def _layers(
-    weights: list[Tensor], indices: list[Tensor], extents: list[Tensor], units: list[int], widths: list[int]
-) -> list[Any]:
+def _masks(indices: list[Tensor], extents: list[Tensor], units: list[int], widths: list[int]) -> list[StoredMask]:
     return [
-        pieces_of(index, extent, "rows", [unit], weight, width)
-        for index, extent, unit, weight, width in zip(indices, extents, units, weights, widths, strict=True)
+        StoredMask("rows", [unit], index, extent, width)
+        for index, extent, unit, width in zip(indices, extents, units, widths, strict=True)
     ]
 
 
@@ -95,25 +92,26 @@ def _layers(
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: tuple[Any, ...], x: Tensor, language_ids: Tensor, *tensors: Tensor) -> Any:
-        ctx.units, n_languages, ctx.widths = settings
-        G = len(ctx.widths)
+        ctx.settings = settings
+        units, n_languages, widths = settings
+        ctx.G = G = len(widths)
         ctx.has_bias = len(tensors) == 4 * G
         weights, biases = list(tensors[:G]), list(tensors[G : -2 * G])
         indices, extents = list(tensors[-2 * G : -G]), list(tensors[-G:])
         ctx.save_for_backward(x, language_ids, *weights, *indices, *extents)
-        return tuple(_forward(x, weights, biases, language_ids, indices, extents, ctx.units, n_languages, ctx.widths))
+        return tuple(_forward(x, weights, biases, language_ids, indices, extents, units, n_languages, widths))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        G = len(ctx.widths)
+        G = ctx.G
         x, language_ids, *tensors = ctx.saved_tensors
         weights, indices, extents = tensors[:G], tensors[G : 2 * G], tensors[2 * G :]
         needs = ctx.needs_input_grad
         needs_weight = list(needs[3 : 3 + G])
         needs_bias = list(needs[3 + G : 3 + 2 * G]) if ctx.has_bias else [False] * G
-        wanted = (needs[1], needs_weight, needs_bias)
-        dx, dws, dbs = _backward(list(dys), x, weights, language_ids, indices, extents, ctx.units, ctx.widths, *wanted)
+        settings = (*ctx.settings, needs[1], needs_weight, needs_bias)
+        dx, dws, dbs = _backward(list(dys), x, weights, language_ids, indices, extents, *settings)
         grads = [*_asked(dws, needs_weight), *(_asked(dbs, needs_bias) if ctx.has_bias else [])]
         return (None, dx if needs[1] else None, None, *grads, *[None] * (2 * G))
 
@@ -129,20 +127,21 @@ _backward_op = torch.library.custom_op("fastmask::masked_projections_backward", 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, language_ids, indices, extents, ctx.units, _, ctx.widths = inputs
+    x, weights, biases, language_ids, indices, extents, *ctx.settings = inputs
+    ctx.G = len(weights)
     ctx.has_bias = bool(biases)
     ctx.save_for_backward(x, language_ids, *weights, *indices, *extents)
 
 
 def _gradients(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
-    G = len(ctx.widths)
+    G = ctx.G
     x, language_ids, *tensors = ctx.saved_tensors
     weights, indices, extents = list(tensors[:G]), list(tensors[G : 2 * G]), list(tensors[2 * G :])
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     needs_bias = needs_bias if ctx.has_bias else [False] * G
     wanted = (needs_x, needs_weight, needs_bias)
     dx, dws, dbs = torch.ops.fastmask.masked_projections_backward(
-        dys, x, weights, language_ids, indices, extents, ctx.units, ctx.widths, *wanted
+        dys, x, weights, language_ids, indices, extents, *ctx.settings, *wanted
     )
     grads = (dx if needs_x else None, _asked(dws, needs_weight), _asked(dbs, needs_bias) if ctx.has_bias else [])
     return (*grads, None, [None] * G, [None] * G, None, None, None)
@@ -157,7 +156,7 @@ def _(x, weights, biases, language_ids, indices, extents, units, n_languages, wi
 
 
 @_backward_op.register_fake
-def _(dys, x, weights, language_ids, indices, extents, units, widths, needs_x, needs_weight, needs_bias):  # type: ignore[no-untyped-def]
+def _(dys, x, weights, language_ids, indices, extents, units, n_languages, widths, needs_x, needs_weight, needs_bias):  # type: ignore[no-untyped-def]
     return (
         x.new_empty(x.shape if needs_x else 0),
         [w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs_weight, strict=True)],

@@ -226,6 +226,7 @@ def test_opcheck(kind, packed_width, activation):
             mask.extents,
             mask.kind,
             list(mask.geometry),
+            2,
             packed_width,
             activation,
             [True, True, True],

@@ -77,5 +77,5 @@ def test_opcheck(has_bias):
     wanted = (True, [True, True, False], [True, False, True] if has_bias else [False] * 3)
     torch.library.opcheck(
         torch.ops.fastmask.masked_projections_backward,
-        (upstreams, x.detach(), plain, ids, indices, extents, units, widths, *wanted),
+        (upstreams, x.detach(), plain, ids, indices, extents, units, 3, widths, *wanted),
     )

@@ -7,34 +7,47 @@ language's tokens once and sum their input gradients in the products that make t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from fastmask.masks import UNPACKED, StoredMask
 from fastmask.torch_path import batched
-from fastmask.torch_path.segments import Pieces, Target, segments, take
+from fastmask.torch_path.blocks import Blocks
+from fastmask.torch_path.segments import FULL, Pieces, Target, segments, take
 from fastmask.torch_path.units import Columns, Rows
+from fastmask.torch_path.weights import Weights
 
 __all__ = ["backward", "forward"]
 
 
 def forward(
-    layers: Sequence[Pieces],
+    masks: Sequence[StoredMask],
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    language_ids: list[int],
+    language_ids: Tensor,
+    n_languages: int,
 ) -> list[Tensor]:
-    """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out]."""
-    if _at_once(layers, x, language_ids):
+    """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out].
+
+    Raises:
+        ValueError: an id out of range, or a language with more live units than the packed side holds.
+    """
+    ids = _host_ids(language_ids, n_languages)
+    layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
+    for mask, layer in zip(masks, layers, strict=True):
+        _check_packed(mask, layer, ids)
+    if _at_once(layers, x, ids):
         return [
-            batched.Batched(layer, weight, language_ids).forward(x, bias)
+            batched.Batched(layer, weight, ids).forward(x, bias)
             for layer, weight, bias in zip(layers, weights, biases, strict=True)
         ]
     ys = [x.new_empty(*x.shape[:2], layer.out_width) for layer in layers]
-    for language, where in segments(language_ids):
+    for language, where in segments(ids):
         tokens = take(x, where)
         for layer, weight, bias, y in zip(layers, weights, biases, ys, strict=True):
             target = Target(y, where)
@@ -44,11 +57,12 @@ def forward(
 
 
 def backward(
-    layers: Sequence[Pieces],
+    masks: Sequence[StoredMask],
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    language_ids: list[int],
+    language_ids: Tensor,
+    n_languages: int,
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
@@ -58,16 +72,18 @@ def backward(
     dW is one buffer that every language adds its live part to. Half-precision weights are summed in float32 when
     several languages add to them.
     """
-    if _at_once(layers, x, language_ids):
+    ids: list[int] = language_ids.tolist()
+    layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
+    if _at_once(layers, x, ids):
         found = [
-            batched.Batched(layer, weight, language_ids).backward(dy, x, (needs_x, needs_weight[g], needs_bias[g]))
+            batched.Batched(layer, weight, ids).backward(dy, x, (needs_x, needs_weight[g], needs_bias[g]))
             for g, (layer, weight, dy) in enumerate(zip(layers, weights, dys, strict=True))
         ]
         parts_of_dx = [dx for dx, _, _ in found if dx is not None]
         dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
         return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
 
-    parts = list(segments(language_ids))
+    parts = list(segments(ids))
     alone = len(parts) == 1
     dx = x.new_empty(x.shape) if needs_x else None
     dws: list[Tensor | None] = [
@@ -95,6 +111,51 @@ def backward(
         if target is not None:
             target.done()
     return dx, _cast(dws, weights), _cast(dbs, weights)
+
+
+def _pieces_of(mask: StoredMask, weight: Tensor) -> Pieces:
+    """The mask of one weight in the form that is run; made once for a mask and a packed width."""
+    made = _made.setdefault(mask.index, {})
+    pieces = made.get(mask.packed_width)
+    if pieces is None:
+        pieces = made[mask.packed_width] = _made_from(mask, *weight.shape)
+    return pieces
+
+
+# By the tensor that holds a mask, because operators receive tensors only; masks never change.
+_made: MutableMapping[Tensor, dict[int, Pieces]] = WeakIdKeyDictionary()
+
+
+def _made_from(mask: StoredMask, N: int, K: int) -> Pieces:
+    index = mask.index.detach()  # an alias: were the key held by its own value, neither would ever be freed
+    packed = None if mask.packed_width == UNPACKED else mask.packed_width
+    if mask.kind == "rows":
+        return Rows(index, mask.extents, mask.geometry[0], N, K, packed)
+    if mask.kind == "columns":
+        return Columns(index, mask.extents, mask.geometry[0], N, K, packed)
+    if mask.kind == "blocks":
+        return Blocks(index, mask.extents, (mask.geometry[0], mask.geometry[1]), N, K)
+    return Weights(index, N, K)
+
+
+def _host_ids(language_ids: Tensor, n_languages: int) -> list[int]:
+    ids: list[int] = language_ids.tolist()
+    for position, language in enumerate(ids):
+        if not FULL <= language < n_languages:
+            raise ValueError(
+                f"language_ids[{position}] is {language}; expected 0 to {n_languages - 1}, or -1 for the full network"
+            )
+    return ids
+
+
+def _check_packed(mask: StoredMask, pieces: Pieces, ids: list[int]) -> None:
+    if mask.packed_width == UNPACKED or not isinstance(pieces, (Rows, Columns)):
+        return
+    for language in set(ids):
+        live = pieces.live(language)
+        if live > mask.packed_width:
+            name = "the full network (-1)" if language == FULL else f"language {language}"
+            raise ValueError(f"{name} has {live} live {mask.kind}, more than the packed width {mask.packed_width}")
 
 
 def _at_once(layers: Sequence[Pieces], x: Tensor, language_ids: list[int]) -> TypeGuard[Sequence[Rows | Columns]]:

@@ -1,0 +1,181 @@
+"""What each mask kind launches, forward and backward; the twin of `torch_path.layers`.
+
+Rows are gathered in the kernels. Columns are rows of the transposed weight, which is copied once for each pass, however
+many the languages. Masks that are not packed are packed on the way in or spread on the way out. Blocks and single
+weights are walked in tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastmask_kernels.packing import pack, unpack
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_weight_grad import row_weight_grad
+from fastmask_kernels.tile_matmul import tile_matmul
+from fastmask_kernels.tile_weight_grad import tile_weight_grad
+from torch import Tensor
+
+from fastmask.masks import UNPACKED, StoredMask
+from fastmask.triton_path.layouts import layout_of
+from fastmask.triton_path.plans import plan_of
+
+__all__ = ["backward", "forward"]
+
+
+def forward(
+    masks: Sequence[StoredMask],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    language_ids: Tensor,
+    n_languages: int,
+) -> list[Tensor]:
+    """As `torch_path.layers.forward`."""
+    B, T, width = x.shape
+    plan = plan_of(language_ids, T, n_languages, x.device)
+    rows = x.reshape(B * T, width).contiguous()
+    if masks[0].kind == "rows":
+        ys = _rows_forward(masks, rows, weights, biases, plan)
+    elif masks[0].kind == "columns":
+        ys = [_columns_forward(masks[0], rows, weights[0], biases[0], plan)]
+    else:
+        weight = weights[0]
+        ys = [tile_matmul(rows, weight, layout_of(masks[0], *weight.shape), plan, _as(biases[0], x))]
+    return [y.view(B, T, y.shape[1]) for y in ys]
+
+
+def backward(
+    masks: Sequence[StoredMask],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    language_ids: Tensor,
+    n_languages: int,
+    needs_x: bool,
+    needs_weight: Sequence[bool],
+    needs_bias: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """As `torch_path.layers.backward`."""
+    B, T, width = x.shape
+    plan = plan_of(language_ids, T, n_languages, x.device)
+    rows = x.reshape(B * T, width).contiguous()
+    upstreams = [dy.reshape(B * T, dy.shape[-1]).contiguous() for dy in dys]
+    if masks[0].kind == "rows":
+        dx, dws, dbs = _rows_backward(masks, upstreams, rows, weights, plan, needs_x, needs_weight, needs_bias)
+    else:
+        of_kind = _columns_backward if masks[0].kind == "columns" else _tiles_backward
+        found_x, dw = of_kind(masks[0], upstreams[0], rows, weights[0], plan, needs_x, needs_weight[0])
+        db = upstreams[0].sum(0, dtype=weights[0].dtype) if needs_bias[0] else None
+        dx, dws, dbs = found_x, [dw], [db]
+    return None if dx is None else dx.view(x.shape), dws, dbs
+
+
+# ---- rows
+
+
+def _rows_forward(
+    masks: Sequence[StoredMask], x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], plan: Plan
+) -> list[Tensor]:
+    given = [_as(bias, x) for bias in biases if bias is not None]
+    ys = row_matmul(
+        x,
+        [weight.contiguous() for weight in weights],
+        [mask.index for mask in masks],
+        [mask.extents for mask in masks],
+        plan,
+        [_packed_width(mask, weight.shape[0]) for mask, weight in zip(masks, weights, strict=True)],
+        given or None,
+    )
+    return [
+        unpack(y, mask.index, mask.extents, plan, y.shape[1]) if mask.packed_width == UNPACKED else y
+        for y, mask in zip(ys, masks, strict=True)
+    ]
+
+
+def _rows_backward(
+    masks: Sequence[StoredMask],
+    dys: list[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    plan: Plan,
+    needs_x: bool,
+    needs_weight: Sequence[bool],
+    needs_bias: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    indices, counts = [mask.index for mask in masks], [mask.extents for mask in masks]
+    dys = [
+        pack(dy, mask.index, mask.extents, plan, dy.shape[1]) if mask.packed_width == UNPACKED else dy
+        for dy, mask in zip(dys, masks, strict=True)
+    ]
+    dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan) if needs_x else None
+    dws: list[Tensor | None] = [None] * len(masks)
+    dbs: list[Tensor | None] = [None] * len(masks)
+    wanted = [g for g in range(len(masks)) if needs_weight[g] or needs_bias[g]]
+    if wanted:
+        found_w, found_b = row_weight_grad(
+            [dys[g] for g in wanted],
+            x,
+            [indices[g] for g in wanted],
+            [counts[g] for g in wanted],
+            plan,
+            [weights[g].shape[0] for g in wanted],
+            weight_dtype=weights[0].dtype,
+            with_bias=any(needs_bias),
+        )
+        for place, g in enumerate(wanted):
+            dws[g] = found_w[place] if needs_weight[g] else None
+            dbs[g] = found_b[place] if found_b is not None and needs_bias[g] else None
+    return dx, dws, dbs
+
+
+# ---- columns
+
+
+def _columns_forward(mask: StoredMask, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    if mask.packed_width == UNPACKED:
+        x = pack(x, mask.index, mask.extents, plan, x.shape[1])
+    return row_matmul_t([x], [_transposed(weight, x)], [mask.index], [mask.extents], plan, _as(bias, x))
+
+
+def _columns_backward(
+    mask: StoredMask, dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    K, unpacked = weight.shape[1], mask.packed_width == UNPACKED
+    index, counts = [mask.index], [mask.extents]
+    dx = dw = None
+    if needs_x:
+        (dx,) = row_matmul(dy, [_transposed(weight, dy)], index, counts, plan, [_packed_width(mask, K)])
+        dx = unpack(dx, mask.index, mask.extents, plan, K) if unpacked else dx
+    if needs_weight:
+        x = pack(x, mask.index, mask.extents, plan, K) if unpacked else x
+        (transposed,), _ = row_weight_grad([x], dy, index, counts, plan, [K], weight_dtype=weight.dtype)
+        dw = transposed.t().contiguous()
+    return dx, dw
+
+
+def _transposed(weight: Tensor, like: Tensor) -> Tensor:
+    """The weight [N, K] as [K, N] in the dtype of the activations: the copy that autocast would make anyway."""
+    return weight.to(like.dtype).t().contiguous()
+
+
+# ---- blocks and single weights
+
+
+def _tiles_backward(
+    mask: StoredMask, dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    layout = layout_of(mask, *weight.shape)
+    dx = tile_matmul(dy, weight, layout, plan, transposed=True) if needs_x else None
+    dw = tile_weight_grad(dy, x, layout, plan, weight_dtype=weight.dtype) if needs_weight else None
+    return dx, dw
+
+
+def _packed_width(mask: StoredMask, size: int) -> int:
+    """Of a mask that is not packed, the width that holds even the full network."""
+    return size if mask.packed_width == UNPACKED else mask.packed_width
+
+
+def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(x.dtype)

@@ -1,0 +1,216 @@
+"""The Triton path equals the torch path: through the public function, and through attached models."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModel, BertConfig, LlamaConfig
+
+import fastmask as fm
+from fastmask.functional import compute
+from fastmask.operators import paths
+from fastmask.torch_path import layers as torch_layers
+from fastmask.triton_path import layers as triton_layers
+from fastmask.triton_path import layouts, plans
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+L, N, K = 4, 32, 48
+MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2), an absent one (3), the full network
+
+
+def mask_of(kind):
+    torch.manual_seed(0)
+    keep = {"rows": (N // 8,), "columns": (K // 8,), "blocks": (N // 16, K // 16), "weights": (N, K)}[kind]
+    keep = torch.rand(L, *keep) < 0.5
+    keep[1], keep[2] = False, True
+    if kind == "rows":
+        return fm.Mask.rows(keep.repeat_interleave(8, 1), K).to(DEVICE)
+    if kind == "columns":
+        return fm.Mask.columns(keep.repeat_interleave(8, 1), N).to(DEVICE)
+    return (fm.Mask.blocks(keep, (16, 16)) if kind == "blocks" else fm.Mask.weights(keep)).to(DEVICE)
+
+
+def on(backend, monkeypatch, function):
+    monkeypatch.setenv("FASTMASK_BACKEND", backend)
+    return function()
+
+
+def gradients_of(function, *leaves):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    y = function(*leaves)
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+@pytest.mark.parametrize("ids", [MIXED, [0, 0], [1, 1], [-1], []], ids=["mixed", "one", "dead", "full", "empty"])
+@pytest.mark.parametrize("shape", [(5,), (), (2, 3)], ids=["tokens", "no_tokens", "two_axes"])
+def test_masked_linear(kind, ids, shape, monkeypatch):
+    """A layer computes something else on a GPU than on a CPU."""
+    mask, ids = mask_of(kind), torch.tensor(ids, dtype=torch.int64, device=DEVICE)
+    x, weight, bias = (torch.randn(*s, device=DEVICE) for s in ((len(ids), *shape, K), (N, K), (N,)))
+
+    def run():
+        return gradients_of(lambda x, w, b: fm.masked_linear(x, w, mask, ids, b), x, weight, bias)
+
+    assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_packed_with_an_activation(kind, monkeypatch):
+    """A packed projection, or the activation that it recomputes, differs between the paths."""
+    mask, ids = mask_of(kind), torch.tensor([2, 0, 0, 1, 2], device=DEVICE)
+    width = max(mask.live_counts())
+    x = torch.randn(5, 3, K if kind == "rows" else width, device=DEVICE)
+    if kind == "columns":  # as the packed projection before it leaves it
+        for b, language in enumerate(ids.tolist()):
+            x[b, :, mask.live_counts()[language] :] = 0
+    weight, bias = torch.randn(N, K, device=DEVICE), torch.randn(N, device=DEVICE)
+
+    def run():
+        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, "gelu"), x, weight, bias)
+
+    assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+def test_only_what_is_asked_for(kind, trained, monkeypatch):
+    """A frozen weight or input makes the backward pass fail, or gets a gradient."""
+    mask, ids = mask_of(kind), torch.tensor(MIXED, device=DEVICE)
+    tensors = {"x": torch.randn(7, 3, K), "weight": torch.randn(N, K), "bias": torch.randn(N)}
+    tensors = {name: t.to(DEVICE).requires_grad_(name == trained) for name, t in tensors.items()}
+
+    def run():
+        y = fm.masked_linear(tensors["x"], tensors["weight"], mask, ids, tensors["bias"])
+        return torch.autograd.grad(y.square().sum(), tensors[trained])
+
+    torch.testing.assert_close(on("triton", monkeypatch, run), on("torch", monkeypatch, run), rtol=1e-4, atol=1e-4)
+
+
+def half_precision_master(kind, monkeypatch):
+    mask, ids = mask_of(kind), torch.tensor(MIXED, device=DEVICE)
+    x, weight, bias = torch.randn(7, 3, K).half(), torch.randn(N, K), torch.randn(N)
+    x, weight, bias = x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE)
+
+    def run():
+        return gradients_of(lambda x, w, b: fm.masked_linear(x, w, mask, ids, b), x, weight, bias)
+
+    return on("triton", monkeypatch, run), on("torch", monkeypatch, run)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+def test_float32_master_weights_under_half_precision(kind, monkeypatch):
+    """The gradient of a float32 weight comes back in half precision, or its bias is added in another dtype."""
+    for a, b in zip(*half_precision_master(kind, monkeypatch), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=5e-2)
+
+
+MODELS = {
+    "bert": BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    ),
+    "llama": LlamaConfig(  # grouped-query attention: three query heads for each key and value
+        vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=8,
+        intermediate_size=40,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attached_model(name, monkeypatch):
+    """Through a whole model, packed heads and neurons, one path goes wrong where a single layer does not."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(MODELS[name]).to(DEVICE)
+    subnets = fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both")
+    fm.attach(model, subnets)
+    batch = {"input_ids": torch.randint(0, 50, (5, 6), device=DEVICE)}
+    upstream = torch.randn(5, 6, model.config.hidden_size, device=DEVICE)
+
+    def run():
+        model.zero_grad()
+        y = model(**batch, language_ids=torch.tensor([2, 0, 0, -1, 1]))[0]
+        y.backward(upstream)
+        return [y, *[p.grad for p in model.parameters() if p.grad is not None]]
+
+    ours, theirs = on("triton", monkeypatch, run), on("torch", monkeypatch, run)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_plan_is_made_once_and_again_for_other_ids(monkeypatch):
+    """Every layer sorts the batch anew, or ids that were written in place are ignored."""
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    ids = torch.tensor([0, 1, 0], device=DEVICE)
+    device = torch.device(ids.device)
+    plan = plans.plan_of(ids, 4, L, device)
+    assert plans.plan_of(ids, 4, L, device) is plan
+    assert plans.plan_of(ids, 5, L, device) is not plan
+    ids[0] = 2
+    assert plans.plan_of(ids, 4, L, device) is not plan
+
+
+def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
+    """What was made of a mask or of ids outlives them: memory grows with every batch."""
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    gc.collect()
+    before = len(layouts._made), len(plans._made)
+    for _ in range(3):
+        mask, ids = mask_of("weights"), torch.tensor([0, 1], device=DEVICE)
+        fm.masked_linear(torch.randn(2, K, device=DEVICE), torch.randn(N, K, device=DEVICE), mask, ids)
+    del mask, ids
+    gc.collect()
+    assert (len(layouts._made), len(plans._made)) == before
+
+
+class TestChoice:
+    def test_forced(self, monkeypatch):
+        x = torch.randn(2, K, device=DEVICE)
+        monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+        assert paths.path_for(x, [x]) is triton_layers
+        monkeypatch.setenv("FASTMASK_BACKEND", "torch")
+        assert paths.path_for(x, [x]) is torch_layers
+
+    def test_a_cpu_runs_plain_pytorch(self, monkeypatch):
+        monkeypatch.delenv("FASTMASK_BACKEND", raising=False)
+        x = torch.randn(2, K)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert paths.path_for(x, [x]) is torch_layers
+
+    def test_forced_on_what_it_cannot_run_says_why(self, monkeypatch):
+        monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+        double = torch.randn(2, K, dtype=torch.float64, device=DEVICE)
+        with pytest.raises(RuntimeError, match=r"not torch\.float64"):
+            paths.path_for(double, [double])
+        with pytest.raises(RuntimeError, match="activations' dtype"):
+            paths.path_for(double.float(), [double.half()])
+
+    def test_unknown_name(self, monkeypatch):
+        monkeypatch.setenv("FASTMASK_BACKEND", "cuda")
+        with pytest.raises(ValueError, match="'torch' or 'triton', given 'cuda'"):
+            paths.path_for(torch.randn(2, K), [])
+
+    def test_falls_back_with_one_warning(self, monkeypatch):
+        """A dtype that the kernels cannot take fails on a GPU, or is warned of in every call."""
+        monkeypatch.delenv("FASTMASK_BACKEND", raising=False)
+        paths._warn.cache_clear()
+        gpu_like = torch.randn(2, K, dtype=torch.float64, device="meta")  # any device that is not a CPU
+        monkeypatch.setattr(paths, "_why_not_here", lambda device: None)
+        monkeypatch.setattr(paths, "_has_kernels", lambda device: True)
+        with pytest.warns(UserWarning, match=r"plain PyTorch: .* not torch\.float64"):
+            assert paths.path_for(gpu_like, [gpu_like]) is torch_layers
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert paths.path_for(gpu_like, [gpu_like]) is torch_layers

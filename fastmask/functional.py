@@ -14,7 +14,15 @@ from fastmask.torch_path.activations import NONE
 __all__ = ["compute", "compute_projections", "masked_linear"]
 
 
-def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None) -> Tensor:
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    validate: bool = False,
+) -> Tensor:
     """Apply one linear layer under a different mask for each example of the batch.
 
     Example b of language l = language_ids[b] gets `F.linear(x[b], weight * M_l, bias)`, within rounding; what M_l
@@ -28,6 +36,9 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, b
         language_ids: int64 [B], values 0..L-1, or -1 for the full, unmasked network. Examples of one language that lie
             side by side are read in place; scattered ones are copied together first.
         bias: [N] or None.
+        validate: look at ids that are on a GPU before anything is computed, which waits for the GPU. Without it an id
+            out of range is found by the GPU itself and ends the process with a device-side assertion, as with
+            `torch.nn.functional.embedding`. Ids on the CPU are always looked at.
 
     Returns:
         y [B, ..., N] in the dtype of x.
@@ -37,6 +48,13 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, b
     """
     x = _autocast(x)
     _check(x, weight, mask, language_ids, bias)
+    if validate and language_ids.numel():
+        low, high = torch.aminmax(language_ids)
+        if low < -1 or high >= mask.n_languages:
+            raise ValueError(
+                f"language_ids are from {int(low)} to {int(high)}; expected 0 to {mask.n_languages - 1}, "
+                "or -1 for the full network"
+            )
     return compute(x, weight, mask, language_ids, bias, UNPACKED)
 
 
@@ -125,5 +143,7 @@ def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Te
         raise ValueError(f"expected floating-point x and weight, given {x.dtype} and {weight.dtype}")
     if torch.promote_types(x.dtype, weight.dtype) != weight.dtype:
         raise ValueError(f"x of dtype {x.dtype} does not fit a weight of dtype {weight.dtype}: cast one of them")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"x is on {x.device}, bias on {bias.device}: expected one device")
     if not x.device == weight.device == mask.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.device}, mask on {mask.device}: expected one device")

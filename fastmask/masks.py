@@ -20,7 +20,7 @@ KINDS = ("rows", "columns", "blocks", "weights")
 UNPACKED = -1
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StoredMask:
     """A mask as operators receive it, and the width of the packed side, or -1 (UNPACKED) if it is not packed."""
 

@@ -1,4 +1,4 @@
-"""What several test folders share: the real treebanks, where there are any."""
+"""What several test folders share: the real treebanks, where there are any, and how Triton kernels are run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU Triton's interpreter runs the kernels; it must be asked for before they are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
 

@@ -59,18 +59,21 @@ class AttachedLinear(MaskedLinear):
         elif self.mask.kind == "columns":
             width = x.shape[-1]
         else:
-            width = self.packed_width(route.present)
+            width = self.packed_width(route, x)
         return compute(x, self.weight, self.mask, language_ids, self.bias, width, self.activation)
 
-    def packed_width(self, present: tuple[int, ...] | None) -> int:
+    def packed_width(self, route: Route, x: Tensor) -> int:
         """Width of the packed output of a row mask: that of the widest language present, or of all if not known."""
         assert self.packed_unit is not None
-        if present is None:
+        if route.present is None:
             widest = max(self._live_counts)
-        elif -1 in present:
+        elif -1 in route.present:
             return self.out_features
         else:
-            widest = max([0, *[self._live_counts[language] for language in present]])
+            widest = max([0, *[self._live_counts[language] for language in route.present]])
+        if x.is_cuda and self.packed_unit == 1:
+            # Rows that begin at a multiple of 16 bytes are copied 16 bytes at a time.
+            widest = min(-(-widest // 64) * 64, self.out_features)
         return max(widest, self.packed_unit)
 
 
@@ -97,7 +100,7 @@ class Siblings:
                 [sibling.mask for sibling in layers],
                 route.ids_for(x),
                 [sibling.bias for sibling in layers if sibling.bias is not None],
-                [sibling.packed_width(route.present) for sibling in layers],
+                [sibling.packed_width(route, x) for sibling in layers],
             )
             self._waiting = dict(enumerate(outputs))
             self._made_for = (x, _version(x), route, torch.is_grad_enabled())

@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from fastmask.torch_path.segments import FULL
+from fastmask.torch_path.segments import FULL, Split
 from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["Batched", "suits"]
@@ -22,31 +22,29 @@ MOST_PRODUCTS = 2**25  # multiply-adds of one language above which calls no long
 MOST_GATHERED = 2**22  # elements of all languages' live weights together: they exist at once here
 
 
-def suits(pieces: object, tokens: int, language_ids: list[int]) -> TypeGuard[Rows | Columns]:
+def suits(pieces: object, tokens: int, split: Split) -> TypeGuard[Rows | Columns]:
     """Whether the batch is better off here than in a loop over its languages; `tokens` of one example."""
-    languages = set(language_ids)
+    languages = split.positions
     if len(languages) < 2 or FULL in languages:
         return False
     if not isinstance(pieces, (Rows, Columns)) or pieces.packed_width is None:
         return False
-    most = max(language_ids.count(language) for language in languages)
+    most = max(len(positions) for positions in languages.values())
     live = max(pieces.live(language) for language in languages)
     other = pieces.in_width if isinstance(pieces, Rows) else pieces.out_width
     return (
         live > 0
         and most * tokens * live * other <= MOST_PRODUCTS
         and len(languages) * live * other <= MOST_GATHERED
-        and most * len(languages) <= 2 * len(language_ids)  # not mostly padding
+        and most * len(languages) <= 2 * split.size  # not mostly padding
     )
 
 
 class _Groups:
     """The examples of a batch as one row of `most` slots for each language; spare slots repeat example 0."""
 
-    def __init__(self, language_ids: list[int], device: torch.device) -> None:
-        where: dict[int, list[int]] = {}
-        for position, language in enumerate(language_ids):
-            where.setdefault(language, []).append(position)
+    def __init__(self, split: Split, device: torch.device) -> None:
+        where = split.positions
         self.languages = list(where)
         self.most = max(len(positions) for positions in where.values())
         order = [position for positions in where.values() for position in positions]
@@ -81,9 +79,9 @@ class _Groups:
 class Batched:
     """One packed layer for one batch; call `forward`, or `backward` in an object of its own."""
 
-    def __init__(self, pieces: Rows | Columns, weight: Tensor, language_ids: list[int]) -> None:
+    def __init__(self, pieces: Rows | Columns, weight: Tensor, split: Split) -> None:
         self.pieces, self.weight = pieces, weight
-        self.groups = _Groups(language_ids, weight.device)
+        self.groups = _Groups(split, weight.device)
         self.counts = [pieces.live(language) for language in self.groups.languages]
         self.live = max(self.counts)
         rows = torch.tensor(self.groups.languages, device=weight.device)

@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastmask.masks import UNPACKED, StoredMask
 from fastmask.torch_path import batched
 from fastmask.torch_path.blocks import Blocks
-from fastmask.torch_path.segments import FULL, Pieces, Target, segments, take
+from fastmask.torch_path.segments import FULL, Pieces, Split, Target, take
 from fastmask.torch_path.units import Columns, Rows
 from fastmask.torch_path.weights import Weights
 
@@ -37,17 +37,17 @@ def forward(
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
-    ids = _host_ids(language_ids, n_languages)
+    split = Split.of(language_ids, n_languages)
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
     for mask, layer in zip(masks, layers, strict=True):
-        _check_packed(mask, layer, ids)
-    if _at_once(layers, x, ids):
+        _check_packed(mask, layer, split)
+    if _at_once(layers, x, split):
         return [
-            batched.Batched(layer, weight, ids).forward(x, bias)
+            batched.Batched(layer, weight, split).forward(x, bias)
             for layer, weight, bias in zip(layers, weights, biases, strict=True)
         ]
     ys = [x.new_empty(*x.shape[:2], layer.out_width) for layer in layers]
-    for language, where in segments(ids):
+    for language, where in split.parts:
         tokens = take(x, where)
         for layer, weight, bias, y in zip(layers, weights, biases, ys, strict=True):
             target = Target(y, where)
@@ -72,29 +72,28 @@ def backward(
     dW is one buffer that every language adds its live part to. Half-precision weights are summed in float32 when
     several languages add to them.
     """
-    ids: list[int] = language_ids.tolist()
+    split = Split.of(language_ids, n_languages)
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
-    if _at_once(layers, x, ids):
+    if _at_once(layers, x, split):
         found = [
-            batched.Batched(layer, weight, ids).backward(dy, x, (needs_x, needs_weight[g], needs_bias[g]))
+            batched.Batched(layer, weight, split).backward(dy, x, (needs_x, needs_weight[g], needs_bias[g]))
             for g, (layer, weight, dy) in enumerate(zip(layers, weights, dys, strict=True))
         ]
         parts_of_dx = [dx for dx, _, _ in found if dx is not None]
         dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
         return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
 
-    parts = list(segments(ids))
-    alone = len(parts) == 1
+    alone = len(split.parts) == 1
     dx = x.new_empty(x.shape) if needs_x else None
     dws: list[Tensor | None] = [
-        None if alone or not need else _zeros(weight, weight.shape, len(parts))
+        None if alone or not need else _zeros(weight, weight.shape, len(split.parts))
         for weight, need in zip(weights, needs_weight, strict=True)
     ]
     dbs: list[Tensor | None] = [
-        _zeros(weight, weight.shape[:1], len(parts)) if need else None
+        _zeros(weight, weight.shape[:1], len(split.parts)) if need else None
         for weight, need in zip(weights, needs_bias, strict=True)
     ]
-    for language, where in parts:
+    for language, where in split.parts:
         tokens = take(x, where)
         target = None if dx is None else Target(dx, where)
         for g, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
@@ -138,28 +137,18 @@ def _made_from(mask: StoredMask, N: int, K: int) -> Pieces:
     return Weights(index, N, K)
 
 
-def _host_ids(language_ids: Tensor, n_languages: int) -> list[int]:
-    ids: list[int] = language_ids.tolist()
-    for position, language in enumerate(ids):
-        if not FULL <= language < n_languages:
-            raise ValueError(
-                f"language_ids[{position}] is {language}; expected 0 to {n_languages - 1}, or -1 for the full network"
-            )
-    return ids
-
-
-def _check_packed(mask: StoredMask, pieces: Pieces, ids: list[int]) -> None:
+def _check_packed(mask: StoredMask, pieces: Pieces, split: Split) -> None:
     if mask.packed_width == UNPACKED or not isinstance(pieces, (Rows, Columns)):
         return
-    for language in set(ids):
+    for language in split.positions:
         live = pieces.live(language)
         if live > mask.packed_width:
             name = "the full network (-1)" if language == FULL else f"language {language}"
             raise ValueError(f"{name} has {live} live {mask.kind}, more than the packed width {mask.packed_width}")
 
 
-def _at_once(layers: Sequence[Pieces], x: Tensor, language_ids: list[int]) -> TypeGuard[Sequence[Rows | Columns]]:
-    return all(batched.suits(layer, x.shape[1], language_ids) for layer in layers)
+def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Sequence[Rows | Columns]]:
+    return all(batched.suits(layer, x.shape[1], split) for layer in layers)
 
 
 def _zeros(weight: Tensor, shape: torch.Size, n_languages: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["FULL", "Pieces", "Target", "segments", "take"]
+__all__ = ["FULL", "Pieces", "Split", "Target", "take"]
 
 FULL = -1  # the language id of the full, unmasked network
 
@@ -48,14 +49,49 @@ class Pieces(ABC):
         grad += dy.sum(0).to(grad.dtype)
 
 
-def segments(language_ids: list[int]) -> Iterator[tuple[int, slice | list[int]]]:
-    """Yield (language, where its examples are): a slice where they lie side by side, else their positions."""
-    positions: dict[int, list[int]] = {}
-    for position, language in enumerate(language_ids):
-        positions.setdefault(language, []).append(position)
-    for language, where in positions.items():
-        first, last = where[0], where[-1] + 1
-        yield language, (slice(first, last) if last - first == len(where) else where)
+class Split:
+    """Where the examples of each language are in a batch.
+
+    Attributes:
+        positions: of each language that occurs its examples, ascending; languages in order of their first example.
+        parts: each language and where its examples are, as a slice where they lie side by side, else as positions.
+        size: B.
+    """
+
+    def __init__(self, language_ids: list[int]) -> None:
+        self.size = len(language_ids)
+        self.positions: dict[int, list[int]] = {}
+        for position, language in enumerate(language_ids):
+            self.positions.setdefault(language, []).append(position)
+        self.parts: list[tuple[int, slice | list[int]]] = []
+        for language, where in self.positions.items():
+            first, last = where[0], where[-1] + 1
+            self.parts.append((language, slice(first, last) if last - first == len(where) else where))
+
+    @classmethod
+    def of(cls, language_ids: Tensor, n_languages: int) -> Split:
+        """The split of ids int64 [B], made once for all layers that run the same ids.
+
+        Raises:
+            ValueError: an id that is not -1 to n_languages - 1.
+        """
+        version = 0 if language_ids.is_inference() else language_ids._version
+        made = _made.get(language_ids)
+        if made is not None and made[:2] == (version, n_languages):
+            return made[2]
+        ids: list[int] = language_ids.tolist()
+        for position, language in enumerate(ids):
+            if not FULL <= language < n_languages:
+                raise ValueError(
+                    f"language_ids[{position}] is {language}; expected 0 to {n_languages - 1}, "
+                    "or -1 for the full network"
+                )
+        split = cls(ids)
+        _made[language_ids] = (version, n_languages, split)
+        return split
+
+
+_made: MutableMapping[Tensor, tuple[int, int, Split]] = WeakIdKeyDictionary()
 
 
 def take(x: Tensor, where: slice | list[int]) -> Tensor:

@@ -18,7 +18,7 @@ from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from torch import Tensor
 
 from fastmask.masks import UNPACKED, StoredMask
-from fastmask.triton_path.layouts import layout_of
+from fastmask.triton_path.layouts import layout_of, positions_of
 from fastmask.triton_path.plans import plan_of
 
 __all__ = ["backward", "forward"]
@@ -89,7 +89,7 @@ def _rows_forward(
         given or None,
     )
     return [
-        unpack(y, mask.index, mask.extents, plan, y.shape[1]) if mask.packed_width == UNPACKED else y
+        _spread(y, mask, plan, y.shape[1]) if mask.packed_width == UNPACKED else y
         for y, mask in zip(ys, masks, strict=True)
     ]
 
@@ -147,7 +147,7 @@ def _columns_backward(
     dx = dw = None
     if needs_x:
         (dx,) = row_matmul(dy, [_transposed(weight, dy)], index, counts, plan, [_packed_width(mask, K)])
-        dx = unpack(dx, mask.index, mask.extents, plan, K) if unpacked else dx
+        dx = _spread(dx, mask, plan, K) if unpacked else dx
     if needs_weight:
         x = pack(x, mask.index, mask.extents, plan, K) if unpacked else x
         (transposed,), _ = row_weight_grad([x], dy, index, counts, plan, [K], weight_dtype=weight.dtype)
@@ -175,6 +175,10 @@ def _tiles_backward(
 def _packed_width(mask: StoredMask, size: int) -> int:
     """Of a mask that is not packed, the width that holds even the full network."""
     return size if mask.packed_width == UNPACKED else mask.packed_width
+
+
+def _spread(packed: Tensor, mask: StoredMask, plan: Plan, size: int) -> Tensor:
+    return unpack(packed, mask.index, mask.extents, plan, size, table=positions_of(mask, size))
 
 
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -17,9 +17,9 @@ FULL = -1  # the language id of the full, unmasked network
 class Plan:
     """The tokens of a mixed-language batch in the order of their languages.
 
-    B examples of T tokens each are M = B * T rows of an activation [M, width]; S = L + 1 segments hold the tokens of the
-    full network (segment 0) and of languages 0 to L - 1 (segments 1 to L). Nothing here waits for the device: sizes that
-    depend on the ids are bounds, and what is left over is marked.
+    B examples of T tokens each are M = B * T rows of an activation [M, width]; S = L + 1 segments hold the tokens of
+    the full network (segment 0) and of languages 0 to L - 1 (segments 1 to L). Nothing here waits for the device: sizes
+    that depend on the ids are bounds, and what is left over is marked.
 
     Args:
         language_ids: int64 [B], -1 (the full network) to n_languages - 1; others are an error that is not checked here.
@@ -66,7 +66,6 @@ class Plan:
             segment = segment.masked_fill(spare, 0)
             first = starts[segment] + (tile - (ends - needed)[segment]) * size
             last = torch.minimum(first + size, self.starts[segment + 1])
-            found = torch.stack([segment, first, last], 1)
-            found = torch.where(spare[:, None], found.new_tensor([-1, 0, 0]), found)
-            self._tiles[size] = found.to(torch.int32).contiguous()
+            columns = (segment.masked_fill(spare, -1), first.masked_fill(spare, 0), last.masked_fill(spare, 0))
+            self._tiles[size] = torch.stack(columns, 1).to(torch.int32)
         return self._tiles[size]

@@ -174,6 +174,19 @@ def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
     assert (len(layouts._made), len(plans._made)) == before
 
 
+@pytest.mark.parametrize("ids", [[0, L], [-2, 0]])
+def test_ids_out_of_range(ids, monkeypatch):
+    """An id that nobody owns reads someone else's memory."""
+    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    x, weight = torch.randn(2, K, device=DEVICE), torch.randn(N, K, device=DEVICE)
+    ids = torch.tensor(ids, device=DEVICE)
+    with pytest.raises(ValueError, match=r"expected 0 to 3, or -1"):
+        fm.masked_linear(x, weight, mask_of("rows"), ids, validate=True)
+    if DEVICE == "cpu":  # on a GPU the assertion ends the process
+        with pytest.raises(RuntimeError, match="out of range"):
+            fm.masked_linear(x, weight, mask_of("rows"), ids)
+
+
 class TestChoice:
     def test_forced(self, monkeypatch):
         x = torch.randn(2, K, device=DEVICE)

@@ -1,0 +1,28 @@
+"""Which chip a tensor lies on, as the tables of block sizes name chips."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+__all__ = ["chip_of"]
+
+
+def chip_of(device: torch.device) -> str:
+    """One of "sm_80", "sm_90", "sm_100" and "gfx942"; a CPU (the interpreter) counts as sm_90.
+
+    A newer or older chip takes the entry of the nearest one that is not newer, so that its launches fit.
+    """
+    if device.type != "cuda":
+        return "sm_90"
+    return _chip(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _chip(index: int) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(index)[0]
+    # 12.x (consumer Blackwell) has the shared memory and the instructions of 8.x.
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")

@@ -1,0 +1,267 @@
+"""`python -m fastmask_kernels.compile_report`: what the compiler makes of every shipped kernel, without a GPU.
+
+One row for each case (kernel, block sizes, dtypes) and each chip it is compiled for:
+
+- `regs`: registers of one thread. `stack`: bytes of its stack frame. `spill`: bytes stored / loaded because registers
+  ran out, each such instruction counted once, as ptxas does.
+- `shared`: KiB of shared memory that the launch asks for / that the chip allows one program.
+- `tensor cores`: tensor-core instructions of the inner loop, and how many; the inner loop is the innermost loop of the
+  machine code that holds the most of them. `steps`: how many steps of the case's inner loop one round of it does, where
+  the shape of the instructions tells: 1 unless the compiler unrolled; any other number says that the case's FLOPs are
+  wrong, or that the loop does more dots than the case counts.
+- `copies`: loads from global memory in that loop, number x bits of one thread: `async` go straight to shared memory
+  (LDGSTS, UTMALDG), the others through registers.
+- `KB/step`, `FLOP/B`: the bytes that one program reads in one step from outside its multiprocessor, and its FLOPs for
+  each, as the case states them.
+- `bound`, `predicted`: FLOPs at the chip's rate for these operands against bytes at the rate of its L2 cache (tiles
+  that neighbours share come mostly from there): the longer time is the bound, and FLOP time / bound is the share of
+  the rate to expect at best. Nothing else is counted: not the mask's instructions, edges, launches, or memory.
+
+Not a timing: nothing here runs. `--roofline` prints the floors of whole layers instead. The exit status is 1 if a
+shipped kernel spills, has a stack, lacks tensor-core instructions, or asks for more shared memory than there is (lines
+FAILED); 2 if the report cannot be made. Lines WARNING are what ptxas calls a potential performance loss, as when it
+runs tensor-core instructions one by one; they leave the exit status alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import triton
+
+from fastmask_kernels.compiling import Build, build, operand_bits
+from fastmask_kernels.configs import Case
+from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.roofline import roofline_table
+
+__all__ = ["MODULES", "Row", "collect", "failures", "main", "report", "table", "warnings"]
+
+MODULES = tuple(
+    f"fastmask_kernels.{name}"
+    for name in ("row_matmul", "row_weight_grad", "packing", "tile_layout", "tile_matmul", "tile_weight_grad")
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case compiled for one chip; `build` is None and `error` says why where that failed."""
+
+    kernel: str
+    config: str
+    dtypes: str
+    target: str
+    flops: int
+    bytes: int
+    bits: int
+    tensor_cores: bool
+    build: Build | None
+    error: str | None = None
+
+    @property
+    def prediction(self) -> tuple[str, float | None]:
+        """What bounds the loop, "FLOP" or "L2", and the best share of the FLOP rate; None without any FLOPs."""
+        chip = CHIPS[self.target]
+        wide = "tf32" if self.tensor_cores else "fp32"
+        compute = self.flops / chip.flops("bf16" if self.bits == 16 and self.tensor_cores else wide)
+        transfer = self.bytes / chip.l2
+        share = compute / max(compute, transfer) if self.flops else None
+        return ("FLOP" if compute >= transfer else "L2"), share
+
+
+def collect(modules: Sequence[str] = MODULES, kernel: str = "") -> list[Case]:
+    """The cases of `modules` whose name contains `kernel`; a module without `cases` has none."""
+    found: list[Case] = []
+    for name in modules:
+        cases = getattr(importlib.import_module(name), "cases", list)
+        found += [case for case in cases() if kernel in case.name]
+    return found
+
+
+_cases: list[Case] = []  # of the report that is being made: worker processes inherit them, as kernels cannot be pickled
+
+
+def report(cases: Sequence[Case], targets: Sequence[str], only_first: bool = False) -> list[Row]:
+    """Compile each case for each of `targets` that it is meant for, in as many processes as there are cores.
+
+    With `only_first`, of the cases that share kernel, flags (constexprs that are bools) and target only the first:
+    of each variant of the code one size and dtype.
+    """
+    _cases[:] = cases
+    jobs = [(i, target) for target in targets for i, case in enumerate(cases) if target in case.targets]
+    if only_first:
+        jobs = list({(target, *_variant(cases[i])): (i, target) for i, target in reversed(jobs)}.values())[::-1]
+    rows = _compile_all(jobs, os.cpu_count() or 1)
+    for job in jobs:
+        if job not in rows:  # a compiler crashed and took the others' processes along: one after the other, then
+            rows |= _compile_all([job], 1) or {job: _row(*job, crashed=True)}
+    return [rows[job] for job in jobs]
+
+
+def _variant(case: Case) -> tuple[object, ...]:
+    flags = [(name, value) for name, value in sorted(case.constexprs.items()) if isinstance(value, bool)]
+    return (id(case.kernel), *flags)
+
+
+def _compile_all(jobs: Sequence[tuple[int, str]], workers: int) -> dict[tuple[int, str], Row]:
+    """The rows of (position in `_cases`, target); those that were not reached when a process died are missing."""
+    rows: dict[tuple[int, str], Row] = {}
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        pending = {}
+        with contextlib.suppress(BrokenProcessPool):
+            for job in jobs:
+                pending[pool.submit(_row, *job)] = job
+        for done in as_completed(pending):
+            with contextlib.suppress(BrokenProcessPool):
+                row = rows[pending[done]] = done.result()
+                print(f"[{len(rows)}/{len(jobs)}] {row.kernel} {row.target}", file=sys.stderr)
+    return rows
+
+
+def _row(index: int, target: str, crashed: bool = False) -> Row:
+    case = _cases[index]
+    sizes = " ".join(f"{name.removeprefix('BLOCK_')}={size}" for name, size in case.config.blocks)
+    pointers = [kind[1:] for kind in case.signature.values() if kind.startswith("*")]
+    row = Row(
+        kernel=case.name,
+        config=f"{sizes} w{case.config.num_warps} s{case.config.num_stages}",
+        dtypes="+".join(dict.fromkeys(kind for kind in pointers if kind.startswith(("bf", "fp")))) or "-",
+        target=target,
+        flops=case.flops,
+        bytes=case.bytes,
+        bits=operand_bits(case),
+        tensor_cores=case.tensor_cores,
+        build=None,
+    )
+    if crashed:
+        return replace(row, error="the compiler crashed")
+    try:
+        return replace(row, build=build(case, target))
+    except Exception as problem:
+        # A compiler may raise anything; whatever it is belongs in the row, beside those that compiled.
+        return replace(row, error=f"{type(problem).__name__}: {problem}")
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """What no shipped kernel may have, one line for each."""
+    return [f"{_what(row)}: {problem}" for row in rows for problem in _problems(row)]
+
+
+def _what(row: Row) -> str:
+    return f"{row.kernel} [{row.config}, {row.dtypes}] on {row.target}"
+
+
+def _problems(row: Row) -> list[str]:
+    chip, made = CHIPS[row.target], row.build
+    if made is None:
+        return [f"does not compile: {row.error}"]
+    found = []
+    if made.spill_stores or made.spill_loads or made.spill_instructions:
+        found.append(f"spills {made.spill_stores} bytes of registers and loads {made.spill_loads}")
+    if made.stack:
+        found.append(f"has a stack frame of {made.stack} bytes")
+    wanted = chip.tensor_16bit if row.bits == 16 else chip.tensor_32bit
+    if row.tensor_cores and not any(name.startswith(wanted) for name in made.tensor):
+        instead = ", ".join(made.tensor) or "none"
+        found.append(f"has no {' or '.join(wanted)} instruction in its inner loop; tensor-core instructions: {instead}")
+    if made.shared > chip.shared_memory:
+        found.append(f"asks for {made.shared} bytes of shared memory, the chip allows {chip.shared_memory}")
+    if made.tensor_memory > chip.tensor_memory:
+        found.append(f"asks for {made.tensor_memory} columns of tensor memory, the chip has {chip.tensor_memory}")
+    return found
+
+
+def warnings(rows: Sequence[Row]) -> list[str]:
+    """What ptxas calls a potential performance loss, one line for each: for a person to judge."""
+    return [f"{_what(row)}: {line}" for row in rows if row.build is not None for line in row.build.warnings]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text, under a line of headings."""
+    head = ["kernel", "config", "dtype", "target", "regs", "stack", "spill", "shared", "tensor cores", "steps"]
+    cells = [[*head, "copies", "KB/step", "FLOP/B", "bound", "predicted"]]
+    for row in rows:
+        made, (bound, share) = row.build, row.prediction
+        start = [row.kernel, row.config, row.dtypes, row.target]
+        if made is None:
+            cells.append([*start, *["-"] * 10, f"does not compile: {(row.error or '').splitlines()[0]}"])
+            continue
+        copies = [f"{n} x {bits} async" for bits, n in sorted(made.async_copies.items())]
+        copies += [f"{n} x {bits}" for bits, n in sorted(made.loads.items())]
+        cells.append(
+            [
+                *start,
+                str(made.registers),
+                str(made.stack),
+                f"{made.spill_stores}/{made.spill_loads}",
+                f"{made.shared / 1024:.0f}/{CHIPS[row.target].shared_memory // 1024}",
+                ", ".join(f"{n} {name}" for name, n in made.tensor.items()) or "none",
+                "-" if made.steps is None else f"{made.steps:g}",
+                ", ".join(copies) or "none",
+                f"{row.bytes / 1e3:.1f}",
+                f"{row.flops / row.bytes:.0f}" if row.bytes else "-",
+                bound,
+                "-" if share is None else f"{share:.0%}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in cells if len(line) > i + 1) for i in range(len(cells[0]) - 1)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, [*widths, 0], strict=True)).rstrip() for line in cells
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmask_kernels.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--target", default=",".join(CHIPS), help="chips, separated by commas; default: %(default)s")
+    parser.add_argument("--kernel", default="", help="only cases whose name contains this")
+    parser.add_argument("--first", action="store_true", help="of each variant of a kernel one size and dtype only")
+    parser.add_argument("--json", metavar="FILE", help="write the rows, and what is wrong, to FILE as well")
+    parser.add_argument("--module", action="append", help="take cases() of this module instead of the shipped ones")
+    parser.add_argument("--roofline", action="store_true", help="print the floors of whole layers; compile nothing")
+    options = parser.parse_args(arguments)
+    if options.roofline:
+        print(roofline_table())
+        return 0
+    targets = options.target.split(",")
+    if unknown := [target for target in targets if target not in CHIPS]:
+        parser.error(f"unknown target {', '.join(unknown)}; there are {', '.join(CHIPS)}")
+    if triton.knobs.runtime.interpret:
+        print("The report needs Triton's compiler; unset TRITON_INTERPRET, which replaces it.", file=sys.stderr)
+        return 2
+    rows = report(collect(options.module or MODULES, options.kernel), targets, options.first)
+    if not rows:
+        print(f"No case for {', '.join(targets)} has {options.kernel!r} in its name.", file=sys.stderr)
+        return 2
+    wrong, doubtful = failures(rows), warnings(rows)
+    print(table(rows))
+    if options.json:
+        plain = {"triton": triton.__version__, "rows": [_plain(row) for row in rows]}
+        Path(options.json).write_text(json.dumps({**plain, "failures": wrong, "warnings": doubtful}))
+    print(f"\n{len(rows)} compiled with Triton {triton.__version__}: {len(wrong)} failures, {len(doubtful)} warnings")
+    for line in [*(f"WARNING {line}" for line in doubtful), *(f"FAILED {line}" for line in wrong)]:
+        print(line)
+    return 1 if wrong else 0
+
+
+def _plain(row: Row) -> dict[str, object]:
+    bound, share = row.prediction
+    return {**asdict(row), "bound": bound, "predicted_share": share}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

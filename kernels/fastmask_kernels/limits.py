@@ -1,0 +1,146 @@
+"""What each chip the kernels are compiled for allows, and how fast it is.
+
+One `Chip` for each compile target. Limits are the architecture's; rates are those of one product that has it, and are
+the vendor's unless they are marked as measured. Vendors state peaks that no kernel reaches, so shares predicted from
+them are optimistic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CHIPS", "Chip"]
+
+KiB, TB, TERA = 1024, 1e12, 1e12
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A compile target and one product that stands for it.
+
+    Attributes:
+        target: as the tables of block sizes name it.
+        product: whose rates these are.
+        backend, arch, warp_size: what Triton's `GPUTarget` takes.
+        shared_memory: bytes that one program may ask for.
+        registers: of one thread, 32 bits each.
+        tensor_memory: columns of tensor memory that one program may ask for; 0 where there is none.
+        tensor_16bit, tensor_32bit: how the tensor-core instructions begin that a dot of 16-bit or of tf32 operands
+            should compile to.
+        flops_16bit, flops_tf32, flops_fp32: FLOP/s, dense: bf16 or fp16 and tf32 tensor cores, fp32 outside of them.
+        memory, l2: bytes/s read from memory and from the cache that all multiprocessors share.
+    """
+
+    target: str
+    product: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+    registers: int
+    tensor_memory: int
+    tensor_16bit: tuple[str, ...]
+    tensor_32bit: tuple[str, ...]
+    flops_16bit: float
+    flops_tf32: float
+    flops_fp32: float
+    memory: float
+    l2: float
+
+    def flops(self, dtype: str) -> float:
+        """FLOP/s for "bf16", "fp16", "tf32" or "fp32" (multiplied exactly)."""
+        rates = {"bf16": self.flops_16bit, "fp16": self.flops_16bit, "tf32": self.flops_tf32, "fp32": self.flops_fp32}
+        if dtype not in rates:
+            raise ValueError(f"dtype must be one of {', '.join(rates)}, given {dtype!r}")
+        return rates[dtype]
+
+
+# Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": at most 163 KB of one
+# block on 8.0, 227 KB on 9.0 and 10.0 (1 KB of the multiprocessor's is the system's). Registers: 255 there too.
+# Tensor memory: PTX ISA, tcgen05: 512 columns of 128 lanes.
+CHIPS: dict[str, Chip] = {
+    chip.target: chip
+    for chip in (
+        Chip(
+            target="sm_80",
+            product="A100 SXM 80 GB",
+            backend="cuda",
+            arch=80,
+            warp_size=32,
+            shared_memory=163 * KiB,
+            registers=255,
+            tensor_memory=0,
+            tensor_16bit=("HMMA",),
+            tensor_32bit=("HMMA",),
+            # NVIDIA A100 datasheet, without sparsity.
+            flops_16bit=312 * TERA,
+            flops_tf32=156 * TERA,
+            flops_fp32=19.5 * TERA,
+            memory=2.039 * TB,
+            # A100 whitepaper: 5120 bytes read per clock, at the boost clock of 1.41 GHz. Theoretical.
+            l2=5120 * 1.41e9,
+        ),
+        Chip(
+            target="sm_90",
+            product="H200 SXM",
+            backend="cuda",
+            arch=90,
+            warp_size=32,
+            shared_memory=227 * KiB,
+            registers=255,
+            tensor_memory=0,
+            tensor_16bit=("HGMMA",),
+            tensor_32bit=("HGMMA", "HMMA"),
+            # Measured on such a chip, though not by this repository: a large bf16 matmul (datasheet: 989.5 TFLOP/s)
+            # and a copy (datasheet: 4.8 TB/s).
+            flops_16bit=790 * TERA,
+            memory=4.3 * TB,
+            # NVIDIA H200 datasheet, halved where it counts sparsity.
+            flops_tf32=494.7 * TERA,
+            flops_fp32=67 * TERA,
+            # NVIDIA states none. The A100's 5120 bytes per clock at 1.755 GHz, as published comparisons assume
+            # (e.g. table 3 of PMC10448217). Theoretical; what is measured is lower.
+            l2=5120 * 1.755e9,
+        ),
+        Chip(
+            target="sm_100",
+            product="B200",
+            backend="cuda",
+            arch=100,
+            warp_size=32,
+            shared_memory=227 * KiB,
+            registers=255,
+            tensor_memory=512,
+            tensor_16bit=("UTCHMMA",),
+            tensor_32bit=("UTCHMMA", "HMMA"),
+            # NVIDIA HGX B200 datasheet: an eighth of the board, halved where it counts sparsity.
+            flops_16bit=2250 * TERA,
+            flops_tf32=1125 * TERA,
+            flops_fp32=75 * TERA,
+            memory=8.0 * TB,
+            # NVIDIA states none. A guess: as many bytes per clock and multiprocessor as assumed for sm_90 (5120 / 132),
+            # on 148 of them at 1.85 GHz.
+            l2=5120 / 132 * 148 * 1.85e9,
+        ),
+        Chip(
+            target="gfx942",
+            product="MI300X",
+            backend="hip",
+            arch="gfx942",
+            warp_size=64,
+            shared_memory=64 * KiB,
+            registers=512,
+            tensor_memory=0,
+            tensor_16bit=("v_mfma",),
+            tensor_32bit=("v_mfma",),
+            # AMD Instinct MI300X datasheet, without sparsity.
+            flops_16bit=1307.4 * TERA,
+            flops_tf32=653.7 * TERA,
+            flops_fp32=163.4 * TERA,
+            memory=5.3 * TB,
+            # AMD CDNA 3 whitepaper: 2 KiB read per clock in each of 8 dies, at 2.1 GHz. Theoretical, and each die
+            # caches for itself: what another die has loaded comes from the slower cache behind.
+            l2=8 * 2048 * 2.1e9,
+        ),
+    )
+}

@@ -1,0 +1,166 @@
+"""Activations to and from their packed form: a language's live units in front of its rows, exact zeros behind.
+
+Both directions are one gather of columns with a table for each language: packed column c comes from unit `index[l, c]`,
+unit n from packed column `positions(...)[l, n]`. Every element of the result is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_arguments import check_activation, check_index
+
+__all__ = ["cases", "pack", "positions", "unpack"]
+
+CONFIG = Config((("BM", 8), ("BN", 256)), num_warps=4, num_stages=1)
+
+
+# One program copies BN columns of at most BM tokens of one language; a column that its table does not name is zero.
+# Grid: (token tiles, blocks of BN columns of the result).
+@triton.jit(do_not_specialize=["entries"])
+def gather_columns_kernel(
+    x, y, table, counts, token_rows, tiles, x_stride, y_stride, x_width, y_width, entries,
+    COUNTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    segment = tl.load(tiles + 3 * tile)
+    if segment < 0:
+        return  # a spare tile
+    first = tl.load(tiles + 3 * tile + 1)
+    last = tl.load(tiles + 3 * tile + 2)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
+    # COUNTED: the table is `index`, whose entries past `counts` are padding; else dead units are marked -1.
+    known = entries
+    if COUNTED:
+        known = tl.minimum(tl.load(counts + segment - 1, mask=segment > 0, other=0).to(tl.int32), entries)
+    language = tl.maximum(segment - 1, 0).to(tl.int64)
+    source = tl.load(table + language * entries + c, mask=c < tl.where(segment == 0, 0, known), other=-1).to(tl.int32)
+    source = tl.where(c < tl.where(segment == 0, x_width, 0), c, source)  # the full network moves nothing
+    m = first + tl.arange(0, BM)
+    token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)
+    inside = (m < last)[:, None]
+    taken = inside & ((source >= 0) & (source < x_width))[None, :]
+    values = tl.load(x + token[:, None] * x_stride + source[None, :], mask=taken, other=0.0)
+    tl.store(y + token[:, None] * y_stride + c[None, :], values, mask=inside & (c < y_width)[None, :])
+
+
+def pack(
+    x: Tensor, index: Tensor, counts: Tensor, plan: Plan, width: int, *, out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Live columns of x to the front, in the order of `index`, exact zeros behind.
+
+    Args:
+        x: [M, N], float16, bfloat16 or float32.
+        index: the live units of each language, int64 [L, most].
+        counts: how many they are, int64 [L].
+        plan: the batch; rows of the full network stay as they are (cut or filled with zeros to `width`).
+        width: of the result.
+        out: where to write, [M, width]; None takes fresh memory.
+        config: block sizes BM (tokens) and BN (columns).
+
+    Returns:
+        [M, width] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
+    """
+    return _gather(x, index, counts, plan, width, out, config)
+
+
+def unpack(
+    xp: Tensor, index: Tensor, counts: Tensor, plan: Plan, n: int, *, table: Tensor | None = None,
+    out: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Packed columns back to their places, exact zeros where a language owns nothing; undoes `pack`.
+
+    Args:
+        xp: [M, width], float16, bfloat16 or float32; what lies behind the live units is never used.
+        index: the live units of each language, int64 [L, most].
+        counts: how many they are, int64 [L].
+        plan: the batch; rows of the full network stay as they are (cut or filled with zeros to n).
+        n: width N of the result.
+        table: `positions(index, counts, n)`, if it is at hand; None makes it.
+        out: where to write, [M, n]; None takes fresh memory.
+        config: block sizes BM (tokens) and BN (columns).
+
+    Returns:
+        [M, n] in xp's dtype.
+
+    Raises:
+        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
+    """
+    if table is None:
+        table = positions(index, counts, n)
+    elif table.dtype != torch.int32 or tuple(table.shape) != (plan.n_languages, n) or not table.is_contiguous():
+        raise ValueError(
+            f"table: expected contiguous int32 {(plan.n_languages, n)}, given {table.dtype} {tuple(table.shape)}"
+        )
+    check_index(0, index, counts, plan, xp.device)
+    return _gather(xp, table, None, plan, n, out, config)
+
+
+def positions(index: Tensor, counts: Tensor, n: int) -> Tensor:
+    """Where each of n units lies in the packed form of each language: int32 [L, n], -1 for dead ones. Never waits."""
+    L, most = index.shape
+    place = torch.arange(most, device=index.device)
+    # Padding goes to a column of its own, which is cut off.
+    unit = torch.where(place < counts[:, None], index, n)
+    table = torch.full((L, n + 1), -1, dtype=torch.int32, device=index.device)
+    table.scatter_(1, unit, place.to(torch.int32).expand(L, most))
+    return table[:, :n].contiguous()
+
+
+def _gather(
+    x: Tensor, table: Tensor, counts: Tensor | None, plan: Plan, width: int, out: Tensor | None, config: Config | None
+) -> Tensor:
+    check_activation("x", x, plan)
+    if counts is not None:
+        check_index(0, table, counts, plan, x.device)
+    if width < 1:
+        raise ValueError(f"width: expected a positive integer, given {width}")
+    if out is None:
+        out = torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device)
+    check_activation("out", out, plan, width)
+    if out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(f"out: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")
+    if plan.n_rows == 0:
+        return out
+    if config is None:
+        config = CONFIG
+    tiles = plan.tiles(config["BM"])
+    gather_columns_kernel[(tiles.shape[0], triton.cdiv(width, config["BN"]))](
+        x, out, table, table if counts is None else counts, plan.token_rows, tiles, x.stride(0), out.stride(0),
+        x.shape[1], width, table.shape[1],
+        COUNTED=counts is not None, **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def cases() -> list[Case]:
+    """Every variant that is shipped, for the compiler."""
+    found = []
+    for act, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for counted in (True, False):
+            pointers = {"x": f"*{act}", "y": f"*{act}", "table": "*i64" if counted else "*i32", "counts": "*i64"}
+            pointers |= {"token_rows": "*i32", "tiles": "*i32"}
+            sizes = ("x_stride", "y_stride", "x_width", "y_width")
+            found.append(
+                Case(
+                    kernel=gather_columns_kernel,
+                    name=f"gather_columns_kernel, {'pack' if counted else 'unpack'}",
+                    config=CONFIG,
+                    signature=pointers | dict.fromkeys([*sizes, "entries"], "i32"),
+                    constexprs={"COUNTED": counted, **dict(CONFIG.blocks)},
+                    aligned=(*pointers, *sizes),
+                    flops=0,
+                    bytes=CONFIG["BM"] * CONFIG["BN"] * size,
+                    tensor_cores=False,
+                )
+            )
+    return found

@@ -1,0 +1,373 @@
+"""Products with the live rows of a weight, many languages in one launch.
+
+A mask over rows is given as `index` (the live rows of each language) and `counts` (how many). Nothing is copied: a
+kernel gathers the rows it needs, and activations on the masked side are packed, a language's live units in front.
+
+`row_matmul` is the forward pass of a row mask and the input gradient of a column mask (given W^T); `row_matmul_t` is
+the input gradient of a row mask and the forward pass of a column mask (given W^T). Up to three weights that share the
+activation on the unmasked side (Q, K and V) go in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask_kernels.chips import chip_of
+from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
+from fastmask_kernels.row_cases import table_cases
+from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
+
+__all__ = ["cases", "row_matmul", "row_matmul_t"]
+
+
+@triton.jit
+def pick(g, a0, a1, a2, G: tl.constexpr):
+    """The argument of weight g, of G; a number or a pointer."""
+    a = a0
+    if G >= 2:
+        a = tl.where(g == 1, a1, a)
+    if G >= 3:
+        a = tl.where(g == 2, a2, a)
+    return a
+
+
+@triton.jit
+def tile_and_column(n_tiles, n_columns, GROUP: tl.constexpr):
+    """Which token tile and which block of columns this program computes.
+
+    GROUP token tiles are walked together, so that the activations of a few tiles and the weight of one language stay in
+    the L2 cache. Tiles are sorted by language.
+    """
+    pid = tl.program_id(0)
+    first = pid // (GROUP * n_columns) * GROUP
+    place = pid % (GROUP * n_columns)
+    together = tl.minimum(n_tiles - first, GROUP)
+    return first + place % together, place // together
+
+
+@triton.jit
+def live_count(counts, segment, N, width):
+    """How many rows a segment owns: all N in segment 0, the full network."""
+    count = tl.load(counts + segment - 1, mask=segment > 0, other=N).to(tl.int32)
+    return tl.minimum(count, width)  # a buffer that is too narrow must not become an access past its end
+
+
+# One program computes y_g of one tile of at most BM tokens of one language and BN packed rows. It sums over K in steps
+# of BK. Grid: (token tiles) x (blocks of BN packed rows of all weights), one-dimensional, ordered by `tile_and_column`.
+@triton.jit(do_not_specialize=["n_tiles", "most0", "most1", "most2"])
+def row_matmul_kernel(
+    x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2, token_rows, tiles,
+    n_tiles, K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, y_stride0, y_stride1, y_stride2,
+    G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    blocks0 = tl.cdiv(width0, BN)
+    n_columns = blocks0
+    if G >= 2:
+        blocks1 = tl.cdiv(width1, BN)
+        n_columns += blocks1
+    if G >= 3:
+        n_columns += tl.cdiv(width2, BN)
+    tile, column = tile_and_column(n_tiles, n_columns, GROUP)
+    segment = tl.load(tiles + 3 * tile)
+    if segment < 0:
+        return  # a spare tile
+    first = tl.load(tiles + 3 * tile + 1)
+    last = tl.load(tiles + 3 * tile + 2)
+
+    g = 0
+    if G >= 2:
+        g += (column >= blocks0).to(tl.int32)
+        start1 = blocks0
+        start2 = blocks0
+        if G >= 3:
+            g += (column >= blocks0 + blocks1).to(tl.int32)
+            start2 += blocks1
+        column -= tl.where(g == 0, 0, tl.where(g == 1, start1, start2))
+    w = pick(g, w0, w1, w2, G)
+    index = pick(g, index0, index1, index2, G)
+    y = pick(g, y0, y1, y2, G)
+    width = pick(g, width0, width1, width2, G)
+    y_stride = pick(g, y_stride0, y_stride1, y_stride2, G)
+    count = live_count(pick(g, counts0, counts1, counts2, G), segment, pick(g, N0, N1, N2, G), width)
+
+    m = first + tl.arange(0, BM)
+    token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)  # the last token again, never stored
+    j = column * BN + tl.arange(0, BN)
+    y_tile = y + token[None, :] * y_stride + j[:, None]
+    stored = (m < last)[None, :] & (j < width)[:, None]
+    if column * BN >= count:
+        tl.store(y_tile, tl.zeros([BN, BM], y.dtype.element_ty), mask=stored)
+        return
+
+    # A row behind the live ones is row 0 of the weight: it is there to be read, and its product is not used.
+    live = j < count
+    language = tl.maximum(segment - 1, 0).to(tl.int64)
+    most = pick(g, most0, most1, most2, G)
+    row = tl.load(index + language * most + j, mask=j < tl.where(segment == 0, 0, count), other=0)
+    row += tl.where(j < tl.where(segment == 0, count, 0), j, 0)
+
+    # The weight is the left operand: where it is float32 it is cast in registers, and only a left operand may come
+    # from there (wgmma).
+    k = tl.arange(0, BK)
+    w_tile = w + row[:, None] * K + k[None, :]
+    x_tile = x + token[None, :] * x_stride + k[:, None]
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(0, tl.cdiv(K, BK)):
+        if EVEN_K:
+            a = tl.load(w_tile)
+            b = tl.load(x_tile)
+        else:
+            rest = K - step * BK
+            a = tl.load(w_tile, mask=(k < rest)[None, :], other=0.0)
+            b = tl.load(x_tile, mask=(k < rest)[:, None], other=0.0)
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+        w_tile += BK
+        x_tile += BK
+
+    if HAS_BIAS:
+        acc += tl.load(pick(g, b0, b1, b2, G) + row).to(tl.float32)[:, None]
+    else:
+        acc += 0.0  # without an addition after the loop, ptxas (sm_90) runs the products in it one by one
+    result = acc.to(y.dtype.element_ty)
+    tl.store(y_tile, tl.where(live[:, None], result, 0.0), mask=stored)
+
+
+@triton.jit
+def add_live_rows(
+    acc, x, x_stride, w, index, counts, N, most, width, K, segment, token, k,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Adds to acc [BM, BK] the product of packed activations [BM, count] and live rows [count, BK]."""
+    count = live_count(counts, segment, N, width)
+    index += tl.maximum(segment - 1, 0).to(tl.int64) * most
+    indexed = tl.where(segment == 0, 0, count)  # the full network reads no index: row j is row j
+    whole = count // BN * BN
+    n = tl.arange(0, BN)
+    x_tile = x + token[:, None] * x_stride + n[None, :]
+    for j in range(0, whole, BN):
+        row = tl.load(index + j + n, mask=j + n < indexed, other=0).to(tl.int32)
+        row = tl.where(segment == 0, j + n, row)
+        w_tile = w + row.to(tl.int64)[:, None] * K + k[None, :]
+        a = tl.load(x_tile)
+        b = tl.load(w_tile) if EVEN_K else tl.load(w_tile, mask=(k < K)[None, :], other=0.0)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+        x_tile += BN
+    if whole < count:
+        # What lies behind the live units may be anything, NaN included: it is replaced, not multiplied by zero. Rows
+        # behind the live ones are the last live one again: a dead row might hold what times zero is not zero.
+        place = tl.minimum(whole + n, count - 1)
+        row = tl.load(index + place, mask=place < indexed, other=0).to(tl.int32)
+        row = tl.where(segment == 0, place, row)
+        w_tile = w + row.to(tl.int64)[:, None] * K + k[None, :]
+        a = tl.load(x_tile, mask=(whole + n < width)[None, :], other=0.0)
+        a = tl.where((whole + n < count)[None, :], a, 0.0)
+        b = tl.load(w_tile, mask=(k < K)[None, :], other=0.0)
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
+    return acc
+
+
+# One program computes y of one tile of at most BM tokens of one language and BK columns. It sums over the live rows of
+# each weight in turn, in steps of BN. Grid: (token tiles) x (blocks of BK columns), ordered by `tile_and_column`.
+@triton.jit(do_not_specialize=["n_tiles", "most0", "most1", "most2"])
+def row_matmul_t_kernel(
+    x0, x1, x2, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, bias, y, token_rows, tiles,
+    n_tiles, K, y_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, x_stride0, x_stride1, x_stride2,
+    G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, column = tile_and_column(n_tiles, tl.cdiv(K, BK), GROUP)
+    segment = tl.load(tiles + 3 * tile)
+    if segment < 0:
+        return  # a spare tile
+    first = tl.load(tiles + 3 * tile + 1)
+    last = tl.load(tiles + 3 * tile + 2)
+    m = first + tl.arange(0, BM)
+    token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)  # the last token again, never stored
+    k = column * BK + tl.arange(0, BK)
+    acc = tl.zeros([BM, BK], tl.float32)
+    acc = add_live_rows(
+        acc, x0, x_stride0, w0, index0, counts0, N0, most0, width0, K, segment, token, k, EVEN_K, PRECISION, BN
+    )
+    if G >= 2:
+        acc = add_live_rows(
+            acc, x1, x_stride1, w1, index1, counts1, N1, most1, width1, K, segment, token, k, EVEN_K, PRECISION, BN
+        )
+    if G >= 3:
+        acc = add_live_rows(
+            acc, x2, x_stride2, w2, index2, counts2, N2, most2, width2, K, segment, token, k, EVEN_K, PRECISION, BN
+        )
+    if HAS_BIAS:
+        acc += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    y_tile = y + token[:, None] * y_stride + k[None, :]
+    tl.store(y_tile, acc.to(y.dtype.element_ty), mask=(m < last)[:, None] & (k < K)[None, :])
+
+
+def row_matmul(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    plan: Plan,
+    widths: Sequence[int],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    outs: Sequence[Tensor] | None = None,
+    config: Config | None = None,
+    allow_tf32: bool = False,
+) -> list[Tensor]:
+    """y_g[m, j] = x[m] . W_g[index_g[l, j]] (+ bias) for j < counts_g[l], exactly 0 behind; l is the language of row m.
+
+    Args:
+        x: [M, K], float16, bfloat16 or float32.
+        weights: one to three contiguous [N_g, K] of x's dtype or all float32.
+        indices: the live rows of each, int64 [L, most_g].
+        counts: how many they are, int64 [L].
+        plan: the batch; its rows of the full network take row j of the weight as column j.
+        widths: of each output; at least the counts of every language present, and N_g with the full network. Multiples
+            of 16 or the copies are slow.
+        biases: [N_g] of each weight, or None.
+        outs: where to write, [M, width_g] of x's dtype; may be slices of one buffer. None takes fresh memory.
+        config: block sizes BM (tokens), BN (packed rows), BK and GROUP; None chooses.
+        allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
+
+    Returns:
+        The outputs, [M, width_g] in x's dtype.
+
+    Raises:
+        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
+    """
+    check_activation("x", x, plan)
+    K, G = x.shape[1], len(weights)
+    check_rows(indices, counts, G, plan, x.device)
+    check_weights(weights, x, K)
+    if len(widths) != G or min(widths) < 1:
+        raise ValueError(f"widths: expected {G} positive integers, given {list(widths)}")
+    if outs is None:
+        outs = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
+    _check_vectors("biases", biases, [weight.shape[0] for weight in weights], x)
+    _check_outs(outs, list(widths), x, plan)
+    if plan.n_rows == 0:
+        return list(outs)
+    if config is None:
+        config = choose(
+            ROW_MATMUL[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
+            {"BM": plan.n_rows, "BN": sum(widths)},
+            1,
+            plan.n_rows // plan.present.shape[0],
+            aligned(x, *weights),
+        )
+    tiles = plan.tiles(config["BM"])
+    columns = sum(triton.cdiv(width, config["BN"]) for width in widths)
+    row_matmul_kernel[(tiles.shape[0] * columns,)](
+        x, *filled(weights), *filled(indices), *filled(counts), *filled(biases or weights), *filled(outs),
+        plan.token_rows, tiles, tiles.shape[0], K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
+        *filled([index.shape[1] for index in indices]), *filled(widths), *filled([out.stride(0) for out in outs]),
+        G=G, HAS_BIAS=biases is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
+        **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return list(outs)
+
+
+def row_matmul_t(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    plan: Plan,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    config: Config | None = None,
+    allow_tf32: bool = False,
+) -> Tensor:
+    """y[m] = sum over g and j < counts_g[l] of xs_g[m, j] W_g[index_g[l, j]] (+ bias); l is the language of row m.
+
+    Args:
+        xs: one to three packed activations [M, width_g]; what lies behind a language's live units is never used.
+        weights: contiguous [N_g, K] of the activations' dtype or all float32.
+        indices: the live rows of each, int64 [L, most_g].
+        counts: how many they are, int64 [L].
+        plan: the batch; its rows of the full network take column j of xs_g to row j of the weight.
+        bias: [K], or None.
+        out: where to write, [M, K]; None takes fresh memory.
+        config: block sizes BM (tokens), BN (live rows in one step), BK (columns) and GROUP; None chooses.
+        allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
+
+    Returns:
+        y [M, K] in the activations' dtype.
+
+    Raises:
+        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
+    """
+    G = len(weights)
+    if not xs or len(xs) != G:
+        raise ValueError(f"expected as many activations as weights, given {len(xs)} and {G}")
+    for number, x in enumerate(xs):
+        check_activation(f"xs[{number}]", x, plan)
+        if x.dtype != xs[0].dtype or x.device != xs[0].device:
+            raise ValueError(f"xs[{number}]: expected {xs[0].dtype} on {xs[0].device}, given {x.dtype} on {x.device}")
+    x, K = xs[0], weights[0].shape[-1]
+    check_rows(indices, counts, G, plan, x.device)
+    check_weights(weights, x, K)
+    if out is None:
+        out = torch.empty(plan.n_rows, K, dtype=x.dtype, device=x.device)
+    _check_vectors("bias", None if bias is None else [bias], [K], x)
+    _check_outs([out], [K], x, plan)
+    if plan.n_rows == 0:
+        return out
+    if config is None:
+        config = choose(
+            ROW_MATMUL_T[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
+            {"BM": plan.n_rows, "BK": K},
+            1,
+            plan.n_rows // plan.present.shape[0],
+            aligned(*xs, *weights),
+        )
+    tiles = plan.tiles(config["BM"])
+    row_matmul_t_kernel[(tiles.shape[0] * triton.cdiv(K, config["BK"]),)](
+        *filled(xs), *filled(weights), *filled(indices), *filled(counts), weights[0] if bias is None else bias, out,
+        plan.token_rows, tiles, tiles.shape[0], K, out.stride(0), *filled([weight.shape[0] for weight in weights]),
+        *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
+        *filled([x.stride(0) for x in xs]),
+        G=G, HAS_BIAS=bias is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
+        **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _check_vectors(name: str, vectors: Sequence[Tensor] | None, sizes: list[int], x: Tensor) -> None:
+    if vectors is None:
+        return
+    given = [tuple(vector.shape) for vector in vectors]
+    if given != [(size,) for size in sizes]:
+        raise ValueError(f"{name}: expected shapes {[(size,) for size in sizes]}, given {given}")
+    for vector in vectors:
+        if vector.dtype not in (x.dtype, torch.float32) or vector.dtype != vectors[0].dtype:
+            raise TypeError(f"{name}: expected {x.dtype} or float32, the same for all, given {vector.dtype}")
+        if vector.device != x.device or not vector.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous on {x.device}, given {vector.stride()} on {vector.device}")
+
+
+def _check_outs(outs: Sequence[Tensor], widths: list[int], x: Tensor, plan: Plan) -> None:
+    if len(outs) != len(widths):
+        raise ValueError(f"outs: expected {len(widths)} tensors, given {len(outs)}")
+    for number, (out, width) in enumerate(zip(outs, widths, strict=True)):
+        check_activation(f"outs[{number}]", out, plan, width)
+        if out.dtype != x.dtype or out.device != x.device:
+            raise ValueError(f"outs[{number}]: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")
+
+
+def cases() -> list[Case]:
+    """Every variant that is shipped, for the compiler."""
+    return [
+        *table_cases(row_matmul_kernel, ROW_MATMUL, ("BM BK", "BN BK"), "EVEN_K", {}),
+        *table_cases(row_matmul_t_kernel, ROW_MATMUL_T, ("BM BN", "BN BK"), "EVEN_K", {}),
+    ]

@@ -1,0 +1,327 @@
+"""Gradient of weights under row masks, all languages in one launch: only live work, and the same bits every run.
+
+The rows of two languages overlap, so their sums meet in the same rows of dW. They take turns: programs of one language
+add to a strip of columns only after all programs of the languages before have. A counter for each strip says how many
+have; a program knows from the masks how many must. A program waits only for programs with lower ids, which hardware
+starts earlier, so that nobody waits for a program that cannot start. Where a chip's barrier does not order the stores
+of all threads (`TURNSTILE_CHIPS` names those where it does), each language gets a launch of its own instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmask_kernels.chips import chip_of
+from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled
+from fastmask_kernels.row_cases import table_cases
+from fastmask_kernels.row_configs import MULTIPROCESSORS, ROW_WEIGHT_GRAD, choose, kind_of
+from fastmask_kernels.row_matmul import live_count, pick
+
+__all__ = ["cases", "row_weight_grad"]
+
+# Triton's barrier on AMD waits for shared memory only: another wave's stores may still be on their way when the counter
+# is raised.
+TURNSTILE_CHIPS = ("sm_80", "sm_90", "sm_100")
+OPERANDS = ("BM BN", "BM BK")  # what a step reads: dY and X
+
+
+@triton.jit
+def wait_for_turn(turn, slot, present, counts, N, width, SLOTS: tl.constexpr, BN: tl.constexpr):
+    """Returns once every program of the segments before `slot` has added to this strip."""
+    slots = tl.arange(0, SLOTS)
+    earlier = tl.load(present + slots, mask=slots < slot, other=-1)
+    count = tl.load(counts + earlier - 1, mask=earlier > 0, other=0).to(tl.int32)
+    count = tl.minimum(tl.where(earlier == 0, N, count), width)
+    before = tl.sum(tl.cdiv(count, BN))
+    while tl.atomic_add(turn, 0, sem="acquire") < before:
+        pass
+
+
+@triton.jit
+def end_turn(turn):
+    """Says that this program has added to its strip; all of its threads' stores come first."""
+    tl.debug_barrier()
+    tl.atomic_add(turn, 1, sem="release")
+
+
+@triton.jit
+def put_tile(base, acc, live, rest, at, ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr):
+    """Adds acc [BN, BK] to rows of dW, or writes it there, in PIECES of its columns: registers hold no second tile.
+
+    `.cg` reads from the L2 cache, where the sums of other multiprocessors are; L1 may hold what was there before.
+    """
+    if PIECES > 1:
+        halves = tl.permute(tl.reshape(acc, (BN, 2, BK // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        put_tile(base, left, live, rest, at, ADD, BN, BK // 2, PIECES // 2)
+        put_tile(base, right, live, rest, at + BK // 2, ADD, BN, BK // 2, PIECES // 2)
+    else:
+        k = at + tl.arange(0, BK)
+        stored = live[:, None] & (k < rest)[None, :]
+        place = base + k[None, :]
+        if ADD:
+            acc += tl.load(place, mask=stored, other=0.0, cache_modifier=".cg")
+        tl.store(place, acc.to(base.dtype.element_ty), mask=stored)
+
+
+# One program computes what one segment (language) adds to BN of its live rows and BK columns of one dW: the product of
+# dY^T and X over the segment's tokens, in steps of BM. With a bias there is one strip more, whose programs compute what
+# the segment adds to BN elements of db. Grid, one-dimensional: groups of strips, in each all segments of the batch in
+# order, in each all chunks of BN packed rows of all weights, in each the strips. A strip's segments thus have ascending
+# ids, and the part of dW that a group of strips needs stays in the L2 cache while the segments add to it.
+@triton.jit(do_not_specialize=["most0", "most1", "most2", "n_present", "first_slot", "strips_together"])
+def row_weight_grad_kernel(
+    dy0, dy1, dy2, x, index0, index1, index2, counts0, counts1, counts2, dw0, dw1, dw2, db0, db1, db2,
+    turns, token_rows, starts, present,
+    K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, dy_stride0, dy_stride1, dy_stride2,
+    n_present, first_slot, strips_together,
+    G: tl.constexpr, SLOTS: tl.constexpr, ALONE: tl.constexpr, TURNS: tl.constexpr, WITH_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    chunks0 = tl.cdiv(width0, BN)
+    n_chunks = chunks0
+    if G >= 2:
+        chunks1 = tl.cdiv(width1, BN)
+        n_chunks += chunks1
+    if G >= 3:
+        n_chunks += tl.cdiv(width2, BN)
+    column_strips = tl.cdiv(K, BK)
+    n_strips = column_strips
+    if WITH_BIAS:
+        n_strips += 1
+
+    pid = tl.program_id(0)
+    in_group = strips_together * n_chunks * n_present
+    first_strip = pid // in_group * strips_together
+    strips = tl.minimum(n_strips - first_strip, strips_together)
+    place = pid % in_group
+    slot = first_slot + place // (strips * n_chunks)
+    place = place % (strips * n_chunks)
+    chunk = place // strips
+    strip = first_strip + place % strips
+    segment = tl.load(present + slot)
+    if segment < 0:
+        return  # fewer segments have tokens than there are slots
+
+    g = 0
+    if G >= 2:
+        g += (chunk >= chunks0).to(tl.int32)
+        start1 = chunks0
+        start2 = chunks0
+        if G >= 3:
+            g += (chunk >= chunks0 + chunks1).to(tl.int32)
+            start2 += chunks1
+        chunk -= tl.where(g == 0, 0, tl.where(g == 1, start1, start2))
+    N = pick(g, N0, N1, N2, G)
+    width = pick(g, width0, width1, width2, G)
+    counts = pick(g, counts0, counts1, counts2, G)
+    count = live_count(counts, segment, N, width)
+    if chunk * BN >= count:
+        return
+
+    dy = pick(g, dy0, dy1, dy2, G)
+    dy_stride = pick(g, dy_stride0, dy_stride1, dy_stride2, G)
+    index = pick(g, index0, index1, index2, G)
+    most = pick(g, most0, most1, most2, G)
+    turn = turns + g * n_strips + strip
+    j = chunk * BN + tl.arange(0, BN)
+    live = j < count
+    language = tl.maximum(segment - 1, 0).to(tl.int64)
+    row = tl.load(index + language * most + j, mask=j < tl.where(segment == 0, 0, count), other=0)
+    row += tl.where(j < tl.where(segment == 0, count, 0), j, 0)
+    first = tl.load(starts + segment)
+    last = tl.load(starts + segment + 1)
+    i = tl.arange(0, BM)
+
+    if WITH_BIAS:  # noqa: SIM102 (known when the kernel is compiled)
+        if strip == column_strips:
+            db = pick(g, db0, db1, db2, G)
+            total = tl.zeros([BM, BN], tl.float32)
+            for m in range(first, last, BM):
+                token = tl.load(token_rows + tl.minimum(m + i, last - 1)).to(tl.int64)
+                dy_tile = dy + token[:, None] * dy_stride + j[None, :]
+                total += tl.load(dy_tile, mask=(m + i < last)[:, None] & (j < width)[None, :], other=0.0).to(tl.float32)
+            part = tl.sum(total, 0)
+            if ALONE:
+                tl.store(db + row, part.to(db.dtype.element_ty), mask=live)
+            else:
+                if TURNS:
+                    wait_for_turn(turn, slot, present, counts, N, width, SLOTS, BN)
+                tl.store(db + row, part + tl.load(db + row, mask=live, other=0.0, cache_modifier=".cg"), mask=live)
+                if TURNS:
+                    end_turn(turn)
+            return
+
+    # Rows of dY^T behind the live ones may be anything, NaN included: each only enters its own row of the product,
+    # which is not stored. Tokens past the last are zero in dY and the last token again in X.
+    k = strip * BK + tl.arange(0, BK)
+    acc = tl.zeros([BN, BK], tl.float32)
+    for m in range(first, last, BM):
+        token = tl.load(token_rows + tl.minimum(m + i, last - 1)).to(tl.int64)
+        dy_tile = dy + token[:, None] * dy_stride + j[None, :]
+        x_tile = x + token[:, None] * x_stride + k[None, :]
+        if EVEN:
+            a = tl.load(dy_tile, mask=(m + i < last)[:, None], other=0.0)
+            b = tl.load(x_tile)
+        else:
+            a = tl.load(dy_tile, mask=(m + i < last)[:, None] & (j < width)[None, :], other=0.0)
+            b = tl.load(x_tile, mask=(k < K)[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    dw = pick(g, dw0, dw1, dw2, G) + row[:, None] * K + strip * BK
+    if ALONE:
+        # No other segment: nothing to add to, and no turn to wait for.
+        put_tile(dw, acc, live, K - strip * BK, 0, False, BN, BK, 4)
+    else:
+        if TURNS:
+            wait_for_turn(turn, slot, present, counts, N, width, SLOTS, BN)
+        put_tile(dw, acc, live, K - strip * BK, 0, True, BN, BK, 4)
+        if TURNS:
+            end_turn(turn)
+
+
+def row_weight_grad(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    indices: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    plan: Plan,
+    n_rows: Sequence[int],
+    *,
+    weight_dtype: torch.dtype,
+    outs: Sequence[Tensor] | None = None,
+    accumulate: bool = False,
+    with_bias: bool = False,
+    config: Config | None = None,
+    allow_tf32: bool = False,
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """dW_g[index_g[l, j]] = sum over the tokens m of each language l of dys_g[m, j] x[m], and db_g likewise.
+
+    Sums are float32, in an order that depends on nothing but the arguments: two runs give the same bits.
+
+    Args:
+        dys: one to three packed gradients [M, width_g]; what lies behind a language's live units is never used. Widths
+            that are multiples of 16 copy fast.
+        x: [M, K] in the gradients' dtype.
+        indices: the live rows of each, int64 [L, most_g].
+        counts: how many they are, int64 [L].
+        plan: the batch; for its rows of the full network column j of dys_g belongs to row j.
+        n_rows: N_g of each weight.
+        weight_dtype: of fresh results, x's dtype or float32.
+        outs: float32 [N_g, K] contiguous, where dW_g is written, or added to with `accumulate`; returned as they are.
+            None takes fresh memory.
+        accumulate: add to `outs` instead of overwriting them; biases' gradients are always fresh.
+        with_bias: also sum db.
+        config: block sizes BM (tokens in one step), BN (packed rows) and BK (columns); None chooses.
+        allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
+
+    Returns:
+        The list of dW_g [N_g, K] and that of db_g [N_g] (None without a bias), dead rows exactly zero.
+
+    Raises:
+        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
+    """
+    G = len(dys)
+    check_activation("x", x, plan)
+    check_rows(indices, counts, G, plan, x.device)
+    for number, dy in enumerate(dys):
+        check_activation(f"dys[{number}]", dy, plan)
+        if dy.dtype != x.dtype or dy.device != x.device:
+            raise ValueError(f"dys[{number}]: expected {x.dtype} on {x.device}, given {dy.dtype} on {dy.device}")
+    if weight_dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"weight_dtype: expected {x.dtype} or torch.float32, given {weight_dtype}")
+    if len(n_rows) != G or min(n_rows) < 1:
+        raise ValueError(f"n_rows: expected {G} positive integers, given {list(n_rows)}")
+    K = x.shape[1]
+    if accumulate and outs is None:
+        raise ValueError("accumulate: expected outs to add to, given None")
+    if outs is not None:
+        _check_outs(outs, n_rows, K, x)
+
+    # One segment alone writes its rows in their final dtype; several add up in float32.
+    alone = plan.present.shape[0] == 1 and not accumulate
+    dtype = weight_dtype if alone and outs is None else torch.float32
+    if outs is None:
+        dW = [torch.zeros(n, K, dtype=dtype, device=x.device) for n in n_rows]
+    else:
+        dW = list(outs)
+        if not accumulate:
+            for out in dW:
+                out.zero_()
+    db = [torch.zeros(n, dtype=dtype, device=x.device) for n in n_rows] if with_bias else None
+    if plan.n_rows > 0:
+        _launch(dys, x, indices, counts, plan, n_rows, dW, db, alone, config, allow_tf32)
+    if outs is None:
+        dW = [part.to(weight_dtype) for part in dW]
+    return dW, None if db is None else [part.to(weight_dtype) for part in db]
+
+
+def _launch(
+    dys: Sequence[Tensor], x: Tensor, indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
+    n_rows: Sequence[int], dW: list[Tensor], db: list[Tensor] | None, alone: bool, config: Config | None,
+    allow_tf32: bool,
+) -> None:  # fmt: skip
+    K, n_present = x.shape[1], plan.present.shape[0]
+    widths = [dy.shape[1] for dy in dys]
+    if config is None:
+        config = choose(
+            ROW_WEIGHT_GRAD[chip_of(x.device), kind_of(x, None, allow_tf32)],
+            {"BN": sum(widths), "BK": K},
+            n_present,
+            plan.n_rows // n_present,
+            aligned(x, *dys),
+        )
+    BN, BK = config["BN"], config["BK"]
+    chunks = sum(triton.cdiv(width, BN) for width in widths)
+    strips = triton.cdiv(K, BK) + (db is not None)
+    # As many strips at a time as give one segment about two programs for each multiprocessor.
+    together = min(strips, triton.cdiv(2 * MULTIPROCESSORS, chunks))
+    turns = torch.zeros(len(dys) * strips, dtype=torch.int32, device=x.device)
+    takes_turns = chip_of(x.device) in TURNSTILE_CHIPS and not alone
+    in_one_launch = n_present if takes_turns else 1
+    for first_slot in range(0, n_present, in_one_launch):
+        row_weight_grad_kernel[(in_one_launch * chunks * strips,)](
+            *filled(dys), x, *filled(indices), *filled(counts), *filled(dW), *filled(db or dW),
+            turns, plan.token_rows, plan.starts, plan.present,
+            K, x.stride(0), *filled(n_rows), *filled([index.shape[1] for index in indices]), *filled(widths),
+            *filled([dy.stride(0) for dy in dys]), in_one_launch, first_slot, together,
+            G=len(dys), SLOTS=triton.next_power_of_2(n_present), ALONE=alone, TURNS=takes_turns,
+            WITH_BIAS=db is not None, EVEN=K % BK == 0 and all(width % BN == 0 for width in widths),
+            PRECISION="tf32" if allow_tf32 else "ieee",
+            **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+
+def _check_outs(outs: Sequence[Tensor], n_rows: Sequence[int], K: int, x: Tensor) -> None:
+    if len(outs) != len(n_rows):
+        raise ValueError(f"outs: expected {len(n_rows)} tensors, given {len(outs)}")
+    for number, (out, n) in enumerate(zip(outs, n_rows, strict=True)):
+        if (
+            out.dtype != torch.float32
+            or tuple(out.shape) != (n, K)
+            or not out.is_contiguous()
+            or out.device != x.device
+        ):
+            raise ValueError(
+                f"outs[{number}]: expected contiguous float32 {(n, K)} on {x.device}, "
+                f"given {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}"
+            )
+
+
+def cases() -> list[Case]:
+    """Every variant that is shipped, for the compiler."""
+    found = []
+    for (chip, kind), configs in ROW_WEIGHT_GRAD.items():
+        turns = {"SLOTS": 16, "ALONE": False, "TURNS": chip in TURNSTILE_CHIPS}
+        found += table_cases(row_weight_grad_kernel, {(chip, kind): configs}, OPERANDS, "EVEN", turns)
+        if kind == "half":
+            few = {(chip, kind): [configs[0], configs[-1]]}
+            alone = {"SLOTS": 1, "ALONE": True, "TURNS": False}
+            found += table_cases(row_weight_grad_kernel, few, OPERANDS, "EVEN", alone, ", one language")
+    return found

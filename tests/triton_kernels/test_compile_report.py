@@ -1,0 +1,294 @@
+"""What the compiler makes of the shipped kernels, and whether the report would notice what must not be.
+
+The report needs Triton's compiler, which these tests' process may have replaced by the interpreter: it runs in its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sample_kernels
+from fastmask_kernels.assembly import inner_loop, loops, read_amdgcn, read_sass
+from fastmask_kernels.compile_report import failures, report
+from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.roofline import masked_linear, roofline, roofline_table
+
+HERE = Path(__file__).parent
+
+
+def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [environment.get("PYTHONPATH")])])
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "fastmask_kernels.compile_report", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+# ---- the shipped kernels
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--first", "--target", "sm_80,sm_90"), pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_shipped_kernels_compile_well(arguments: tuple[str, ...]) -> None:
+    """Broken: a launch in use spills registers, misses the tensor cores, or asks for more memory than the chip has."""
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- the report notices
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report on `sample_kernels`, as it is written to a file."""
+    file = tmp_path_factory.mktemp("report") / "rows.json"
+    done = run("--module", "sample_kernels", "--target", "sm_90,gfx942", "--json", str(file))
+    assert done.returncode == 1, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert all(f"FAILED {line}" in done.stdout for line in found["failures"])
+    return found
+
+
+def row(samples: dict[str, Any], kernel: str, target: str = "sm_90") -> dict[str, Any]:
+    (found,) = (row for row in samples["rows"] if row["kernel"] == kernel and row["target"] == target)
+    return dict(found)
+
+
+def failures_of(samples: dict[str, Any], kernel: str, target: str = "sm_90") -> list[str]:
+    return [line for line in samples["failures"] if line.startswith(f"{kernel} ") and f" on {target}: " in line]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_good_kernel_has_no_failure(samples: dict[str, Any], target: str) -> None:
+    """Broken: the report rejects kernels that are as they should be."""
+    assert failures_of(samples, "good", target) == []
+
+
+def test_the_inner_loop_is_read(samples: dict[str, Any]) -> None:
+    """Broken: the counts are of another loop, or of the whole kernel with what runs before and after its loop."""
+    made = row(samples, "good")["build"]
+    # 128 x 128 x 64 with two warp groups of 64 rows: four instructions of depth 16; 32 KiB in 256 threads x 16 bytes.
+    assert made["tensor"] == {"HGMMA.64x128x16": 4}
+    assert made["async_copies"] == {"128": 8}
+    assert made["loads"] == {}
+    assert made["steps"] == 1
+    assert made["shared"] == 3 * 2 * 128 * 64 * 2
+    made = row(samples, "good", "gfx942")["build"]
+    # Eight waves share 128 x 128: each has 64 x 32, two instructions wide and eight deep.
+    assert made["tensor"] == {"v_mfma_f32_32x32x8_bf16": 16}
+    assert made["loads"] == {"128": 4}
+    assert made["steps"] == 1
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_narrow_loads_are_told_from_wide_ones(samples: dict[str, Any], target: str) -> None:
+    """Broken: a kernel that lost its alignment hints, and copies two bytes at a time, looks like one that has them."""
+    made = row(samples, "unaligned", target)["build"]
+    assert made["async_copies"] == {}
+    assert made["loads"] == {"16": 2 * 64 * 32 // (128 if target == "sm_90" else 256)}
+
+
+def test_a_prediction_weighs_flops_against_bytes(samples: dict[str, Any]) -> None:
+    """Broken: the predicted bound does not follow from the case and the chip's rates."""
+    found, chip = row(samples, "good"), CHIPS["sm_90"]
+    assert found["bound"] == "L2"
+    assert found["predicted_share"] == pytest.approx(128 * 128 / (128 + 128) * chip.l2 / chip.flops_16bit)
+    assert row(samples, "good", "gfx942")["bound"] == "FLOP"
+    assert row(samples, "good", "gfx942")["predicted_share"] == 1
+
+
+def test_spills_are_noticed(samples: dict[str, Any]) -> None:
+    """Broken: a kernel that keeps its accumulator in slow memory passes."""
+    made, lines = row(samples, "spilling")["build"], failures_of(samples, "spilling")
+    assert made["stack"] > 0
+    assert made["spill_stores"] > 0
+    assert made["spill_loads"] > 0
+    assert made["spill_instructions"] > 0
+    assert any("spills" in line for line in lines)
+    assert any("stack frame" in line for line in lines)
+    assert any("serialized" in line for line in samples["warnings"]), "the warning of ptxas is lost"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_missing_tensor_cores_are_noticed(samples: dict[str, Any], target: str) -> None:
+    """Broken: a kernel that multiplies at a tenth of the chip's rate passes."""
+    (line,) = failures_of(samples, "dotless", target)
+    assert "has no" in line
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_too_much_shared_memory_is_noticed(samples: dict[str, Any], target: str) -> None:
+    """Broken: a launch that every such chip refuses passes."""
+    (line,) = failures_of(samples, "too_big", target)
+    assert "shared memory" in line
+
+
+def test_a_case_that_does_not_compile_is_a_failure(samples: dict[str, Any]) -> None:
+    """Broken: one bad case hides all others, or goes unnoticed."""
+    (line,) = failures_of(samples, "misdescribed")
+    assert "missing ['BK']" in line
+
+
+class Crash:
+    """Stands for a kernel that takes the compiler down."""
+
+    @property
+    def arg_names(self) -> list[str]:
+        os._exit(1)
+
+
+def test_only_the_first_case_of_a_variant() -> None:
+    """Broken: the quick suite compiles everything, or leaves a variant of a kernel out."""
+    some, others = SimpleNamespace(arg_names=["a"]), SimpleNamespace(arg_names=["b"])
+    variants = [("1", some, False, 64), ("2", some, False, 32), ("3", some, True, 64), ("4", others, True, 64)]
+    case = sample_kernels.cases()[0]
+    cases = [
+        replace(case, name=name, kernel=kernel, constexprs={"BITS": bits, "BM": size})
+        for name, kernel, bits, size in variants
+    ]
+    found = report(cases, ["sm_80", "sm_90"], only_first=True)
+    assert [(row.target, row.kernel) for row in found] == [(t, name) for t in ("sm_80", "sm_90") for name in "134"]
+
+
+def test_a_crashing_compiler_is_a_failure() -> None:
+    """Broken: an abort inside the compiler takes the whole report with it, without saying which kernel it was."""
+    wrong = replace(sample_kernels.cases()[0], kernel=SimpleNamespace(arg_names=["a"]))
+    cases = [wrong, replace(wrong, name="crash", kernel=Crash())] * 2
+    found = failures(report(cases, ["sm_90"]))
+    assert ["crashed" in line for line in found] == [False, True] * 2
+
+
+# ---- the command
+
+
+def test_the_interpreter_is_refused() -> None:
+    """Broken: under the interpreter the report fails somewhere inside Triton instead of saying why."""
+    done = run("--target", "sm_90", interpret=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("--target", "sm_91"), ("--module", "sample_kernels", "--kernel", "absent")])
+def test_an_empty_report_is_an_error(arguments: tuple[str, ...]) -> None:
+    """Broken: a misspelt target or kernel looks like a report without failures."""
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert arguments[-1] in done.stderr
+
+
+# ---- reading machine code
+
+# A loop inside a loop; the inner one waits behind the kernel's end, and jumps back from there.
+SASS = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0020*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
+        /*0030*/              @!P0 BRA 0x90 ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*0050*/                   BRA.U UP0, 0x20 ;
+        /*0060*/                   FADD R1, R1, R2 ;
+        /*0070*/               @P2 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R4 ;
+        /*00a0*/              @!P0 BRA 0x90 ;
+        /*00b0*/                   BRA 0x40 ;
+        /*00c0*/                   BRA 0xc0;
+        /*00d0*/                   NOP;
+"""
+
+AMDGCN = """
+kernel:
+	s_load_dwordx2 s[0:1], s[2:3], 0x0
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	global_load_dwordx4 v[0:3], v[4:5], off
+	s_cbranch_vccz .LBB0_3
+	v_mfma_f32_32x32x8_bf16 v[2:17], v[60:61], v[76:77], 0
+.LBB0_3:
+	s_cbranch_scc1 .LBB0_1
+	s_endpgm
+.Lfunc_end0:
+	s_branch .LBB1_1
+"""
+
+
+def test_loops_of_sass() -> None:
+    """Broken: a jump back from a wait behind the kernel's end counts as a loop, or the loop lacks the wait."""
+    code = read_sass(SASS)
+    assert sorted(map(sorted, loops(code))) == [[1, 2, 3, 4, 5, 6, 7, 9, 10, 11], [2, 3, 4, 5, 9, 10, 11], [9, 10]]
+    assert [i.opcode.split(".")[0] for i in inner_loop(code, ("HGMMA",))] == [
+        "LDGSTS", "BRA", "HGMMA", "BRA", "SYNCS", "BRA", "BRA",
+    ]  # fmt: skip
+
+
+def test_divergent_threads_meet_where_sass_says() -> None:
+    """Broken: a loop with a branch inside ends at the branch."""
+    code = read_sass("""
+        /*0000*/                   BSSY B0, 0x40 ;
+        /*0010*/               @P0 BRA 0x30 ;
+        /*0020*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0030*/                   BSYNC B0 ;
+        /*0040*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
+        /*0050*/               @P1 BRA 0x0 ;
+        /*0060*/                   EXIT ;
+    """)
+    assert [i.opcode for i in inner_loop(code, ("HMMA",))] == ["BSSY", "BRA", "IADD3", "BSYNC", "HMMA.16816.F32", "BRA"]
+
+
+def test_loops_of_amd_assembly() -> None:
+    """Broken: AMD's labels are not followed, or the text after the kernel is read as code."""
+    code = read_amdgcn(AMDGCN)
+    assert len(code) == 6
+    assert len(inner_loop(code, ("v_mfma",))) == 4
+
+
+# ---- floors
+
+
+def test_roofline() -> None:
+    """Broken: a floor is not the slower of arithmetic and transfers."""
+    chip = CHIPS["sm_90"]
+    assert roofline(790e12, 1, chip) == (pytest.approx(1), "compute")
+    assert roofline(1, 4.3e12, chip) == (pytest.approx(1), "memory")
+    assert roofline(67e9, 4.3e6, chip, "fp32") == (pytest.approx(1e-3), "compute")
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        roofline(1, 1, chip, "int8")
+
+
+def test_work_of_a_linear_layer() -> None:
+    """Broken: a kernel is compared with FLOPs or bytes that are not those of its operation."""
+    M, N, K = 10, 128, 64
+    dense = masked_linear("dense", M, N, K, 1.0, 8)
+    assert {work.flops for work in dense.values()} == {2 * 10 * 128 * 64}
+    assert {work.n_bytes for work in dense.values()} == {2 * (10 * 64 + 128 * 64 + 10 * 128)}
+
+    rows = masked_linear("packed rows", M, N, K, 0.5, 2)  # two languages of half the rows: 3 of 4 rows have an owner
+    assert {work.flops for work in rows.values()} == {10 * 128 * 64}
+    assert rows["forward"].n_bytes == 2 * (10 * 64 + 0.75 * 128 * 64 + 10 * 64) + 4 * 2 * 64
+    assert rows["dX"].n_bytes == rows["forward"].n_bytes
+    assert rows["dW"].n_bytes == 2 * (10 * 64 + 10 * 64 + 128 * 64) + 4 * 2 * 64
+    full_width = masked_linear("rows", M, N, K, 0.5, 2)
+    assert full_width["forward"].n_bytes == rows["forward"].n_bytes + 2 * 10 * 64
+    assert full_width["dX"].n_bytes == rows["dX"].n_bytes
+
+    bits = masked_linear("weights", M, N, K, 0.5, 1)
+    assert {work.flops for work in bits.values()} == {2 * 10 * 128 * 64}
+    assert bits["forward"].n_bytes == 2 * (10 * 64 + 0.5 * 128 * 64 + 10 * 128) + 128 * 64 / 8
+    with pytest.raises(ValueError, match="kind must be one of"):
+        masked_linear("heads", M, N, K, 0.5, 1)
+
+
+def test_roofline_table_lists_every_pass() -> None:
+    """Broken: a workload or a pass is missing from the table of floors."""
+    text = roofline_table()
+    for expected in ("rows 50%", "BERT-base", "blocks 70%", "blocks 50%", "blocks 30%", "bits 50%"):
+        assert sum(expected in line for line in text.splitlines()) >= 3

@@ -1,0 +1,102 @@
+"""A batch sorted by language: every token once, in the segment of its language."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from fastmask_kernels.plan import Plan
+from hypothesis import given
+from hypothesis import strategies as st
+from kernel_oracle import DEVICE
+
+BATCHES = st.integers(1, 6).flatmap(
+    lambda L: st.tuples(st.lists(st.integers(-1, L - 1), max_size=12), st.integers(0, 9), st.just(L))
+)
+
+
+def make(ids: list[int], tokens: int, L: int) -> Plan:
+    """A plan on the tests' device."""
+    return Plan(torch.tensor(ids, dtype=torch.int64, device=DEVICE), tokens, L)
+
+
+def segments(plan: Plan) -> list[list[int]]:
+    """The rows of each segment."""
+    rows, starts = plan.token_rows.tolist(), plan.starts.tolist()
+    return [rows[first:last] for first, last in itertools.pairwise(starts)]
+
+
+@given(BATCHES)
+def test_segments_hold_the_rows_of_their_language_in_order(batch: tuple[list[int], int, int]) -> None:
+    """A token in another language's segment gets that language's subnetwork, and nothing says so."""
+    ids, tokens, L = batch
+    plan = make(*batch)
+    languages = [language for language in ids for _ in range(tokens)]
+    expected = [[row for row, own in enumerate(languages) if own == s - 1] for s in range(L + 1)]
+    assert segments(plan) == expected
+    assert (plan.n_rows, plan.n_languages, plan.n_segments) == (len(languages), L, L + 1)
+    assert plan.starts.shape == (L + 2,)
+    assert plan.starts[-1] == len(languages)
+
+
+@given(BATCHES)
+def test_present_lists_the_segments_that_have_tokens(batch: tuple[list[int], int, int]) -> None:
+    """A segment that is left out gets no weight gradient; one listed twice gets it twice."""
+    ids, tokens, L = batch
+    plan = make(*batch)
+    expected = sorted({language + 1 for language in ids}) if tokens else []
+    assert plan.present.shape == (min(L + 1, len(ids)),)
+    assert plan.present.tolist() == expected + [-1] * (len(plan.present) - len(expected))
+
+
+@given(BATCHES, st.integers(1, 16))
+def test_tiles_cut_the_segments_into_pieces(batch: tuple[list[int], int, int], size: int) -> None:
+    """Tokens outside of all tiles are never computed; those in two tiles of different segments are overwritten."""
+    plan = make(*batch)
+    tiles = plan.tiles(size).tolist()
+    assert len(tiles) == plan.n_tiles(size)
+    needed = [tile for tile in tiles if tile[0] >= 0]
+    assert tiles == needed + [[-1, 0, 0]] * (len(tiles) - len(needed)), "spare tiles come last"
+    starts = plan.starts.tolist()
+    expected = []
+    for s, (start, end) in enumerate(itertools.pairwise(starts)):
+        expected += [[s, first, min(first + size, end)] for first in range(start, end, size)]
+    assert needed == expected
+
+
+@given(BATCHES)
+def test_everything_is_int32_and_on_the_device_of_the_ids(batch: tuple[list[int], int, int]) -> None:
+    """Kernels read these as 32-bit integers: another width reads other numbers."""
+    plan = make(*batch)
+    for tensor in (plan.token_rows, plan.starts, plan.present, plan.tiles(4)):
+        assert tensor.dtype == torch.int32
+        assert tensor.device.type == DEVICE
+        assert tensor.is_contiguous()
+
+
+def test_an_example_in_plain_numbers() -> None:
+    """The layout that kernels rely on, for a reader."""
+    plan = make([1, -1, 1, 0], 2, 3)
+    assert plan.token_rows.tolist() == [2, 3, 6, 7, 0, 1, 4, 5]
+    assert plan.starts.tolist() == [0, 2, 4, 8, 8]
+    assert plan.present.tolist() == [0, 1, 2, -1]
+    assert plan.tiles(3).tolist() == [[0, 0, 2], [1, 2, 4], [2, 4, 7], [2, 7, 8], [-1, 0, 0], [-1, 0, 0]]
+
+
+def test_tiles_are_made_once_for_each_size() -> None:
+    """Each layer of a model asks for the same tiles: making them anew would cost several launches a layer."""
+    plan = make([1, -1, 1, 0], 5, 3)
+    assert plan.tiles(4) is plan.tiles(4)
+    assert plan.tiles(4).shape != plan.tiles(2).shape
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_nothing_waits_for_the_device() -> None:
+    """A wait in every forward pass leaves the GPU idle."""
+    ids = torch.tensor([1, -1, 1, 0], device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        Plan(ids, 5, 3).tiles(4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

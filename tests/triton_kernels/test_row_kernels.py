@@ -1,0 +1,403 @@
+"""Products with live rows and their weight gradient, against float64 and plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fastmask_kernels import row_weight_grad as row_weight_grad_module
+from fastmask_kernels.configs import Config
+from fastmask_kernels.interpreter import interpreting
+from fastmask_kernels.naive_rows import naive_row_matmul, naive_row_matmul_t, naive_row_weight_grad
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_weight_grad import row_weight_grad
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_oracle import DEVICE, assert_close
+from row_samples import Sample, row_mask, sample
+
+# Small enough that small shapes have several tiles and several steps of every loop.
+SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), num_warps=4, num_stages=2)
+SMALL_GRAD = Config((("BM", 16), ("BN", 16), ("BK", 16)), num_warps=4, num_stages=2)
+
+# (languages of the examples, tokens of each, L, rows of each weight, columns)
+SHAPES = {
+    "one language": ([0, 0], 19, 1, [33], 40),
+    "three, mixed with the full network": ([2, -1, 0, 2, 0, -1], 7, 3, [40], 33),
+    "eight, some absent": ([7, 3, 3, 5, 1], 5, 8, [21], 17),
+    "only a dead language": ([1, 1], 5, 3, [20], 16),
+    "only the full network": ([-1], 21, 1, [35], 18),
+    "q, k and v": ([2, 0, -1, 0, 1], 7, 3, [40, 17, 33], 34),
+    "two weights": ([0, 2, 1], 18, 3, [16, 48], 32),
+    "one of everything": ([0], 1, 1, [1], 1),
+}
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _nan_from_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN: what a kernel does not write, shows."""
+    empty = torch.empty
+
+    def nan_empty(*shape, **options):  # type: ignore[no-untyped-def]
+        out = empty(*shape, **options)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", nan_empty)
+
+
+def check_row_matmul(s: Sample, config: Config | None, bias: bool = True) -> None:
+    """`row_matmul` against the oracle."""
+    biases = s.biases if bias else None
+    results = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, biases, config=config)
+    for g, result in enumerate(results):
+        mask = s.indices[g], s.counts[g], s.languages, s.widths[g]
+        own = s.biases[g] if bias else None
+        truth = naive_row_matmul(s.x.double(), s.weights[g].double(), *mask, own)
+        assert_close(f"y{g}", result, truth, naive_row_matmul(s.x, s.weights[g], *mask, own))
+        for row, language in enumerate(s.languages):
+            live = s.weights[g].shape[0] if language < 0 else int(s.counts[g][language])
+            assert not result[row, live:].any(), f"y{g}: row {row} is not exactly zero behind its {live} live units"
+
+
+def check_row_matmul_t(s: Sample, config: Config | None, bias: bool = True) -> None:
+    """`row_matmul_t` against the oracle."""
+    result = row_matmul_t(s.packed, s.weights, *s.masks, s.plan, s.bias if bias else None, config=config)
+    truth, plain = s.x.new_zeros(s.x.shape, dtype=torch.float64), torch.zeros_like(s.x)
+    for x, weight, index, counts in zip(s.packed, s.weights, s.indices, s.counts, strict=True):
+        truth += naive_row_matmul_t(x.double(), weight.double(), index, counts, s.languages)
+        plain += naive_row_matmul_t(x, weight, index, counts, s.languages)
+    if bias:
+        truth, plain = truth + s.bias.double(), plain + s.bias.to(plain.dtype)
+    assert_close("x gradient", result, truth, plain)
+
+
+def check_row_weight_grad(s: Sample, config: Config | None, weight_dtype: torch.dtype, bias: bool = True) -> None:
+    """`row_weight_grad` against the oracle."""
+    n_rows = [weight.shape[0] for weight in s.weights]
+    dW, db = row_weight_grad(
+        s.packed, s.x, *s.masks, s.plan, n_rows, weight_dtype=weight_dtype, with_bias=bias, config=config
+    )
+    assert (db is not None) == bias
+    for g, dy in enumerate(s.packed):
+        mask = s.indices[g], s.counts[g], s.languages, n_rows[g]
+        truth, truth_db = naive_row_weight_grad(dy.double(), s.x.double(), *mask)
+        plain, plain_db = naive_row_weight_grad(dy.to(weight_dtype), s.x.to(weight_dtype), *mask)
+        assert_close(f"dW{g}", dW[g], truth, plain)
+        assert not dW[g][(truth == 0).all(1)].any(), f"dW{g}: rows that no language of the batch owns must be zero"
+        if db is not None:
+            assert_close(f"db{g}", db[g], truth_db, plain_db)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_forward(shape: tuple, dtype: torch.dtype) -> None:
+    """Wrong outputs of a row mask's layer, or something other than zero in dead units."""
+    check_row_matmul(sample(*shape, dtype=dtype), SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_input_gradient(shape: tuple, dtype: torch.dtype) -> None:
+    """Wrong gradients below a row mask's layer, or NaN from units that a language does not own."""
+    check_row_matmul_t(sample(*shape, dtype=dtype), SMALL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_weight_gradient(shape: tuple, dtype: torch.dtype) -> None:
+    """Wrong gradients of a shared weight or bias: a language's part lost, doubled or in another's rows."""
+    check_row_weight_grad(sample(*shape, dtype=dtype), SMALL_GRAD, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_default_blocks(dtype: torch.dtype) -> None:
+    """The block sizes that are shipped are never run otherwise: their edges are far larger than small shapes."""
+    s = sample([1, -1, 0, 2], 40, 3, [80, 30, 50], 48, dtype=dtype)
+    check_row_matmul(s, None)
+    check_row_matmul_t(s, None)
+    check_row_weight_grad(s, None, dtype)
+
+
+def test_aligned_blocks() -> None:
+    """Sizes that are multiples of the blocks take loops without masks: another path through each kernel."""
+    s = sample([2, 0, -1, 1], 13, 3, [32, 48], 64, dtype=torch.float16, spare=0)  # segments stay uneven
+    assert s.widths == [32, 48]
+    for bias in (True, False):
+        check_row_matmul(s, SMALL, bias)
+        check_row_matmul_t(s, SMALL, bias)
+        check_row_weight_grad(s, SMALL_GRAD, torch.float16, bias)
+
+
+def test_float32_weight_with_float16_activations() -> None:
+    """Master weights under autocast: cast in the kernel, and their gradient is not rounded to float16 on the way."""
+    s = sample([2, -1, 0, 2, 1], 7, 3, [40, 17, 33], 34, dtype=torch.float16, weight_dtype=torch.float32)
+    check_row_matmul(s, SMALL)
+    check_row_matmul_t(s, SMALL)
+    check_row_weight_grad(s, SMALL_GRAD, torch.float32)
+
+
+def test_column_masks_are_row_masks_of_the_transposed_weight() -> None:
+    """Column masks have no kernels of their own: if this equality fails, they are wrong in all three products."""
+    s = sample([2, -1, 0, 2, 1], 7, 3, [40], 34)
+    index, counts, width, N = s.indices[0], s.counts[0], s.widths[0], 34
+    weight = s.weights[0].t().contiguous()  # [N, K = 40], masked along K
+    packed = s.packed[0].nan_to_num()
+    full = torch.zeros(len(s.languages), 40, device=DEVICE)  # the same activations, not packed
+    for row, language in enumerate(s.languages):
+        live = torch.arange(40, device=DEVICE) if language < 0 else index[language, : int(counts[language])]
+        full[row, live] = packed[row, : len(live)]
+    dy = s.x  # [M, N]
+
+    y = row_matmul_t(s.packed, s.weights, [index], [counts], s.plan, config=SMALL)
+    assert_close("y", y, full.double() @ weight.double().t(), full @ weight.t())
+    dx = row_matmul(dy, s.weights, [index], [counts], s.plan, [width], config=SMALL)[0]
+    truth = naive_row_matmul(dy.double(), s.weights[0].double(), index, counts, s.languages, width)
+    assert_close("dx", dx, truth, naive_row_matmul(dy, s.weights[0], index, counts, s.languages, width))
+    dW = row_weight_grad(s.packed, dy, [index], [counts], s.plan, [40], weight_dtype=torch.float32, config=SMALL_GRAD)[
+        0
+    ][0].t()
+    assert dW.shape == (N, 40)
+    assert_close("dW", dW, dy.double().t() @ full.double(), dy.t() @ full)
+
+
+@pytest.mark.parametrize("ids", [[2, -1, 0, 2, 1], [0]], ids=["mixed", "one language"])
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_given_gradient_buffers(ids: list[int], accumulate: bool) -> None:
+    """Gradient accumulation over micro-batches would lose what was there, or add to what should be overwritten."""
+    s = sample(ids, 7, 3, [40, 17], 34, dtype=torch.float16)
+    before = [torch.randn(40, 34, device=DEVICE), torch.randn(17, 34, device=DEVICE)]
+    outs = [part.clone() if accumulate else torch.full_like(part, torch.nan) for part in before]
+    dW, _ = row_weight_grad(
+        s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float16, outs=outs, accumulate=accumulate,
+        config=SMALL_GRAD,
+    )  # fmt: skip
+    for g, (result, out) in enumerate(zip(dW, outs, strict=True)):
+        assert result is out
+        mask = s.indices[g], s.counts[g], s.languages, out.shape[0]
+        truth, _ = naive_row_weight_grad(s.packed[g].double(), s.x.double(), *mask)
+        plain, _ = naive_row_weight_grad(s.packed[g].float(), s.x.float(), *mask)
+        if accumulate:
+            truth, plain = truth + before[g].double(), plain + before[g]
+        assert_close(f"dW{g}", result, truth, plain)
+
+
+def test_outputs_may_be_slices_of_one_buffer() -> None:
+    """Attention reads Q, K and V from one buffer; a launch must write each slice and nothing beside it."""
+    s = sample([2, -1, 0, 1], 7, 3, [40, 17, 33], 34)
+    buffer = torch.full((len(s.languages), sum(s.widths) + 5), torch.nan, device=DEVICE)
+    outs = list(buffer[:, :-5].split(s.widths, 1))
+    fresh = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, s.biases, config=SMALL)
+    given_outs = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, s.biases, outs=outs, config=SMALL)
+    for one, other, out in zip(fresh, given_outs, outs, strict=True):
+        assert torch.equal(one, other)
+        assert other.data_ptr() == out.data_ptr()
+    assert buffer[:, -5:].isnan().all()
+
+    wide = torch.full((len(s.languages), 50), torch.nan, device=DEVICE)
+    result = row_matmul_t(s.packed, s.weights, *s.masks, s.plan, out=wide[:, 3:37], config=SMALL)
+    assert torch.equal(result, row_matmul_t(s.packed, s.weights, *s.masks, s.plan, config=SMALL))
+    assert wide[:, :3].isnan().all()
+    assert wide[:, 37:].isnan().all()
+
+
+def test_activations_may_be_slices() -> None:
+    """The attention output's gradient arrives as slices; a kernel that took the width for the stride would mix rows."""
+    s = sample([2, -1, 0, 1], 7, 3, [40, 17], 34)
+    n_rows = [40, 17]
+    joined = torch.cat([*s.packed, s.x], 1)
+    *packed, x = joined.split([*s.widths, 34], 1)
+    for one, other in zip(
+        row_matmul(x, s.weights, *s.masks, s.plan, s.widths, config=SMALL),
+        row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, config=SMALL),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    one = row_matmul_t(packed, s.weights, *s.masks, s.plan, config=SMALL)
+    assert torch.equal(one, row_matmul_t(s.packed, s.weights, *s.masks, s.plan, config=SMALL))
+    results = [
+        row_weight_grad(dys, inputs, *s.masks, s.plan, n_rows, weight_dtype=torch.float32, config=SMALL_GRAD)[0]
+        for dys, inputs in ((packed, x), (s.packed, s.x))
+    ]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would not be reproducible; nor may the order in which strips are walked show in the sums."""
+    s = sample([2, -1, 0, 2, 1, 0], 7, 3, [40, 17, 33], 50, dtype=torch.float16)
+
+    def run() -> list[torch.Tensor]:
+        y = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, config=SMALL)
+        dx = row_matmul_t(s.packed, s.weights, *s.masks, s.plan, config=SMALL)
+        dW, db = row_weight_grad(
+            s.packed, s.x, *s.masks, s.plan, [40, 17, 33], weight_dtype=torch.float32, with_bias=True,
+            config=SMALL_GRAD,
+        )  # fmt: skip
+        return [*y, dx, *dW, *(db or [])]
+
+    first = run()
+    monkeypatch.setattr(row_weight_grad_module, "MULTIPROCESSORS", 1)  # one strip after the other
+    for one, other in zip(first, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_strips_are_walked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide weight is walked in groups of strips, the last one smaller: a strip would be left out or summed twice."""
+    monkeypatch.setattr(
+        row_weight_grad_module, "MULTIPROCESSORS", 2
+    )  # two chunks, five strips with the bias: 2 + 2 + 1
+    check_row_weight_grad(sample([2, -1, 0, 1], 5, 3, [20], 64, spare=0), SMALL_GRAD, torch.float32)
+
+
+def test_every_chunk_takes_its_turn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs run one by one here and never have to wait; on a GPU a wrong count hangs, or lets two add at once."""
+    s = sample([2, -1, 0, 1], 5, 3, [40, 17], 34)
+    zeros, counters = torch.zeros, []
+
+    def recorded(*shape, **options):  # type: ignore[no-untyped-def]
+        out = zeros(*shape, **options)
+        if options.get("dtype") == torch.int32:
+            counters.append(out)
+        return out
+
+    monkeypatch.setattr(torch, "zeros", recorded)
+    row_weight_grad(
+        s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float32, with_bias=True, config=SMALL_GRAD
+    )
+    expected = []
+    for counts, N in zip(s.counts, [40, 17], strict=True):
+        live = [N, *(int(counts[language]) for language in (0, 1, 2))]
+        expected += [sum(-(-own // 16) for own in live)] * 4  # three strips of 34 columns, and that of the bias
+    assert counters[0].tolist() == expected
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_one_launch_for_each_language_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, accumulate: bool) -> None:
+    """Chips whose barrier does not order stores have no turnstile: their sums must be the others'."""
+    s = sample([2, -1, 0, 2, 1, 0], 7, 3, [40, 17], 50)
+    results = []
+    for chips in (row_weight_grad_module.TURNSTILE_CHIPS, ()):
+        monkeypatch.setattr(row_weight_grad_module, "TURNSTILE_CHIPS", chips)
+        outs = [torch.ones(40, 50, device=DEVICE), torch.ones(17, 50, device=DEVICE)]
+        dW, db = row_weight_grad(
+            s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float32, with_bias=True, outs=outs,
+            accumulate=accumulate, config=SMALL_GRAD,
+        )  # fmt: skip
+        results.append([*dW, *(db or [])])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_empty_batch() -> None:
+    """A batch of no examples (the last shard of a data set) must give empty outputs and zero gradients."""
+    s = sample([], 7, 3, [40, 17], 34)
+    assert [y.shape for y in row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths)] == [(0, 4), (0, 4)]
+    assert row_matmul_t(s.packed, s.weights, *s.masks, s.plan).shape == (0, 34)
+    dW, db = row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float32, with_bias=True)
+    assert [part.shape for part in dW] == [(40, 34), (17, 34)]
+    assert not any(part.any() for part in [*dW, *(db or [])])
+
+
+def test_a_dead_rows_nan_stays_there() -> None:
+    """A row that a language does not own may have diverged for another language; it must not reach this one."""
+    s = sample([0, 0], 5, 2, [40], 34)
+    live = s.indices[0][0, : int(s.counts[0][0])]
+    dead = [row for row in range(40) if row not in live.tolist()]
+    s.weights[0][dead], s.biases[0][dead] = torch.nan, torch.nan
+    check_row_matmul(s, SMALL)
+    check_row_matmul_t(s, SMALL)
+
+
+@given(data=st.data())
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_and_mask(data: st.DataObject) -> None:
+    """Some combination of sizes, languages and masks that no list of cases has."""
+    L = data.draw(st.integers(1, 4), "L")
+    ids = data.draw(st.lists(st.integers(-1, L - 1), min_size=1, max_size=4), "ids")
+    tokens, K = data.draw(st.integers(1, 20), "tokens"), data.draw(st.integers(1, 36), "K")
+    Ns = data.draw(st.lists(st.integers(1, 36), min_size=1, max_size=2), "Ns")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    # Sums of whole numbers are exact, so nothing has to be allowed for: the norm of a few errors is a matter of luck.
+    s = sample(ids, tokens, L, Ns, K, dtype=dtype, seed=data.draw(st.integers(0, 99), "seed"), whole=True)
+    y = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, s.biases, config=SMALL)
+    dx = row_matmul_t(s.packed, s.weights, *s.masks, s.plan, s.bias, config=SMALL)
+    dW, db = row_weight_grad(s.packed, s.x, *s.masks, s.plan, Ns, weight_dtype=dtype, with_bias=True, config=SMALL_GRAD)
+    expected = s.bias.expand(len(s.languages), K)
+    for g, N in enumerate(Ns):
+        mask = s.indices[g], s.counts[g], s.languages
+        assert torch.equal(y[g], naive_row_matmul(s.x, s.weights[g], *mask, s.widths[g], s.biases[g]))
+        assert db is not None
+        for result, truth in zip((dW[g], db[g]), naive_row_weight_grad(s.packed[g], s.x, *mask, N), strict=True):
+            assert torch.equal(result, truth)
+        expected = expected + naive_row_matmul_t(s.packed[g], s.weights[g], *mask)
+    assert torch.equal(dx, expected)
+
+
+@pytest.mark.skipif(not interpreting(), reason="bfloat16 is right on a GPU")
+def test_bfloat16_is_refused_in_the_interpreter() -> None:
+    """The interpreter's bfloat16 products are off by 1e10 and nothing says so."""
+    s = sample([0], 5, 1, [16], 16, dtype=torch.bfloat16)
+    for call in (
+        lambda: row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths),
+        lambda: row_matmul_t(s.packed, s.weights, *s.masks, s.plan),
+        lambda: row_weight_grad(s.packed, s.x, *s.masks, s.plan, [16], weight_dtype=torch.bfloat16),
+    ):
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            call()
+
+
+WRONG = {
+    "dtype of x": ({"x": torch.zeros(5, 34, dtype=torch.float64)}, TypeError, r"x: expected float16.*float64"),
+    "rows of x": ({"x": torch.zeros(4, 34)}, ValueError, r"x: expected shape \[5, width\], given \(4, 34\)"),
+    "transposed x": ({"x": torch.zeros(34, 5).t()}, ValueError, "side by side"),
+    "columns of x": ({"x": torch.zeros(5, 33)}, ValueError, r"weights\[0\]: expected shape \[N, 33\]"),
+    "transposed weight": ({"weights": [torch.zeros(34, 16).t()]}, ValueError, "contiguous rows"),
+    "dtype of weight": ({"weights": [torch.zeros(16, 34, dtype=torch.float16)]}, TypeError, "float16"),
+    "four weights": ({"weights": [torch.zeros(16, 34)] * 4}, ValueError, "1 to 3 weights.*given 4"),
+    "index of other languages": ({"indices": [torch.zeros(3, 9, dtype=torch.int64)]}, ValueError, r"int64 \[2, most\]"),
+    "dtype of index": ({"indices": [torch.zeros(2, 9, dtype=torch.int32)]}, ValueError, "given torch.int32"),
+    "shape of counts": (
+        {"counts": [torch.zeros(3, dtype=torch.int64)]},
+        ValueError,
+        r"counts\[0\]: expected int64 \[2\]",
+    ),
+    "number of indices": ({"indices": []}, ValueError, "expected 1 indices and counts, given 0 and 1"),
+    "width": ({"widths": [0]}, ValueError, "widths: expected 1 positive integers"),
+    "bias": ({"biases": [torch.zeros(15)]}, ValueError, r"biases: expected shapes \[\(16,\)\], given \[\(15,\)\]"),
+    "out": ({"outs": [torch.zeros(5, 9)]}, ValueError, r"outs\[0\]: expected shape \[5, 16\], given \(5, 9\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_use_is_named(changes: dict, error: type, message: str) -> None:
+    """A wrong argument would become an access past a tensor's end, or a result that nobody notices is wrong."""
+    index, counts = row_mask(torch.ones(2, 16, dtype=torch.bool))
+    arguments = {
+        "x": torch.zeros(5, 34),
+        "weights": [torch.zeros(16, 34)],
+        "indices": [index.cpu()],
+        "counts": [counts.cpu()],
+        "plan": Plan(torch.tensor([0]), 5, 2),
+        "widths": [16],
+    }
+    with pytest.raises(error, match=message):
+        row_matmul(**(arguments | changes))
+
+
+def test_wrong_use_of_the_gradients_is_named() -> None:
+    """As above, for what only the other two launchers take."""
+    s = sample([0], 5, 2, [16], 34)
+    grad = {"weight_dtype": torch.float32}
+    with pytest.raises(ValueError, match="as many activations as weights, given 2 and 1"):
+        row_matmul_t(s.packed * 2, s.weights, *s.masks, s.plan)
+    with pytest.raises(ValueError, match="expected outs to add to"):
+        row_weight_grad(s.packed, s.x, *s.masks, s.plan, [16], accumulate=True, **grad)
+    with pytest.raises(ValueError, match=r"outs\[0\]: expected contiguous float32 \(16, 34\)"):
+        row_weight_grad(s.packed, s.x, *s.masks, s.plan, [16], outs=[torch.zeros(34, 16, device=DEVICE).t()], **grad)
+    with pytest.raises(
+        TypeError, match=r"weight_dtype: expected torch\.float32 or torch\.float32, given torch\.float16"
+    ):
+        row_weight_grad(s.packed, s.x, *s.masks, s.plan, [16], weight_dtype=torch.float16)
+    with pytest.raises(ValueError, match="n_rows: expected 1 positive integers"):
+        row_weight_grad(s.packed, s.x, *s.masks, s.plan, [16, 3], **grad)

@@ -1,0 +1,315 @@
+"""`tile_matmul` and `tile_weight_grad` against float64: every result, dtype, kind of tile, odd shape and refusal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fastmask_kernels.configs import Config
+from fastmask_kernels.interpreter import interpreting
+from fastmask_kernels.naive_tiles import tile_matmul_naive, tile_scores_naive, tile_weight_grad_naive
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tile_matmul import tile_matmul
+from fastmask_kernels.tile_weight_grad import tile_weight_grad
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_oracle import DEVICE, assert_close
+from torch import Tensor
+
+TILE = (32, 64)
+MATMUL = Config((("BM", 16), ("BK", 32)), 4, 2)  # two steps a tile
+GRAD = Config((("BN", 32), ("BK", 64), ("BM", 16)), 4, 2)
+PIECES = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)  # four programs a tile
+
+
+@pytest.fixture(autouse=True)
+def _results_start_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels must write every element: what `torch.empty` gives them here is not a number."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+class Problem:
+    """One layer, its masks and a batch: what every test here needs, and how results are checked."""
+
+    def __init__(
+        self, ids: list[int], T: int, L: int, N: int, K: int, block: tuple[int, int] = (1, 1), density: float = 0.4,
+        dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None, seed: int = 0,
+        tile: tuple[int, int] = TILE,
+    ) -> None:  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(DEVICE)
+
+        flags = torch.rand(L, -(-N // block[0]), -(-K // block[1]), generator=generator) < density
+        if L >= 3:
+            flags[1], flags[2] = False, True
+        flags = flags.to(DEVICE)
+        self.layout = TileLayout.from_blocks(flags, block, tile)
+        self.keep = flags.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)
+        N, K = self.layout.shape
+        self.plan = Plan(torch.tensor(ids, dtype=torch.int64, device=DEVICE), T, L)
+        self.language_of = torch.tensor(ids, dtype=torch.int64, device=DEVICE).repeat_interleave(T)
+        M = len(ids) * T
+        self.x, self.dy = normal(M, K).to(dtype), normal(M, N).to(dtype)
+        self.weight, self.bias = normal(N, K).to(weight_dtype or dtype), normal(N).to(weight_dtype or dtype)
+
+    def check_matmul(self, transposed: bool, bias: bool, **options: Any) -> Tensor:
+        """Y, or dX if transposed."""
+        x, b = self.dy if transposed else self.x, self.bias if bias else None
+        config = options.pop("config", MATMUL)
+        y = tile_matmul(x, self.weight, self.layout, self.plan, b, transposed=transposed, config=config, **options)
+        b64 = None if b is None else b.double()
+        weight = self.weight.to(x.dtype)  # a float32 master weight is rounded, in the kernel too
+        truth = tile_matmul_naive(x.double(), weight.double(), self.keep, self.language_of, b64, transposed)
+        plain = tile_matmul_naive(x, weight, self.keep, self.language_of, b, transposed)
+        assert_close("dx" if transposed else "y", y, truth, plain)
+        return y
+
+    def check_grad(self, start: Tensor | None = None, **options: Any) -> Tensor:
+        """DW; `start` is what it was added to."""
+        weight_dtype, config = self.weight.dtype, options.pop("config", GRAD)
+        grad = tile_weight_grad(
+            self.dy, self.x, self.layout, self.plan, weight_dtype=weight_dtype, config=config, **options
+        )
+        assert isinstance(grad, Tensor)
+        truth = tile_weight_grad_naive(self.dy.double(), self.x.double(), self.keep, self.language_of).sum(0)
+        plain = tile_weight_grad_naive(self.dy, self.x, self.keep, self.language_of).sum(0).to(weight_dtype)
+        if start is not None:
+            truth, plain = truth + start.double(), (plain + start).to(weight_dtype)
+        assert_close("dW", grad, truth, plain)
+        return grad
+
+    def check_scores(self, config: Config | None = GRAD) -> None:
+        """DW and scores of small whole numbers: their sums are exact, so nothing may differ."""
+        dy, x = self.dy.clamp(-2, 2).round(), self.x.clamp(-2, 2).round()
+        weight = self.weight.clamp(-2, 2).round()
+        grad, scores = tile_weight_grad(
+            dy, x, self.layout, self.plan, weight_dtype=weight.dtype, weight=weight, config=config
+        )
+        parts = tile_weight_grad_naive(dy.double(), x.double(), self.keep, self.language_of)
+        assert torch.equal(grad.double(), parts.sum(0))
+        assert scores.dtype == torch.float32
+        assert torch.equal(scores.double(), tile_scores_naive(parts, weight.double(), self.layout.tile))
+
+    def check_all(self) -> None:
+        """Everything, once."""
+        self.check_matmul(False, bias=True)
+        self.check_matmul(True, bias=False)
+        self.check_grad()
+        self.check_scores()
+
+
+IDS = [0, -1, 2, 0, 1, 2]  # language 1 owns nothing, language 2 everything
+DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
+BLOCKS = {"tiles": (32, 64), "bits": (1, 1), "coarse": (16, 16)}
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES, ids=["fp32", "fp16", "fp16-master"])
+def test_results(block: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """If this fails, the kernels do not compute the masked model, or not its gradient."""
+    problem = Problem(IDS, 9, 3, 96, 128, block, dtype=dtype, weight_dtype=weight_dtype)
+    assert (problem.layout.bits is None) == (block == (32, 64))
+    problem.check_all()
+    problem.check_matmul(False, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("ids", "T", "L", "N", "K"),
+    [
+        ([0], 1, 1, 1, 1),
+        ([0, -1], 3, 1, 7, 33),
+        ([2, 2, 0], 5, 3, 33, 65),
+        ([-1], 17, 2, 40, 7),
+        ([7, 0, 4], 16, 8, 65, 31),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_odd_shapes(ids: list[int], T: int, L: int, N: int, K: int) -> None:
+    """If this fails, an edge is computed with what lies beyond it, or is not written."""
+    Problem(ids, T, L, N, K, dtype=torch.float16).check_all()
+
+
+def test_more_tiles_than_a_group() -> None:
+    """If this fails, the order of programs skips tiles once there are more than one group of them."""
+    problem = Problem([0, 1, 0, -1, 2, 1, 0, 2, 0, 0, 1], 16, 3, 150, 100, density=0.1, tile=(16, 32))
+    tiny = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)
+    problem.check_matmul(False, bias=True, config=Config((("BM", 16), ("BK", 32)), 4, 2))
+    problem.check_matmul(True, bias=False, config=Config((("BM", 16), ("BK", 16)), 4, 2))
+    problem.check_grad(config=tiny)
+    problem.check_scores(tiny)
+
+
+def test_shipped_block_sizes() -> None:
+    """If this fails, the block sizes that a launch picks itself do not fit the layout's own tiles."""
+    for dtype in (torch.float32, torch.float16):
+        problem = Problem([0, 2, 0], 20, 3, 100, 200, dtype=dtype, tile=(128, 128))
+        problem.check_matmul(False, bias=True, config=None)
+        problem.check_matmul(True, bias=False, config=None)
+        problem.check_grad(config=None)
+        problem.check_scores(None)
+
+
+def test_pieces_of_a_tile() -> None:
+    """If this fails, a tile that several programs share is written by none of them, or its score counts one of them."""
+    problem = Problem(IDS, 9, 3, 90, 100)
+    blocks = Problem(IDS, 9, 3, 96, 128, (32, 64))
+    for each in (problem, blocks):
+        each.check_grad(config=PIECES)
+        each.check_scores(PIECES)
+
+
+def test_accumulate_into_any_strides() -> None:
+    """If this fails, a gradient is lost when a second micro-batch adds to the first, or a neighbour is overwritten."""
+    for block in ((1, 1), (32, 64)):
+        problem = Problem([0, 0, 1], 9, 3, 96, 128, block, density=0.3)
+        room = torch.randn(128 + 3, 2 * 96, device=DEVICE)
+        before = room.clone()
+        view = room[:128, ::2].t()
+        grad = problem.check_grad(out=view, accumulate=True, start=view.clone())
+        assert grad.data_ptr() == view.data_ptr()
+        assert torch.equal(room[:, 1::2], before[:, 1::2])
+        assert torch.equal(room[128:], before[128:])
+        view.fill_(float("nan"))
+        problem.check_grad(out=view)  # overwritten, not added to
+
+
+def test_accumulate_leaves_dead_tiles_alone() -> None:
+    """If this fails, a tile that no language of the batch owns is read and written for nothing."""
+    problem = Problem([1, 1], 4, 3, 64, 64)
+    out = torch.full((64, 64), float("nan"), device=DEVICE)
+    options: dict[str, Any] = {"weight_dtype": torch.float32, "config": GRAD}
+    tile_weight_grad(problem.dy, problem.x, problem.layout, problem.plan, out=out, accumulate=True, **options)
+    assert out.isnan().all()
+    tile_weight_grad(problem.dy, problem.x, problem.layout, problem.plan, out=out, **options)
+    assert not out.any()
+
+
+def test_output_views_and_strided_inputs() -> None:
+    """If this fails, results are wrong for slices and transposed tensors, or land outside of `out`."""
+    problem = Problem(IDS, 7, 3, 70, 100, dtype=torch.float16)
+    M = problem.plan.n_rows
+    room = torch.full((M, 70 + 9), float("nan"), dtype=torch.float16, device=DEVICE)
+    y = problem.check_matmul(False, bias=True, out=room[:, 4:74])
+    assert y.data_ptr() == room[:, 4:].data_ptr()
+    assert room[:, :4].isnan().all()
+    assert room[:, 74:].isnan().all()
+    problem.x = torch.randn(M, 300, device=DEVICE).half()[:, 11:111]  # rows apart
+    problem.dy = torch.randn(70, M, device=DEVICE).half().t()  # columns apart
+    problem.weight = torch.randn(100, 70, device=DEVICE).half().t()
+    problem.check_all()
+    problem.weight = torch.randn(70, 130, device=DEVICE).half()[:, 3:103]
+    problem.check_all()
+
+
+def test_update_is_seen_by_the_next_launch() -> None:
+    """If this fails, a dynamic subnetwork trains with the mask it had before."""
+    for block in ((1, 1), (32, 64)):
+        problem = Problem([0, 3, 1, 3], 8, 4, 64, 128, block)
+        flags = torch.rand(64 // block[0], 128 // block[1], device=DEVICE) < 0.5
+        problem.layout.update(3, keep=flags)
+        problem.keep[3] = flags.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+        problem.check_all()
+
+
+def test_reruns_are_bit_identical() -> None:
+    """If this fails, a run cannot be repeated: something depends on the order in which programs finish."""
+    problem = Problem(IDS, 9, 3, 96, 128, dtype=torch.float16)
+    for _ in range(2):
+        first, second = problem.check_matmul(False, bias=True), problem.check_matmul(False, bias=True)
+        assert torch.equal(first, second)
+        assert torch.equal(problem.check_grad(), problem.check_grad())
+
+
+def test_dead_weights_are_not_read() -> None:
+    """If this fails, what a language does not own reaches its results: here it is infinite, or not a number."""
+    problem = Problem([0, 3], 9, 4, 96, 128)
+    owned = problem.keep[0] | problem.keep[3]
+    problem.weight[~owned] = float("nan")
+    problem.keep[1], problem.keep[2] = owned, owned
+    clean = problem.weight.nan_to_num(0)
+    for transposed, x in ((False, problem.x), (True, problem.dy)):
+        y = tile_matmul(x, problem.weight, problem.layout, problem.plan, transposed=transposed, config=MATMUL)
+        truth = tile_matmul_naive(x.double(), clean.double(), problem.keep, problem.language_of, None, transposed)
+        plain = tile_matmul_naive(x, clean, problem.keep, problem.language_of, None, transposed)
+        assert_close("y", y, truth, plain)
+
+
+def test_empty_batch() -> None:
+    """If this fails, a rank without examples crashes, or its gradient is undefined."""
+    problem = Problem([], 4, 3, 40, 70)
+    assert problem.check_matmul(False, bias=True).shape == (0, 40)
+    assert problem.check_matmul(True, bias=False).shape == (0, 70)
+    assert not problem.check_grad().any()
+    problem.check_scores()
+
+
+def test_refusals() -> None:
+    """If this fails, operands that do not belong together give numbers rather than an error."""
+    p = Problem([0, 1], 4, 3, 40, 70)
+    other = Problem([0, 1], 4, 2, 40, 70)
+    grad: dict[str, Any] = {"weight_dtype": torch.float32}
+    for error, call in (
+        (TypeError, lambda: tile_matmul(p.x.double(), p.weight, p.layout, p.plan)),
+        (TypeError, lambda: tile_matmul(p.x, p.weight.half(), p.layout, p.plan)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight.t(), p.layout, p.plan)),
+        (ValueError, lambda: tile_matmul(p.x[1:], p.weight, p.layout, p.plan)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, transposed=True)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, other.plan)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, p.bias[1:])),
+        (ValueError, lambda: tile_matmul(p.dy, p.weight, p.layout, p.plan, p.bias, transposed=True)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, out=p.x)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, out=p.dy.t().contiguous().t())),
+        (
+            ValueError,
+            lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, config=Config((("BM", 16), ("BK", 48)), 4, 2)),
+        ),
+        (ValueError, lambda: tile_weight_grad(p.dy, p.x[1:], p.layout, p.plan, **grad)),
+        (TypeError, lambda: tile_weight_grad(p.dy.half(), p.x, p.layout, p.plan, **grad)),
+        (TypeError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, weight_dtype=torch.float16)),
+        (TypeError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, out=p.weight.half(), **grad)),
+        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, out=p.weight[1:], **grad)),
+        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, accumulate=True, **grad)),
+        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, other.plan, **grad)),
+        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, weight=p.weight[1:], **grad)),
+    ):
+        with pytest.raises(error):
+            call()
+
+
+@pytest.mark.skipif(not interpreting(), reason="bfloat16 is only wrong in the interpreter")
+def test_interpreter_refuses_bf16() -> None:
+    """If this fails, a run in the interpreter returns numbers that are off by any factor."""
+    p = Problem([0, 1], 4, 3, 40, 70)
+    x, dy, weight = p.x.bfloat16(), p.dy.bfloat16(), p.weight.bfloat16()
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        tile_matmul(x, weight, p.layout, p.plan)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        tile_weight_grad(dy, x, p.layout, p.plan, weight_dtype=torch.float32)
+
+
+@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # shrinking: minutes
+@given(
+    ids=st.lists(st.integers(-1, 3), min_size=1, max_size=4),
+    T=st.integers(1, 20),
+    N=st.integers(1, 70),
+    K=st.integers(1, 100),
+    block=st.sampled_from([(1, 1), (32, 64), (3, 5)]),
+    density=st.floats(0, 1),
+    half=st.booleans(),
+)
+def test_any_problem(
+    ids: list[int], T: int, N: int, K: int, block: tuple[int, int], density: float, half: bool
+) -> None:
+    """If this fails, there are batches, shapes or masks for which the kernels are wrong."""
+    dtype = torch.float16 if half else torch.float32
+    Problem(ids, T, 4, N, K, block, density, dtype, torch.float32, seed=N + K).check_all()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
@@ -42,7 +43,9 @@ def forward(
         ys = [_columns_forward(masks[0], rows, weights[0], biases[0], plan)]
     else:
         weight = weights[0]
-        ys = [tile_matmul(rows, weight, layout_of(masks[0], *weight.shape), plan, _as(biases[0], x))]
+        ys = [
+            tile_matmul(rows, weight, layout_of(masks[0], *weight.shape), plan, _as(biases[0], x), allow_tf32=_tf32())
+        ]
     return [y.view(B, T, y.shape[1]) for y in ys]
 
 
@@ -87,6 +90,7 @@ def _rows_forward(
         plan,
         [_packed_width(mask, weight.shape[0]) for mask, weight in zip(masks, weights, strict=True)],
         given or None,
+        allow_tf32=_tf32(),
     )
     return [
         _spread(y, mask, plan, y.shape[1]) if mask.packed_width == UNPACKED else y
@@ -109,7 +113,9 @@ def _rows_backward(
         pack(dy, mask.index, mask.extents, plan, dy.shape[1]) if mask.packed_width == UNPACKED else dy
         for dy, mask in zip(dys, masks, strict=True)
     ]
-    dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan) if needs_x else None
+    dx = None
+    if needs_x:
+        dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan, allow_tf32=_tf32())
     dws: list[Tensor | None] = [None] * len(masks)
     dbs: list[Tensor | None] = [None] * len(masks)
     wanted = [g for g in range(len(masks)) if needs_weight[g] or needs_bias[g]]
@@ -123,6 +129,7 @@ def _rows_backward(
             [weights[g].shape[0] for g in wanted],
             weight_dtype=weights[0].dtype,
             with_bias=any(needs_bias),
+            allow_tf32=_tf32(),
         )
         for place, g in enumerate(wanted):
             dws[g] = found_w[place] if needs_weight[g] else None
@@ -136,7 +143,8 @@ def _rows_backward(
 def _columns_forward(mask: StoredMask, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     if mask.packed_width == UNPACKED:
         x = pack(x, mask.index, mask.extents, plan, x.shape[1])
-    return row_matmul_t([x], [_transposed(weight, x)], [mask.index], [mask.extents], plan, _as(bias, x))
+    transposed, bias = _transposed(weight, x), _as(bias, x)
+    return row_matmul_t([x], [transposed], [mask.index], [mask.extents], plan, bias, allow_tf32=_tf32())
 
 
 def _columns_backward(
@@ -146,12 +154,14 @@ def _columns_backward(
     index, counts = [mask.index], [mask.extents]
     dx = dw = None
     if needs_x:
-        (dx,) = row_matmul(dy, [_transposed(weight, dy)], index, counts, plan, [_packed_width(mask, K)])
+        width, transposed = _packed_width(mask, K), _transposed(weight, dy)
+        (dx,) = row_matmul(dy, [transposed], index, counts, plan, [width], allow_tf32=_tf32())
         dx = _spread(dx, mask, plan, K) if unpacked else dx
     if needs_weight:
         x = pack(x, mask.index, mask.extents, plan, K) if unpacked else x
-        (transposed,), _ = row_weight_grad([x], dy, index, counts, plan, [K], weight_dtype=weight.dtype)
-        dw = transposed.t().contiguous()
+        options = {"weight_dtype": weight.dtype, "allow_tf32": _tf32()}
+        (of_transposed,), _ = row_weight_grad([x], dy, index, counts, plan, [K], **options)
+        dw = of_transposed.t().contiguous()
     return dx, dw
 
 
@@ -167,8 +177,11 @@ def _tiles_backward(
     mask: StoredMask, dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     layout = layout_of(mask, *weight.shape)
-    dx = tile_matmul(dy, weight, layout, plan, transposed=True) if needs_x else None
-    dw = tile_weight_grad(dy, x, layout, plan, weight_dtype=weight.dtype) if needs_weight else None
+    dx = dw = None
+    if needs_x:
+        dx = tile_matmul(dy, weight, layout, plan, transposed=True, allow_tf32=_tf32())
+    if needs_weight:
+        dw = tile_weight_grad(dy, x, layout, plan, weight_dtype=weight.dtype, allow_tf32=_tf32())
     return dx, dw
 
 
@@ -179,6 +192,11 @@ def _packed_width(mask: StoredMask, size: int) -> int:
 
 def _spread(packed: Tensor, mask: StoredMask, plan: Plan, size: int) -> Tensor:
     return unpack(packed, mask.index, mask.extents, plan, size, table=positions_of(mask, size))
+
+
+def _tf32() -> bool:
+    """Whether float32 products may use TF32: PyTorch's own setting for matrix products."""
+    return torch.get_float32_matmul_precision() != "highest"
 
 
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -23,6 +23,7 @@ from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
 from fastmask_kernels.row_cases import table_cases
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
+from fastmask_kernels.tuning import tuned
 
 __all__ = ["cases", "row_matmul", "row_matmul_t"]
 
@@ -256,6 +257,7 @@ def row_matmul(
     _check_outs(outs, list(widths), x, plan)
     if plan.n_rows == 0:
         return list(outs)
+    config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
     if config is None:
         config = choose(
             ROW_MATMUL[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
@@ -323,6 +325,8 @@ def row_matmul_t(
     _check_outs([out], [K], x, plan)
     if plan.n_rows == 0:
         return out
+    sizes = [*[given.shape[1] for given in xs], K]
+    config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
     if config is None:
         config = choose(
             ROW_MATMUL_T[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],

@@ -23,6 +23,7 @@ from fastmask_kernels.row_arguments import aligned, check_activation, check_rows
 from fastmask_kernels.row_cases import table_cases
 from fastmask_kernels.row_configs import MULTIPROCESSORS, ROW_WEIGHT_GRAD, choose, kind_of
 from fastmask_kernels.row_matmul import live_count, pick
+from fastmask_kernels.tuning import tuned
 
 __all__ = ["cases", "row_weight_grad"]
 
@@ -269,6 +270,7 @@ def _launch(
 ) -> None:  # fmt: skip
     K, n_present = x.shape[1], plan.present.shape[0]
     widths = [dy.shape[1] for dy in dys]
+    config = config or tuned("row_weight_grad", x, None, [*widths, K], plan, allow_tf32)
     if config is None:
         config = choose(
             ROW_WEIGHT_GRAD[chip_of(x.device), kind_of(x, None, allow_tf32)],

@@ -22,8 +22,9 @@ from fastmask_kernels.configs import Case, Config
 from fastmask_kernels.interpreter import refuse_bf16
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tuning import tuned
 
-__all__ = ["cases", "single_bits", "tile_matmul"]
+__all__ = ["block_sizes", "cases", "single_bits", "tile_matmul"]
 
 
 @triton.jit
@@ -187,6 +188,8 @@ def tile_matmul(
     if transposed:
         OUT_TILE, IN_TILE, out_tiles, in_tiles = IN_TILE, OUT_TILE, in_tiles, out_tiles
         tiles, counts = layout.column_tiles, layout.column_counts
+    sizes = [int(transposed), *layout.shape, *layout.tile]
+    config = config or tuned("tile_matmul", x, weight.dtype, sizes, plan, allow_tf32)
     if config is None:
         config = _choose(chip_of(x.device), x.dtype, weight.dtype, (OUT_TILE, IN_TILE), plan)
     BM, BK = config["BM"], config["BK"]
@@ -243,6 +246,11 @@ def _choose(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tupl
     tokens = plan.n_rows // plan.present.shape[0]
     bucket = 256 if tokens >= 256 else 128 if tokens >= 128 else 64
     return _config(chip, dtype.itemsize, weight_dtype.itemsize, tile, bucket)
+
+
+def block_sizes(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int]) -> list[Config]:
+    """Every shipped config for a tile (out, in), for whoever measures them."""
+    return [_config(chip, dtype.itemsize, weight_dtype.itemsize, tile, bucket) for bucket in (256, 128, 64)]
 
 
 def _config(chip: str, size: int, weight_size: int, tile: tuple[int, int], bucket: int) -> Config:

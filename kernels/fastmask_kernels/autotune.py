@@ -1,0 +1,140 @@
+"""`python -m fastmask_kernels.autotune`: measure the shipped block sizes on this GPU and remember the best of each.
+
+Every kernel is timed on random data of the sizes given, with each config its tables hold for this chip; the fastest is
+kept in `tuning.cache_file()`, and later launches of such sizes take it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from fastmask_kernels import tuning
+from fastmask_kernels.chips import chip_of
+from fastmask_kernels.configs import Config
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_WEIGHT_GRAD, kind_of
+from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_weight_grad import row_weight_grad
+from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tile_matmul import block_sizes, tile_matmul
+
+__all__ = ["fastest", "main"]
+
+Launch = Callable[[Config], object]
+
+
+def fastest(launch: Launch, candidates: Sequence[Config], time: Callable[[Callable[[], object]], float]) -> Config:
+    """The candidate with the least time; one that the chip cannot run is passed over.
+
+    Raises:
+        RuntimeError: no candidate runs.
+    """
+    best: tuple[float, Config] | None = None
+    problems: list[str] = []
+    for config in dict.fromkeys(candidates):
+        try:
+            seconds = time(lambda config=config: launch(config))  # type: ignore[misc]
+        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError) as error:
+            problems.append(f"{config}: {error}")
+            continue
+        if best is None or seconds < best[0]:
+            best = (seconds, config)
+    if best is None:
+        raise RuntimeError("no config runs here:\n" + "\n".join(problems))
+    return best[1]
+
+
+def tune_rows(x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, plan: Plan) -> list[tuple[str, Config]]:
+    """Best configs of the three row kernels for activations [M, K] and a weight [N, K]; returned and remembered."""
+    (N, K), width, chip = weight.shape, index.shape[1], chip_of(x.device)
+    kind = kind_of(x, weight.dtype, False)
+    y = row_matmul(x, [weight], [index], [counts], plan, [width])[0]
+    rows = ([index], [counts], plan)
+
+    def forward(config: Config) -> object:
+        return row_matmul(x, [weight], *rows, [width], config=config)
+
+    def transposed(config: Config) -> object:
+        return row_matmul_t([y], [weight], *rows, config=config)
+
+    def grad(config: Config) -> object:
+        return row_weight_grad([y], x, *rows, [N], weight_dtype=weight.dtype, config=config)
+
+    grad_kind = kind_of(x, None, False)
+    jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = [
+        ("row_matmul", weight.dtype, forward, ROW_MATMUL[chip, kind]),
+        ("row_matmul_t", weight.dtype, transposed, ROW_MATMUL_T[chip, kind]),
+        ("row_weight_grad", None, grad, ROW_WEIGHT_GRAD[chip, grad_kind]),
+    ]
+    return [
+        _keep(tuning.problem(name, x, dtype, [width, K], plan, False), launch, candidates)
+        for name, dtype, launch, candidates in jobs
+    ]
+
+
+def tune_tiles(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> list[tuple[str, Config]]:
+    """Best configs of the two tile products; the weight gradient's blocks follow from the layout's tile."""
+    y = tile_matmul(x, weight, layout, plan)
+    found = []
+    for transposed, given in ((False, x), (True, y)):
+        sizes = [int(transposed), *weight.shape, *layout.tile]
+
+        def launch(config: Config, given: Tensor = given, transposed: bool = transposed) -> object:
+            return tile_matmul(given, weight, layout, plan, transposed=transposed, config=config)
+
+        name = tuning.problem("tile_matmul", x, weight.dtype, sizes, plan, False)
+        out_in = layout.tile[::-1] if transposed else layout.tile
+        found.append(_keep(name, launch, block_sizes(chip_of(x.device), x.dtype, weight.dtype, out_in)))
+    return found
+
+
+def _keep(name: str, launch: Launch, candidates: Sequence[Config]) -> tuple[str, Config]:
+    config = fastest(launch, candidates, lambda run: triton.testing.do_bench(run, return_mode="median"))
+    tuning.remember(name, config)
+    return name, config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tune for one set of sizes."""
+    parser = argparse.ArgumentParser(prog="python -m fastmask_kernels.autotune", description=__doc__)
+    parser.add_argument("--weight", default="4096x4096", help="out_features x in_features (default: 4096x4096)")
+    parser.add_argument("--examples", type=int, default=32, help="examples in a batch (default: 32)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
+    parser.add_argument("--languages", type=int, default=8, help="languages in a batch (default: 8)")
+    parser.add_argument("--density", type=float, default=0.5, help="share of live rows or tiles (default: 0.5)")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    options = parser.parse_args(arguments)
+    try:
+        N, K = (int(size) for size in options.weight.split("x"))
+    except ValueError:
+        parser.error(f"--weight must be like 4096x4096, given {options.weight!r}")
+    if not torch.cuda.is_available():
+        print("autotune measures on a GPU, and there is none here", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    ids = torch.arange(options.examples, device="cuda") * options.languages // options.examples
+    plan = Plan(ids, options.tokens, options.languages)
+    x = torch.randn(options.examples * options.tokens, K, device="cuda", dtype=dtype)
+    weight = torch.randn(N, K, device="cuda", dtype=dtype)
+    live = max(1, round(options.density * N))
+    index = torch.stack([torch.randperm(N, device="cuda")[:live].sort().values for _ in range(options.languages)])
+    counts = torch.full((options.languages,), live, device="cuda")
+    found = tune_rows(x, weight, index, counts, plan)
+    keep = torch.rand(options.languages, -(-N // 64), -(-K // 64), device="cuda") < options.density
+    if N % 64 == 0 and K % 64 == 0:
+        found += tune_tiles(x, weight, TileLayout.from_blocks(keep, (64, 64)), plan)
+    for name, config in found:
+        print(f"{name}: {dict(config.blocks)}, {config.num_warps} warps, {config.num_stages} stages")
+    print(f"kept in {tuning.cache_file()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

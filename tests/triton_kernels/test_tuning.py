@@ -1,0 +1,105 @@
+"""Measured block sizes: kept on disk, taken by later launches, chosen by time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import triton
+from fastmask_kernels import autotune, tuning
+from fastmask_kernels.configs import Config
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_matmul import row_matmul, row_matmul_kernel
+
+SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning._remembered.cache_clear()
+    yield
+    tuning._remembered.cache_clear()
+
+
+def setting(rows=4, tokens=8):
+    plan = Plan(torch.tensor([0, 1, 0, 1])[:rows], tokens, 2)
+    return torch.randn(plan.n_rows, 32), plan
+
+
+def test_kept_on_disk_and_read_by_another_process():
+    """What was measured is lost, or is not what comes back."""
+    x, plan = setting()
+    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
+    tuning.remember(tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
+    tuning._remembered.cache_clear()  # as another process would start
+    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) == SMALL
+    assert tuning.tuned("row_matmul", x, torch.float32, [16, 48], plan, False) is None
+    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, True) is None
+
+
+def test_another_number_of_tokens_is_another_problem_only_if_far_off():
+    """A config for few tokens is taken for many, or every batch size counts as new."""
+    x, plan = setting(tokens=8)
+    near, far = setting(tokens=9)[1], setting(tokens=80)[1]
+    name = tuning.problem("k", x, None, [1], plan, False)
+    assert tuning.problem("k", x, None, [1], near, False) == name
+    assert tuning.problem("k", x, None, [1], far, False) != name
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99, "configs": {}}', '{"format": 1, "configs": [1]}'])
+def test_a_broken_file_counts_as_none(content):
+    """A damaged cache stops every launch."""
+    tuning.cache_file().parent.mkdir(parents=True)
+    tuning.cache_file().write_text(content)
+    x, plan = setting()
+    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
+    tuning.remember("other", SMALL)
+    assert json.loads(tuning.cache_file().read_text())["configs"].keys() == {"other"}
+
+
+def test_a_launch_takes_it(monkeypatch):
+    """Tuning has no effect."""
+    x, plan = setting()
+    arguments = (x, [torch.randn(16, 32)], [torch.arange(16).expand(2, 16).contiguous()], [torch.tensor([16, 8])])
+    plainly = row_matmul(*arguments, plan, [16])[0]
+    tuning.remember(tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
+    seen = {}
+    original = type(row_matmul_kernel).__getitem__
+
+    def spying(kernel, grid):
+        launch = original(kernel, grid)
+
+        def launched(*args, **kwargs):
+            seen.update(kwargs)
+            return launch(*args, **kwargs)
+
+        return launched
+
+    monkeypatch.setattr(type(row_matmul_kernel), "__getitem__", spying)
+    torch.testing.assert_close(row_matmul(*arguments, plan, [16])[0], plainly)
+    assert seen["BM"] == 16
+    assert seen["BN"] == 16
+
+
+def test_the_fastest_that_runs_is_chosen():
+    """A slow config wins, or one that does not fit the chip ends the search."""
+    times = {2: 3.0, 3: 1.0, 4: 2.0}
+    candidates = [Config((("BM", 16),), 4, stages) for stages in (1, 2, 3, 4)]
+
+    def launch(config):
+        if config.num_stages == 1:
+            raise triton.runtime.errors.OutOfResources(1, 0, "shared memory")
+        return config
+
+    assert autotune.fastest(launch, candidates, lambda run: times[run().num_stages]) == candidates[2]
+    with pytest.raises(RuntimeError, match="no config runs here"):
+        autotune.fastest(launch, candidates[:1], lambda run: times[run().num_stages])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys):
+    """The command fails with a traceback where there is nothing to measure."""
+    assert autotune.main([]) == 2
+    assert "there is none here" in capsys.readouterr().err

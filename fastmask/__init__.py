@@ -1,12 +1,25 @@
 """fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part."""
 
 from fastmask.discovery import discover
+from fastmask.dynamic import DynamicSubnetworks
 from fastmask.functional import masked_linear
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
+from fastmask.meta import MetaLearner
 from fastmask.models import attach, detach, language
 from fastmask.subnetworks import Subnetworks
 
 __version__ = "0.1.0"
 
-__all__ = ["Mask", "MaskedLinear", "Subnetworks", "attach", "detach", "discover", "language", "masked_linear"]
+__all__ = [
+    "DynamicSubnetworks",
+    "Mask",
+    "MaskedLinear",
+    "MetaLearner",
+    "Subnetworks",
+    "attach",
+    "detach",
+    "discover",
+    "language",
+    "masked_linear",
+]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask import bits
 
-__all__ = ["UNPACKED", "Mask", "StoredMask"]
+__all__ = ["UNPACKED", "Mask", "StoredMask", "live_blocks"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
 UNPACKED = -1
@@ -132,16 +132,58 @@ class Mask:
             return bits.unpack(self.index, K)
         if self.kind == "blocks":
             bn, bk = self.geometry
-            keep = torch.zeros(L, N // bn, K // bk, dtype=torch.bool, device=self.device)
-            starts = self.extents[0].tolist()
-            for language in range(L):
-                for row, first, last in self.index[starts[language] : starts[language + 1]].tolist():
-                    keep[language, row, first:last] = True
-            return keep.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
+            return (
+                live_blocks(self.index, self.extents, self.geometry, (N, K))
+                .repeat_interleave(bn, 1)
+                .repeat_interleave(bk, 2)
+            )
         keep = torch.zeros(L, N if self.kind == "rows" else K, dtype=torch.bool, device=self.device)
         for language, count in enumerate(self.live_counts()):
             keep[language, self.index[language, :count]] = True
         return keep[:, :, None].expand(L, N, K) if self.kind == "rows" else keep[:, None, :].expand(L, N, K)
+
+    def replaced(self, language: int, keep: Tensor) -> Mask:
+        """A new mask in which one language owns something else; what the others own is as it was.
+
+        Args:
+            language: the language's id, 0..L-1.
+            keep: bool, one language's part of what the constructor takes: [N] for rows, [K] for columns,
+                [N / bn, K / bk] for blocks, [N, K] for weights.
+
+        Raises:
+            ValueError: an id out of range, or another shape.
+            TypeError: not a bool tensor.
+        """
+        if not 0 <= language < self.n_languages:
+            raise ValueError(f"language id {language} is out of range: expected 0 to {self.n_languages - 1}")
+        N, K = self.out_features, self.in_features
+        shape = {"rows": (N,), "columns": (K,), "weights": (N, K)}.get(self.kind)
+        if shape is None:
+            shape = (N // self.geometry[0], K // self.geometry[1])
+        keep = _checked(keep, len(shape), f"keep {list(shape)} of a mask of {self.kind}").to(self.device)
+        if tuple(keep.shape) != shape:
+            raise ValueError(f"expected keep {list(shape)} of a mask of {self.kind}, given shape {tuple(keep.shape)}")
+        if self.kind == "blocks":
+            blocks = live_blocks(self.index, self.extents, self.geometry, (N, K))
+            blocks[language] = keep
+            return Mask.blocks(blocks, (self.geometry[0], self.geometry[1]))
+        if self.kind == "weights":
+            index, extents, geometry = self.index.clone(), self.extents.clone(), self.geometry
+            index[language], extents[language] = bits.pack(keep[None])[0], keep.sum()
+            live = extents
+        else:
+            unit, own, count = _live_units(keep[None])
+            extents = self.extents.clone()
+            extents[language] = count[0]
+            most = max(1, int(extents.max()))
+            index = self.index.new_zeros(self.n_languages, most)
+            held = min(most, self.index.shape[1])
+            index[:, :held] = self.index[:, :held]
+            index[language] = torch.nn.functional.pad(own[0], (0, most - own.shape[1]))
+            # Runs of a common divisor describe the other languages as well as this one.
+            geometry = (math.gcd(self.geometry[0], unit),)
+            live = extents * (K if self.kind == "rows" else N)
+        return Mask(self.kind, (self.n_languages, N, K), geometry, live, index, extents)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
         """The same mask with `function` applied to each stored tensor (to move it between devices)."""
@@ -190,6 +232,20 @@ def _live_units(keep: Tensor) -> tuple[int, Tensor, Tensor]:
     most = max(1, int(counts.max()))
     padding = torch.arange(most, device=keep.device)[None, :] >= counts[:, None]
     return unit, order[:, :most].masked_fill(padding, 0).contiguous(), counts
+
+
+def live_blocks(runs: Tensor, starts: Tensor, block: Sequence[int], shape: tuple[int, int]) -> Tensor:
+    """Bool [L, N / bn, K / bk] of the `index` and `extents` of a block mask over [N, K]; undoes `_runs`."""
+    (bn, bk), (N, K), row_starts = block, shape, starts[0]
+    n_runs = int(row_starts[-1])
+    row, first, last = runs[:n_runs].unbind(1)
+    language = torch.searchsorted(row_starts, torch.arange(n_runs, device=runs.device), right=True) - 1
+    # Runs begin with +1 and end with -1; the running sum in between is 1.
+    steps = torch.zeros(len(row_starts) - 1, N // bn, K // bk + 1, dtype=torch.int32, device=runs.device)
+    one = steps.new_ones(n_runs)
+    steps.index_put_((language, row, first), one, accumulate=True)
+    steps.index_put_((language, row, last), -one, accumulate=True)
+    return steps.cumsum(2)[..., :-1].bool()
 
 
 def _runs(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,13 +103,17 @@ def print_scores(rows: Sequence[Row], file: TextIO) -> None:
     _console(file).print(table)
 
 
-def print_summary(folder: Path, speed: dict[str, float], pictures: Sequence[Path], file: TextIO) -> None:
-    """Training speed, and where everything is."""
+def print_summary(
+    folder: Path, speed: dict[str, float], scouting: float | None, pictures: Sequence[Path], file: TextIO
+) -> None:
+    """Training speed, the share of time that scouts took (method `dynamic`), and where everything is."""
     names = {"full_network": "on the full network", "subnetworks": "with subnetworks"}
     console = _console(file)
     if speed:
         parts = [f"{value:,.0f} tokens/s {names[name]}" for name, value in speed.items()]
         console.print(f"training: {', '.join(parts)}", highlight=False)
+    if scouting is not None:
+        console.print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")
     files = [f"{name} {what}" for name, what in _FILES.items() if (folder / name).exists()]
     files += [f"{path.name} (heads by language and layer)" for path in pictures]
     console.print(f"run: {folder.resolve()}", highlight=False, soft_wrap=True)
@@ -121,6 +125,7 @@ _FILES = {
     "metrics.jsonl": "(loss and dev scores)",
     "model": "(parser)",
     "masks.safetensors": "(subnetworks)",
+    "dynamic.safetensors": "(how the subnetworks changed)",
 }
 
 

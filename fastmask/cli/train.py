@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> None:
     report = {
         "settings": dataclasses.asdict(config),
         "training_tokens_per_second": speed,
+        "scouting_share": result.scouting_share,
         "test": [dataclasses.asdict(row) for row in rows],
     }
     replace_file(folder / RESULTS_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         pictures.append(folder / "head_use.png")
         head_use(result.subnetworks, pictures[0])
     print_scores(rows, sys.stdout)
-    print_summary(folder, speed, pictures, sys.stdout)
+    print_summary(folder, speed, result.scouting_share, pictures, sys.stdout)
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:

@@ -20,7 +20,7 @@ from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.activations import NONE, name_of
 
-__all__ = ["attach", "attached", "detach", "is_attached", "language"]
+__all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of", "set_subnetwork"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +69,7 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
 def detach(model: Model) -> Model:
     """Undo `attach`: the plain model again, with the parameters as training left them."""
     state = attached(model)
-    owner = _owner(model)
+    owner = owner_of(model)
     for name, module in state.plain_modules.items():
         replacement = owner.get_submodule(name)
         if isinstance(module, nn.Linear):
@@ -97,21 +97,83 @@ def language(model: nn.Module, name: str | None) -> Iterator[None]:
         router.default = before
 
 
+def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
+    """Give one language of an attached model another subnetwork; those of the other languages stay as they are.
+
+    Only layers where the language's units really change get new masks. `attached(model).subnets` becomes a new object;
+    whoever held the old one still has the old masks. Call it between a backward pass and the next forward pass (one
+    that was begun before ends with the masks it began with, unless gradient checkpointing recomputes it). A compiled
+    model may compile again.
+
+    Args:
+        model: a model with subnetworks attached.
+        language: one of their languages.
+        heads: bool [layers, heads], or None to leave them.
+        neurons: bool [layers, ffn], or None to leave them.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks.
+        ValueError: a kind of unit that is not masked, another shape or dtype, or a layer left without a live unit.
+    """
+    state, owner = attached(model), owner_of(model)
+    row = state.subnets.index(language)
+    given = {what: keep for what, keep in (("heads", heads), ("neurons", neurons)) if keep is not None}
+    if not given:
+        raise ValueError("nothing to set: give heads, neurons or both")
+    for what, keep in given.items():
+        _check_one(what, keep, getattr(state.subnets, what), language)
+    # Everything that can fail comes before the first change to the model.
+    changed: list[tuple[AttachedLinear, Mask]] = []
+    for index, parts in enumerate(layer_parts(owner)):
+        for what, keep in given.items():
+            if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
+                continue
+            units = {**parts.heads_rows, parts.heads_columns[0]: parts.heads_columns[1]}
+            if what == "neurons":
+                units = dict.fromkeys((*parts.neurons_rows, parts.neurons_columns), 1)
+            for module_name, unit in units.items():
+                layer = owner.get_submodule(module_name)
+                assert isinstance(layer, AttachedLinear)
+                changed.append((layer, layer.mask.replaced(row, keep[index].repeat_interleave(unit))))
+    wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
+    for what, keep in given.items():
+        wide[what] = wide[what].clone()
+        wide[what][row] = keep
+    subnets = Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide)
+    counts = [mask.live_counts() for _, mask in changed]
+    for (layer, mask), live in zip(changed, counts, strict=True):
+        layer.mask, layer._live_counts = mask, live
+    state.subnets = subnets
+
+
+def _check_one(what: str, keep: Tensor, before: Tensor | None, name: str) -> None:
+    """Refuse what cannot be one language's units."""
+    if before is None:
+        raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
+        given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"expected {what} of {name!r} as a bool tensor {tuple(before.shape[1:])}, given {given}")
+    dead = (~keep.any(1)).nonzero().flatten().tolist()
+    if dead:
+        raise ValueError(f"this would leave {name!r} without live {what} in layer {dead[0]}: keep at least one")
+
+
 def is_attached(model: nn.Module) -> bool:
     """Whether subnetworks are attached to a model (also below DistributedDataParallel or torch.compile)."""
-    return hasattr(_owner(model), "_fastmask")
+    return hasattr(owner_of(model), "_fastmask")
 
 
 def attached(model: nn.Module) -> Attached:
     """The state that `attach` left on a model."""
-    state: Attached | None = getattr(_owner(model), "_fastmask", None)
+    state: Attached | None = getattr(owner_of(model), "_fastmask", None)
     if state is None:
         raise ValueError(f"no subnetworks are attached to this {type(model).__name__}: call fastmask.attach first")
     return state
 
 
-def _owner(model: nn.Module) -> nn.Module:
-    while not hasattr(model, "_fastmask"):
+def owner_of(model: nn.Module) -> nn.Module:
+    """The module that `attach` changed, below DistributedDataParallel or torch.compile; `model` itself if none was."""
+    while "_fastmask" not in vars(model):  # not hasattr: a compiled module passes questions on to the one it wraps
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             break

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from fastmask.dynamic.dynamic import STRATEGIES
 from fastmask.errors import unknown
 from fastmask.parsing.vocabulary import SUBTYPES
 from fastmask.subnetworks.subnetworks import UNITS
@@ -21,7 +22,7 @@ from fastmask.training.schedule import SCHEDULES
 
 __all__ = ["DEVICES", "METHODS", "PRECISIONS", "UNITS", "ConfigError", "TrainConfig"]
 
-METHODS = ("full", "static", "random", "shared")
+METHODS = ("full", "static", "dynamic", "random", "shared")
 PRECISIONS = ("no", "bf16")
 
 
@@ -41,7 +42,9 @@ class TrainConfig:
     data: str | None = _option(None, "folder of UD treebanks (UD_*/); the embedded synthetic languages if not given")
     languages: str | None = _option(None, "comma-separated codes or treebank names, as in en,ar,UD_Czech-CAC")
     method: str = _option(
-        "static", "which subnetworks: none, found per language, random, or one shared", choices=METHODS
+        "static",
+        "which subnetworks: none, found per language, found and then updated while training, random, or one shared",
+        choices=METHODS,
     )
     out: str = _option("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model")
     model: str = _option("small", "'small' (trained from scratch), or an encoder on disk or on the Hub")
@@ -54,6 +57,9 @@ class TrainConfig:
     tau: float = _option(
         0.95, "prune while the dev score is at least tau times that of the full network", above=0, high=1
     )
+    strategy: str = _option("swap", "how dynamic subnetworks are updated", choices=STRATEGIES)
+    update_every: int = _option(100, "steps between updates of dynamic subnetworks", low=1)
+    scout_sentences: int = _option(8, "training sentences per language that an update looks at, in each process", low=1)
     steps: int = _option(1500, "optimiser steps in all; 600 if not given on the embedded languages", low=1)
     batch_size: int = _option(32, "sentences per step, over all languages and processes", low=1)
     seed: int = _option(0, "of weights, sentence order, dropout and random masks", low=0, high=2**32 - 1)

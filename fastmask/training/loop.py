@@ -25,6 +25,7 @@ from fastmask.training import checkpoints
 from fastmask.training.build import build_optimizer, encode_training_data
 from fastmask.training.config import TrainConfig
 from fastmask.training.device import device_of
+from fastmask.training.dynamic import DYNAMIC_FILE, DynamicMasks
 from fastmask.training.metrics import MetricsLog, TrainingProgress
 from fastmask.training.random_state import preserved_random_state
 from fastmask.training.run_folder import open_run
@@ -76,10 +77,12 @@ class TrainResult:
 
     Attributes:
         parser: trained, in evaluation mode, its encoder attached if there are subnetworks.
-        subnetworks: a `fastmask.Subnetworks`, or None for method `full`.
+        subnetworks: a `fastmask.Subnetworks`, or None for method `full`; of method `dynamic` the last ones.
         language_ids: what to pass for a language: its place in `subnetworks.languages`, or None for method `full`.
         history: the records of ``metrics.jsonl``.
         run: the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``.
+        scouting_share: share of the time since the switch (or since resuming) that went into looking for better masks;
+            None for other methods.
     """
 
     parser: Parser = field(repr=False)
@@ -87,6 +90,7 @@ class TrainResult:
     language_ids: dict[str, int] | None
     history: list[dict[str, Any]] = field(repr=False)
     run: Path
+    scouting_share: float | None = None
 
 
 def train(
@@ -154,6 +158,8 @@ class _Run:
         self.model, self.optimizer = self.accelerator.prepare(parser, build_optimizer(parser, config))
         self.subnetworks: Any = None
         self.language_ids: dict[str, int] | None = None
+        self.dynamic: DynamicMasks | None = None
+        self.dynamic_clock: tuple[float, float] | None = None  # seconds scouted, and the time, when this process began
         self.step = 0
         self.window = {"loss": 0.0, "grad_norm": 0.0, "steps": 0}  # since the last line of the metrics
         history: list[dict[str, Any]] = []
@@ -172,14 +178,17 @@ class _Run:
             if self.subnetworks is not None:
                 bar.phase("subnetworks")
             words, clock = 0, time.perf_counter()
+            self._start_clock()
             while self.step < config.steps:
                 if self.step == config.switch_step and self.subnetworks is None:
                     bar.phase("finding subnetworks")
                     self._checkpoint()
                     self._switch()
+                    self._start_clock()
                     bar.phase("subnetworks")
                     words, clock = 0, time.perf_counter()
                 words += self._train_step()
+                self._update_masks()
                 last = self.step == config.steps
                 if self.step % config.log_every == 0 or last:
                     rate = words / max(time.perf_counter() - clock, 1e-9)
@@ -192,7 +201,15 @@ class _Run:
                     self._checkpoint()
                 if on_step is not None:
                     on_step(self.step)
-        return self._finish()
+            scouting_share = None
+            if self.dynamic is not None and self.dynamic_clock is not None:
+                seconds, since = self.dynamic_clock
+                scouting_share = (self.dynamic.masks.seconds - seconds) / (time.perf_counter() - since)
+        return self._finish(scouting_share)
+
+    def _start_clock(self) -> None:
+        if self.dynamic is not None:
+            self.dynamic_clock = (self.dynamic.masks.seconds, time.perf_counter())
 
     def _train_step(self) -> int:
         """Take one step and return the words of the batch over all processes."""
@@ -227,6 +244,13 @@ class _Run:
         self.window["grad_norm"] += norm
         self.window["steps"] += 1
         return words
+
+    def _update_masks(self) -> None:
+        """Let dynamic subnetworks change, and note in the metrics whose did."""
+        if self.dynamic is None or not (changed := self.dynamic.after_step(self.step)):
+            return
+        self.subnetworks = self.dynamic.subnetworks
+        self.log.add({"step": self.step, "masks_changed": changed})
 
     def _log_window(self, words_per_second: float) -> dict[str, Any]:
         """Write the means since the last line."""
@@ -284,6 +308,9 @@ class _Run:
         fm.attach(self.parser.encoder, subnetworks)
         self.subnetworks = subnetworks
         self.language_ids = {code: known.index(code) for code in known}
+        if self.config.method == "dynamic":
+            self.dynamic = DynamicMasks(self.parser, self.train_data, self.config, self.accelerator)
+            self.accelerator.register_for_checkpointing(self.dynamic)
 
     def _checkpoint(self) -> None:
         """Save the state, unless the weights are spoilt."""
@@ -302,18 +329,23 @@ class _Run:
         if (path / MASKS_FILE).is_file():
             self._attach(fm.Subnetworks.load(path / MASKS_FILE))
         checkpoints.load(self.accelerator, path)
+        if self.dynamic is not None:
+            self.subnetworks = self.dynamic.subnetworks
         self.step, self.window = int(content["step"]), content["window"]
         return content["history"]
 
-    def _finish(self) -> TrainResult:
+    def _finish(self, scouting_share: float | None) -> TrainResult:
         """Save the model where it is looked for."""
         self.accelerator.wait_for_everyone()
         parser = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         parser.eval()
         if self.accelerator.is_main_process:
             parser.save(self.folder / "model")
+            if self.dynamic is not None:
+                checkpoints.replace_file(self.folder / MASKS_FILE, self.subnetworks.save)
+                checkpoints.replace_file(self.folder / DYNAMIC_FILE, self.dynamic.save)
         self.accelerator.wait_for_everyone()
-        return TrainResult(parser, self.subnetworks, self.language_ids, self.log.history, self.folder)
+        return TrainResult(parser, self.subnetworks, self.language_ids, self.log.history, self.folder, scouting_share)
 
 
 def _accelerator(precision: str, cpu: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Which subnetworks a run trains: found per language (`static`), or one of the controls made from them."""
+"""Which subnetworks a run trains: found per language (`static`, `dynamic`), or one of the controls made from them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SCORING_BATCH = 32  # sentences; the scores do not depend on it
 def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None = None) -> Subnetworks:
     """The subnetworks that the run's method trains, at the step where they are switched on.
 
-    `random` and `shared` are controls: they start from the static subnetworks and keep the number of live units of
-    every language and layer (`random`), or the average one of every layer (`shared`).
+    `dynamic` starts as `static` does. `random` and `shared` are controls: they start from the static subnetworks and
+    keep the number of live units of every language and layer (`random`), or the average one of every layer (`shared`).
     """
     config = point.config
     if config.masks is not None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-import torch
 from fastmask_kernels.packing import positions
 from fastmask_kernels.tile_layout import TileLayout
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastmask.masks import StoredMask
+from fastmask.masks import StoredMask, live_blocks
 
 __all__ = ["layout_of", "positions_of"]
 
@@ -24,7 +23,8 @@ def layout_of(mask: StoredMask, N: int, K: int) -> TileLayout:
     layout = _made.get(mask.index)
     if layout is None:
         if mask.kind == "blocks":
-            layout = TileLayout.from_blocks(_live_blocks(mask, N, K), (mask.geometry[0], mask.geometry[1]))
+            keep = live_blocks(mask.index, mask.extents, mask.geometry, (N, K))
+            layout = TileLayout.from_blocks(keep, (mask.geometry[0], mask.geometry[1]))
         else:
             # An alias: were the key held by its own value, neither would ever be freed.
             layout = TileLayout.from_bits(mask.index.detach(), N, K)
@@ -38,17 +38,3 @@ def positions_of(mask: StoredMask, size: int) -> Tensor:
     if table is None:
         table = _tables[mask.index] = positions(mask.index, mask.extents, size)
     return table
-
-
-def _live_blocks(mask: StoredMask, N: int, K: int) -> Tensor:
-    """Bool [L, N / bn, K / bk], from the runs of live blocks."""
-    (bn, bk), row_starts = mask.geometry, mask.extents[0]
-    n_runs = int(row_starts[-1])
-    row, first, last = mask.index[:n_runs].unbind(1)
-    language = torch.searchsorted(row_starts, torch.arange(n_runs, device=row.device), right=True) - 1
-    # Runs begin with +1 and end with -1; the running sum in between is 1.
-    steps = torch.zeros(len(row_starts) - 1, N // bn, K // bk + 1, dtype=torch.int32, device=row.device)
-    one = steps.new_ones(n_runs)
-    steps.index_put_((language, row, first), one, accumulate=True)
-    steps.index_put_((language, row, last), -one, accumulate=True)
-    return steps.cumsum(2)[..., :-1].bool()

@@ -277,3 +277,57 @@ def test_training_learns(tmp_path: Path) -> None:
     result = run(tmp_path / "run", steps=60, eval_every=60, log_every=10, checkpoint_every=0)
     losses = [record["loss"] for record in metrics(result.run) if "loss" in record]
     assert losses[-1] < 0.75 * losses[0]
+
+
+# ---- dynamic subnetworks
+
+DYNAMIC = {"method": "dynamic", "update_every": 2, "scout_sentences": 4, "units": "both"}
+
+
+def halves(point: SwitchPoint) -> Any:
+    return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
+
+
+def dynamic_run(out: Path, on_step: Any = None, **changes: Any) -> TrainResult:
+    config = toy_config(out, **{**DYNAMIC, **changes})
+    return train(toy_parser(), toy_data(), config, halves, on_step, progress=False)
+
+
+@pytest.fixture(scope="module")
+def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    folder = tmp_path_factory.mktemp("dynamic")
+    return {strategy: dynamic_run(folder / strategy, strategy=strategy) for strategy in ("swap", "learned")}
+
+
+@pytest.mark.parametrize("strategy", ["swap", "learned"])
+def test_dynamic_masks_change_and_are_what_the_run_leaves(strategy: str, unbroken_dynamic: Any) -> None:
+    """If this fails, masks are never updated, or the file of the run holds those it started with."""
+    result = unbroken_dynamic[strategy]
+    start = halves(SwitchPoint(result.parser, {}, {}, toy_config(result.run), 0))
+    stored = fm.Subnetworks.load(result.run / "masks.safetensors")
+    assert torch.equal(stored.neurons, result.subnetworks.neurons)
+    assert torch.equal(stored.neurons.sum(-1).sum(-1), start.neurons.sum(-1).sum(-1)), "sizes are fixed"
+    assert not torch.equal(stored.neurons, start.neurons)
+    changed = [record for record in result.history if "masks_changed" in record]
+    assert changed
+    assert {record["step"] for record in changed} <= {8, 10, 12}
+    history = load_file(result.run / "dynamic.safetensors")
+    assert any(name.startswith("history.") for name in history)
+    assert 0 < result.scouting_share < 1
+
+
+@pytest.mark.parametrize("strategy", ["swap", "learned"])
+@pytest.mark.parametrize("killed_at", [6, 8, 10])
+def test_resumed_dynamic_run_ends_like_the_unbroken_one(
+    strategy: str, killed_at: int, unbroken_dynamic: Any, tmp_path: Path
+) -> None:
+    """If this fails, averages, scores or masks are lost when a run is killed."""
+    with pytest.raises(Killed):
+        dynamic_run(tmp_path / "run", kill_at(killed_at), strategy=strategy)
+    torch.rand(7)
+    resumed = dynamic_run(tmp_path / "run", strategy=strategy, resume=True)
+    assert_same_weights(resumed.parser, unbroken_dynamic[strategy].parser)
+    assert metrics(resumed.run) == metrics(unbroken_dynamic[strategy].run)
+    for name in ("masks.safetensors", "dynamic.safetensors"):
+        ours, theirs = (load_file(run.run / name) for run in (resumed, unbroken_dynamic[strategy]))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

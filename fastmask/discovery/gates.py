@@ -1,0 +1,160 @@
+"""Gates on the heads and neurons of an attached model: numbers that multiply what a unit hands on.
+
+The derivative of a loss with respect to a unit's gate says what the unit is worth. Every example has gates of its own,
+so one backward pass gives the derivative of each example's loss. `importance` reads gates of live units, all at 1;
+scouts of dynamic subnetworks gate all units, dead ones at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.models.attach import attached, owner_of
+from fastmask.models.families import layer_parts
+from fastmask.models.layers import AttachedLinear
+from fastmask.torch_path.activations import NONE, activate
+
+__all__ = ["Probe", "frozen", "gate_gradients", "gated", "probes_of"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One layer's units of one kind ("heads" or "neurons"), gated at the module that consumes them.
+
+    `unit` is how many of the consumer's inputs belong to one unit.
+    """
+
+    kind: str
+    layer: int
+    consumer: AttachedLinear
+    unit: int
+
+
+def probes_of(model: nn.Module) -> list[Probe]:
+    """Where the masked units of an attached model are gated, in the order in which a forward pass gets there."""
+    subnets, owner = attached(model).subnets, owner_of(model)
+    probes: list[Probe] = []
+    if subnets.heads is None and subnets.neurons is None:
+        return probes  # masks over weights: the model need not be of a known family
+
+    def add(kind: str, layer: int, name: str, unit: int) -> None:
+        consumer = owner.get_submodule(name)
+        assert isinstance(consumer, AttachedLinear)
+        probes.append(Probe(kind, layer, consumer, unit))
+
+    for index, parts in enumerate(layer_parts(owner)):
+        if subnets.heads is not None:
+            add("heads", index, *parts.heads_columns)
+        if subnets.neurons is not None:
+            add("neurons", index, parts.neurons_columns, 1)
+    return probes
+
+
+class _Gate(torch.autograd.Function):
+    """Multiply each unit of x [B, ..., units * unit] by its example's gate [B, units].
+
+    The gates' gradient is per example, and accumulated in float32 at least. `is_open` says that all gates are 1:
+    nothing is multiplied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gates: Tensor, unit: int, is_open: bool) -> Tensor:
+        ctx.save_for_backward(x, gates)
+        ctx.unit, ctx.is_open = unit, is_open
+        return x.view_as(x) if is_open else _scaled(x, gates, unit)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, gates = ctx.saved_tensors
+        # By x as it was before the gate: a closed gate has a gradient, too.
+        per_unit = (x * dy).unflatten(-1, (-1, ctx.unit)).sum(-1, dtype=gates.dtype)
+        return dy if ctx.is_open else _scaled(dy, gates, ctx.unit), per_unit.flatten(1, -2).sum(1), None, None
+
+
+def _scaled(x: Tensor, gates: Tensor, unit: int) -> Tensor:
+    of_units = gates.to(x.dtype).view(gates.shape[0], *[1] * (x.ndim - 2), -1, 1)
+    return (x.unflatten(-1, (-1, unit)) * of_units).flatten(-2)
+
+
+@contextmanager
+def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> Iterator[list[Tensor]]:
+    """Gate the input of every consumer; yields the list that each forward pass fills with its gates [B, units].
+
+    Args:
+        probes: of `probes_of`.
+        values: the gates of each probe, bool or float [units]; None opens all gates of whatever arrives.
+    """
+    gates: list[Tensor] = []
+    activations = {probe.consumer: probe.consumer.activation for probe in probes}
+
+    def hook(probe: Probe, value: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        def gate(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            # The gate stands behind the activation, also where the module computes it: it is taken out meanwhile.
+            x = activate(inputs[0], activations[probe.consumer])
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            shape = (x.shape[0], x.shape[-1] // probe.unit)
+            own = torch.ones(shape, dtype=dtype, device=x.device)
+            if value is not None:
+                own *= value.to(x.device)
+            gates.append(own.requires_grad_())
+            return (_Gate.apply(x, own, probe.unit, value is None), *inputs[1:])
+
+        return gate
+
+    for consumer in activations:
+        consumer.activation = NONE
+    all_open: list[Tensor | None] = [None] * len(probes)
+    handles = [
+        probe.consumer.register_forward_pre_hook(hook(probe, value))
+        for probe, value in zip(probes, all_open if values is None else values, strict=True)
+    ]
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+        for consumer, activation in activations.items():
+            consumer.activation = activation
+
+
+def gate_gradients(losses: Tensor, gates: Sequence[Tensor], probes: Sequence[Probe]) -> tuple[Tensor, ...]:
+    """The derivative of each example's loss with respect to its gates: [B, units] of each probe.
+
+    Args:
+        losses: one for each example, [B].
+        gates: what the forward pass behind the losses filled the list of `gated` with.
+        probes: those that `gated` was given.
+
+    Raises:
+        ValueError: losses of another shape, or of a model that ran not once but never or several times.
+    """
+    if losses.ndim != 1:
+        raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
+    if len(gates) != len(probes):
+        raise ValueError(f"loss(batch) must run the model once, it ran it {len(gates) / len(probes):g} times")
+    if gates[0].shape[0] != losses.shape[0]:
+        raise ValueError(f"loss(batch) gave {losses.shape[0]} losses, its model {gates[0].shape[0]} examples")
+    return torch.autograd.grad(losses.sum(), gates)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and no gradients for parameters: the weight gradients would cost half of the backward pass."""
+    training = {module: module.training for module in model.modules()}
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for parameter in required:
+            parameter.requires_grad_(True)

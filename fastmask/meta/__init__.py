@@ -1,0 +1,10 @@
+"""Meta-learning (FOMAML, Reptile) over subnetworks: the loop of an episode, and which sentences it sees.
+
+`live_slices` knows which part of a parameter a language may change, `fast_weights` changes it and puts it back,
+`inner_rates` says how fast, `learner` runs episodes, `episodes` draws support and query sentences.
+"""
+
+from fastmask.meta.episodes import Draw, EpisodeSampler
+from fastmask.meta.learner import Adapted, MetaLearner, Task, TaskResult
+
+__all__ = ["Adapted", "Draw", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]

@@ -1,0 +1,207 @@
+"""Fast weights in place: the parameters themselves are adapted, and put back bit for bit afterwards.
+
+Hooks, tied weights, attached layers and kernels all keep working, because the model is the same one. What a step is
+about to change is copied first, and only that: the live slices of a masked weight, the rows of an embedding that were
+looked up, all of any other parameter. A parameter that gets no gradient is neither copied nor changed.
+
+A step is taken parameter by parameter while the backward pass runs, as soon as a gradient is complete, and the gradient
+is freed at once: gradients of the whole model never exist together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.meta.live_slices import Slices, slices_of
+
+__all__ = ["FastWeights"]
+
+WHOLE = Slices()
+
+
+class FastWeights:
+    """A context in which `model` may be adapted; on leaving it, parameters and buffers are what they were.
+
+    Buffers (running statistics) are put back too, so theta never learns them from adapted passes.
+
+    Args:
+        model: changed in place inside the context.
+        rates: learning rate of each parameter to adapt; others stay as they are.
+        language: whose slices may change, -1 for all; read from the masks that the layers have now.
+    """
+
+    def __init__(self, model: nn.Module, rates: Mapping[Tensor, float], language: int) -> None:
+        self.model, self.rates = model, rates
+        self._slices = slices_of(model, language)
+        self._backups: dict[Tensor, _Backup] = {}
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._kept = False
+
+    def __enter__(self) -> FastWeights:
+        """Remember the buffers, and the weights that a forward pass itself rescales."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers.append((module, name, buffer, buffer.clone()))
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+                self._backup(module.weight).save_all(module.weight)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Put everything back, unless `keep` was called and nothing went wrong."""
+        if kind is not None or not self._kept:
+            self.restore()
+        self._backups.clear()
+        self._buffers.clear()
+
+    def keep(self) -> None:
+        """Leave the adapted weights in place at the end."""
+        self._kept = True
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put parameters and buffers back."""
+        for parameter, backup in self._backups.items():
+            backup.restore(parameter)
+        for module, name, buffer, value in self._buffers:
+            module._buffers[name] = buffer
+            if all(stride or size < 2 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                buffer.copy_(value)  # an expanded one could not be written to, by nobody
+
+    def step(self, loss: Callable[[], Tensor], loss_scale: float = 1.0) -> Tensor:
+        """One step of SGD on the loss, a scalar; its value, detached, from before the step.
+
+        `loss_scale` multiplies the loss before the backward pass and divides the step (half precision).
+        `parameter.grad` is neither read nor written.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._sparse_embeddings())
+            value = loss()
+            for parameter, rate in self.rates.items():
+                hook = self._hook(parameter, rate / loss_scale)
+                stack.callback(parameter.register_hook(hook).remove)
+            scaled = value if loss_scale == 1.0 else value * loss_scale
+            torch.autograd.grad(scaled, list(self.rates), allow_unused=True)
+        return value.detach()
+
+    @torch.no_grad()
+    def add_distance(self, scale: float) -> None:
+        """`parameter.grad += scale * (theta - phi)` for every parameter that has changed."""
+        for parameter, backup in self._backups.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            backup.add_distance(parameter, parameter.grad, scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was copied so far."""
+        return sum(backup.nbytes for backup in self._backups.values())
+
+    def _backup(self, parameter: Tensor) -> _Backup:
+        backup = self._backups.get(parameter)
+        if backup is None:
+            backup = self._backups[parameter] = _Backup(self._slices.get(parameter, WHOLE))
+        return backup
+
+    def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:
+        """A tensor hook that takes the step and lets go of the gradient.
+
+        It runs once in a backward pass, when all uses of the parameter have been differentiated, so nothing that is
+        still to come needs the old value; something that did would be told so by autograd.
+        """
+
+        @torch.no_grad()
+        def take_step(gradient: Tensor) -> Tensor | None:
+            self._backup(parameter).step(parameter, gradient, rate)
+            # `autograd.grad` collects what a hook returns: one number that looks like the gradient. A sparse one is
+            # small, and cannot be replaced by a dense one.
+            return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+        return take_step
+
+    @contextmanager
+    def _sparse_embeddings(self) -> Iterator[None]:
+        """Let embeddings hand out sparse gradients inside: of a large vocabulary a support set looks up little."""
+        changed = [m for m in self.model.modules() if _can_be_sparse(m) and m.weight in self.rates]
+        for module in changed:
+            module.sparse = True  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for module in changed:
+                module.sparse = False  # type: ignore[assignment]
+
+
+class _Backup:
+    """What one parameter held before it was changed: its live slices, or the rows that sparse gradients reached."""
+
+    def __init__(self, slices: Slices) -> None:
+        self.slices = slices
+        self.live: Tensor | None = None
+        self.rows: Tensor | None = None  # int64 [n]
+        self.values: Tensor | None = None  # [n, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.live, self.rows, self.values) if t is not None)
+
+    def save_all(self, parameter: Tensor) -> None:
+        """Copy all that may change; what `rows` already holds is older and is put back last."""
+        if self.live is None:
+            self.live = self.slices.read(parameter.detach())
+
+    def step(self, parameter: Tensor, gradient: Tensor, rate: float) -> None:
+        if gradient.is_sparse and self.slices is WHOLE:
+            gradient = gradient.coalesce()
+            rows = gradient.indices()[0]
+            if self.live is None:
+                self._save_rows(parameter, rows)
+            parameter.index_add_(0, rows, gradient.values().to(parameter.dtype), alpha=-rate)
+        else:
+            self.save_all(parameter)
+            self.slices.step(parameter, gradient.to_dense() if gradient.is_sparse else gradient, rate)
+
+    def _save_rows(self, parameter: Tensor, rows: Tensor) -> None:
+        if self.rows is None or self.values is None:
+            self.rows, self.values = rows, parameter.index_select(0, rows)
+        else:
+            new = rows[~torch.isin(rows, self.rows)]
+            # Together, so that an interruption cannot part them.
+            self.rows, self.values = (
+                torch.cat([self.rows, new]),
+                torch.cat([self.values, parameter.index_select(0, new)]),
+            )
+
+    def restore(self, parameter: Tensor) -> None:
+        if self.live is not None:
+            self.slices.write(parameter, self.live)
+        if self.rows is not None and self.values is not None:
+            parameter.index_copy_(0, self.rows, self.values)
+
+    def add_distance(self, parameter: Tensor, grad: Tensor, scale: float) -> None:
+        if self.live is not None:
+            theta = self.live
+            if self.rows is not None and self.values is not None:
+                theta = theta.index_copy(0, self.rows, self.values)
+            distance = theta - self.slices.read(parameter)
+            self.slices.write(grad, self.slices.read(grad).add_(distance, alpha=scale))
+        elif self.rows is not None and self.values is not None:
+            grad.index_add_(0, self.rows, self.values - parameter.index_select(0, self.rows), alpha=scale)
+
+
+def _can_be_sparse(module: nn.Module) -> bool:
+    if isinstance(module, nn.EmbeddingBag) and module.mode not in ("sum", "mean"):
+        return False
+    return (
+        isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        and not module.sparse
+        and not module.scale_grad_by_freq
+        and module.max_norm is None
+    )

@@ -1,0 +1,86 @@
+"""Method `dynamic` in a run: which sentences are scouted, and what is kept of the masks' history."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmask.dynamic import DynamicSubnetworks
+from fastmask.models.attach import attached
+from fastmask.parsing.batch import Batch, Encoded
+from fastmask.parsing.parser import Parser
+from fastmask.subnetworks import Subnetworks
+from fastmask.training.config import TrainConfig
+from fastmask.training.random_state import preserved_random_state
+
+__all__ = ["DYNAMIC_FILE", "DynamicMasks"]
+
+DYNAMIC_FILE = "dynamic.safetensors"
+
+
+class DynamicMasks:
+    """The masks of a run whose encoder has subnetworks attached, updated every `config.update_every` steps.
+
+    Each update scouts `config.scout_sentences` training sentences of every language. Which ones depends on the seed,
+    the step and the language alone, so a resumed run scouts the same.
+    """
+
+    def __init__(self, parser: Parser, train: Mapping[str, Encoded], config: TrainConfig, accelerator: Any) -> None:
+        self.parser, self.train, self.config, self.accelerator = parser, train, config, accelerator
+        self.masks = DynamicSubnetworks(parser.encoder, config.strategy, every=config.update_every)
+
+    @property
+    def subnetworks(self) -> Subnetworks:
+        """The masks as they are now."""
+        subnets: Subnetworks = attached(self.parser.encoder).subnets
+        return subnets
+
+    def after_step(self, step: int) -> list[str]:
+        """Update the masks if it is time; returns the languages whose masks changed."""
+        if not self.masks.due(step):
+            return []
+        was_training = self.parser.training
+        self.parser.eval()  # dropout would add noise to the scores
+        try:
+            with preserved_random_state():
+                for position, (language, encoded) in enumerate(self.train.items()):
+                    self.masks.scout(language, self._batch(step, position, encoded), self._loss)
+        finally:
+            self.parser.train(was_training)
+        several = self.accelerator.num_processes > 1
+        return self.masks.update(step, self._sum_over_processes if several else None)
+
+    def _batch(self, step: int, position: int, encoded: Encoded) -> Batch:
+        seed = [self.config.seed, step, position, self.accelerator.process_index]
+        rows = np.random.default_rng(seed).permutation(len(encoded))[: self.config.scout_sentences]
+        return self.parser.features.collate(encoded.select(rows)).to(self.accelerator.device)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        losses = self.parser(batch).loss_per_sentence
+        assert losses is not None  # training sentences have gold heads
+        return losses
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
+        return summed.to(tensor.device)
+
+    def save(self, path: Path) -> None:
+        """Write averages, scores and the history of all masks as safetensors."""
+        state = self.masks.state_dict()
+        save_file(state["tensors"], path, metadata={"header": json.dumps(state["header"])})
+
+    # What `accelerate` puts into a checkpoint.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the masks."""
+        return self.masks.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; the masks attached to the encoder become those of the state."""
+        self.masks.load_state_dict(state)

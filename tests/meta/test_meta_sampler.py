@@ -1,0 +1,132 @@
+"""Episodes: support and query apart, every sentence its turn, the same again after a resume."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastmask.meta import EpisodeSampler
+
+SETTINGS = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def samplers(draw):
+    support, query = draw(st.integers(1, 6)), draw(st.integers(0, 6))
+    n = draw(st.integers(1, 5))
+    sizes = {f"l{i}": draw(st.integers(support + query, 40)) for i in range(n)}
+    meta_batch = draw(st.one_of(st.none(), st.integers(1, n)))
+    seed = draw(st.integers(0, 2**32))
+
+    def make():
+        return EpisodeSampler(sizes, support, query, meta_batch=meta_batch, seed=seed)
+
+    return make
+
+
+def same(a, b):
+    return a.language == b.language and np.array_equal(a.support, b.support) and np.array_equal(a.query, b.query)
+
+
+@given(samplers())
+@SETTINGS
+def test_every_draw_is_what_was_asked_for(make):
+    """A sentence is support and query at once, a language comes twice in a meta-batch, or sampling runs dry."""
+    sampler = make()
+    passes = {language: Counter() for language in sampler.languages}
+    pieces = Counter()
+    for _ in range(30):
+        draws = next(sampler)
+        names = [draw.language for draw in draws]
+        assert len(names) == len(set(names)) == sampler.meta_batch
+        for draw in draws:
+            rows = [*draw.support.tolist(), *draw.query.tolist()]
+            size, need = sampler.sizes[draw.language], len(rows)
+            assert (len(draw.support), len(draw.query)) == (sampler.support_size, sampler.query_size)
+            assert len(set(rows)) == need
+            assert 0 <= min(rows) <= max(rows) < size
+            if pieces[draw.language] % (size // need) == 0:
+                passes[draw.language].clear()
+            pieces[draw.language] += 1
+            passes[draw.language].update(rows)
+            assert passes[draw.language].most_common(1)[0][1] == 1  # nothing twice in one pass
+
+
+@given(samplers(), st.integers(0, 25))
+@SETTINGS
+def test_a_killed_run_goes_on_where_it_was(make, taken):
+    """A resumed run sees other sentences, also when it was killed between two languages of a meta-batch."""
+    sampler, resumed = make(), make()
+    for _ in range(taken):
+        sampler.draw()
+    resumed.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    for _ in range(20):
+        assert same(sampler.draw(), resumed.draw())
+    assert sampler.state_dict() == resumed.state_dict()
+
+
+def test_what_is_left_of_a_meta_batch():
+    """After a kill in the middle of a meta-batch its languages are drawn again, or lost."""
+    whole, killed = (EpisodeSampler(dict.fromkeys("abcdef", 20), 3, 3, meta_batch=4, seed=1) for _ in range(2))
+    killed.draw()
+    first, second = next(whole), next(whole)
+    for expected, found in zip(first[1:] + second, next(killed) + next(killed), strict=True):
+        assert same(expected, found)
+
+
+def test_every_language_and_every_sentence_gets_its_turn():
+    """Some languages or sentences are never drawn, or short ones come first."""
+    sampler = EpisodeSampler(dict.fromkeys("abcdef", 23), 3, 2, meta_batch=2, seed=0)
+    languages, rows = Counter(), Counter()
+    for _ in range(600):
+        for draw in next(sampler):
+            languages[draw.language] += 1
+            rows.update(draw.support.tolist() + draw.query.tolist())
+    assert min(languages.values()) > 0.8 * max(languages.values())
+    assert len(rows) == 23
+    assert min(rows.values()) > 0.8 * max(rows.values())
+
+
+def test_seeds_differ():
+    """All seeds give one run."""
+    draws = [EpisodeSampler({"a": 100}, 10, 10, seed=seed).draw() for seed in (0, 0, 1)]
+    assert same(draws[0], draws[1])
+    assert not same(draws[0], draws[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"support_size": 20, "query_size": 11},
+            ValueError,
+            r"support \(20\) and query \(11\) .*: b has 30",
+        ),
+        ({"meta_batch": 3}, ValueError, "a meta-batch of 3 languages needs as many, given 2: a, b"),
+        ({"languages": ["a", "c"]}, KeyError, "unknown language 'c'"),
+        ({"languages": ["a", "a"]}, ValueError, "each once"),
+        ({"languages": []}, ValueError, "at least one language"),
+        ({"support_size": 0}, ValueError, "support_size is 0"),
+        ({"query_size": -1}, ValueError, "query_size is -1"),
+        ({"meta_batch": 0}, ValueError, "meta_batch is 0"),
+        ({"seed": -1}, ValueError, "seed is -1"),
+    ],
+)
+def test_wrong_use(options, error, message):
+    """What cannot work is found out in the middle of training."""
+    with pytest.raises(error, match=message):
+        EpisodeSampler({"a": 40, "b": 30}, **{"support_size": 5, "query_size": 5, **options})
+
+
+def test_a_state_of_other_data():
+    """A run goes on with sentences it was not started with."""
+    state = EpisodeSampler({"a": 40}, 5, 5).state_dict()
+    other = EpisodeSampler({"a": 41}, 5, 5)
+    with pytest.raises(ValueError, match="resume with the data and settings of the run"):
+        other.load_state_dict(state)
+    assert other.state_dict()["drawn"] == [0]

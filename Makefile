@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test bench slow clean
+.PHONY: train test bench gpu slow clean
 
 train: .venv/installed
 	$(BIN)/fastmask train --out $(RUN)
@@ -20,6 +20,11 @@ slow: .venv/installed-test
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
+
+# The kernels on this machine's GPU: right, then how fast. With the machine's own Python, torch, triton, transformers,
+# numpy and pytest; nothing is installed or downloaded.
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,183 @@
+"""What people would use instead: each baseline in a few lines of plain PyTorch, on any device, differentiable.
+
+All have one signature: `baseline(x [B, ..., K], weight [N, K], task, bias [N] or None) -> y [B, ..., N]`. A `Task`
+holds what a program can prepare once for a mask and a batch's language ids; no baseline pays for that when it is timed.
+`dense` ignores the masks; the others compute `fastmask.masked_linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmask.masks import Mask
+
+__all__ = ["BASELINES", "BaselineLinear", "Task", "dense", "gating", "grouped", "loop", "multiply", "stack"]
+
+FULL = -1  # the language id of the full, unmasked network
+
+
+class Task:
+    """A mask and the languages of a batch, prepared: the languages present, their examples, and what each owns.
+
+    Args:
+        mask: masks of L languages, on the device that the baseline will run on.
+        language_ids: int64 [B], -1 (the full network) to L - 1.
+
+    Attributes:
+        languages: the G languages present, ascending.
+        examples: int64 indices of each one's examples.
+        bounds, ends: where each one's examples begin and end once sorted; the ends again as int32 [G].
+        order, back: int64 [B]; examples sorted by language, and where each is after sorting. None if they are sorted.
+        slots: int64 [G, most]; examples in a table with one row a language, spare places repeat example 0.
+        places, slot_of: the table flattened, and where each example is in it. None if that is the batch as it is.
+        live: of row and column masks, the units each language owns, int64.
+        keep: bool [G, N, K] for the languages present.
+        gates: of row and column masks, the units of each example, bool [B, N] or [B, K].
+    """
+
+    def __init__(self, mask: Mask, language_ids: Tensor) -> None:
+        ids, device = language_ids.to(mask.device), mask.device
+        self.kind, self.n_examples = mask.kind, len(ids)
+        self.languages = sorted(set(ids.tolist()))
+        self.examples = [(ids == language).nonzero().flatten() for language in self.languages]
+        counts = [len(own) for own in self.examples]
+        self.bounds = list(pairwise([0, *torch.tensor(counts).cumsum(0).tolist()]))
+        self.ends = torch.tensor([last for _, last in self.bounds], dtype=torch.int32, device=device)
+        order = torch.cat(self.examples) if counts else ids
+        self.order, self.back = _unless_trivial(order), _unless_trivial(torch.argsort(order))
+        most = max(counts, default=0)
+        self.slots = torch.zeros(len(counts), most, dtype=torch.int64, device=device)
+        slot_of = torch.zeros_like(ids)
+        for row, own in enumerate(self.examples):
+            self.slots[row, : len(own)] = own
+            slot_of[own] = row * most + torch.arange(len(own), device=device)
+        self.places, self.slot_of = _unless_trivial(self.slots.flatten()), _unless_trivial(slot_of)
+        every = mask.to_dense()
+        full = torch.ones_like(every[:1])
+        self.keep = torch.cat([full, every])[[language + 1 for language in self.languages]]
+        self.live: list[Tensor] = []
+        self.gates: Tensor | None = None
+        if mask.kind in ("rows", "columns"):
+            units = torch.cat([full, every]).any(2 if mask.kind == "rows" else 1)
+            self.live = [units[language + 1].nonzero().flatten() for language in self.languages]
+            self.gates = units[ids + 1]
+
+
+def _unless_trivial(examples: Tensor) -> Tensor | None:
+    """None for examples that are in order already: a program that sorts its batches moves nothing."""
+    return None if torch.equal(examples, torch.arange(len(examples), device=examples.device)) else examples
+
+
+Baseline = Callable[[Tensor, Tensor, Task, Tensor | None], Tensor]
+
+
+def dense(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: no masks at all."""
+    return F.linear(x, weight, bias)
+
+
+def multiply(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, W * M_l)`: one language for the whole batch."""
+    if len(task.languages) > 1:
+        raise ValueError(f"one mask for a whole batch: given the languages {task.languages}")
+    if not task.languages:
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight * task.keep[0], _gated(bias, task, 0))
+
+
+def loop(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """Gather each language's examples, multiply with its live (or masked) weight, put the results back."""
+    if not task.languages:
+        return F.linear(x, weight, bias)
+    ordered, parts = _taken(x, task.order), []
+    for g, (first, last) in enumerate(task.bounds):
+        part = ordered[first:last]
+        if task.kind == "rows":
+            live = task.live[g]
+            y = F.linear(part, weight.index_select(0, live), None if bias is None else bias.index_select(0, live))
+            y = y.new_zeros(*y.shape[:-1], weight.shape[0]).index_copy(-1, live, y)
+        elif task.kind == "columns":
+            live = task.live[g]
+            y = F.linear(part.index_select(-1, live), weight.index_select(1, live), bias)
+        else:
+            y = F.linear(part, weight * task.keep[g], bias)
+        parts.append(y)
+    return _taken(torch.cat(parts), task.back)
+
+
+def stack(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """One masked copy of the weight for each language present, one batched product; short groups are filled up."""
+    if not task.languages:
+        return F.linear(x, weight, bias)
+    G, most = task.slots.shape
+    table = _taken(x, task.places).reshape(G, -1, x.shape[-1])
+    y = torch.bmm(table, (weight * task.keep).transpose(1, 2))
+    y = y.reshape(G * most, *x.shape[1:-1], weight.shape[0])
+    return _with_bias(_taken(y, task.slot_of), task, bias)
+
+
+def grouped(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """`stack` by `grouped_mm`: groups of any size, nothing to fill up."""
+    if not task.languages:
+        return F.linear(x, weight, bias)
+    tokens = x[0, ..., 0].numel()
+    ordered, copies = _taken(x, task.order), (weight * task.keep).transpose(1, 2)
+    y = F.grouped_mm(ordered.reshape(-1, x.shape[-1]), copies, offs=task.ends * tokens)
+    return _with_bias(_taken(y.reshape(*ordered.shape[:-1], weight.shape[0]), task.back), task, bias)
+
+
+def gating(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """Y = r o (W (c o x)): exact for masks over rows and columns, at dense cost."""
+    if task.gates is None:
+        raise ValueError(f"gates are for masks over rows or columns, not {task.kind}")
+    gates = task.gates.reshape(task.n_examples, *[1] * (x.ndim - 2), -1)
+    if task.kind == "rows":
+        return F.linear(x, weight, bias) * gates
+    return F.linear(x * gates, weight, bias)
+
+
+BASELINES: dict[str, Baseline] = {
+    "dense": dense,
+    "multiply": multiply,
+    "loop": loop,
+    "stack": stack,
+    "grouped": grouped,
+    "gating": gating,
+}
+
+
+class BaselineLinear(nn.Module):
+    """A baseline in the place of an `nn.Linear`, with its Parameters, for one fixed batch of languages."""
+
+    def __init__(self, linear: nn.Linear, task: Task, baseline: Baseline) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.task, self.baseline = task, baseline
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, ..., in] -> [B, ..., out]."""
+        return self.baseline(x, self.weight, self.task, self.bias)
+
+
+def _taken(x: Tensor, examples: Tensor | None) -> Tensor:
+    """Examples in another order. (`x[examples]` has a slower backward pass.)"""
+    return x if examples is None else x.index_select(0, examples)
+
+
+def _gated(bias: Tensor | None, task: Task, g: int) -> Tensor | None:
+    """A row mask gates the bias with its row."""
+    return bias * task.keep[g, :, 0] if bias is not None and task.kind == "rows" else bias
+
+
+def _with_bias(y: Tensor, task: Task, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return y
+    if task.kind != "rows":
+        return y + bias
+    assert task.gates is not None
+    return y + (bias * task.gates).reshape(task.n_examples, *[1] * (y.ndim - 2), -1)

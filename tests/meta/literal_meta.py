@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fastmask import MaskedLinear
-
 Parameters = dict[str, Tensor]
 
 
@@ -68,24 +66,3 @@ def functional_loss(model: nn.Module) -> Callable[[Parameters, Any], Tensor]:
     return lambda parameters, batch: token_loss(
         functional_call(model, parameters, (), batch["inputs"], tie_weights=True).logits, batch["labels"]
     )
-
-
-class MaskedNet(nn.Module):
-    """A masked layer of any kind between two plain ones; its last layer may share the masked layer's weight."""
-
-    def __init__(self, layer: MaskedLinear, tied: bool = False) -> None:
-        super().__init__()
-        self.first = nn.Linear(5, layer.in_features)
-        self.masked = layer
-        self.last = nn.Linear(layer.out_features, layer.in_features if tied else 3)
-        if tied:
-            self.last.weight = layer.weight
-        self.multiplied = False
-
-    def forward(self, x: Tensor, language: int) -> Tensor:
-        hidden = torch.tanh(self.first(x))
-        if self.multiplied:  # by the literal implementation
-            hidden = F.linear(hidden, self.masked.weight, self.masked.bias)
-        else:
-            hidden = self.masked(hidden, torch.full((len(x),), language))
-        return self.last(torch.tanh(hidden))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from benchmarks.gpu.report import Row, row_of
 from benchmarks.gpu.setup import Measurement, Setup
 from benchmarks.gpu.timing import captured, compare, on_gpu, peak_bytes
 from benchmarks.measure import Side
+from fastmask.operators import paths
 
 __all__ = ["Encoders", "encoder"]
 
@@ -203,15 +203,11 @@ def _cache_bytes(device: torch.device) -> int:
 
 def _with_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:
     def wrapped() -> object:
-        before = os.environ.get("FASTMASK_BACKEND")
-        os.environ["FASTMASK_BACKEND"] = name
+        before, paths.FORCED = paths.FORCED, name
         try:
             return run()
         finally:
-            if before is None:
-                del os.environ["FASTMASK_BACKEND"]
-            else:
-                os.environ["FASTMASK_BACKEND"] = before
+            paths.FORCED = before
 
     return wrapped
 

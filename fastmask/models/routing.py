@@ -77,7 +77,7 @@ class Route:
                 f"expected one language id for each of the {x.shape[0]} examples, "
                 f"given language_ids of shape {tuple(self._language_ids.shape)}"
             )
-        made._fastmask_of_one_pass = True  # type: ignore[attr-defined]
+        made._fastmask_of_one_pass = {}  # type: ignore[attr-defined]  # what layers make of it, for one another
         self._made = made
         return made
 

@@ -39,7 +39,7 @@ def _forward(
     mask = StoredMask(kind, geometry, index, extents, packed_width)
     examples = activate(as_examples(x), activation)
     (y,) = path_for(x, [weight]).forward([mask], examples, [weight], [bias], language_ids, n_languages)
-    return y.view(*x.shape[:-1], y.shape[2])
+    return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[2])
 
 
 def _backward(

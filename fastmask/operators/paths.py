@@ -20,6 +20,7 @@ from fastmask.torch_path import layers as torch_layers
 
 __all__ = ["as_examples", "path_for", "traced"]
 
+FORCED = os.environ.get("FASTMASK_BACKEND", "")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (8, 0)  # compute capability of the oldest NVIDIA chip the kernels are compiled for
 
@@ -29,10 +30,12 @@ def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
 
     What the kernels cannot run goes to PyTorch, with one warning that says why.
     """
-    forced = os.environ.get("FASTMASK_BACKEND", "")
+    if not FORCED and not _has_kernels(x.device):
+        return torch_layers
+    forced = FORCED
     if forced not in ("", "torch", "triton"):
         raise ValueError(f"FASTMASK_BACKEND must be 'torch' or 'triton', given {forced!r}")
-    if forced == "torch" or (forced == "" and not _has_kernels(x.device)):
+    if forced == "torch":
         return torch_layers
     reason = _why_not(x, weights)
     if reason is None:
@@ -88,11 +91,16 @@ def _warn(reason: str) -> None:
 
 def traced(*tensors: Tensor) -> bool:
     """Whether a tracer is looking, which must be shown a custom operator."""
-    return torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors)
+    return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
+
+
+_PLAIN = (Tensor, nn.Parameter)  # not the stand-ins that a tracer passes
 
 
 def as_examples(x: Tensor) -> Tensor:
     """[B, ..., width] -> [B, T, width]; T is spelled out because -1 is ambiguous in an empty batch."""
+    if x.ndim == 3:
+        return x
     tokens = 1
     for size in x.shape[1:-1]:
         tokens *= size

@@ -50,7 +50,7 @@ def _forward(
     masks = _masks(indices, extents, units, widths)
     given: list[Any] = biases or [None] * len(weights)
     ys = path_for(x, weights).forward(masks, as_examples(x), weights, given, language_ids, n_languages)
-    return [y.view(*x.shape[:-1], width) for y, width in zip(ys, widths, strict=True)]
+    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], width) for y, width in zip(ys, widths, strict=True)]
 
 
 def _backward(

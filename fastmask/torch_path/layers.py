@@ -7,18 +7,17 @@ language's tokens once and sum their input gradients in the products that make t
 from __future__ import annotations
 
 import functools
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmask.masks import UNPACKED, StoredMask
 from fastmask.torch_path import batched
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.segments import FULL, Pieces, Split, Target, take
-from fastmask.torch_path.units import Columns, Rows
+from fastmask.torch_path.units import Columns, Rows, cast
 from fastmask.torch_path.weights import Weights
 
 __all__ = ["backward", "forward"]
@@ -114,19 +113,18 @@ def backward(
 
 def _pieces_of(mask: StoredMask, weight: Tensor) -> Pieces:
     """The mask of one weight in the form that is run; made once for a mask and a packed width."""
-    made = _made.setdefault(mask.index, {})
+    # Kept with the tensor that holds the mask, because operators receive tensors only; masks never change.
+    made: dict[int, Pieces] | None = getattr(mask.index, "_fastmask_pieces", None)
+    if made is None:
+        made = mask.index._fastmask_pieces = {}  # type: ignore[attr-defined]
     pieces = made.get(mask.packed_width)
     if pieces is None:
         pieces = made[mask.packed_width] = _made_from(mask, *weight.shape)
     return pieces
 
 
-# By the tensor that holds a mask, because operators receive tensors only; masks never change.
-_made: MutableMapping[Tensor, dict[int, Pieces]] = WeakIdKeyDictionary()
-
-
 def _made_from(mask: StoredMask, N: int, K: int) -> Pieces:
-    index = mask.index.detach()  # an alias: were the key held by its own value, neither would ever be freed
+    index = mask.index.detach()  # not the tensor that holds what is made here: they would hold each other
     packed = None if mask.packed_width == UNPACKED else mask.packed_width
     if mask.kind == "rows":
         return Rows(index, mask.extents, mask.geometry[0], N, K, packed)
@@ -148,7 +146,7 @@ def _check_packed(mask: StoredMask, pieces: Pieces, split: Split) -> None:
 
 
 def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Sequence[Rows | Columns]]:
-    return all(batched.suits(layer, x.shape[1], split) for layer in layers)
+    return len(split.parts) > 1 and all(batched.suits(layer, x.shape[1], split) for layer in layers)
 
 
 def _zeros(weight: Tensor, shape: torch.Size, n_languages: int) -> Tensor:
@@ -158,4 +156,4 @@ def _zeros(weight: Tensor, shape: torch.Size, n_languages: int) -> Tensor:
 
 
 def _cast(grads: list[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if grad is None else grad.to(weight.dtype) for grad, weight in zip(grads, weights, strict=True)]
+    return [None if grad is None else cast(grad, weight.dtype) for grad, weight in zip(grads, weights, strict=True)]

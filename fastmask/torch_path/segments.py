@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["FULL", "Pieces", "Split", "Target", "take"]
 
@@ -70,15 +68,16 @@ class Split:
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Split:
-        """The split of ids int64 [B], made once for all layers that run the same ids.
+        """The split of ids int64 [B].
+
+        Ids that an attached model made for one pass (`models.routing`) keep theirs for the next layer.
 
         Raises:
             ValueError: an id that is not -1 to n_languages - 1.
         """
-        version = 0 if language_ids.is_inference() else language_ids._version
-        made = _made.get(language_ids)
-        if made is not None and made[:2] == (version, n_languages):
-            return made[2]
+        of_one_pass: dict[str, Split] | None = getattr(language_ids, "_fastmask_of_one_pass", None)
+        if of_one_pass:
+            return of_one_pass["split"]
         ids: list[int] = language_ids.tolist()
         for position, language in enumerate(ids):
             if not FULL <= language < n_languages:
@@ -87,11 +86,9 @@ class Split:
                     "or -1 for the full network"
                 )
         split = cls(ids)
-        _made[language_ids] = (version, n_languages, split)
+        if of_one_pass is not None:
+            of_one_pass["split"] = split
         return split
-
-
-_made: MutableMapping[Tensor, tuple[int, int, Split]] = WeakIdKeyDictionary()
 
 
 def take(x: Tensor, where: slice | list[int]) -> Tensor:
@@ -108,7 +105,10 @@ class Target:
 
     def __init__(self, out: Tensor, where: slice | list[int]) -> None:
         self.out, self.where = out, where
-        self.part = out[where] if isinstance(where, slice) else out.new_empty(len(where), *out.shape[1:])
+        if isinstance(where, list):
+            self.part = out.new_empty(len(where), *out.shape[1:])
+        else:
+            self.part = out if where.stop - where.start == out.shape[0] else out[where]
         self.tokens = self.part.view(self.part.shape[0] * out.shape[1], out.shape[2])
 
     def done(self) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from fastmask.torch_path.segments import FULL, Pieces
 
-__all__ = ["Columns", "Rows", "multiply"]
+__all__ = ["Columns", "Rows", "cast", "multiply"]
+
+
+MOST_VIEWS = 256  # of scratch memory, one for each size that was asked for
 
 
 class _Scratch(threading.local):
@@ -25,16 +28,23 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.memory: Tensor | None = None
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.views: dict[tuple[int, int, torch.dtype], Tensor] = {}  # making one anew costs several calls
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
-        if like.device.type != "cpu":
+        if not like.is_cpu:
             return like.new_empty(rows, columns)  # other devices have allocators that keep memory
-        size = rows * columns * like.element_size()
-        if self.memory is None or len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
-        return self.memory[:size].view(like.dtype).view(rows, columns)
+        key = (rows, columns, like.dtype)
+        view = self.views.get(key)
+        if view is None:
+            size = rows * columns * like.element_size()
+            if len(self.memory) < size or len(self.views) >= MOST_VIEWS:
+                self.views.clear()
+            if len(self.memory) < size:
+                self.memory = torch.empty(size, dtype=torch.uint8)
+            view = self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
+        return view
 
 
 _LIVE_WEIGHT, _LIVE_GRAD = _Scratch(), _Scratch()
@@ -48,6 +58,7 @@ class _Units:
         self.counts: list[int] = counts.tolist()
         self.unit, self.size, self.packed_width = unit, size, packed_width
         self.width = size if packed_width is None else packed_width
+        self._of: dict[int, Tensor] = {}
         self._units: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
 
@@ -57,7 +68,10 @@ class _Units:
 
     def of(self, language: int) -> Tensor:
         """Their indices."""
-        return self.indices[language, : self.counts[language]]
+        indices = self._of.get(language)
+        if indices is None:
+            indices = self._of[language] = self.indices[language, : self.counts[language]]
+        return indices
 
     def units_of(self, language: int) -> Tensor:
         """Indices of their units."""
@@ -79,15 +93,18 @@ class _Units:
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, live] of an activation [M, width] on the masked side."""
         if language == FULL or self.packed_width is not None:
-            return activation[:, : self.live(language)]
+            live = self.live(language)
+            return activation if live == activation.shape[1] else activation[:, :live]
         return activation.index_select(1, self.of(language))
 
     def multiply_into(self, language: int, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         """out[:, live] = a @ b (+ bias), zero elsewhere; `out` [M, width] is on the masked side."""
         live = self.live(language)
         if language == FULL or self.packed_width is not None:
-            multiply(a, b, bias, out[:, :live])
-            if live < out.shape[1]:
+            if live == out.shape[1]:
+                multiply(a, b, bias, out)
+            else:
+                multiply(a, b, bias, out[:, :live])
                 out[:, live:] = 0
         else:
             out.zero_()
@@ -106,11 +123,11 @@ class Rows(_Units, Pieces):
         if language != FULL:
             out = _LIVE_WEIGHT.take(self.live(language), weight.shape[1], weight)
             weight = torch.index_select(weight, 0, self.of(language), out=out)
-        return weight.to(dtype)
+        return cast(weight, dtype)
 
     def gather_bias(self, language: int, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """Live elements of a bias [N]."""
-        return (bias if language == FULL else bias.index_select(0, self.of(language))).to(dtype)
+        return cast(bias if language == FULL else bias.index_select(0, self.of(language)), dtype)
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         live_bias = None if bias is None else self.gather_bias(language, bias, x.dtype)
@@ -134,14 +151,14 @@ class Rows(_Units, Pieces):
         part = _LIVE_GRAD.take(live + self.unit, K, x)
         torch.mm(self.compact(language, dy).t(), x, out=part[:live])
         part[live:] = 0
-        part = part.to(weight.dtype).view(-1, self.unit * K)
+        part = cast(part, weight.dtype).view(-1, self.unit * K)
         return part.index_select(0, self.places(language)).view(N, K)
 
     def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
         self._scatter_add(language, grad, self.compact(language, dy).sum(0))
 
     def _scatter_add(self, language: int, grad: Tensor, part: Tensor) -> None:
-        part = part.to(grad.dtype)
+        part = cast(part, grad.dtype)
         if language == FULL:
             grad += part
         else:
@@ -167,10 +184,10 @@ class Columns(_Units, Pieces):
                 grouped = weight.unflatten(1, (-1, self.unit))
                 torch.index_select(grouped, 1, units, out=out.unflatten(1, (-1, self.unit)))
             weight = out
-        return weight.to(dtype)
+        return cast(weight, dtype)
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        live_bias = None if bias is None else bias.to(x.dtype)
+        live_bias = None if bias is None else cast(bias, x.dtype)
         multiply(self.compact(language, x), self.gather(language, weight, x.dtype).t(), live_bias, out)
 
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -185,16 +202,21 @@ class Columns(_Units, Pieces):
         part = _LIVE_GRAD.take(N, live + unit, x)
         torch.mm(dy.t(), self.compact(language, x), out=part[:, :live])
         part[:, live:] = 0
-        part = part.to(weight.dtype).view(N, -1, unit)
+        part = cast(part, weight.dtype).view(N, -1, unit)
         return part.index_select(1, self.places(language)).view(N, self.size)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         out = _LIVE_GRAD.take(dy.shape[1], self.live(language), x)
-        part = torch.mm(dy.t(), self.compact(language, x), out=out).to(grad.dtype)
+        part = cast(torch.mm(dy.t(), self.compact(language, x), out=out), grad.dtype)
         if language == FULL:
             grad += part
         else:
             grad.index_add_(1, self.of(language), part)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

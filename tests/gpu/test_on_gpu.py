@@ -361,7 +361,7 @@ def test_attached_model(name, dtype, monkeypatch):
     upstream = torch.randn(5, 6, config.hidden_size).to(dtype)
 
     def run(backend: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        monkeypatch.setenv("FASTMASK_BACKEND", backend)
+        monkeypatch.setattr("fastmask.operators.paths.FORCED", backend)
         own = fm.attach(copy.deepcopy(model), subnets).to(device, dtype)
         y = own(input_ids=tokens.to(device), language_ids=ids)[0]
         y.backward(upstream.to(device, dtype))

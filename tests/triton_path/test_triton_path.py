@@ -34,7 +34,7 @@ def mask_of(kind):
 
 
 def on(backend, monkeypatch, function):
-    monkeypatch.setenv("FASTMASK_BACKEND", backend)
+    monkeypatch.setattr(paths, "FORCED", backend)
     return function()
 
 
@@ -151,7 +151,7 @@ def test_attached_model(name, monkeypatch):
 
 def test_a_plan_is_made_once_and_again_for_other_ids(monkeypatch):
     """Every layer sorts the batch anew, or ids that were written in place are ignored."""
-    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    monkeypatch.setattr(paths, "FORCED", "triton")
     ids = torch.tensor([0, 1, 0], device=DEVICE)
     device = torch.device(ids.device)
     plan = plans.plan_of(ids, 4, L, device)
@@ -163,7 +163,7 @@ def test_a_plan_is_made_once_and_again_for_other_ids(monkeypatch):
 
 def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
     """What was made of a mask or of ids outlives them: memory grows with every batch."""
-    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    monkeypatch.setattr(paths, "FORCED", "triton")
     gc.collect()
     before = len(layouts._made), len(plans._made)
     for _ in range(3):
@@ -177,7 +177,7 @@ def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
 @pytest.mark.parametrize("ids", [[0, L], [-2, 0]])
 def test_ids_out_of_range(ids, monkeypatch):
     """An id that nobody owns reads someone else's memory."""
-    monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+    monkeypatch.setattr(paths, "FORCED", "triton")
     x, weight = torch.randn(2, K, device=DEVICE), torch.randn(N, K, device=DEVICE)
     ids = torch.tensor(ids, device=DEVICE)
     with pytest.raises(ValueError, match=r"expected 0 to 3, or -1"):
@@ -190,20 +190,20 @@ def test_ids_out_of_range(ids, monkeypatch):
 class TestChoice:
     def test_forced(self, monkeypatch):
         x = torch.randn(2, K, device=DEVICE)
-        monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+        monkeypatch.setattr(paths, "FORCED", "triton")
         assert paths.path_for(x, [x]) is triton_layers
-        monkeypatch.setenv("FASTMASK_BACKEND", "torch")
+        monkeypatch.setattr(paths, "FORCED", "torch")
         assert paths.path_for(x, [x]) is torch_layers
 
     def test_a_cpu_runs_plain_pytorch(self, monkeypatch):
-        monkeypatch.delenv("FASTMASK_BACKEND", raising=False)
+        monkeypatch.setattr(paths, "FORCED", "")
         x = torch.randn(2, K)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert paths.path_for(x, [x]) is torch_layers
 
     def test_forced_on_what_it_cannot_run_says_why(self, monkeypatch):
-        monkeypatch.setenv("FASTMASK_BACKEND", "triton")
+        monkeypatch.setattr(paths, "FORCED", "triton")
         double = torch.randn(2, K, dtype=torch.float64, device=DEVICE)
         with pytest.raises(RuntimeError, match=r"not torch\.float64"):
             paths.path_for(double, [double])
@@ -211,13 +211,13 @@ class TestChoice:
             paths.path_for(double.float(), [double.half()])
 
     def test_unknown_name(self, monkeypatch):
-        monkeypatch.setenv("FASTMASK_BACKEND", "cuda")
+        monkeypatch.setattr(paths, "FORCED", "cuda")
         with pytest.raises(ValueError, match="'torch' or 'triton', given 'cuda'"):
             paths.path_for(torch.randn(2, K), [])
 
     def test_falls_back_with_one_warning(self, monkeypatch):
         """A dtype that the kernels cannot take fails on a GPU, or is warned of in every call."""
-        monkeypatch.delenv("FASTMASK_BACKEND", raising=False)
+        monkeypatch.setattr(paths, "FORCED", "")
         paths._warn.cache_clear()
         gpu_like = torch.randn(2, K, dtype=torch.float64, device="meta")  # any device that is not a CPU
         monkeypatch.setattr(paths, "_why_not_here", lambda device: None)

@@ -40,17 +40,21 @@ class Blocks(Pieces):
         bn, bk, runs = self.bn, self.bk, self._runs(self.column_starts, language)
         return [(slice(first * bn, last * bn), slice(k * bk, (k + 1) * bk)) for k, first, last in runs]
 
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         weight = weight.to(x.dtype)
+        out = x.new_empty(x.shape[0], self.out_width) if out is None else out
         out.zero_() if bias is None else out.copy_(bias.to(x.dtype).expand_as(out))
         for rows, columns in self._row_strips(language):
             out[:, rows].addmm_(x[:, columns], weight[rows, columns].t())
+        return out
 
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
         weight = weight.to(dy.dtype)
+        out = dy.new_empty(dy.shape[0], self.in_width) if out is None else out
         out.zero_()
         for rows, columns in self._column_strips(language):
             out[:, columns].addmm_(dy[:, rows], weight[rows, columns])
+        return out
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         for rows, columns in self._row_strips(language):

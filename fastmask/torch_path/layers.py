@@ -45,6 +45,13 @@ def forward(
             batched.Batched(layer, weight, split).forward(x, bias)
             for layer, weight, bias in zip(layers, weights, biases, strict=True)
         ]
+    if len(split.parts) == 1:
+        ((language, _),) = split.parts
+        tokens = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+        return [
+            layer.forward(language, tokens, weight, bias, None).view(x.shape[0], x.shape[1], layer.out_width)
+            for layer, weight, bias in zip(layers, weights, biases, strict=True)
+        ]
     ys = [x.new_empty(*x.shape[:2], layer.out_width) for layer in layers]
     for language, where in split.parts:
         tokens = take(x, where)
@@ -82,15 +89,14 @@ def backward(
         dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
         return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
 
-    alone = len(split.parts) == 1
+    if len(split.parts) == 1:
+        return _of_one_language(split.parts[0][0], layers, dys, x, weights, needs_x, needs_weight, needs_bias)
     dx = x.new_empty(x.shape) if needs_x else None
     dws: list[Tensor | None] = [
-        None if alone or not need else _zeros(weight, weight.shape, len(split.parts))
-        for weight, need in zip(weights, needs_weight, strict=True)
+        _zeros(weight, weight.shape) if need else None for weight, need in zip(weights, needs_weight, strict=True)
     ]
     dbs: list[Tensor | None] = [
-        _zeros(weight, weight.shape[:1], len(split.parts)) if need else None
-        for weight, need in zip(weights, needs_bias, strict=True)
+        _zeros(weight, weight.shape[:1]) if need else None for weight, need in zip(weights, needs_bias, strict=True)
     ]
     for language, where in split.parts:
         tokens = take(x, where)
@@ -100,15 +106,41 @@ def backward(
             if target is not None:
                 add = layer.add_input_grad if g else layer.input_grad
                 add(language, upstream, weight, target.tokens)
-            if needs_weight[g] and alone:
-                dws[g] = layer.weight_grad(language, upstream, tokens, weight)
-            elif (dw := dws[g]) is not None:
+            if (dw := dws[g]) is not None:
                 layer.add_weight_grad(language, upstream, tokens, dw)
             if (db := dbs[g]) is not None:
-                layer.add_bias_grad(language, upstream, db)
+                db += layer.bias_grad(language, upstream)
         if target is not None:
             target.done()
     return dx, _cast(dws, weights), _cast(dbs, weights)
+
+
+def _of_one_language(
+    language: int,
+    layers: Sequence[Pieces],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    needs_x: bool,
+    needs_weight: Sequence[bool],
+    needs_bias: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """`backward` of a batch of one language: nothing to split, and no second language to add."""
+    M = x.shape[0] * x.shape[1]
+    tokens, dx = x.reshape(M, x.shape[2]), None
+    dws: list[Tensor | None] = [None] * len(layers)
+    dbs: list[Tensor | None] = [None] * len(layers)
+    for g, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        upstream = dys[g].reshape(M, dys[g].shape[2])
+        if needs_x and dx is None:
+            dx = layer.input_grad(language, upstream, weight, None)
+        elif dx is not None:
+            layer.add_input_grad(language, upstream, weight, dx)
+        if needs_weight[g]:
+            dws[g] = layer.weight_grad(language, upstream, tokens, weight)
+        if needs_bias[g]:
+            dbs[g] = cast(layer.bias_grad(language, upstream), weight.dtype)
+    return None if dx is None else dx.view(x.shape), dws, dbs
 
 
 def _pieces_of(mask: StoredMask, weight: Tensor) -> Pieces:
@@ -149,9 +181,9 @@ def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Seq
     return len(split.parts) > 1 and all(batched.suits(layer, x.shape[1], split) for layer in layers)
 
 
-def _zeros(weight: Tensor, shape: torch.Size, n_languages: int) -> Tensor:
+def _zeros(weight: Tensor, shape: torch.Size) -> Tensor:
     """What the languages of a batch add to."""
-    half = n_languages > 1 and weight.dtype in (torch.bfloat16, torch.float16)
+    half = weight.dtype in (torch.bfloat16, torch.float16)
     return torch.zeros(shape, dtype=torch.float32 if half else weight.dtype, device=weight.device)
 
 

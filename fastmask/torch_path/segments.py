@@ -19,18 +19,16 @@ class Pieces(ABC):
     out_width: int
 
     @abstractmethod
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Write y [M, N_out] for x [M, K_in] into `out`, every element of it."""
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+        """Return y [M, N_out] of x [M, K_in], written into `out` if given, every element of it."""
 
     @abstractmethod
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        """Write dx [M, K_in] for dy [M, N_out] into `out`, every element of it."""
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        """Return dx [M, K_in] of dy [M, N_out], written into `out` if given, every element of it."""
 
     def add_input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
         """Add dx to `out`; overridden where the product itself can add."""
-        part = torch.empty_like(out)
-        self.input_grad(language, dy, weight, part)
-        out += part
+        out += self.input_grad(language, dy, weight, None)
 
     @abstractmethod
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
@@ -42,9 +40,9 @@ class Pieces(ABC):
         self.add_weight_grad(language, dy, x, grad)
         return grad
 
-    def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
-        """Add this language's db to `grad` [N]; only row masks gate the bias."""
-        grad += dy.sum(0).to(grad.dtype)
+    def bias_grad(self, language: int, dy: Tensor) -> Tensor:
+        """Return the db [N] of one language, in the dtype of dy; only row masks gate the bias."""
+        return dy.sum(0)
 
 
 class Split:

@@ -97,18 +97,20 @@ class _Units:
             return activation if live == activation.shape[1] else activation[:, :live]
         return activation.index_select(1, self.of(language))
 
-    def multiply_into(self, language: int, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    def multiply_into(self, language: int, out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
         """out[:, live] = a @ b (+ bias), zero elsewhere; `out` [M, width] is on the masked side."""
-        live = self.live(language)
-        if language == FULL or self.packed_width is not None:
-            if live == out.shape[1]:
-                multiply(a, b, bias, out)
-            else:
-                multiply(a, b, bias, out[:, :live])
-                out[:, live:] = 0
+        live, in_place = self.live(language), language == FULL or self.packed_width is not None
+        if in_place and live == self.width:
+            return multiply(a, b, bias, out)
+        if out is None:
+            out = a.new_empty(a.shape[0], self.width)
+        if in_place:
+            multiply(a, b, bias, out[:, :live])
+            out[:, live:] = 0
         else:
             out.zero_()
             out.index_copy_(1, self.of(language), multiply(a, b, bias))
+        return out
 
 
 class Rows(_Units, Pieces):
@@ -129,19 +131,23 @@ class Rows(_Units, Pieces):
         """Live elements of a bias [N]."""
         return cast(bias if language == FULL else bias.index_select(0, self.of(language)), dtype)
 
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else self.gather_bias(language, bias, x.dtype)
-        self.multiply_into(language, out, x, self.gather(language, weight, x.dtype).t(), live_bias)
+        return self.multiply_into(language, out, x, self.gather(language, weight, x.dtype).t(), live_bias)
 
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        torch.mm(self.compact(language, dy), self.gather(language, weight, dy.dtype), out=out)
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        return multiply(self.compact(language, dy), self.gather(language, weight, dy.dtype), None, out)
 
     def add_input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
         out.addmm_(self.compact(language, dy), self.gather(language, weight, dy.dtype))
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         out = _LIVE_GRAD.take(self.live(language), x.shape[1], x)
-        self._scatter_add(language, grad, torch.mm(self.compact(language, dy).t(), x, out=out))
+        part = cast(torch.mm(self.compact(language, dy).t(), x, out=out), grad.dtype)
+        if language == FULL:
+            grad += part
+        else:
+            grad.index_add_(0, self.of(language), part)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if language == FULL:
@@ -154,15 +160,9 @@ class Rows(_Units, Pieces):
         part = cast(part, weight.dtype).view(-1, self.unit * K)
         return part.index_select(0, self.places(language)).view(N, K)
 
-    def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
-        self._scatter_add(language, grad, self.compact(language, dy).sum(0))
-
-    def _scatter_add(self, language: int, grad: Tensor, part: Tensor) -> None:
-        part = cast(part, grad.dtype)
-        if language == FULL:
-            grad += part
-        else:
-            grad.index_add_(0, self.of(language), part)
+    def bias_grad(self, language: int, dy: Tensor) -> Tensor:
+        part = self.compact(language, dy).sum(0)
+        return part if language == FULL else part.new_zeros(self.size).index_copy_(0, self.of(language), part)
 
 
 class Columns(_Units, Pieces):
@@ -181,17 +181,17 @@ class Columns(_Units, Pieces):
             if self.unit == 1:  # half the time of index_select
                 torch.gather(weight, 1, units.expand(weight.shape[0], -1), out=out)
             else:
-                grouped = weight.unflatten(1, (-1, self.unit))
-                torch.index_select(grouped, 1, units, out=out.unflatten(1, (-1, self.unit)))
+                grouped = (weight.shape[0], -1, self.unit)
+                torch.index_select(weight.view(grouped), 1, units, out=out.view(grouped))
             weight = out
         return cast(weight, dtype)
 
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else cast(bias, x.dtype)
-        multiply(self.compact(language, x), self.gather(language, weight, x.dtype).t(), live_bias, out)
+        return multiply(self.compact(language, x), self.gather(language, weight, x.dtype).t(), live_bias, out)
 
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        self.multiply_into(language, out, dy, self.gather(language, weight, dy.dtype), None)
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        return self.multiply_into(language, out, dy, self.gather(language, weight, dy.dtype), None)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if language == FULL:

@@ -24,12 +24,12 @@ class Weights(Pieces):
     def _masked(self, language: int, weight: Tensor) -> Tensor:
         return weight if language == FULL else weight * self._keep(language)
 
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else bias.to(x.dtype)
-        multiply(x, self._masked(language, weight).to(x.dtype).t(), live_bias, out)
+        return multiply(x, self._masked(language, weight).to(x.dtype).t(), live_bias, out)
 
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        multiply(dy, self._masked(language, weight).to(dy.dtype), None, out)
+    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
+        return multiply(dy, self._masked(language, weight).to(dy.dtype), None, out)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         grad += self.weight_grad(language, dy, x, grad)

@@ -1,6 +1,9 @@
 """Triton kernels for many subnetworks of one weight in one batch; imports torch and triton only.
 
-`plan` sorts a batch by language; `row_matmul` and `row_weight_grad` work on gathered live rows, `packing` moves
-activations between their full and their packed width; `tile_layout` lists the live tiles of a mask and
-`tile_matmul` and `tile_weight_grad` walk them. `naive` is the definition of each, in plain torch.
+`plan` sorts a batch by language. Rows (heads, neurons): `row_matmul` and `row_weight_grad` work on gathered live rows,
+`packing` moves activations between their full and their packed width. Blocks and single weights: `tile_layout` lists the
+live tiles of a mask, `tile_matmul` and `tile_weight_grad` walk them; `pair_matmul` and `pair_weight_grad` take two
+neighbouring tiles of 64 at once. `turnstile` lets programs add to one sum in a fixed order. `naive_rows` and
+`naive_tiles` define each in plain torch. `tuning` remembers block sizes; `compile_report` proves the kernels without a
+GPU.
 """

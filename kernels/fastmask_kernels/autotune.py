@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmask_kernels import tuning
+from fastmask_kernels import pair_matmul, tuning
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
@@ -88,9 +88,12 @@ def tune_tiles(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> lis
         def launch(config: Config, given: Tensor = given, transposed: bool = transposed) -> object:
             return tile_matmul(given, weight, layout, plan, transposed=transposed, config=config)
 
-        name = tuning.problem("tile_matmul", x, weight.dtype, sizes, plan, False)
-        out_in = layout.tile[::-1] if transposed else layout.tile
-        found.append(_keep(name, launch, block_sizes(chip_of(x.device), x.dtype, weight.dtype, out_in)))
+        kinds, out_in = (chip_of(x.device), x.dtype, weight.dtype), layout.tile[::-1] if transposed else layout.tile
+        if layout.pairs(transposed):
+            kernel, candidates = "pair_matmul", pair_matmul.block_sizes(*kinds, out_in[1])
+        else:
+            kernel, candidates = "tile_matmul", block_sizes(*kinds, out_in)
+        found.append(_keep(tuning.problem(kernel, x, weight.dtype, sizes, plan, False), launch, candidates))
     return found
 
 

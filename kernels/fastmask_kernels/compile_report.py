@@ -49,7 +49,10 @@ __all__ = ["MODULES", "Row", "collect", "failures", "main", "report", "table", "
 
 MODULES = tuple(
     f"fastmask_kernels.{name}"
-    for name in ("row_matmul", "row_weight_grad", "packing", "tile_layout", "tile_matmul", "tile_weight_grad")
+    for name in (
+        *("row_matmul", "row_weight_grad", "packing", "tile_layout"),
+        *("tile_matmul", "pair_matmul", "tile_weight_grad", "pair_weight_grad", "sum_buffer"),
+    )
 )
 
 

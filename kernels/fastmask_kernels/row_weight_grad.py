@@ -1,10 +1,6 @@
 """Gradient of weights under row masks, all languages in one launch: only live work, and the same bits every run.
 
-The rows of two languages overlap, so their sums meet in the same rows of dW. They take turns: programs of one language
-add to a strip of columns only after all programs of the languages before have. A counter for each strip says how many
-have; a program knows from the masks how many must. A program waits only for programs with lower ids, which hardware
-starts earlier, so that nobody waits for a program that cannot start. Where a chip's barrier does not order the stores
-of all threads (`TURNSTILE_CHIPS` names those where it does), each language gets a launch of its own instead.
+The rows of two languages overlap, so their sums meet in the same rows of dW; they take turns (`turnstile`).
 """
 
 from __future__ import annotations
@@ -21,68 +17,36 @@ from fastmask_kernels.configs import Case, Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled
 from fastmask_kernels.row_cases import table_cases
-from fastmask_kernels.row_configs import MULTIPROCESSORS, ROW_WEIGHT_GRAD, choose, kind_of
+from fastmask_kernels.row_configs import ROW_WEIGHT_GRAD, choose, kind_of
 from fastmask_kernels.row_matmul import live_count, pick
 from fastmask_kernels.tuning import tuned
+from fastmask_kernels.turnstile import TURNSTILE_CHIPS, end_turn, put_tile, strips_together, turn_order, wait_for_turn
 
 __all__ = ["cases", "row_weight_grad"]
 
-# Triton's barrier on AMD waits for shared memory only: another wave's stores may still be on their way when the counter
-# is raised.
-TURNSTILE_CHIPS = ("sm_80", "sm_90", "sm_100")
 OPERANDS = ("BM BN", "BM BK")  # what a step reads: dY and X
 
 
 @triton.jit
-def wait_for_turn(turn, slot, present, counts, N, width, SLOTS: tl.constexpr, BN: tl.constexpr):
-    """Returns once every program of the segments before `slot` has added to this strip."""
+def programs_before(slot, present, counts, N, width, SLOTS: tl.constexpr, BN: tl.constexpr):
+    """How many programs the segments before `slot` have for each strip."""
     slots = tl.arange(0, SLOTS)
     earlier = tl.load(present + slots, mask=slots < slot, other=-1)
     count = tl.load(counts + earlier - 1, mask=earlier > 0, other=0).to(tl.int32)
     count = tl.minimum(tl.where(earlier == 0, N, count), width)
-    before = tl.sum(tl.cdiv(count, BN))
-    while tl.atomic_add(turn, 0, sem="acquire") < before:
-        pass
-
-
-@triton.jit
-def end_turn(turn):
-    """Says that this program has added to its strip; all of its threads' stores come first."""
-    tl.debug_barrier()
-    tl.atomic_add(turn, 1, sem="release")
-
-
-@triton.jit
-def put_tile(base, acc, live, rest, at, ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr):
-    """Adds acc [BN, BK] to rows of dW, or writes it there, in PIECES of its columns: registers hold no second tile.
-
-    `.cg` reads from the L2 cache, where the sums of other multiprocessors are; L1 may hold what was there before.
-    """
-    if PIECES > 1:
-        halves = tl.permute(tl.reshape(acc, (BN, 2, BK // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        put_tile(base, left, live, rest, at, ADD, BN, BK // 2, PIECES // 2)
-        put_tile(base, right, live, rest, at + BK // 2, ADD, BN, BK // 2, PIECES // 2)
-    else:
-        k = at + tl.arange(0, BK)
-        stored = live[:, None] & (k < rest)[None, :]
-        place = base + k[None, :]
-        if ADD:
-            acc += tl.load(place, mask=stored, other=0.0, cache_modifier=".cg")
-        tl.store(place, acc.to(base.dtype.element_ty), mask=stored)
+    return tl.sum(tl.cdiv(count, BN))
 
 
 # One program computes what one segment (language) adds to BN of its live rows and BK columns of one dW: the product of
 # dY^T and X over the segment's tokens, in steps of BM. With a bias there is one strip more, whose programs compute what
-# the segment adds to BN elements of db. Grid, one-dimensional: groups of strips, in each all segments of the batch in
-# order, in each all chunks of BN packed rows of all weights, in each the strips. A strip's segments thus have ascending
-# ids, and the part of dW that a group of strips needs stays in the L2 cache while the segments add to it.
-@triton.jit(do_not_specialize=["most0", "most1", "most2", "n_present", "first_slot", "strips_together"])
+# the segment adds to BN elements of db. Grid, one-dimensional: slots (the batch's segments) x chunks of BN packed rows
+# of all weights x strips, in `turn_order`.
+@triton.jit(do_not_specialize=["most0", "most1", "most2", "n_present", "first_slot", "together"])
 def row_weight_grad_kernel(
     dy0, dy1, dy2, x, index0, index1, index2, counts0, counts1, counts2, dw0, dw1, dw2, db0, db1, db2,
     turns, token_rows, starts, present,
     K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, dy_stride0, dy_stride1, dy_stride2,
-    n_present, first_slot, strips_together,
+    n_present, first_slot, together,
     G: tl.constexpr, SLOTS: tl.constexpr, ALONE: tl.constexpr, TURNS: tl.constexpr, WITH_BIAS: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -98,15 +62,8 @@ def row_weight_grad_kernel(
     if WITH_BIAS:
         n_strips += 1
 
-    pid = tl.program_id(0)
-    in_group = strips_together * n_chunks * n_present
-    first_strip = pid // in_group * strips_together
-    strips = tl.minimum(n_strips - first_strip, strips_together)
-    place = pid % in_group
-    slot = first_slot + place // (strips * n_chunks)
-    place = place % (strips * n_chunks)
-    chunk = place // strips
-    strip = first_strip + place % strips
+    slot, chunk, strip = turn_order(tl.program_id(0), n_present, n_chunks, n_strips, together)
+    slot += first_slot
     segment = tl.load(present + slot)
     if segment < 0:
         return  # fewer segments have tokens than there are slots
@@ -154,7 +111,7 @@ def row_weight_grad_kernel(
                 tl.store(db + row, part.to(db.dtype.element_ty), mask=live)
             else:
                 if TURNS:
-                    wait_for_turn(turn, slot, present, counts, N, width, SLOTS, BN)
+                    wait_for_turn(turn, programs_before(slot, present, counts, N, width, SLOTS, BN))
                 tl.store(db + row, part + tl.load(db + row, mask=live, other=0.0, cache_modifier=".cg"), mask=live)
                 if TURNS:
                     end_turn(turn)
@@ -181,7 +138,7 @@ def row_weight_grad_kernel(
         put_tile(dw, acc, live, K - strip * BK, 0, False, BN, BK, 4)
     else:
         if TURNS:
-            wait_for_turn(turn, slot, present, counts, N, width, SLOTS, BN)
+            wait_for_turn(turn, programs_before(slot, present, counts, N, width, SLOTS, BN))
         put_tile(dw, acc, live, K - strip * BK, 0, True, BN, BK, 4)
         if TURNS:
             end_turn(turn)
@@ -282,8 +239,7 @@ def _launch(
     BN, BK = config["BN"], config["BK"]
     chunks = sum(triton.cdiv(width, BN) for width in widths)
     strips = triton.cdiv(K, BK) + (db is not None)
-    # As many strips at a time as give one segment about two programs for each multiprocessor.
-    together = min(strips, triton.cdiv(2 * MULTIPROCESSORS, chunks))
+    together = strips_together(strips, chunks, 2)
     turns = torch.zeros(len(dys) * strips, dtype=torch.int32, device=x.device)
     takes_turns = chip_of(x.device) in TURNSTILE_CHIPS and not alone
     in_one_launch = n_present if takes_turns else 1

@@ -19,6 +19,7 @@ __all__ = ["EMPTY", "FULL_TILE", "PARTIAL", "TileLayout", "default_tile"]
 EMPTY, PARTIAL, FULL_TILE = 0, 1, 2  # what `TileLayout.state` says of a tile
 
 _MULTIPROCESSORS = 132  # of an H100 or H200
+_PAIRED = 128  # tiles of at least this side are worked on one by one
 _CHUNK = 2**26  # bytes of temporary memory that a constructor may take at a time (one language at least)
 _PACK = 0x0102040810204080  # multiplied with eight flags (bytes 0 or 1), it leaves their bits in the highest byte
 
@@ -44,8 +45,8 @@ class TileLayout:
     Segment 0 of S = L + 1 is the full network, segment l + 1 is language l, as in `Plan`. Build one with `from_bits` or
     `from_blocks`, on the device of what is given.
 
-    State and lists take 5 bytes for each of the S x NT x KT tiles: 2.2 MB, counts included, for 100 languages over
-    4096 x 4096 in tiles of 64. Bits take L x N x K / 8 bytes: 210 MB there.
+    State and lists take 5 bytes for each of the S x NT x KT tiles, 7 with both kinds of pairs: 3.1 MB, counts included,
+    for 100 languages over 4096 x 4096 in tiles of 64. Bits take L x N x K / 8 bytes: 210 MB there.
 
     Attributes:
         shape, tile, block: (N, K), (TN, TK) and the (bn, bk) that `update` expects of `keep`, or None (bits).
@@ -53,6 +54,11 @@ class TileLayout:
         row_tiles: int16 [S, NT, KT]; for each row of tiles the columns of the full ones, then of the partial ones.
         row_counts: int32 [S, NT, 2]; how many are full, how many partial. What follows them in the list means nothing.
         column_tiles, column_counts: int16 [S, KT, NT], int32 [S, KT, 2]; the same of each column of tiles.
+        row_pairs: int16 [S, ceil(NT / 2), KT]; for rows 2r and 2r + 1 of tiles the columns where both are full, then
+            those where only row 2r is, then only row 2r + 1. None unless all tiles are empty or full and TN is below
+            128: two rows of such tiles together are no higher than the kernels can use.
+        row_pair_counts: int32 [S, ceil(NT / 2), 3]; how many of each.
+        column_pairs, column_pair_counts: int16 [S, ceil(KT / 2), NT], int32 [S, ceil(KT / 2), 3]; the same of columns.
         bits: int32 [L, N, ceil(K / 32)], weight k is bit k % 32 of word k // 32; None where no tile can be partial.
     """
 
@@ -78,6 +84,10 @@ class TileLayout:
         self.row_counts = torch.empty(S, NT, 2, dtype=torch.int32, device=device)
         self.column_tiles = torch.empty(S, KT, NT, dtype=torch.int16, device=device)
         self.column_counts = torch.empty(S, KT, 2, dtype=torch.int32, device=device)
+        self.row_pairs: Tensor | None = None
+        self.row_pair_counts: Tensor | None = None
+        self.column_pairs: Tensor | None = None
+        self.column_pair_counts: Tensor | None = None
 
     # ---- constructors
 
@@ -131,6 +141,8 @@ class TileLayout:
         layout.block = (bn, bk)
         if bn % tile[0] or bk % tile[1]:
             layout.bits = torch.empty(layout.n_languages, N, -(-K // 32), dtype=torch.int32, device=keep.device)
+        else:
+            layout._make_pairs()
         layout._read_blocks(keep, 0)
         layout._fill_lists(0, layout.n_languages + 1)
         return layout
@@ -187,8 +199,16 @@ class TileLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        tensors = (self.state, self.row_tiles, self.row_counts, self.column_tiles, self.column_counts, self.bits)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def pairs(self, transposed: bool) -> tuple[Tensor, Tensor] | None:
+        """Lists and counts of the pairs of rows, or of columns if transposed; None where there are none."""
+        if transposed:
+            tiles, counts = self.column_pairs, self.column_pair_counts
+        else:
+            tiles, counts = self.row_pairs, self.row_pair_counts
+        return None if tiles is None or counts is None else (tiles, counts)
 
     def __repr__(self) -> str:
         (N, K), (TN, TK) = self.shape, self.tile
@@ -232,19 +252,37 @@ class TileLayout:
             )
             self.state[start + 1 : start + 1 + len(part)].copy_(live.to(torch.uint8) + (live & full))
 
+    def _make_pairs(self) -> None:
+        """Room for the lists of pairs, where they are of use."""
+        (NT, KT), S, device = self.n_tiles, self.n_languages + 1, self.device
+        if self.tile[0] < _PAIRED:
+            self.row_pairs = torch.empty(S, -(-NT // 2), KT, dtype=torch.int16, device=device)
+            self.row_pair_counts = torch.empty(S, -(-NT // 2), 3, dtype=torch.int32, device=device)
+        if self.tile[1] < _PAIRED:
+            self.column_pairs = torch.empty(S, -(-KT // 2), NT, dtype=torch.int16, device=device)
+            self.column_pair_counts = torch.empty(S, -(-KT // 2), 3, dtype=torch.int32, device=device)
+
     def _fill_lists(self, first: int, last: int) -> None:
         """Lists and counts, in both orientations, of the segments from `first` to before `last`."""
         NT, KT = self.n_tiles
         step = max(1, _CHUNK // (16 * NT * KT))
         for start in range(first, last, step):
             where = slice(start, min(start + step, last))
-            for state, tiles, counts in (
-                (self.state[where], self.row_tiles, self.row_counts),
-                (self.state[where].transpose(1, 2), self.column_tiles, self.column_counts),
+            for transposed, state, tiles, counts in (
+                (False, self.state[where], self.row_tiles, self.row_counts),
+                (True, self.state[where].transpose(1, 2), self.column_tiles, self.column_counts),
             ):
-                # A stable sort keeps the tiles of one state in ascending order.
-                tiles[where].copy_(torch.sort(state, dim=2, descending=True, stable=True).indices)
-                counts[where].copy_(torch.stack([(state == FULL_TILE).sum(2), (state == PARTIAL).sum(2)], 2))
+                _list(state, (FULL_TILE, PARTIAL), tiles[where], counts[where])
+                if pairs := self.pairs(transposed):
+                    live = F.pad(state != EMPTY, (0, 0, 0, state.shape[1] % 2)).to(torch.uint8)
+                    _list(2 * live[:, ::2] + live[:, 1::2], (3, 2, 1), pairs[0][where], pairs[1][where])
+
+
+def _list(kinds: Tensor, listed: tuple[int, ...], tiles: Tensor, counts: Tensor) -> None:
+    """Where in each row of `kinds` [n, rows, columns] the `listed` kinds are, highest first, and how many of each."""
+    # A stable sort keeps the tiles of one kind in ascending order.
+    tiles.copy_(torch.sort(kinds, dim=2, descending=True, stable=True).indices)
+    counts.copy_(torch.stack([(kinds == kind).sum(2) for kind in listed], 2))
 
 
 def _by_tile(flags: Tensor, TN: int, tile_words: int) -> Tensor:

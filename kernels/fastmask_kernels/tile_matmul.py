@@ -19,26 +19,14 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Case, Config
-from fastmask_kernels.interpreter import refuse_bf16
+from fastmask_kernels.pair_matmul import pair_matmul
 from fastmask_kernels.plan import Plan
+from fastmask_kernels.tile_arguments import check_product
 from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tile_pieces import grouped, load_tile
 from fastmask_kernels.tuning import tuned
 
 __all__ = ["block_sizes", "cases", "single_bits", "tile_matmul"]
-
-
-@triton.jit
-def _load_tile(pointers, inside_rows, inside_columns, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr):
-    """Load a tile; what lies outside is 0. An even side needs no check, and its argument is not read."""
-    if EVEN_ROWS and EVEN_COLUMNS:
-        tile = tl.load(pointers)
-    elif EVEN_ROWS:
-        tile = tl.load(pointers, mask=inside_columns[None, :], other=0)
-    elif EVEN_COLUMNS:
-        tile = tl.load(pointers, mask=inside_rows[:, None], other=0)
-    else:
-        tile = tl.load(pointers, mask=inside_rows[:, None] & inside_columns[None, :], other=0)
-    return tile
 
 
 @triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
@@ -51,15 +39,10 @@ def tile_matmul_kernel(
 ):  # fmt: skip
     """One program: OUT_TILE output units (a row of tiles; a column, if TRANSPOSED) for BM tokens of one segment.
 
-    Grid: token tiles x rows of tiles, in one dimension. GROUP token tiles go through all rows side by side before the
-    next ones start, so that programs that run at the same time share both what they read of X and of W.
+    Grid: token tiles x rows of tiles, in one dimension and in the order of `grouped`.
     """
-    program = tl.program_id(0)
-    first_token_tile = program // (GROUP * out_tiles) * GROUP
-    in_group = tl.minimum(token_tiles_size - first_token_tile, GROUP)
-    place = program % (GROUP * out_tiles)
-    token_tile = token_tiles + (first_token_tile + place % in_group) * 3
-    row = place // in_group
+    place, row = grouped(tl.program_id(0), token_tiles_size, out_tiles, GROUP)
+    token_tile = token_tiles + place * 3
 
     segment = tl.load(token_tile)
     if segment < 0:  # a spare one
@@ -89,8 +72,8 @@ def tile_matmul_kernel(
         k = tl.load(tiles + step // STEPS).to(tl.int32) * IN_TILE + step % STEPS * BK
         w_step = k.to(tl.int64) * w_stride if TRANSPOSED else k
         inside = k + inner < in_size
-        xt = _load_tile(x_tile + k, inside, inside, EVEN_IN, True)
-        w = _load_tile(w_tile + w_step, out_inside, inside, EVEN_OUT, EVEN_IN)
+        xt = load_tile(x_tile + k, inside, inside, EVEN_IN, True)
+        w = load_tile(w_tile + w_step, out_inside, inside, EVEN_OUT, EVEN_IN)
         accumulator = tl.dot(w.to(xt.dtype), xt, accumulator, input_precision=PRECISION)
 
     if HAS_PARTIAL:
@@ -107,17 +90,17 @@ def tile_matmul_kernel(
         for step in range(full_steps, full_steps + partial_steps):
             k = tl.load(tiles + step // STEPS).to(tl.int32) * IN_TILE + step % STEPS * BK
             inside = k + inner < in_size
-            xt = _load_tile(x_tile + k, inside, inside, EVEN_IN, True)
+            xt = load_tile(x_tile + k, inside, inside, EVEN_IN, True)
             if TRANSPOSED:
                 own = bits + (k + inner).to(tl.int64)[None, :] * words + word[:, None]
-                owned = _load_tile(own, word < words, inside, EVEN_OUT, EVEN_IN)
+                owned = load_tile(own, word < words, inside, EVEN_OUT, EVEN_IN)
                 flags = tl.reshape(owned[:, None, :] & one[None, :, None], (OUT_TILE, BK))
-                w = _load_tile(w_tile + k.to(tl.int64) * w_stride, out_inside, inside, EVEN_OUT, EVEN_IN)
+                w = load_tile(w_tile + k.to(tl.int64) * w_stride, out_inside, inside, EVEN_OUT, EVEN_IN)
             else:
                 own = bits + out.to(tl.int64)[:, None] * words + (k // 32 + word)[None, :]
-                owned = _load_tile(own, out_inside, k // 32 + word < words, EVEN_OUT, EVEN_IN)
+                owned = load_tile(own, out_inside, k // 32 + word < words, EVEN_OUT, EVEN_IN)
                 flags = tl.reshape(owned[:, :, None] & one[None, None, :], (OUT_TILE, BK))
-                w = _load_tile(w_tile + k, out_inside, inside, EVEN_OUT, EVEN_IN)
+                w = load_tile(w_tile + k, out_inside, inside, EVEN_OUT, EVEN_IN)
             masked = tl.where(flags != 0, w, 0.0).to(xt.dtype)
             accumulator = tl.dot(masked, xt, accumulator, input_precision=PRECISION)
 
@@ -145,6 +128,8 @@ def tile_matmul(
 ) -> Tensor:
     """Multiply every row of a mixed-language batch with its own language's part of one weight, in one launch.
 
+    Where the layout's tiles are small and need no bits (`TileLayout.pairs`), `pair_matmul` does it.
+
     Args:
         x: [M, K] (activations) or, if transposed, [M, N] (their gradient); float16, bfloat16 or float32.
         weight: [N, K] of x's dtype, or float32 (rounded to x's dtype tile by tile).
@@ -163,26 +148,14 @@ def tile_matmul(
         TypeError, ValueError: dtypes, shapes or devices that do not fit each other.
         RuntimeError: bfloat16 in Triton's interpreter.
     """
-    check_operands(x, weight, layout, plan)
-    refuse_bf16(x, weight)
-    N, K = layout.shape
-    in_size, out_size = (N, K) if transposed else (K, N)
-    if x.shape != (plan.n_rows, in_size):
-        raise ValueError(f"expected x [{plan.n_rows}, {in_size}], given {tuple(x.shape)}")
-    if bias is not None and (transposed or bias.shape != (N,) or bias.device != x.device):
-        raise ValueError(f"expected a bias [{N}] on {x.device} and not transposed, given {tuple(bias.shape)}")
-    if out is None:
-        out = torch.empty(plan.n_rows, out_size, dtype=x.dtype, device=x.device)
-    elif out.shape != (plan.n_rows, out_size) or out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(
-            f"expected out [{plan.n_rows}, {out_size}] of {x.dtype} on {x.device}, "
-            f"given {tuple(out.shape)} of {out.dtype} on {out.device}"
+    if layout.pairs(transposed) is not None:
+        return pair_matmul(
+            x, weight, layout, plan, bias, transposed=transposed, out=out, config=config, allow_tf32=allow_tf32
         )
-    elif out_size > 1 and out.stride(1) != 1:
-        raise ValueError(f"out must have contiguous rows, given strides {out.stride()}")
+    x, weight, out = check_product(x, weight, layout, plan, bias, transposed, out)
     if plan.n_rows == 0:
         return out
-    x, weight = with_contiguous_rows(x), with_contiguous_rows(weight)
+    in_size, out_size = x.shape[1], out.shape[1]
     (OUT_TILE, IN_TILE), (out_tiles, in_tiles) = layout.tile, layout.n_tiles
     tiles, counts = layout.row_tiles, layout.row_counts
     if transposed:
@@ -212,28 +185,6 @@ def tile_matmul(
 def single_bits(device: torch.device) -> Tensor:
     """int32 [32]: entry i has bit i set, as the kernels read it; one for each device."""
     return torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32, device=device)
-
-
-def check_operands(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> None:
-    """Raise TypeError or ValueError unless activations, weight, masks and plan belong together."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"expected activations of float16, bfloat16 or float32, given {x.dtype}")
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"expected a weight of {x.dtype} or float32, given {weight.dtype}")
-    if tuple(weight.shape) != layout.shape:
-        raise ValueError(f"expected a weight of the layout's shape {layout.shape}, given {tuple(weight.shape)}")
-    if plan.n_languages != layout.n_languages:
-        raise ValueError(f"a plan of {plan.n_languages} languages with a layout of {layout.n_languages}")
-    if plan.n_rows >= 2**31:
-        raise ValueError(f"{plan.n_rows} rows in one batch: positions are 32-bit")
-    for name, device in (("weight", weight.device), ("layout", layout.device), ("plan", plan.token_rows.device)):
-        if device != x.device:
-            raise ValueError(f"activations on {x.device} with a {name} on {device}")
-
-
-def with_contiguous_rows(matrix: Tensor) -> Tensor:
-    """The matrix itself if elements of a row lie side by side, else a copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 # ---- block sizes

@@ -15,9 +15,11 @@ from torch import Tensor
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Case, Config
 from fastmask_kernels.interpreter import refuse_bf16
+from fastmask_kernels.pair_weight_grad import pair_weight_grad, worth_pairing
 from fastmask_kernels.plan import Plan
+from fastmask_kernels.tile_arguments import check_gradient, check_operands, with_contiguous_rows
 from fastmask_kernels.tile_layout import TileLayout
-from fastmask_kernels.tile_matmul import check_operands, with_contiguous_rows
+from fastmask_kernels.tile_pieces import grouped
 
 __all__ = ["cases", "tile_weight_grad"]
 
@@ -32,15 +34,10 @@ def tile_weight_grad_kernel(
 ):  # fmt: skip
     """One program: a piece (BN, BK) of dW within one tile (TN, TK), all languages of the batch, BM tokens in a step.
 
-    Grid: the pieces of all tiles in one dimension, GROUP rows of them side by side, so that programs that run at the
-    same time share what they read of dY and of X.
+    Grid: the pieces of all tiles, in one dimension and in the order of `grouped`.
     """
     rows, columns = n_tiles * (TN // BN), k_tiles * (TK // BK)
-    program = tl.program_id(0)
-    first_row = program // (GROUP * columns) * GROUP
-    in_group = tl.minimum(rows - first_row, GROUP)
-    place = program % (GROUP * columns)
-    row, column = first_row + place % in_group, place // in_group
+    row, column = grouped(tl.program_id(0), rows, columns, GROUP)
     n = row * BN + tl.arange(0, BN)
     k = column * BK + tl.arange(0, BK)
     n_inside, k_inside = n < N, k < K
@@ -117,6 +114,8 @@ def tile_weight_grad(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Sum the weight gradient of a mixed-language batch over its languages, each within its own mask, in one launch.
 
+    Where it pays (`worth_pairing`), and neither scores nor a config are asked for, `pair_weight_grad` does it.
+
     Args:
         dy: [M, N]; float16, bfloat16 or float32.
         x: [M, K] of the same dtype.
@@ -137,32 +136,20 @@ def tile_weight_grad(
         TypeError, ValueError: dtypes, shapes or devices that do not fit each other.
         RuntimeError: bfloat16 in Triton's interpreter.
     """
-    N, K = layout.shape
-    if dy.shape != (plan.n_rows, N) or x.shape != (plan.n_rows, K):
-        raise ValueError(
-            f"expected dy [{plan.n_rows}, {N}] and x [{plan.n_rows}, {K}], given {tuple(dy.shape)}, {tuple(x.shape)}"
+    if weight is None and config is None and worth_pairing(x, layout, plan):
+        return pair_weight_grad(
+            dy, x, layout, plan, weight_dtype=weight_dtype, out=out, accumulate=accumulate, allow_tf32=allow_tf32
         )
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy is {dy.dtype}, x is {x.dtype}: they must agree")
-    if accumulate and out is None:
-        raise ValueError("accumulate adds to a given `out`")
-    if out is None:
-        out = torch.empty(N, K, dtype=weight_dtype, device=x.device)
-    elif out.dtype != weight_dtype:
-        raise TypeError(f"out is {out.dtype}, weight_dtype is {weight_dtype}")
-    check_operands(x, out, layout, plan)
-    refuse_bf16(dy, x, out, weight)
+    dy, x, out = check_gradient(dy, x, layout, plan, weight_dtype, out, accumulate)
     if weight is not None:
         check_operands(x, weight, layout, plan)
+        refuse_bf16(weight)
         weight = with_contiguous_rows(weight)
     if plan.n_rows == 0:
         if not accumulate:
             out.zero_()
         return out if weight is None else (out, torch.zeros(layout.state.shape, device=x.device))
-    if dy.device != x.device:
-        raise ValueError(f"dy on {dy.device}, x on {x.device}")
-    dy, x = with_contiguous_rows(dy), with_contiguous_rows(x)
-    (TN, TK), (n_tiles, k_tiles) = layout.tile, layout.n_tiles
+    (N, K), (TN, TK), (n_tiles, k_tiles) = layout.shape, layout.tile, layout.n_tiles
     if config is None:
         config = _config(chip_of(x.device), x.dtype.itemsize, layout.tile, weight is not None)
     BN, BK, BM = config["BN"], config["BK"], config["BM"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fastmask_kernels import row_weight_grad as row_weight_grad_module
+from fastmask_kernels import turnstile
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
 from fastmask_kernels.naive_rows import naive_row_matmul, naive_row_matmul_t, naive_row_weight_grad
@@ -237,16 +238,14 @@ def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         return [*y, dx, *dW, *(db or [])]
 
     first = run()
-    monkeypatch.setattr(row_weight_grad_module, "MULTIPROCESSORS", 1)  # one strip after the other
+    monkeypatch.setattr(turnstile, "MULTIPROCESSORS", 1)  # one strip after the other
     for one, other in zip(first, run(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_strips_are_walked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wide weight is walked in groups of strips, the last one smaller: a strip would be left out or summed twice."""
-    monkeypatch.setattr(
-        row_weight_grad_module, "MULTIPROCESSORS", 2
-    )  # two chunks, five strips with the bias: 2 + 2 + 1
+    monkeypatch.setattr(turnstile, "MULTIPROCESSORS", 2)  # two chunks, five strips with the bias: 2 + 2 + 1
     check_row_weight_grad(sample([2, -1, 0, 1], 5, 3, [20], 64, spare=0), SMALL_GRAD, torch.float32)
 
 

@@ -8,104 +8,15 @@ import pytest
 import torch
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
-from fastmask_kernels.naive_tiles import tile_matmul_naive, tile_scores_naive, tile_weight_grad_naive
-from fastmask_kernels.plan import Plan
-from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.naive_tiles import tile_matmul_naive
 from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_oracle import DEVICE, assert_close
-from torch import Tensor
+from tile_samples import GRAD, MATMUL, Problem, results_start_as_nan  # noqa: F401 (a fixture)
 
-TILE = (32, 64)
-MATMUL = Config((("BM", 16), ("BK", 32)), 4, 2)  # two steps a tile
-GRAD = Config((("BN", 32), ("BK", 64), ("BM", 16)), 4, 2)
 PIECES = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)  # four programs a tile
-
-
-@pytest.fixture(autouse=True)
-def _results_start_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels must write every element: what `torch.empty` gives them here is not a number."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-class Problem:
-    """One layer, its masks and a batch: what every test here needs, and how results are checked."""
-
-    def __init__(
-        self, ids: list[int], T: int, L: int, N: int, K: int, block: tuple[int, int] = (1, 1), density: float = 0.4,
-        dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None, seed: int = 0,
-        tile: tuple[int, int] = TILE,
-    ) -> None:  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(DEVICE)
-
-        flags = torch.rand(L, -(-N // block[0]), -(-K // block[1]), generator=generator) < density
-        if L >= 3:
-            flags[1], flags[2] = False, True
-        flags = flags.to(DEVICE)
-        self.layout = TileLayout.from_blocks(flags, block, tile)
-        self.keep = flags.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)
-        N, K = self.layout.shape
-        self.plan = Plan(torch.tensor(ids, dtype=torch.int64, device=DEVICE), T, L)
-        self.language_of = torch.tensor(ids, dtype=torch.int64, device=DEVICE).repeat_interleave(T)
-        M = len(ids) * T
-        self.x, self.dy = normal(M, K).to(dtype), normal(M, N).to(dtype)
-        self.weight, self.bias = normal(N, K).to(weight_dtype or dtype), normal(N).to(weight_dtype or dtype)
-
-    def check_matmul(self, transposed: bool, bias: bool, **options: Any) -> Tensor:
-        """Y, or dX if transposed."""
-        x, b = self.dy if transposed else self.x, self.bias if bias else None
-        config = options.pop("config", MATMUL)
-        y = tile_matmul(x, self.weight, self.layout, self.plan, b, transposed=transposed, config=config, **options)
-        b64 = None if b is None else b.double()
-        weight = self.weight.to(x.dtype)  # a float32 master weight is rounded, in the kernel too
-        truth = tile_matmul_naive(x.double(), weight.double(), self.keep, self.language_of, b64, transposed)
-        plain = tile_matmul_naive(x, weight, self.keep, self.language_of, b, transposed)
-        assert_close("dx" if transposed else "y", y, truth, plain)
-        return y
-
-    def check_grad(self, start: Tensor | None = None, **options: Any) -> Tensor:
-        """DW; `start` is what it was added to."""
-        weight_dtype, config = self.weight.dtype, options.pop("config", GRAD)
-        grad = tile_weight_grad(
-            self.dy, self.x, self.layout, self.plan, weight_dtype=weight_dtype, config=config, **options
-        )
-        assert isinstance(grad, Tensor)
-        truth = tile_weight_grad_naive(self.dy.double(), self.x.double(), self.keep, self.language_of).sum(0)
-        plain = tile_weight_grad_naive(self.dy, self.x, self.keep, self.language_of).sum(0).to(weight_dtype)
-        if start is not None:
-            truth, plain = truth + start.double(), (plain + start).to(weight_dtype)
-        assert_close("dW", grad, truth, plain)
-        return grad
-
-    def check_scores(self, config: Config | None = GRAD) -> None:
-        """DW and scores of small whole numbers: their sums are exact, so nothing may differ."""
-        dy, x = self.dy.clamp(-2, 2).round(), self.x.clamp(-2, 2).round()
-        weight = self.weight.clamp(-2, 2).round()
-        grad, scores = tile_weight_grad(
-            dy, x, self.layout, self.plan, weight_dtype=weight.dtype, weight=weight, config=config
-        )
-        parts = tile_weight_grad_naive(dy.double(), x.double(), self.keep, self.language_of)
-        assert torch.equal(grad.double(), parts.sum(0))
-        assert scores.dtype == torch.float32
-        assert torch.equal(scores.double(), tile_scores_naive(parts, weight.double(), self.layout.tile))
-
-    def check_all(self) -> None:
-        """Everything, once."""
-        self.check_matmul(False, bias=True)
-        self.check_matmul(True, bias=False)
-        self.check_grad()
-        self.check_scores()
 
 
 IDS = [0, -1, 2, 0, 1, 2]  # language 1 owns nothing, language 2 everything

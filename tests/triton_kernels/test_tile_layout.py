@@ -56,10 +56,28 @@ def check(layout: TileLayout, keep: Tensor) -> None:
             partial = (of[segment, row] == PARTIAL).nonzero().flatten().tolist()
             assert counts[segment, row].tolist() == [len(full), len(partial)]
             assert tiles[segment, row, : len(full) + len(partial)].tolist() == full + partial
+    for transposed, of in ((False, state), (True, state.transpose(1, 2))):
+        pairs = layout.pairs(transposed)
+        assert (pairs is not None) == (layout.bits is None and layout.tile[transposed] < 128)
+        if pairs is not None:
+            check_pairs(*pairs, of != 0)
     if layout.bits is None:
         assert not (state == PARTIAL).any(), "partial tiles without bits"
     else:
         assert torch.equal(layout.bits, pack(keep))
+
+
+def check_pairs(tiles: Tensor, counts: Tensor, live: Tensor) -> None:
+    """Lists of pairs of rows hold exactly the live tiles, bool [S, rows, columns]."""
+    S, rows, columns = live.shape
+    assert tiles.shape == (S, -(-rows // 2), columns)
+    for segment, pair in torch.cartesian_prod(torch.arange(S), torch.arange(tiles.shape[1])).tolist():
+        first = live[segment, 2 * pair]
+        second = live[segment, 2 * pair + 1] if 2 * pair + 1 < rows else torch.zeros_like(first)
+        parts = [part.nonzero().flatten().tolist() for part in (first & second, first & ~second, second & ~first)]
+        assert counts[segment, pair].tolist() == [len(part) for part in parts]
+        listed = [column for part in parts for column in part]
+        assert tiles[segment, pair, : len(listed)].tolist() == listed
 
 
 SHAPES = [(1, 1, 1), (3, 7, 33), (2, 64, 64), (4, 33, 130), (3, 48, 96)]
@@ -90,10 +108,19 @@ def test_bits_past_the_edge_are_ignored() -> None:
 )
 def test_from_blocks(block: tuple[int, int], has_bits: bool) -> None:
     """If this fails, block masks lose or gain weights; or they read bits that they do not need."""
-    flags = keep_of(3, 4, 5, 0.5, seed=1)
+    flags = keep_of(3, 4, 5, 0.5, seed=1)  # an odd number of columns, of rows below
     layout = TileLayout.from_blocks(flags, block, (16, 32))
     assert (layout.bits is not None) == has_bits
     check(layout, flags.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2))
+
+
+@pytest.mark.parametrize("tile", [(16, 32), (16, 128), (128, 32), (128, 128)])
+@pytest.mark.parametrize("sides", [(1, 1), (3, 2), (5, 4)])
+def test_pairs(tile: tuple[int, int], sides: tuple[int, int]) -> None:
+    """If this fails, two rows of tiles that are worked on together lose tiles, or take those of a neighbour."""
+    flags = keep_of(4, *sides, 0.5, seed=2)
+    layout = TileLayout.from_blocks(flags, tile, tile)
+    check(layout, flags.repeat_interleave(tile[0], 1).repeat_interleave(tile[1], 2))
 
 
 def test_chunks_give_the_same_layout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +139,13 @@ def test_update_replaces_one_language() -> None:
     layout = TileLayout.from_bits(pack(keep), 33, 70, (16, 32))
     flags, other_flags = keep_of(4, 3, 2, 0.5), keep_of(4, 3, 2, 0.5, seed=9)
     aligned, unaligned = (TileLayout.from_blocks(flags.clone(), block, (16, 32)) for block in ((16, 32), (11, 35)))
-    pointers = [tensor.data_ptr() for tensor in (layout.state, layout.row_tiles, layout.column_counts, layout.bits)]
+
+    def addresses() -> list[int]:
+        return [
+            tensor.data_ptr() for each in (layout, aligned) for tensor in vars(each).values() if torch.is_tensor(tensor)
+        ]
+
+    pointers = addresses()
     for language in (2, 0):
         keep[language], flags[language] = other[language], other_flags[language]
         layout.update(language, bits=pack(other)[language])
@@ -121,8 +154,7 @@ def test_update_replaces_one_language() -> None:
         check(layout, keep)
         check(aligned, flags.repeat_interleave(16, 1).repeat_interleave(32, 2))
         check(unaligned, flags.repeat_interleave(11, 1).repeat_interleave(35, 2))
-    now = [tensor.data_ptr() for tensor in (layout.state, layout.row_tiles, layout.column_counts, layout.bits)]
-    assert now == pointers, "an update must not allocate: captured launches hold these pointers"
+    assert addresses() == pointers, "an update must not allocate: captured launches hold these pointers"
 
 
 def test_nbytes_is_what_the_docstring_says() -> None:
@@ -130,7 +162,8 @@ def test_nbytes_is_what_the_docstring_says() -> None:
     flags = torch.ones(10, 64, 64, dtype=torch.bool, device=DEVICE)
     layout = TileLayout.from_blocks(flags, (64, 64), (64, 64))
     tiles = 11 * 64 * 64
-    assert layout.nbytes == 5 * tiles + 2 * 11 * 64 * 2 * 4
+    assert layout.nbytes == 7 * tiles + 2 * 11 * 64 * 2 * 4 + 2 * 11 * 32 * 3 * 4
+    assert TileLayout.from_blocks(flags, (128, 128)).nbytes == 5 * tiles + 2 * 11 * 64 * 2 * 4
     assert (layout.n_languages, layout.shape, layout.n_tiles) == (10, (4096, 4096), (64, 64))
     assert layout.device == flags.device
 

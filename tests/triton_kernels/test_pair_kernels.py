@@ -1,0 +1,273 @@
+"""`pair_matmul` and `pair_weight_grad`: against float64, against kernels that take a tile at a time, and chosen."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from fastmask_kernels import pair_weight_grad as pair_weight_grad_module
+from fastmask_kernels import tile_matmul as tile_matmul_module
+from fastmask_kernels import tile_weight_grad as tile_weight_grad_module
+from fastmask_kernels.configs import Config
+from fastmask_kernels.interpreter import interpreting
+from fastmask_kernels.pair_matmul import pair_matmul
+from fastmask_kernels.pair_weight_grad import pair_weight_grad, worth_pairing
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tile_matmul import tile_matmul
+from fastmask_kernels.tile_weight_grad import tile_weight_grad
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_oracle import DEVICE
+from tile_samples import GRAD, Problem, results_start_as_nan  # noqa: F401 (a fixture)
+from torch import Tensor
+
+MATMUL = Config((("BM", 16), ("BK", 16)), 4, 2)  # two steps a tile
+CHUNKS = Config((("BN", 32), ("BM", 16)), 4, 2)  # two tiles of 16 rows a program
+IDS = [0, -1, 2, 0, 1, 2]  # language 1 owns nothing, language 2 everything
+
+
+def paired(ids: list[int], T: int, L: int, sides: tuple[int, int], tile: tuple[int, int] = (16, 32), **options: Any):
+    """A problem of NT x KT tiles that are empty or full."""
+    return Problem(ids, T, L, sides[0] * tile[0], sides[1] * tile[1], tile, tile=tile, **options)
+
+
+def check_all(problem: Problem, matmul: Config | None = MATMUL, grad: Config | None = CHUNKS) -> None:
+    """Y, dX and dW of the paired kernels."""
+    problem.check_matmul(False, bias=True, multiply=pair_matmul, config=matmul)
+    problem.check_matmul(True, bias=False, multiply=pair_matmul, config=matmul)
+    problem.check_grad(differentiate=pair_weight_grad, config=grad)
+
+
+def grad_of(problem: Problem, **options: Any) -> Tensor:
+    arguments = {"weight_dtype": problem.weight.dtype, "config": CHUNKS} | options
+    return pair_weight_grad(problem.dy, problem.x, problem.layout, problem.plan, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)],
+    ids=["fp32", "fp16", "fp16-master"],
+)
+@pytest.mark.parametrize(
+    ("ids", "L", "sides"),
+    [([0, 0], 1, (4, 3)), (IDS, 3, (5, 4)), ([7, 0, 4, -1, 3, 0, 5], 8, (3, 7))],
+    ids=["1 language", "3 languages", "8 languages"],
+)
+def test_results(ids: list[int], L: int, sides: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """If this fails, the kernels do not compute the masked model, or not its gradient."""
+    check_all(paired(ids, 19, L, sides, dtype=dtype, weight_dtype=weight_dtype, density=0.6))
+
+
+@pytest.mark.parametrize("sides", [(1, 1), (1, 4), (4, 1), (2, 2), (9, 3)])
+@pytest.mark.parametrize(
+    "ids", [[0], [0, 0], [1, 1], [2], [-1], [3, -1]], ids=["one", "same", "dead", "full", "network", "two"]
+)
+def test_few_tiles_and_single_segments(ids: list[int], sides: tuple[int, int]) -> None:
+    """If this fails, the row or column without a neighbour is wrong, or one segment alone, or one that owns nothing."""
+    check_all(paired(ids, 7, 4, sides, dtype=torch.float16))
+
+
+def test_shipped_block_sizes() -> None:
+    """If this fails, the block sizes that a launch picks itself do not fit tiles of 64, with odd numbers of them."""
+    for dtype in (torch.float32, torch.float16):
+        check_all(paired([0, 2, 0, 1, 1], 70, 3, (5, 3), (64, 64), dtype=dtype, density=0.7), None, None)
+    check_all(paired([0, 0], 300, 1, (1, 2), (64, 64), dtype=torch.float16, density=0.7), None, None)
+
+
+def test_more_strips_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the order of programs skips strips once there is more than one group of them."""
+    monkeypatch.setattr("fastmask_kernels.turnstile.MULTIPROCESSORS", 4)
+    check_all(paired(IDS, 5, 3, (5, 9)))
+
+
+def whole(problem: Problem) -> Problem:
+    """Small whole numbers in place of all operands: every sum is exact, whatever its order."""
+    for name in ("x", "dy", "weight", "bias"):
+        setattr(problem, name, getattr(problem, name).clamp(-2, 2).round())
+    return problem
+
+
+def test_same_as_one_tile_at_a_time() -> None:
+    """If this fails, which kernel runs shows in the results."""
+    problem = whole(paired([*IDS, 3, 0], 19, 4, (5, 3), (32, 32), dtype=torch.float16))
+    alone = copy.copy(problem.layout)
+    alone.row_pairs = alone.column_pairs = None
+    p, grads = problem, {"weight_dtype": torch.float32}
+    y = pair_matmul(p.x, p.weight, p.layout, p.plan, p.bias, config=MATMUL)
+    assert torch.equal(y, tile_matmul(p.x, p.weight, alone, p.plan, p.bias, config=MATMUL))
+    dx = pair_matmul(p.dy, p.weight, p.layout, p.plan, transposed=True, config=MATMUL)
+    assert torch.equal(dx, tile_matmul(p.dy, p.weight, alone, p.plan, transposed=True, config=MATMUL))
+    pieces = Config((("BN", 32), ("BK", 32), ("BM", 16)), 4, 2)
+    one = tile_weight_grad(p.dy, p.x, alone, p.plan, config=pieces, **grads)
+    assert torch.equal(pair_weight_grad(p.dy, p.x, p.layout, p.plan, config=CHUNKS, **grads), one)
+
+
+def test_one_launch_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, gradients are wrong, or other ones, on chips where programs cannot take turns."""
+    problem = paired(IDS, 19, 3, (5, 4), dtype=torch.float16, weight_dtype=torch.float32)
+    in_turns = grad_of(problem)
+    monkeypatch.setattr(pair_weight_grad_module, "TURNSTILE_CHIPS", ())
+    assert torch.equal(problem.check_grad(differentiate=pair_weight_grad, config=CHUNKS), in_turns)
+
+
+@pytest.mark.parametrize("ids", [[0], [0, 0], [0, 2, 0]], ids=["one segment", "perhaps several", "several"])
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["half", "float"])
+def test_accumulate_into_any_strides(ids: list[int], weight_dtype: torch.dtype) -> None:
+    """If this fails, a gradient is lost when a second micro-batch adds to the first, or a neighbour is overwritten."""
+    for columns_apart in (False, True):
+        problem = paired(ids, 9, 3, (3, 4), dtype=torch.float16, weight_dtype=weight_dtype)
+        N, K = problem.layout.shape
+        room = torch.randn((K, 2 * N) if columns_apart else (N, K + 16), device=DEVICE).to(weight_dtype)
+        view = room[:, ::2].t() if columns_apart else room[:, :K]
+        beside = room[:, 1::2] if columns_apart else room[:, K:]
+        before = beside.clone()
+        checked: dict[str, Any] = {"differentiate": pair_weight_grad, "config": CHUNKS, "out": view}
+        grad = problem.check_grad(accumulate=True, start=view.clone(), **checked)
+        assert grad.data_ptr() == view.data_ptr()
+        assert torch.equal(beside, before)
+        view.fill_(float("nan"))
+        problem.check_grad(**checked)  # overwritten, not added to
+        assert torch.equal(beside, before)
+
+
+def test_output_views_and_strided_inputs() -> None:
+    """If this fails, results are wrong for slices and transposed tensors, or land outside of `out`."""
+    problem = paired(IDS, 7, 3, (3, 3), dtype=torch.float16)
+    (N, K), M = problem.layout.shape, problem.plan.n_rows
+    room = torch.full((M, N + 9), float("nan"), dtype=torch.float16, device=DEVICE)
+    problem.check_matmul(False, bias=True, multiply=pair_matmul, config=MATMUL, out=room[:, 4 : N + 4])
+    assert room[:, :4].isnan().all()
+    assert room[:, N + 4 :].isnan().all()
+    problem.x = torch.randn(M, K + 20, device=DEVICE).half()[:, 11 : K + 11]  # rows apart
+    problem.dy = torch.randn(N, M, device=DEVICE).half().t()  # columns apart
+    problem.weight = torch.randn(K, N, device=DEVICE).half().t()
+    check_all(problem)
+
+
+def test_update_is_seen_by_the_next_launch() -> None:
+    """If this fails, a dynamic subnetwork trains with the mask it had before."""
+    problem = paired([0, 3, 1, 3], 8, 4, (5, 3))
+    flags = torch.rand(5, 3, device=DEVICE) < 0.5
+    problem.layout.update(3, keep=flags)
+    problem.keep[3] = flags.repeat_interleave(16, 0).repeat_interleave(32, 1)
+    check_all(problem)
+
+
+def test_reruns_are_bit_identical() -> None:
+    """If this fails, a run cannot be repeated: something depends on the order in which programs finish."""
+    problem = paired(IDS, 40, 3, (9, 6), dtype=torch.float16)
+    for _ in range(2):
+        assert torch.equal(grad_of(problem), grad_of(problem))
+        ys = [pair_matmul(problem.x, problem.weight, problem.layout, problem.plan) for _ in range(2)]
+        assert torch.equal(*ys)
+
+
+def test_dead_weights_and_foreign_rows_are_not_read() -> None:
+    """If this fails, what a language does not own reaches its results: here it is not a number."""
+    problem = paired([0, 3], 9, 4, (5, 4))
+    owned = problem.keep[0] | problem.keep[3]
+    problem.keep[1], problem.keep[2] = owned, owned
+    poisoned = torch.where(owned, problem.weight, float("nan"))
+    for transposed, x in ((False, problem.x), (True, problem.dy)):
+        clean, dirty = (
+            pair_matmul(x, weight, problem.layout, problem.plan, transposed=transposed, config=MATMUL)
+            for weight in (problem.weight, poisoned)
+        )
+        assert torch.equal(clean, dirty)
+    dead = ~owned.any(1)
+    problem.dy[:, dead] = float("nan")
+    assert not grad_of(problem).isnan().any()
+
+
+def test_empty_batch() -> None:
+    """If this fails, a rank without examples crashes, or its gradient is undefined."""
+    problem = paired([], 4, 3, (2, 3))
+    assert problem.check_matmul(False, bias=True, multiply=pair_matmul).shape == (0, 32)
+    assert problem.check_matmul(True, bias=False, multiply=pair_matmul).shape == (0, 96)
+    assert not problem.check_grad(differentiate=pair_weight_grad, config=CHUNKS).any()
+
+
+# ---- which kernel runs
+
+
+def test_who_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, tiles of 64 are never worked on in pairs, or those with bits are."""
+    called: list[str] = []
+    for module, name in ((tile_matmul_module, "pair_matmul"), (tile_weight_grad_module, "pair_weight_grad")):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: called.append(name))
+    monkeypatch.setattr(tile_weight_grad_module, "worth_pairing", lambda *args: True)
+    p, grads = paired([0, 0], 5, 1, (2, 2)), {"weight_dtype": torch.float32}
+    tile_matmul(p.x, p.weight, p.layout, p.plan)
+    tile_matmul(p.dy, p.weight, p.layout, p.plan, transposed=True)
+    tile_weight_grad(p.dy, p.x, p.layout, p.plan, **grads)
+    assert called == ["pair_matmul", "pair_matmul", "pair_weight_grad"]
+    tile_weight_grad(p.dy, p.x, p.layout, p.plan, weight=p.weight, **grads)
+    pieces = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)
+    tile_weight_grad(p.dy, p.x, p.layout, p.plan, config=pieces, **grads)
+    bits = Problem([0, 0], 5, 1, 64, 64)
+    tile_matmul(bits.x, bits.weight, bits.layout, bits.plan)
+    assert len(called) == 3
+
+
+def test_where_pairs_pay() -> None:
+    """If this fails, a gradient is given to a kernel that leaves most of a GPU idle, or mostly adds."""
+
+    def worth(ids: list[int], T: int, sides: int, dtype: torch.dtype = torch.float16, block: int = 64) -> bool:
+        L, size = 8, sides * 64
+        flags = torch.ones(L, size // block, size // block, dtype=torch.bool, device=DEVICE)
+        layout = TileLayout.from_blocks(flags, (block, block))
+        x = torch.empty(len(ids) * T, size, dtype=dtype, device=DEVICE)
+        return worth_pairing(x, layout, Plan(torch.tensor(ids, dtype=torch.int64, device=DEVICE), T, L))
+
+    assert worth([0], 128, 64)
+    assert worth([0, 1], 512, 64)
+    assert not worth([0, 1], 128, 64), "few tokens"
+    assert not worth([0], 128, 12), "a small weight"
+    assert not worth([0], 128, 64, torch.float32), "bound by arithmetic"
+    assert not worth([0], 128, 64, block=128), "no pairs"
+    assert not worth([], 128, 64)
+
+
+def test_refusals() -> None:
+    """If this fails, operands that do not belong together give numbers rather than an error."""
+    p = paired([0, 1], 4, 3, (2, 2))
+    bits = Problem([0, 1], 4, 3, 32, 64).layout
+    grads: dict[str, Any] = {"weight_dtype": torch.float32}
+    for error, call in (
+        (ValueError, lambda: pair_matmul(p.x, p.weight, bits, p.plan)),
+        (ValueError, lambda: pair_matmul(p.x[1:], p.weight, p.layout, p.plan)),
+        (ValueError, lambda: pair_matmul(p.x, p.weight, p.layout, p.plan, config=GRAD)),
+        (ValueError, lambda: pair_weight_grad(p.dy, p.x, bits, p.plan, **grads)),
+        (ValueError, lambda: pair_weight_grad(p.dy, p.x[1:], p.layout, p.plan, **grads)),
+        (ValueError, lambda: pair_weight_grad(p.dy, p.x, p.layout, p.plan, accumulate=True, **grads)),
+        (
+            ValueError,
+            lambda: pair_weight_grad(
+                p.dy, p.x, p.layout, p.plan, config=Config((("BN", 8), ("BM", 16)), 4, 2), **grads
+            ),
+        ),
+    ):
+        with pytest.raises(error):
+            call()
+    if interpreting():
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            pair_matmul(p.x.bfloat16(), p.weight.bfloat16(), p.layout, p.plan)
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            pair_weight_grad(p.dy.bfloat16(), p.x.bfloat16(), p.layout, p.plan, **grads)
+
+
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # shrinking: minutes
+@given(
+    ids=st.lists(st.integers(-1, 3), min_size=1, max_size=4),
+    T=st.integers(1, 20),
+    sides=st.tuples(st.integers(1, 6), st.integers(1, 4)),
+    density=st.floats(0, 1),
+    half=st.booleans(),
+)
+def test_any_problem(ids: list[int], T: int, sides: tuple[int, int], density: float, half: bool) -> None:
+    """If this fails, there are batches, shapes or masks for which the kernels are wrong."""
+    dtype = torch.float16 if half else torch.float32
+    check_all(paired(ids, T, 4, sides, density=density, dtype=dtype, weight_dtype=torch.float32, seed=T))

@@ -1,9 +1,17 @@
 """Triton kernels for many subnetworks of one weight in one batch; imports torch and triton only.
 
 `plan` sorts a batch by language. Rows (heads, neurons): `row_matmul` and `row_weight_grad` work on gathered live rows,
-`packing` moves activations between their full and their packed width. Blocks and single weights: `tile_layout` lists the
-live tiles of a mask, `tile_matmul` and `tile_weight_grad` walk them; `pair_matmul` and `pair_weight_grad` take two
-neighbouring tiles of 64 at once. `turnstile` lets programs add to one sum in a fixed order. `naive_rows` and
-`naive_tiles` define each in plain torch. `tuning` remembers block sizes; `compile_report` proves the kernels without a
-GPU.
+`packing` moves activations between their full and their packed width. Blocks and single weights: `tile_layout` lists
+the live tiles of a mask; `tile_matmul` and `tile_weight_grad` walk them, under the names `masked_matmul` and
+`masked_weight_grad` below; `pair_matmul` and `pair_weight_grad` take two neighbouring tiles of 64 at once. `turnstile`
+lets programs add to one sum in a fixed order. `naive_rows` and `naive_tiles` define each in plain torch. `tuning`
+remembers block sizes; `compile_report` proves the kernels without a GPU.
 """
+
+from fastmask_kernels.packing import pack, unpack
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tile_matmul import tile_matmul as masked_matmul
+from fastmask_kernels.tile_weight_grad import tile_weight_grad as masked_weight_grad
+
+__all__ = ["Plan", "TileLayout", "masked_matmul", "masked_weight_grad", "pack", "unpack"]

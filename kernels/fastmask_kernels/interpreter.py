@@ -1,4 +1,4 @@
-"""Whether Triton's interpreter is on, and what it must not be asked.
+"""Whether Triton's interpreter is on, and what kernels can run on.
 
 `TRITON_INTERPRET=1`, set before the kernels are imported, runs them on the CPU, program after program. Its `tl.dot` is
 right for float32 and float16, and silently wrong for bfloat16 (errors of 1e10), so launchers refuse that.
@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["interpreting", "refuse_bf16"]
+__all__ = ["check_runnable", "interpreting"]
 
 
 def interpreting() -> bool:
@@ -18,9 +18,18 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def refuse_bf16(*tensors: Tensor | None) -> None:
-    """RuntimeError if a tensor is bfloat16 and the interpreter is on; None stands for an absent tensor."""
-    if interpreting() and any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors):
+def check_runnable(*tensors: Tensor | None) -> None:
+    """See that kernels can run on these tensors here; None stands for an absent one.
+
+    Raises:
+        ValueError: a tensor that is not on a GPU, without the interpreter.
+        RuntimeError: a bfloat16 tensor with it.
+    """
+    if not interpreting():
+        for tensor in tensors:
+            if tensor is not None and not tensor.is_cuda:
+                raise ValueError(f"Triton kernels run on a GPU, given a tensor on {tensor.device}")
+    elif any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise RuntimeError(
             "Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly; use float16 or float32 with it"
         )

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fastmask_kernels.interpreter import refuse_bf16
+from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.plan import Plan
 
 __all__ = ["aligned", "check_activation", "check_index", "check_rows", "check_weights", "filled"]
@@ -42,7 +42,7 @@ def check_activation(name: str, x: Tensor, plan: Plan, width: int | None = None)
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16 or float32, given {x.dtype}")
-    refuse_bf16(x)
+    check_runnable(x)
     if x.ndim != 2 or x.shape[0] != plan.n_rows or (width is not None and x.shape[1] != width):
         expected = f"[{plan.n_rows}, {'width' if width is None else width}]"
         raise ValueError(f"{name}: expected shape {expected}, given {tuple(x.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmask_kernels.interpreter import refuse_bf16
+from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_layout import TileLayout
 
@@ -37,7 +37,7 @@ def check_product(
     Raises what `tile_matmul` raises.
     """
     check_operands(x, weight, layout, plan)
-    refuse_bf16(x, weight)
+    check_runnable(x, weight)
     N, K = layout.shape
     in_size, out_size = (N, K) if transposed else (K, N)
     if x.shape != (plan.n_rows, in_size):
@@ -80,7 +80,7 @@ def check_gradient(
     elif out.dtype != weight_dtype:
         raise TypeError(f"out is {out.dtype}, weight_dtype is {weight_dtype}")
     check_operands(x, out, layout, plan)
-    refuse_bf16(dy, x, out)
+    check_runnable(dy, x, out)
     return with_contiguous_rows(dy), with_contiguous_rows(x), out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Case, Config
-from fastmask_kernels.interpreter import refuse_bf16
+from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.pair_weight_grad import pair_weight_grad, worth_pairing
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_arguments import check_gradient, check_operands, with_contiguous_rows
@@ -143,7 +143,7 @@ def tile_weight_grad(
     dy, x, out = check_gradient(dy, x, layout, plan, weight_dtype, out, accumulate)
     if weight is not None:
         check_operands(x, weight, layout, plan)
-        refuse_bf16(weight)
+        check_runnable(weight)
         weight = with_contiguous_rows(weight)
     if plan.n_rows == 0:
         if not accumulate:

@@ -60,7 +60,7 @@ def compare(
         a, b = timed(first), timed(second)
         times.append((a, b) if len(times) % 2 == 0 else (b, a))
     ratios = sorted(a / b for a, b in times)
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    low, median, high = statistics.quantiles(ratios, n=4)
     return Ratio(
         median=median,
         low=low,

@@ -30,17 +30,14 @@ def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
 
     What the kernels cannot run goes to PyTorch, with one warning that says why.
     """
-    if not FORCED and not _has_kernels(x.device):
-        return torch_layers
-    forced = FORCED
-    if forced not in ("", "torch", "triton"):
-        raise ValueError(f"FASTMASK_BACKEND must be 'torch' or 'triton', given {forced!r}")
-    if forced == "torch":
+    if FORCED not in ("", "torch", "triton"):
+        raise ValueError(f"FASTMASK_BACKEND must be 'torch' or 'triton', given {FORCED!r}")
+    if FORCED == "torch" or (not FORCED and not _has_kernels(x.device)):
         return torch_layers
     reason = _why_not(x, weights)
     if reason is None:
         return _triton_layers()
-    if forced == "triton":
+    if FORCED == "triton":
         raise RuntimeError(f"FASTMASK_BACKEND=triton, but {reason}")
     _warn(reason)
     return torch_layers

@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of `TrainConfig`, and merged with a YAML file."""
+"""Command-line options made from the fields of settings, and merged with a YAML file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,16 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def add_settings(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
-    """Add an option for every field of `TrainConfig`, or for some; what is not given stays out of the namespace."""
-    hints = get_type_hints(TrainConfig)
-    for item in dataclasses.fields(TrainConfig):
-        if only is not None and item.name not in only:
+def add_settings(
+    parser: argparse._ActionsContainer,
+    only: Sequence[str] | None = None,
+    without: Sequence[str] = (),
+    settings: type[Any] = TrainConfig,
+) -> None:
+    """Add an option for every field of `settings`, or for some; what is not given stays out of the namespace."""
+    hints = get_type_hints(settings)
+    for item in dataclasses.fields(settings):
+        if item.name in without or (only is not None and item.name not in only):
             continue
         kinds = [kind for kind in get_args(hints[item.name]) if kind is not type(None)] or [hints[item.name]]
         default = "" if item.default is None else f" (default: {item.default})"
@@ -34,7 +39,7 @@ def add_settings(parser: argparse.ArgumentParser, only: Sequence[str] | None = N
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = kinds[0]
-            options["choices"] = item.metadata.get("choices")
+            options["choices"] = None if item.metadata.get("list") else item.metadata.get("choices")
             if options["choices"] is None:
                 options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
         parser.add_argument(f"--{item.name.replace('_', '-')}", dest=f"setting:{item.name}", **options)

@@ -107,7 +107,7 @@ def print_summary(
     folder: Path, speed: dict[str, float], scouting: float | None, pictures: Sequence[Path], file: TextIO
 ) -> None:
     """Training speed, the share of time that scouts took (method `dynamic`), and where everything is."""
-    names = {"full_network": "on the full network", "subnetworks": "with subnetworks"}
+    names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
     console = _console(file)
     if speed:
         parts = [f"{value:,.0f} tokens/s {names[name]}" for name, value in speed.items()]

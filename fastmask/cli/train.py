@@ -23,34 +23,41 @@ EMBEDDED_STEPS = 600  # about a minute and a half on two cores
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, score every language with the full network and with its subnetwork, and say where everything is."""
+    """Train, score every language with the full network and with its subnetwork, and say where everything is.
+
+    Of several processes (`torchrun`, `accelerate launch`) the first one scores and speaks.
+    """
     from fastmask.parsing import synthetic
     from fastmask.training.build import build_parser
     from fastmask.training.data import data_of_run, load_training_data
     from fastmask.training.loop import train
-    from fastmask.training.methods import subnetworks_of
+    from fastmask.training.methods import check_subnetworks, subnetworks_of
 
     config = _config(options)
     check_out(config)  # before anything is written or computed
     data, languages = data_of_run(config, config.out)
-    if config.data is None:
+    first = os.environ.get("RANK", "0") == "0"
+    if config.data is None and first:
         print(f"no --data given: training on the embedded artificial languages ({data})", file=sys.stderr)
     datasets = load_training_data(data, languages)
     parser = build_parser(config, datasets)
+    check_subnetworks(parser, config, datasets)
     show = sys.stderr.isatty()
-    result = train(
-        parser, datasets, config, lambda point: subnetworks_of(point, round_printer(sys.stderr)), progress=show
-    )
+    on_round = round_printer(sys.stderr) if first else None
+    result = train(parser, datasets, config, lambda point: subnetworks_of(point, on_round), progress=show)
+    if not first:
+        return
 
     tests: dict[str, Any] = {code: splits["test"] for code, splits in datasets.items() if "test" in splits}
     if config.data is None:
         tests |= _unseen(data, [code for code in synthetic.UNSEEN if code not in datasets])
     rows = scored(result.parser, result.subnetworks, tests)
     folder = Path(config.out)
-    speed = _training_speed(result.history, config.switch_step)
+    speed = _training_speed(result.history, config)
     report = {
         "settings": dataclasses.asdict(config),
         "training_tokens_per_second": speed,
+        "budget": dataclasses.asdict(result.budget),
         "scouting_share": result.scouting_share,
         "test": [dataclasses.asdict(row) for row in rows],
     }
@@ -85,13 +92,14 @@ def _unseen(data: Any, languages: list[str]) -> dict[str, Any]:
     return {code: splits["test"] for code, splits in load_treebanks(data, languages, splits=("test",)).items()}
 
 
-def _training_speed(history: list[dict[str, Any]], switch: int | None) -> dict[str, float]:
-    """Median tokens/s of the training steps before and after the subnetworks were switched on."""
+def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:
+    """Median tokens/s of training before and after the switch to subnetworks or episodes."""
     import statistics
 
-    speeds: dict[str, list[float]] = {"full_network": [], "subnetworks": []}
+    switch, after = config.switch_step, "subnetworks" if config.meta == "none" else "episodes"
+    speeds: dict[str, list[float]] = {"full_network": [], after: []}
     for record in history:
         if "words_per_second" in record:
             before = switch is None or record["step"] <= switch
-            speeds["full_network" if before else "subnetworks"].append(record["words_per_second"])
+            speeds["full_network" if before else after].append(record["words_per_second"])
     return {name: statistics.median(values) for name, values in speeds.items() if values}

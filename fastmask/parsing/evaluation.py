@@ -115,7 +115,8 @@ def parse(
         rows = order[first : first + batch_size]
         batch = parser.features.collate(encoded.select(rows)).to(device)
         if language_id is not None:
-            batch.language_ids = torch.full((len(rows),), language_id, dtype=torch.int64, device=device)
+            # On the CPU: there an attached encoder can look at the ids, and the full network (-1) is among them.
+            batch.language_ids = torch.full((len(rows),), language_id, dtype=torch.int64)
         for row, heads, labels in zip(rows.tolist(), *parser.predict(batch), strict=True):
             results[row] = (heads, labels)
     return [result for result in results if result is not None]

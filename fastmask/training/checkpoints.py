@@ -18,7 +18,17 @@ from typing import Any
 
 from fastmask.training.random_state import random_digest
 
-__all__ = ["CheckpointError", "clean", "folder_of", "latest", "load", "read_progress", "replace_file", "save"]
+__all__ = [
+    "CheckpointError",
+    "clean",
+    "folder_of",
+    "is_complete",
+    "latest",
+    "load",
+    "read_progress",
+    "replace_file",
+    "save",
+]
 
 KEEP = 2
 FORMAT_VERSION = 1
@@ -43,6 +53,11 @@ def latest(run: str | os.PathLike[str]) -> Path | None:
     return found[-1] if found else None
 
 
+def is_complete(path: Path) -> bool:
+    """Whether there is a checkpoint in this folder."""
+    return (path / PROGRESS).is_file()
+
+
 def clean(run: str | os.PathLike[str]) -> None:
     """Remove what a killed process left half written or half deleted; call at the start of a run, on one process."""
     folder = folder_of(run)
@@ -57,6 +72,7 @@ def save(
     progress: dict[str, Any],
     write_masks: Callable[[Path], Any] | None = None,
     keep: int = KEEP,
+    pinned: int | None = None,
 ) -> Path:
     """Save the state after `step` steps and remove all but the last `keep` checkpoints; called by every process.
 
@@ -70,6 +86,7 @@ def save(
         progress: what else is needed to go on; JSON.
         write_masks: called with the path to write ``masks.safetensors`` to, or None where there are no subnetworks.
         keep: number of checkpoints that stay.
+        pinned: the checkpoint after so many steps stays, too.
     """
     target = folder_of(run, step)
     accelerator.wait_for_everyone()
@@ -94,6 +111,8 @@ def save(
         os.replace(partial, target)
         _sync(target.parent)
         for old in _complete(target.parent)[:-keep]:
+            if old == folder_of(run, pinned):
+                continue
             # Renamed first: a folder that is half deleted must not look like a checkpoint.
             doomed = old.with_name(f".old-{old.name}")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -157,7 +176,7 @@ def _complete(folder: Path) -> list[Path]:
     """Return the complete checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / PROGRESS).is_file()]
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and is_complete(path)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 

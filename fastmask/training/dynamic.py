@@ -1,8 +1,9 @@
-"""Method `dynamic` in a run: which sentences are scouted, and what is kept of the masks' history."""
+"""Method `dynamic` in a run: when and on which sentences masks are updated, and what is kept of their history."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ DYNAMIC_FILE = "dynamic.safetensors"
 
 
 class DynamicMasks:
-    """The masks of a run whose encoder has subnetworks attached, updated every `config.update_every` steps.
+    """The masks of a run whose encoder has subnetworks attached, updated about every `config.update_every` steps.
+
+    That is: when the run's step, which an episode may move by several, reaches or passes a multiple of it.
 
     Each update scouts `config.scout_sentences` training sentences of every language. Which ones depends on the seed,
     the step and the language alone, so a resumed run scouts the same.
@@ -33,7 +36,8 @@ class DynamicMasks:
 
     def __init__(self, parser: Parser, train: Mapping[str, Encoded], config: TrainConfig, accelerator: Any) -> None:
         self.parser, self.train, self.config, self.accelerator = parser, train, config, accelerator
-        self.masks = DynamicSubnetworks(parser.encoder, config.strategy, every=config.update_every)
+        self.masks = DynamicSubnetworks(parser.encoder, config.strategy, every=1)  # when is decided here
+        self._began = (0.0, time.perf_counter())
 
     @property
     def subnetworks(self) -> Subnetworks:
@@ -41,10 +45,14 @@ class DynamicMasks:
         subnets: Subnetworks = attached(self.parser.encoder).subnets
         return subnets
 
-    def after_step(self, step: int) -> list[str]:
-        """Update the masks if it is time; returns the languages whose masks changed."""
-        if not self.masks.due(step):
-            return []
+    @property
+    def scouting_share(self) -> float:
+        """Share of the time, since this object was made or resumed, that went into looking for better masks."""
+        seconds, since = self._began
+        return (self.masks.seconds - seconds) / (time.perf_counter() - since)
+
+    def update(self, step: int) -> list[str]:
+        """Update the masks after `step` steps; returns the languages whose masks changed."""
         was_training = self.parser.training
         self.parser.eval()  # dropout would add noise to the scores
         try:
@@ -84,3 +92,4 @@ class DynamicMasks:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; the masks attached to the encoder become those of the state."""
         self.masks.load_state_dict(state)
+        self._began = (self.masks.seconds, time.perf_counter())

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastmask.discovery import Round, discover
+from fastmask.dynamic import DynamicSubnetworks
+from fastmask.models import attach, detach
 from fastmask.parsing.batch import Batch, Encoded
 from fastmask.parsing.evaluation import Prepared, evaluate, prepare
 from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
-from fastmask.subnetworks.controls import random_like, shared_like
+from fastmask.subnetworks.controls import random_like, shared_like, shuffled
+from fastmask.subnetworks.geometry import Geometry
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import SwitchPoint
 
-__all__ = ["discover_for_parser", "subnetworks_of"]
+__all__ = ["check_subnetworks", "discover_for_parser", "subnetworks_of"]
 
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
 
@@ -25,24 +28,71 @@ SCORING_BATCH = 32  # sentences; the scores do not depend on it
 def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None = None) -> Subnetworks:
     """The subnetworks that the run's method trains, at the step where they are switched on.
 
-    `dynamic` starts as `static` does. `random` and `shared` are controls: they start from the static subnetworks and
-    keep the number of live units of every language and layer (`random`), or the average one of every layer (`shared`).
+    `dynamic` starts as `static` does. The others are controls made from the static subnetworks: `random` keeps the
+    number of live units of every language and layer, `shuffled` gives every language the mask of another one, and
+    `shared` gives all of them the same mask, as large in every layer as theirs are on average.
     """
     config = point.config
     if config.masks is not None:
-        found = _chosen(Subnetworks.load(config.masks), list(point.train))
+        found = _chosen(Subnetworks.load(config.masks), point.train)
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
         found = discover_for_parser(point.parser, point.train, dev, config, config.seed, on_round)
+    return _trained(found, config)
+
+
+def check_subnetworks(parser: Parser, config: TrainConfig, languages: Iterable[str]) -> None:
+    """See, before anything is trained, that `subnetworks_of` will return something that fits the parser.
+
+    Raises:
+        OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language, or the
+            density would leave a layer without a live head or neuron.
+    """
+    if config.method == "full":
+        return
+    languages = list(languages)
+    if config.method == "shuffled" and len(languages) < 2:
+        raise ValueError(f"method is 'shuffled' (expected another one with a single language, {languages[0]})")
+    if config.masks is None:
+        _check_density(parser, config)
+        return
+    attach(parser.encoder, _trained(_chosen(Subnetworks.load(config.masks), languages), config))
+    try:
+        if config.method == "dynamic":
+            DynamicSubnetworks(parser.encoder, config.strategy)
+    finally:
+        detach(parser.encoder)
+
+
+def _check_density(parser: Parser, config: TrainConfig) -> None:
+    """A subnetwork needs a unit in every layer; a density that asks for less cannot be kept."""
+    if config.density is None:
+        return
+    geometry = Geometry.of(parser.encoder.config)
+    for kind, size in (("heads", geometry.heads), ("neurons", geometry.neurons)):
+        total = geometry.layers * size
+        kept = round(config.density * total)
+        if config.units in (kind, "both") and kept < geometry.layers:
+            raise ValueError(
+                f"density is {config.density}: that is {kept} of the {total} {kind}, which would kill a layer "
+                f"(expected at least {1 / size:g}: one in each of the {geometry.layers} layers)"
+            )
+
+
+def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
+    """The subnetworks of the run's method, from those found."""
     if config.method == "random":
         return random_like(found, config.seed)
+    if config.method == "shuffled":
+        return shuffled(found, config.seed)
     if config.method == "shared":
         return shared_like(found)
     return found
 
 
-def _chosen(subnets: Subnetworks, languages: list[str]) -> Subnetworks:
+def _chosen(subnets: Subnetworks, languages: Iterable[str]) -> Subnetworks:
     """The masks of `languages`, in that order."""
+    languages = list(languages)
     rows = torch.tensor([subnets.index(language) for language in languages])
     return Subnetworks(
         languages,
@@ -70,7 +120,11 @@ def discover_for_parser(
         config: `units`, `density`, `tau`, `score_sentences` and `dev_sentences` are read.
         seed: of the draw of scoring sentences.
         on_round: called after each round of pruning.
+
+    Raises:
+        ValueError: a density that would leave a layer without a live head or neuron.
     """
+    _check_density(parser, config)
     device = next(parser.parameters()).device
     scoring = {
         language: _batches(parser, encoded, config.score_sentences, np.random.default_rng([seed, position]))

@@ -30,7 +30,7 @@ def test_yaml_by_hand(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "statik"}, r"method is 'statik' \(expected one of full, static, dynamic, random, shared\)"),
+        ({"method": "statik"}, r"method is 'statik' \(expected one of full, static, .*random, shuffled, shared\)"),
         ({"steps": 0}, r"steps is 0 \(expected >= 1\)"),
         ({"steps": True}, "steps is True"),
         ({"steps": 2.5}, "a whole number"),

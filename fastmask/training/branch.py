@@ -1,0 +1,76 @@
+"""Runs that share their first steps: a new run that starts where another one stood at the switch.
+
+All methods train the full network alike until then, so a comparison needs those steps once for each seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+from fastmask.training import checkpoints
+from fastmask.training.config import ConfigError, TrainConfig
+from fastmask.training.run_folder import CONFIG_FILE
+
+__all__ = ["AFTER_THE_SWITCH", "branch"]
+
+AFTER_THE_SWITCH = (
+    "method", "masks", "units", "density", "score_sentences", "tau", "strategy", "update_every", "scout_sentences",
+    "meta", "inner_steps", "inner_lr", "inner_encoder_lr", "support_sentences", "query_sentences", "meta_batch",
+    "meta_lr", "checkpoint_every", "discover_at",
+)  # fmt: skip
+"""Settings that a branch may change: the shared steps do not depend on them. (The step of the switch itself must be one
+at which the source stood before a switch of its own.)"""
+
+
+def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
+    """Make `config.out` a run that stands at the end of `source`'s plain steps on the full network.
+
+    `train(parser, datasets, config, ...)` with `config.resume` then goes on from there, and ends with the weights and
+    metrics of a run of `config` that was not branched. `source` may be of any method, finished, stopped or still
+    running. Files are linked, not copied, where the file system can: a checkpoint is never changed in place.
+
+    Args:
+        source: folder of a run that has come to step `config.shared_steps` or further.
+        config: the settings of the new run; all but those in `AFTER_THE_SWITCH` (and where and how it runs: `out`,
+            `data`, `device`, `threads`, `tensorboard`) must be those of `source`.
+
+    Raises:
+        FileNotFoundError: `source` is no run, or has no checkpoint of that step.
+        ConfigError: `config.out` holds a run, `source` had switched before that step, or the settings do not fit.
+    """
+    folder, step = Path(source), config.shared_steps
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} is not a run of `fastmask train`: it has no {CONFIG_FILE}")
+    theirs = TrainConfig.load(folder / CONFIG_FILE)
+    differences = {k: v for k, v in theirs.differences(config).items() if k not in AFTER_THE_SWITCH}
+    if differences:
+        listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differences.items())
+        raise ConfigError(f"cannot branch off from {folder}: {listed} (expected the same until the switch)")
+    if theirs.switch_step is not None and theirs.switch_step < step:
+        raise ConfigError(f"the run in {folder} switched at step {theirs.switch_step} (expected not before {step})")
+    start = checkpoints.folder_of(folder, step)
+    if not checkpoints.is_complete(start):
+        last = checkpoints.latest(folder)
+        state = f"its last one is {last.name}" if last else "it has none yet"
+        raise FileNotFoundError(f"the run in {folder} has no checkpoint of step {step}; {state}")
+    out = Path(config.out)
+    if (out / CONFIG_FILE).is_file() or checkpoints.latest(out) is not None:
+        raise ConfigError(f"out is {str(out)!r}, which holds a run (expected a new folder)")
+    target = checkpoints.folder_of(out, step)
+    partial = target.with_name(f".partial-{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(start, partial, copy_function=_link)
+    os.replace(partial, target)
+    # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
+    checkpoints.replace_file(out / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

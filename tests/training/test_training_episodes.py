@@ -1,0 +1,317 @@
+"""Meta-learning in a run: the right gradient, the same axis, and a kill in the middle of an episode costs nothing."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from literal_episode import first_meta_gradient
+from safetensors.torch import load_file
+from test_training_loop import Killed, random_subnetworks
+from toy_run import LANGUAGES, assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+
+import fastmask as fm
+from fastmask.cli import main
+from fastmask.parsing.parser import Parser
+from fastmask.parsing.synthetic import write_treebanks
+from fastmask.training import checkpoints
+from fastmask.training.build import build_optimizer, peak_rates
+from fastmask.training.config import ConfigError, TrainConfig
+from fastmask.training.loop import SwitchPoint, TrainingDiverged, TrainResult, train
+
+EPISODE = {"inner_steps": 2, "support_sentences": 2, "query_sentences": 2, "meta_lr": 2e-3}
+EPISODE |= {"inner_lr": 0.05, "inner_encoder_lr": 0.05}
+"""18 sentences an episode: of the 36 after the switch two episodes of FOMAML, or three of Reptile without queries."""
+PASSES = {"fomaml": 3 * 3, "reptile": 3 * 2}  # forward passes of the parser in an episode of three languages
+SMALL_EPISODES = {"steps": 24, "checkpoint_every": 3}
+
+
+def halves(point: SwitchPoint) -> Any:
+    return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
+
+
+def run(folder: Path, meta: str, method: str = "random", parser: Parser | None = None, **changes: Any) -> TrainResult:
+    """Train the toy parser: plain batches, then episodes."""
+    config = toy_config(folder, meta=meta, method=method, **{**EPISODE, **SMALL_EPISODES, **changes})
+    discover = None if method == "full" else halves if method == "dynamic" else random_subnetworks
+    return train(parser or toy_parser(), toy_data(), config, discover, progress=False)
+
+
+CASES = [("full", "fomaml"), ("random", "fomaml"), ("random", "reptile"), ("dynamic", "fomaml")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], TrainResult]:
+    """One unbroken run per method and algorithm."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {(m, a): run(folder / f"{m}-{a}", a, m, **dynamic_settings(m)) for m, a in CASES}
+
+
+def dynamic_settings(method: str) -> dict[str, Any]:
+    return {"update_every": 4, "scout_sentences": 4} if method == "dynamic" else {}
+
+
+# ---- the gradient
+
+
+@pytest.mark.parametrize("meta", ["fomaml", "reptile"])
+@pytest.mark.parametrize("method", ["full", "random"])
+@pytest.mark.parametrize("inner", [(0.2, 0.05), (0.1, 0.1)])
+def test_the_optimiser_gets_the_literal_meta_gradient(
+    meta: str, method: str, inner: tuple[float, float], tmp_path: Path
+) -> None:
+    """If this fails, episodes train something else: wrong batches, rates, masks, averages, or Reptile's scale."""
+    parser = toy_parser(dropout=0.0).double()
+    changes = {
+        "discover_at": 0.0,
+        "steps": 12,
+        "max_grad_norm": 1e9,
+        "inner_lr": inner[0],
+        "inner_encoder_lr": inner[1],
+    }
+    config = toy_config(tmp_path / "run", meta=meta, method=method, **{**EPISODE, **changes, "checkpoint_every": 1})
+    start = {name: p.detach().clone() for name, p in parser.named_parameters()}
+    masks = None if method == "full" else random_subnetworks(SwitchPoint(parser, {}, {}, config, 0))
+    expected = first_meta_gradient(parser, config, masks)
+
+    def stop(step: int) -> None:
+        raise Killed
+
+    discover = None if method == "full" else random_subnetworks
+    with pytest.raises(Killed):
+        train(parser, toy_data(), config, discover, stop, progress=False)
+    moments = first_moments(tmp_path / "run", parser, config)
+    for name, gradient in expected.items():
+        # AdamW's first moment after one step is 0.1 times the gradient it was given. Scores are float32 in any case.
+        assert_close(name, gradient, moments[name] * 10, 1e-6)
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+    assert any(not torch.equal(start[name], p) for name, p in parser.named_parameters())
+    if meta == "fomaml":
+        (line,) = metrics(tmp_path / "run")
+        assert line["support_loss_first"] > line["support_loss_last"], "both on one batch"
+
+
+def assert_close(name: str, expected: torch.Tensor, given: torch.Tensor, ratio: float) -> None:
+    """The error's norm is at most `ratio` times the expected one's, but for what is zero but for rounding."""
+    error = float((given - expected).norm())
+    assert error <= ratio * float(expected.norm()) + 1e-8, f"{name}: {error} of {float(expected.norm())}"
+
+
+def first_moments(run: Path, parser: Parser, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """AdamW's first moments in the last checkpoint of a run, by parameter name."""
+    latest = checkpoints.latest(run)
+    assert latest is not None
+    state = torch.load(latest / "optimizer.bin", weights_only=True)["state"]
+    order = [p for group in build_optimizer(parser, config).param_groups for p in group["params"]]
+    names = {p: name for name, p in parser.named_parameters()}
+    return {names[p]: state[i]["exp_avg"] for i, p in enumerate(order) if i in state}
+
+
+def test_outer_rates_spare_a_pretrained_encoder(tmp_path: Path) -> None:
+    """If this fails, meta_lr is without effect, or destroys a pretrained encoder."""
+    parser = toy_parser()
+    config = toy_config(tmp_path, meta="fomaml", meta_lr=0.5, lr=0.1, encoder_lr=0.01)
+    assert peak_rates(parser, config) == [0.1] * 2
+    assert peak_rates(parser, config, episodes=True) == [0.5] * 2
+    parser.trigrams = None  # what a parser on a pretrained encoder looks like
+    assert sorted(peak_rates(parser, config, episodes=True)) == [0.01] * 2 + [0.5] * 2
+    unset = toy_config(tmp_path, meta="fomaml", lr=0.1)
+    assert peak_rates(toy_parser(), unset, episodes=True) == [0.1] * 2
+
+
+# ---- the run
+
+
+def test_the_axis_and_what_is_logged(unbroken: dict[tuple[str, str], TrainResult]) -> None:
+    """If this fails, scores, checkpoints or learning rates of a run with episodes stand at other steps than planned."""
+    result = unbroken["random", "fomaml"]
+    budget = result.budget
+    assert (budget.plain_steps, budget.episodes) == (12, 4)
+    lines = [record for record in metrics(result.run) if "query_loss" in record]
+    assert [line["step"] for line in lines] == [15, 18, 21, 24]
+    assert [line["episodes"] for line in lines] == [1, 2, 3, 4]
+    assert lines[-1]["gradient_passes"] == budget.gradient_passes == 12 + 4 * 9
+    assert all(line["loss"] == line["query_loss"] for line in lines)
+    assert all("query_loss" not in r for r in metrics(result.run) if r["step"] <= 12)
+    # Every 5 steps: 5 and 10 are plain steps; 15, 20 and 24 are reached or passed by episodes.
+    assert [r["step"] for r in metrics(result.run) if "dev" in r] == [5, 10, 15, 21, 24]
+    rates = [line["learning_rate"] for line in lines]
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert rates[0] == pytest.approx(2e-3 * 0.5 * (1 + math.cos(math.pi * (12 - 5) / (24 - 5))))
+    assert not any("query_loss" in r for r in metrics(unbroken["random", "reptile"].run))
+
+
+def test_plain_steps_are_those_of_a_run_without_episodes(
+    unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path
+) -> None:
+    """If this fails, plain and meta runs start their second phases from different networks."""
+    plain = train(toy_parser(), toy_data(), toy_config(tmp_path / "plain", **SMALL_EPISODES), progress=False)
+    for result in unbroken.values():
+        theirs = [r for r in metrics(result.run) if r["step"] <= 12]
+        assert theirs == [r for r in metrics(plain.run) if r["step"] <= 12]
+
+
+def test_a_line_of_the_metrics_is_of_one_phase(tmp_path: Path) -> None:
+    """If this fails, the loss of plain steps is averaged into that of the first episode."""
+    lines = [r for r in metrics(run(tmp_path / "run", "fomaml", log_every=7).run) if "loss" in r]
+    assert [line["step"] for line in lines] == [7, 12, 15, 21, 24]
+    assert ["query_loss" in line for line in lines] == [False, False, True, True, True]
+
+
+def test_dynamic_masks_change_after_episodes(unbroken: dict[tuple[str, str], TrainResult]) -> None:
+    """If this fails, method dynamic does nothing in episodes because no episode ends on a multiple of update_every."""
+    result = unbroken["dynamic", "fomaml"]
+    changed = [r["step"] for r in result.history if "masks_changed" in r]
+    assert changed
+    assert set(changed) <= {18, 21, 24}  # 16, 20 and 24 were passed then
+    assert 0 < result.scouting_share < 1
+
+
+def test_bf16_runs_episodes_and_differs(tmp_path: Path, unbroken: dict[tuple[str, str], TrainResult]) -> None:
+    """If this fails, mixed precision breaks the inner loop, or is silently off in it."""
+    result = run(tmp_path / "run", "fomaml", precision="bf16", discover_at=0.0, steps=12)
+    single = run(tmp_path / "single", "fomaml", discover_at=0.0, steps=12)
+    ours, theirs = (next(r for r in metrics(x.run) if "loss" in r) for x in (result, single))
+    for name in ("support_loss_last", "query_loss"):
+        assert ours[name] != theirs[name]
+        assert ours[name] == pytest.approx(theirs[name], rel=0.01)
+    assert next(result.parser.parameters()).dtype == torch.float32
+
+
+def test_episodes_learn(tmp_path: Path) -> None:
+    """If this fails, the episodes run but do not train."""
+    changes = {"discover_at": 0.0, "steps": 90, "checkpoint_every": 0, "eval_every": 0, "meta_lr": 3e-3}
+    for meta in ("fomaml", "reptile"):
+        losses = [r["loss"] for r in metrics(run(tmp_path / meta, meta, "full", **changes).run) if "loss" in r]
+        assert min(losses[-3:]) < 0.8 * losses[0], meta
+
+
+# ---- killed
+
+
+def kill_in_an_episode(parser: Parser, at: int) -> None:
+    """Raise in the parser's forward pass number `at` of training (scoring does not count)."""
+    passes = itertools.count(1)
+
+    def hook(module: torch.nn.Module, *_: Any) -> None:
+        if module.training and next(passes) == at:
+            raise Killed
+
+    parser.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize(("method", "meta"), CASES)
+@pytest.mark.parametrize("where", ["in the first", "in a later"])
+def test_killed_in_the_middle_of_an_episode(
+    method: str, meta: str, where: str, unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path
+) -> None:
+    """If this fails, a run that dies inside an episode ends with other weights or metrics than one that does not."""
+    parser = toy_parser()
+    at = 12 + PASSES[meta] * (0 if where == "in the first" else 2) + 5  # the second language's inner loop or query
+    kill_in_an_episode(parser, at)
+    changes = dynamic_settings(method)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", meta, method, parser, **changes)
+    torch.rand(7)  # the state of this process must not matter
+    resumed = run(tmp_path / "run", meta, method, resume=True, **changes)
+    expected = unbroken[method, meta]
+    assert_same_weights(resumed.parser, expected.parser)
+    assert metrics(resumed.run) == metrics(expected.run)
+    if method != "full":
+        ours, theirs = (load_file(x.run / "masks.safetensors") for x in (resumed, expected))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def train_slowly(folder: str, marker: str) -> None:
+    """Train with a pause in every forward pass, and say when the third episode is half way through."""
+    parser, passes = toy_parser(), itertools.count(1)
+
+    def hook(module: torch.nn.Module, *_: Any) -> None:
+        if module.training:
+            time.sleep(0.03)
+            if next(passes) == 12 + 2 * PASSES["fomaml"] + 4:
+                Path(marker).touch()
+                time.sleep(60)  # until the kill comes
+
+    parser.register_forward_pre_hook(hook)
+    run(Path(folder), "fomaml", parser=parser)
+
+
+@pytest.mark.slow
+def test_sigkill_in_the_middle_of_an_episode(unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path) -> None:
+    """If this fails, a process that is killed inside an episode leaves a run that ends differently."""
+    marker = tmp_path / "half way"
+    process = start_process(train_slowly, str(tmp_path / "run"), str(marker))
+    limit = time.monotonic() + 120
+    while not marker.exists():
+        assert time.monotonic() < limit, "the third episode was never reached"
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    latest = checkpoints.latest(tmp_path / "run")
+    assert latest is not None
+    assert latest.name == "step-00000018"
+    resumed = run(tmp_path / "run", "fomaml", resume=True)
+    assert_same_weights(resumed.parser, unbroken["random", "fomaml"].parser)
+    assert metrics(resumed.run) == metrics(unbroken["random", "fomaml"].run)
+
+
+# ---- what goes wrong
+
+
+def test_an_inner_loop_that_diverges_is_said(tmp_path: Path) -> None:
+    """If this fails, a NaN meta-gradient spoils the weights, or nobody says where the last good ones are."""
+    parser = toy_parser()
+    with pytest.raises(TrainingDiverged, match=r"is (nan|inf) at step 15; the last good checkpoint is .*step-00000012"):
+        run(tmp_path / "run", "fomaml", parser=parser, inner_lr=1e30, inner_encoder_lr=1e30)
+    assert all(bool(torch.isfinite(p).all()) for p in parser.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meta_batch": 4}, r"meta_batch is 4 \(expected at most the number of languages, 3\)"),
+        ({"support_sentences": 30, "query_sentences": 11, "batch_size": 99}, r"take 41 different .*: qaa has 40, qab"),
+        ({"inner_steps": 50}, "an episode sees 306 sentences"),
+    ],
+)
+def test_bad_settings_are_said_before_anything_is_written(changes: Any, message: str, tmp_path: Path) -> None:
+    """If this fails, a run that cannot be finished is started."""
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", "fomaml", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_reptile_needs_an_inner_rate_everywhere(tmp_path: Path) -> None:
+    """If this fails, Reptile silently never trains the encoder."""
+    with pytest.raises(ConfigError, match=r"inner_encoder_lr is 0.0 \(expected > 0 with meta reptile"):
+        toy_config(tmp_path, meta="reptile", inner_encoder_lr=0.0)
+    toy_config(tmp_path, meta="fomaml", inner_encoder_lr=0.0)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If this fails, `fastmask train --meta` trains in plain batches, or starts what it cannot finish."""
+    write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 4, "test": 4})
+    settings = (
+        "--languages qaa,qac --method full --meta fomaml --inner-steps 2 --batch-size 8 --threads 1 --eval-every 0"
+    )
+    command = ["train", *settings.split(), "--data", str(tmp_path / "ud"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--steps", "20", "--meta-batch", "3"]) == 1
+    assert "meta_batch is 3 (expected at most the number of languages, 2)" in capsys.readouterr().err
+    assert main([*command, "--steps", "90", "--support-sentences", "39"]) == 1
+    assert "take 47 different sentences of each language: qaa has 40, qac has 40" in capsys.readouterr().err
+    assert main([*command, "--method", "static", "--density", "0.1"]) == 1
+    assert "density is 0.1: that is 3 of the 32 heads, which would kill a layer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*command, "--steps", "20"]) == 0
+    assert "tokens/s in episodes" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["budget"]["episodes"] == 8 * 8 // (2 * 3 * 8) == 1
+    assert results["training_tokens_per_second"].keys() == {"full_network", "episodes"}

@@ -1,0 +1,68 @@
+"""What is wrong with the subnetworks asked for is said before anything is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_run import LANGUAGES, toy_config, toy_data, toy_parser
+from transformers import BertConfig
+
+import fastmask as fm
+from fastmask.errors import FastmaskKeyError
+from fastmask.models.attach import is_attached
+from fastmask.training.build import encode_training_data
+from fastmask.training.methods import check_subnetworks, discover_for_parser
+
+
+def check(out: Path, **changes: Any) -> None:
+    parser = toy_parser()
+    try:
+        check_subnetworks(parser, toy_config(out, **{"method": "static", **changes}), LANGUAGES)
+    finally:
+        assert not is_attached(parser.encoder)
+
+
+def test_a_density_that_would_kill_a_layer(tmp_path: Path) -> None:
+    """If this fails, `--density 0.1` silently keeps a quarter of the heads, one in each layer of two times two."""
+    message = r"density is 0.1: that is 0 of the 4 heads, which would kill a layer \(expected at least 0.5: one in each"
+    with pytest.raises(ValueError, match=message):
+        check(tmp_path, density=0.1, units="both")
+    with pytest.raises(ValueError, match=r"density is 0.02: that is 1 of the 64 neurons.*at least 0.03125"):
+        check(tmp_path, density=0.02, units="neurons")
+    check(tmp_path, density=0.1, units="neurons")
+    check(tmp_path, density=0.5, units="both")
+    check(tmp_path, density=0.1, units="both", method="full")
+    parser = toy_parser()
+    config = toy_config(tmp_path, method="static", density=0.1)
+    with pytest.raises(ValueError, match="would kill a layer"):  # `fastmask discover` goes this way
+        discover_for_parser(parser, encode_training_data(parser, toy_data(), 64), {}, config, 0)
+
+
+def test_masks_that_do_not_fit(tmp_path: Path) -> None:
+    """If this fails, a run trains up to the switch and fails there."""
+    path = tmp_path / "masks.safetensors"
+    with pytest.raises(OSError, match=r"masks.safetensors"):
+        check(tmp_path, masks=str(path))
+    encoder = toy_parser().encoder.config
+    fm.Subnetworks.random(encoder, LANGUAGES[1:], 0.5, seed=0).save(path)
+    with pytest.raises(FastmaskKeyError, match=LANGUAGES[0]):
+        check(tmp_path, masks=str(path))
+    other = BertConfig(num_hidden_layers=3, num_attention_heads=4, hidden_size=16, intermediate_size=8)
+    fm.Subnetworks.random(other, LANGUAGES, 0.5, seed=0).save(path)
+    with pytest.raises(ValueError, match="masks are for 3 layers of 4 heads"):
+        check(tmp_path, masks=str(path))
+    fm.Subnetworks.full(encoder, LANGUAGES).save(path)
+    with pytest.raises(ValueError, match="nothing could change"):
+        check(tmp_path, masks=str(path), method="dynamic")
+    check(tmp_path, masks=str(path), method="random")
+
+
+def test_shuffling_needs_two_languages(tmp_path: Path) -> None:
+    """If this fails, the control that exchanges masks fails at the switch."""
+    parser = toy_parser()
+    with pytest.raises(ValueError, match=f"method is 'shuffled' .*single language, {LANGUAGES[0]}"):
+        check_subnetworks(parser, toy_config(tmp_path, method="shuffled"), LANGUAGES[:1])
+    heads = torch.ones(1, 2, 2, dtype=torch.bool)
+    fm.Subnetworks(LANGUAGES[:1], heads=heads).save(tmp_path / "m")
+    check_subnetworks(parser, toy_config(tmp_path, method="static", masks=str(tmp_path / "m")), LANGUAGES[:1])

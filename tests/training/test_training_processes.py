@@ -1,0 +1,145 @@
+"""Several processes: the gradients and metrics of one process with the same global batch, plain and in episodes."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes_run import CASES, run
+from test_training_episodes import assert_close, first_moments
+from toy_run import metrics, toy_config, toy_parser
+
+from fastmask.parsing.synthetic import write_treebanks
+from fastmask.training import checkpoints
+
+pytestmark = pytest.mark.slow
+
+HERE = Path(__file__).parent
+PORTS = itertools.count(29641)
+
+
+def launched(*arguments: Any, succeeds: bool = True, launcher: str = "torchrun") -> str:
+    """Run a Python script or module in two processes; returns what they said."""
+    port = str(next(PORTS))
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    else:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        command += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+        command += ["--main_process_port", port]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case, and the sums of gradients, in two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    launched(HERE / "processes_run.py", folder, *CASES, "sums")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case in this process."""
+    folder = tmp_path_factory.mktemp("one")
+    for case in CASES:
+        run(folder, case)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_gradients_of_one(case: str, one: Path, two: Path) -> None:
+    """If this fails, splitting a batch or a meta-batch over processes changes what is trained."""
+    parser = toy_parser().double()
+    config = toy_config(one, **CASES[case])
+    ours, theirs = (first_moments(folder / f"{case}-gradient", parser, config) for folder in (two, one))
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        # Ten times AdamW's first moment is the gradient.
+        assert_close(name, gradient * 10, ours[name] * 10, 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_end_with_the_metrics_of_one(case: str, one: Path, two: Path) -> None:
+    """If this fails, a run on two processes is another experiment than the same run on one."""
+    latest = checkpoints.latest(two / case)
+    assert latest is not None
+    assert checkpoints.read_progress(latest)["processes"] == 2
+    for ours, theirs in zip(metrics(two / case), metrics(one / case), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == (value if name == "dev" else pytest.approx(value, rel=1e-5)), (theirs["step"], name)
+
+
+def test_gradients_that_only_some_processes_have(two: Path) -> None:
+    """If this fails, a parameter of languages on one process gets a part of its gradient, or the run hangs."""
+    first, second = (torch.load(two / f"sums-{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["summed"].keys() == second["summed"].keys() == {"both", "first", "second", "half", "large"}
+    for name, summed in first["summed"].items():
+        parts = [given["given"][name] for given in (first, second) if name in given["given"]]
+        assert len(parts) == 1 + (name in ("both", "half", "large"))
+        assert torch.equal(summed, sum(parts))
+        assert torch.equal(summed, second["summed"][name])
+        assert summed.dtype == parts[0].dtype
+
+
+KILLED = """
+import itertools, sys
+sys.path.insert(0, sys.argv[1])
+from processes_run import subnetworks, CASES
+from toy_run import toy_config, toy_data, toy_parser
+from fastmask.training.loop import train
+parser = toy_parser()  # with dropout: random states matter
+config = toy_config(sys.argv[2], resume=True, **{**CASES["random-fomaml"], "steps": 24})
+passes = itertools.count(1)
+def hook(module, *_):
+    if module.training and sys.argv[3] == "kill" and next(passes) == 12 + 2 * 6 + 2:
+        sys.exit(1)
+parser.register_forward_pre_hook(hook)
+train(parser, toy_data(), config, subnetworks, progress=False)
+"""
+
+
+def test_two_processes_killed_in_an_episode(tmp_path: Path) -> None:
+    """If this fails, a run on several processes that dies inside an episode ends differently."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    launched(script, HERE, tmp_path / "killed", "kill", succeeds=False)
+    latest = checkpoints.latest(tmp_path / "killed")
+    assert latest is not None
+    assert 12 < int(latest.name[-2:]) < 24
+    launched(script, HERE, tmp_path / "killed", "finish")
+    launched(script, HERE, tmp_path / "unbroken", "finish")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "unbroken")
+
+
+def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
+    """If this fails, `accelerate launch -m fastmask.cli train` hangs, prints twice, or trains on other sentences."""
+    write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 6, "test": 6})
+    settings = ["--data", tmp_path / "ud", "--languages", "qaa,qac,qad", "--steps", "24", "--density", "0.5"]
+    settings += ["--meta", "fomaml", "--inner-steps", "2", "--support-sentences", "4", "--query-sentences", "4"]
+    settings += ["--batch-size", "9", "--score-sentences", "8", "--dev-sentences", "4", "--log-every", "1"]
+    settings += ["--threads", "1", "--device", "cpu", "--eval-every", "0"]
+    said = launched("-m", "fastmask.cli", "train", *settings, "--out", tmp_path / "two", launcher="accelerate")
+    assert said.count("official LAS / UAS") == 1
+    alone = [sys.executable, "-m", "fastmask.cli", "train", *map(str, settings), "--out", tmp_path / "one"]
+    subprocess.run(alone, check=True, capture_output=True)
+    two, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
+    assert two["budget"] == one["budget"]
+    assert two["budget"]["episodes"] == 2
+    # Dropout differs from process to process, so losses are near, not equal; what is seen is the same.
+    for ours, theirs in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ("loss" in ours) == ("loss" in theirs)
+        if "loss" in ours and ours["step"] <= 6:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A failure prints one message and no traceback unless `--debug` is given.
     """
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
+    options.command_line = shlex.join(["fastmask", *arguments])
     try:
         with warnings.catch_warnings():
             _print_warnings_plainly(options.command)
@@ -56,13 +59,19 @@ def _run(options: argparse.Namespace) -> None:
         from fastmask.cli.evaluate import run
     elif options.command == "predict":
         from fastmask.cli.predict import run
+    elif options.command == "adapt":
+        from fastmask.cli.adapt import run
+    elif options.command == "compare":
+        from fastmask.cli.compare import run
     else:
         from fastmask.cli.masks import run
     run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastmask.cli.adapt import add_options
     from fastmask.cli.options import Formatter, add_settings
+    from fastmask.compare.plan import RESERVED, CompareConfig
     from fastmask.training.config import DEVICES
 
     parser = argparse.ArgumentParser(
@@ -106,6 +115,24 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("output", metavar="OUTPUT", help="CoNLL-U file to write")
     write.add_argument("--language", help="whose subnetwork to use; the full network if not given")
     write.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+
+    grid = command(
+        "compare", "compare methods, with and without meta-learning, over seeds, on seen and unseen languages"
+    )
+    grid.add_argument("--data", required=True, help="folder of UD treebanks")
+    grid.add_argument(
+        "--out", required=True, help="folder of the comparison; the same command goes on where it stopped"
+    )
+    grid.add_argument("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
+    add_settings(grid.add_argument_group("the comparison"), settings=CompareConfig)
+    add_settings(grid.add_argument_group("every run in it"), without=RESERVED)
+
+    learn = command(
+        "adapt", "adapt a run to an unseen language, from a handful of sentences, and save it as another run"
+    )
+    learn.add_argument("run", metavar="RUN", help="folder of a finished run")
+    add_options(learn)
+    learn.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
     show = command("masks", "show what is in a file of subnetworks")
     show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote")

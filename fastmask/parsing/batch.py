@@ -137,6 +137,32 @@ class Batch:
             moved[field.name] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         return Batch(**moved)
 
+    def tiled(self, times: int) -> Batch:
+        """Return the whole batch `times` times over, [times * B] sentences: first all of them, then all of them again.
+
+        For scoring sentences under several subnetworks at once: `language_ids` are repeated, too, for the caller to
+        replace.
+        """
+
+        def again(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+
+        places = again(self.places)
+        if self.units.ndim == 1:  # flat trigrams: each copy's places point into its own copy of the units
+            offsets = torch.arange(times, device=places.device) * len(self.units)
+            places = places + offsets.repeat_interleave(len(self.places))
+        return Batch(
+            lengths=again(self.lengths),
+            upos=again(self.upos),
+            heads=again(self.heads),
+            deprels=again(self.deprels),
+            units=again(self.units),
+            places=places,
+            unit_lengths=again(self.unit_lengths),
+            lengths_list=self.lengths_list * times,
+            language_ids=None if self.language_ids is None else again(self.language_ids),
+        )
+
     @staticmethod
     def cut(part: Encoded, units: np.ndarray, places: np.ndarray, unit_lengths: np.ndarray) -> Batch:
         """Pad the word columns of `part` (the sentences of one batch) and put its units beside them."""

@@ -1,0 +1,137 @@
+"""Runs that were made of another run by adapting it to one more language: `fastmask adapt`.
+
+Such a folder is a finished run like any other: ``model/`` with the adapted weights, ``config.yaml`` of the run it was
+made of, ``masks.safetensors`` with the new language as its last one, and ``results.json``, which has a record for each
+language that was added.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmask.parsing.synthetic import SEEN
+from fastmask.parsing.treebanks import find_treebanks, load_treebanks, select_treebanks
+from fastmask.training.config import ConfigError
+from fastmask.training.data import data_of_run, training_languages
+from fastmask.training.finished import FinishedRun
+from fastmask.training.loop import MASKS_FILE
+from fastmask.training.run_folder import CONFIG_FILE
+from fastmask.unseen import Choice, HeadDirection, with_language
+
+__all__ = ["adaptations_of", "check_new", "check_new_folder", "profiles_of", "save_adapted"]
+
+RESULTS_FILE = "results.json"
+RECORDS = "adaptations"  # in it, oldest first
+PROFILE = "head_direction"  # in a record: relation -> [before, after], of the support sentences
+
+
+def check_new_folder(out: str | os.PathLike[str]) -> Path:
+    """Return the folder of a run that is to be written; raise `ConfigError` if something is there already."""
+    folder = Path(out)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(f"out is {os.fspath(out)!r}, which is there already (expected a new or an empty folder)")
+    return folder
+
+
+def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of the languages that were added to a run, oldest first."""
+    results = Path(run, RESULTS_FILE)
+    if not results.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8")).get(RECORDS, [])
+    return found
+
+
+def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `ConfigError` if the run was trained on `language`, or adapted to it."""
+    known = list(dict.fromkeys([*_trained_on(loaded), *(record["language"] for record in records)]))
+    if language in known:
+        raise ConfigError(
+            f"language is {language!r}, which the run was trained on or adapted to already "
+            f"(expected another one than {', '.join(known)})"
+        )
+
+
+def _trained_on(loaded: FinishedRun) -> list[str]:
+    config = loaded.config
+    if loaded.subnetworks is not None:
+        return list(loaded.subnetworks.languages)
+    if config.data is None:
+        return config.language_list or list(SEEN)
+    if not os.path.isdir(config.data):
+        return config.language_list
+    return list(select_treebanks(find_treebanks(config.data), config.languages or training_languages(config.data)))
+
+
+def profiles_of(
+    loaded: FinishedRun, run: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]
+) -> dict[str, HeadDirection]:
+    """The head-direction profile of each language with a subnetwork, in order.
+
+    Of a training language by all of its training sentences, of one that was added by its support sentences.
+
+    Raises:
+        FileNotFoundError: the treebanks of the run are not there any more.
+        ValueError: a language that was added without sentences.
+    """
+    assert loaded.subnetworks is not None
+    added = {record["language"]: record[PROFILE] for record in records}
+    if silent := [language for language, counts in added.items() if not counts]:
+        raise ValueError(
+            f"{', '.join(silent)} was added to the run without sentences, so nothing is known of its head direction: "
+            "choose best, union or full, or nearest by URIEL"
+        )
+    data, languages = data_of_run(loaded.config, run)
+    if not os.path.isdir(data):
+        raise FileNotFoundError(
+            f"head direction needs the treebanks that the run was trained on, and there is no folder {data}: choose "
+            "best, union or full, or nearest by URIEL"
+        )
+    profiles = {
+        code: HeadDirection.of_rows(splits["train"].select_columns(["heads", "deprels"]))
+        for code, splits in load_treebanks(data, languages, splits=("train",)).items()
+    }
+    for language, counts in added.items():
+        profiles[language] = HeadDirection({relation: (before, after) for relation, (before, after) in counts.items()})
+    return {language: profiles[language] for language in loaded.subnetworks.languages}
+
+
+def save_adapted(
+    folder: Path,
+    loaded: FinishedRun,
+    choice: Choice,
+    record: Mapping[str, Any],
+    earlier: Sequence[Mapping[str, Any]],
+    profile: HeadDirection,
+) -> None:
+    """Write a run beside its place and rename it: it is there whole, or not at all.
+
+    Args:
+        folder: new or empty.
+        loaded: the run it is made of, whose parser has the adapted weights by now.
+        choice: the new language's subnetwork is a copy of it.
+        record: what is kept of this adaptation; "language" is the new one.
+        earlier: records of languages that were added before.
+        profile: of the support sentences.
+    """
+    config = dataclasses.replace(loaded.config, out=os.fspath(folder))
+    records = [*earlier, {**record, PROFILE: dict(profile.counts)}]
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        loaded.parser.save(partial / "model")
+        if loaded.subnetworks is not None:
+            with_language(loaded.subnetworks, record["language"], choice).save(partial / MASKS_FILE)
+        config.save(partial / CONFIG_FILE)
+        content = {"settings": dataclasses.asdict(config), RECORDS: records}
+        (partial / RESULTS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,33 @@
+"""Unseen languages: choose a subnetwork for a language the model was not trained on, and adapt to a few sentences.
+
+`support` says which sentences there are, `typology` how similar two languages are, `choosing` takes a subnetwork, and
+`adapting` takes the steps (`adam`: with AdamW).
+"""
+
+from fastmask.unseen.adapting import DEFAULT_RATES, DEFAULT_STEPS, OPTIMIZERS, AdaptationDiverged, adapted
+from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_losses, with_language, with_union
+from fastmask.unseen.support import Pool, check_deprels, split_pool, support_sets
+from fastmask.unseen.typology import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
+
+__all__ = [
+    "CHOICES",
+    "DEFAULT_RATES",
+    "DEFAULT_STEPS",
+    "OPTIMIZERS",
+    "UNION",
+    "AdaptationDiverged",
+    "Choice",
+    "HeadDirection",
+    "Pool",
+    "adapted",
+    "check_deprels",
+    "choose",
+    "head_direction_similarity",
+    "similarity_measure",
+    "split_pool",
+    "support_losses",
+    "support_sets",
+    "uriel_similarity",
+    "with_language",
+    "with_union",
+]

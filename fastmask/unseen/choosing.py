@@ -1,0 +1,271 @@
+"""Which subnetwork an unseen language takes: that of a training language, the union of all, or the full network.
+
+`support_losses` and `with_union` need no parser: they work on any model that subnetworks are attached to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.errors import unknown
+from fastmask.linear import MaskedLinear
+from fastmask.models.attach import attached
+from fastmask.parsing.batch import Batch, Encoded
+from fastmask.subnetworks import Subnetworks
+
+if TYPE_CHECKING:
+    from fastmask.parsing.parser import Parser
+
+__all__ = [
+    "CHOICES",
+    "FULL",
+    "FULL_CHOICE",
+    "UNION",
+    "Choice",
+    "choose",
+    "support_losses",
+    "with_language",
+    "with_union",
+]
+
+CHOICES = ("nearest", "best", "union", "full")
+UNION = "union"
+FULL = -1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The subnetwork that was chosen, and why.
+
+    Attributes:
+        language_id: its number in the subnetworks, -1 for the full network.
+        name: a training language, "union" or "full".
+        losses: what decided, for "best": mean support loss of each candidate, in order; else None.
+        similarities: what decided, for "nearest": similarity of each training language; else None.
+    """
+
+    language_id: int
+    name: str
+    losses: dict[str, float] | None = None
+    similarities: dict[str, float] | None = None
+
+
+FULL_CHOICE = Choice(FULL, "full")
+
+
+def with_union(subnets: Subnetworks) -> Subnetworks:
+    """The same languages, and a last one named "union" that owns every unit that one of them owns.
+
+    Raises:
+        ValueError: a language is called "union".
+    """
+    if UNION in subnets.languages:
+        raise ValueError(f"a language is called {UNION!r} already (languages: {', '.join(subnets.languages)})")
+    return _appended(subnets, UNION, lambda keep: keep.any(0))
+
+
+def with_language(subnets: Subnetworks, name: str, choice: Choice) -> Subnetworks:
+    """The same languages, and a last one called `name` with the mask that was chosen for it.
+
+    Everything is live for the full network; the union need not be one of `subnets`.
+
+    Raises:
+        ValueError: there is a language of that name.
+        KeyError: the chosen language is none of `subnets`.
+    """
+    if name in subnets.languages:
+        raise ValueError(f"language {name!r} has a subnetwork already (languages: {', '.join(subnets.languages)})")
+    if choice.language_id == FULL:
+        return _appended(subnets, name, lambda keep: torch.ones_like(keep[0]))
+    if choice.name == UNION and UNION not in subnets.languages:
+        return _appended(subnets, name, lambda keep: keep.any(0))
+    row = subnets.index(choice.name)
+    return _appended(subnets, name, lambda keep: keep[row])
+
+
+def _appended(subnets: Subnetworks, name: str, mask_of: Callable[[Tensor], Tensor]) -> Subnetworks:
+    def longer(keep: Tensor) -> Tensor:
+        return torch.cat([keep, mask_of(keep)[None]])
+
+    return Subnetworks(
+        [*subnets.languages, name],
+        None if subnets.heads is None else longer(subnets.heads),
+        None if subnets.neurons is None else longer(subnets.neurons),
+        None if subnets.weights is None else {module: longer(keep) for module, keep in subnets.weights.items()},
+    )
+
+
+def support_losses(
+    model: nn.Module,
+    batch: Any,
+    candidates: Sequence[int],
+    loss_per_sentence: Callable[[Any], Tensor],
+    *,
+    at_once: int | None = None,
+) -> Tensor:
+    """Mean loss of a support batch under each candidate subnetwork, all in one mixed-language forward pass.
+
+    The batch is repeated once for each candidate, each copy with another language id. Runs with dropout off and without
+    gradients, and leaves every module in the mode it was in.
+
+    Args:
+        model: subnetworks are attached to it or to a part of it.
+        batch: B sentences: a mapping of tensors [B, ...] (other values are handed on as they are), or a
+            `fastmask.parsing.batch.Batch`. Their language ids, if there are any, are replaced.
+        candidates: language ids, -1 for the full network.
+        loss_per_sentence: runs the model on such a batch of n sentences, whose "language_ids" (int64 [n], on the
+            CPU) it passes on to the model -> [n].
+        at_once: at most so many candidates in one pass, to bound the memory; all of them if not given.
+
+    Returns:
+        float32 or wider [len(candidates)], on the device of the losses.
+
+    Raises:
+        ValueError: no candidate, a model without subnetworks, a language id out of range, or losses of another shape.
+    """
+    if not candidates:
+        raise ValueError("no candidate subnetworks to score (expected at least one language id)")
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"at_once is {at_once} (expected at least 1 candidate in a pass)")
+    if any(number != FULL for number in candidates) and not any(isinstance(m, MaskedLinear) for m in model.modules()):
+        raise ValueError("the model has no subnetworks attached: only the full network (-1) can be scored")
+    step = at_once or len(candidates)
+    parts = []
+    with evaluating(model), torch.no_grad():
+        for first in range(0, len(candidates), step):
+            numbers = candidates[first : first + step]
+            repeated, n = _repeated(batch, numbers)
+            losses = loss_per_sentence(repeated)
+            if not isinstance(losses, Tensor) or losses.shape != (n,):
+                given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+                raise ValueError(f"expected one loss for each of the {n} sentences, given {given}")
+            wide = torch.promote_types(losses.dtype, torch.float32)
+            parts.append(losses.view(len(numbers), -1).mean(1, dtype=wide))
+    return torch.cat(parts)
+
+
+def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:
+    """The batch once for each language id, with the ids; and how many sentences that makes.
+
+    Ids stay on the CPU, where -1 may be among them (see `fastmask.models.routing.Route`).
+    """
+    times = len(numbers)
+    if isinstance(batch, Batch):
+        ids = torch.tensor(numbers).repeat_interleave(len(batch.lengths))
+        return replace(batch.tiled(times), language_ids=ids), len(ids)
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "language_ids"}
+    sizes = {name: value.shape[0] if value.ndim else None for name, value in tensors.items()}
+    if len(set(sizes.values())) != 1 or None in sizes.values():
+        raise ValueError(f"expected a batch of tensors [B, ...] of one size B, given sizes {sizes}")
+    some = next(iter(tensors.values()))
+    wide = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in tensors.items()}
+    ids = torch.tensor(numbers).repeat_interleave(len(some))
+    return {**dict(batch), **wide, "language_ids": ids}, len(ids)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside; every module is afterwards in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def choose(
+    parser: Parser,
+    subnets: Subnetworks,
+    support: Encoded | None,
+    how: str,
+    *,
+    similarity: Mapping[str, float] | None = None,
+    include_full: bool = False,
+    at_once: int | None = None,
+) -> Choice:
+    """Choose a subnetwork for an unseen language; ties go to the first training language in order.
+
+    Args:
+        parser: its encoder has `subnets` attached; only "best" runs it.
+        subnets: of the training languages, and perhaps their union (`with_union`), which is a candidate for "union"
+            only.
+        support: sentences of the unseen language, for "best"; None or empty where there are none.
+        how: "best": lowest mean support loss; "nearest": highest of `similarity`; "union"; "full".
+        similarity: of each training language to the unseen one, for "nearest"; see `fastmask.unseen.typology`.
+        include_full: for "best": the full network is a candidate, too, the last one.
+        at_once: for "best": see `support_losses`.
+
+    Raises:
+        KeyError: `how` is not one of `CHOICES`, or `similarity` lacks a training language.
+        ValueError: "best" without support sentences, "nearest" without `similarity`, "union" without a union in
+            `subnets`, losses or similarities that are not finite, or a parser with other subnetworks attached.
+    """
+    if how not in CHOICES:
+        raise unknown("way of choosing a subnetwork", how, CHOICES)
+    if how == "full":
+        return FULL_CHOICE
+    if how == "union":
+        if UNION not in subnets.languages:
+            raise ValueError(f"the subnetworks hold no {UNION!r}: attach fastmask.unseen.with_union(subnets)")
+        return Choice(subnets.index(UNION), UNION)
+    names = [name for name in subnets.languages if name != UNION]
+    if how == "nearest":
+        if similarity is None:
+            raise ValueError("choosing the nearest language needs the similarity of each training language, given none")
+        for name in names:
+            if name not in similarity:
+                raise unknown("language", name, similarity)
+        similarities = {name: _finite(name, "similarity", float(similarity[name])) for name in names}
+        nearest = max(similarities, key=similarities.__getitem__)  # the first of equals
+        return Choice(subnets.index(nearest), nearest, similarities=similarities)
+    losses = _losses(parser, subnets, support, names, include_full, at_once)
+    best = min(losses, key=losses.__getitem__)
+    return Choice(FULL if best == FULL_CHOICE.name else subnets.index(best), best, losses=losses)
+
+
+def _losses(
+    parser: Parser,
+    subnets: Subnetworks,
+    support: Encoded | None,
+    names: list[str],
+    include_full: bool,
+    at_once: int | None,
+) -> dict[str, float]:
+    if support is None or not len(support):
+        raise ValueError(
+            "choosing the best subnetwork needs support sentences, given none: choose nearest (by typology), union or "
+            "full, which do without"
+        )
+    if attached(parser.encoder).subnets.languages != subnets.languages:
+        raise ValueError(
+            f"the parser has subnetworks of {', '.join(attached(parser.encoder).subnets.languages)} attached "
+            f"(expected {', '.join(subnets.languages)})"
+        )
+    batch = parser.features.collate(support).to(next(parser.parameters()).device)
+
+    def loss_per_sentence(repeated: Batch) -> Tensor:
+        found = parser(repeated).loss_per_sentence
+        if found is None:
+            raise ValueError("the support sentences have no heads, so they have no loss (expected trees)")
+        return found
+
+    ids = [subnets.index(name) for name in names]
+    if include_full:
+        names, ids = [*names, FULL_CHOICE.name], [*ids, FULL]
+    losses = support_losses(parser, batch, ids, loss_per_sentence, at_once=at_once).tolist()
+    return {name: _finite(name, "support loss", loss) for name, loss in zip(names, losses, strict=True)}
+
+
+def _finite(name: str, what: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"the {what} of {name!r} is {value} (expected a finite number)")
+    return value

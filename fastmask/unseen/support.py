@@ -1,0 +1,178 @@
+"""Support sentences of an unseen language: where they come from, which ones make a set, and what they are labelled."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastmask.errors import nearest, unknown
+from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+
+__all__ = [
+    "UNKNOWN_DEPRELS",
+    "Pool",
+    "check_deprels",
+    "split_pool",
+    "support_sets",
+    "unknown_deprels",
+    "without_repeats",
+]
+
+UNKNOWN_DEPRELS = ("fail", "universal", "ignore")
+POOL_SPLITS = ("train", "dev", "test")
+
+_SETS, _POOL = range(2)  # what a random stream is for
+
+
+def support_sets(n_pool: int, size: int, count: int, seed: int, language: str) -> list[np.ndarray]:
+    """`count` random support sets: int64 [size] rows of a pool of `n_pool` sentences, in random order.
+
+    No row twice in a set; sets are drawn independently of one another, so two may share sentences, and the first sets
+    are the same however many are drawn. Length plays no part.
+
+    Raises:
+        ValueError: the pool is smaller than a set, or a number is out of its range.
+    """
+    if size < 0 or count < 0 or seed < 0:
+        raise ValueError(f"size is {size}, count {count} and seed {seed} (expected none below 0)")
+    if n_pool < size:
+        raise ValueError(f"language {language!r} has {n_pool} sentences for support sets (expected at least {size})")
+    return [_random(seed, _SETS, language, number).permutation(n_pool)[:size] for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The sentences of an unseen language, parted.
+
+    Attributes:
+        support: rows that support sets are drawn from.
+        test: rows that are scored, the same for all support sets; none has the words of a support row.
+        source: the split that the support rows are from.
+        dropped: test rows that were left out because a support row has the same words.
+    """
+
+    support: list[Mapping[str, Any]] = field(repr=False)
+    test: list[Mapping[str, Any]] = field(repr=False)
+    source: str
+    dropped: int
+
+
+def split_pool(
+    splits: Mapping[str, Iterable[Mapping[str, Any]]], size: int, seed: int, language: str, set_aside: int = 100
+) -> Pool:
+    """Part an unseen language's sentences into a pool for support sets and a test.
+
+    The pool is the train split if that holds a support set, else the dev split, else a random part of the test split,
+    which is then not tested on.
+
+    Args:
+        splits: split -> rows with "words"; "test" must be there.
+        size: sentences of a support set; 0 where there are none (zero-shot).
+        seed: of the part of the test split.
+        language: for messages, and part of the seed.
+        set_aside: test sentences that make the pool if they must: never more than half of them, unless a support set
+            takes more.
+
+    Raises:
+        ValueError: no test sentences, or no split with enough sentences; the message says how many there are.
+    """
+    rows = {name: list(splits.get(name, ())) for name in POOL_SPLITS}
+    test = rows["test"]
+    if not test:
+        raise ValueError(f"language {language!r} has no test sentences (splits given: {', '.join(splits) or 'none'})")
+    source = next((name for name in ("train", "dev") if len(rows[name]) >= max(size, 1)), "test")
+    if source == "test":
+        if size >= len(test):
+            counts = ", ".join(f"{len(found)} in {name}" for name, found in rows.items())
+            raise ValueError(
+                f"language {language!r} has too few sentences for a support set of {size}: {counts} "
+                f"(expected {size} in train or dev, or more than {size} in test)"
+            )
+        number = 0 if size == 0 else max(size, min(set_aside, len(test) // 2))
+        order = _random(seed, _POOL, language).permutation(len(test))
+        support = [test[row] for row in np.sort(order[:number])]
+        test = [test[row] for row in np.sort(order[number:])]
+    else:
+        support = rows[source]
+    left = without_repeats(test, support)
+    if not left:
+        raise ValueError(f"language {language!r}: every test sentence is also a support sentence")
+    return Pool(support, left, source, len(test) - len(left))
+
+
+def without_repeats(test: Iterable[Mapping[str, Any]], support: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The test rows that do not have the words of a support row."""
+    taken = {tuple(row["words"]) for row in support}
+    return [row for row in test if tuple(row["words"]) not in taken]
+
+
+def unknown_deprels(rows: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Counter[str]:
+    """How often each relation occurs that the vocabulary lacks; labels as they stand in the rows."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row["deprels"])
+    labels = list(counts)
+    known = vocabulary.deprel_ids(labels) != IGNORE
+    return Counter({label: counts[label] for label, found in zip(labels, known, strict=True) if not found})
+
+
+def check_deprels(
+    rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, unknown: str = "fail"
+) -> list[Mapping[str, Any]]:
+    """The rows, once every relation in them is one the model can learn, or has been dealt with as asked.
+
+    Args:
+        rows: with "deprels".
+        vocabulary: of the model.
+        unknown: what to do about relations that it lacks. "fail"; "universal": `nsubj:xyz` becomes `nsubj` where the
+            vocabulary has that, anything else fails; "ignore": such words keep their head and have no label in the
+            loss, with a warning that lists them.
+
+    Raises:
+        ValueError: relations that are left unknown, listed with their counts.
+        KeyError: `unknown` is none of the three.
+    """
+    if unknown not in UNKNOWN_DEPRELS:
+        raise _unknown_choice(unknown)
+    missing = unknown_deprels(rows, vocabulary)
+    if not missing:
+        return list(rows)
+    if unknown == "ignore":
+        warnings.warn(
+            f"relations that the model does not know have no label in the loss: {_listed(missing)}", stacklevel=2
+        )
+        return list(rows)
+    universal: dict[str, str] = {}
+    if unknown == "universal":
+        whole = {label: label.split(":", 1)[0] for label in missing if ":" in label}
+        universal = {label: relation for label, relation in whole.items() if relation in vocabulary.deprels}
+        missing = Counter({label: count for label, count in missing.items() if label not in universal})
+    if missing:
+        close = {label: nearest(label, vocabulary.deprels, 1) for label in missing}
+        hints = ", ".join(f"{label} looks like {found[0]}" for label, found in close.items() if found)
+        ways = "leave their labels out (ignore)"
+        if unknown == "fail":
+            ways = f"map subtypes to their universal relations (universal) or {ways}"
+        raise ValueError(
+            f"relations that the model was not trained on: {_listed(missing)}{f' ({hints})' if hints else ''}. "
+            f"It knows {', '.join(sorted(vocabulary.deprels))}. Correct them, or {ways}"
+        )
+    return [{**row, "deprels": [universal.get(label, label) for label in row["deprels"]]} for row in rows]
+
+
+def _unknown_choice(given: str) -> Exception:
+    return unknown("way of dealing with unknown relations", given, UNKNOWN_DEPRELS)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{label} ({count})" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item)))
+
+
+def _random(seed: int, purpose: int, language: str, *counters: int) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, zlib.crc32(language.encode("utf-8")), *counters])

@@ -1,0 +1,145 @@
+"""Doing one job: the shared start of a seed, or one cell trained from there and scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+import time
+from functools import cached_property
+from typing import Any
+
+from fastmask.compare.plan import Job, Plan
+from fastmask.compare.scoring import Scorer
+from fastmask.parsing.treebanks import load_treebanks
+from fastmask.subnetworks import Subnetworks
+from fastmask.training import checkpoints
+from fastmask.training.branch import branch
+from fastmask.training.budget import Budget
+from fastmask.training.build import build_parser, encode_training_data
+from fastmask.training.config import TrainConfig
+from fastmask.training.data import load_training_data
+from fastmask.training.episodes import episode_sampler
+from fastmask.training.loop import SwitchPoint, TrainResult, train
+from fastmask.training.methods import check_subnetworks, subnetworks_of
+
+__all__ = ["MASKS_FILE", "RUN", "Runner"]
+
+RUN = "run"  # the folder of a job's training run, in the job's
+MASKS_FILE = checkpoints.MASKS
+
+
+class Runner:
+    """Does the jobs of a plan one after the other; the treebanks are read once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Do a job, from its last checkpoint if it was begun before; returns what its ``result.json`` holds."""
+        began = time.perf_counter()
+        resumed = checkpoints.latest(self.plan.folder(job) / RUN) is not None
+        result = self._start(job) if job.method is None else self._cell(job)
+        return {"seconds": round(time.perf_counter() - began, 1), "resumed": resumed, **result}
+
+    def check(self) -> None:
+        """See that data and settings fit, before anything is trained.
+
+        Raises:
+            ValueError: a language with too few sentences, an episode that asks for more than there is, and the like.
+        """
+        assert self.scorer
+        configs = [self.plan.train_config(job, self.plan.folder(job)) for job in self.plan.jobs]
+        parser = build_parser(configs[0], self.datasets)
+        encoded = encode_training_data(parser, self.datasets, configs[0].max_length)
+        for config in configs:
+            check_subnetworks(parser, config, encoded)
+            if config.meta != "none":
+                Budget.of(config, len(encoded))
+                episode_sampler(config, encoded)
+
+    @cached_property
+    def datasets(self) -> dict[str, dict[str, Any]]:
+        """The training languages' splits."""
+        return load_training_data(self.plan.data, self.plan.config.train)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The test sentences of all languages and the support sets of the unseen ones: the same for every cell."""
+        unseen = load_treebanks(self.plan.data, self.plan.config.unseen, optional=("train", "dev"))
+        return Scorer(self.plan.config, self.datasets, unseen)
+
+    def _start(self, job: Job) -> dict[str, Any]:
+        """Train the full network up to the switch, and find the subnetworks that the masked methods start from."""
+        config = self.plan.train_config(job, self.plan.folder(job) / RUN)
+
+        def find(point: SwitchPoint) -> Subnetworks:
+            raise _FoundError(subnetworks_of(point))
+
+        try:
+            train(build_parser(config, self.datasets), self.datasets, config, find, progress=False)
+        except _FoundError as found:
+            masks = self.plan.folder(job) / MASKS_FILE
+            checkpoints.replace_file(masks, found.subnetworks.save)
+            return {"density": _density(found.subnetworks)}
+        raise RuntimeError(f"{config.out} ran to its end without looking for subnetworks")
+
+    def _cell(self, job: Job) -> dict[str, Any]:
+        """Go on from the start of the seed, then score."""
+        assert job.needs is not None
+        start = self.plan.folder(job.needs)
+        config = self.plan.train_config(job, self.plan.folder(job) / RUN)
+        if config.method != "full":
+            config = dataclasses.replace(config, masks=str(start / MASKS_FILE))
+        if checkpoints.latest(config.out) is None:
+            shutil.rmtree(config.out, ignore_errors=True)  # a killed process may have left its settings there
+            branch(start / RUN, config)
+        began = time.perf_counter()
+        trained = train(
+            build_parser(config, self.datasets),
+            self.datasets,
+            config,
+            lambda point: subnetworks_of(point),
+            progress=False,
+        )
+        scored = time.perf_counter()
+        scores = self.scorer.scores(trained.parser, trained.subnetworks)
+        result = {
+            "training_seconds": round(scored - began, 1),
+            "scoring_seconds": round(time.perf_counter() - scored, 1),
+            **_spent(config, trained),
+            "density": None if trained.subnetworks is None else _density(trained.subnetworks),
+            "scores": scores,
+        }
+        shutil.rmtree(checkpoints.folder_of(config.out), ignore_errors=True)  # model and masks stay
+        return result
+
+
+def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
+    """Budget and speed of a run."""
+    budget = trained.budget
+    speeds = [
+        record["words_per_second"]
+        for record in trained.history
+        if "words_per_second" in record and record["step"] > config.shared_steps
+    ]
+    return {
+        "outer_steps": budget.plain_steps + budget.episodes,
+        "gradient_passes": budget.gradient_passes,
+        "sentences": budget.sentences,
+        "tokens_per_second": round(statistics.median(speeds), 1),
+        "scouting_share": trained.scouting_share,
+    }
+
+
+class _FoundError(Exception):
+    """Carries the subnetworks out of a run that ends where they are switched on."""
+
+    def __init__(self, subnetworks: Subnetworks) -> None:
+        super().__init__("stopped at the switch")
+        self.subnetworks = subnetworks
+
+
+def _density(subnetworks: Subnetworks) -> dict[str, float]:
+    """Share of live units, mean over the languages."""
+    return {kind: float(share.mean()) for kind, share in subnetworks.density.items()}

@@ -1,0 +1,81 @@
+"""Dealing out jobs to processes, on one machine or on several that share a folder; no process is in charge.
+
+A job is done when its ``result.json`` is there, and being done by whoever holds the lock on its folder. Locks are the
+operating system's: they go when a process ends, however it ends, so a killed worker's job is free for the next one,
+which goes on from the job's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fastmask.compare.plan import Job, Plan
+from fastmask.training.checkpoints import replace_file
+
+__all__ = ["RESULT_FILE", "is_done", "read_result", "work", "write_result"]
+
+RESULT_FILE = "result.json"
+WAIT = 1.0  # seconds between looks at jobs that others are doing
+
+
+def is_done(plan: Plan, job: Job | str) -> bool:
+    """Whether a job's result is there."""
+    return (plan.folder(job) / RESULT_FILE).is_file()
+
+
+def read_result(plan: Plan, job: Job | str) -> dict[str, Any]:
+    """The result of a job that is done."""
+    result: dict[str, Any] = json.loads((plan.folder(job) / RESULT_FILE).read_text(encoding="utf-8"))
+    return result
+
+
+def write_result(plan: Plan, job: Job, result: dict[str, Any]) -> None:
+    """Mark a job as done, whole or not at all."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    replace_file(plan.folder(job) / RESULT_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def work(plan: Plan, run: Callable[[Job], dict[str, Any]]) -> None:
+    """Do jobs until all are done, by this process or by others.
+
+    Args:
+        plan: whose jobs.
+        run: does one job and returns its result; called again for the same job after a process was killed in it.
+    """
+    while todo := [job for job in plan.jobs if not is_done(plan, job)]:
+        ready = (job for job in todo if job.needs is None or is_done(plan, job.needs))
+        if not any(_done_here(plan, job, run) for job in ready):
+            time.sleep(WAIT)
+
+
+def _done_here(plan: Plan, job: Job, run: Callable[[Job], dict[str, Any]]) -> bool:
+    """Do the job if nobody else is doing it."""
+    with _claimed(plan.folder(job)) as mine:
+        if not mine:
+            return False
+        if not is_done(plan, job):  # it may have become so before we held the lock
+            write_result(plan, job, run(job))
+        return True
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[bool]:
+    """Hold a job's lock, if it is free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()

@@ -1,0 +1,160 @@
+"""What a comparison leaves: ``results.csv``, ``cells.csv``, ``summary.md`` and pictures, and what it prints."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import pandas as pd
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from fastmask.compare.pictures import draw_gains, draw_means
+from fastmask.compare.plan import Plan
+from fastmask.compare.queue import is_done, read_result
+from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
+from fastmask.training.checkpoints import replace_file
+
+__all__ = ["load_results", "print_tables", "write_report"]
+
+WIDTH = 130  # of tables that do not go to a terminal
+NOTE = (
+    "LAS: mean over languages, with its standard deviation over seeds. over full, over random: difference of the means "
+    "over languages in LAS points, in brackets that of each seed; full and random with the same meta-learning (full "
+    "with meta-learning against plain full). p: paired sign-flip test over languages, each the mean over seeds and "
+    "support sets; Holm-corrected over the rows. won: languages in which the row is better."
+)
+
+
+def load_results(plan: Plan) -> dict[tuple[int, str, str], dict[str, Any]]:
+    """(seed, method, meta) -> result, of every cell that is done."""
+    return {
+        (job.seed, job.method, job.meta): read_result(plan, job)
+        for job in plan.jobs
+        if job.method is not None and is_done(plan, job)
+    }
+
+
+def write_report(plan: Plan, command: str | None = None) -> list[Path]:
+    """Write the tables and pictures of the cells that are done; returns the files."""
+    results = load_results(plan)
+    scores, cells = scores_table(results), cells_table(results)
+    order = _order(plan)
+    files = [plan.out / name for name in ("results.csv", "cells.csv", "summary.md", "means.png")]
+    replace_file(files[0], lambda path: scores.to_csv(path, index=False, float_format="%.2f"))
+    replace_file(files[1], lambda path: cells.to_csv(path, index=False, float_format="%.4g"))
+    text = _markdown(plan, scores, cells, command)
+    replace_file(files[2], lambda path: path.write_text(text, encoding="utf-8"))
+    draw_means(scores, order, files[3])
+    for condition in ("seen", "adapted"):
+        if (scores["condition"] == condition).any() and len(order) > 1:
+            files.append(plan.out / f"gains-{condition}.png")
+            draw_gains(scores, order, condition, files[-1])
+    return files
+
+
+def print_tables(plan: Plan, file: TextIO) -> None:
+    """One table for each condition, and one of the cells' cost."""
+    console = Console(file=file) if file.isatty() else Console(file=file, width=WIDTH)
+    results = load_results(plan)
+    for title, rows in _tables(plan, scores_table(results), cells_table(results)):
+        table = Table(title=title)
+        for name in rows[0]:
+            table.add_column(name, justify="left" if name in ("method", "meta") else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
+        console.print(table)
+    console.print(NOTE, highlight=False, markup=False)
+
+
+def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
+    """(title, rows) of every table, each row column -> text."""
+    tables = []
+    for condition, what in CONDITIONS.items():
+        if (scores["condition"] == condition).any():
+            summary = summary_table(scores, _order(plan), condition)
+            tables.append((f"LAS, {what}", [_summary_row(row) for _, row in summary.iterrows()]))
+    choices = scores[scores["condition"].isin(("zero-shot", "chosen", "other choice"))]
+    if choices["choice"].nunique() > 1:
+        tables.append(("LAS of unseen languages by choice of subnetwork, nothing updated", _choice_rows(plan, choices)))
+    tables.append(("cost of a cell, mean over seeds", _cost_rows(plan, cells)))
+    return tables
+
+
+def _summary_row(row: Any) -> dict[str, str]:
+    cells = {
+        "method": row["method"],
+        "meta": row["meta"],
+        "LAS": f"{_number(row['las'])} ± {_number(row['deviation'])}",
+    }
+    for other in ("full", "random"):
+        seeds = " ".join(f"{value:+.1f}" for value in row[f"seeds_{other}"])
+        cells[f"over {other}"] = f"{row[f'over_{other}']:+.2f} ({seeds})" if seeds else ""
+        cells[f"p {other}"] = "" if math.isnan(row[f"p_{other}"]) else f"{row[f'p_{other}']:.3f}"
+        cells[f"won {other}"] = row[f"wins_{other}"]
+    return cells
+
+
+def _choice_rows(plan: Plan, scores: pd.DataFrame) -> list[dict[str, str]]:
+    choices = list(dict.fromkeys(scores["choice"]))
+    means = scores.groupby(["method", "meta", "choice"])["las"].mean()
+    return [
+        {"method": method, "meta": meta, **{c: _number(means.get((method, meta, c), math.nan)) for c in choices}}
+        for method, meta in _order(plan)
+        if (method, meta) in {key[:2] for key in means.index}
+    ]
+
+
+def _cost_rows(plan: Plan, cells: pd.DataFrame) -> list[dict[str, str]]:
+    formats = {
+        "live_heads": ".0%",
+        "live_neurons": ".0%",
+        "outer_steps": ",.0f",
+        "sentences": ",.0f",
+        "tokens_per_second": ",.0f",
+        "training_seconds": ",.0f",
+        "scoring_seconds": ",.0f",
+    }
+    present = [name for name in formats if name in cells]
+    means = cells.groupby(["method", "meta"])[present].mean()
+    return [
+        {"method": cell[0], "meta": cell[1]}
+        | {name.replace("_", " "): _number(means.loc[cell, name], formats[name]) for name in present}
+        for cell in _order(plan)
+        if cell in means.index
+    ]
+
+
+def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: str | None) -> str:
+    import fastmask
+
+    hours = cells["seconds"].sum() / 3600
+    lines = ["# Comparison", ""]
+    if command:
+        lines += ["```", command, "```", ""]
+    lines += [
+        f"{datetime.date.today()}, {platform.machine()}, fastmask {fastmask.__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}; {len(cells)} cells, {hours:.2f} hours of all workers together, "
+        "the shared starts not counted.",
+        "",
+        NOTE,
+    ]
+    for title, rows in _tables(plan, scores, cells):
+        header = list(rows[0])
+        lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+        lines += [f"| {' | '.join(row.values())} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _order(plan: Plan) -> Sequence[tuple[str, str]]:
+    return [(job.method, job.meta) for job in plan.jobs if job.method is not None and job.seed == 0]
+
+
+def _number(value: float, form: str = ".2f") -> str:
+    return "" if math.isnan(value) else format(value, form)

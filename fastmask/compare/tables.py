@@ -1,0 +1,141 @@
+"""The tables of a comparison: one row per score, one per cell, and the summary with its significance tests.
+
+Languages are what the tests generalise over: a cell's scores of a language are averaged over support sets and seeds
+first, so that one difference per language enters the paired sign-flip test. Seeds share nothing that would make their
+differences independent draws of a language. Their spread is reported beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fastmask.analysis.statistics import holm, paired_sign_flip
+
+__all__ = ["CONDITIONS", "Comparison", "cells_table", "compared", "scores_table", "summary_table"]
+
+CONDITIONS = {
+    "seen": "training languages, each with its own subnetwork",
+    "zero-shot": "unseen languages, without a sentence of them: the union of all subnetworks",
+    "chosen": "unseen languages, the subnetwork chosen on the support set, nothing updated",
+    "adapted": "unseen languages, after the gradient steps on the support set",
+}
+
+
+def scores_table(results: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per score: seed, method, meta, and what `Scorer.scores` says of it.
+
+    Args:
+        results: (seed, method, meta) -> what the cell's ``result.json`` holds.
+    """
+    rows = [
+        {"seed": seed, "method": method, "meta": meta, **score}
+        for (seed, method, meta), result in results.items()
+        for score in result["scores"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def cells_table(results: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per cell: its budget, time and speed."""
+    return pd.DataFrame(
+        {
+            "seed": seed,
+            "method": method,
+            "meta": meta,
+            **{name: value for name, value in result.items() if name not in ("scores", "density")},
+            **{f"live_{kind}": share for kind, share in (result["density"] or {}).items()},
+        }
+        for (seed, method, meta), result in results.items()
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell against another, paired by language.
+
+    Attributes:
+        difference: mean over languages of (cell - other), LAS points.
+        p: two-sided, of the sign-flip test over languages; not corrected.
+        wins: languages in which the cell is better.
+        languages: how many there are.
+        seed_differences: the mean difference of each seed alone.
+    """
+
+    difference: float
+    p: float
+    wins: int
+    languages: int
+    seed_differences: tuple[float, ...]
+
+
+def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str]) -> Comparison | None:
+    """`cell` against `other`, each (method, meta), over the languages and seeds that both have.
+
+    Args:
+        scores: rows of one condition.
+        cell: method and meta.
+        other: the same of what it is compared with.
+
+    Returns:
+        None where they have none in common.
+    """
+    mine, theirs = (_by_language_and_seed(scores, which) for which in (cell, other))
+    differences = (mine - theirs).dropna()
+    if differences.empty:
+        return None
+    by_language = differences.groupby("language").mean()
+    by_seed = differences.groupby("seed").mean()
+    return Comparison(
+        float(by_language.mean()),
+        paired_sign_flip(by_language.to_numpy()),
+        int((by_language > 0).sum()),
+        len(by_language),
+        tuple(float(value) for value in by_seed),
+    )
+
+
+def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str) -> pd.DataFrame:
+    """One row per cell: LAS (mean and deviation over seeds), and how it differs from `full` and from `random`.
+
+    A cell is compared with `full` of the same meta-learning (`full` with meta-learning: with `full` without), and where
+    its masks mean something also with `random` of the same meta-learning. ``p_full`` and ``p_random`` are corrected for
+    the number of cells (Holm).
+
+    Args:
+        scores: of `scores_table`.
+        cells: (method, meta), in the order of the rows.
+        condition: one of `CONDITIONS`.
+    """
+    scores = scores[scores["condition"] == condition]
+    rows: list[dict[str, Any]] = []
+    for method, meta in cells:
+        by_seed = _by_language_and_seed(scores, (method, meta)).groupby("seed").mean()
+        row: dict[str, Any] = {"method": method, "meta": meta, "seeds": len(by_seed)}
+        row["las"] = float(by_seed.mean()) if len(by_seed) else np.nan
+        row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
+        for baseline in ("full", "random"):
+            other = (baseline, "none" if method == baseline else meta)
+            pointless = other == (method, meta) or (baseline == "random" and method in ("full", "random"))
+            found = None if pointless else compared(scores, (method, meta), other)
+            row[f"over_{baseline}"] = found.difference if found else np.nan
+            row[f"p_{baseline}"] = found.p if found else np.nan
+            row[f"wins_{baseline}"] = f"{found.wins}/{found.languages}" if found else ""
+            row[f"seeds_{baseline}"] = found.seed_differences if found else ()
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    for baseline in ("full", "random"):
+        tested = table[f"p_{baseline}"].notna()
+        table.loc[tested, f"p_{baseline}"] = holm(table.loc[tested, f"p_{baseline}"].tolist())
+    return table
+
+
+def _by_language_and_seed(scores: pd.DataFrame, cell: tuple[str, str]) -> pd.Series:
+    """LAS of a cell by (language, seed), mean over support sets."""
+    method, meta = cell
+    chosen = scores[(scores["method"] == method) & (scores["meta"] == meta)]
+    return chosen.groupby(["language", "seed"])["las"].mean()

@@ -1,0 +1,180 @@
+"""Whole comparisons on tiny treebanks: cells are the runs they claim to be, and a killed comparison goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmask.cli import main
+from fastmask.compare.cells import Runner
+from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.queue import is_done, read_result, work
+from fastmask.compare.tables import CONDITIONS
+from fastmask.parsing.synthetic import write_treebanks
+from fastmask.training.build import build_parser
+from fastmask.training.loop import train
+from fastmask.training.methods import subnetworks_of
+
+TRAINING = {
+    "steps": 10,
+    "batch_size": 6,
+    "density": 0.5,
+    "score_sentences": 8,
+    "dev_sentences": 4,
+    "eval_every": 0,
+    "threads": 1,
+    "inner_steps": 1,
+    "support_sentences": 2,
+    "query_sentences": 2,
+    "update_every": 2,
+    "scout_sentences": 2,
+}
+COMPARISON = {
+    "train": "qaa,qab,qac",
+    "unseen": "qad,qah",
+    "shots": 4,
+    "support_sets": 2,
+    "adapt_steps": 2,
+    "adapt_lr": 1e-3,
+    "adapt_encoder_lr": 1e-3,
+    "test_sentences": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ud")
+    write_treebanks(folder, sentences={"train": 24, "dev": 6, "test": 12})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory, data):
+    """A comparison of one seed, done."""
+    out = tmp_path_factory.mktemp("compare") / "out"
+    config = CompareConfig(**COMPARISON, seeds=1, methods="full,static,dynamic,shuffled")
+    made = Plan(out, str(data), config, TRAINING)
+    made.open()
+    runner = Runner(made)
+    runner.check()
+    work(made, runner.run)
+    return made
+
+
+@pytest.mark.parametrize("name", ["full-none", "static-none", "static-fomaml", "dynamic-none"])
+def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
+    """A cell that goes on from the shared start ends with other weights than `fastmask train` from the beginning."""
+    job = next(job for job in plan.jobs if job.name.endswith(name))
+    config = dataclasses.replace(plan.train_config(job, tmp_path), resume=False)
+    datasets = Runner(plan).datasets
+    unbroken = train(build_parser(config, datasets), datasets, config, subnetworks_of, progress=False)
+    of_cell = load_file(plan.folder(job) / "run" / "model" / "parser.safetensors")
+    alone = load_file(unbroken.run / "model" / "parser.safetensors")
+    assert of_cell.keys() == alone.keys()
+    for key, value in alone.items():
+        assert torch.equal(value, of_cell[key]), key
+
+
+def test_every_language_is_scored_under_every_condition(plan):
+    """A language, a support set or a rule of choosing is missing from the table, or the wrong subnetwork ran."""
+    for job in plan.jobs[1:]:
+        scores = pd.DataFrame(read_result(plan, job)["scores"])
+        masked = job.method != "full"
+        counts = scores.groupby(["condition", "language"]).size()
+        for language in ("qaa", "qab", "qac"):
+            assert counts["seen", language] == 1
+        for language in ("qad", "qah"):
+            assert counts["zero-shot", language] == 1
+            assert counts["chosen", language] == counts["adapted", language] == 2
+            assert not masked or counts["other choice", language] == 3  # full, and nearest for both support sets
+        assert set(scores["condition"]) - {"other choice"} == set(CONDITIONS)
+        own = scores[scores["condition"] == "seen"]
+        assert (own["subnetwork"] == (own["language"] if masked else "full")).all()
+        assert set(scores.loc[scores["condition"] == "zero-shot", "subnetwork"]) == {"union" if masked else "full"}
+        chosen = scores[scores["condition"].isin(("chosen", "adapted"))]
+        assert set(chosen["subnetwork"]) <= ({"qaa", "qab", "qac"} if masked else {"full"})
+        assert set(scores.loc[scores["condition"] == "adapted", "steps"]) == {2}
+
+
+def test_plain_and_meta_cells_have_the_same_budget(plan):
+    """Meta-learning is compared after seeing more sentences, or fewer."""
+    spent = {job.name: read_result(plan, job)["sentences"] for job in plan.jobs[1:]}
+    assert set(spent.values()) == {10 * 6}
+
+
+def run_in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-m", "fastmask.cli", *arguments])
+
+
+def without_times(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    cells = pd.read_csv(folder / "cells.csv")
+    times = [name for name in cells if "seconds" in name or name in ("tokens_per_second", "resumed", "scouting_share")]
+    return pd.read_csv(folder / "results.csv"), cells.drop(columns=times)
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_goes_on_and_ends_the_same(data, tmp_path, capsys):
+    """Killing `fastmask compare` loses cells, repeats them with other results, or leaves a cell half done for ever."""
+    common = ["--data", str(data), "--methods", "full,static", "--seeds", "1"]
+    for name, value in {**COMPARISON, **TRAINING, "checkpoint_every": 1}.items():
+        common += [f"--{name.replace('_', '-')}", str(value)]
+    unbroken = ["compare", "--out", str(tmp_path / "unbroken"), "--workers", "2", *common]
+    assert main(unbroken) == 0
+    killed = tmp_path / "killed"
+    arguments = ["compare", "--out", str(killed), "--workers", "2", *common]
+    for cell in ("seed-0/start", "seed-0/static-none", "seed-0/static-fomaml"):
+        process = run_in_a_process(arguments)
+        deadline = time.monotonic() + 300
+        while not (killed / cell / "run" / "checkpoints").is_dir():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()  # its workers end by themselves
+        process.wait()
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "static" in capsys.readouterr().out
+    for mine, theirs in zip(without_times(killed), without_times(tmp_path / "unbroken"), strict=True):
+        order = [
+            name
+            for name in ("seed", "method", "meta", "condition", "language", "choice", "support_set")
+            if name in mine
+        ]
+        pd.testing.assert_frame_equal(
+            mine.sort_values(order, ignore_index=True), theirs.sort_values(order, ignore_index=True)
+        )
+    assert main([*arguments, "--steps", "11"]) == 1
+    assert "steps was 10 and is 11" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_failing_cell_is_named_and_the_rest_stays(data, tmp_path, capsys):
+    """A cell that cannot be trained takes the others with it, or its error says nothing about where it happened."""
+    arguments = [
+        "compare",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "out"),
+        "--methods",
+        "full,static",
+        "--seeds",
+        "1",
+    ]
+    settings = {**COMPARISON, **TRAINING, "metas": "none", "adapt_lr": 1e30, "adapt_encoder_lr": 1e30}
+    for name, value in settings.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "seed-0/full-none: AdaptationDiverged" in error
+    assert json.loads((tmp_path / "out" / "seed-0" / "start" / "result.json").read_text())["density"]
+    assert not is_done(Plan(tmp_path / "out", str(data), CompareConfig(**COMPARISON, seeds=1), {}), "seed-0/full-none")

@@ -1,0 +1,173 @@
+"""Dynamics: how dynamic masks move while the model is trained."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from fastmask.analysis.chance import chance_jaccard
+from fastmask.analysis.drawing import AMOUNT, COLOURS, GREY, MARKERS, heatmap, new_figure
+from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
+from fastmask.analysis.result import Result
+from fastmask.dynamic.history import History, Snapshot
+from fastmask.errors import unknown
+from fastmask.subnetworks import Subnetworks
+
+__all__ = ["dynamics", "read_history"]
+
+
+def dynamics(
+    history: Sequence[Snapshot] | str | PathLike[str],
+    *,
+    units: str | None = None,
+    steps: Sequence[int] | None = None,
+    families: Mapping[str, str] | None = None,
+) -> Result:
+    """How much each language's mask changes, how far it gets, and whether related languages' masks come together.
+
+    At each step, with M the mask before and M' after it:
+    - churn: |M' without M| / |M'|, the share of live units that are new since the step before in the table;
+    - distance: 1 - Jaccard(M', first mask).
+    Between languages: Jaccard of their masks, over pairs of one family and of different ones, beside the expectation
+    for random masks of the same sizes. Masks come together where it grows.
+
+    Args:
+        history: of `DynamicSubnetworks`, or the `dynamic.safetensors` of a run.
+        units: "heads" or "neurons"; default the first of these that the history has.
+        steps: at which masks are looked at; default every step at which some mask changed. Give the steps of all
+            updates to count those that changed nothing.
+        families: language -> family; default `language_families.LANGUAGE_FAMILIES`.
+
+    Returns:
+        table: `step`, `language`, `churn`, `distance`, `live` (units).
+        more["pairs"]: `step`, `relation` ("one family", "two families"), `pairs`, mean `jaccard`, `random` (expected).
+
+    Raises:
+        FileNotFoundError: no such file.
+        KeyError: units that the history does not have.
+        ValueError: not a history, or an empty one.
+    """
+    entries = read_history(history) if isinstance(history, str | PathLike) else history
+    if not len(entries):
+        raise ValueError("this history has no masks")
+    first: Snapshot = entries[0]
+    known = [kind for kind in ("heads", "neurons") if getattr(first, kind) is not None]
+    units = units or known[0]
+    if units not in known:
+        raise unknown("masked part", units, known)
+    current: dict[str, NDArray[np.bool_]] = {}
+    changes: dict[int, dict[str, NDArray[np.bool_]]] = {}
+    for entry in entries:
+        changes.setdefault(entry.step, {})[entry.language] = getattr(entry, units).cpu().numpy()
+    languages = list(changes[min(changes)])
+    groups = families_of(languages, families)
+    wanted = sorted(changes) if steps is None else sorted({min(changes), *steps})
+    waiting = sorted(changes)
+    start, rows, pairs = dict(changes[waiting[0]]), [], []
+    for step in wanted:
+        before = dict(current)
+        while waiting and waiting[0] <= step:
+            current.update(changes[waiting.pop(0)])
+        for name in languages:
+            live = int(current[name].sum())
+            fresh = int((current[name] & ~before[name]).sum()) if before else 0
+            distance = 1 - _jaccard(current[name], start[name])
+            rows.append((step, name, fresh / live if live else 0.0, distance, live))
+        pairs += _pairs(step, current, languages, groups)
+    table = pd.DataFrame(rows, columns=["step", "language", "churn", "distance", "live"])
+    between = pd.DataFrame(pairs, columns=["step", "relation", "pairs", "jaccard", "random"])
+    caption = (
+        f"The {units} of {len(languages)} languages at {len(wanted)} steps, from {wanted[0]} to {wanted[-1]}. Churn: "
+        "share of live units that are new since the step before (line: mean; grey: least to largest language). "
+        "Distance: 1 - Jaccard to the first mask. Right: mean Jaccard between languages; dashed, expected of random "
+        "masks of the same sizes."
+    )
+    return Result("dynamics", table, caption, lambda: _draw(table, between, languages, units), {"pairs": between})
+
+
+def read_history(path: str | PathLike[str]) -> History:
+    """The history in a file that a run of method `dynamic` left (`dynamic.safetensors`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no history of masks at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "{}"))
+            names = [name for name in file.keys() if name.startswith(("history.", "masks."))]  # noqa: SIM118
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a history of masks, or is truncated ({error})") from error
+    if "languages" not in header or "history.when" not in tensors:
+        raise ValueError(f"{path} is a safetensors file, but not a history of masks")
+    masks = Subnetworks(header["languages"], tensors.get("masks.heads"), tensors.get("masks.neurons"))
+    history = History(masks)
+    history.load({n.removeprefix("history."): t for n, t in tensors.items() if n.startswith("history.")})
+    return history
+
+
+def _jaccard(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    either = int((a | b).sum())
+    return int((a & b).sum()) / either if either else 1.0
+
+
+def _pairs(
+    step: int, current: Mapping[str, NDArray[np.bool_]], languages: Sequence[str], groups: Mapping[str, str]
+) -> list[tuple[Any, ...]]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    cache: dict[Any, float] = {}
+    for a, b in itertools.combinations(languages, 2):
+        relation = "one family" if groups[a] == groups[b] != UNKNOWN_FAMILY else "two families"
+        one, other = current[a], current[b]
+        key = (tuple(one.sum(1).tolist()), tuple(other.sum(1).tolist()))
+        if key not in cache:
+            cache[key] = chance_jaccard(*key, [one.shape[1]] * one.shape[0]).expected
+        found.setdefault(relation, []).append((_jaccard(one, other), cache[key]))
+    return [
+        (step, relation, len(values), *(float(mean) for mean in np.mean(values, 0)))
+        for relation, values in sorted(found.items())
+    ]
+
+
+def _draw(table: pd.DataFrame, between: pd.DataFrame, languages: Sequence[str], units: str) -> Any:
+    n, steps = len(languages), sorted(set(table.step))
+    figure = new_figure(11.5, max(3.2, 0.2 * n + 1.2))
+    left, middle, right = figure.subplots(1, 3, width_ratios=[3, 4, 3])
+    by_step = table[table.step > steps[0]].groupby("step")["churn"]
+    if len(steps) > 1:
+        mean = by_step.mean() * 100
+        left.fill_between(mean.index, by_step.min() * 100, by_step.max() * 100, color="#DDDDDD", linewidth=0)
+        left.plot(mean.index, mean, "o-", color=COLOURS[0], markersize=3)
+    left.set_ylim(bottom=0)
+    left.set_ylabel(f"churn: new {units}, %")
+    grid = table.pivot(index="language", columns="step", values="distance").loc[list(languages), steps]
+    image = heatmap(middle, grid.to_numpy(), languages, [str(step) for step in steps], colours=AMOUNT, low=0)
+    shown = range(0, len(steps), max(1, -(-len(steps) // 12)))
+    middle.set_xticks(list(shown), [str(steps[at]) for at in shown], rotation=90 if len(str(steps[-1])) > 3 else 0)
+    middle.set_xlabel("step")
+    figure.colorbar(image, ax=middle, label="distance to the first mask", pad=0.01)
+    for at, (relation, rows) in enumerate(between.groupby("relation")):
+        label = f"{relation} ({rows.pairs.iloc[0]} pairs)"
+        right.plot(rows.step, rows.jaccard, f"{MARKERS[at]}-", color=COLOURS[at], markersize=3, label=label)
+        right.plot(rows.step, rows.random, "--", color=COLOURS[at], linewidth=1)
+    right.axhline(0, color=GREY, linewidth=0.8)
+    right.set_ylabel("Jaccard between languages")
+    if len(between):
+        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
+    for panel in (left, right):
+        panel.set_xlabel("step")
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,182 @@
+"""Ablation of single units, all of a layer at once, against one at a time in the plain model."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import batch, multiplied, tiny
+
+import fastmask as fm
+from benchmarks.ablation import Bed, Setting
+from fastmask.analysis.variants import repeated
+from fastmask.discovery import importance
+from fastmask.models.attach import attached
+
+LANGUAGES = ["aa", "bb"]
+TARGET = torch.randn(24, generator=torch.Generator().manual_seed(2)).double()
+
+
+def loss_of(model):
+    return lambda inputs: ((model(**inputs)[0] - TARGET) ** 2).mean((1, 2))
+
+
+def setting(model_type="bert", units="both", density=0.5):
+    model = tiny(model_type)
+    fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, density, seed=3, units=units))
+    sizes = {"aa": [3, 2], "bb": [4]}
+    batches = {name: [batch(size, 5 + at) for at, size in enumerate(given)] for name, given in sizes.items()}
+    return model, batches
+
+
+def literal_change(model, batches, name, units, layer, unit):
+    """Change of the loss of the plain model, weights multiplied by masks, when one unit is flipped."""
+    subnets = attached(model).subnets
+    plain = fm.detach(copy.deepcopy(model))
+    flipped = getattr(subnets, units).clone()
+    row = subnets.index(name)
+    flipped[row, layer, unit] ^= True
+    masks = {"heads": subnets.heads, "neurons": subnets.neurons}
+    other = fm.Subnetworks(subnets.languages, **{**masks, units: flipped})
+    losses = []
+    for masks_used in (other, subnets):
+        outputs = [multiplied(plain, masks_used, b, [row] * len(b["input_ids"])) for b in batches[name]]
+        losses.append(torch.cat([((y - TARGET) ** 2).mean((1, 2)) for y in outputs]))
+    return (losses[0] - losses[1]).detach()
+
+
+@pytest.mark.parametrize("units", ["heads", "neurons"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "llama", "qwen3"])
+def test_equals_one_at_a_time(model_type, units):
+    """Broken: what many variants share in one batch is not what each would compute alone."""
+    model, batches = setting(model_type)
+    result = fm.analysis.ablation(model, loss_of(model), batches, units=units)
+    size = getattr(attached(model).subnets, units).shape[2]
+    assert len(result.table) == 2 * 2 * size
+    exact = 1e-6 if model_type in ("llama", "qwen3") else 1e-10  # their norms compute in float32
+    chosen = result.table if units == "heads" else result.table.iloc[::7]
+    for row in chosen.itertuples():
+        expected = literal_change(model, batches, row.language, units, row.layer, row.unit)
+        assert row.change == pytest.approx(float(expected.mean()), abs=exact)
+        assert row.error == pytest.approx(float(expected.std()) / len(expected) ** 0.5, abs=exact)
+        owned = bool(getattr(attached(model).subnets, units)[LANGUAGES.index(row.language), row.layer, row.unit])
+        assert row.owned == owned
+        assert row.worth == (row.change if owned else -row.change)
+    assert result.table.change.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 9])
+def test_pieces_are_the_same(at_once):
+    """Broken: values depend on how many variants fit into memory."""
+    model, batches = setting()
+    whole = fm.analysis.ablation(model, loss_of(model), batches).table
+    pieces = fm.analysis.ablation(model, loss_of(model), batches, at_once=at_once).table
+    np.testing.assert_allclose(pieces.change, whole.change, rtol=0, atol=1e-12)
+
+
+def test_scores_are_those_of_pruning_and_the_first_order_estimate():
+    """Broken: the score that agreement is measured for is another one than pruning goes by."""
+    model, batches = setting(density=0.75)
+    result = fm.analysis.ablation(model, loss_of(model), batches)
+    table = result.table
+    scores = importance(model, batches["aa"], loss_of(model), "aa").heads
+    for row in table[(table.language == "aa") & table.owned].itertuples():
+        assert row.score == pytest.approx(float(scores[row.layer, row.unit]), rel=1e-5)
+    # A unit that is nearly nothing: the loss is linear in its gate, and the estimate is exact.
+    layer = model.get_submodule("encoder.layer.1.attention.output.dense")
+    with torch.no_grad():
+        layer.weight *= 1e-5
+    small = fm.analysis.ablation(model, loss_of(model), batches).table
+    small = small[small.layer == 1]
+    assert small.worth.abs().max() > 1e-9
+    np.testing.assert_allclose(small.predicted, small.worth, rtol=1e-2, atol=1e-10)
+
+
+def test_the_last_unit_of_a_layer():
+    """Broken: a layer whose only head is removed fails, or is left out."""
+    model = tiny("bert")
+    heads = torch.zeros(2, 2, 4, dtype=torch.bool)
+    heads[:, :, 1] = True
+    fm.attach(model, fm.Subnetworks(LANGUAGES, heads=heads))
+    _, batches = setting()
+    table = fm.analysis.ablation(model, loss_of(model), batches).table
+    row = table[(table.language == "bb") & (table.layer == 1) & (table.unit == 1)].iloc[0]
+    expected = literal_change(model, batches, "bb", "heads", 1, 1).mean()
+    assert row.change == pytest.approx(float(expected), abs=1e-10)
+
+
+def test_agreement_by_hand():
+    """Broken: the table that says whether the score is any good correlates the wrong columns."""
+    model, batches = setting()
+    result = fm.analysis.ablation(model, loss_of(model), batches, units="neurons")
+    agreement = result.more["agreement"].set_index(["language", "group"])
+    table = result.table
+    mine = table[(table.language == "bb") & table.owned]
+    from scipy.stats import spearmanr
+
+    assert agreement.score_rho["bb", "owned"] == pytest.approx(spearmanr(mine.score, mine.worth).statistic)
+    assert agreement.predicted_rho["bb", "owned"] == pytest.approx(spearmanr(mine.predicted, mine.worth).statistic)
+    assert agreement.n["bb", "owned"] == len(mine)
+    means = agreement.xs("owned", level="group").score_rho
+    assert means["all"] == pytest.approx((means["aa"] + means["bb"]) / 2)
+
+
+def test_leaves_the_model_as_it_was():
+    """Broken: masks, hooks or the mode differ after an ablation, or after one that failed."""
+    model, batches = setting()
+    model.train()
+    subnets, ids = attached(model).subnets, torch.tensor([0, 1, 1])
+    before = model(**batch(3), language_ids=ids)[0]
+
+    def fails(inputs):
+        losses = loss_of(model)(inputs)
+        if len(losses) > 4:
+            raise RuntimeError("out of something")
+        return losses
+
+    for loss in (loss_of(model), fails):
+        with nullcontext() if loss is not fails else pytest.raises(RuntimeError, match="out of something"):
+            fm.analysis.ablation(model, loss, batches)
+        assert model.training
+        assert attached(model).subnets is subnets
+        assert torch.equal(model(**batch(3), language_ids=ids)[0], before)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_repeated():
+    """Broken: repeats are interleaved, or a batch is repeated in part."""
+    found = repeated({"a": torch.tensor([1, 2]), "b": (torch.zeros(2, 3),)}, 2)
+    assert found["a"].tolist() == [1, 2, 1, 2]
+    assert found["b"][0].shape == (4, 3)
+    with pytest.raises(ValueError, match="holds a int cannot be repeated"):
+        repeated({"a": 3}, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"units": "head"}, "unknown kind of unit 'head'"),
+        ({"units": "neurons"}, "do not mask neurons"),
+        ({"batches": {"ab": []}}, "unknown language 'ab'"),
+        ({"batches": {"aa": []}}, "no batch of language 'aa'"),
+        ({"repeat": lambda b, n: b}, "reached the model with 3, expected 12"),
+    ],
+)
+def test_bad_input(change, message):
+    """Broken: a mistake is found late, or not at all."""
+    model, batches = setting(units="heads")
+    with pytest.raises((ValueError, KeyError), match=message):
+        fm.analysis.ablation(model, loss_of(model), **{"batches": batches, **change})
+
+
+def test_both_sides_of_the_benchmark_agree():
+    """Broken: the benchmark times two sides that compute different things, or a side leaves other masks behind."""
+    bed = Bed(Setting(languages=2, layers=2, heads=3, sentences=2, tokens=4))
+    subnets = attached(bed.model).subnets
+    one = bed.one_at_a_time()
+    assert attached(bed.model).subnets == subnets
+    torch.testing.assert_close(bed.all_at_once(at_once=4), one, rtol=1e-5, atol=1e-6)
+    assert one.std(2).min() > 0  # heads matter

@@ -1,0 +1,143 @@
+"""Effect of methods against cases computed by hand and a literal bootstrap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import fastmask as fm
+from fastmask.analysis.statistics import bootstrap_interval, holm, paired_sign_flip
+
+
+def rows(**scores):
+    """Rows from method={language: [score of each seed]}."""
+    return [
+        {"method": method, "language": language, "seed": seed, "score": score}
+        for method, languages in scores.items()
+        for language, values in languages.items()
+        for seed, score in enumerate(values)
+    ]
+
+
+def test_by_hand():
+    """Broken: a difference is paired wrongly, or a p-value is not that of the pairs."""
+    scores = rows(
+        full={"en": [60, 62], "hi": [40, 41]},
+        static={"en": [61, 64], "hi": [40.5, 41.5]},
+        random={"en": [59, 62], "hi": [38, 41]},
+    )
+    result = fm.analysis.effect(scores[::-1])  # whatever the order of the rows
+    table = result.table.set_index(["method", "language"])
+    assert table.difference["static", "en"] == 1.5
+    assert table.difference["static", "hi"] == 0.5
+    assert table.difference["random", "hi"] == -1
+    assert table.score["static", "en"] == 62.5
+    assert table.baseline["static", "en"] == 61
+    assert set(table.verdict) == {"too few"}
+    assert (table.low["static", "en"], table.high["static", "en"]) == (1, 2)
+    methods = result.more["methods"].set_index("method")
+    assert methods.difference["static"] == 1
+    assert methods.p["static"] == paired_sign_flip([1, 2, 0.5, 0.5]) == 2 / 16
+    assert methods.p["random"] == paired_sign_flip([-1, 0, -2, 0])
+    assert methods.p_languages["static"] == paired_sign_flip([1.5, 0.5]) == 0.5
+    assert list(methods.p_holm) == holm(list(methods.p))
+    assert methods.seeds_agree["static"] == 2
+    assert methods.seeds_agree["random"] == 1
+    assert methods.languages_better["static"] == 2
+
+
+def test_verdicts():
+    """Broken: noise is called an effect, or an effect noise."""
+    generator = np.random.default_rng(0)
+    noise = {name: list(generator.normal(50, 1, 6)) for name in "abcd"}
+    scores = rows(
+        full=noise,
+        better={name: [v + 1 + 0.01 * i for i, v in enumerate(values)] for name, values in noise.items()},
+        worse={name: [v - 1 - 0.01 * i for i, v in enumerate(values)] for name, values in noise.items()},
+        same={name: [v + (-1) ** i for i, v in enumerate(values)] for name, values in noise.items()},
+        # Far better with five seeds, worse with one: significant over pairs, but the seeds do not agree.
+        lucky={name: [v + (3 if i else -0.1) for i, v in enumerate(values)] for name, values in noise.items()},
+    )
+    result = fm.analysis.effect(scores)
+    verdicts = result.more["methods"].set_index("method").verdict.to_dict()
+    assert verdicts == {"better": "better", "worse": "worse", "same": "inside noise", "lucky": "seeds disagree"}
+    of_language = result.table.groupby("method").verdict.first().to_dict()
+    assert (of_language["better"], of_language["worse"], of_language["same"]) == ("better", "worse", "inside noise")
+
+
+def test_interval_is_that_of_the_pairs():
+    """Broken: the interval ignores the pairing, and differences drown in the spread of seeds."""
+    scores = rows(full={"en": [10, 20, 30, 40, 50, 60]}, static={"en": [11, 21, 31, 41, 51, 61.5]})
+    row = fm.analysis.effect(scores, seed=3).table.iloc[0]
+    assert (row.low, row.high) == bootstrap_interval([1, 1, 1, 1, 1, 1.5], 0.95, [3, 0, 0])
+    assert row.verdict == "better"
+    again = fm.analysis.effect(scores, seed=3).table.iloc[0]
+    assert (again.low, again.high) == (row.low, row.high)
+
+
+def sentences():
+    generator = np.random.default_rng(4)
+    found = []
+    for language in ("en", "hi"):
+        weights = generator.integers(1, 30, 25)
+        for method in ("full", "static"):
+            for seed in range(2):
+                for sentence, weight in enumerate(weights):
+                    score = generator.integers(0, weight + 1) / weight * 100
+                    key = {"method": method, "language": language, "seed": seed, "sentence": f"s{sentence}"}
+                    found.append({**key, "score": score, "weight": weight})
+    return pd.DataFrame(found).sample(frac=1, random_state=1)
+
+
+def test_sentences_equal_a_literal_bootstrap():
+    """Broken: sentences are drawn unpaired, unweighted, or anew for each seed."""
+    frame = sentences()
+    result = fm.analysis.effect(frame, seed=7)
+    row = result.table.set_index("language").loc["hi"]
+    mine = frame[frame.language == "hi"].set_index(["method", "seed", "sentence"]).sort_index()
+    names = sorted(set(frame.sentence), key=lambda name: int(name[1:]))
+
+    def las(method, seed, drawn):
+        chosen = mine.loc[method, seed].loc[drawn]
+        return (chosen.score * chosen.weight).sum() / chosen.weight.sum()
+
+    differences = [las("static", seed, names) - las("full", seed, names) for seed in range(2)]
+    assert row.difference == pytest.approx(np.mean(differences))
+    assert (row.n, row.over) == (25, "sentences")
+    generator, literal = np.random.default_rng(1), []
+    for _ in range(400):
+        drawn = [names[at] for at in generator.integers(0, 25, 25)]
+        literal.append(np.mean([las("static", seed, drawn) - las("full", seed, drawn) for seed in range(2)]))
+    low, high = np.quantile(literal, [0.025, 0.975])
+    # The ends of 400 samples wander by about a tenth of their spread.
+    assert (row.low, row.high) == pytest.approx((low, high), abs=0.35 * np.std(literal))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: [{k: v for k, v in row.items() if k != "seed"} for row in r], "seed missing"),
+        (lambda r: [row for row in r if row["method"] == "full"], "no method besides the baseline"),
+        (lambda r: [row for row in r if row["method"] != "full"], "unknown method 'full'"),
+        (lambda r: [*r, r[0]], "several scores for"),
+        (lambda r: r[:-1], "'full' has a score for language 'hi', seed 1, and 'static' has none"),
+        (lambda r: [{**row, "score": float("nan")} for row in r], "finite scores"),
+    ],
+)
+def test_bad_input(change, message):
+    """Broken: unpaired or broken scores make numbers all the same."""
+    good = rows(full={"en": [60, 62], "hi": [40, 41]}, static={"en": [61, 64], "hi": [40.5, 41.5]})
+    with pytest.raises((ValueError, KeyError), match=message):
+        fm.analysis.effect(change(good))
+
+
+def test_sentences_must_be_the_same():
+    """Broken: methods are compared on different sentences."""
+    frame = sentences()
+    lost = frame[~((frame.method == "static") & (frame.sentence == "s3") & (frame.seed == 1))]
+    with pytest.raises(ValueError, match="not scored on the same sentences of 'en'"):
+        fm.analysis.effect(lost)
+    heavier = frame.assign(weight=np.where(frame.method == "static", frame.weight + 1, frame.weight))
+    with pytest.raises(ValueError, match="weights of sentences of 'en' differ"):
+        fm.analysis.effect(heavier)

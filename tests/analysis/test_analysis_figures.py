@@ -1,0 +1,157 @@
+"""Pictures: no text lies on another with many languages, no display and no global state, files that are whole."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+import fastmask as fm
+from fastmask.dynamic import Snapshot
+
+CODES = "en ar cs hi it ko no ru fi de ja fa hy fo vi kk ta te sv fr br hr hsb bxr es pt pl nl ur zh".split()  # noqa: SIM905
+
+
+def masks(languages, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(languages), 4, 8)
+    return fm.Subnetworks(
+        languages,
+        heads=torch.rand(shape, generator=generator) < 0.6,
+        neurons=torch.rand(len(languages), 4, 64, generator=generator) < 0.5,
+    )
+
+
+def overlap(languages):
+    return fm.analysis.overlap(masks(languages), seeds=[masks(languages, 1)])
+
+
+def use(languages):
+    return fm.analysis.unit_use(masks(languages))
+
+
+def use_of_neurons(languages):
+    return fm.analysis.unit_use(masks(languages), units="neurons")
+
+
+def effect(languages):
+    generator = np.random.default_rng(0)
+    keys = itertools.product(("full", "static", "random"), languages, range(3))
+    rows = [{"method": m, "language": c, "seed": s, "score": generator.normal(60, 2)} for m, c, s in keys]
+    return fm.analysis.effect(rows)
+
+
+def cross(languages):
+    generator = np.random.default_rng(0)
+    return fm.analysis.cross_evaluation(lambda a, b: generator.normal(60, 2), languages)
+
+
+def typology(languages):
+    generator = np.random.default_rng(0)
+    near = {c: round(generator.beta(2, 2), 1) for c in languages}
+    return fm.analysis.typology({c: list(generator.normal(size=3)) for c in languages}, near)
+
+
+def dynamics(languages):
+    history = []
+    for step in range(0, 1500, 100):
+        subnets = masks(languages, step)
+        history += [Snapshot(step, c, subnets.heads[row], None) for row, c in enumerate(languages)]
+    return fm.analysis.dynamics(history)
+
+
+def conflict(languages):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = fm.attach(BertModel(BertConfig(vocab_size=40, **sizes)), masks(languages))
+    ids = torch.randint(0, 40, (len(languages), 2, 1, 3))
+    batches = {c: list(ids[row]) for row, c in enumerate(languages)}
+    return fm.analysis.gradient_conflict(model, lambda b: model(b)[0][:, 0, :3].exp().sum(1), batches)
+
+
+def ablation(languages):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = fm.attach(BertModel(BertConfig(vocab_size=40, **sizes)), masks(languages))
+    batches = {c: [torch.full((2, 3), row)] for row, c in enumerate(languages)}
+    return fm.analysis.ablation(model, lambda b: model(b)[0][:, 0, :3].exp().sum(1), batches)
+
+
+ANALYSES = [overlap, use, use_of_neurons, effect, cross, typology, dynamics, conflict, ablation]
+
+
+@pytest.mark.parametrize("languages", [CODES[:8], CODES], ids=["8", "30"])
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_no_text_lies_on_another(analysis, languages, monkeypatch):
+    """Broken: labels of a picture cannot be read."""
+    figure, drawn = analysis(languages).figure(), {}
+    canvas, draw = FigureCanvasAgg(figure), Text.draw
+    canvas.draw()  # the layout settles
+
+    def recorded(text, renderer):
+        if text.get_visible() and text.get_text().strip():
+            drawn[text] = Text.get_window_extent(text, renderer)  # of an annotation without its arrow
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", recorded)
+    canvas.draw()
+    texts = [(text.get_text(), box) for text, box in drawn.items()]
+    width, height = canvas.get_width_height()
+    assert len(texts) > len(languages)
+    for name, box in texts:
+        assert box.x0 > -1, name
+        assert box.y0 > -1, name
+        assert box.x1 < width + 1, name
+        assert box.y1 < height + 1, name
+    for (one, a), (other, b) in itertools.combinations(texts, 2):
+        across = min(a.x1, b.x1) - max(a.x0, b.x0)
+        along = min(a.y1, b.y1) - max(a.y0, b.y0)
+        assert across <= 1 or along <= 1.5, f"{one!r} lies on {other!r}"
+
+
+def test_save_writes_tables_and_pictures(tmp_path):
+    """Broken: a report lacks a table or a picture, or shows half of one."""
+    result = overlap(CODES[:4])
+    paths = result.save(tmp_path / "new")
+    names = ["overlap.csv", "overlap_relations.csv", "overlap_families.csv", "overlap.png", "overlap.svg"]
+    assert [path.name for path in paths] == names
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(names)
+    read = pd.read_csv(paths[0])
+    pd.testing.assert_frame_equal(read, result.table, check_dtype=False)
+    assert paths[3].read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in paths[4].read_text()[-20:]
+
+
+def test_one_language_or_equal_numbers():
+    """Broken: the smallest of inputs makes an analysis fail."""
+    fm.analysis.overlap(masks(["en"])).figure().draw_without_rendering()
+    fm.analysis.overlap(masks(["en"]), seeds=[masks(["en"], 1)]).figure().draw_without_rendering()
+    fm.analysis.cross_evaluation(lambda a, b: 1.0, ["en"]).figure().draw_without_rendering()
+    fm.analysis.typology(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1.0)).figure().draw_without_rendering()
+    fm.analysis.dynamics(
+        [Snapshot(0, "en", torch.ones(1, 2, dtype=torch.bool), None)]
+    ).figure().draw_without_rendering()
+
+
+def test_importing_fastmask_stays_cheap():
+    """Broken: every user of the library waits for pandas and matplotlib, or a picture opens a window."""
+    code = (
+        "import sys, fastmask as fm\n"
+        "heavy = ('pandas', 'matplotlib', 'scipy')\n"
+        "assert not any(name in sys.modules for name in heavy)\n"
+        "import torch; keep = torch.ones(2, 1, 2, dtype=torch.bool); keep[0, 0, 0] = False\n"
+        "fm.analysis.overlap(fm.Subnetworks(['a', 'b'], heads=keep)).figure()\n"
+        "assert 'pandas' in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,161 @@
+"""Cross-evaluation, typology and dynamics against cases computed by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import batch, tiny
+
+import fastmask as fm
+from fastmask.analysis.movement import read_history
+from fastmask.dynamic import Snapshot
+
+MATRIX = {
+    "en": {"en": 60, "no": 59, "hi": 50, "full": 58, "random": 55},
+    "no": {"en": 57, "no": 58, "hi": 49, "full": 58, "random": 50},
+    "hi": {"en": 30, "no": 32, "hi": 31, "full": 40, "random": 20},
+    "fo": {"en": 40, "no": 45, "hi": 30, "full": 41, "random": 30},
+}
+
+
+def test_cross_evaluation_by_hand():
+    """Broken: rows and columns are exchanged, or the diagonal advantage is not what it says."""
+    calls = []
+
+    def evaluate(language, subnetwork):
+        calls.append((language, subnetwork))
+        return MATRIX[language][subnetwork]
+
+    result = fm.analysis.cross_evaluation(evaluate, ["en", "no", "hi", "fo"], ["en", "no", "hi"])
+    assert calls == [(a, b) for a in MATRIX for b in ("en", "no", "hi", "full", "random")]
+    table = result.table.set_index(["language", "subnetwork"])
+    assert table.value["fo", "no"] == 45
+    assert table.kind["en", "en"] == "own"
+    assert table.kind["fo", "en"] == "other"
+    assert table.kind["en", "full"] == "control"
+    rows = result.more["languages"].set_index("language")
+    assert rows.advantage[["en", "no", "hi"]].tolist() == [60 - 54.5, 58 - 53, 31 - 31]
+    assert np.isnan(rows.advantage["fo"])
+    assert rows.best.tolist() == ["en", "no", "no", "no"]
+    overall = result.more["overall"].iloc[0]
+    assert (overall.languages, overall.own_is_best) == (3, 2)
+    assert overall.advantage == pytest.approx((5.5 + 5 + 0) / 3)
+    square = [[60, 59, 50], [57, 58, 49], [30, 32, 31]]
+    sums = [sum(square[i][o[i]] for i in range(3)) for o in itertools.permutations(range(3))]
+    assert overall.p == sum(s >= 149 for s in sums) / 6
+    assert overall.own_minus_full == pytest.approx((2 + 0 - 9) / 3)
+
+
+def test_cross_evaluation_of_a_loss():
+    """Broken: for a loss, where lower is better, the worst subnetwork is called the best."""
+    names = ["en", "no", "hi"]
+    losses = {a: {b: 1 - v / 100 for b, v in row.items()} for a, row in MATRIX.items()}
+    up = fm.analysis.cross_evaluation(lambda a, b: MATRIX[a][b], names)
+    down = fm.analysis.cross_evaluation(lambda a, b: losses[a][b], names, higher_is_better=False)
+    assert down.more["overall"].p[0] == up.more["overall"].p[0]
+    assert down.more["languages"].best.tolist() == up.more["languages"].best.tolist()
+    np.testing.assert_allclose(down.more["languages"].advantage, up.more["languages"].advantage / 100)
+
+
+def test_typology_by_hand():
+    """Broken: gains are set against the wrong language's similarity, or the p-value is another."""
+    gains = {"de": [1.0, 2.0], "fi": 0.5, "ja": [-1.0], "fr": 0.7}
+    similarity = {"ja": 0.1, "de": {"en": 0.9, "hi": 0.2}, "fi": {"en": 0.3, "hi": 0.4}, "fr": {"en": 0.8}}
+    result = fm.analysis.typology(gains, similarity)
+    table = result.table.set_index("language")
+    assert table.gain.to_dict() == {"de": 1.5, "fi": 0.5, "ja": -1, "fr": 0.7}
+    assert table.similarity.to_dict() == {"de": 0.9, "fi": 0.4, "ja": 0.1, "fr": 0.8}
+    assert table.nearest.to_dict() == {"de": "en", "fi": "hi", "ja": "", "fr": "en"}
+    assert (table.low["de"], table.high["de"], table.n["de"]) == (1, 2, 2)
+    row = result.more["correlation"].iloc[0]
+    assert (row.n, row.rho, row.p) == (4, pytest.approx(1), pytest.approx(2 / 24))
+
+
+def heads(*layers):
+    return torch.tensor([[unit == "1" for unit in layer] for layer in layers])
+
+
+HISTORY = [
+    Snapshot(0, "en", heads("1100", "1000"), None),
+    Snapshot(0, "no", heads("1010", "0100"), None),
+    Snapshot(0, "hi", heads("0011", "0001"), None),
+    Snapshot(10, "en", heads("1010", "1000"), None),
+    Snapshot(20, "en", heads("1010", "0100"), None),
+    Snapshot(20, "hi", heads("0011", "0010"), None),
+]
+
+
+def test_dynamics_by_hand():
+    """Broken: churn, distance or convergence is taken from the wrong masks."""
+    result = fm.analysis.dynamics(HISTORY)
+    table = result.table.set_index(["step", "language"])
+    assert table.churn.to_dict() == {
+        (0, "en"): 0, (0, "no"): 0, (0, "hi"): 0,
+        (10, "en"): 1 / 3, (10, "no"): 0, (10, "hi"): 0,
+        (20, "en"): 1 / 3, (20, "no"): 0, (20, "hi"): 1 / 3,
+    }  # fmt: skip
+    assert table.distance[10, "en"] == 1 - 2 / 4
+    assert table.distance[20, "en"] == 1 - 1 / 5
+    assert table.distance[20, "no"] == 0
+    assert (table.live == 3).all()
+    pairs = result.more["pairs"].set_index(["step", "relation"])
+    assert pairs.jaccard[[(0, "one family"), (10, "one family"), (20, "one family")]].tolist() == [1 / 5, 2 / 4, 1]
+    assert pairs.jaccard[20, "two families"] == pytest.approx((1 / 5 + 1 / 5) / 2)
+    assert pairs.pairs[20, "two families"] == 2
+    # Layer 0 shares 0, 1 or 2 units with 1/6, 4/6, 1/6, layer 1 none or one with 3/4, 1/4.
+    chances = {0: 3 / 24, 1: (12 + 1) / 24, 2: (3 + 4) / 24, 3: 1 / 24}
+    assert pairs.random[0, "one family"] == pytest.approx(sum(p * i / (6 - i) for i, p in chances.items()))
+    updates = fm.analysis.dynamics(HISTORY, steps=[5, 10, 15, 20]).table
+    assert updates[updates.language == "en"].churn.tolist() == [0, 0, 1 / 3, 0, 1 / 3]
+
+
+def test_history_of_a_run(tmp_path):
+    """Broken: the file that a run leaves does not tell the history that the run had."""
+    model = tiny("bert")
+    fm.attach(model, fm.Subnetworks.random(model.config, ["en", "hi"], 0.5, seed=1, units="both"))
+    target = torch.randn(24, generator=torch.Generator().manual_seed(2)).double()
+    masks = fm.DynamicSubnetworks(model, every=1, swaps=2, margin=0.0)
+    for step in range(1, 4):
+        for name in ("en", "hi"):
+            masks.scout(name, batch(3, 4 + step), lambda b: ((model(**b)[0] - target) ** 2).mean((1, 2)))
+        masks.update(step)
+    state, path = masks.state_dict(), tmp_path / "dynamic.safetensors"
+    save_file(state["tensors"], path, metadata={"header": json.dumps(state["header"])})
+    found = read_history(path)
+    assert len(found) == len(masks.history) > 2
+    for mine, theirs in zip(found, masks.history, strict=True):
+        assert (mine.step, mine.language) == (theirs.step, theirs.language)
+        assert torch.equal(mine.heads, theirs.heads)
+        assert torch.equal(mine.neurons, theirs.neurons)
+    from_file = fm.analysis.dynamics(path, units="neurons").table
+    assert from_file.equals(fm.analysis.dynamics(masks.history, units="neurons").table)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a history of masks"):
+        read_history(path)
+    path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="not a history of masks, or is truncated"):
+        read_history(path)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fm.analysis.cross_evaluation(lambda a, b: 1.0, []), "at least one language"),
+        (lambda: fm.analysis.cross_evaluation(lambda a, b: 1.0, ["a", "a"]), "distinct names"),
+        (lambda: fm.analysis.cross_evaluation(lambda a, b: float("nan"), ["a"]), "metric of 'a' under 'a' is nan"),
+        (lambda: fm.analysis.typology({"a": 1, "b": 2}, {}), "at least three"),
+        (lambda: fm.analysis.typology({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 1}), "no similarity of c"),
+        (lambda: fm.analysis.dynamics(HISTORY, units="neurons"), "unknown masked part 'neurons'"),
+        (lambda: fm.analysis.dynamics([]), "no masks"),
+        (lambda: fm.analysis.dynamics("/nowhere/dynamic.safetensors"), "no history of masks at"),
+    ],
+)
+def test_bad_input(call, message):
+    """Broken: a mistake is found late, or named badly."""
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
+        call()

@@ -1,0 +1,271 @@
+"""Gradient conflict: lockstep gradients and their products, against literal dense gradients of every language."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import batch, tiny
+from torch import nn
+
+import fastmask as fm
+from fastmask.analysis.lockstep import gradients_in_lockstep
+
+LANGUAGES = ["aa", "bb", "cc"]
+
+
+def loss_of(model):
+    labels = torch.randint(0, 2, (20, 7), generator=torch.Generator().manual_seed(8))
+
+    def loss(inputs):
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits.transpose(1, 2), labels[: len(logits)], reduction="none").mean(1)
+
+    return loss
+
+
+def data(batches=2):
+    """Batches of unequal sizes, other tokens in each."""
+    found = {}
+    for row, name in enumerate(LANGUAGES):
+        found[name] = []
+        for number in range(batches):
+            inputs = batch(3 + number + row)
+            inputs["input_ids"] = (inputs["input_ids"] * (row + 2) + 3 * number) % 45 + 5
+            found[name].append(inputs)
+    return found
+
+
+def attached_model(model_type="bert", units="both"):
+    model = tiny(model_type, "tokens")
+    return fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units=units))
+
+
+def literal_gradients(model, batches, name, part=slice(None)):
+    """Dense gradient of one language's mean loss: {parameter: gradient}."""
+    loss = loss_of(model)
+    with fm.language(model, name):
+        losses = torch.cat([loss(b) for b in batches[name][part]])
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(losses.mean(), list(parameters.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+
+
+def owned(model, row):
+    """{parameter: bool} of what one language owns of the masked parameters."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, fm.MaskedLinear):
+            keep = module.mask.to_dense()[row]
+            found[f"{name}.weight"] = keep
+            if module.mask.kind == "rows" and module.bias is not None:
+                found[f"{name}.bias"] = keep[:, 0]
+    return found
+
+
+@pytest.mark.parametrize("units", ["heads", "both"])
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_equals_literal_dense_gradients(model_type, units):
+    """Broken: cosines and shares of conflict are not those of the languages' gradients."""
+    model, batches = attached_model(model_type, units), data()
+    result = fm.analysis.gradient_conflict(model, loss_of(model), batches)
+    dense = [literal_gradients(model, batches, name) for name in LANGUAGES]
+    encoder = {f"{model.base_model_prefix}.{n}" for n, _ in model.base_model.named_parameters()}
+    keeps = [owned(model, row) for row in range(3)]
+    exact = 1e-10 if model_type == "bert" else 1e-7  # the norms of Llama compute in float32, whatever comes in
+    layer_1 = ".layer.1." if model_type == "bert" else ".layers.1."
+
+    def vectors(scope, i, j):
+        both = []
+        for row in (i, j):
+            chosen = []
+            for name, grad in dense[row].items():
+                if (scope == "encoder" and name not in encoder) or (scope == "layer 1" and layer_1 not in name):
+                    continue
+                if scope == "shared":
+                    if name not in keeps[0]:
+                        continue
+                    grad = grad[keeps[i][name] & keeps[j][name]]
+                chosen.append(grad.flatten())
+            both.append(torch.cat(chosen))
+        return both
+
+    for scope in ("all", "encoder", "shared", "layer 1"):
+        for i, j in itertools.combinations(range(3), 2):
+            a, b = vectors(scope, i, j)
+            t = result.table
+            row = t[(t.scope == scope) & (t.language_a == LANGUAGES[i]) & (t.language_b == LANGUAGES[j])].iloc[0]
+            product, here = a * b, (a != 0) & (b != 0)
+            assert row.cosine == pytest.approx(float(F.cosine_similarity(a, b, 0)), abs=exact), scope
+            # A key's bias shifts all scores of a query alike: its gradient is rounding, and so are its signs.
+            noise = int(((a.abs() < 1e-14) & (a != 0) | (b.abs() < 1e-14) & (b != 0)).sum())
+            assert noise <= 24 * 2
+            assert abs(row.coordinates - int(here.sum())) <= noise
+            assert abs(row.conflict * row.coordinates - int((product[here] < 0).sum())) <= noise + 1e-6
+            assert row.conflict_weighted == pytest.approx(
+                float((-product).clamp(min=0).sum() / product.abs().sum()), abs=exact
+            )
+
+
+def test_halves_and_norms():
+    """Broken: the control, how far a language agrees with itself, is not that of its even and odd batches."""
+    model, batches = attached_model(), data(batches=3)
+    result = fm.analysis.gradient_conflict(model, loss_of(model), batches)
+    found = result.more["languages"]
+    for name in LANGUAGES:
+        row = found[(found.scope == "all") & (found.language == name)].iloc[0]
+        even, odd = (
+            torch.cat([g.flatten() for g in literal_gradients(model, batches, name, part).values()])
+            for part in (slice(0, None, 2), slice(1, None, 2))
+        )
+        whole = torch.cat([g.flatten() for g in literal_gradients(model, batches, name).values()])
+        assert row.split_half == pytest.approx(float(F.cosine_similarity(even, odd, 0)))
+        assert row.norm == pytest.approx(float(whole.norm()))
+        assert row.examples == sum(len(b["input_ids"]) for b in batches[name])
+    vectors = {}
+    for name in LANGUAGES:
+        for half in (0, 1):
+            grads = literal_gradients(model, batches, name, slice(half, None, 2))
+            vectors[name, half] = grads
+    keeps = [owned(model, row) for row in range(3)]
+    for i, j in itertools.combinations(range(3), 2):
+        of_pair = result.table[(result.table.language_a == LANGUAGES[i]) & (result.table.language_b == LANGUAGES[j])]
+        for scope in ("all", "shared"):
+            cosines = []
+            for first, second in ((i, j), (j, i)):
+                a, b = vectors[LANGUAGES[first], 0], vectors[LANGUAGES[second], 1]
+                if scope == "shared":
+                    both = {n: keeps[i][n] & keeps[j][n] for n in keeps[0]}
+                    a, b = ({n: g[both[n]] for n, g in grads.items() if n in both} for grads in (a, b))
+                flat = [torch.cat([g.flatten() for g in grads.values()]) for grads in (a, b)]
+                cosines.append(float(F.cosine_similarity(*flat, 0)))
+            found = of_pair[of_pair.scope == scope].cosine_halves.iloc[0]
+            assert found == pytest.approx(np.mean(cosines), abs=1e-10), scope
+    one = fm.analysis.gradient_conflict(model, loss_of(model), data(batches=1))
+    assert one.more["languages"].split_half.isna().all()
+    assert one.table.cosine_halves.isna().all()
+    assert one.table.cosine.notna().all()
+
+
+def test_one_mask_and_one_batch_for_all_agree_fully():
+    """Broken: equal gradients do not have cosine 1 and conflict 0, or "full" still runs the subnetworks."""
+    model, batches = attached_model(), data(batches=1)
+    same = {name: batches["aa"] for name in LANGUAGES}
+    result = fm.analysis.gradient_conflict(model, loss_of(model), same, full=True)
+    assert np.allclose(result.table.cosine, 1)
+    assert (result.table.conflict == 0).all()
+    assert "shared" not in set(result.table.scope)
+    plain = fm.detach(copy.deepcopy(model))
+    again = fm.analysis.gradient_conflict(plain, loss_of(plain), batches)
+    of_full = fm.analysis.gradient_conflict(model, loss_of(model), batches, full=True)
+    np.testing.assert_allclose(again.table.cosine, of_full.table.cosine, rtol=1e-9)
+
+
+def test_leaves_the_model_as_it_was():
+    """Broken: an analysis in the middle of training changes gradients, the mode or the hooks."""
+    model, batches = attached_model().train(), data()
+    loss = loss_of(model)
+    with fm.language(model, "aa"):
+        loss(batches["aa"][0]).sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    fm.analysis.gradient_conflict(model, loss, batches)
+    assert model.training
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == before.keys()
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if name in before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class Tangle(nn.Module):
+    """A weight used in two parts, an embedding tied to the output, and a connection past a cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 6, padding_idx=0), nn.Embedding(10, 6)
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.out = nn.Linear(6, 30)
+        self.out.weight = self.words.weight
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, ids):
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1])[None])
+        a = self.first(x).tanh()
+        b = self.second(a).tanh()
+        return self.out(self.first(b) + a).logsumexp(2).mean(1)
+
+
+def test_lockstep_equals_backward_whatever_passes_the_cuts():
+    """Broken: gradients are incomplete where a weight is used twice, tied, or a connection skips a cut."""
+    torch.manual_seed(1)
+    net = Tangle().double()
+    generator = torch.Generator().manual_seed(2)
+    samples = [torch.randint(0, 30, (4, 5), generator=generator) for _ in range(4)]
+    passes = [(at // 2, lambda s=s: net(s).sum()) for at, s in enumerate(samples)]
+    found = {}
+    for name, grads in gradients_in_lockstep(net, [net.first, net.second], passes):
+        assert name not in found
+        found[name] = grads
+    for vector in range(2):
+        net.zero_grad()
+        (net(samples[2 * vector]).sum() + net(samples[2 * vector + 1]).sum()).backward()
+        for name, parameter in net.named_parameters():
+            if parameter.grad is None:
+                assert name not in found
+            elif name == "places.weight":  # only rows that were looked up
+                torch.testing.assert_close(found[name][vector], parameter.grad[:5], rtol=1e-9, atol=1e-12)
+            else:
+                torch.testing.assert_close(found[name][vector], parameter.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_embedding_rows_come_in_pieces(monkeypatch):
+    """Broken: with a large vocabulary, rows of an embedding are lost, doubled, or land on other words."""
+    monkeypatch.setattr("fastmask.analysis.lockstep.ROWS", 4)
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Embedding(40, 3, padding_idx=7), nn.Linear(3, 2)).double()
+    samples = [torch.tensor([[7, 1, 39, 1, 20]]), torch.tensor([[5, 7, 1, 30, 22]])]
+    passes = [(v, lambda s=s: net(s).square().sum()) for v, s in enumerate(samples)]
+    pieces = [grads for name, grads in gradients_in_lockstep(net, [], passes) if name == "0.weight"]
+    assert [piece.shape[1] for piece in pieces] == [4, 2]
+    rows = torch.cat(pieces, 1)
+    for vector, sample in enumerate(samples):
+        net.zero_grad()
+        net(sample).square().sum().backward()
+        torch.testing.assert_close(rows[vector], net[0].weight.grad[[1, 5, 20, 22, 30, 39]])
+
+
+def test_holds_one_layer_at_a_time():
+    """Broken: L dense gradients of the whole model are alive at once, and large models run out of memory."""
+    net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(12)])
+    passes = [(v, lambda v=v: net(torch.full((2, 16), v + 1.0)).sum()) for v in range(5)]
+    alive: list = []
+    for name, grads in gradients_in_lockstep(net, list(net), passes):
+        if name.endswith("weight"):
+            alive = [ref for ref in alive if ref() is not None]
+            alive.append(weakref.ref(grads))
+            assert len(alive) <= 2, name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: {"aa": d["aa"]}, "two languages or more"),
+        (lambda d: {**d, "bb": []}, "no batch of language 'bb'"),
+        (lambda d: {**d, "aab": d["aa"]}, "unknown language 'aab'; did you mean 'aa'"),
+    ],
+)
+def test_bad_input(change, message):
+    """Broken: bad input is found late, or not at all."""
+    model = attached_model()
+    with pytest.raises((ValueError, KeyError), match=message):
+        fm.analysis.gradient_conflict(model, loss_of(model), change(data()))
+
+
+def test_loss_of_another_shape():
+    """Broken: a mean over the batch is taken for one loss for each example."""
+    model = attached_model()
+    with pytest.raises(ValueError, match="one loss for each example"):
+        fm.analysis.gradient_conflict(model, lambda b: loss_of(model)(b).mean(), data())

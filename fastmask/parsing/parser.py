@@ -170,6 +170,14 @@ class Parser(nn.Module):
         """Whether subnetworks are attached to the encoder, whose forward then takes `language_ids`."""
         return is_attached(self.encoder)
 
+    def rates(self, head: float, encoder: float) -> dict[str, float]:
+        """Two learning rates by the beginning of parameters' names, as `fastmask.MetaLearner` takes them.
+
+        What makes the small encoder's input counts as encoder: the embeddings of words, tags and the root.
+        """
+        below = ["encoder"] if self.trigrams is None else ["encoder", "trigrams", "upos", "root"]
+        return {"": head, **dict.fromkeys(below, encoder)}
+
     def forward(self, batch: Batch, language_ids: torch.Tensor | None = None) -> ParserOutput:
         """Score all arcs, and the losses where the batch has gold heads.
 

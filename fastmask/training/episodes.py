@@ -75,7 +75,7 @@ class Episodes:
             lambda batch: parser(batch).loss,
             algorithm=config.meta,
             inner_steps=config.inner_steps,
-            inner_learning_rate=inner_rates(parser, config),
+            inner_learning_rate=parser.rates(config.inner_lr, config.inner_encoder_lr),
         )
         self.done = 0
 
@@ -135,12 +135,3 @@ class Episodes:
         """Go on after the last episode that was done."""
         self.sampler.load_state_dict(state["sampler"])
         self.done = int(state["done"])
-
-
-def inner_rates(parser: Parser, config: TrainConfig) -> dict[str, float]:
-    """Inner learning rates by the beginning of parameters' names, as `MetaLearner` takes them.
-
-    What makes the small encoder's input counts as encoder: the embeddings of words, and that of the root.
-    """
-    of_encoder = ["encoder"] if parser.trigrams is None else ["encoder", "trigrams", "upos", "root"]
-    return {"": config.inner_lr, **dict.fromkeys(of_encoder, config.inner_encoder_lr)}

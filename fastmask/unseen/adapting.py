@@ -26,7 +26,7 @@ from fastmask.unseen.choosing import FULL, evaluating
 if TYPE_CHECKING:
     from fastmask.parsing.parser import Parser
 
-__all__ = ["DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "adapted", "learning_rates"]
+__all__ = ["DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "adapted"]
 
 DEFAULT_STEPS = 20
 # Of the head and of what is below it; for the small model, tried on two validation languages (Croatian and Telugu).
@@ -83,7 +83,7 @@ def adapted(
     if steps and not len(support):
         raise ValueError("no support sentence to adapt to")
     name = _name(parser, language_id)
-    rates = rates_of(parser, learning_rates(parser, head_lr, encoder_lr)) if steps else {}
+    rates = rates_of(parser, parser.rates(head_lr, encoder_lr)) if steps else {}
     losses: list[Tensor] = []
     with OPTIMIZERS[optimizer](parser, rates, language_id) as weights:
         if steps:
@@ -112,12 +112,6 @@ def adapted(
         if keep:
             weights.keep()
         yield torch.stack(losses) if losses else torch.zeros(0)
-
-
-def learning_rates(parser: Parser, head_lr: float, encoder_lr: float) -> dict[str, float]:
-    """The rates by parameter names, as `fastmask.MetaLearner` takes them; see `adapted` for what is whose."""
-    below = ["encoder", *(["trigrams", "upos", "root"] if parser.trigrams is not None else [])]
-    return {**dict.fromkeys(below, encoder_lr), "": head_lr}
 
 
 def _name(parser: Parser, language_id: int) -> str | None:

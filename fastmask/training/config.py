@@ -19,6 +19,7 @@ __all__ = ["DEVICES", "METAS", "METHODS", "PRECISIONS", "UNITS", "ConfigError", 
 METHODS = ("full", "static", "dynamic", "random", "shuffled", "shared")
 METAS = ("none", *ALGORITHMS)
 PRECISIONS = ("no", "bf16")
+OPTIMIZERS = ("adamw", "live")
 
 
 @dataclass
@@ -81,6 +82,11 @@ class TrainConfig(Settings):
     encoder_lr: float = setting(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
     warmup: float = setting(0.05, "share of the steps in which the learning rate climbs", low=0, below=1)
     schedule: str = setting("cosine", "how the learning rate falls to the end", choices=SCHEDULES)
+    optimizer: str = setting(
+        "adamw",
+        "AdamW, or one that leaves alone what no language of a batch owns (live; fast on a CPU with fastmask[cpu])",
+        choices=OPTIMIZERS,
+    )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", low=0, high=1)
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0)
     eval_every: int = setting(250, "steps between dev scores; 0: only at the end", low=0)

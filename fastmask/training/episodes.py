@@ -103,6 +103,7 @@ class Episodes:
             self.budget.step_after(self.done),
             {"loss": losses.get("query_loss", losses["support_loss_last"]), **losses},
             round(n_words),
+            [draw.language for draw in draws],
             {"episodes": self.done, "gradient_passes": self.budget.passes_after(self.done)},
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastmask.errors import unknown
+from fastmask.optim import LiveAdamW
 from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.parsing.parser import Parser
 from fastmask.training import checkpoints
@@ -97,7 +98,9 @@ class _Run:
         self.dev = {code: prepare(parser, splits["dev"], limit) for code, splits in datasets.items() if "dev" in splits}
         set_seed(config.seed, device_specific=True)
         parser.to(self.accelerator.device)
-        self.model, self.optimizer = self.accelerator.prepare(parser, build_optimizer(parser, config))
+        optimizer = build_optimizer(parser, config)
+        self.announce = optimizer.announce if isinstance(optimizer, LiveAdamW) else None
+        self.model, self.optimizer = self.accelerator.prepare(parser, optimizer)
         rates = peak_rates(parser, config)
         self.batches = MixedBatches(self.model, parser, self.train_data, config, rates, self.accelerator)
         self.phase: Phase = self.batches
@@ -170,6 +173,8 @@ class _Run:
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient's norm is {norm}", seen.step, checkpoints.latest(self.folder))
+        if self.announce is not None and self.language_ids is not None:
+            self.announce([self.language_ids[language] for language in seen.languages])
         self.optimizer.step()
         self.step, self.counts = seen.step, seen.counts
         self.window.add(seen.losses, norm, seen.words)

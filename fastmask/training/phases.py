@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from fastmask.parsing.batch import Encoded
@@ -28,12 +29,14 @@ class Seen:
         step: of the run, once the optimiser has taken this gradient.
         losses: by name, means over all processes; "loss" is the one whose gradient it is.
         words: of the batches that went through the parser, over all processes.
+        languages: whose sentences they were, at least those of this process.
         counts: what else a line of the metrics says.
     """
 
     step: int
     losses: dict[str, float]
     words: int
+    languages: list[str]
     counts: dict[str, int] = field(default_factory=dict)
 
 
@@ -118,7 +121,7 @@ class MixedBatches:
             words = int(total.item())
         self.accelerator.backward(loss)
         mean = self.accelerator.reduce(loss.detach(), "mean").item()
-        return Seen(step + 1, {"loss": mean}, words)
+        return Seen(step + 1, {"loss": mean}, words, [self.languages[number] for number in np.unique(languages)])
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's counters."""

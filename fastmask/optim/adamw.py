@@ -1,0 +1,301 @@
+"""`LiveAdamW`: AdamW that moves only what is live for some language of the batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from fastmask.errors import unknown
+from fastmask.linear import MaskedLinear
+from fastmask.masks import Mask
+from fastmask.models.attach import attached
+from fastmask.optim import compiled, plain
+from fastmask.optim.arrivals import Arrivals, Note
+from fastmask.optim.live import FULL, Live, live_part, masked_parameters
+
+__all__ = ["LiveAdamW"]
+
+Languages = Tensor | Iterable[int | str] | int | str
+
+
+class LiveAdamW(torch.optim.AdamW):
+    """AdamW over a model with subnetworks, which leaves alone what no language of the batch owns.
+
+    Momentum and weight decay of an ordinary AdamW move a weight in every step, also where all examples of the batch are
+    of languages whose mask leaves it out. Here a step moves the slices that are live for at least one language of the
+    batch, and nothing else: elsewhere parameters and moments stay as they are to the last bit, even where the gradient
+    holds NaN. Parameters without a mask, and tied ones, move as a whole. Where all is live it is `torch.optim.AdamW`.
+
+        model = fm.attach(model, subnets)
+        optimizer = fm.LiveAdamW(model.parameters(), lr=5e-5, model=model)
+        ...                                      # an ordinary loop, with `accelerate`, a `GradScaler`, a scheduler
+
+    The languages of a step are those that its gradients came from: the masked layers of `model` are watched, and what
+    arrives in `.grad` until it is set to zero counts, over accumulated batches and over all processes of
+    `torch.distributed`. What cannot be watched has to be said, with `step(languages=...)` or, where somebody else calls
+    `step`, with `announce` before: compiled models, gradients written by hand (Reptile), layers attached after the
+    last `zero_grad`, `step` or `load_state_dict`. Language ids on a GPU are read at the step, which waits for the GPU;
+    `announce` ids of the CPU to avoid that. Masks are looked up at each step, so they may change in between.
+
+    State: as `torch.optim.AdamW`: `step`, `exp_avg` and `exp_avg_sq` of each parameter; either loads the other's
+    `state_dict`. `step`, which the bias correction reads, counts the steps in which the *parameter* had a gradient, not
+    those in which a slice was live: all slices of a parameter share one correction, as the rows of an embedding do in
+    `torch.optim.SparseAdam`. The moments of a slice decay only in the steps that move it. The price: moments that are
+    still zero after many steps are corrected too little, so a slice that is live for the first time late moves up to
+    6.6 times as far (default betas, constant gradient) as a new parameter would, for some tens of steps. Slices that
+    were trained before the subnetworks were attached, or that any language owns from the start, do not pay it.
+
+    On a CPU, float32 and float64 parameters take their step in one compiled pass over the live part (numba, the extra
+    `fastmask[cpu]`; about a second of compiling in the first step of a process). Without numba, and for other dtypes
+    and devices, PyTorch takes the step, on a copy of each parameter that is partly dead: the same result, in several
+    times the time of `torch.optim.AdamW`.
+
+    Args:
+        params: parameters or groups, as for `torch.optim.AdamW`; not all of them need be of `model`.
+        lr, betas, eps, weight_decay, maximize: as there.
+        model: the model (or a part of it, or a wrapper around it) whose `MaskedLinear` layers say what is live.
+            Subnetworks may be attached to it later.
+        use_compiled: False for PyTorch only, True for an error where numba is missing, None for what there is.
+        process_group: of the processes that share their gradients; None: all.
+
+    Raises:
+        ImportError: `use_compiled` without numba.
+        TypeError: `model` is no module.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        model: nn.Module,
+        maximize: bool = False,
+        use_compiled: bool | None = None,
+        process_group: Any = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected the model as an nn.Module, given {type(model).__name__}")
+        if use_compiled and not compiled.installed():
+            raise ImportError("use_compiled=True needs numba: pip install 'fastmask[cpu]'")
+        super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
+        self.model, self.process_group = model, process_group
+        self._use_compiled = compiled.installed() if use_compiled is None else use_compiled
+        if use_compiled is None and not compiled.installed():
+            warnings.warn("without numba, LiveAdamW is slow on a CPU: pip install 'fastmask[cpu]'", stacklevel=2)
+        self._announced: set[int] | None = None
+        self._arrivals = Arrivals()
+        self._notes: list[Note] = []
+        # The model's modules, and its masked layers' parameters, when they were last looked at.
+        self._tree: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] | None = None
+        self._layers: list[MaskedLinear] = []
+        self._parameters: list[dict[str, nn.Parameter | None]] = []
+        self._seen: list[tuple[int, bool]] = []
+        self._masked: dict[Tensor, tuple[MaskedLinear, bool]] = {}
+        # Languages, masks, and what is live for them: of the last step, as the next is often like it.
+        self._live_for: tuple[frozenset[int], list[Mask], dict[Tensor, Live]] | None = None
+        self._look()
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, languages: Languages | None = None) -> Any:
+        """Take a step, and return what the closure returned.
+
+        Args:
+            closure: computes the loss and the gradients again, before the step.
+            languages: of the batch (of all accumulated batches): names, or ids as ints or an int64 tensor, -1 for the
+                full network. None: those that were announced, or that the gradients came from.
+
+        Raises:
+            RuntimeError: a masked layer has a gradient that came from nowhere, and no languages are given.
+            KeyError, ValueError: an unknown name, an id out of range. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [[(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if any(gradient.is_sparse for of_group in moved for _, gradient in of_group):
+            raise RuntimeError("LiveAdamW does not support sparse gradients: build the embedding without them")
+        self._look()
+        live = self._live_parts(languages)
+        in_one_pass: dict[torch.dtype, list[compiled.Update]] = {}
+        for group, of_group in zip(self.param_groups, moved, strict=True):
+            numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
+            options = tuple(map(float, numbers))  # lr and betas may be tensors
+            of_torch: list[compiled.Update] = []
+            for p, gradient in of_group:
+                state = self._state_of(p)
+                tensors = (p, gradient, state["exp_avg"], state["exp_avg_sq"])
+                update = compiled.Update(*tensors, state["step"], live.get(p), options)
+                if self._use_compiled and compiled.fits(*tensors):
+                    in_one_pass.setdefault(p.dtype, []).append(update)
+                else:
+                    of_torch.append(update)
+            plain.update_group(of_torch)
+        for updates in in_one_pass.values():
+            compiled.update_all(updates)
+        self._announced = None
+        return loss
+
+    def announce(self, languages: Languages) -> None:
+        """Say which languages the next step is about, in place of those noticed or announced before.
+
+        For loops that call `step` without arguments, as `accelerate` and `transformers.Trainer` do.
+
+        Args, raises: as `languages` of `step`.
+        """
+        self._announced = self._ids(languages)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; gradients that are zero come from no language."""
+        super().zero_grad(set_to_none)
+        self._look()
+        for note in self._notes:
+            note.forget()
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter, which is made at its first step, as torch does."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state
+
+    # ---- what is live
+
+    def _look(self) -> None:
+        """Find the masked layers as they are now, and watch those that are new."""
+        if self._tree is not None and all(tuple(children.values()) == old for children, old in self._tree):
+            seen = [(id(p), p.requires_grad) for own in self._parameters for p in own.values() if p is not None]
+            if seen == self._seen:
+                return
+        self._layers = [module for module in self.model.modules() if isinstance(module, MaskedLinear)]
+        self._tree = [(module._modules, tuple(module._modules.values())) for module in self.model.modules()]
+        self._parameters = [layer._parameters for layer in self._layers]
+        self._seen = [(id(p), p.requires_grad) for own in self._parameters for p in own.values() if p is not None]
+        self._masked = masked_parameters(self.model, self._layers)
+        self._live_for = None
+        self._notes = self._arrivals.watch(self._layers)
+
+    def _live_parts(self, languages: Languages | None) -> dict[Tensor, Live]:
+        """The live part of each parameter that is not live as a whole."""
+        if languages is not None:
+            ids = self._ids(languages)
+        elif self._announced is not None:
+            ids = self._announced
+        else:
+            ids = self._arrived()
+        union = frozenset(self._of_all_processes(ids))
+        masks = [layer.mask for layer in self._layers]
+        if self._live_for is None or self._live_for[:2] != (union, masks):
+            found = {p: live_part(layer.mask, union, of_bias) for p, (layer, of_bias) in self._masked.items()}
+            self._live_for = (union, masks, {p: live for p, live in found.items() if live is not None})
+        return self._live_for[2]
+
+    def _arrived(self) -> set[int]:
+        """The languages that the gradients of masked parameters came from."""
+        ids: set[int] = set()
+        for layer, own, note in zip(self._layers, self._parameters, self._notes, strict=True):
+            if all(parameter is None or parameter.grad is None for parameter in own.values()):
+                continue  # what arrived is gone
+            arrived = note.languages()
+            if not arrived:
+                names = [name for name, module in self.model.named_modules() if module is layer]
+                raise RuntimeError(
+                    f"the gradient of {names[0]!r} came from no forward pass that was seen, so its languages are not "
+                    "known: call step(languages=...), or announce(...) before the step"
+                )
+            ids |= arrived
+        return ids
+
+    def _ids(self, languages: Languages) -> set[int]:
+        """Language ids of names, ids or a tensor of ids."""
+        if isinstance(languages, Tensor):
+            if languages.dtype != torch.int64:
+                raise ValueError(f"expected languages as an int64 tensor, given {languages.dtype}")
+            given: list[int | str] = languages.flatten().tolist()
+        else:
+            given = [languages] if isinstance(languages, (int, str)) else list(languages)
+        if not given:
+            raise ValueError("expected at least one language, given none (-1 is the full network)")
+        known = self._names()
+        limit = min([layer.mask.n_languages for layer, _ in self._masked.values()], default=None)
+        ids = set()
+        for language in given:
+            if isinstance(language, str):
+                if language not in known:
+                    raise unknown("language", language, known)
+                language = known.index(language)
+            elif isinstance(language, bool) or not isinstance(language, int):
+                raise ValueError(f"expected languages as names or ids, given {language!r}")
+            if limit is not None and not FULL <= language < limit:
+                raise ValueError(
+                    f"language id {language} is out of range: expected 0 to {limit - 1}, or -1 for the full network"
+                )
+            ids.add(language)
+        return ids
+
+    def _names(self) -> tuple[str, ...]:
+        """The languages of the subnetworks that are attached."""
+        owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
+        names = {attached(owner).subnets.languages for owner in owners}
+        if len(names) > 1:
+            raise ValueError("parts of the model have subnetworks of different languages attached: give ids, not names")
+        return next(iter(names), ())
+
+    def _of_all_processes(self, ids: set[int]) -> set[int]:
+        """The union over the processes, which all take the same step."""
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return ids
+        if not self._masked or distributed.get_world_size(self.process_group) == 1:
+            return ids
+        parameter, (layer, _) = next(iter(self._masked.items()))
+        present = torch.zeros(layer.mask.n_languages + 1, dtype=torch.int32)
+        present[[language + 1 for language in ids]] = 1
+        present = present.to(parameter.device)
+        distributed.all_reduce(present, distributed.ReduceOp.MAX, group=self.process_group)
+        return {place - 1 for place in present.nonzero().flatten().tolist()}
+
+    # ---- settings and checkpoints
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.
+
+        Raises:
+            ValueError: the group asks for what this optimiser does not do.
+        """
+        _refuse(param_group)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """As in torch: a state of this optimiser, or of `torch.optim.AdamW` in any of its forms.
+
+        Raises:
+            ValueError: a state with amsgrad, or of other parameters. Nothing has changed then.
+        """
+        for group in state_dict["param_groups"]:
+            _refuse(group)
+        super().load_state_dict(dict(state_dict))
+        for state in self.state.values():
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()  # the fused form's is not
+        self._look()  # a run that resumes has attached its subnetworks just before
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
+
+
+def _refuse(group: Mapping[str, Any]) -> None:
+    for setting in ("amsgrad", "differentiable"):
+        if group.get(setting):
+            raise ValueError(f"LiveAdamW does not support {setting}=True")

@@ -1,0 +1,119 @@
+"""Which languages a gradient came from, noticed while the backward pass brings it.
+
+A forward hook on each masked layer marks its output with the languages of the pass; when the backward pass comes
+through the output and then adds to `.grad` of the layer's weight, those languages have arrived. So forward passes that
+are never differentiated do not count, nor does what `torch.autograd.grad` hands out (inner loops, scouts, importance
+scores), and a note lives as long as the gradient it is about: one that is set to None begins anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastmask.linear import MaskedLinear
+from fastmask.models.layers import AttachedLinear
+
+__all__ = ["Arrivals", "Note"]
+
+Ids = Sequence[int] | Tensor
+"""Language ids; those on a GPU stay a tensor until somebody has to know them."""
+
+
+class Arrivals:
+    """Notes of all masked layers of a model; layers are watched from `watch` on.
+
+    A compiled graph shows none of its passes, and gradients that are put into `.grad` by hand come from nowhere.
+    """
+
+    def __init__(self) -> None:
+        self._notes: weakref.WeakKeyDictionary[nn.Module, Note] = weakref.WeakKeyDictionary()
+        self._hooked: Any = WeakIdKeyDictionary()
+
+    def watch(self, layers: Sequence[MaskedLinear]) -> list[Note]:
+        """The note of each layer; layers that are new (attached since), and parameters that are, get their hooks."""
+        for layer in layers:
+            note = self._notes.get(layer)
+            if note is None:
+                note = self._notes[layer] = Note()
+                layer.register_forward_hook(note.passed_forward, with_kwargs=True)
+            carrier = _carrier(layer)
+            if carrier is not None and carrier not in self._hooked:
+                carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer)))
+                carrier.register_post_accumulate_grad_hook(note.gradient_has_come)
+                self._hooked[carrier] = True
+        return [self._notes[layer] for layer in layers]
+
+
+class Note:
+    """What is known of one layer. It refers to no module and no tensor but ids: copies of a model stay light."""
+
+    def __init__(self) -> None:
+        self._arrived: set[int] = set()
+        self._unread: list[Tensor] = []  # that have arrived too
+        self._pending: list[Ids] = []
+        self._pass = -1  # which backward pass the pending ones are of
+        self._begins = True
+
+    def languages(self) -> set[int]:
+        """Ids of the languages in the layer's gradients; empty where nothing is known."""
+        for ids in self._unread:
+            self._arrived.update(ids.tolist())
+        self._unread = []
+        return self._arrived
+
+    def forget(self) -> None:
+        """The gradients were set to zero."""
+        self._arrived, self._unread = set(), []
+
+    def passed_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if torch.compiler.is_compiling() or not output.requires_grad:
+            return
+        output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs)))
+
+    def _passed_backward(self, ids: Ids, _: Tensor) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._pass, self._pending = current, []
+        self._pending.append(ids)
+
+    def gradient_is_coming(self, layer: weakref.ref[MaskedLinear], _: Tensor) -> None:
+        there = layer()
+        carrier = None if there is None else _carrier(there)
+        self._begins = carrier is None or carrier.grad is None
+
+    def gradient_has_come(self, _: Tensor) -> None:
+        if self._begins:
+            self.forget()
+        if self._pass == torch._C._current_graph_task_id():
+            for ids in self._pending:
+                if isinstance(ids, Tensor):
+                    self._unread.append(ids)
+                else:
+                    self._arrived.update(ids)
+        self._pending = []
+
+
+def _carrier(layer: nn.Module) -> Tensor | None:
+    """The parameter whose gradient tells for the layer: the weight, or the bias where only that is trained."""
+    for parameter in (layer.weight, layer.bias):
+        if isinstance(parameter, Tensor) and parameter.requires_grad:
+            return parameter
+    return None
+
+
+def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
+    if isinstance(layer, AttachedLinear):
+        route = layer.router.current()
+        if route.present is not None:
+            return route.present
+        ids = route._language_ids
+        return (ids,) if isinstance(ids, int) else ids.detach()
+    ids = args[1] if len(args) > 1 else kwargs["language_ids"]
+    return ids.detach() if ids.device.type != "cpu" else tuple(set(ids.tolist()))

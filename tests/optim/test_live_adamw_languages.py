@@ -1,0 +1,342 @@
+"""Which languages a step is about: noticed in the backward pass, announced, or given."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
+from literal_adamw import Net, live_flags, random_gradients
+from transformers import BertConfig, BertForTokenClassification
+
+import fastmask as fm
+from fastmask.meta import Task
+from fastmask.models.attach import set_subnetwork
+
+
+def moved(net, optimizer, **options):
+    """The languages whose alone the moved weights are: flags of the masked weight that moved."""
+    before = net.masked.weight.detach().clone()
+    optimizer.step(**options)
+    return net.masked.weight != before
+
+
+def owned(net, *languages):
+    return live_flags(net, list(languages))[2]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net("weights")
+
+
+def optimizer_of(net):
+    return fm.LiveAdamW(net.parameters(), lr=1e-2, model=net)
+
+
+def backward(net, *languages):
+    net(torch.randn(len(languages), 6), torch.tensor(languages)).square().sum().backward()
+
+
+def test_the_batch_of_the_gradients_counts(net):
+    """A step moves what the languages of another batch own."""
+    optimizer = optimizer_of(net)
+    for languages in ([0], [3], [0, 3], [-1], [1], [0]):
+        optimizer.zero_grad()
+        backward(net, *languages)
+        assert torch.equal(moved(net, optimizer), owned(net, *languages))
+
+
+def test_accumulated_batches_count_together(net):
+    """With gradient accumulation only the last batch's language would move, or forever all that were ever seen."""
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    backward(net, 3)
+    assert torch.equal(moved(net, optimizer), owned(net, 0, 3))
+    backward(net, 1)  # gradients were not set to zero: they still hold those of 0 and 3
+    assert torch.equal(moved(net, optimizer), owned(net, 0, 1, 3))
+    optimizer.zero_grad()
+    backward(net, 3)
+    assert torch.equal(moved(net, optimizer), owned(net, 3))
+
+
+@pytest.mark.parametrize("how", ["optimizer", "model", "in place"])
+def test_a_skipped_step_leaves_nothing(net, how):
+    """After a step that a GradScaler skips, the skipped batch's language would move in the next."""
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    # The loop of the trainer: forward, zero_grad, backward.
+    loss = net(torch.randn(1, 6), torch.tensor([3])).square().sum()
+    {"optimizer": optimizer.zero_grad, "model": net.zero_grad, "in place": lambda: optimizer.zero_grad(False)}[how]()
+    loss.backward()
+    assert torch.equal(moved(net, optimizer), owned(net, 3))
+
+
+def test_passes_that_leave_no_gradient_do_not_count(net):
+    """Evaluation, inner loops of meta-learning and importance scores would make their languages live."""
+    optimizer = optimizer_of(net)
+    x = torch.randn(1, 6)
+    backward(net, 0)
+    with torch.no_grad():
+        net(x, torch.tensor([3]))
+    net(x, torch.tensor([3])).sum()  # never differentiated
+    torch.autograd.grad(net(x, torch.tensor([3])).sum(), list(net.parameters()))
+    torch.autograd.grad(net(x.requires_grad_(), torch.tensor([3])).sum(), x)
+    assert torch.equal(moved(net, optimizer), owned(net, 0))
+
+
+def test_several_uses_in_one_backward_pass(net):
+    """Of two forward passes behind one loss only one would count."""
+    optimizer = optimizer_of(net)
+    (net(torch.randn(1, 6), torch.tensor([0])).sum() + net(torch.randn(1, 6), torch.tensor([3])).sum()).backward()
+    assert torch.equal(moved(net, optimizer), owned(net, 0, 3))
+
+
+def test_frozen_weights_and_later_ones(net):
+    """A layer whose bias alone is trained, or that is unfrozen later, would not be noticed."""
+    net.masked.weight.requires_grad_(False)
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    assert not moved(net, optimizer).any()
+    optimizer.zero_grad()
+    net.masked.weight.requires_grad_(True)
+    optimizer.zero_grad()
+    backward(net, 3)
+    assert torch.equal(moved(net, optimizer), owned(net, 3))
+
+
+def test_given_and_announced_languages(net):
+    """What the caller says would not take precedence, or last for more than a step."""
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    assert torch.equal(moved(net, optimizer, languages=torch.tensor([3, 3])), owned(net, 3))
+    optimizer.announce([1, 3])
+    assert torch.equal(moved(net, optimizer), owned(net, 1, 3))
+    assert torch.equal(moved(net, optimizer), owned(net, 0))
+
+
+def test_gradients_from_nowhere(net):
+    """Gradients written by hand would move everything, silently."""
+    optimizer = optimizer_of(net)
+    random_gradients(net, 0)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(RuntimeError, match=r"'masked'.*languages="):
+        optimizer.step()
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(moved(net, optimizer, languages=0), owned(net, 0))
+
+
+def test_layers_that_have_no_gradient_do_not_count():
+    """A layer that is not used any more would keep the languages of its last batch alive in all others."""
+    torch.manual_seed(0)
+    nets = torch.nn.ModuleList([Net("weights"), Net("weights")])
+    optimizer = fm.LiveAdamW(nets.parameters(), lr=1e-2, model=nets)
+    backward(nets[0], 0)
+    nets.zero_grad()
+    backward(nets[1], 3)
+    assert torch.equal(moved(nets[1], optimizer), owned(nets[1], 3))
+
+
+def test_a_gradient_that_took_another_way(net):
+    """A gradient that came through no masked layer would be taken for that of a pass long ago."""
+    optimizer = optimizer_of(net)
+    x = torch.randn(1, 6, requires_grad=True)
+    torch.autograd.grad(net(x, torch.tensor([3])).sum(), x)
+    net.masked.weight.square().sum().backward()
+    with pytest.raises(RuntimeError, match="languages="):
+        optimizer.step()
+
+
+def test_a_parameter_that_takes_anothers_place(net):
+    """After loading with `assign=True` the new weight would move as a whole."""
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    optimizer.step()
+    net.masked.weight = torch.nn.Parameter(net.masked.weight.detach().clone())
+    optimizer.add_param_group({"params": [net.masked.weight]})
+    optimizer.zero_grad()
+    backward(net, 0)
+    assert torch.equal(moved(net, optimizer), owned(net, 0))
+
+
+@pytest.mark.parametrize(
+    ("languages", "error", "text"),
+    [
+        (4, ValueError, "expected 0 to 3"),
+        ([-2], ValueError, "expected 0 to 3"),
+        ([], ValueError, "at least one"),
+        (torch.zeros(2), ValueError, "int64"),
+        ([True], ValueError, "True"),
+        (["de"], KeyError, "de"),
+    ],
+)
+def test_bad_languages(net, languages, error, text):
+    """A wrong language would be taken for another one, or fail half way through the step."""
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(error, match=text):
+        optimizer.step(languages=languages)
+    with pytest.raises(error, match=text):
+        optimizer.announce(languages)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+
+
+# ---- attached models
+
+
+CONFIG = BertConfig(
+    vocab_size=30, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=20, num_labels=3,
+    max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+)  # fmt: skip
+NAMES = ["de", "fi", "ko"]
+
+
+@pytest.fixture
+def bert():
+    torch.manual_seed(0)
+    return BertForTokenClassification(CONFIG)
+
+
+def subnets(seed=0):
+    return fm.Subnetworks.random(CONFIG, NAMES, density=0.5, seed=seed, units="both")
+
+
+def bert_loss(model, **options):
+    ids = torch.arange(12).view(2, 6)
+    return model(input_ids=ids, labels=ids % 3, **options).loss
+
+
+def live_of(model, *languages):
+    """Flags of every parameter, from the dense masks."""
+    flags = {p: torch.ones_like(p, dtype=torch.bool) for p in model.parameters()}
+    for layer in model.modules():
+        if isinstance(layer, fm.MaskedLinear) and -1 not in languages:
+            dense = layer.mask.to_dense()[list(languages)].any(0)
+            flags[layer.weight] = dense
+            if layer.mask.kind == "rows":
+                flags[layer.bias] = dense[:, 0]
+    return flags
+
+
+def assert_only_moved(model, optimizer, *languages):
+    before = {p: p.detach().clone() for p in model.parameters()}
+    optimizer.step()
+    for p, flags in live_of(model, *languages).items():
+        assert torch.equal(p[~flags], before[p][~flags])
+        if p.ndim == 2 and p.grad is not None and p.shape[0] != CONFIG.vocab_size and p.shape[0] != 16:
+            assert (p != before[p])[flags].float().mean() > 0.5
+
+
+def test_an_attached_model_under_accelerate(bert):
+    """Through `accelerate`, or with `fm.language`, or a mixed batch, the languages of an attached model are lost."""
+    from accelerate import Accelerator
+
+    fm.attach(bert, subnets())
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(bert, fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert))
+    for languages in ([0, 0], [1, 2], [2, 2], [-1, 0]):
+        optimizer.zero_grad()
+        accelerator.backward(bert_loss(model, language_ids=torch.tensor(languages)))
+        assert_only_moved(bert, optimizer, *languages)
+    optimizer.zero_grad()
+    with fm.language(bert, "fi"):
+        accelerator.backward(bert_loss(model))
+    assert_only_moved(bert, optimizer, 1)
+
+
+def test_names_of_attached_languages(bert):
+    """Languages could be given by number only, or a misspelt name would pass."""
+    fm.attach(bert, subnets())
+    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
+    optimizer.announce(["fi", 2])
+    assert_only_moved(bert, optimizer, 1, 2)
+    with pytest.raises(KeyError, match="did you mean 'ko'"):
+        optimizer.step(languages="koo")
+
+
+def test_subnetworks_that_come_go_and_change(bert):
+    """Subnetworks attached, changed or detached after the optimiser was made would have no effect on it."""
+    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    bert_loss(bert).backward()
+    assert_only_moved(bert, optimizer, -1)
+    fm.attach(bert, subnets())
+    ids = torch.zeros(2, dtype=torch.int64)
+    for step in range(3):
+        optimizer.zero_grad()
+        bert_loss(bert, language_ids=ids).backward()
+        assert_only_moved(bert, optimizer, 0)
+        if step == 0:
+            heads, neurons = subnets(seed=1).heads[0], subnets(seed=1).neurons[0]
+            set_subnetwork(bert, "de", heads=heads, neurons=neurons)
+    fm.detach(bert)
+    optimizer.zero_grad()
+    bert_loss(bert).backward()
+    assert_only_moved(bert, optimizer, -1)
+
+
+def test_scouts_and_episodes(bert):
+    """A scout's language, or one of an inner loop only, would move in the next step; an episode's would not."""
+    fm.attach(bert, subnets())
+    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    dynamic = fm.DynamicSubnetworks(bert)
+    learner = fm.MetaLearner(bert, lambda batch: bert_loss(bert), inner_steps=2)
+    learner.episode([Task("de", [None], 0), Task("ko", [None], 0)])
+    dynamic.scout("fi", None, lambda batch: bert_loss(bert).expand(2))
+    assert_only_moved(bert, optimizer, 0, 2)
+
+
+def test_gradient_checkpointing(bert):
+    """Layers that are computed again in the backward pass would not tell their languages."""
+    fm.attach(bert, subnets())
+    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    for reentrant in (False, True):
+        bert.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        bert.enable_input_require_grads()
+        bert.train()
+        optimizer.zero_grad()
+        bert_loss(bert, language_ids=torch.tensor([1, 1])).backward()
+        assert_only_moved(bert, optimizer, 1)
+
+
+def test_copies_of_the_model_leave_the_optimiser_behind(net):
+    """A copy of a watched model, or the file it is saved in, would hold the optimiser's moments, or be noticed too."""
+    size = len(pickle.dumps(net))
+    optimizer = optimizer_of(net)
+    backward(net, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(copy.deepcopy(net), 3)
+    assert len(pickle.dumps(net)) < size + 5000
+    backward(net, 0)
+    assert torch.equal(moved(net, optimizer), owned(net, 0))
+
+
+# ---- several processes
+
+
+def one_of_two(rank, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = Net("weights")
+    optimizer = optimizer_of(net)
+    backward(net, 0 if rank == 0 else 3)
+    for p in net.parameters():
+        distributed.all_reduce(p.grad)
+    found = moved(net, optimizer)
+    torch.save({"moved": found, "net": net.state_dict(), "owned": owned(net, 0, 3)}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_step(tmp_path):
+    """Replicas would drift apart: each would move its own languages only."""
+    multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first["moved"], first["owned"])
+    torch.testing.assert_close(first["net"], second["net"], rtol=0, atol=0)

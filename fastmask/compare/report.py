@@ -1,4 +1,4 @@
-"""What a comparison leaves: ``results.csv``, ``cells.csv``, ``summary.md`` and pictures, and what it prints."""
+"""What a comparison leaves: tables as CSV, ``summary.md`` and pictures, and what it prints."""
 
 from __future__ import annotations
 
@@ -46,12 +46,20 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     results = load_results(plan)
     scores, cells = scores_table(results), cells_table(results)
     order = _order(plan)
-    files = [plan.out / name for name in ("results.csv", "cells.csv", "summary.md", "means.png")]
+    files = [plan.out / name for name in ("results.csv", "cells.csv", "summary.csv", "summary.md", "means.png")]
+    summary = pd.concat(
+        [
+            summary_table(scores, order, condition).assign(condition=condition)
+            for condition in CONDITIONS
+            if (scores["condition"] == condition).any()
+        ]
+    )
     replace_file(files[0], lambda path: scores.to_csv(path, index=False, float_format="%.2f"))
     replace_file(files[1], lambda path: cells.to_csv(path, index=False, float_format="%.4g"))
+    replace_file(files[2], lambda path: summary.to_csv(path, index=False, float_format="%.4g"))
     text = _markdown(plan, scores, cells, command)
-    replace_file(files[2], lambda path: path.write_text(text, encoding="utf-8"))
-    draw_means(scores, order, files[3])
+    replace_file(files[3], lambda path: path.write_text(text, encoding="utf-8"))
+    draw_means(scores, order, files[4])
     for condition in ("seen", "adapted"):
         if (scores["condition"] == condition).any() and len(order) > 1:
             files.append(plan.out / f"gains-{condition}.png")

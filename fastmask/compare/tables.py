@@ -104,7 +104,7 @@ def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condit
 
     A cell is compared with `full` of the same meta-learning (`full` with meta-learning: with `full` without), and where
     its masks mean something also with `random` of the same meta-learning. ``p_full`` and ``p_random`` are corrected for
-    the number of cells (Holm).
+    the number of cells (Holm), ``uncorrected_p_full`` and ``uncorrected_p_random`` are not.
 
     Args:
         scores: of `scores_table`.
@@ -129,6 +129,7 @@ def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condit
         rows.append(row)
     table = pd.DataFrame(rows)
     for baseline in ("full", "random"):
+        table[f"uncorrected_p_{baseline}"] = table[f"p_{baseline}"]
         tested = table[f"p_{baseline}"].notna()
         table.loc[tested, f"p_{baseline}"] = holm(table.loc[tested, f"p_{baseline}"].tolist())
     return table

@@ -62,6 +62,7 @@ def test_the_summary_holds_means_deviations_and_corrected_p_values():
     assert table.loc["static", "over_random"] == pytest.approx(1.5)  # by language 2, 1, 1.5
     assert table.loc["static", "p_random"] == pytest.approx(0.25)  # alone: nothing to correct
     assert table.loc["static", "p_full"] == pytest.approx(0.5)  # Holm over static and random
+    assert table.loc["static", "uncorrected_p_full"] == pytest.approx(0.25)
     assert table.loc["static", "wins_random"] == "3/3"
 
 

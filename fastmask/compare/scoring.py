@@ -62,7 +62,10 @@ class Scorer:
         unseen: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config = config
-        self.train = {language: splits["train"] for language, splits in seen.items()}
+        self.profiles = {
+            language: HeadDirection.of_rows(splits["train"].select_columns(["heads", "deprels"]))
+            for language, splits in seen.items()
+        }
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
         self.unseen: dict[str, _Unseen] = {}
         for language, splits in unseen.items():
@@ -83,7 +86,7 @@ class Scorer:
             is), "support_set" (None where none was looked at), "steps", "las", "uas" and "words". The conditions are
             those of `fastmask.compare.tables`; "other choice" are rules beside the one that is adapted from.
         """
-        cell = _Cell(self.config, parser, subnets, self._profiles(parser))
+        cell = _Cell(self.config, parser, subnets, self.profiles)
         rows = [row for language, test in self.seen.items() for row in cell.seen(language, test)]
         if subnets is not None:
             detach(parser.encoder)
@@ -103,14 +106,6 @@ class Scorer:
         limit = self.config.test_sentences or len(rows)
         order = np.random.default_rng([SEED, zlib.crc32(language.encode())]).permutation(len(rows))
         return [rows[int(row)] for row in np.sort(order[:limit])]
-
-    def _profiles(self, parser: Parser) -> dict[str, HeadDirection]:
-        if not hasattr(self, "_directions"):
-            self._directions = {
-                language: HeadDirection.of(parser.features.encode(rows, parser.vocabulary), parser.vocabulary)
-                for language, rows in self.train.items()
-            }
-        return self._directions
 
 
 class _Cell:

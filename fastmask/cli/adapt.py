@@ -9,10 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from fastmask.cli.report import WIDTH
+from fastmask.cli.report import console_of
 from fastmask.training.config import ConfigError
 
 if TYPE_CHECKING:
@@ -252,4 +251,4 @@ def _print_scores(scores: list[Score]) -> None:
 
 
 def _print(table: Table) -> None:
-    (Console() if sys.stdout.isatty() else Console(width=WIDTH)).print(table)
+    console_of(sys.stdout).print(table)

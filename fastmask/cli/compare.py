@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from fastmask.cli.options import given_settings
+from fastmask.cli.report import console_of
 from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
 from fastmask.compare.report import print_tables, write_report
 
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     threads = training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
     progress = _Progress(plan)
     run_all(plan, options.workers, threads, progress.show)
-    print_tables(plan, sys.stdout)
+    print_tables(plan, console_of(sys.stdout))
     files = write_report(plan, options.command_line)
     print(f"comparison: {plan.out.resolve()}")
     print(f"            {', '.join(file.name for file in files)}")

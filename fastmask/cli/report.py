@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
 
-__all__ = ["Row", "print_scores", "print_summary", "round_printer", "scored"]
+__all__ = ["Row", "console_of", "print_scores", "print_summary", "round_printer", "scored"]
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -100,7 +100,7 @@ def print_scores(rows: Sequence[Row], file: TextIO) -> None:
             _number(_mean([row.las for row in own]), ".2f"),
             _number(_mean([row.uas for row in own]), ".2f"),
         )
-    _console(file).print(table)
+    console_of(file).print(table)
 
 
 def print_summary(
@@ -108,7 +108,7 @@ def print_summary(
 ) -> None:
     """Training speed, the share of time that scouts took (method `dynamic`), and where everything is."""
     names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
-    console = _console(file)
+    console = console_of(file)
     if speed:
         parts = [f"{value:,.0f} tokens/s {names[name]}" for name, value in speed.items()]
         console.print(f"training: {', '.join(parts)}", highlight=False)
@@ -141,7 +141,8 @@ def round_printer(file: TextIO) -> Callable[[Round], None]:
     return show
 
 
-def _console(file: TextIO) -> Console:
+def console_of(file: TextIO) -> Console:
+    """Where tables go: as wide as the terminal, or `WIDTH` columns in a file or a pipe."""
     return Console(file=file) if file.isatty() else Console(file=file, width=WIDTH)
 
 

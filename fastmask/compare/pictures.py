@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from fastmask.compare.tables import CONDITIONS
@@ -81,7 +80,6 @@ def draw_gains(
 
 
 def _save(figure: Figure, path: str | PathLike[str]) -> None:
-    FigureCanvasAgg(figure)
     target = Path(path)
 
     def write(partial: Path) -> Any:

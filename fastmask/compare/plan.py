@@ -19,7 +19,7 @@ import yaml
 
 from fastmask.training.checkpoints import replace_file
 from fastmask.training.config import METAS, METHODS, TrainConfig
-from fastmask.training.settings import ConfigError, Settings, setting
+from fastmask.training.settings import ConfigError, Settings, items_of, setting
 from fastmask.unseen.adapting import OPTIMIZERS
 from fastmask.unseen.choosing import CHOICES
 
@@ -53,12 +53,12 @@ class CompareConfig(Settings):
     @property
     def method_list(self) -> list[str]:
         """The methods, in the order asked for."""
-        return _items(self.methods)
+        return list(dict.fromkeys(items_of(self.methods)))
 
     @property
     def meta_list(self) -> list[str]:
         """The kinds of meta-learning, in the order asked for."""
-        return _items(self.metas)
+        return list(dict.fromkeys(items_of(self.metas)))
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,9 @@ def check_languages(data: str | os.PathLike[str], config: CompareConfig) -> None
 
     treebanks = find_treebanks(data)
     for name in ("train", "unseen"):
-        if not _items(getattr(config, name)):
+        if not items_of(getattr(config, name)):
             raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
     train, unseen = select_treebanks(treebanks, config.train), select_treebanks(treebanks, config.unseen)
     both = [code for code in unseen if code in train]
     if both:
         raise ConfigError(f"{', '.join(both)} is in both train and unseen (expected an unseen language to be unseen)")
-
-
-def _items(value: str) -> list[str]:
-    return list(dict.fromkeys(item.strip() for item in value.split(",") if item.strip()))

@@ -7,7 +7,7 @@ import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,7 +23,6 @@ from fastmask.training.checkpoints import replace_file
 
 __all__ = ["load_results", "print_tables", "write_report"]
 
-WIDTH = 130  # of tables that do not go to a terminal
 NOTE = (
     "LAS: mean over languages, with its standard deviation over seeds. over full, over random: difference of the means "
     "over languages in LAS points, in brackets that of each seed; full and random with the same meta-learning (full "
@@ -67,9 +66,8 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     return files
 
 
-def print_tables(plan: Plan, file: TextIO) -> None:
+def print_tables(plan: Plan, console: Console) -> None:
     """One table for each condition, and one of the cells' cost."""
-    console = Console(file=file) if file.isatty() else Console(file=file, width=WIDTH)
     results = load_results(plan)
     for title, rows in _tables(plan, scores_table(results), cells_table(results)):
         table = Table(title=title)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,9 @@ from fastmask.parsing.evaluation import Prepared, evaluate, prepare
 from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
 from fastmask.unseen import (
-    CHOICES,
     Choice,
     HeadDirection,
     adapted,
-    check_deprels,
     choose,
     head_direction_similarity,
     split_pool,
@@ -126,7 +123,7 @@ class _Cell:
         yield self._row(language, prepare(self.parser, test), choice, "seen", "own")
 
     def unseen(self, language: str, data: _Unseen) -> Iterator[dict[str, Any]]:
-        test = prepare(self.parser, data.test)
+        test, features = prepare(self.parser, data.test), self.parser.features
         known: dict[int, dict[str, Any]] = {}  # scores without an update, by subnetwork: support sets often agree
 
         def unadapted(choice: Choice, condition: str, how: str, support_set: int | None) -> dict[str, Any]:
@@ -139,13 +136,14 @@ class _Cell:
         if self.subnets is not None:
             yield unadapted(self._choose("full", None), "other choice", "full", None)
         for number, rows in enumerate(data.supports):
-            support = self._encoded(rows)
+            # A word whose relation no training language has is left out of the label loss, not out of the sentence.
+            support = features.shorten(features.encode(rows, self.parser.vocabulary))
             main = "full" if self.subnets is None else self.config.choose
-            for how in CHOICES if self.subnets is not None else ("full",):
-                if how == main or how in ("nearest", "best"):
-                    choice = self._choose(how, support)
-                    yield unadapted(choice, "chosen" if how == main else "other choice", how, number)
+            others = [] if self.subnets is None else [how for how in ("nearest", "best") if how != main]
             choice = self._choose(main, support)
+            yield unadapted(choice, "chosen", main, number)
+            for how in others:
+                yield unadapted(self._choose(how, support), "other choice", how, number)
             with adapted(
                 self.parser,
                 support,
@@ -165,12 +163,6 @@ class _Cell:
         if how == "nearest" and support is not None:
             similarity = head_direction_similarity(HeadDirection.of(support, self.parser.vocabulary), self.profiles)
         return choose(self.parser, self.subnets, support, how, similarity=similarity)
-
-    def _encoded(self, rows: list[Mapping[str, Any]]) -> Encoded:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a word whose relation no training language has is left out of the loss
-            kept = check_deprels(rows, self.parser.vocabulary, "ignore")
-        return self.parser.features.shorten(self.parser.features.encode(kept, self.parser.vocabulary))
 
     def _row(self, language: str, test: Prepared, choice: Choice, condition: str, how: str) -> dict[str, Any]:
         ids = None if self.subnets is None else choice.language_id

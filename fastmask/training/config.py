@@ -12,7 +12,7 @@ from fastmask.parsing.vocabulary import SUBTYPES
 from fastmask.subnetworks.subnetworks import UNITS
 from fastmask.training.device import DEVICES
 from fastmask.training.schedule import SCHEDULES
-from fastmask.training.settings import ConfigError, Settings, setting
+from fastmask.training.settings import ConfigError, Settings, items_of, setting
 
 __all__ = ["DEVICES", "METAS", "METHODS", "PRECISIONS", "UNITS", "ConfigError", "TrainConfig"]
 
@@ -108,7 +108,7 @@ class TrainConfig(Settings):
     @property
     def language_list(self) -> list[str]:
         """The entries of `languages`."""
-        return [item.strip() for item in (self.languages or "").split(",") if item.strip()]
+        return items_of(self.languages or "")
 
     @property
     def shared_steps(self) -> int:

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from fastmask.errors import unknown
 
-__all__ = ["ConfigError", "Settings", "setting"]
+__all__ = ["ConfigError", "Settings", "items_of", "setting"]
 
 
 class ConfigError(ValueError):
@@ -108,7 +108,7 @@ def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any
         raise ConfigError(f"{name} is {value!r} (expected {words[kind]})")
     choices = limits.get("choices")
     if choices:
-        for item in _items(value) if limits.get("list") else [value]:
+        for item in items_of(value) if limits.get("list") else [value]:
             if item not in choices:
                 raise ConfigError(f"{name} is {value!r} (expected {_one_of(limits)} {', '.join(choices)})")
     checks = [
@@ -129,5 +129,6 @@ def _one_of(limits: Mapping[str, Any]) -> str:
     return "a comma-separated list out of" if limits.get("list") else "one of"
 
 
-def _items(value: str) -> list[str]:
+def items_of(value: str) -> list[str]:
+    """The entries of a comma-separated list, in order."""
     return [item.strip() for item in value.split(",") if item.strip()]

@@ -10,22 +10,16 @@ import time
 from argparse import Namespace
 
 import pytest
+from typed_command import output_of
 
 import fastmask as fm
 from fastmask.cli import main
 from fastmask.cli.evaluate import data_of
-from fastmask.parsing.synthetic import SEEN, write_treebanks
+from fastmask.parsing.synthetic import SEEN
 from fastmask.training.config import TrainConfig
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
 TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ud")
-    write_treebanks(folder, sentences={"train": 40, "dev": 10, "test": 12})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +28,6 @@ def run(tmp_path_factory, data):
     out = tmp_path_factory.mktemp("runs") / "static"
     assert main(["train", "--data", str(data), "--out", str(out), "--steps", "6", "--density", "0.4", *TINY]) == 0
     return out
-
-
-def output_of(capsys, *arguments, code=0):
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    captured = capsys.readouterr()
-    return captured.err if code else captured.out
 
 
 def test_train_leaves_everything_it_names(run):

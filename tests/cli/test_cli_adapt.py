@@ -11,21 +11,14 @@ import time
 
 import pytest
 import torch
+from typed_command import output_of
 
 import fastmask as fm
 from fastmask.cli import main
-from fastmask.parsing.synthetic import write_treebanks
 from fastmask.training.finished import load_run
 
 TINY = ["--languages", "qaa,qac,qae", "--batch-size", "9", "--score-sentences", "8", "--dev-sentences", "6"]
 TINY += ["--eval-every", "0", "--threads", "1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ud")
-    write_treebanks(folder, sentences={"train": 40, "dev": 10, "test": 12})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +46,6 @@ def support(data):
 @pytest.fixture
 def test_file(data):
     return next(data.glob("UD_*/qaf_toy-ud-test.conllu"))
-
-
-def output_of(capsys, *arguments, code=0):
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == code
-    captured = capsys.readouterr()
-    return captured.err if code else captured.out
 
 
 def record_of(run):

@@ -1,0 +1,16 @@
+"""A command as a person types it, and what it prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastmask.cli import main
+
+
+def output_of(capsys: Any, *arguments: object, code: int = 0) -> str:
+    """Run the command, see that it exits with `code`, and return what it printed: to stderr where it failed."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    printed: str = captured.err if code else captured.out
+    return printed

@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import UNPACKED, StoredMask, live_blocks
 from fastmask.torch_path import batched
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.segments import FULL, Pieces, Split, Target, take
@@ -53,6 +53,7 @@ def forward(
             for layer, weight, bias in zip(layers, weights, biases, strict=True)
         ]
     ys = [x.new_empty(*x.shape[:2], layer.out_width) for layer in layers]
+    weights = _laid_out(layers, weights, split)
     for language, where in split.parts:
         tokens = take(x, where)
         for layer, weight, bias, y in zip(layers, weights, biases, ys, strict=True):
@@ -92,11 +93,12 @@ def backward(
     if len(split.parts) == 1:
         return _of_one_language(split.parts[0][0], layers, dys, x, weights, needs_x, needs_weight, needs_bias)
     dx = x.new_empty(x.shape) if needs_x else None
+    weights = _laid_out(layers, weights, split)
     dws: list[Tensor | None] = [
-        _zeros(weight, weight.shape) if need else None for weight, need in zip(weights, needs_weight, strict=True)
+        _zeros(weight) if need else None for weight, need in zip(weights, needs_weight, strict=True)
     ]
     dbs: list[Tensor | None] = [
-        _zeros(weight, weight.shape[:1]) if need else None for weight, need in zip(weights, needs_bias, strict=True)
+        _zeros(weight[:, 0]) if need else None for weight, need in zip(weights, needs_bias, strict=True)
     ]
     for language, where in split.parts:
         tokens = take(x, where)
@@ -163,7 +165,8 @@ def _made_from(mask: StoredMask, N: int, K: int) -> Pieces:
     if mask.kind == "columns":
         return Columns(index, mask.extents, mask.geometry[0], N, K, packed)
     if mask.kind == "blocks":
-        return Blocks(index, mask.extents, (mask.geometry[0], mask.geometry[1]), N, K)
+        keep = live_blocks(index, mask.extents, mask.geometry, (N, K))
+        return Blocks(keep, (mask.geometry[0], mask.geometry[1]), N, K)
     return Weights(index, N, K)
 
 
@@ -181,11 +184,18 @@ def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Seq
     return len(split.parts) > 1 and all(batched.suits(layer, x.shape[1], split) for layer in layers)
 
 
-def _zeros(weight: Tensor, shape: torch.Size) -> Tensor:
+def _laid_out(layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split) -> list[Tensor]:
+    return [layer.laid_out(weight, len(split.parts)) for layer, weight in zip(layers, weights, strict=True)]
+
+
+def _zeros(like: Tensor) -> Tensor:
     """What the languages of a batch add to."""
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    return torch.zeros(shape, dtype=torch.float32 if half else weight.dtype, device=weight.device)
+    half = like.dtype in (torch.bfloat16, torch.float16)
+    return torch.zeros_like(like, dtype=torch.float32 if half else like.dtype)
 
 
 def _cast(grads: list[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if grad is None else cast(grad, weight.dtype) for grad, weight in zip(grads, weights, strict=True)]
+    return [
+        None if grad is None else cast(grad, weight.dtype).contiguous()
+        for grad, weight in zip(grads, weights, strict=True)
+    ]

@@ -18,6 +18,10 @@ class Pieces(ABC):
     in_width: int
     out_width: int
 
+    def laid_out(self, weight: Tensor, n_languages: int) -> Tensor:
+        """The weight as a batch of several languages reads it best; the same numbers, maybe in another order."""
+        return weight
+
     @abstractmethod
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         """Return y [M, N_out] of x [M, K_in], written into `out` if given, every element of it."""

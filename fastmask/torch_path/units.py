@@ -7,47 +7,20 @@ projection that makes them to the projection that consumes them.
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastmask.torch_path.products import add_multiply, multiply, rows_at_once, temporary_product
+from fastmask.torch_path.scratch import Scratch
 from fastmask.torch_path.segments import FULL, Pieces
 
-__all__ = ["Columns", "Rows", "cast", "multiply"]
+__all__ = ["Columns", "Rows", "cast"]
 
+_LIVE_WEIGHT, _LIVE_GRAD = Scratch(), Scratch()
 
-MOST_VIEWS = 256  # of scratch memory, one for each size that was asked for
-
-
-class _Scratch(threading.local):
-    """A buffer that every call takes in turn, one for each thread: fresh memory costs more than what is copied into it.
-
-    The kernel clears each page of it at the first touch, and glibc gives large blocks back as soon as they are free.
-    What is kept is as large as the largest live part of one weight.
-    """
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        self.views: dict[tuple[int, int, torch.dtype], Tensor] = {}  # making one anew costs several calls
-
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
-        if not like.is_cpu:
-            return like.new_empty(rows, columns)  # other devices have allocators that keep memory
-        key = (rows, columns, like.dtype)
-        view = self.views.get(key)
-        if view is None:
-            size = rows * columns * like.element_size()
-            if len(self.memory) < size or len(self.views) >= MOST_VIEWS:
-                self.views.clear()
-            if len(self.memory) < size:
-                self.memory = torch.empty(size, dtype=torch.uint8)
-            view = self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
-        return view
-
-
-_LIVE_WEIGHT, _LIVE_GRAD = _Scratch(), _Scratch()
+LEAST_TO_TRANSPOSE = 4  # languages in a batch
 
 
 class _Units:
@@ -61,6 +34,7 @@ class _Units:
         self._of: dict[int, Tensor] = {}
         self._units: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
+        self._slices: dict[tuple[int, int], Tensor] = {}
 
     def live(self, language: int) -> int:
         """Live rows (or columns) of a language."""
@@ -90,6 +64,28 @@ class _Units:
             self._places[language] = places
         return places
 
+    def live_rows(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Live rows [live, S] of a weight [size, S] whose rows are the masked side."""
+        if language != FULL:
+            out = _LIVE_WEIGHT.take(self.live(language), weight.shape[1], weight)
+            weight = torch.index_select(weight, 0, self.of(language), out=out)
+        return cast(weight, dtype)
+
+    def live_rows_sliced(self, language: int, weight: Tensor, x: Tensor) -> Tensor | Sequence[Tensor]:
+        """The transpose [S, live] of live rows, to multiply x [M, S] by: in parts of its rows."""
+        live, S = self.live(language), weight.shape[1]
+        n = -(-S // rows_at_once(x, S, live))
+        if language == FULL or n == 1 or S % n or not weight.is_contiguous():
+            return self.live_rows(language, weight, x.dtype).t()
+        # A row is n slices one after the other: gathering those costs no more than gathering rows.
+        index = self._slices.get((language, n))
+        if index is None:
+            index = (self.of(language) * n + torch.arange(n, device=weight.device)[:, None]).flatten()
+            self._slices[language, n] = index
+        out = _LIVE_WEIGHT.take(n * live, S // n, weight)
+        torch.index_select(weight.view(-1, S // n), 0, index, out=out)
+        return [part.t() for part in out.view(n, live, S // n)]
+
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, live] of an activation [M, width] on the masked side."""
         if language == FULL or self.packed_width is not None:
@@ -97,7 +93,9 @@ class _Units:
             return activation if live == activation.shape[1] else activation[:, :live]
         return activation.index_select(1, self.of(language))
 
-    def multiply_into(self, language: int, out: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply_into(
+        self, language: int, out: Tensor | None, a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None
+    ) -> Tensor:
         """out[:, live] = a @ b (+ bias), zero elsewhere; `out` [M, width] is on the masked side."""
         live, in_place = self.live(language), language == FULL or self.packed_width is not None
         if in_place and live == self.width:
@@ -120,30 +118,22 @@ class Rows(_Units, Pieces):
         super().__init__(indices, counts, unit, N, packed_width)
         self.in_width, self.out_width = K, self.width
 
-    def gather(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Live rows [live, K] of a weight [N, K]."""
-        if language != FULL:
-            out = _LIVE_WEIGHT.take(self.live(language), weight.shape[1], weight)
-            weight = torch.index_select(weight, 0, self.of(language), out=out)
-        return cast(weight, dtype)
-
     def gather_bias(self, language: int, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """Live elements of a bias [N]."""
         return cast(bias if language == FULL else bias.index_select(0, self.of(language)), dtype)
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else self.gather_bias(language, bias, x.dtype)
-        return self.multiply_into(language, out, x, self.gather(language, weight, x.dtype).t(), live_bias)
+        return self.multiply_into(language, out, x, self.live_rows_sliced(language, weight, x), live_bias)
 
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        return multiply(self.compact(language, dy), self.gather(language, weight, dy.dtype), None, out)
+        return multiply(self.compact(language, dy), self.live_rows(language, weight, dy.dtype), None, out)
 
     def add_input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        out.addmm_(self.compact(language, dy), self.gather(language, weight, dy.dtype))
+        add_multiply(out, self.compact(language, dy), self.live_rows(language, weight, dy.dtype))
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        out = _LIVE_GRAD.take(self.live(language), x.shape[1], x)
-        part = cast(torch.mm(self.compact(language, dy).t(), x, out=out), grad.dtype)
+        part = cast(temporary_product(self.compact(language, dy).t(), x), grad.dtype)
         if language == FULL:
             grad += part
         else:
@@ -151,11 +141,11 @@ class Rows(_Units, Pieces):
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if language == FULL:
-            return (dy.t() @ x).to(weight.dtype)
+            return multiply(dy.t(), x).to(weight.dtype)
         # One gather writes live and dead units alike: every dead one takes the zeros behind the live ones.
         live, (N, K) = self.live(language), weight.shape
         part = _LIVE_GRAD.take(live + self.unit, K, x)
-        torch.mm(self.compact(language, dy).t(), x, out=part[:live])
+        multiply(self.compact(language, dy).t(), x, out=part[:live])
         part[live:] = 0
         part = cast(part, weight.dtype).view(-1, self.unit * K)
         return part.index_select(0, self.places(language)).view(N, K)
@@ -172,52 +162,91 @@ class Columns(_Units, Pieces):
         super().__init__(indices, counts, unit, K, packed_width)
         self.in_width, self.out_width = self.width, N
 
-    def gather(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def laid_out(self, weight: Tensor, n_languages: int) -> Tensor:
+        """Single columns are gathered and added at a fraction of the time where each lies in one piece of memory."""
+        return weight.t().contiguous().t() if self.unit == 1 and n_languages >= LEAST_TO_TRANSPOSE else weight
+
+    def live_columns(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Live columns [N, live] of a weight [N, K]."""
-        if language != FULL:
-            # Runs of columns are copied whole: a third of the time of copying them one by one.
-            units = self.units_of(language)
-            out = _LIVE_WEIGHT.take(weight.shape[0], self.live(language), weight)
-            if self.unit == 1:  # half the time of index_select
-                torch.gather(weight, 1, units.expand(weight.shape[0], -1), out=out)
-            else:
-                grouped = (weight.shape[0], -1, self.unit)
-                torch.index_select(weight.view(grouped), 1, units, out=out.view(grouped))
-            weight = out
-        return cast(weight, dtype)
+        if language == FULL:
+            return cast(weight, dtype)
+        return self._columns(self.units_of(language), weight, dtype)
+
+    def live_columns_split(self, language: int, weight: Tensor, x: Tensor) -> Tensor | Sequence[Tensor]:
+        """The transpose [live, N] of live columns, to multiply x [M, live] by: in parts of its rows."""
+        units, N = self.units_of(language), weight.shape[0]
+        most = max(1, rows_at_once(x, self.live(language), N) // self.unit)
+        if len(units) <= most:
+            return self._columns(units, weight, x.dtype).t()
+        memory = _LIVE_WEIGHT.take(self.live(language), N, weight)  # [live, N] only in size
+        parts, first = [], 0
+        for part in units.split(most):
+            last = first + len(part) * self.unit
+            out = memory[first:last].view(N, last - first)
+            parts.append(self._columns(part, weight, x.dtype, out).t())
+            first = last
+        return parts
+
+    def _columns(self, units: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        N = weight.shape[0]
+        out = _LIVE_WEIGHT.take(N, len(units) * self.unit, weight) if out is None else out
+        if self.unit == 1:  # half the time of index_select
+            torch.gather(weight, 1, units.expand(N, -1), out=out)
+        else:  # runs of columns are copied whole: a third of the time of copying them one by one
+            grouped = (N, -1, self.unit)
+            torch.index_select(weight.view(grouped), 1, units, out=out.view(grouped))
+        return cast(out, dtype)
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else cast(bias, x.dtype)
-        return multiply(self.compact(language, x), self.gather(language, weight, x.dtype).t(), live_bias, out)
+        live = self.compact(language, x)
+        if language == FULL:
+            b: Tensor | Sequence[Tensor] = cast(weight, x.dtype).t()
+        elif _by_columns(weight):
+            b = self.live_rows(language, weight.t(), x.dtype)
+        else:
+            b = self.live_columns_split(language, weight, live)
+        return multiply(live, b, live_bias, out)
 
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        return self.multiply_into(language, out, dy, self.gather(language, weight, dy.dtype), None)
+        if language != FULL and _by_columns(weight):
+            b = self.live_rows_sliced(language, weight.t(), dy)
+        else:
+            b = self.live_columns(language, weight, dy.dtype)
+        return self.multiply_into(language, out, dy, b, None)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if language == FULL:
-            return (dy.t() @ x[:, : self.size]).to(weight.dtype)
+            return multiply(dy.t(), x[:, : self.size]).to(weight.dtype)
         if self.unit == 1:  # gathering columns one by one is slower than adding them
             return super().weight_grad(language, dy, x, weight)
         live, unit, N = self.live(language), self.unit, dy.shape[1]
         part = _LIVE_GRAD.take(N, live + unit, x)
-        torch.mm(dy.t(), self.compact(language, x), out=part[:, :live])
+        multiply(dy.t(), self.compact(language, x), out=part[:, :live])
         part[:, live:] = 0
         part = cast(part, weight.dtype).view(N, -1, unit)
         return part.index_select(1, self.places(language)).view(N, self.size)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        out = _LIVE_GRAD.take(dy.shape[1], self.live(language), x)
-        part = cast(torch.mm(dy.t(), self.compact(language, x), out=out), grad.dtype)
+        live = self.compact(language, x)
+        if language != FULL and _by_columns(grad):
+            grad.t().index_add_(0, self.of(language), cast(temporary_product(live.t(), dy), grad.dtype))
+            return
+        part = cast(temporary_product(dy.t(), live), grad.dtype)
         if language == FULL:
             grad += part
-        else:
+        elif self.unit == 1:
             grad.index_add_(1, self.of(language), part)
+        else:  # run by run, in a quarter of the time
+            grouped = (part.shape[0], -1, self.unit)
+            grad.view(grouped).index_add_(1, self.units_of(language), part.view(grouped))
+
+
+def _by_columns(weight: Tensor) -> bool:
+    """Whether `Columns.laid_out` has put columns in one piece each."""
+    return weight.stride(0) == 1 and weight.shape[0] > 1
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)

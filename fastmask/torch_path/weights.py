@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmask import bits
+from fastmask.torch_path.products import multiply
 from fastmask.torch_path.segments import FULL, Pieces
-from fastmask.torch_path.units import multiply
 
 __all__ = ["Weights"]
 
@@ -35,7 +35,7 @@ class Weights(Pieces):
         grad += self.weight_grad(language, dy, x, grad)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        part = dy.t() @ x
+        part = multiply(dy.t(), x)
         if language != FULL:
             part *= self._keep(language)
         return part.to(weight.dtype)

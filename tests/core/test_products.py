@@ -1,0 +1,115 @@
+"""Products by oneDNN are those of PyTorch, as exact, in every layout that the masked layers use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastmask as fm
+from fastmask.torch_path import products
+
+pytestmark = pytest.mark.skipif(not products._works(), reason="this PyTorch has no oneDNN")
+
+SHAPES = [(300, 768, 256), (96, 1500, 100), (1024, 257, 16), (64, 255, 130), (200, 3072, 40)]
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Every product that is large enough goes to oneDNN, whatever the processor."""
+    monkeypatch.setenv("FASTMASK_PRODUCTS", "onednn")
+    assert products.by_onednn(torch.ones(1))
+
+
+def matrices(M: int, K: int, N: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random a [M, K] and b [K, N], stored as the forward pass, dX and dW find theirs, or with gaps between rows."""
+    torch.manual_seed(0)
+    if layout == "forward":
+        return torch.randn(M, K), torch.randn(N, K).t()
+    if layout == "dx":
+        return torch.randn(M, K), torch.randn(K, N)
+    if layout == "dw":
+        return torch.randn(K, M).t(), torch.randn(K, N)
+    return torch.randn(M, K + 7)[:, 3:-4], torch.randn(K, N + 5)[:, :N]
+
+
+def error(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest deviation from the product in float64."""
+    return (found - a.double() @ b.double()).abs().max().item()
+
+
+@pytest.mark.parametrize("layout", ["forward", "dx", "dw", "gaps"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_product_is_as_exact_as_pytorch(onednn, shape, layout):
+    """Long sums are rounded worse than by MKL, or a layout is misread."""
+    a, b = matrices(*shape, layout)
+    assert products._suits(a, *b.shape)
+    assert error(products.multiply(a, b), a, b) <= 2 * error(a @ b, a, b)
+
+
+@pytest.mark.parametrize("K", [200, 700])
+def test_bias_out_and_sum(onednn, K):
+    """A bias is added once for each part of the sum, `out` is left alone, or a strided one is overrun."""
+    a, b = matrices(128, K, 80, "forward")
+    bias, expected = torch.randn(80), a.double() @ b.double()
+    torch.testing.assert_close(products.multiply(a, b, bias).double(), expected + bias, rtol=1e-5, atol=1e-4)
+    wide = torch.full((128, 100), torch.nan)
+    assert products.multiply(a, b, bias, wide[:, :80]).data_ptr() == wide.data_ptr()
+    torch.testing.assert_close(wide[:, :80].double(), expected + bias, rtol=1e-5, atol=1e-4)
+    assert wide[:, 80:].isnan().all()
+    total = torch.ones(128, 80)
+    products.add_multiply(total, a, b)
+    torch.testing.assert_close(total.double(), expected + 1, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(products.temporary_product(a, b).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4, 8, 8), torch.float32), ((128, 768, 80), torch.float64)])
+def test_what_does_not_suit_stays_with_pytorch(onednn, shape, dtype):
+    """float64 raises, or small products pay for a call that is longer than they are."""
+    a, b = (t.to(dtype) for t in matrices(*shape, "forward"))
+    assert torch.equal(products.multiply(a, b), a @ b)
+
+
+def test_the_choice_can_be_made_by_hand(monkeypatch):
+    """The environment variable is ignored, a misspelt one accepted, or oneDNN used where it is switched off."""
+    monkeypatch.setenv("FASTMASK_PRODUCTS", "torch")
+    assert not products.by_onednn(torch.ones(1))
+    monkeypatch.setenv("FASTMASK_PRODUCTS", "mkl")
+    with pytest.raises(ValueError, match="'mkl'; expected torch or onednn"):
+        products.by_onednn(torch.ones(1))
+    monkeypatch.setenv("FASTMASK_PRODUCTS", "onednn")
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert not products.by_onednn(torch.ones(1))
+
+
+@pytest.mark.parametrize("kind", ["rows", "head rows", "columns", "head columns", "blocks", "weights"])
+def test_a_masked_layer_by_onednn(onednn, kind):
+    """A mask kind hands oneDNN the wrong part of a weight, forward or backward; mixed batch, 320 tokens a language."""
+    torch.manual_seed(1)
+    L, N, K = 3, 192, 320
+    keep = {
+        "rows": lambda: fm.Mask.rows(torch.rand(L, N) < 0.5, K),
+        "head rows": lambda: fm.Mask.rows((torch.rand(L, N // 32) < 0.5).repeat_interleave(32, 1), K),
+        "columns": lambda: fm.Mask.columns(torch.rand(L, K) < 0.5, N),
+        "head columns": lambda: fm.Mask.columns((torch.rand(L, K // 32) < 0.5).repeat_interleave(32, 1), N),
+        "blocks": lambda: fm.Mask.blocks(torch.rand(L, N // 64, K // 64) < 0.5, (64, 64)),
+        "weights": lambda: fm.Mask.weights(torch.rand(L, N, K) < 0.5),
+    }
+    mask = keep[kind]()
+    ids = torch.tensor([0, 2, 2, 0, 1, -1, 1, -1])
+    x, weight, bias, upstream = (torch.randn(s) for s in [(8, 160, K), (N, K), (N,), (8, 160, N)])
+
+    def run(multiply, dtype):
+        tensors = [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+        y = multiply(*tensors)
+        return [y.detach(), *torch.autograd.grad(y, tensors, upstream.to(dtype))]
+
+    def literal(x, weight, bias):
+        every = torch.cat([mask.to_dense(), torch.ones(1, N, K, dtype=torch.bool)])[ids]
+        y = torch.einsum("btk,bnk->btn", x, weight * every)
+        return y + (bias * every[:, :, 0])[:, None] if "rows" in kind else y + bias
+
+    exact, plain = run(literal, torch.float64), run(literal, torch.float32)
+    ours = run(lambda x, w, b: fm.masked_linear(x, w, mask, ids, b), torch.float32)
+    for name, reference, theirs, found in zip(("y", "dx", "dw", "db"), exact, plain, ours, strict=True):
+        allowed = 2 * (theirs - reference).abs().max()
+        assert (found - reference).abs().max() <= allowed, name

@@ -13,28 +13,29 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from fastmask.torch_path.products import by_onednn
 from fastmask.torch_path.segments import FULL, Split
 from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["Batched", "suits"]
 
-MOST_PRODUCTS = 2**25  # multiply-adds of one language above which calls no longer matter
+MOST_PRODUCTS, MOST_PRODUCTS_ONEDNN = 2**25, 2**22  # multiply-adds of one language above which calls no longer matter
 MOST_GATHERED = 2**22  # elements of all languages' live weights together: they exist at once here
 
 
-def suits(pieces: object, tokens: int, split: Split) -> TypeGuard[Rows | Columns]:
-    """Whether the batch is better off here than in a loop over its languages; `tokens` of one example."""
+def suits(pieces: object, x: Tensor, split: Split) -> TypeGuard[Rows | Columns]:
+    """Whether a batch x [B, T, K] is better off here than in a loop over its languages."""
     languages = split.positions
     if len(languages) < 2 or FULL in languages:
         return False
     if not isinstance(pieces, (Rows, Columns)) or pieces.packed_width is None:
         return False
-    most = max(len(positions) for positions in languages.values())
+    tokens, most = x.shape[1], max(len(positions) for positions in languages.values())
     live = max(pieces.live(language) for language in languages)
     other = pieces.in_width if isinstance(pieces, Rows) else pieces.out_width
     return (
         live > 0
-        and most * tokens * live * other <= MOST_PRODUCTS
+        and most * tokens * live * other <= (MOST_PRODUCTS_ONEDNN if by_onednn(x) else MOST_PRODUCTS)
         and len(languages) * live * other <= MOST_GATHERED
         and most * len(languages) <= 2 * split.size  # not mostly padding
     )

@@ -181,7 +181,7 @@ def _check_packed(mask: StoredMask, pieces: Pieces, split: Split) -> None:
 
 
 def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Sequence[Rows | Columns]]:
-    return len(split.parts) > 1 and all(batched.suits(layer, x.shape[1], split) for layer in layers)
+    return len(split.parts) > 1 and all(batched.suits(layer, x, split) for layer in layers)
 
 
 def _laid_out(layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split) -> list[Tensor]:

@@ -7,6 +7,7 @@ holds what a program can prepare once for a mask and a batch's language ids; no 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -16,7 +17,20 @@ from torch import Tensor, nn
 
 from fastmask.masks import Mask
 
-__all__ = ["BASELINES", "BaselineLinear", "Task", "dense", "gating", "grouped", "loop", "multiply", "stack"]
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "BaselineLinear",
+    "Task",
+    "bsr",
+    "dense",
+    "gating",
+    "grouped",
+    "loop",
+    "multiply",
+    "stack",
+    "why_not",
+]
 
 FULL = -1  # the language id of the full, unmasked network
 
@@ -36,8 +50,9 @@ class Task:
         slots: int64 [G, most]; examples in a table with one row a language, spare places repeat example 0.
         places, slot_of: the table flattened, and where each example is in it. None if that is the batch as it is.
         live: of row and column masks, the units each language owns, int64.
-        keep: bool [G, N, K] for the languages present.
+        keep: bool [G, N, K] for the languages present; of row and column masks a view of [G, N] or [G, K].
         gates: of row and column masks, the units of each example, bool [B, N] or [B, K].
+        block: (bn, bk) of block masks, else None.
     """
 
     def __init__(self, mask: Mask, language_ids: Tensor) -> None:
@@ -57,15 +72,47 @@ class Task:
             self.slots[row, : len(own)] = own
             slot_of[own] = row * most + torch.arange(len(own), device=device)
         self.places, self.slot_of = _unless_trivial(self.slots.flatten()), _unless_trivial(slot_of)
-        every = mask.to_dense()
-        full = torch.ones_like(every[:1])
-        self.keep = torch.cat([full, every])[[language + 1 for language in self.languages]]
+        present = [language + 1 for language in self.languages]  # 0 is the full network
         self.live: list[Tensor] = []
         self.gates: Tensor | None = None
         if mask.kind in ("rows", "columns"):
-            units = torch.cat([full, every]).any(2 if mask.kind == "rows" else 1)
-            self.live = [units[language + 1].nonzero().flatten() for language in self.languages]
+            units = _units(mask)
+            self.live = [units[language].nonzero().flatten() for language in present]
             self.gates = units[ids + 1]
+            shape = (len(present), mask.out_features, mask.in_features)
+            own = units[present]
+            self.keep = (own[:, :, None] if mask.kind == "rows" else own[:, None, :]).expand(shape)
+        else:
+            every = mask.to_dense()
+            self.keep = torch.cat([torch.ones_like(every[:1]), every])[present]
+        self.block = tuple(mask.geometry) if mask.kind == "blocks" else None
+        self._block_sparse: dict[int, list[Tensor]] = {}
+
+    def block_sparse(self, weight: Tensor) -> list[Tensor]:
+        """The masked weights of the languages present in PyTorch's block-sparse rows (BSR), made once for a weight.
+
+        Raises:
+            ValueError: not a mask over blocks.
+        """
+        if self.block is None:
+            raise ValueError(f"block-sparse rows are for masks over blocks, not {self.kind}")
+        made = self._block_sparse.get(weight.data_ptr())
+        if made is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # PyTorch calls them beta
+                made = [(weight.detach() * keep).to_sparse_bsr(self.block) for keep in self.keep]
+            self._block_sparse[weight.data_ptr()] = made
+        return made
+
+
+def _units(mask: Mask) -> Tensor:
+    """Bool [1 + L, N or K]: the units of the full network, then of each language."""
+    size = mask.out_features if mask.kind == "rows" else mask.in_features
+    units = torch.zeros(1 + mask.n_languages, size, dtype=torch.bool, device=mask.device)
+    units[0] = True
+    for language, count in enumerate(mask.live_counts()):
+        units[1 + language, mask.index[language, :count]] = True
+    return units
 
 
 def _unless_trivial(examples: Tensor) -> Tensor | None:
@@ -126,6 +173,8 @@ def grouped(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -
     if not task.languages:
         return F.linear(x, weight, bias)
     tokens = x[0, ..., 0].numel()
+    if torch.is_autocast_enabled(x.device.type):  # which `grouped_mm` knows nothing of
+        x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
     ordered, copies = _taken(x, task.order), (weight * task.keep).transpose(1, 2)
     y = F.grouped_mm(ordered.reshape(-1, x.shape[-1]), copies, offs=task.ends * tokens)
     return _with_bias(_taken(y.reshape(*ordered.shape[:-1], weight.shape[0]), task.back), task, bias)
@@ -141,6 +190,16 @@ def gating(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) ->
     return F.linear(x * gates, weight, bias)
 
 
+def bsr(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """`loop` over weights kept as PyTorch's block-sparse rows: forward only, masks over blocks."""
+    if not task.languages:
+        return F.linear(x, weight, bias)
+    ordered = _taken(x, task.order)
+    weights = task.block_sparse(weight)
+    parts = [F.linear(ordered[first:last], own, bias) for own, (first, last) in zip(weights, task.bounds, strict=True)]
+    return _taken(torch.cat(parts) if len(parts) > 1 else parts[0], task.back)
+
+
 BASELINES: dict[str, Baseline] = {
     "dense": dense,
     "multiply": multiply,
@@ -148,7 +207,29 @@ BASELINES: dict[str, Baseline] = {
     "stack": stack,
     "grouped": grouped,
     "gating": gating,
+    "bsr": bsr,
 }
+
+
+def why_not(name: str, kind: str, present: int, *, backward: bool, half: bool) -> str | None:
+    """Why a baseline cannot compute a mask of some kind for so many languages in one batch; None if it can.
+
+    Args:
+        name: of `BASELINES`.
+        kind: "rows", "columns", "blocks" or "weights".
+        present: languages of the batch.
+        backward: whether gradients are needed.
+        half: whether products are in bfloat16.
+    """
+    if name == "multiply" and present > 1:
+        return "it has one mask for a whole batch"
+    if name == "gating" and kind in ("blocks", "weights"):
+        return "gates are for rows and columns"
+    if name == "grouped" and not (half and hasattr(F, "grouped_mm")):
+        return "grouped_mm has a fast path for bfloat16 only"
+    if name == "bsr" and (kind != "blocks" or backward):
+        return "block-sparse rows have no gradient, and are for masks over blocks"
+    return None
 
 
 class BaselineLinear(nn.Module):

@@ -14,14 +14,14 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.baselines import BASELINES, BaselineLinear, Task
+from benchmarks.checking import check_close
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import gate
-from benchmarks.gpu.checking import check_close
-from benchmarks.gpu.layers import Layer, gathered, mixed_ids, spread, units_of
-from benchmarks.gpu.report import Row, break_even, file_name, row_of, table, write
+from benchmarks.gpu.layers import Layer
+from benchmarks.gpu.report import Row, file_name, row_of, table, write
 from benchmarks.gpu.setup import TINY
-from benchmarks.gpu.timing import compare, quartile_ratios, rounds
-from benchmarks.measure import Ratio, Side
+from benchmarks.measure import Ratio, Side, break_even, compare, quartile_ratios, rounds
+from benchmarks.product import gathered, mixed_ids, spread, units_of
 from fastmask import Mask
 from fastmask.torch_path.naive import masked_linear_naive
 

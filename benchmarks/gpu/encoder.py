@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import signal
 from collections.abc import Callable, Iterator
@@ -13,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import fastmask as fm
-from benchmarks.baselines import BASELINES, BaselineLinear, Task
-from benchmarks.gpu.checking import check_all, check_baseline
-from benchmarks.gpu.layers import mixed_ids
+from benchmarks.checking import check_all, check_baseline
 from benchmarks.gpu.report import Row, row_of
 from benchmarks.gpu.setup import Measurement, Setup
-from benchmarks.gpu.timing import captured, compare, on_gpu, peak_bytes
-from benchmarks.measure import Side
+from benchmarks.measure import Side, captured, compare, on_gpu
+from benchmarks.memory import cache_bytes, peak_bytes
+from benchmarks.product import mixed_ids
+from benchmarks.variants import Variants, encoder_of
 from fastmask.operators import paths
 
 __all__ = ["Encoders", "encoder"]
@@ -33,39 +32,25 @@ class Encoders:
     """The same encoder as often as there are ways to mask it; all copies start with the same parameters."""
 
     def __init__(self, setup: Setup) -> None:
-        from transformers import BertConfig, BertModel
-
         self.setup, self.device = setup, setup.device
-        config = BertConfig(
-            vocab_size=2, hidden_size=setup.hidden, num_hidden_layers=setup.encoder_layers,
-            num_attention_heads=setup.heads, intermediate_size=setup.ffn, max_position_embeddings=setup.encoder_tokens,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        self.plain = BertModel(config, add_pooling_layer=False).to(self.device, setup.dtype).train()
+        sizes = (setup.hidden, setup.encoder_layers, setup.heads, setup.ffn, setup.encoder_tokens)
+        plain = encoder_of(*sizes, self.device, setup.dtype)
         names = [f"language {i}" for i in range(setup.languages)]
-        self.masked = fm.attach(
-            copy.deepcopy(self.plain), fm.Subnetworks.random(config, names, DENSITY, seed=0, units="both")
-        )
         self.ids = mixed_ids(setup.encoder_examples, setup.languages).to(self.device)
+        subnets = fm.Subnetworks.random(plain.config, names, DENSITY, seed=0, units="both")
+        self.variants = Variants(plain, subnets, self.ids, share=False)
+        self.masked = self.variants.masked
         shape = (setup.encoder_examples, setup.encoder_tokens, setup.hidden)
         size = shape[0] * shape[1] * shape[2] * torch.finfo(setup.dtype).bits // 8
-        copies = 1 + 2 * _cache_bytes(self.device) // size  # of the input, so that none is found in the cache
+        # Several inputs, so that none is found in the cache.
+        copies = 1 + 2 * cache_bytes(self.device) // size if on_gpu(self.device) else 1
         self.inputs = [torch.randn(shape, device=self.device, dtype=setup.dtype) for _ in range(copies)]
         self.upstream = torch.randn(shape, device=self.device, dtype=setup.dtype)
         self._truth: list[Tensor] = []
 
     def variant(self, baseline: str) -> nn.Module:
         """A copy of the plain model that computes the masks by a baseline."""
-        model = copy.deepcopy(self.plain)
-        if baseline == "dense":
-            return model
-        for name, layer in list(self.masked.named_modules()):
-            if isinstance(layer, fm.MaskedLinear):
-                parent, _, child = name.rpartition(".")
-                replacement = BaselineLinear(model.get_submodule(name), Task(layer.mask, self.ids), BASELINES[baseline])
-                setattr(model.get_submodule(parent), child, replacement)
-        return model
+        return self.variants.of(baseline)
 
     def step(self, model: nn.Module, x: Tensor) -> Tensor:
         """Forward and backward pass; returns the output."""
@@ -193,12 +178,6 @@ def encoder(setup: Setup) -> list[Measurement]:
 
 def _has_grouped(setup: Setup) -> bool:
     return hasattr(torch.nn.functional, "grouped_mm") and setup.dtype == torch.bfloat16
-
-
-def _cache_bytes(device: torch.device) -> int:
-    if not on_gpu(device):
-        return 0
-    return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 60 * 2**20))
 
 
 def _with_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:

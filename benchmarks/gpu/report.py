@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -14,9 +13,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import commit_of
 from benchmarks.measure import Ratio
 
-__all__ = ["Row", "break_even", "describe", "file_name", "row_of", "table", "write"]
+__all__ = ["Row", "describe", "file_name", "row_of", "table", "write"]
 
 
 @dataclass
@@ -78,17 +78,6 @@ def row_of(what: str, ratio: Ratio, baseline: str, *, as_time: bool = False, **f
     )
 
 
-def break_even(sparsities: Sequence[float], times: Sequence[float]) -> float | None:
-    """The sparsity from which on time over the baseline's stays at most 1, interpolated; None if it never does."""
-    if times[-1] > 1:
-        return None
-    last_above = max((i for i, time in enumerate(times) if time > 1), default=None)
-    if last_above is None:
-        return sparsities[0]
-    (s0, t0), (s1, t1) = ((sparsities[i], times[i]) for i in (last_above, last_above + 1))
-    return s0 + (s1 - s0) * (t0 - 1) / (t0 - t1)
-
-
 def _line(row: Row, details: int) -> str:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -142,7 +131,7 @@ def describe(root: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
-        "commit": _commit(root),
+        "commit": commit_of(root),
         "date": date.today().isoformat(),
     }
     if torch.cuda.is_available():
@@ -150,17 +139,6 @@ def describe(root: Path) -> dict[str, Any]:
         described["multiprocessors"] = properties.multi_processor_count
         described["memory_gib"] = round(properties.total_memory / 2**30)
     return described
-
-
-def _commit(root: Path) -> str | None:
-    """The commit of the checkout, with a plus if files differ from it; None where git does not say."""
-    try:
-        ask = ["git", "-C", str(root)]
-        head = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-        status = subprocess.run([*ask, "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def file_name(gpu: str) -> str:

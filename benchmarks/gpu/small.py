@@ -9,11 +9,10 @@ from fastmask_kernels.tile_layout import TileLayout
 from torch import Tensor, nn
 
 import fastmask as fm
-from benchmarks.gpu.layers import mixed_ids, units_of
 from benchmarks.gpu.report import Row, row_of
 from benchmarks.gpu.setup import Measurement, Setup
-from benchmarks.gpu.timing import captured, host_compare, on_gpu, rounds
-from benchmarks.measure import Side
+from benchmarks.measure import Side, captured, host_compare, on_gpu, rounds
+from benchmarks.product import mixed_ids, units_of
 
 __all__ = ["ceilings", "launches", "layouts"]
 

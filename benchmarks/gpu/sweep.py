@@ -22,11 +22,11 @@ from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 
 import fastmask as fm
-from benchmarks.gpu.layers import DENSITY, mixed_ids, units_of
+from benchmarks.gpu.layers import DENSITY
 from benchmarks.gpu.report import Row
 from benchmarks.gpu.setup import Measurement, Setup
-from benchmarks.gpu.timing import on_gpu, rounds
-from benchmarks.measure import Side
+from benchmarks.measure import Side, on_gpu, rounds
+from benchmarks.product import mixed_ids, units_of
 
 __all__ = ["sweep", "warm_up"]
 

@@ -117,5 +117,9 @@ class Siblings:
 
 
 def _version(x: Tensor) -> int:
-    """Counts what was written to x in place; a tracer knows of no versions, and shows writes as new tensors."""
-    return 0 if torch.compiler.is_compiling() else x._version
+    """Counts what was written to x in place.
+
+    A tracer knows of no versions and shows writes as new tensors. Tensors of inference mode keep none either: a model
+    that wrote to the input between its projections would go unnoticed there.
+    """
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

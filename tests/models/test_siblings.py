@@ -54,6 +54,18 @@ def test_one_computation_for_each_group(model_type, groups, monkeypatch):
     assert all(not siblings._waiting and siblings._made_for is None for siblings in waiting), "activations are kept"
 
 
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_inference_mode(model_type):
+    """Tensors of inference mode, which keep no version, are refused."""
+    model = tiny(model_type)
+    fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b"], 0.5, seed=0, units="both"))
+    model.eval()
+    words = torch.randint(0, 50, (3, 5))
+    with torch.inference_mode():
+        found = model(input_ids=words, language_ids=IDS)[0]
+    assert torch.equal(found, model(input_ids=words, language_ids=IDS)[0])
+
+
 def test_another_input_is_computed_afresh(model, projections):
     """The key of one input is handed out for another."""
     query, key, _ = projections

@@ -1,0 +1,151 @@
+"""`Setting`: one point of a sweep, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fastmask.errors import unknown
+
+__all__ = ["BLOCKS", "DTYPES", "SHAPES", "UNITS", "DoesNotFitError", "Setting", "Shape", "block_of"]
+
+
+class DoesNotFitError(ValueError):
+    """A setting whose parts do not go together; a sweep with others left goes on without it."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One Transformer layer: width of the residual stream, neurons, heads."""
+
+    hidden: int
+    ffn: int
+    heads: int
+
+
+SHAPES = {
+    "toy": Shape(32, 64, 4),  # for tests
+    "small": Shape(256, 1024, 8),  # the parser that `fastmask train` makes from scratch
+    "bert-base": Shape(768, 3072, 12),
+    "xlmr-large": Shape(1024, 4096, 16),
+    "7b": Shape(4096, 11008, 32),  # a layer of a decoder of 7 billion parameters
+}
+BLOCKS = ("blocks16", "blocks32", "blocks64")
+UNITS = ("heads", "neurons", "both", "head-inputs", "neuron-inputs", *BLOCKS, "weights")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        case: what runs; a name of `benchmarks.cases.CASES`.
+        shape: a name of `SHAPES`.
+        layers: of the model; cases of one layer have no use for it.
+        unit: what lives and dies as one; "both" is heads and neurons. Of one weight, "heads" and "neurons" are rows,
+            "head-inputs" and "neuron-inputs" the columns that consume them.
+        density: share of the units that every language owns.
+        languages: masks held.
+        present: languages of the batch, in equal shares, sorted.
+        batch: examples.
+        tokens: of each example.
+        dtype: of the products: float32, or bfloat16 by autocast (parameters stay float32).
+        compiled: whether every implementation runs under `torch.compile`.
+        threads: of the CPU.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError, KeyError: a number out of range, an unknown name.
+        DoesNotFitError: more languages in the batch than masks are held for, or than the batch has examples.
+    """
+
+    case: str
+    shape: str = "bert-base"
+    layers: int = 4
+    unit: str = "both"
+    density: float = 0.5
+    languages: int = 8
+    present: int = 1
+    batch: int = 8
+    tokens: int = 128
+    dtype: str = "float32"
+    compiled: bool = False
+    threads: int = 1
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name, choices in (("shape", SHAPES), ("unit", UNITS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise unknown(name, getattr(self, name), choices)
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density is {self.density:g} (expected above 0 and at most 1)")
+        for name in ("layers", "languages", "present", "batch", "tokens", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} (expected at least 1)")
+        if self.present > self.languages:
+            raise DoesNotFitError(
+                f"present is {self.present} (expected at most the languages that masks are held for, {self.languages})"
+            )
+        if self.present > self.batch:
+            raise DoesNotFitError(
+                f"present is {self.present} (expected at most the examples of the batch, {self.batch})"
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise unknown("device", self.device, ("cpu", "cuda"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is 'cuda', but PyTorch finds no GPU here (expected cpu)")
+
+    @classmethod
+    def stored(cls, values: Mapping[str, Any]) -> Setting:
+        """A setting as a file names it, all fields given. Not checked: its GPU need not be here."""
+        setting = object.__new__(cls)
+        for field in fields(cls):
+            object.__setattr__(setting, field.name, values[field.name])
+        return setting
+
+    @property
+    def sizes(self) -> Shape:
+        """The sizes of a layer."""
+        return SHAPES[self.shape]
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device(self.device)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What products are cast to; None where nothing is."""
+        return None if self.dtype == "float32" else getattr(torch, self.dtype)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that forward passes run in."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device, dtype=self.autocast_dtype)
+
+    def ids(self) -> torch.Tensor:
+        """The languages of the examples, int64 [batch], on the device."""
+        return (torch.arange(self.batch) * self.present // self.batch).to(self.torch_device)
+
+    def words(self) -> str:
+        """The setting in one line, as tables and errors name it."""
+        unit = {"both": "heads + neurons", "weights": "single weights"}.get(self.unit, self.unit)
+        mixed = "one language" if self.present == 1 else f"{self.present} languages mixed"
+        parts = [f"{self.case} {self.shape}", f"{unit} at {self.density:.0%}", mixed, f"{self.batch} x {self.tokens}"]
+        if self.dtype != "float32":
+            parts.append(self.dtype)
+        if self.compiled:
+            parts.append("compiled")
+        return ", ".join(parts)
+
+
+def block_of(unit: str) -> int:
+    """The side of a block: 64 of "blocks64"."""
+    return int(unit.removeprefix("blocks"))

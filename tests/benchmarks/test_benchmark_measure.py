@@ -1,0 +1,93 @@
+"""The yardstick itself: what is reported is what a clock would say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.measure import Ratio, Side, compare, ratio_of, rounds
+from benchmarks.memory import peak_bytes, saved_bytes
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Time that passes only when a side runs."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+
+    def side(self, *seconds: float, reset: float = 0.0) -> Side:
+        """A side that takes these times in turn, and so long to reset."""
+        runs = iter(seconds * 1000)
+        return Side(lambda: self._pass(next(runs)), lambda: self._pass(reset))
+
+    def _pass(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_ratio_is_baseline_over_ours(monkeypatch):
+    """A slower library is reported as a faster one, or what is done before a run counts as the run."""
+    clock = Clock(monkeypatch)
+    ratio = compare(clock.side(0.3, reset=5), clock.side(0.1, reset=7), CPU, seconds=0, least=7)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((3.0, 3.0, 3.0))
+    assert (ratio.baseline_ms, ratio.ours_ms, ratio.pairs) == pytest.approx((300, 100, 7))
+
+
+def test_ratios_are_taken_round_by_round(monkeypatch):
+    """A machine that becomes slower half-way spoils the ratio: both sides of a round see the same speed."""
+    clock = Clock(monkeypatch)
+    # Warm-up and the round that nobody counts, then three fast and four slow rounds.
+    speeds = (*[1] * 4, *[1] * 3, *[10] * 4)
+    ratio = compare(clock.side(*(2.0 * s for s in speeds)), clock.side(*map(float, speeds)), CPU, seconds=0, least=7)
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 2.0, 2.0)
+
+
+def test_runs_for_as_long_as_asked(monkeypatch):
+    """`--seconds` is ignored, or runs without an end."""
+    clock = Clock(monkeypatch)
+    times = rounds([clock.side(0.3), clock.side(0.2)], CPU, seconds=10, least=3)
+    assert [len(own) for own in times] == [20, 20]
+    assert [len(own) for own in rounds([clock.side(9.0)], CPU, seconds=10, least=3)] == [3]
+
+
+@pytest.mark.parametrize(("low", "high", "noisy"), [(1.9, 2.09, False), (1.89, 2.1, True), (2.0, 2.0, False)])
+def test_noisy(low, high, noisy):
+    """A machine too noisy to conclude is believed, or a quiet one is not."""
+    assert Ratio(2.0, low, high, 4.0, 2.0, 9).noisy is noisy
+
+
+def test_quartiles_lie_within_what_was_seen():
+    """Quartiles are extrapolated beyond the ratios."""
+    ratio = ratio_of([2.0, 4.0, 6.0], [1.0, 1.0, 1.0])
+    assert (ratio.low, ratio.median, ratio.high) == (3.0, 4.0, 5.0)
+
+
+def test_saved_bytes_counts_each_storage_once():
+    """Activation memory is counted twice, or parameters are taken for activations."""
+    x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+    assert saved_bytes(lambda: (x @ weight).exp().sum(), [x, weight]) == 8 * 4 * 4  # what exp keeps
+    assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight]) == 2 * 8 * 4 * 4  # and x, for the weight's gradient
+
+
+def test_peak_is_of_what_is_alive_at_once():
+    """Memory that was given back is counted, or temporaries are not."""
+
+    def run() -> torch.Tensor:
+        first = torch.zeros(100_000)
+        del first
+        second = torch.zeros(50_000)
+        third = torch.zeros(25_000)
+        del second
+        return third
+
+    found = peak_bytes(run, device=CPU)
+    assert 400_000 <= found < 420_000
+
+
+def test_the_profiler_is_silent(capfd):
+    """Counting memory writes the profiler's greetings between the lines of a table."""
+    peak_bytes(lambda: torch.zeros(10), device=CPU)
+    assert capfd.readouterr() == ("", "")

@@ -168,23 +168,34 @@ def op(unit: str, density: float, present: int = 1, parts: tuple[str, ...] | Non
     return Job(Setting("op", unit=unit, density=density, languages=8, present=present), MASKED, parts, **more)
 
 
-def _share(what: str, job: Job, bound: float) -> Target:
-    return Target(what, job, BOTH_WAYS, "share", bound, against=DENSE)
+def _bits(density: float) -> Job:
+    return op("weights", density, parts=(BOTH_WAYS,))
 
 
-def _time(what: str, job: Job, bound: float) -> Target:
-    return Target(what, job, BOTH_WAYS, "time", bound, against=DENSE)
+def _twice(what: str, job: Job, metric: str, bound: float, part: str = BOTH_WAYS) -> list[Target]:
+    """Against the dense model as PyTorch runs it, and against the faster of that and ours without masks.
+
+    The first is what a user gains; the second leaves out what faster products give, and keeps what masks give.
+    """
+    return [
+        Target(f"{what}; over dense", job, part, metric, bound),
+        Target(f"{what}; over the faster of dense and full", job, part, metric, bound, against=DENSE),
+    ]
 
 
 def _shares(name: str, bounds: dict[float, float], **sizes: Any) -> list[Target]:
-    return [_share(f"{name}, {density:.0%}", encoder(density, **sizes), bound) for density, bound in bounds.items()]
+    return [
+        target
+        for density, bound in bounds.items()
+        for target in _twice(f"{name}, {density:.0%}", encoder(density, **sizes), "share", bound)
+    ]
 
 
 _MIXED: dict[str, Any] = {"present": 8, "batch": 16}
 _OF_32 = Job(Setting("encoder", languages=32, present=32, batch=32), ("dense", "fastmask", "loop", "gating"))
 _STEP = Job(Setting("step", languages=8, present=8, batch=32, tokens=24), ("dense", "fastmask", "full", "data"))
 _EPISODE = Job(Setting("episode", languages=2, present=2, batch=20, tokens=32), peaks=True)
-_BITS = op("weights", 0.5, 8, (BOTH_WAYS,), peaks=True)
+_MIXED_BITS = op("weights", 0.5, 8, (BOTH_WAYS,), peaks=True)
 
 TARGETS: list[Target] = [
     *_shares("encoder, one language", {0.75: 0.97, 0.5: 0.96, 0.25: 0.93, 0.1: 0.85}),
@@ -199,21 +210,25 @@ TARGETS: list[Target] = [
         against=("loop", "gating"),
     ),
     *(
-        Target(f"blocks of 64 at 80%, {part}", op("blocks64", 0.8), part, "speed", 1.0, against=DENSE)
+        target
         for part in ("forward", "dX", "dW", BOTH_WAYS)
+        for target in _twice(f"blocks of 64 at 80%, {part}", op("blocks64", 0.8), "speed", 1.0, part)
     ),
     *(
-        _time(f"single weights at {density:.0%}", op("weights", density, parts=(BOTH_WAYS,)), 1.08)
+        target
         for density in (0.9, 0.5, 0.1)
+        for target in _twice(
+            f"single weights at {density:.0%}", op("weights", density, parts=(BOTH_WAYS,)), "time", 1.08
+        )
     ),
-    _time("single weights at 50%, 8 languages mixed", _BITS, 1.25),
+    *_twice("single weights at 50%, 8 languages mixed", _MIXED_BITS, "time", 1.25),
     # Of the dense step's peak (x, y and their gradients, dW): 8 copies of the weight would be 2 to 3 times as much.
-    Target("the same: most memory at once over dense", _BITS, BOTH_WAYS, "peak", 1.5),
-    _share("compiled encoder, one language, 50%", encoder(0.5, compiled=True), 0.96),
-    _share("compiled encoder, 8 languages, 50%", encoder(0.5, compiled=True, **_MIXED), 0.86),
-    _share("bfloat16 encoder, one language, 50%", encoder(0.5, dtype="bfloat16"), 0.96),
-    _share("bfloat16 encoder, 8 languages, 50%", encoder(0.5, dtype="bfloat16", **_MIXED), 0.86),
-    Target("training step of the parser, 50%", _STEP, "step", "speed", 1.6, against=DENSE),
+    Target("the same: most memory at once over dense", _MIXED_BITS, BOTH_WAYS, "peak", 1.5),
+    *_twice("compiled encoder, one language, 50%", encoder(0.5, compiled=True), "share", 0.96),
+    *_twice("compiled encoder, 8 languages, 50%", encoder(0.5, compiled=True, **_MIXED), "share", 0.86),
+    *_twice("bfloat16 encoder, one language, 50%", encoder(0.5, dtype="bfloat16"), "share", 0.96),
+    *_twice("bfloat16 encoder, 8 languages, 50%", encoder(0.5, dtype="bfloat16", **_MIXED), "share", 0.86),
+    *_twice("training step of the parser, 50%", _STEP, "speed", 1.6, "step"),
     Target("the same: step over what its data take", _STEP, "step", "speed", 10, of="data", against=("fastmask",)),
     # A published script calls `loss.backward()`, which computes every gradient; "multiply" in the table does not.
     Target(

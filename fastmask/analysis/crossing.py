@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
+from fastmask.analysis.drawing import SIGNED, WRITTEN, heatmap, new_figure
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import diagonal_permutation
 
@@ -152,7 +152,7 @@ def _draw(values: Any, languages: Sequence[str], columns: Sequence[str], control
     image = heatmap(
         axis, difference, languages, [*columns, *controls], colours=SIGNED, low=-most, high=most, numbers=None
     )
-    if max(rows, n) <= 14:
+    if n <= WRITTEN:
         for (row, column), value in np.ndenumerate(values):
             dark = abs(difference[row, column]) > 0.7 * most
             text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -171,5 +171,6 @@ def _draw(values: Any, languages: Sequence[str], columns: Sequence[str], control
     axis.set_xlabel("subnetwork of")
     axis.set_ylabel("language")
     better = "higher" if sign > 0 else "lower"
-    figure.colorbar(image, ax=axis, label=f"difference to own ({better} is better)", extend="both", pad=0.02)
+    own = "own" if set(languages) <= set(columns) else "own, or to the row's mean"
+    figure.colorbar(image, ax=axis, label=f"difference to {own} ({better} is better)", extend="both", pad=0.02)
     return figure

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["AMOUNT", "COLOURS", "GREY", "MARKERS", "SIGNED", "heatmap", "label_points", "new_figure"]
+__all__ = ["AMOUNT", "COLOURS", "GREY", "MARKERS", "SIGNED", "WRITTEN", "heatmap", "label_points", "new_figure"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -82,6 +82,8 @@ def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Seque
     Each name in turn, the most crowded point first, takes the nearest of 16 directions at growing distances that is
     free, with a thin line back to its point where it had to go far. Call it last: limits and layout must be final.
     """
+    from matplotlib.patheffects import withStroke
+
     figure = axis.figure
     figure.draw_without_rendering()
     renderer = figure._get_renderer()
@@ -117,6 +119,7 @@ def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Seque
             ha="center",
             va="center",
             fontsize=size,
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # error bars may pass below
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3} if far else None,
         )
 

@@ -19,6 +19,7 @@ __all__ = ["effect"]
 KEYS = ["method", "language", "seed"]
 ENOUGH = 6  # differences from which a sign-flip test can fall below 0.05: 2^(1 - 6) = 0.03
 DRAWS = 10_000
+COLUMNS = 4  # of panels in the picture
 
 
 def effect(
@@ -191,10 +192,14 @@ def _verdict(row: Any, threshold: float) -> str:
 def _draw(table: pd.DataFrame, methods: pd.DataFrame, baseline: str) -> Any:
     """A panel for each method, a row for each language, the mean below."""
     languages = list(dict.fromkeys(table.language))
-    figure = new_figure(1.0 + 2.3 * len(methods), 0.2 * len(languages) + 1.9)
-    panels = figure.subplots(1, len(methods), sharex=True, sharey=True, squeeze=False)[0]
+    columns = min(len(methods), COLUMNS)
+    lines = -(-len(methods) // columns)
+    figure = new_figure(1.0 + 2.3 * columns, (0.2 * len(languages) + 1.4) * lines + 0.5)
+    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for panel in panels[len(methods) :]:
+        panel.set_axis_off()
     y = np.arange(len(languages))
-    for at, (panel, whole) in enumerate(zip(panels, methods.itertuples(), strict=True)):
+    for at, (panel, whole) in enumerate(zip(panels, methods.itertuples(), strict=False)):
         mine = table[table.method == whole.method].set_index("language").loc[languages]
         panel.axvline(0, color=GREY, linewidth=1)
         panel.axhline(len(languages) - 0.2, color=GREY, linewidth=0.6)
@@ -207,7 +212,7 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame, baseline: str) -> Any:
         panel.grid(axis="x", color="#EEEEEE")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(labelsize=8, labelbottom=at + columns >= len(methods))
         if at == 0:
             panel.set_yticks([*y, len(languages) + 0.6], [*languages, "mean"])
             panel.set_ylim(len(languages) + 1.3, -0.8)

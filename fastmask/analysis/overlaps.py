@@ -27,6 +27,7 @@ def overlap(
     subnets: Subnetworks,
     *,
     seeds: Sequence[Subnetworks] = (),
+    same_start: bool = True,
     units: str | None = None,
     families: Mapping[str, str] | None = None,
     level: float = 0.95,
@@ -42,6 +43,8 @@ def overlap(
     Args:
         subnets: the subnetworks of the first seed.
         seeds: those that further seeds found for the same languages.
+        same_start: whether all seeds began with the same weights, as of a pretrained model. Where each began with
+            random ones of its own, unit 3 of one seed is not unit 3 of another: only pairs of one seed are compared.
         units: "heads", "neurons" or "weights"; default the first of these that is masked.
         families: language -> family; default `language_families.LANGUAGE_FAMILIES`.
         level: of the random masks' band.
@@ -64,7 +67,7 @@ def overlap(
     units, masks = _flat(runs, units)
     languages = subnets.languages
     groups = families_of(languages, families)
-    table = _pairs(languages, masks, level)
+    table = _pairs(languages, masks, level, same_start)
     matrix = _mean_matrix(table, languages, len(runs))
     relations = _relations(table)
     related = _related(matrix, languages, groups, seed)
@@ -73,11 +76,12 @@ def overlap(
     caption = (
         f"Jaccard similarity of the {units} that {len(languages)} languages own, {n_seeds}. Left: languages joined by "
         "average linkage of 1 - similarity; a marker shows the family. Middle: mean over seeds"
-        + (", on the diagonal between seeds of one language" if seeds else "")
+        + (", on the diagonal between seeds of one language" if seeds and same_start else "")
         + f"; a dot marks pairs inside the {band}"
         + (" in most seeds" if seeds else "")
         + ". Right: all pairs; grey bars, those bands."
         + _families_sentence(related)
+        + ("" if same_start or not seeds else " Pairs are of one seed: each began with its own weights.")
     )
     return Result(
         "overlap",
@@ -120,11 +124,13 @@ def _flat(runs: Sequence[Subnetworks], units: str | None) -> tuple[str, Masks]:
     return units, flat
 
 
-def _pairs(languages: Sequence[str], masks: Masks, level: float) -> pd.DataFrame:
+def _pairs(languages: Sequence[str], masks: Masks, level: float, same_start: bool) -> pd.DataFrame:
     rows = []
     cache: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
     every = [(seed, row) for seed in range(len(masks)) for row in range(len(languages))]
     for (seed_a, a), (seed_b, b) in itertools.combinations(every, 2):
+        if seed_a != seed_b and not same_start:
+            continue
         (one, sizes_a, shapes), (other, sizes_b, _) = masks[seed_a][a], masks[seed_b][b]
         first, second = sorted((tuple(sizes_a), tuple(sizes_b)))
         if (first, second) not in cache:
@@ -141,7 +147,7 @@ def _pairs(languages: Sequence[str], masks: Masks, level: float) -> pd.DataFrame
 
 
 def _mean_matrix(table: pd.DataFrame, languages: Sequence[str], n_seeds: int) -> NDArray[np.float64]:
-    """Mean over seeds between languages, [L, L]; the diagonal between seeds, 1 with one seed."""
+    """Mean over seeds between languages, [L, L]; the diagonal between seeds, 1 where none are compared."""
     place = {language: at for at, language in enumerate(languages)}
     sums = np.zeros((len(languages), len(languages)))
     for row in table[table.relation != BOTH].itertuples():
@@ -150,7 +156,7 @@ def _mean_matrix(table: pd.DataFrame, languages: Sequence[str], n_seeds: int) ->
         if a != b:
             sums[b, a] += row.jaccard
     counts = np.full_like(sums, n_seeds)
-    np.fill_diagonal(counts, n_seeds * (n_seeds - 1) / 2)
+    np.fill_diagonal(counts, (table.relation == SEEDS).sum() / len(languages))
     return np.divide(sums, counts, out=np.ones_like(sums), where=counts > 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pandas as pd
 
 from fastmask.training.checkpoints import replace_file
 
-__all__ = ["Result"]
+__all__ = ["FORMATS", "Result"]
+
+FORMATS = ("png", "svg")
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,29 @@ class Result:
         """A new `matplotlib.figure.Figure`, which needs no display and touches no global state of matplotlib."""
         return self.draw()
 
+    def pictures(self) -> dict[str, bytes]:
+        """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes."""
+        from matplotlib import rc_context
+
+        figure, found = self.figure(), {}
+        with rc_context({"svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
+            for kind in FORMATS:
+                content = BytesIO()
+                figure.savefig(content, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
+                found[kind] = content.getvalue()
+        return found
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """All tables by the names that their files have: the analysis's own, then the further ones."""
+        return {self.name: self.table, **{f"{self.name}_{key}": table for key, table in self.more.items()}}
+
     def save(self, folder: str | PathLike[str]) -> list[Path]:
         """Write every table as CSV and the picture as PNG and SVG; returns the paths. Replaces files atomically."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for name, table in {self.name: self.table, **{f"{self.name}_{k}": t for k, t in self.more.items()}}.items():
+        folder, written = Path(folder), []
+        for name, table in self.tables().items():
             written.append(folder / f"{name}.csv")
             replace_file(written[-1], lambda partial, table=table: table.to_csv(partial, index=False))  # type: ignore[misc]
-        figure = self.figure()
-        for ending in ("png", "svg"):
-            written.append(folder / f"{self.name}.{ending}")
-            replace_file(written[-1], lambda partial, kind=ending: figure.savefig(partial, dpi=150, format=kind))  # type: ignore[misc]
+        for kind, content in self.pictures().items():
+            written.append(folder / f"{self.name}.{kind}")
+            replace_file(written[-1], lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
         return written

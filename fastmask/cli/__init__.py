@@ -1,4 +1,4 @@
-"""The `fastmask` command: train, discover, evaluate, predict, masks."""
+"""The `fastmask` command: train, discover, evaluate, predict, compare, adapt, analyze, masks."""
 
 from __future__ import annotations
 
@@ -63,12 +63,15 @@ def _run(options: argparse.Namespace) -> None:
         from fastmask.cli.adapt import run
     elif options.command == "compare":
         from fastmask.cli.compare import run
+    elif options.command == "analyze":
+        from fastmask.cli.analyze import run
     else:
         from fastmask.cli.masks import run
     run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
     from fastmask.cli.options import Formatter, add_settings
     from fastmask.compare.plan import RESERVED, CompareConfig
@@ -133,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     learn.add_argument("run", metavar="RUN", help="folder of a finished run")
     add_options(learn)
     learn.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
+
+    look = command("analyze", "what each method did to the model: a page of tables and pictures, from finished runs")
+    analyze.add_options(look)
+    look.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
     show = command("masks", "show what is in a file of subnetworks")
     show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote")

@@ -26,7 +26,7 @@ from fastmask.unseen.choosing import CHOICES
 __all__ = ["RESERVED", "SETTINGS_FILE", "CompareConfig", "Job", "Plan", "check_languages", "jobs_of"]
 
 SETTINGS_FILE = "compare.yaml"
-RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard")
+RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
 """Settings of training that the comparison itself decides."""
 
 

@@ -17,7 +17,7 @@ from fastmask.torch_path.segments import FULL, Pieces
 __all__ = ["Blocks"]
 
 # Gathering costs as much as this many rows of products do: it decides from which density on the product is whole.
-GATHERING, GATHERING_ONEDNN = 16, 48
+GATHERING, GATHERING_ONEDNN = 16, 192
 
 
 @dataclass(frozen=True)

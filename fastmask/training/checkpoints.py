@@ -21,6 +21,7 @@ from fastmask.training.random_state import random_digest
 __all__ = [
     "CheckpointError",
     "clean",
+    "complete",
     "folder_of",
     "is_complete",
     "latest",
@@ -28,6 +29,7 @@ __all__ = [
     "read_progress",
     "replace_file",
     "save",
+    "step_of",
 ]
 
 KEEP = 2
@@ -47,10 +49,24 @@ def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
     return folder if step is None else folder / f"step-{step:08d}"
 
 
+def complete(run: str | os.PathLike[str]) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    folder = folder_of(run)
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and is_complete(path)]
+    return sorted(found, key=step_of)
+
+
 def latest(run: str | os.PathLike[str]) -> Path | None:
     """Return the newest complete checkpoint of a run, or None."""
-    found = _complete(folder_of(run))
+    found = complete(run)
     return found[-1] if found else None
+
+
+def step_of(path: Path) -> int:
+    """Return the number of steps after which a checkpoint was made, from its folder's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def is_complete(path: Path) -> bool:
@@ -85,7 +101,7 @@ def save(
         step: steps done so far.
         progress: what else is needed to go on; JSON.
         write_masks: called with the path to write ``masks.safetensors`` to, or None where there are no subnetworks.
-        keep: number of checkpoints that stay.
+        keep: number of checkpoints that stay; 0: all.
         pinned: the checkpoint after so many steps stays, too.
     """
     target = folder_of(run, step)
@@ -110,7 +126,7 @@ def save(
         _sync(partial)
         os.replace(partial, target)
         _sync(target.parent)
-        for old in _complete(target.parent)[:-keep]:
+        for old in complete(run)[:-keep] if keep else []:
             if old == folder_of(run, pinned):
                 continue
             # Renamed first: a folder that is half deleted must not look like a checkpoint.
@@ -170,14 +186,6 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
         _sync(target.parent)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and is_complete(path)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -92,6 +92,9 @@ class TrainConfig(Settings):
     eval_every: int = setting(250, "steps between dev scores; 0: only at the end", low=0)
     dev_sentences: int = setting(100, "dev sentences per language that are scored during training; 0: all", low=0)
     checkpoint_every: int = setting(250, "steps between checkpoints; 0: only at the switch and at the end", low=0)
+    keep_checkpoints: int = setting(
+        2, "how many of the last checkpoints stay, beside that of the switch; 0: all, for `fastmask analyze`", low=0
+    )
     log_every: int = setting(10, "steps between lines of the metrics file", low=1)
     temperature: float = setting(
         0.0, "languages are drawn in proportion to size ** temperature; 0: equally", low=0, high=1
@@ -144,6 +147,6 @@ class TrainConfig(Settings):
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Return the settings that make a resumed run another run: name -> (own value, the other's)."""
-        free = {"resume", "out", "data", "threads", "tensorboard", "device"}
+        free = {"resume", "out", "data", "threads", "tensorboard", "device", "keep_checkpoints"}
         own, others = dataclasses.asdict(self), dataclasses.asdict(other)
         return {name: (own[name], others[name]) for name in own if name not in free and own[name] != others[name]}

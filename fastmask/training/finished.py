@@ -14,7 +14,7 @@ from fastmask.training.config import TrainConfig
 from fastmask.training.loop import MASKS_FILE
 from fastmask.training.run_folder import CONFIG_FILE
 
-__all__ = ["FinishedRun", "load_run"]
+__all__ = ["FinishedRun", "check_finished", "load_run"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class FinishedRun:
     subnetworks: Subnetworks | None
 
 
-def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
-    """Load a finished run, with its subnetworks attached unless `attached` is False.
+def check_finished(run: str | os.PathLike[str]) -> Path:
+    """Return the folder of a run if it has finished.
 
     Raises:
         FileNotFoundError: no such folder, not a run, or a run that has not finished; the message says which.
@@ -43,6 +43,16 @@ def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
         raise FileNotFoundError(
             f"the run in {folder} has not finished; {state}: go on with `fastmask train --out {folder} --resume`"
         )
+    return folder
+
+
+def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
+    """Load a finished run, with its subnetworks attached unless `attached` is False.
+
+    Raises:
+        FileNotFoundError: no such folder, not a run, or a run that has not finished; the message says which.
+    """
+    folder = check_finished(run)
     config = TrainConfig.load(folder / CONFIG_FILE)
     parser = Parser.load(folder / "model")
     masks = folder / MASKS_FILE

@@ -267,9 +267,8 @@ class _Run:
             content["episodes"] = self.phase.state_dict()
         write_masks = None if self.subnetworks is None else self.subnetworks.save
         # Other runs can branch off from the shared steps, so their end is kept.
-        checkpoints.save(
-            self.accelerator, self.folder, self.step, content, write_masks, pinned=self.config.shared_steps
-        )
+        keep, pinned = self.config.keep_checkpoints, self.config.shared_steps
+        checkpoints.save(self.accelerator, self.folder, self.step, content, write_masks, keep, pinned)
 
     def _restore(self, path: Path) -> list[dict[str, Any]]:
         """Go back to a checkpoint; return the metrics up to it."""

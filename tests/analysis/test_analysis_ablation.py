@@ -11,7 +11,7 @@ import torch
 from tiny_models import batch, multiplied, tiny
 
 import fastmask as fm
-from benchmarks.ablation import Bed, Setting
+from benchmarks.cases.ablation import Bed, Sizes
 from fastmask.analysis.variants import repeated
 from fastmask.discovery import importance
 from fastmask.models.attach import attached
@@ -174,7 +174,7 @@ def test_bad_input(change, message):
 
 def test_both_sides_of_the_benchmark_agree():
     """Broken: the benchmark times two sides that compute different things, or a side leaves other masks behind."""
-    bed = Bed(Setting(languages=2, layers=2, heads=3, sentences=2, tokens=4))
+    bed = Bed(Sizes(languages=2, layers=2, heads=3, sentences=2, tokens=4))
     subnets = attached(bed.model).subnets
     one = bed.one_at_a_time()
     assert attached(bed.model).subnets == subnets

@@ -87,6 +87,17 @@ def test_the_last_two_stay_and_half_written_ones_are_ignored(tmp_path: Path) -> 
     assert not (folder / ".partial-step-999999999").exists()
 
 
+def test_so_many_stay_as_are_asked_for(tmp_path: Path) -> None:
+    """If this fails, an analysis along training finds no checkpoints although they were asked for."""
+    accelerator, _, _ = prepared()
+    for name, keep, wanted in (("all", 0, [1, 2, 3, 4]), ("three", 3, [2, 3, 4]), ("pinned", 1, [1, 4])):
+        for step in (1, 2, 3, 4):
+            checkpoints.save(accelerator, tmp_path / name, step, {}, keep=keep, pinned=1 if name == "pinned" else None)
+        found = checkpoints.complete(tmp_path / name)
+        assert [checkpoints.step_of(path) for path in found] == wanted
+        assert checkpoints.latest(tmp_path / name) == found[-1]
+
+
 def test_random_states_come_back(tmp_path: Path) -> None:
     """If this fails, dropout differs after a resume."""
     accelerator, _, _ = prepared()

@@ -174,6 +174,13 @@ def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_pa
     assert metrics(resumed.run) == metrics(unbroken[method].run)
 
 
+def test_keep_checkpoints_reaches_the_run(tmp_path: Path) -> None:
+    """If this fails, `--keep-checkpoints` has no effect, or makes a resumed run another run."""
+    run(tmp_path / "run", keep_checkpoints=0, checkpoint_every=4)
+    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path / "run")] == [4, 6, 8, 12]
+    run(tmp_path / "run", keep_checkpoints=1, checkpoint_every=4, resume=True)
+
+
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     """If this fails, a NaN loss trains on, or nobody says where the last good weights are."""
     parser = toy_parser()

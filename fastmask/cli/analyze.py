@@ -1,0 +1,77 @@
+"""`fastmask analyze`: every analysis of runs and comparisons, as one page with its tables and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from fastmask.training.settings import items_of
+
+if TYPE_CHECKING:
+    from fastmask.reports.making import Progress
+
+__all__ = ["add_options", "run"]
+
+NAMES = "overlap,heads,conflict,cross,typology,ablation,dynamics,effect"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options, but for where to compute."""
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folders of finished runs, put side by side, and of comparisons")
+    add("--what", metavar="LIST", help=f"which analyses, by commas (default: {NAMES})")
+    add("--out", metavar="DIR", help="folder of the report (default, with one RUN: RUN/analysis)")
+    add("--data", metavar="DIR", help="folder of UD treebanks; that of the runs if not given")
+    add("--sentences", type=int, metavar="N", help="of each language, for what runs the model (default: 64 to 200)")
+    add("--seed", type=int, default=0, help="of the draw of sentences, random masks and permutations")
+    add("--workers", type=int, metavar="N", help="processes (default: one for each core, as far as there is work)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Analyse, and say where the report is and what is not in it."""
+    from fastmask.reports.jobs import Options
+    from fastmask.reports.making import make_report
+
+    if options.sentences is not None and options.sentences < 2:
+        raise ValueError(f"--sentences is {options.sentences} (expected at least 2)")
+    if options.seed < 0:
+        raise ValueError(f"--seed is {options.seed} (expected at least 0)")
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers is {options.workers} (expected at least 1)")
+    what = None if options.what is None else items_of(options.what)
+    if what == []:
+        raise ValueError(f"--what names no analysis (expected some of {NAMES})")
+    made = make_report(
+        options.runs,
+        what,
+        options.out,
+        Options(options.seed, options.sentences, options.data, options.device),
+        workers=options.workers or os.cpu_count() or 1,
+        command=options.command_line,
+        on_job=_Progress().show,
+        strict=options.debug,
+    )
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for reason in made.skipped:
+        console.print(f"skipped {reason}")
+    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in made.seconds.items() if seconds >= 0.5)
+    if times:
+        console.print(f"time, of all processes together: {times}")
+    console.print(f"report: {made.report.resolve()} ({made.sections} sections)")
+
+
+class _Progress:
+    """One line for each job that is done."""
+
+    def __init__(self) -> None:
+        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False)
+
+    def show(self, now: Progress) -> None:
+        what = f"{now.done.seconds:.0f} s" if now.done.error is None else f"failed: {now.done.error}"
+        left = f"{now.left / 60:.0f} min" if now.left >= 90 else f"{now.left:.0f} s"
+        rest = f", about {left} left" if now.number < now.total else ""
+        self.console.print(f"[{now.number}/{now.total}] {now.job.name}: {what}{rest}")

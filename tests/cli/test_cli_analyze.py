@@ -1,0 +1,114 @@
+"""`fastmask analyze` as a person types it: what it prints, leaves and exits with."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from typed_command import output_of
+
+from fastmask.cli import main
+
+TINY = [
+    "--languages",
+    "qaa,qab",
+    "--batch-size",
+    "8",
+    "--score-sentences",
+    "8",
+    "--dev-sentences",
+    "4",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("runs") / "static"
+    options = ["--steps", "4", "--density", "0.4", "--eval-every", "0", "--checkpoint-every", "1"]
+    assert main(["train", "--data", str(data), "--out", str(out), *options, "--keep-checkpoints", "0", *TINY]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, data):
+    out = tmp_path_factory.mktemp("runs") / "full"
+    options = ["--method", "full", "--steps", "2", "--eval-every", "0"]
+    assert main(["train", "--data", str(data), "--out", str(out), *options, *TINY]) == 0
+    return out
+
+
+def test_a_run_gets_a_report(run, capsys):
+    """If this fails, the command does not say where its report is, or what is missing in it and why."""
+    said = output_of(capsys, "analyze", run, "--sentences", "4", "--workers", "1")
+    assert f"report: {(run / 'analysis' / 'report.html').resolve()}" in said
+    assert "skipped typology" in said
+    assert "skipped overlap (static, between seeds): there is one seed only" in said
+    names = {path.name for path in (run / "analysis").iterdir()}
+    assert {
+        "conflict-static.png",
+        "conflict-along-static-seed-0.svg",
+        "cross-static.csv",
+        "ablation-static.csv",
+    } <= names
+    text = (run / "analysis" / "report.html").read_text()
+    assert f"fastmask analyze {run} --sentences 4 --workers 1" in text
+    assert main(["analyze", str(run), "--what", "heads", "--workers", "1"]) == 0
+    assert "[1/2] use of heads" in capsys.readouterr().err
+    assert not (run / "analysis" / "cross-static.csv").exists()
+
+
+def test_runs_side_by_side(run, full, data, capsys, tmp_path):
+    """If this fails, several runs cannot be put into one report."""
+    out = tmp_path / "out"
+    what = ["--what", "effect,conflict", "--data", data, "--sentences", "4"]
+    output_of(capsys, "analyze", run, full, "--out", out, "--workers", "1", *what)
+    names = {path.name for path in out.iterdir()}
+    assert {"effect.csv", "conflict-all.png", "conflict-static.csv", "conflict-full.csv"} <= names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--what", "overlap,conflct"], "unknown analysis 'conflct'; did you mean 'conflict'"),
+        (["--what", " , "], "--what names no analysis"),
+        (["--sentences", "1"], "--sentences is 1 (expected at least 2)"),
+        (["--seed", "-1"], "--seed is -1 (expected at least 0)"),
+        (["--workers", "0"], "--workers is 0 (expected at least 1)"),
+        (["--out", "{run}"], "holds no report"),
+        (["--what", "typology,dynamics"], "nothing could be analysed"),
+    ],
+)
+def test_what_goes_wrong_exits_with_1(run, arguments, message, capsys):
+    """If this fails, a mistake ends in a traceback, an empty report, or success."""
+    said = output_of(capsys, "analyze", run, *(word.format(run=run) for word in arguments), code=1)
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_no_run_is_one_line(capsys, tmp_path):
+    """If this fails, a folder that is no run is not named."""
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "none"):
+        said = output_of(capsys, "analyze", path, code=1)
+        assert str(path) in said
+        assert said.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_interrupted_it_leaves_nothing(run, tmp_path):
+    """If this fails, Ctrl-C leaves half a report, or processes that go on working."""
+    out = tmp_path / "out"
+    command = ["analyze", str(run), "--out", str(out), "--sentences", "400", "--workers", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "fastmask.cli", *command], stderr=subprocess.PIPE, text=True)
+    time.sleep(20)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not out.exists()

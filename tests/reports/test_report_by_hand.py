@@ -1,0 +1,269 @@
+"""Every analysis of a report equals calling `fastmask.analysis` on what the run left."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pandas.testing import assert_frame_equal
+from safetensors.torch import load_file
+
+import fastmask as fm
+from fastmask.models import attach
+from fastmask.parsing.batch import Batch
+from fastmask.parsing.evaluation import evaluate, prepare
+from fastmask.parsing.treebanks import load_treebanks
+from fastmask.reports.crossing import cross_values, mask_seed
+from fastmask.reports.folders import studies_of
+from fastmask.reports.jobs import Options
+from fastmask.reports.making import make_report
+from fastmask.reports.scores import sentence_scores
+from fastmask.reports.sentences import batches_of, treebanks_of
+from fastmask.subnetworks.controls import random_like
+from fastmask.training.checkpoints import complete
+from fastmask.training.finished import load_run
+from fastmask.unseen import HeadDirection, head_direction_similarity
+
+LANGUAGES = ["qaa", "qab", "qac"]
+OPTIONS = Options(seed=3, sentences=6)
+
+
+@pytest.fixture(scope="module")
+def tables_of(tmp_path_factory):
+    """(folders, analysis) -> the CSV files of a report as tables."""
+
+    def make(folders, what):
+        out = tmp_path_factory.mktemp("report") / "out"
+        make_report(folders, [what], out, OPTIONS)
+        return {path.stem: pd.read_csv(path, keep_default_na=True) for path in out.glob("*.csv")}
+
+    return make
+
+
+def same(found, wanted):
+    """Whether a table that was read from a CSV file is this one."""
+    assert_frame_equal(found, pd.read_csv(StringIO(wanted.to_csv(index=False))), rtol=1e-5, atol=1e-7)
+
+
+def masks_of(run):
+    return fm.Subnetworks.load(run / "masks.safetensors")
+
+
+def rows_of(run, split, language):
+    """The sentences that the report draws."""
+    (study,) = studies_of([run])
+    return treebanks_of(study.runs[0], split).rows(language, split, OPTIONS.sentences, OPTIONS.seed)
+
+
+def attached_parser(run):
+    return load_run(run).parser
+
+
+def test_drawn_sentences_are_of_the_split(static_run, data):
+    """If this fails, analyses run on other sentences than they say, or not on the same ones for every run."""
+    drawn = rows_of(static_run, "test", "qab")
+    whole = load_treebanks(data, "qab")["qab"]["test"]
+    ids = [row["sent_id"] for row in drawn]
+    assert len(set(ids)) == OPTIONS.sentences
+    assert set(ids) <= set(whole["sent_id"])
+    assert ids == [row["sent_id"] for row in rows_of(static_run, "test", "qab")]
+
+
+def test_overlap_and_heads(comparison, tables_of):
+    """If this fails, masks of the wrong runs, units or seeds are compared."""
+    seeds = [masks_of(comparison / f"seed-{seed}" / "static-none" / "run") for seed in (0, 1)]
+    found = tables_of([comparison], "overlap")
+    for units in ("heads", "neurons"):
+        wanted = fm.analysis.overlap(seeds[0], seeds=[seeds[1]], same_start=False, units=units, seed=3)
+        same(found[f"overlap-{units}-static"], wanted.table)
+        same(found[f"overlap-{units}-static_relations"], wanted.more["relations"])
+    found = tables_of([comparison], "heads")
+    for seed in (0, 1):
+        wanted = fm.analysis.unit_use(seeds[seed], units="heads", seed=3)
+        same(found[f"use-heads-static-seed-{seed}"], wanted.table)
+        same(found[f"use-heads-static-seed-{seed}_layers"], wanted.more["layers"])
+
+
+def conflict_by_hand(parser, run):
+    batches = {name: batches_of(parser, rows_of(run, "train", name), "cpu") for name in LANGUAGES}
+    return fm.analysis.gradient_conflict(
+        parser.encoder, lambda batch: parser(batch).loss_per_sentence, batches, whole=parser
+    )
+
+
+def test_conflict(static_run, full_run, tables_of):
+    """If this fails, gradients are those of other weights, sentences or networks, or change places side by side."""
+    found = tables_of([full_run, static_run], "conflict")
+    wanted = {
+        name: conflict_by_hand(attached_parser(run), run) for name, run in (("full", full_run), ("static", static_run))
+    }
+    for name, result in wanted.items():
+        same(found[f"conflict-{name}"], result.table)
+        together = found["conflict-all"]
+        mine = together[together.variant == name].drop(columns=["variant", "seed"]).reset_index(drop=True)
+        same(mine, result.more["scopes"])
+    assert set(wanted["static"].table.scope) - set(wanted["full"].table.scope) == {"shared"}
+
+
+def test_conflict_along_checkpoints(static_run, tables_of):
+    """If this fails, a checkpoint is analysed with other weights or masks than it had."""
+    found = tables_of([static_run], "conflict")["conflict-along-static-seed-0"]
+    assert list(dict.fromkeys(found.step)) == [2, 3, 4, 6]
+    networks = found.drop_duplicates("step").set_index("step").network
+    assert networks.to_dict() == {2: "full network", 3: "full network", 4: "subnetworks", 6: "subnetworks"}
+    # The last checkpoint is the finished model.
+    last = found[found.step == 6].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
+    same(last, conflict_by_hand(attached_parser(static_run), static_run).more["scopes"])
+    second = next(path for path in complete(static_run) if path.name.endswith("2"))
+    parser = load_run(static_run, attached=False).parser
+    parser.load_state_dict(load_file(second / "model.safetensors"))
+    early = found[found.step == 2].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
+    same(early, conflict_by_hand(parser, static_run).more["scopes"])
+
+
+def test_cross(comparison, tables_of):
+    """If this fails, a language is parsed by another's subnetwork than the table says, or seeds are not averaged."""
+    found = tables_of([comparison], "cross")
+    languages = [*LANGUAGES, "qad", "qag", "qah"]
+    values = {}
+    for seed in (0, 1):
+        run = comparison / f"seed-{seed}" / "static-none" / "run"
+        subnets = masks_of(run)
+        for place, language in enumerate(languages):
+            (study,) = studies_of([comparison])
+            rows = treebanks_of(study.runs[0], "test", None, study.unseen).rows(language, "test", 6, 3)
+            own = subnets.index(language) if language in subnets.languages else place % 3
+            for name in [*LANGUAGES, "full", "random"]:
+                parser = load_run(run, attached=False).parser
+                attach(parser.encoder, random_like(subnets, mask_seed(3)) if name == "random" else subnets)
+                number = {"full": -1, "random": own}[name] if name in ("full", "random") else subnets.index(name)
+                las = evaluate(parser, {"it": prepare(parser, rows)}, number)["it"].las
+                values.setdefault((language, name), []).append(las)
+    means = {pair: sum(of_seeds) / 2 for pair, of_seeds in values.items()}
+    wanted = fm.analysis.cross_evaluation(lambda a, b: means[a, b], languages, LANGUAGES, seed=3)
+    same(found["cross-static"], wanted.table)
+    same(found["cross-static_overall"], wanted.more["overall"])
+    seeds = found["cross-static_seeds"]
+    assert len(seeds) == 2 * len(languages) * 5
+    one = seeds[(seeds.seed == 1) & (seeds.language == "qad") & (seeds.subnetwork == "qab")]
+    assert one.las.item() == pytest.approx(values["qad", "qab"][1])
+
+
+def test_random_masks_are_not_those_of_a_run(static_run):
+    """If this fails, a run of method random is compared with its own masks: the control says that nothing matters."""
+    found = masks_of(static_run)
+    rows = {"qaa": rows_of(static_run, "test", "qaa")}
+    for seed in (0, 1):
+        of_run = random_like(found, seed)  # as training draws them
+        control = random_like(of_run, mask_seed(seed))
+        assert not torch.equal(of_run.heads, control.heads)
+        assert torch.equal(of_run.heads.sum(-1), control.heads.sum(-1))
+    parser = load_run(static_run, attached=False).parser
+    assert set(cross_values(parser, found, rows, 0)) == {("qaa", name) for name in [*LANGUAGES, "full", "random"]}
+
+
+def test_ablation(static_run, tables_of):
+    """If this fails, heads are flipped in other networks, or their worth is measured by another loss."""
+    found = tables_of([static_run], "ablation")
+    parser = attached_parser(static_run)
+    batches = {name: batches_of(parser, rows_of(static_run, "test", name), "cpu") for name in LANGUAGES}
+    wanted = fm.analysis.ablation(
+        parser.encoder,
+        lambda batch: parser(batch).loss_per_sentence,
+        batches,
+        whole=parser,
+        repeat=Batch.tiled,
+        seed=3,
+    )
+    same(found["ablation-static"], wanted.table)
+    same(found["ablation-static_agreement"], wanted.more["agreement"])
+
+
+def test_dynamics(dynamic_run, tables_of):
+    """If this fails, masks are followed at other steps than they were updated at."""
+    found = tables_of([dynamic_run], "dynamics")
+    for units in ("heads", "neurons"):
+        wanted = fm.analysis.dynamics(dynamic_run / "dynamic.safetensors", units=units, steps=[4, 5, 6])
+        same(found[f"dynamics-{units}-dynamic-seed-0"], wanted.table)
+        assert set(wanted.table.step) == {0, 4, 5, 6}
+
+
+def las_by_hand(comparison, method, condition, seed):
+    """Language -> mean over support sets."""
+    result = json.loads((comparison / f"seed-{seed}" / f"{method}-none" / "result.json").read_text())
+    found = {}
+    for row in result["scores"]:
+        if row["condition"] == condition:
+            found.setdefault(row["language"], []).append(row["las"])
+    return {language: sum(values) / len(values) for language, values in found.items()}
+
+
+def test_effect_of_a_comparison(comparison, tables_of):
+    """If this fails, scores of other conditions, seeds or support sets are compared."""
+    found = tables_of([comparison], "effect")
+    for condition in ("seen", "adapted", "zero-shot"):
+        rows = [
+            {"method": method, "language": language, "seed": seed, "score": score}
+            for method in ("full", "static")
+            for seed in (0, 1)
+            for language, score in las_by_hand(comparison, method, condition, seed).items()
+        ]
+        wanted = fm.analysis.effect(rows, seed=3)
+        same(found[f"effect-{condition}"], wanted.table)
+        same(found[f"effect-{condition}_methods"], wanted.more["methods"])
+
+
+def test_effect_of_single_runs(static_run, full_run, tables_of):
+    """If this fails, a sentence's score is not the official one, or runs are compared on different sentences."""
+    found = tables_of([static_run, full_run], "effect")["effect"].set_index("language")
+    assert (found.over == "sentences").all()
+    for language in LANGUAGES:
+        rows = rows_of(static_run, "test", language)
+        las = {}
+        for name, run in (("static", static_run), ("full", full_run)):
+            parser = attached_parser(run)
+            number = LANGUAGES.index(language) if name == "static" else None
+            las[name] = evaluate(parser, {"it": prepare(parser, rows)}, number)["it"].las
+            scores = sentence_scores(parser, rows, number)
+            assert np.average(scores.score, weights=scores.weight) == pytest.approx(las[name])
+        assert found.difference[language] == pytest.approx(las["static"] - las["full"])
+        assert found.n[language] == 6
+
+
+def test_typology(comparison, data, tables_of):
+    """If this fails, gains are set against the similarity of another language, or of other sentences."""
+    found = tables_of([comparison], "typology")
+    unseen = ["qad", "qag", "qah"]
+    loaded = load_treebanks(data, [*LANGUAGES, *unseen])
+    profile = {
+        name: HeadDirection.of_rows([row for split in splits.values() for row in split])
+        for name, splits in loaded.items()
+    }
+    near = {
+        name: head_direction_similarity(profile[name], {other: profile[other] for other in LANGUAGES})
+        for name in unseen
+    }
+    gains = {
+        name: [
+            las_by_hand(comparison, "static", "adapted", seed)[name]
+            - las_by_hand(comparison, "full", "adapted", seed)[name]
+            for seed in (0, 1)
+        ]
+        for name in unseen
+    }
+    wanted = fm.analysis.typology(gains, near, seed=3)
+    same(found["typology-static-head-direction"], wanted.table)
+    every = found["typology-static-head-direction_every-correlation"].set_index("condition")
+    assert list(every.index) == ["zero-shot", "chosen", "adapted"]
+    assert every.p["adapted"] == pytest.approx(wanted.more["correlation"].p[0], nan_ok=True)
+
+
+def test_torch_is_left_alone(static_run, tmp_path):
+    """If this fails, a report in one process changes how many threads its caller computes with."""
+    before = torch.get_num_threads()
+    make_report([static_run], ["overlap"], tmp_path / "out", OPTIONS)
+    assert torch.get_num_threads() == before

@@ -1,0 +1,199 @@
+"""``report.html`` and the files beside it: whole, self-contained, replaced, and nothing else touched."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+import fastmask as fm
+from fastmask.analysis.result import Result
+from fastmask.reports import writing
+from fastmask.reports.analyses import ANALYSES
+from fastmask.reports.folders import studies_of
+from fastmask.reports.making import make_report
+from fastmask.reports.page import SHOWN_ROWS, Part, page
+from fastmask.reports.sections import Section, Skipped, file_name
+
+VOID = {"meta", "img", "br", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """Every tag is closed where it should be; keeps what the page loads and links to, its ids and its texts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loaded, self.links, self.ids, self.images, self.texts = [], [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        self.loaded += [value for name, value in attributes if name in ("src", "srcset", "data", "poster", "action")]
+        if tag == "link":
+            self.loaded.append(given.get("href"))
+        if tag == "a":
+            self.links.append(given["href"])
+        if tag == "img":
+            self.images.append(given)
+        if "id" in given:
+            self.ids.append(given["id"])
+
+    def handle_endtag(self, tag):
+        assert self.open, tag
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def report(static_run, tmp_path_factory):
+    """The folder of a report."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    return make_report([static_run], ["overlap", "heads"], out, command="fastmask analyze <x>").report.parent
+
+
+def test_page_is_whole_and_loads_nothing(report):
+    """If this fails, the page is broken HTML, asks the network for something, or its links lead nowhere."""
+    text = (report / "report.html").read_text()
+    found = Page(text)
+    assert found.images
+    for image in found.images:
+        head, _, content = image["src"].partition(",")
+        assert head == "data:image/png;base64"
+        assert base64.b64decode(content).startswith(b"\x89PNG")
+        assert len(image["alt"]) > 20
+    assert all(value.startswith("data:") for value in found.loaded)
+    assert not re.search(r"https?://|@import|url\(|//[a-z]+\.[a-z]", text)
+    assert len(found.ids) == len(set(found.ids))
+    for link in found.links:
+        assert link[1:] in found.ids if link.startswith("#") else (report / link).is_file(), link
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_page_says_what_was_computed(report, static_run):
+    """If this fails, a reader cannot tell which runs, versions and numbers a picture is from, or make it again."""
+    text = " ".join(Page((report / "report.html").read_text()).texts)
+    for wanted in ("static", str(static_run.resolve()), "density: 0.5", f"fastmask {fm.__version__}", "Skipped"):
+        assert wanted in text, wanted
+    assert "fastmask analyze <x>" in text  # escaped in the file, or the parser would have seen a tag
+    study = studies_of([static_run])[0]
+    for units in ("heads", "neurons"):
+        result = fm.analysis.overlap(study.runs[0].masks, units=units)
+        assert result.caption in text
+    assert "n = " in text or "languages own" in text
+
+
+def test_files_are_listed_and_there(report):
+    """If this fails, a table or a picture is missing beside the page."""
+    contents = json.loads((report / "contents.json").read_text())
+    assert sorted(path.name for path in report.iterdir()) == sorted([*contents, "contents.json"])
+    for name in ("overlap-heads-static", "overlap-neurons-static", "use-heads-static-seed-0"):
+        for ending in ("csv", "png", "svg"):
+            assert f"{name}.{ending}" in contents
+    assert (report / "overlap-heads-static.svg").read_text().rstrip().endswith("</svg>")
+
+
+def test_hostile_names_and_long_tables(static_run):
+    """If this fails, a language's or a folder's name becomes HTML, or a long table makes the page too heavy to open."""
+    rows = pd.DataFrame({"language": ["<script>alert(1)</script>"] * 300, "a_b": [float("nan"), *[0.123456] * 299]})
+    result = Result("overlap", rows, "<b>caption</b> & more", lambda: fm.analysis.overlap(masks).figure())
+    masks = fm.Subnetworks.load(static_run / "masks.safetensors")
+    section = Section.of(result, "<i>title</i>", "x")
+    (study,) = studies_of([static_run])
+    text = page([study], [Part(study, ANALYSES[0], [section])], [Skipped("a", "<u>", "because & so")], "a <b>")
+    found = Page(text)
+    assert text.count("<script>") == 1
+    assert "<b>" not in text
+    assert "<u>" not in text
+    assert sum("alert(1)" in data for data in found.texts) == SHOWN_ROWS
+    assert f"The first {SHOWN_ROWS} of 300 rows" in " ".join(found.texts)
+    assert f"{section.name}.csv" in found.links
+    assert "0.1235" in found.texts
+    assert "–" in found.texts
+    assert len(pd.read_csv(io.BytesIO(section.files[f"{section.name}.csv"]))) == 300
+
+
+def test_same_input_same_files(report, static_run, tmp_path):
+    """If this fails, a report made again differs, and nobody can tell whether the numbers do."""
+    make_report([static_run], ["overlap", "heads"], tmp_path / "again", command="fastmask analyze <x>")
+    for path in report.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
+
+
+def test_a_second_report_replaces_the_first(static_run, tmp_path):
+    """If this fails, old pictures stay beside a new page, or files of somebody else are removed."""
+    out = tmp_path / "out"
+    make_report([static_run], ["overlap", "heads"], out)
+    (out / "notes.txt").write_text("mine")
+    before = {path: path.stat().st_mtime_ns for path in static_run.rglob("*")}
+    make_report([static_run], ["heads"], out)
+    names = {path.name for path in out.iterdir()}
+    assert not any(name.startswith("overlap") for name in names)
+    assert {"report.html", "notes.txt", "use-heads-static-seed-0.png"} <= names
+    assert not any(name.startswith(".") for name in names)
+    assert {path: path.stat().st_mtime_ns for path in static_run.rglob("*")} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="holds no report"):
+        make_report([static_run], ["overlap"], tmp_path / "other")
+
+
+def test_an_interrupted_report_leaves_whole_files(static_run, tmp_path, monkeypatch):
+    """If this fails, Ctrl-C leaves half a file, or one that no later report takes away."""
+    out = tmp_path / "out"
+    make_report([static_run], ["overlap"], out)
+    old, write, count = (out / "report.html").read_bytes(), writing._write, itertools.count()
+
+    def write_some(path, content):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "_write", write_some)
+        with pytest.raises(KeyboardInterrupt):
+            make_report([static_run], ["heads"], out)
+    assert (out / "report.html").read_bytes() == old
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    make_report([static_run], ["dynamics", "overlap"], out)
+    assert not list(out.glob("use-*"))
+
+
+def test_contents_cannot_lead_out_of_the_folder(static_run, tmp_path):
+    """If this fails, a report removes files outside its folder."""
+    out = tmp_path / "out"
+    make_report([static_run], ["overlap"], out)
+    (tmp_path / "precious").write_text("x")
+    (out / "contents.json").write_text(json.dumps(["../precious", str(tmp_path / "precious"), "gone.csv"]))
+    make_report([static_run], ["overlap"], out)
+    assert (tmp_path / "precious").is_file()
+
+
+def test_several_studies_keep_their_files_apart(static_run, comparison, tmp_path):
+    """If this fails, the pictures of one comparison replace those of another."""
+    made = make_report([static_run, comparison], ["overlap"], tmp_path / "out")
+    names = {path.name for path in made.report.parent.glob("overlap*.png")} | {
+        path.name for path in made.report.parent.glob("?-*-overlap-*.png")
+    }
+    assert len(names) == made.sections == 4
+    found = Page(made.report.read_text())
+    assert len(found.ids) == len(set(found.ids))
+    for link in found.links:
+        assert link[1:] in found.ids if link.startswith("#") else (made.report.parent / link).is_file(), link
+
+
+def test_file_names():
+    """If this fails, a variant's name makes a path that some system refuses."""
+    assert file_name("conflict", "static + FOMAML (my run/2)") == "conflict-static-fomaml-my-run-2"

@@ -1,0 +1,151 @@
+"""What a folder is, what is skipped and why, and what ends a report before anything is computed."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from fastmask.compare.plan import SETTINGS_FILE
+from fastmask.errors import FastmaskKeyError
+from fastmask.reports.analyses import ANALYSES
+from fastmask.reports.folders import studies_of
+from fastmask.reports.jobs import Options
+from fastmask.reports.making import make_report
+
+FEW = Options(sentences=4)
+
+
+def reasons(made):
+    return {str(reason) for reason in made.skipped}
+
+
+def says(made, *parts):
+    """Whether one reason has all of these."""
+    return any(all(part in reason for part in parts) for reason in reasons(made))
+
+
+def test_a_comparison_is_its_cells(comparison):
+    """If this fails, cells are taken for other methods or seeds, or scores of the comparison are lost."""
+    (study,) = studies_of([comparison])
+    assert {name: [run.config.seed for run in runs] for name, runs in study.variants.items()} == {
+        "full": [0, 1],
+        "static": [0, 1],
+    }
+    assert study.unseen == "qad,qag,qah"
+    assert study.scores is not None
+    assert set(study.scores["condition"]) >= {"seen", "adapted", "zero-shot"}
+    assert list(study.masked) == ["static"]
+
+
+def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
+    """If this fails, a comparison that still runs cannot be looked at, or a missing cell goes unnoticed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(comparison, copy)
+    (copy / "seed-1" / "static-none" / "result.json").unlink()
+    (study,) = studies_of([copy])
+    assert study.unfinished == ("seed-1/static-none",)
+    made = make_report([copy], ["effect", "overlap"], options=FEW)
+    assert says(made, "comparison (seed-1/static-none)", "not done")
+    assert says(made, "overlap (static, between seeds)", "one seed only")
+    for seed in (0, 1):
+        shutil.rmtree(copy / f"seed-{seed}")
+    with pytest.raises(FileNotFoundError, match="no finished cell"):
+        studies_of([copy])
+
+
+def test_runs_of_one_method_are_told_apart(static_run, tmp_path):
+    """If this fails, two runs of one method and seed become one line, or seeds of one method several."""
+    other = tmp_path / "other"
+    shutil.copytree(static_run, other)
+    (study,) = studies_of([static_run, other])
+    assert list(study.variants) == ["static (static)", "static (other)"]
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 5"))
+    (study,) = studies_of([static_run, other])
+    assert [run.config.seed for run in study.variants["static"]] == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "there is no such folder"),
+        (lambda path: path.mkdir(), f"holds neither a run .* nor a comparison .*{SETTINGS_FILE}"),
+        (
+            lambda path: (path / "run").mkdir(parents=True) or (path / "run" / "config.yaml").touch(),
+            "did you mean .*run",
+        ),
+        (lambda path: path.mkdir() or (path / "config.yaml").touch(), "has not finished"),
+    ],
+)
+def test_what_is_no_run(make, message, tmp_path):
+    """If this fails, a mistyped folder gives a traceback, or an empty report."""
+    make(tmp_path / "given")
+    with pytest.raises(FileNotFoundError, match=message):
+        make_report([tmp_path / "given"])
+    assert not (tmp_path / "given" / "analysis").exists()
+
+
+def test_bad_names(static_run, full_run, tmp_path):
+    """If this fails, a mistyped analysis is left out silently, or found after minutes of work."""
+    with pytest.raises(FastmaskKeyError, match="unknown analysis 'overlp'; did you mean 'overlap'"):
+        make_report([static_run], ["overlp"])
+    with pytest.raises(ValueError, match=r"expected --out"):
+        make_report([static_run, full_run])
+
+
+def test_a_run_without_masks(full_run, tmp_path):
+    """If this fails, `full` stops a report, or nobody learns why half of it is missing."""
+    copy = tmp_path / "full"
+    shutil.copytree(full_run, copy)
+    shutil.rmtree(copy / "checkpoints")
+    made = make_report([copy], options=FEW, out=tmp_path / "out")
+    for name in ("overlap", "heads", "cross", "ablation"):
+        assert says(made, f"{name}: ", "no run has subnetworks"), name
+    assert says(made, "dynamics: ", "no run is of method dynamic")
+    assert says(made, "conflict (along checkpoints)", "kept no checkpoint", "--keep-checkpoints 0")
+    assert says(made, "effect", "no run to compare")
+    assert says(made, "typology", "fastmask compare")
+    assert [path.stem for path in (tmp_path / "out").glob("*.png")] == ["conflict-full"]
+
+
+def test_without_checkpoints(comparison, tmp_path):
+    """If this fails, an analysis along training that cannot be made says nothing of it."""
+    with pytest.raises(ValueError, match=r"nothing could be analysed:\n.*no folder of treebanks") as caught:
+        make_report([comparison], ["conflict"], tmp_path / "out", Options(data=str(tmp_path / "nowhere")))
+    assert "a cell of a comparison keeps no checkpoint" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_languages_missing_from_the_data(static_run, comparison, data, tmp_path):
+    """If this fails, one language without a treebank takes an analysis of all others with it."""
+    some = tmp_path / "ud"
+    shutil.copytree(data, some)
+    codes = {path.name.split("_")[0]: path.parent for path in some.glob("UD_*/*-test.conllu")}
+    shutil.rmtree(codes["qab"])
+    next(codes["qag"].glob("*-test.conllu")).unlink()
+    made = make_report([static_run], ["ablation", "conflict"], tmp_path / "one", Options(sentences=4, data=str(some)))
+    for name in ("ablation", "conflict"):
+        assert says(made, f"{name} (qab)", "no treebank of it"), reasons(made)
+    text = (tmp_path / "one" / "ablation-static.csv").read_text()
+    assert "qaa" in text
+    assert "qab" not in text
+    made = make_report([comparison], ["cross"], tmp_path / "two", Options(sentences=4, data=str(some)))
+    assert says(made, "cross (qab)", "no treebank of it")
+    assert says(made, "cross (qag)", "no test split")
+    shutil.rmtree(codes["qac"])
+    with pytest.raises(ValueError, match="between two languages or more, and there is qaa"):
+        make_report([static_run], ["conflict"], tmp_path / "three", Options(sentences=4, data=str(some)))
+
+
+def test_one_seed_only(static_run, tmp_path):
+    """If this fails, the missing comparison between seeds is not explained."""
+    made = make_report([static_run], ["overlap"], tmp_path / "out")
+    assert says(made, "overlap (static, between seeds)", "one seed only")
+
+
+def test_the_command_names_every_analysis():
+    """If this fails, the command's list of analyses is not the library's."""
+    from fastmask.cli.analyze import NAMES
+
+    assert NAMES.split(",") == [analysis.name for analysis in ANALYSES]

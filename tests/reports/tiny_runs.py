@@ -1,0 +1,59 @@
+"""How the tiny runs of this folder are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastmask.compare.cells import Runner
+from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.queue import work
+from fastmask.training.build import build_parser
+from fastmask.training.config import TrainConfig
+from fastmask.training.data import load_training_data
+from fastmask.training.loop import train
+from fastmask.training.methods import subnetworks_of
+
+TRAINING: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 6,
+    "density": 0.5,
+    "score_sentences": 8,
+    "dev_sentences": 4,
+    "eval_every": 0,
+    "threads": 1,
+    "discover_at": 0.5,
+    "update_every": 1,
+    "scout_sentences": 2,
+    "lr": 0.003,
+}
+COMPARISON = {
+    "train": "qaa,qab,qac",
+    "unseen": "qad,qag,qah",
+    "shots": 4,
+    "support_sets": 2,
+    "adapt_steps": 1,
+    "adapt_lr": 1e-3,
+    "adapt_encoder_lr": 1e-3,
+    "test_sentences": 6,
+    "seeds": 2,
+    "methods": "full,static",
+    "metas": "none",
+}
+
+
+def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
+    """A finished training run on three languages; returns its folder."""
+    given = {**TRAINING, "languages": "qaa,qab,qac", "checkpoint_every": 2, **settings}
+    config = TrainConfig(data=str(data), method=method, out=str(out), **given)
+    datasets = load_training_data(data, config.languages or "")
+    train(build_parser(config, datasets), datasets, config, subnetworks_of, progress=False)
+    return out
+
+
+def make_comparison(out: Path, data: Path, settings: dict[str, Any], training: dict[str, Any]) -> Path:
+    """A comparison that is done; returns its folder."""
+    plan = Plan(out, str(data), CompareConfig(**settings), training)
+    plan.open()
+    work(plan, Runner(plan).run)
+    return out

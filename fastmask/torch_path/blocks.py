@@ -17,7 +17,8 @@ from fastmask.torch_path.segments import FULL, Pieces
 __all__ = ["Blocks"]
 
 # Gathering costs as much as this many rows of products do: it decides from which density on the product is whole.
-GATHERING, GATHERING_ONEDNN = 16, 192
+GATHERING, GATHERING_ONEDNN = 16, 128
+SCATTERING_ONEDNN = 400  # the same of dW, whose blocks are put back one block row at a time
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Blocks(Pieces):
         return out
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        if self._whole(language, x):
+        if self._whole(language, x, SCATTERING_ONEDNN):
             part = multiply(dy.t(), x)
             grad += (part if language == FULL else self._without_dead(language, part)).to(grad.dtype)
             return
@@ -93,12 +94,12 @@ class Blocks(Pieces):
                 part = multiply(upstream.t(), inputs.index_select(1, live).flatten(1))
                 blocks[n].index_add_(1, live, part.to(grad.dtype).view(self.bn, -1, self.bk))
 
-    def _whole(self, language: int, x: Tensor) -> bool:
+    def _whole(self, language: int, x: Tensor, of_onednn: int = GATHERING_ONEDNN) -> bool:
         """Whether the whole weight is multiplied, dead blocks as zeros."""
         if language == FULL:
             return True
-        size = min(self.bn, self.bk)
-        return self.live[language].density > size / (size + (GATHERING_ONEDNN if by_onednn(x) else GATHERING))
+        size, cost = min(self.bn, self.bk), of_onednn if by_onednn(x) else GATHERING
+        return self.live[language].density > size / (size + cost)
 
     def _blocks(self, weight: Tensor) -> Tensor:
         """The weight as [N / bn, bn, K / bk, bk]."""

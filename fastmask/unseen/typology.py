@@ -17,8 +17,11 @@ syntactic features, gaps filled by their nearest neighbours (`syntax_knn`; which
 
 from __future__ import annotations
 
+import sys
+import sysconfig
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,8 +190,21 @@ def _codes(uriel: Any, languages: Sequence[str]) -> dict[str, str]:
     return codes
 
 
+@contextmanager
+def _without_scripts() -> Iterator[None]:
+    """Leave out the folder of installed scripts: lang2vec puts a ``lang2vec.py`` there, which hides the package from
+    every command that is started from it, such as ``fastmask``.
+    """
+    before, scripts = list(sys.path), sysconfig.get_path("scripts")
+    sys.path[:] = [folder for folder in before if folder != scripts]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _uriel() -> Any:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_scripts():
         warnings.simplefilter("ignore")  # it reads its files by `pkg_resources`, which says that it is deprecated
         try:
             from lang2vec import lang2vec

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -170,3 +172,15 @@ def test_uriel():
     assert uriel_similarity("ar", ["ar"])["ar"] == pytest.approx(1)
     with pytest.raises(KeyError, match="URIEL has no language 'qaa'"):
         uriel_similarity("en", ["qaa"])
+
+
+def test_uriel_from_an_installed_command(tmp_path, monkeypatch):
+    """A command finds the script that lang2vec installs beside it instead of the package."""
+    pytest.importorskip("lang2vec.lang2vec")
+    (tmp_path / "lang2vec.py").write_text("raise OSError('the script')")
+    for name in [name for name in sys.modules if name.startswith("lang2vec")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert 0 < uriel_similarity("fi", ["ru"])["ru"] <= 1
+    assert sys.path[0] == str(tmp_path)

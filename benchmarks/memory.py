@@ -29,8 +29,8 @@ def saved_bytes(forward: Callable[[], Tensor], not_counted: Sequence[Tensor]) ->
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
-        return tensor
+            kept.append(tensor.detach())
+        return tensor.detach()  # a saved output itself would hold the graph that holds it, for good
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -70,6 +73,16 @@ def test_saved_bytes_counts_each_storage_once():
     x, weight = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     assert saved_bytes(lambda: (x @ weight).exp().sum(), [x, weight]) == 8 * 4 * 4  # what exp keeps
     assert saved_bytes(lambda: (x @ weight).exp().sum(), [weight]) == 2 * 8 * 4 * 4  # and x, for the weight's gradient
+
+
+def test_saved_bytes_lets_go():
+    """Every model that is measured stays in memory until there is none left."""
+    x, weight = torch.randn(8, 4), torch.randn(4, 4, requires_grad=True)
+    held = weakref.ref(weight)
+    saved_bytes(lambda: (x @ weight).exp().sum(), [])
+    del weight
+    gc.collect()
+    assert held() is None
 
 
 def test_peak_is_of_what_is_alive_at_once():

@@ -161,6 +161,7 @@ def _targets_of(row: Row, same: Sequence[Row]) -> str:
             continue
         words = {"share": f"{target.bound:g} of ideal", "saved": f"kept {target.bound:g}x"}
         text = words.get(target.metric, f"{target.metric} {target.bound:g}x")
+        text += " over full too" if "full" in target.against else ""
         found.append(text if target.reached(reading_of_rows(target, same)) else f"{text}, **short**")
     return "; ".join(found)
 

@@ -114,7 +114,7 @@ def _break_even(group: Sequence[Row], over: str) -> Any:
     xs = xs[::-1]
     values = np.array([[ours.get((y, x), np.nan) for x in xs] for y in ys])
     reach = max(0.1, float(np.nanmax(np.abs(np.log2(values)))))
-    figure = new_figure(1.6 + 0.75 * len(xs), 1.9 + 0.5 * len(ys))
+    figure = new_figure(max(5.0, 1.6 + 0.75 * len(xs)), 1.9 + 0.5 * len(ys))  # a title needs the width
     axis = figure.add_subplot()
     image = axis.imshow(
         np.log2(values), cmap=f"{SIGNED}_r", vmin=-reach, vmax=reach, aspect="auto", origin="lower",

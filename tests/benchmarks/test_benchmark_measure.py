@@ -77,10 +77,10 @@ def test_saved_bytes_counts_each_storage_once():
 
 def test_saved_bytes_lets_go():
     """Every model that is measured stays in memory until there is none left."""
-    x, weight = torch.randn(8, 4), torch.randn(4, 4, requires_grad=True)
-    held = weakref.ref(weight)
-    saved_bytes(lambda: (x @ weight).exp().sum(), [])
-    del weight
+    x, weights = torch.randn(8, 4), [torch.randn(4, 4, requires_grad=True)]
+    held = weakref.ref(weights[0])
+    saved_bytes(lambda: (x @ weights[0]).exp().sum(), [])
+    weights.clear()
     gc.collect()
     assert held() is None
 

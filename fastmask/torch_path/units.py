@@ -84,7 +84,7 @@ class _Units:
             self._slices[language, n] = index
         out = _LIVE_WEIGHT.take(n * live, S // n, weight)
         torch.index_select(weight.view(-1, S // n), 0, index, out=out)
-        return [part.t() for part in out.view(n, live, S // n)]
+        return [cast(part, x.dtype).t() for part in out.view(n, live, S // n)]
 
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, live] of an activation [M, width] on the masked side."""

@@ -81,6 +81,26 @@ def test_the_choice_can_be_made_by_hand(monkeypatch):
     assert not products.by_onednn(torch.ones(1))
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+def test_wider_weights(onednn, kind):
+    """float64 master weights under float32 activations reach oneDNN without being cast."""
+    torch.manual_seed(2)
+    N, K = 192, 512
+    mask = {
+        "rows": lambda: fm.Mask.rows(torch.rand(1, N) < 0.5, K),
+        "columns": lambda: fm.Mask.columns(torch.rand(1, K) < 0.5, N),
+        "blocks": lambda: fm.Mask.blocks(torch.rand(1, N // 64, K // 64) < 0.3, (64, 64)),
+        "weights": lambda: fm.Mask.weights(torch.rand(1, N, K) < 0.5),
+    }[kind]()
+    x, weight = torch.randn(4, 100, K, requires_grad=True), torch.randn(N, K, dtype=torch.float64, requires_grad=True)
+    y = fm.masked_linear(x, weight, mask, torch.zeros(4, dtype=torch.int64))
+    expected = x.double() @ (weight * mask.to_dense()[0]).t()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert weight.grad.dtype == torch.float64
+
+
 @pytest.mark.parametrize("kind", ["rows", "head rows", "columns", "head columns", "blocks", "weights"])
 def test_a_masked_layer_by_onednn(onednn, kind):
     """A mask kind hands oneDNN the wrong part of a weight, forward or backward; mixed batch, 320 tokens a language."""

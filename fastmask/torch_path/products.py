@@ -3,8 +3,8 @@
 PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
 PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast.
 It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So it
-is given at most `MOST_TERMS` terms at a time here, and the parts are added: the errors are then within those of MKL,
-for 5% of the time.
+is given at most `MOST_TERMS` terms at a time here, and the parts are added: the errors are then about those of MKL,
+for 5 to 8% of the time.
 """
 
 from __future__ import annotations

@@ -52,6 +52,11 @@ class MaskedLinear(nn.Linear):
         layer.mask = mask.to(linear.weight.device)
         return layer.train(linear.training)
 
+    def reset_parameters(self) -> None:
+        """As in `nn.Linear`; nothing for parameters without memory, where it would only take time."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor, language_ids: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in], int64 [B] -> [B, ..., out]; see `fastmask.masked_linear`."""
         return masked_linear(x, self.weight, self.mask, language_ids, self.bias)

@@ -73,8 +73,9 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, gates = ctx.saved_tensors
         # By x as it was before the gate: a closed gate has a gradient, too.
-        per_unit = (x * dy).unflatten(-1, (-1, ctx.unit)).sum(-1, dtype=gates.dtype)
-        return dy if ctx.is_open else _scaled(dy, gates, ctx.unit), per_unit.flatten(1, -2).sum(1), None, None
+        of_tokens = (x * dy).flatten(1, -2).sum(1, dtype=gates.dtype)
+        of_units = of_tokens.unflatten(-1, (-1, ctx.unit)).sum(-1)
+        return dy if ctx.is_open else _scaled(dy, gates, ctx.unit), of_units, None, None
 
 
 def _scaled(x: Tensor, gates: Tensor, unit: int) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,8 +36,22 @@ def _forward(
     activation: str,
 ) -> Tensor:
     mask = StoredMask(kind, geometry, index, extents, packed_width)
+    return _output(x, weight, bias, language_ids, mask, n_languages, activation, None)
+
+
+def _output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    language_ids: Tensor,
+    mask: StoredMask,
+    n_languages: int,
+    activation: str,
+    kept: list[Tensor] | None,
+) -> Tensor:
+    """Compute the layer; `kept` as in `torch_path.layers.forward`."""
     examples = activate(as_examples(x), activation)
-    (y,) = path_for(x, [weight]).forward([mask], examples, [weight], [bias], language_ids, n_languages)
+    (y,) = path_for(x, [weight]).forward([mask], examples, [weight], [bias], language_ids, n_languages, kept)
     return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[2])
 
 
@@ -57,8 +70,22 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     mask = StoredMask(kind, geometry, index, extents, packed_width)
+    return _grads(dy, x, weight, language_ids, mask, n_languages, activation, needs, ())
+
+
+def _grads(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    language_ids: Tensor,
+    mask: StoredMask,
+    n_languages: int,
+    activation: str,
+    needs: list[bool],
+    kept: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
     upstream, examples = as_examples(dy), activate(as_examples(x), activation)
-    wanted = (needs[0], [needs[1]], [needs[2]])
+    wanted = (needs[0], [needs[1]], [needs[2]], kept)
     backward = path_for(x, [weight]).backward
     dx, (dw,), (db,) = backward([mask], [upstream], examples, [weight], language_ids, n_languages, *wanted)
     # An operator cannot return None: what was not asked for comes back empty.
@@ -69,37 +96,56 @@ def _backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, language_ids, index, extents, *ctx.settings = inputs
-    ctx.save_for_backward(x, weight, language_ids, index, extents)
-
-
-def _gradients(backward: Callable[..., tuple[Tensor, Tensor, Tensor]], ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, weight, language_ids, index, extents = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    found = backward(dy, x, weight, language_ids, index, extents, *ctx.settings, needs)
-    grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
-    return (*grads, None, None, None, None, None, None, None, None)
-
-
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _forward(*inputs)
-        _setup_context(ctx, inputs, y)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        language_ids: Tensor,
+        index: Tensor,
+        extents: Tensor,
+        *settings: Any,
+    ) -> Tensor:
+        kind, geometry, n_languages, packed_width, activation = ctx.settings = settings
+        mask = StoredMask(kind, geometry, index, extents, packed_width)
+        kept: list[Tensor] | None = [] if ctx.needs_input_grad[0] else None
+        y = _output(x, weight, bias, language_ids, mask, n_languages, activation, kept)
+        ctx.save_for_backward(x, weight, language_ids, index, extents, *(kept or ()))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return _gradients(_backward, ctx, dy)
+        x, weight, language_ids, index, extents, *kept = ctx.saved_tensors
+        kind, geometry, n_languages, packed_width, activation = ctx.settings
+        mask = StoredMask(kind, geometry, index, extents, packed_width)
+        needs = list(ctx.needs_input_grad[:3])
+        return _asked(_grads(dy, x, weight, language_ids, mask, n_languages, activation, needs, kept), needs)
+
+
+def _asked(found: tuple[Tensor, Tensor, Tensor], needs: list[bool]) -> tuple[Any, ...]:
+    """A gradient, or None, for each input of the forward pass."""
+    return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *[None] * 8)
+
+
+# ---- custom operators, which keep nothing but their inputs
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _bias, language_ids, index, extents, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, language_ids, index, extents)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    return _asked(torch.ops.fastmask.masked_linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs), needs)
 
 
 _forward_op = torch.library.custom_op("fastmask::masked_linear", _forward, mutates_args=())
 _backward_op = torch.library.custom_op("fastmask::masked_linear_backward", _backward, mutates_args=())
-_forward_op.register_autograd(
-    partial(_gradients, torch.ops.fastmask.masked_linear_backward), setup_context=_setup_context
-)
+_forward_op.register_autograd(_gradients, setup_context=_setup_context)
 
 
 @_forward_op.register_fake

@@ -48,9 +48,24 @@ def _forward(
     widths: list[int],
 ) -> list[Tensor]:
     masks = _masks(indices, extents, units, widths)
+    return _outputs(x, weights, biases, language_ids, masks, n_languages, None)
+
+
+def _outputs(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    language_ids: Tensor,
+    masks: list[StoredMask],
+    n_languages: int,
+    kept: list[Tensor] | None,
+) -> list[Tensor]:
+    """Compute the layers; `kept` as in `torch_path.layers.forward`."""
     given: list[Any] = biases or [None] * len(weights)
-    ys = path_for(x, weights).forward(masks, as_examples(x), weights, given, language_ids, n_languages)
-    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], width) for y, width in zip(ys, widths, strict=True)]
+    ys: list[Tensor] = path_for(x, weights).forward(
+        masks, as_examples(x), weights, given, language_ids, n_languages, kept
+    )
+    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
 def _backward(
@@ -67,10 +82,22 @@ def _backward(
     needs_weight: list[bool],
     needs_bias: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    masks, upstreams = _masks(indices, extents, units, widths), [as_examples(dy) for dy in dys]
-    wanted = (needs_x, needs_weight, needs_bias)
-    backward = path_for(x, weights).backward
-    dx, dws, dbs = backward(masks, upstreams, as_examples(x), weights, language_ids, n_languages, *wanted)
+    masks = _masks(indices, extents, units, widths)
+    return _grads(dys, x, weights, language_ids, masks, n_languages, (needs_x, needs_weight, needs_bias), ())
+
+
+def _grads(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    language_ids: Tensor,
+    masks: list[StoredMask],
+    n_languages: int,
+    needs: tuple[bool, list[bool], list[bool]],
+    kept: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    upstreams, backward = [as_examples(dy) for dy in dys], path_for(x, weights).backward
+    dx, dws, dbs = backward(masks, upstreams, as_examples(x), weights, language_ids, n_languages, *needs, kept)
     empty = x.new_empty  # an operator cannot return None: what was not asked for comes back empty
     return (
         empty(0) if dx is None else dx.view(x.shape),
@@ -92,26 +119,28 @@ def _masks(indices: list[Tensor], extents: list[Tensor], units: list[int], width
 class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: tuple[Any, ...], x: Tensor, language_ids: Tensor, *tensors: Tensor) -> Any:
-        ctx.settings = settings
-        units, n_languages, widths = settings
+        ctx.settings = units, n_languages, widths = settings
         ctx.G = G = len(widths)
         ctx.has_bias = len(tensors) == 4 * G
         weights, biases = list(tensors[:G]), list(tensors[G : -2 * G])
         indices, extents = list(tensors[-2 * G : -G]), list(tensors[-G:])
-        ctx.save_for_backward(x, language_ids, *weights, *indices, *extents)
-        return tuple(_forward(x, weights, biases, language_ids, indices, extents, units, n_languages, widths))
+        kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
+        masks = _masks(indices, extents, units, widths)
+        ys = _outputs(x, weights, biases, language_ids, masks, n_languages, kept)
+        ctx.save_for_backward(x, language_ids, *weights, *indices, *extents, *(kept or ()))
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        G = ctx.G
+        G, (units, n_languages, widths) = ctx.G, ctx.settings
         x, language_ids, *tensors = ctx.saved_tensors
-        weights, indices, extents = tensors[:G], tensors[G : 2 * G], tensors[2 * G :]
+        weights, indices, extents, kept = tensors[:G], tensors[G : 2 * G], tensors[2 * G : 3 * G], tensors[3 * G :]
         needs = ctx.needs_input_grad
         needs_weight = list(needs[3 : 3 + G])
         needs_bias = list(needs[3 + G : 3 + 2 * G]) if ctx.has_bias else [False] * G
-        settings = (*ctx.settings, needs[1], needs_weight, needs_bias)
-        dx, dws, dbs = _backward(list(dys), x, weights, language_ids, indices, extents, *settings)
+        masks, wanted = _masks(indices, extents, units, widths), (needs[1], needs_weight, needs_bias)
+        dx, dws, dbs = _grads(dys, x, weights, language_ids, masks, n_languages, wanted, kept)
         grads = [*_asked(dws, needs_weight), *(_asked(dbs, needs_bias) if ctx.has_bias else [])]
         return (None, dx if needs[1] else None, None, *grads, *[None] * (2 * G))
 

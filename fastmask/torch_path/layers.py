@@ -16,8 +16,8 @@ from torch import Tensor
 from fastmask.masks import UNPACKED, StoredMask, live_blocks
 from fastmask.torch_path import batched
 from fastmask.torch_path.blocks import Blocks
-from fastmask.torch_path.segments import FULL, Pieces, Split, Target, take
-from fastmask.torch_path.units import Columns, Rows, cast
+from fastmask.torch_path.segments import FULL, Pieces, Split, Target, cast, take
+from fastmask.torch_path.units import Columns, Rows
 from fastmask.torch_path.weights import Weights
 
 __all__ = ["backward", "forward"]
@@ -30,8 +30,11 @@ def forward(
     biases: Sequence[Tensor | None],
     language_ids: Tensor,
     n_languages: int,
+    kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out].
+
+    What had to be cast of the weights is put into `kept`, if it is a list: `backward` need not cast it again.
 
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
@@ -45,18 +48,20 @@ def forward(
             batched.Batched(layer, weight, split).forward(x, bias)
             for layer, weight, bias in zip(layers, weights, biases, strict=True)
         ]
+    read = _laid_out(layers, weights, split, x.dtype)
+    if kept is not None and any(weight.dtype != x.dtype for weight in weights):
+        kept += read
     if len(split.parts) == 1:
         ((language, _),) = split.parts
         tokens = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
         return [
             layer.forward(language, tokens, weight, bias, None).view(x.shape[0], x.shape[1], layer.out_width)
-            for layer, weight, bias in zip(layers, weights, biases, strict=True)
+            for layer, weight, bias in zip(layers, read, biases, strict=True)
         ]
     ys = [x.new_empty(*x.shape[:2], layer.out_width) for layer in layers]
-    weights = _laid_out(layers, weights, split)
     for language, where in split.parts:
         tokens = take(x, where)
-        for layer, weight, bias, y in zip(layers, weights, biases, ys, strict=True):
+        for layer, weight, bias, y in zip(layers, read, biases, ys, strict=True):
             target = Target(y, where)
             layer.forward(language, tokens, weight, bias, target.tokens)
             target.done()
@@ -73,11 +78,12 @@ def backward(
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
 
-    dW is one buffer that every language adds its live part to. Half-precision weights are summed in float32 when
-    several languages add to them.
+    `kept` is what the forward pass left there. dW is one buffer that every language adds its live part to.
+    Half-precision weights are summed in float32 when several languages add to them.
     """
     split = Split.of(language_ids, n_languages)
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
@@ -90,20 +96,23 @@ def backward(
         dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
         return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
 
+    read = kept or _laid_out(layers, weights, split, x.dtype)
     if len(split.parts) == 1:
-        return _of_one_language(split.parts[0][0], layers, dys, x, weights, needs_x, needs_weight, needs_bias)
+        return _of_one_language(split.parts[0][0], layers, dys, x, weights, read, needs_x, needs_weight, needs_bias)
     dx = x.new_empty(x.shape) if needs_x else None
-    weights = _laid_out(layers, weights, split)
+    sums = [_dtype_of_sums(weight) for weight in weights]
     dws: list[Tensor | None] = [
-        _zeros(weight) if need else None for weight, need in zip(weights, needs_weight, strict=True)
+        torch.zeros_like(weight, dtype=dtype) if need else None  # in the order of what is read
+        for weight, dtype, need in zip(read, sums, needs_weight, strict=True)
     ]
     dbs: list[Tensor | None] = [
-        _zeros(weight[:, 0]) if need else None for weight, need in zip(weights, needs_bias, strict=True)
+        weight.new_zeros(weight.shape[0], dtype=dtype) if need else None
+        for weight, dtype, need in zip(weights, sums, needs_bias, strict=True)
     ]
     for language, where in split.parts:
         tokens = take(x, where)
         target = None if dx is None else Target(dx, where)
-        for g, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+        for g, (layer, weight) in enumerate(zip(layers, read, strict=True)):
             upstream = take(dys[g], where)
             if target is not None:
                 add = layer.add_input_grad if g else layer.input_grad
@@ -123,6 +132,7 @@ def _of_one_language(
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
+    read: Sequence[Tensor],
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
@@ -135,9 +145,9 @@ def _of_one_language(
     for g, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
         upstream = dys[g].reshape(M, dys[g].shape[2])
         if needs_x and dx is None:
-            dx = layer.input_grad(language, upstream, weight, None)
+            dx = layer.input_grad(language, upstream, read[g], None)
         elif dx is not None:
-            layer.add_input_grad(language, upstream, weight, dx)
+            layer.add_input_grad(language, upstream, read[g], dx)
         if needs_weight[g]:
             dws[g] = layer.weight_grad(language, upstream, tokens, weight)
         if needs_bias[g]:
@@ -184,14 +194,16 @@ def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Seq
     return len(split.parts) > 1 and all(batched.suits(layer, x, split) for layer in layers)
 
 
-def _laid_out(layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split) -> list[Tensor]:
-    return [layer.laid_out(weight, len(split.parts)) for layer, weight in zip(layers, weights, strict=True)]
+def _laid_out(
+    layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split, dtype: torch.dtype
+) -> Sequence[Tensor]:
+    languages = list(split.positions)
+    return [layer.laid_out(weight, languages, dtype) for layer, weight in zip(layers, weights, strict=True)]
 
 
-def _zeros(like: Tensor) -> Tensor:
-    """What the languages of a batch add to."""
-    half = like.dtype in (torch.bfloat16, torch.float16)
-    return torch.zeros_like(like, dtype=torch.float32 if half else like.dtype)
+def _dtype_of_sums(weight: Tensor) -> torch.dtype:
+    """What the languages of a batch add up in."""
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
 def _cast(grads: list[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:

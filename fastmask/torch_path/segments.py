@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["FULL", "Pieces", "Split", "Target", "take"]
+__all__ = ["FULL", "Pieces", "Split", "Target", "cast", "take"]
 
 FULL = -1  # the language id of the full, unmasked network
 
@@ -18,9 +19,13 @@ class Pieces(ABC):
     in_width: int
     out_width: int
 
-    def laid_out(self, weight: Tensor, n_languages: int) -> Tensor:
-        """The weight as a batch of several languages reads it best; the same numbers, maybe in another order."""
-        return weight
+    def laid_out(self, weight: Tensor, languages: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The weight as products of `dtype` read it best in a batch of these languages.
+
+        The same numbers, maybe cast or in another order; what is cast may be the live part of the only language.
+        `forward` and `input_grad` take it in place of the weight.
+        """
+        return cast(weight, dtype)
 
     @abstractmethod
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
@@ -91,6 +96,11 @@ class Split:
         if of_one_pass is not None:
             of_one_pass["split"] = split
         return split
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def take(x: Tensor, where: slice | list[int]) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastmask.torch_path.products import add_multiply, multiply, rows_at_once, temporary_product
 from fastmask.torch_path.scratch import Scratch
-from fastmask.torch_path.segments import FULL, Pieces
+from fastmask.torch_path.segments import FULL, Pieces, cast
 
-__all__ = ["Columns", "Rows", "cast"]
+__all__ = ["Columns", "Rows"]
 
 _LIVE_WEIGHT, _LIVE_GRAD = Scratch(), Scratch()
 
@@ -39,6 +39,10 @@ class _Units:
     def live(self, language: int) -> int:
         """Live rows (or columns) of a language."""
         return self.size if language == FULL else self.counts[language]
+
+    def whole(self, language: int) -> bool:
+        """Whether all are live."""
+        return self.live(language) == self.size
 
     def of(self, language: int) -> Tensor:
         """Their indices."""
@@ -65,17 +69,21 @@ class _Units:
         return places
 
     def live_rows(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Live rows [live, S] of a weight [size, S] whose rows are the masked side."""
-        if language != FULL:
+        """Live rows [live, S] of a weight [size, S] whose rows are the masked side; or of a weight [live, S] all."""
+        if self._gathers(language, weight.shape[0]):
             out = _LIVE_WEIGHT.take(self.live(language), weight.shape[1], weight)
             weight = torch.index_select(weight, 0, self.of(language), out=out)
         return cast(weight, dtype)
+
+    def _gathers(self, language: int, rows: int) -> bool:
+        """Whether live rows are still to be gathered from so many."""
+        return rows != self.live(language)
 
     def live_rows_sliced(self, language: int, weight: Tensor, x: Tensor) -> Tensor | Sequence[Tensor]:
         """The transpose [S, live] of live rows, to multiply x [M, S] by: in parts of its rows."""
         live, S = self.live(language), weight.shape[1]
         n = -(-S // rows_at_once(x, S, live))
-        if language == FULL or n == 1 or S % n or not weight.is_contiguous():
+        if n == 1 or S % n or not weight.is_contiguous() or not self._gathers(language, weight.shape[0]):
             return self.live_rows(language, weight, x.dtype).t()
         # A row is n slices one after the other: gathering those costs no more than gathering rows.
         index = self._slices.get((language, n))
@@ -88,7 +96,7 @@ class _Units:
 
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, live] of an activation [M, width] on the masked side."""
-        if language == FULL or self.packed_width is not None:
+        if self.whole(language) or self.packed_width is not None:
             live = self.live(language)
             return activation if live == activation.shape[1] else activation[:, :live]
         return activation.index_select(1, self.of(language))
@@ -97,7 +105,7 @@ class _Units:
         self, language: int, out: Tensor | None, a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None
     ) -> Tensor:
         """out[:, live] = a @ b (+ bias), zero elsewhere; `out` [M, width] is on the masked side."""
-        live, in_place = self.live(language), language == FULL or self.packed_width is not None
+        live, in_place = self.live(language), self.whole(language) or self.packed_width is not None
         if in_place and live == self.width:
             return multiply(a, b, bias, out)
         if out is None:
@@ -110,6 +118,10 @@ class _Units:
             out.index_copy_(1, self.of(language), multiply(a, b, bias))
         return out
 
+    def _casts_all(self, languages: Sequence[int], weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether casting the weight once for all languages takes less than casting the live part of each."""
+        return weight.dtype != dtype and 2 * sum(map(self.live, languages)) > self.size
+
 
 class Rows(_Units, Pieces):
     """Masks over whole rows: the output side is the masked one."""
@@ -118,9 +130,14 @@ class Rows(_Units, Pieces):
         super().__init__(indices, counts, unit, N, packed_width)
         self.in_width, self.out_width = K, self.width
 
+    def laid_out(self, weight: Tensor, languages: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if len(languages) == 1 and weight.dtype != dtype:
+            return self.live_rows(languages[0], weight, dtype)
+        return cast(weight, dtype) if self._casts_all(languages, weight, dtype) else weight
+
     def gather_bias(self, language: int, bias: Tensor, dtype: torch.dtype) -> Tensor:
         """Live elements of a bias [N]."""
-        return cast(bias if language == FULL else bias.index_select(0, self.of(language)), dtype)
+        return cast(bias if self.whole(language) else bias.index_select(0, self.of(language)), dtype)
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else self.gather_bias(language, bias, x.dtype)
@@ -134,13 +151,13 @@ class Rows(_Units, Pieces):
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         part = cast(temporary_product(self.compact(language, dy).t(), x), grad.dtype)
-        if language == FULL:
+        if self.whole(language):
             grad += part
         else:
             grad.index_add_(0, self.of(language), part)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        if language == FULL:
+        if self.whole(language):
             return multiply(dy.t(), x).to(weight.dtype)
         # One gather writes live and dead units alike: every dead one takes the zeros behind the live ones.
         live, (N, K) = self.live(language), weight.shape
@@ -152,7 +169,7 @@ class Rows(_Units, Pieces):
 
     def bias_grad(self, language: int, dy: Tensor) -> Tensor:
         part = self.compact(language, dy).sum(0)
-        return part if language == FULL else part.new_zeros(self.size).index_copy_(0, self.of(language), part)
+        return part if self.whole(language) else part.new_zeros(self.size).index_copy_(0, self.of(language), part)
 
 
 class Columns(_Units, Pieces):
@@ -162,13 +179,16 @@ class Columns(_Units, Pieces):
         super().__init__(indices, counts, unit, K, packed_width)
         self.in_width, self.out_width = self.width, N
 
-    def laid_out(self, weight: Tensor, n_languages: int) -> Tensor:
-        """Single columns are gathered and added at a fraction of the time where each lies in one piece of memory."""
-        return weight.t().contiguous().t() if self.unit == 1 and n_languages >= LEAST_TO_TRANSPOSE else weight
+    def laid_out(self, weight: Tensor, languages: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if len(languages) == 1 and weight.dtype != dtype:
+            return self.live_columns(languages[0], weight, dtype)
+        weight = cast(weight, dtype) if self._casts_all(languages, weight, dtype) else weight
+        # Single columns are gathered and added at a fraction of the time where each lies in one piece of memory.
+        return weight.t().contiguous().t() if self.unit == 1 and len(languages) >= LEAST_TO_TRANSPOSE else weight
 
     def live_columns(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Live columns [N, live] of a weight [N, K]."""
-        if language == FULL:
+        """Live columns [N, live] of a weight [N, K]; or of a weight [N, live] all."""
+        if not self._gathers(language, weight.shape[1]):
             return cast(weight, dtype)
         return self._columns(self.units_of(language), weight, dtype)
 
@@ -200,7 +220,7 @@ class Columns(_Units, Pieces):
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else cast(bias, x.dtype)
         live = self.compact(language, x)
-        if language == FULL:
+        if not self._gathers(language, weight.shape[1]):
             b: Tensor | Sequence[Tensor] = cast(weight, x.dtype).t()
         elif _by_columns(weight):
             b = self.live_rows(language, weight.t(), x.dtype)
@@ -209,14 +229,14 @@ class Columns(_Units, Pieces):
         return multiply(live, b, live_bias, out)
 
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        if language != FULL and _by_columns(weight):
+        if _by_columns(weight):
             b = self.live_rows_sliced(language, weight.t(), dy)
         else:
             b = self.live_columns(language, weight, dy.dtype)
         return self.multiply_into(language, out, dy, b, None)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        if language == FULL:
+        if self.whole(language):
             return multiply(dy.t(), x[:, : self.size]).to(weight.dtype)
         if self.unit == 1:  # gathering columns one by one is slower than adding them
             return super().weight_grad(language, dy, x, weight)
@@ -229,11 +249,11 @@ class Columns(_Units, Pieces):
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         live = self.compact(language, x)
-        if language != FULL and _by_columns(grad):
+        if not self.whole(language) and _by_columns(grad):
             grad.t().index_add_(0, self.of(language), cast(temporary_product(live.t(), dy), grad.dtype))
             return
         part = cast(temporary_product(dy.t(), live), grad.dtype)
-        if language == FULL:
+        if self.whole(language):
             grad += part
         elif self.unit == 1:
             grad.index_add_(1, self.of(language), part)
@@ -245,8 +265,3 @@ class Columns(_Units, Pieces):
 def _by_columns(weight: Tensor) -> bool:
     """Whether `Columns.laid_out` has put columns in one piece each."""
     return weight.stride(0) == 1 and weight.shape[0] > 1
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -32,8 +32,9 @@ def forward(
     biases: Sequence[Tensor | None],
     language_ids: Tensor,
     n_languages: int,
+    kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """As `torch_path.layers.forward`."""
+    """As `torch_path.layers.forward`; the kernels cast on the way, so nothing is kept."""
     B, T, width = x.shape
     plan = plan_of(language_ids, T, n_languages, x.device)
     rows = x.reshape(B * T, width).contiguous()
@@ -59,6 +60,7 @@ def backward(
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
+    kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """As `torch_path.layers.backward`."""
     B, T, width = x.shape

@@ -11,7 +11,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fastmask.torch_path.products import add_multiply, by_onednn, multiply, rows_at_once
+from fastmask.torch_path.products import add_multiply, by_onednn, multiply, over_tokens, rows_at_once
 from fastmask.torch_path.segments import FULL, Pieces
 
 __all__ = ["Blocks"]
@@ -84,14 +84,14 @@ class Blocks(Pieces):
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         if self._whole(language, x, SCATTERING_ONEDNN):
-            part = multiply(dy.t(), x)
+            part = over_tokens(dy, x)
             grad += (part if language == FULL else self._without_dead(language, part)).to(grad.dtype)
             return
         inputs, blocks = _grouped(x, self.bk), self._blocks(grad)
         for n, live in enumerate(self.live[language].of_rows):
             if len(live):
                 upstream = dy[:, n * self.bn : (n + 1) * self.bn]
-                part = multiply(upstream.t(), inputs.index_select(1, live).flatten(1))
+                part = over_tokens(upstream, inputs.index_select(1, live).flatten(1))
                 blocks[n].index_add_(1, live, part.to(grad.dtype).view(self.bn, -1, self.bk))
 
     def _whole(self, language: int, x: Tensor, of_onednn: int = GATHERING_ONEDNN) -> bool:

@@ -48,7 +48,7 @@ def forward(
             batched.Batched(layer, weight, split).forward(x, bias)
             for layer, weight, bias in zip(layers, weights, biases, strict=True)
         ]
-    read = _laid_out(layers, weights, split, x.dtype)
+    read = _laid_out(layers, weights, split, x)
     if kept is not None and any(weight.dtype != x.dtype for weight in weights):
         kept += read
     if len(split.parts) == 1:
@@ -96,7 +96,7 @@ def backward(
         dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
         return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
 
-    read = kept or _laid_out(layers, weights, split, x.dtype)
+    read = kept or _laid_out(layers, weights, split, x)
     if len(split.parts) == 1:
         return _of_one_language(split.parts[0][0], layers, dys, x, weights, read, needs_x, needs_weight, needs_bias)
     dx = x.new_empty(x.shape) if needs_x else None
@@ -194,11 +194,9 @@ def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Seq
     return len(split.parts) > 1 and all(batched.suits(layer, x, split) for layer in layers)
 
 
-def _laid_out(
-    layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split, dtype: torch.dtype
-) -> Sequence[Tensor]:
+def _laid_out(layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split, x: Tensor) -> Sequence[Tensor]:
     languages = list(split.positions)
-    return [layer.laid_out(weight, languages, dtype) for layer, weight in zip(layers, weights, strict=True)]
+    return [layer.laid_out(weight, languages, x) for layer, weight in zip(layers, weights, strict=True)]
 
 
 def _dtype_of_sums(weight: Tensor) -> torch.dtype:

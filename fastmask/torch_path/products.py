@@ -2,16 +2,20 @@
 
 PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
 PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast.
-It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So it
-is given at most `MOST_TERMS` terms at a time here, and the parts are added: the errors are then about those of MKL,
-for 5 to 8% of the time.
+Two things have to be seen to:
+
+- It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So
+  it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those of MKL.
+- It compiles code for every new shape, which takes longer than a small product, and keeps that of the last 1024.
+  Batches of sentences hardly ever repeat a shape. So the sizes that vary, tokens and live units, are rounded up to the
+  few of `padded`, and what is too much is left out of the result.
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,17 +24,18 @@ from torch import Tensor
 
 from fastmask.torch_path.scratch import Scratch
 
-__all__ = ["add_multiply", "by_onednn", "multiply", "rows_at_once", "temporary_product"]
+__all__ = ["add_multiply", "by_onednn", "multiply", "over_tokens", "padded", "rows_at_once"]
 
 MOST_TERMS = 256
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
+GRAIN = 32
 
-_PRODUCT = Scratch()
+_PRODUCT, _LEFT, _RIGHT = Scratch(), Scratch(), Scratch()
 
 
 def multiply(a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Return a [M, K] @ b [K, N] (+ bias [N]), [M, N], written into `out` if given.
+    """Return a [M, K] @ b [K, N] (+ bias [N]), [M, N], written into `out` if given; M varies, K and N do not.
 
     b may come in the parts [k, N] of its rows that `rows_at_once` says, which spares splitting it here.
     """
@@ -38,12 +43,7 @@ def multiply(a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None = None
     if parts is None:
         assert isinstance(b, Tensor)
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    y = _linear(*parts[0], bias)
-    for part in parts[1:-1]:
-        y += _linear(*part, None)
-    if len(parts) > 1:
-        return torch.add(y, _linear(*parts[-1], None), out=y if out is None else out)
-    return y if out is None else out.copy_(y)
+    return _sum_of(a, parts, bias, out)
 
 
 def add_multiply(out: Tensor, a: Tensor, b: Tensor | Sequence[Tensor]) -> None:
@@ -53,18 +53,50 @@ def add_multiply(out: Tensor, a: Tensor, b: Tensor | Sequence[Tensor]) -> None:
         assert isinstance(b, Tensor)
         out.addmm_(a, b)
         return
-    for part in parts:
-        out += _linear(*part, None)
+    for of_a, of_b in zip(_columns(a, parts), parts, strict=True):
+        out += _top(_linear(of_a, _whole(of_b).t(), None), len(out))
 
 
-def temporary_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a [M, K] @ b [K, N] in memory that the next call may overwrite."""
-    return multiply(a, b) if _suits(a, *b.shape) else torch.mm(a, b, out=_PRODUCT.take(a.shape[0], b.shape[1], a))
+def over_tokens(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return the transpose of dy [M, N] @ x [M, K], [N, K]; M and N vary.
+
+    It is written into `out` if given, else into memory that the next call may overwrite.
+    """
+    (M, N), K = dy.shape, x.shape[1]
+    if not _suits(M, N, K, dy):
+        return torch.mm(dy.t(), x, out=_PRODUCT.take(N, K, x) if out is None else out)
+    rows, y = padded(N), None
+    for first in range(0, M, MOST_TERMS):
+        last = min(first + MOST_TERMS, M)
+        of_dy, of_x = (dy, x) if last - first == M else (dy[first:last], x[first:last])
+        # Transposed here, not by oneDNN, so that it can be padded.
+        left, right = _LEFT.take(rows, padded(len(of_dy)), dy), of_x
+        if left.shape == (N, len(of_dy)):
+            left.copy_(of_dy.t())
+        else:
+            left[:N, : len(of_dy)].copy_(of_dy.t())
+        if left.shape[1] > len(of_dy):
+            left[:N, len(of_dy) :] = 0
+            right = _RIGHT.take(left.shape[1], K, x)
+            right[: len(of_x)].copy_(of_x)
+            right[len(of_x) :] = 0
+        part = _top(_linear(left, _whole(right).t(), None), N)
+        if last == M and out is not None:
+            return out.copy_(part) if y is None else torch.add(y, part, out=out)
+        y = part if y is None else y.add_(part)
+    assert y is not None
+    return y
 
 
 def rows_at_once(a: Tensor, K: int, N: int) -> int:
     """How many rows of b a product a [M, K] @ b [K, N] takes at once: a caller that gathers b may gather parts."""
-    return _share(K) if _suits(a, K, N) else max(K, 1)
+    return min(K, MOST_TERMS) if _suits(len(a), K, N, a) else max(K, 1)
+
+
+def padded(size: int) -> int:
+    """A size rounded up to a multiple of an eighth of the power of 2 below it, and of `GRAIN`."""
+    grain = max(GRAIN, 1 << size.bit_length() >> 4)
+    return -(-size // grain) * grain
 
 
 # ---- oneDNN
@@ -112,28 +144,47 @@ def _linear(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _suits(a: Tensor, K: int, N: int) -> bool:
-    M = a.shape[0]
-    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE and by_onednn(a)
+def _suits(M: int, K: int, N: int, like: Tensor) -> bool:
+    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE and by_onednn(like)
 
 
-def _share(K: int) -> int:
-    """K terms in equal shares of at most `MOST_TERMS`."""
-    steps = -(-K // MOST_TERMS)
-    return K if steps == 1 else -(-K // (steps * LEAST_SIDE)) * LEAST_SIDE
+def _parts(a: Tensor, b: Tensor | Sequence[Tensor]) -> Sequence[Tensor] | None:
+    """The rows of b in parts for oneDNN; None if the product is not for it."""
+    if not isinstance(b, Tensor):
+        return b
+    K, N = b.shape
+    if not _suits(len(a), K, N, a):
+        return None
+    return [b] if len(b) <= MOST_TERMS else b.split(MOST_TERMS)
 
 
-def _parts(a: Tensor, b: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
-    """Pairs [M, k] and [N, k] for oneDNN whose products add up to a @ b; None if the product is not for oneDNN."""
-    if isinstance(b, Tensor):
-        K = b.shape[0]
-        if not _suits(a, *b.shape):
-            return None
-        k = _share(K)
-        b = [b] if k == K else b.split(k)
-    if len(b) == 1:
-        return [(a, _whole(b[0]).t())]
-    return [(of_a, _whole(of_b).t()) for of_a, of_b in zip(a.split([len(part) for part in b], 1), b, strict=True)]
+def _columns(a: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The columns of a [M, K] that belong to each part, one after the other in the same memory; `padded` rows."""
+    rows, first = padded(len(a)), 0
+    for part in parts:
+        last = first + len(part)
+        if rows == len(a) and last - first == a.shape[1] and a.is_contiguous():
+            yield a
+        else:
+            memory = _LEFT.take(rows, last - first, a)
+            _top(memory, len(a)).copy_(a[:, first:last])
+            yield memory
+        first = last
+
+
+def _sum_of(a: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out: Tensor | None) -> Tensor:
+    y: Tensor | None = None
+    for number, (of_a, of_b) in enumerate(zip(_columns(a, parts), parts, strict=True), 1):
+        part = _top(_linear(of_a, _whole(of_b).t(), None if number > 1 else bias), len(a))
+        if number == len(parts) and out is not None:
+            return out.copy_(part) if y is None else torch.add(y, part, out=out)
+        y = part if y is None else y.add_(part)
+    assert y is not None
+    return y
+
+
+def _top(x: Tensor, rows: int) -> Tensor:
+    return x if len(x) == rows else x[:rows]
 
 
 def _whole(b: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ class Pieces(ABC):
     in_width: int
     out_width: int
 
-    def laid_out(self, weight: Tensor, languages: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The weight as products of `dtype` read it best in a batch of these languages.
+    def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
+        """The weight as products with x read it best in a batch of these languages.
 
         The same numbers, maybe cast or in another order; what is cast may be the live part of the only language.
         `forward` and `input_grad` take it in place of the weight.
         """
-        return cast(weight, dtype)
+        return cast(weight, x.dtype)
 
     @abstractmethod
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:

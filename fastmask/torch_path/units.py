@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.torch_path.products import add_multiply, multiply, rows_at_once, temporary_product
+from fastmask.torch_path.products import add_multiply, by_onednn, multiply, over_tokens, padded, rows_at_once
 from fastmask.torch_path.scratch import Scratch
 from fastmask.torch_path.segments import FULL, Pieces, cast
 
@@ -32,9 +32,10 @@ class _Units:
         self.unit, self.size, self.packed_width = unit, size, packed_width
         self.width = size if packed_width is None else packed_width
         self._of: dict[int, Tensor] = {}
+        self._gathered: dict[tuple[int, int], Tensor] = {}
         self._units: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
-        self._slices: dict[tuple[int, int], Tensor] = {}
+        self._slices: dict[tuple[int, int, int], Tensor] = {}
 
     def live(self, language: int) -> int:
         """Live rows (or columns) of a language."""
@@ -68,59 +69,86 @@ class _Units:
             self._places[language] = places
         return places
 
-    def live_rows(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Live rows [live, S] of a weight [size, S] whose rows are the masked side; or of a weight [live, S] all."""
-        if self._gathers(language, weight.shape[0]):
-            out = _LIVE_WEIGHT.take(self.live(language), weight.shape[1], weight)
-            weight = torch.index_select(weight, 0, self.of(language), out=out)
-        return cast(weight, dtype)
+    def room(self, language: int, x: Tensor) -> int:
+        """Rows (or columns) that are multiplied with x: the live ones and, for a `padded` size, zeros behind them."""
+        live = self.live(language)
+        if self.unit > 1 or self.packed_width is None or not by_onednn(x):
+            return live  # there are only so many numbers of heads
+        room = min(padded(live), self.width)
+        return live if room == self.size else room
 
-    def _gathers(self, language: int, rows: int) -> bool:
-        """Whether live rows are still to be gathered from so many."""
-        return rows != self.live(language)
+    def gathered(self, language: int, room: int) -> Tensor:
+        """Indices of live rows, and any index for each place behind them."""
+        if room == self.live(language):
+            return self.of(language)
+        index = self._gathered.get((language, room))
+        if index is None:
+            index = torch.nn.functional.pad(self.of(language), (0, room - self.live(language)))
+            self._gathered[language, room] = index
+        return index
+
+    def live_rows(self, language: int, weight: Tensor, x: Tensor) -> Tensor:
+        """Live rows [room, S] of a weight [size, S] whose rows are the masked side, in the dtype of x.
+
+        A weight [room, S] is what this has returned before, and stays as it is.
+        """
+        live, room = self.live(language), self.room(language, x)
+        if weight.shape[0] != room:
+            out = _LIVE_WEIGHT.take(room, weight.shape[1], weight)
+            weight = torch.index_select(weight, 0, self.gathered(language, room), out=out)
+            if room > live:
+                weight[live:] = 0
+        return cast(weight, x.dtype)
 
     def live_rows_sliced(self, language: int, weight: Tensor, x: Tensor) -> Tensor | Sequence[Tensor]:
-        """The transpose [S, live] of live rows, to multiply x [M, S] by: in parts of its rows."""
-        live, S = self.live(language), weight.shape[1]
-        n = -(-S // rows_at_once(x, S, live))
-        if n == 1 or S % n or not weight.is_contiguous() or not self._gathers(language, weight.shape[0]):
-            return self.live_rows(language, weight, x.dtype).t()
+        """The transpose [S, room] of live rows, to multiply x [M, S] by: in parts of its rows."""
+        live, room, S = self.live(language), self.room(language, x), weight.shape[1]
+        n = -(-S // rows_at_once(x, S, room))
+        if n == 1 or S % n or not weight.is_contiguous() or weight.shape[0] == room:
+            return self.live_rows(language, weight, x).t()
         # A row is n slices one after the other: gathering those costs no more than gathering rows.
-        index = self._slices.get((language, n))
+        index = self._slices.get((language, n, room))
         if index is None:
-            index = (self.of(language) * n + torch.arange(n, device=weight.device)[:, None]).flatten()
-            self._slices[language, n] = index
-        out = _LIVE_WEIGHT.take(n * live, S // n, weight)
+            rows = self.gathered(language, room)
+            index = (rows * n + torch.arange(n, device=weight.device)[:, None]).flatten()
+            self._slices[language, n, room] = index
+        out = _LIVE_WEIGHT.take(n * room, S // n, weight)
         torch.index_select(weight.view(-1, S // n), 0, index, out=out)
-        return [cast(part, x.dtype).t() for part in out.view(n, live, S // n)]
+        parts = out.view(n, room, S // n)
+        if room > live:
+            parts[:, live:] = 0
+        return [cast(part, x.dtype).t() for part in parts]
 
     def compact(self, language: int, activation: Tensor) -> Tensor:
-        """The live part [M, live] of an activation [M, width] on the masked side."""
+        """The live part [M, room] of an activation [M, width] on the masked side, behind it what meets only zeros."""
         if self.whole(language) or self.packed_width is not None:
-            live = self.live(language)
-            return activation if live == activation.shape[1] else activation[:, :live]
+            return _first(activation, self.room(language, activation))
         return activation.index_select(1, self.of(language))
 
     def multiply_into(
         self, language: int, out: Tensor | None, a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None
     ) -> Tensor:
         """out[:, live] = a @ b (+ bias), zero elsewhere; `out` [M, width] is on the masked side."""
-        live, in_place = self.live(language), self.whole(language) or self.packed_width is not None
-        if in_place and live == self.width:
+        room, in_place = self.room(language, a), self.whole(language) or self.packed_width is not None
+        if in_place and room == self.width:
             return multiply(a, b, bias, out)
         if out is None:
             out = a.new_empty(a.shape[0], self.width)
         if in_place:
-            multiply(a, b, bias, out[:, :live])
-            out[:, live:] = 0
+            multiply(a, b, bias, out[:, :room])
+            out[:, room:] = 0
         else:
             out.zero_()
             out.index_copy_(1, self.of(language), multiply(a, b, bias))
         return out
 
-    def _casts_all(self, languages: Sequence[int], weight: Tensor, dtype: torch.dtype) -> bool:
+    def _own(self, language: int, activation: Tensor) -> Tensor:
+        """What is live [M, live] of an activation [M, width], and nothing else."""
+        return _first(self.compact(language, activation), self.live(language))
+
+    def _casts_all(self, languages: Sequence[int], weight: Tensor, x: Tensor) -> bool:
         """Whether casting the weight once for all languages takes less than casting the live part of each."""
-        return weight.dtype != dtype and 2 * sum(map(self.live, languages)) > self.size
+        return weight.dtype != x.dtype and 2 * sum(map(self.live, languages)) > self.size
 
 
 class Rows(_Units, Pieces):
@@ -130,27 +158,33 @@ class Rows(_Units, Pieces):
         super().__init__(indices, counts, unit, N, packed_width)
         self.in_width, self.out_width = K, self.width
 
-    def laid_out(self, weight: Tensor, languages: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if len(languages) == 1 and weight.dtype != dtype:
-            return self.live_rows(languages[0], weight, dtype)
-        return cast(weight, dtype) if self._casts_all(languages, weight, dtype) else weight
+    def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
+        if len(languages) == 1 and weight.dtype != x.dtype:
+            return self.live_rows(languages[0], weight, x)
+        return cast(weight, x.dtype) if self._casts_all(languages, weight, x) else weight
 
-    def gather_bias(self, language: int, bias: Tensor, dtype: torch.dtype) -> Tensor:
-        """Live elements of a bias [N]."""
-        return cast(bias if self.whole(language) else bias.index_select(0, self.of(language)), dtype)
+    def gather_bias(self, language: int, bias: Tensor, x: Tensor) -> Tensor:
+        """Live elements [room] of a bias [N], in the dtype of x."""
+        if self.whole(language):
+            return cast(bias, x.dtype)
+        live, room = self.live(language), self.room(language, x)
+        bias = bias.index_select(0, self.gathered(language, room))
+        if room > live:
+            bias[live:] = 0
+        return cast(bias, x.dtype)
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        live_bias = None if bias is None else self.gather_bias(language, bias, x.dtype)
+        live_bias = None if bias is None else self.gather_bias(language, bias, x)
         return self.multiply_into(language, out, x, self.live_rows_sliced(language, weight, x), live_bias)
 
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        return multiply(self.compact(language, dy), self.live_rows(language, weight, dy.dtype), None, out)
+        return multiply(self.compact(language, dy), self.live_rows(language, weight, dy), None, out)
 
     def add_input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        add_multiply(out, self.compact(language, dy), self.live_rows(language, weight, dy.dtype))
+        add_multiply(out, self.compact(language, dy), self.live_rows(language, weight, dy))
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        part = cast(temporary_product(self.compact(language, dy).t(), x), grad.dtype)
+        part = cast(over_tokens(self._own(language, dy), x), grad.dtype)
         if self.whole(language):
             grad += part
         else:
@@ -158,17 +192,17 @@ class Rows(_Units, Pieces):
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if self.whole(language):
-            return multiply(dy.t(), x).to(weight.dtype)
+            return cast(over_tokens(dy, x, dy.new_empty(weight.shape)), weight.dtype)
         # One gather writes live and dead units alike: every dead one takes the zeros behind the live ones.
         live, (N, K) = self.live(language), weight.shape
         part = _LIVE_GRAD.take(live + self.unit, K, x)
-        multiply(self.compact(language, dy).t(), x, out=part[:live])
+        over_tokens(self._own(language, dy), x, part[:live])
         part[live:] = 0
         part = cast(part, weight.dtype).view(-1, self.unit * K)
         return part.index_select(0, self.places(language)).view(N, K)
 
     def bias_grad(self, language: int, dy: Tensor) -> Tensor:
-        part = self.compact(language, dy).sum(0)
+        part = self._own(language, dy).sum(0)
         return part if self.whole(language) else part.new_zeros(self.size).index_copy_(0, self.of(language), part)
 
 
@@ -179,80 +213,85 @@ class Columns(_Units, Pieces):
         super().__init__(indices, counts, unit, K, packed_width)
         self.in_width, self.out_width = self.width, N
 
-    def laid_out(self, weight: Tensor, languages: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if len(languages) == 1 and weight.dtype != dtype:
-            return self.live_columns(languages[0], weight, dtype)
-        weight = cast(weight, dtype) if self._casts_all(languages, weight, dtype) else weight
+    def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
+        if len(languages) == 1 and weight.dtype != x.dtype:
+            return self.live_columns(languages[0], weight, x)
+        weight = cast(weight, x.dtype) if self._casts_all(languages, weight, x) else weight
         # Single columns are gathered and added at a fraction of the time where each lies in one piece of memory.
         return weight.t().contiguous().t() if self.unit == 1 and len(languages) >= LEAST_TO_TRANSPOSE else weight
 
-    def live_columns(self, language: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Live columns [N, live] of a weight [N, K]; or of a weight [N, live] all."""
-        if not self._gathers(language, weight.shape[1]):
-            return cast(weight, dtype)
-        return self._columns(self.units_of(language), weight, dtype)
+    def live_columns(self, language: int, weight: Tensor, x: Tensor) -> Tensor:
+        """Live columns [N, room] of a weight [N, K], in the dtype of x; a weight [N, room] stays as it is."""
+        room = self.room(language, x)
+        if weight.shape[1] == room:
+            return cast(weight, x.dtype)
+        return cast(self._columns(language, room, 0, room, weight), x.dtype)
 
     def live_columns_split(self, language: int, weight: Tensor, x: Tensor) -> Tensor | Sequence[Tensor]:
-        """The transpose [live, N] of live columns, to multiply x [M, live] by: in parts of its rows."""
-        units, N = self.units_of(language), weight.shape[0]
-        most = max(1, rows_at_once(x, self.live(language), N) // self.unit)
-        if len(units) <= most:
-            return self._columns(units, weight, x.dtype).t()
-        memory = _LIVE_WEIGHT.take(self.live(language), N, weight)  # [live, N] only in size
-        parts, first = [], 0
-        for part in units.split(most):
-            last = first + len(part) * self.unit
+        """The transpose [room, N] of live columns, to multiply x [M, room] by: in parts of its rows."""
+        room, N = self.room(language, x), weight.shape[0]
+        most = max(1, rows_at_once(x, room, N) // self.unit) * self.unit
+        if room <= most:
+            return self.live_columns(language, weight, x).t()
+        memory = _LIVE_WEIGHT.take(room, N, weight)  # [room, N] only in size
+        parts = []
+        for first in range(0, room, most):
+            last = min(first + most, room)
             out = memory[first:last].view(N, last - first)
-            parts.append(self._columns(part, weight, x.dtype, out).t())
-            first = last
+            parts.append(cast(self._columns(language, room, first, last, weight, out), x.dtype).t())
         return parts
 
-    def _columns(self, units: Tensor, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        N = weight.shape[0]
-        out = _LIVE_WEIGHT.take(N, len(units) * self.unit, weight) if out is None else out
+    def _columns(
+        self, language: int, room: int, first: int, last: int, weight: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """Of the live columns those from `first` to before `last`, [N, last - first]."""
+        N, live = weight.shape[0], self.live(language)
+        out = _LIVE_WEIGHT.take(N, last - first, weight) if out is None else out
         if self.unit == 1:  # half the time of index_select
-            torch.gather(weight, 1, units.expand(N, -1), out=out)
+            torch.gather(weight, 1, self.gathered(language, room)[first:last].expand(N, -1), out=out)
+            if last > live:
+                out[:, max(live - first, 0) :] = 0
         else:  # runs of columns are copied whole: a third of the time of copying them one by one
-            grouped = (N, -1, self.unit)
+            grouped, units = (N, -1, self.unit), self.units_of(language)[first // self.unit : last // self.unit]
             torch.index_select(weight.view(grouped), 1, units, out=out.view(grouped))
-        return cast(out, dtype)
+        return out
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         live_bias = None if bias is None else cast(bias, x.dtype)
         live = self.compact(language, x)
-        if not self._gathers(language, weight.shape[1]):
-            b: Tensor | Sequence[Tensor] = cast(weight, x.dtype).t()
-        elif _by_columns(weight):
-            b = self.live_rows(language, weight.t(), x.dtype)
+        if _by_columns(weight):
+            b: Tensor | Sequence[Tensor] = self.live_rows(language, weight.t(), x)
+        elif weight.shape[1] == live.shape[1]:
+            b = cast(weight, x.dtype).t()
         else:
-            b = self.live_columns_split(language, weight, live)
+            b = self.live_columns_split(language, weight, x)
         return multiply(live, b, live_bias, out)
 
     def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
         if _by_columns(weight):
             b = self.live_rows_sliced(language, weight.t(), dy)
         else:
-            b = self.live_columns(language, weight, dy.dtype)
+            b = self.live_columns(language, weight, dy)
         return self.multiply_into(language, out, dy, b, None)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if self.whole(language):
-            return multiply(dy.t(), x[:, : self.size]).to(weight.dtype)
+            return cast(over_tokens(dy, x[:, : self.size], dy.new_empty(weight.shape)), weight.dtype)
         if self.unit == 1:  # gathering columns one by one is slower than adding them
             return super().weight_grad(language, dy, x, weight)
         live, unit, N = self.live(language), self.unit, dy.shape[1]
         part = _LIVE_GRAD.take(N, live + unit, x)
-        multiply(dy.t(), self.compact(language, x), out=part[:, :live])
+        over_tokens(dy, self.compact(language, x), part[:, :live])
         part[:, live:] = 0
         part = cast(part, weight.dtype).view(N, -1, unit)
         return part.index_select(1, self.places(language)).view(N, self.size)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        live = self.compact(language, x)
         if not self.whole(language) and _by_columns(grad):
-            grad.t().index_add_(0, self.of(language), cast(temporary_product(live.t(), dy), grad.dtype))
+            part = over_tokens(self._own(language, x), dy)
+            grad.t().index_add_(0, self.of(language), cast(part, grad.dtype))
             return
-        part = cast(temporary_product(dy.t(), live), grad.dtype)
+        part = cast(_first(over_tokens(dy, self.compact(language, x)), self.live(language)), grad.dtype)
         if self.whole(language):
             grad += part
         elif self.unit == 1:
@@ -265,3 +304,7 @@ class Columns(_Units, Pieces):
 def _by_columns(weight: Tensor) -> bool:
     """Whether `Columns.laid_out` has put columns in one piece each."""
     return weight.stride(0) == 1 and weight.shape[0] > 1
+
+
+def _first(x: Tensor, columns: int) -> Tensor:
+    return x if x.shape[1] == columns else x[:, :columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmask import bits
-from fastmask.torch_path.products import multiply
+from fastmask.torch_path.products import multiply, over_tokens
 from fastmask.torch_path.segments import FULL, Pieces
 
 __all__ = ["Weights"]
@@ -35,7 +35,7 @@ class Weights(Pieces):
         grad += self.weight_grad(language, dy, x, grad)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        part = multiply(dy.t(), x)
+        part = over_tokens(dy, x, dy.new_empty(weight.shape))
         if language != FULL:
             part *= self._keep(language)
         return part.to(weight.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 import fastmask as fm
 from fastmask.torch_path import products
@@ -42,7 +43,7 @@ def error(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
 def test_a_product_is_as_exact_as_pytorch(onednn, shape, layout):
     """Long sums are rounded worse than by MKL, or a layout is misread."""
     a, b = matrices(*shape, layout)
-    assert products._suits(a, *b.shape)
+    assert products._suits(*shape, a)
     assert error(products.multiply(a, b), a, b) <= 2 * error(a @ b, a, b)
 
 
@@ -59,7 +60,54 @@ def test_bias_out_and_sum(onednn, K):
     total = torch.ones(128, 80)
     products.add_multiply(total, a, b)
     torch.testing.assert_close(total.double(), expected + 1, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(products.temporary_product(a, b).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("M", "N", "K"), [(300, 130, 96), (256, 128, 64), (100, 257, 80), (1000, 40, 200)])
+@pytest.mark.parametrize("given", ["nothing", "a matrix", "columns of a matrix"])
+def test_products_over_tokens(onednn, M, N, K, given):
+    """Tokens beyond the last are added to a weight gradient, or live units beyond the last are written."""
+    torch.manual_seed(0)
+    dy, x = torch.randn(M, N + 3)[:, :N], torch.randn(M, K)
+    assert products._suits(M, N, K, dy)
+    for scratch in (products._LEFT, products._RIGHT):
+        scratch.memory.fill_(255)  # all NaN
+    wide = torch.full((N, K + 10), torch.nan)
+    out = {"nothing": None, "a matrix": torch.empty(N, K), "columns of a matrix": wide[:, :K]}[given]
+    found = products.over_tokens(dy, x, out)
+    assert found.shape == (N, K)
+    assert error(found, dy.t(), x) <= 2 * error(dy.t() @ x, dy.t(), x)
+    assert wide[:, K:].isnan().all()
+
+
+def test_sizes_are_rounded_up_to_few():
+    """A size is rounded down, or to so many values that oneDNN compiles code for every batch."""
+    sizes = range(1, 4097)
+    rounded = [products.padded(size) for size in sizes]
+    assert all(size <= found <= size + max(31, size / 8) for size, found in zip(sizes, rounded, strict=True))
+    assert all(products.padded(found) == found for found in rounded)
+    assert len(set(rounded)) <= 50
+
+
+def test_batches_of_many_lengths_share_shapes(onednn, monkeypatch):
+    """Every length of a batch has shapes of its own, and oneDNN compiles code for each of them."""
+    shapes, linear = set(), products._linear
+
+    def recording(a, w, bias):
+        shapes.add((*a.shape, *w.shape, bias is None))
+        return linear(a, w, bias)
+
+    monkeypatch.setattr(products, "_linear", recording)
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=128, intermediate_size=512, num_attention_heads=4, num_hidden_layers=2, vocab_size=50
+    )
+    counts, heads = torch.tensor([250, 201, 237]), torch.ones(3, 2, 4, dtype=torch.bool)
+    neurons = torch.stack([(torch.rand(2, 512).argsort(1).argsort(1) < count) for count in counts])
+    model = fm.attach(BertModel(config), fm.Subnetworks(["a", "b", "c"], heads, neurons))
+    ids, lengths = torch.tensor([0] * 4 + [1] * 4 + [2] * 4), range(65, 97)
+    for length in lengths:
+        model(torch.randint(50, (12, length)), language_ids=ids)[0].sum().backward()
+    assert len(shapes) <= 90  # hundreds if nothing is rounded
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 8, 8), torch.float32), ((128, 768, 80), torch.float64)])

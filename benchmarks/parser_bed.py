@@ -16,14 +16,16 @@ from fastmask.parsing.vocabulary import Vocabulary
 __all__ = ["ParserBed"]
 
 UPOS = ("NOUN", "VERB", "ADJ", "ADV", "PRON", "DET", "ADP", "AUX", "PUNCT")
+SPREAD = 0.5  # of the logarithm of a sentence's length
 RELATIONS = ("nsubj", "obj", "obl", "nmod", "amod", "advmod", "det", "case", "aux", "cc", "conj", "punct")
 
 
 class ParserBed:
     """The parser, its data by language, and random subnetworks; nothing is attached.
 
-    Sentences are half as long to one and a half times as long as `setting.tokens` words, of letters drawn at random;
-    heads and relations are random, too: only sizes matter to time.
+    Sentences have `setting.tokens` words on average and vary as those of treebanks do (log-normal, at most four times
+    as many), so that hardly two batches are equally long. Letters, heads and relations are drawn at random: only sizes
+    matter to time.
 
     Args:
         setting: shape, layers, languages, tokens, density, unit.
@@ -43,7 +45,7 @@ class ParserBed:
         torch.manual_seed(seed)
         self.parser = Parser.small(
             vocabulary, setting.layers, sizes.heads, sizes.hidden // sizes.heads, sizes.ffn,
-            max_positions=max(64, 2 * setting.tokens),
+            max_positions=max(64, 4 * setting.tokens + 2),
         )  # fmt: skip
         # The scorers start at zero, and would hand no gradient down.
         for weight in (self.parser.arcs.bilinear.weight, self.parser.labels.forms):
@@ -57,7 +59,7 @@ class ParserBed:
 
 def _sentence(random: np.random.Generator, words: int) -> dict[str, Any]:
     """One sentence as a treebank has it: a random tree whose heads stand before their dependents."""
-    length = int(random.integers(max(1, words // 2), max(2, words + words // 2 + 1)))
+    length = min(1 + int(words * random.lognormal(-(SPREAD**2) / 2, SPREAD)), 4 * words)
     letters = [chr(ord("a") + int(i)) for i in random.integers(0, 26, size=6 * length)]
     relations = random.integers(len(RELATIONS), size=length)
     return {

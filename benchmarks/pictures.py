@@ -56,16 +56,27 @@ def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     for axis, tied in (LANGUAGES[0], ("tokens", {"tokens"})):
         for group in _groups(rows, {"density", *tied}):
             if _varies(group, "density", 2) and _varies(group, axis, 2):
-                save(_break_even(group, axis), f"break-even {axis} {_name(group, 'density', *tied)}")
+                save(
+                    _break_even(_one_of_each(group, axis, "density"), axis),
+                    f"break-even {axis} {_name(group, 'density', *tied)}",
+                )
     for axis, tied in (*LANGUAGES, ("tokens", {"tokens"}), ("shape", {"shape"})):
         for group in _groups(rows, tied):
             if _varies(group, axis, 3):
-                save(_growth(group, axis), f"growth {axis} {_name(group, *tied)}")
+                save(_growth(_one_of_each(group, axis), axis), f"growth {axis} {_name(group, *tied)}")
     if not drawn:
         raise ValueError(
             "nothing to draw: expected rows at three densities, or three numbers of languages or tokens, else alike"
         )
     return drawn
+
+
+def _one_of_each(group: Sequence[Row], *over: str) -> list[Row]:
+    """The rows of the smallest batch and fewest masks where several differ in nothing else that is drawn."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in sorted(group, key=lambda row: (row.batch, row.languages)):
+        found.setdefault((row.implementation, *(_value(row, name) for name in over)), row)
+    return list(found.values())
 
 
 # ---- the pictures

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made_rows import made_row, pair
 
-from benchmarks import command
+from benchmarks import command, pictures
 from benchmarks import row as rows_file
 from benchmarks.cases import CASES
 from benchmarks.command import main
@@ -252,6 +252,15 @@ def test_pictures(tmp_path, capsys):
     rows_file.write(csv, pair())
     assert main(["--from", str(csv), "--pictures", str(folder)]) == 2
     assert "nothing to draw" in capsys.readouterr().err
+
+
+def test_a_curve_has_one_point_for_each_size():
+    """A curve over the languages of a batch doubles back through batches of other sizes."""
+    rows = [row for batch, held in ((8, 8), (1, 1), (8, 100)) for row in pair(batch=batch, languages=held, present=1)]
+    drawn = pictures._one_of_each(rows, "present")
+    assert sorted((row.implementation, row.batch, row.languages) for row in drawn) == [
+        ("dense", 1, 1), ("fastmask", 1, 1),
+    ]  # fmt: skip
 
 
 def test_break_even_is_printed(tmp_path, capsys):

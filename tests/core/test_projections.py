@@ -7,7 +7,8 @@ import torch
 from oracle import random_mask
 
 from fastmask.functional import compute, compute_projections
-from fastmask.torch_path import batched
+from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.torch_path import batched, layers
 
 UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention
 
@@ -79,3 +80,27 @@ def test_opcheck(has_bias):
         torch.ops.fastmask.masked_projections_backward,
         (upstreams, x.detach(), plain, ids, indices, extents, units, 3, widths, *wanted),
     )
+
+
+@pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 0, 1, 2], [-1, 2, 2, -1]])
+@pytest.mark.parametrize("kind", ["rows", "columns", "weights"])
+def test_weights_that_were_cast_are_kept_for_backward(kind, ids):
+    """The backward pass reads what was kept of another layer or another language."""
+    torch.manual_seed(0)
+    L, N, K, tokens = 3, 96, 64, 40
+    build = {
+        "rows": lambda: Mask.rows(torch.rand(L, N) < 0.6, K),
+        "columns": lambda: Mask.columns(torch.rand(L, K) < 0.6, N),
+        "weights": lambda: Mask.weights(torch.rand(L, N, K) < 0.6),
+    }[kind]
+    masks = [StoredMask(m.kind, m.geometry, m.index, m.extents, UNPACKED) for m in (build() for _ in range(3))]
+    weights, x = [torch.randn(N, K) for _ in masks], torch.randn(4, tokens, K).bfloat16()
+    kept: list[torch.Tensor] = []
+    ys = layers.forward(masks, x, weights, [None] * 3, torch.tensor(ids), L, kept)
+    assert all(weight.dtype == torch.bfloat16 for weight in kept)
+    assert len(kept) == 3
+    dys = [torch.randn_like(y) for y in ys]
+    arguments = (masks, dys, x, weights, torch.tensor(ids), L, True, [True] * 3, [False] * 3)
+    (dx, dws, _), (expected_dx, expected_dws, _) = layers.backward(*arguments, kept), layers.backward(*arguments)
+    assert torch.equal(dx, expected_dx)
+    assert all(torch.equal(dw, expected) for dw, expected in zip(dws, expected_dws, strict=True))

@@ -16,8 +16,8 @@ from fastmask.parsing.vocabulary import Vocabulary
 __all__ = ["ParserBed"]
 
 UPOS = ("NOUN", "VERB", "ADJ", "ADV", "PRON", "DET", "ADP", "AUX", "PUNCT")
-SPREAD = 0.5  # of the logarithm of a sentence's length
 RELATIONS = ("nsubj", "obj", "obl", "nmod", "amod", "advmod", "det", "case", "aux", "cc", "conj", "punct")
+SPREAD = 0.5  # of the logarithm of a sentence's length
 
 
 class ParserBed:

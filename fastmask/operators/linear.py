@@ -98,17 +98,9 @@ def _grads(
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        language_ids: Tensor,
-        index: Tensor,
-        extents: Tensor,
-        *settings: Any,
-    ) -> Tensor:
-        kind, geometry, n_languages, packed_width, activation = ctx.settings = settings
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, bias, language_ids, index, extents, *ctx.settings = inputs
+        kind, geometry, n_languages, packed_width, activation = ctx.settings
         mask = StoredMask(kind, geometry, index, extents, packed_width)
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[0] else None
         y = _output(x, weight, bias, language_ids, mask, n_languages, activation, kept)

@@ -43,7 +43,7 @@ def multiply(a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None = None
     if parts is None:
         assert isinstance(b, Tensor)
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    return _sum_of(a, parts, bias, out)
+    return _total(_by_parts(a, parts, bias), len(parts), out)
 
 
 def add_multiply(out: Tensor, a: Tensor, b: Tensor | Sequence[Tensor]) -> None:
@@ -53,8 +53,8 @@ def add_multiply(out: Tensor, a: Tensor, b: Tensor | Sequence[Tensor]) -> None:
         assert isinstance(b, Tensor)
         out.addmm_(a, b)
         return
-    for of_a, of_b in zip(_columns(a, parts), parts, strict=True):
-        out += _top(_linear(of_a, _whole(of_b).t(), None), len(out))
+    for part in _by_parts(a, parts, None):
+        out += part
 
 
 def over_tokens(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -65,27 +65,7 @@ def over_tokens(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     (M, N), K = dy.shape, x.shape[1]
     if not _suits(M, N, K, dy):
         return torch.mm(dy.t(), x, out=_PRODUCT.take(N, K, x) if out is None else out)
-    rows, y = padded(N), None
-    for first in range(0, M, MOST_TERMS):
-        last = min(first + MOST_TERMS, M)
-        of_dy, of_x = (dy, x) if last - first == M else (dy[first:last], x[first:last])
-        # Transposed here, not by oneDNN, so that it can be padded.
-        left, right = _LEFT.take(rows, padded(len(of_dy)), dy), of_x
-        if left.shape == (N, len(of_dy)):
-            left.copy_(of_dy.t())
-        else:
-            left[:N, : len(of_dy)].copy_(of_dy.t())
-        if left.shape[1] > len(of_dy):
-            left[:N, len(of_dy) :] = 0
-            right = _RIGHT.take(left.shape[1], K, x)
-            right[: len(of_x)].copy_(of_x)
-            right[len(of_x) :] = 0
-        part = _top(_linear(left, _whole(right).t(), None), N)
-        if last == M and out is not None:
-            return out.copy_(part) if y is None else torch.add(y, part, out=out)
-        y = part if y is None else y.add_(part)
-    assert y is not None
-    return y
+    return _total(_over_parts_of_tokens(dy, x), -(-M // MOST_TERMS), out)
 
 
 def rows_at_once(a: Tensor, K: int, N: int) -> int:
@@ -172,14 +152,38 @@ def _columns(a: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         first = last
 
 
-def _sum_of(a: Tensor, parts: Sequence[Tensor], bias: Tensor | None, out: Tensor | None) -> Tensor:
-    y: Tensor | None = None
-    for number, (of_a, of_b) in enumerate(zip(_columns(a, parts), parts, strict=True), 1):
-        part = _top(_linear(of_a, _whole(of_b).t(), None if number > 1 else bias), len(a))
-        if number == len(parts) and out is not None:
-            return out.copy_(part) if y is None else torch.add(y, part, out=out)
-        y = part if y is None else y.add_(part)
-    assert y is not None
+def _by_parts(a: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Iterator[Tensor]:
+    """The products [M, N] that add up to a @ b (+ bias); the bias is in the first."""
+    for number, (of_a, of_b) in enumerate(zip(_columns(a, parts), parts, strict=True)):
+        yield _top(_linear(of_a, _whole(of_b).t(), None if number else bias), len(a))
+
+
+def _over_parts_of_tokens(dy: Tensor, x: Tensor) -> Iterator[Tensor]:
+    """The products [N, K] that add up to that of all tokens."""
+    N, K = dy.shape[1], x.shape[1]
+    for of_dy, of_x in zip(dy.split(MOST_TERMS), x.split(MOST_TERMS), strict=True):
+        tokens = len(of_dy)
+        # Transposed here, not by oneDNN, so that it can be padded.
+        left, right = _LEFT.take(padded(N), padded(tokens), dy), of_x
+        if left.shape == (N, tokens):
+            left.copy_(of_dy.t())
+        else:
+            left[:N, :tokens].copy_(of_dy.t())
+        if left.shape[1] > tokens:
+            left[:N, tokens:] = 0
+            right = _RIGHT.take(left.shape[1], K, x)
+            right[:tokens].copy_(of_x)
+            right[tokens:] = 0
+        yield _top(_linear(left, _whole(right).t(), None), N)
+
+
+def _total(parts: Iterator[Tensor], count: int, out: Tensor | None) -> Tensor:
+    """The sum of so many products, in the memory of the first or in `out`."""
+    y = next(parts)
+    if count == 1:
+        return y if out is None else out.copy_(y)
+    for number, part in enumerate(parts, 2):
+        y = torch.add(y, part, out=out if number == count and out is not None else y)
     return y
 
 

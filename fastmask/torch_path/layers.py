@@ -16,7 +16,7 @@ from torch import Tensor
 from fastmask.masks import UNPACKED, StoredMask, live_blocks
 from fastmask.torch_path import batched
 from fastmask.torch_path.blocks import Blocks
-from fastmask.torch_path.segments import FULL, Pieces, Split, Target, cast, take
+from fastmask.torch_path.segments import FULL, Pieces, Split, Target, cast, dtype_of_sums, take
 from fastmask.torch_path.units import Columns, Rows
 from fastmask.torch_path.weights import Weights
 
@@ -100,30 +100,32 @@ def backward(
     if len(split.parts) == 1:
         return _of_one_language(split.parts[0][0], layers, dys, x, weights, read, needs_x, needs_weight, needs_bias)
     dx = x.new_empty(x.shape) if needs_x else None
-    sums = [_dtype_of_sums(weight) for weight in weights]
-    dws: list[Tensor | None] = [
-        torch.zeros_like(weight, dtype=dtype) if need else None  # in the order of what is read
-        for weight, dtype, need in zip(read, sums, needs_weight, strict=True)
-    ]
-    dbs: list[Tensor | None] = [
-        weight.new_zeros(weight.shape[0], dtype=dtype) if need else None
-        for weight, dtype, need in zip(weights, sums, needs_bias, strict=True)
-    ]
+    parts: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in layers]
     for language, where in split.parts:
         tokens = take(x, where)
         target = None if dx is None else Target(dx, where)
         for g, (layer, weight) in enumerate(zip(layers, read, strict=True)):
             upstream = take(dys[g], where)
+            parts[g].append((language, upstream, tokens))
             if target is not None:
                 add = layer.add_input_grad if g else layer.input_grad
                 add(language, upstream, weight, target.tokens)
-            if (dw := dws[g]) is not None:
-                layer.add_weight_grad(language, upstream, tokens, dw)
-            if (db := dbs[g]) is not None:
-                db += layer.bias_grad(language, upstream)
         if target is not None:
             target.done()
-    return dx, _cast(dws, weights), _cast(dbs, weights)
+    dws = [
+        layer.summed_weight_grad(parts[g], weights[g], read[g]) if needs_weight[g] else None
+        for g, layer in enumerate(layers)
+    ]
+    dbs = [_bias_grad(layer, parts[g], weights[g]) if needs_bias[g] else None for g, layer in enumerate(layers)]
+    return dx, dws, dbs
+
+
+def _bias_grad(layer: Pieces, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor) -> Tensor:
+    """The db [N] of a batch, in the weight's dtype."""
+    grad = weight.new_zeros(weight.shape[0], dtype=dtype_of_sums(weight))
+    for language, dy, _ in parts:
+        layer.add_bias_grad(language, dy, grad)
+    return cast(grad, weight.dtype)
 
 
 def _of_one_language(
@@ -151,7 +153,7 @@ def _of_one_language(
         if needs_weight[g]:
             dws[g] = layer.weight_grad(language, upstream, tokens, weight)
         if needs_bias[g]:
-            dbs[g] = cast(layer.bias_grad(language, upstream), weight.dtype)
+            dbs[g] = _bias_grad(layer, [(language, upstream, tokens)], weight)
     return None if dx is None else dx.view(x.shape), dws, dbs
 
 
@@ -197,15 +199,3 @@ def _at_once(layers: Sequence[Pieces], x: Tensor, split: Split) -> TypeGuard[Seq
 def _laid_out(layers: Sequence[Pieces], weights: Sequence[Tensor], split: Split, x: Tensor) -> Sequence[Tensor]:
     languages = list(split.positions)
     return [layer.laid_out(weight, languages, x) for layer, weight in zip(layers, weights, strict=True)]
-
-
-def _dtype_of_sums(weight: Tensor) -> torch.dtype:
-    """What the languages of a batch add up in."""
-    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
-
-
-def _cast(grads: list[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
-    return [
-        None if grad is None else cast(grad, weight.dtype).contiguous()
-        for grad, weight in zip(grads, weights, strict=True)
-    ]

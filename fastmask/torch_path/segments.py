@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FULL", "Pieces", "Split", "Target", "cast", "take"]
+__all__ = ["FULL", "Pieces", "Split", "Target", "cast", "dtype_of_sums", "take"]
 
 FULL = -1  # the language id of the full, unmasked network
 
@@ -43,15 +43,26 @@ class Pieces(ABC):
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         """Add this language's dW to the live part of `grad` [N, K]."""
 
+    def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
+        """The dW [N, K] of a mixed batch, in the weight's dtype.
+
+        `parts` are (language, dy, x) of each language, `read` what `laid_out` has returned. Half-precision weights are
+        summed in float32.
+        """
+        grad = torch.zeros_like(read, dtype=dtype_of_sums(weight))  # in the order of what is read
+        for language, dy, x in parts:
+            self.add_weight_grad(language, dy, x, grad)
+        return cast(grad, weight.dtype).contiguous()
+
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         """The dW [N, K] of a batch of one language, in the weight's dtype; overridden where one pass less will do."""
         grad = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         self.add_weight_grad(language, dy, x, grad)
         return grad
 
-    def bias_grad(self, language: int, dy: Tensor) -> Tensor:
-        """Return the db [N] of one language, in the dtype of dy; only row masks gate the bias."""
-        return dy.sum(0)
+    def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
+        """Add this language's db to `grad` [N]; only row masks gate the bias."""
+        grad += dy.sum(0)
 
 
 class Split:
@@ -101,6 +112,11 @@ class Split:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def dtype_of_sums(weight: Tensor) -> torch.dtype:
+    """What the languages of a batch add up in."""
+    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
 
 
 def take(x: Tensor, where: slice | list[int]) -> Tensor:

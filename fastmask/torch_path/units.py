@@ -7,10 +7,12 @@ projection that makes them to the projection that consumes them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from fastmask.torch_path.products import add_multiply, by_onednn, multiply, over_tokens, padded, rows_at_once
 from fastmask.torch_path.scratch import Scratch
@@ -21,6 +23,7 @@ __all__ = ["Columns", "Rows"]
 _LIVE_WEIGHT, _LIVE_GRAD = Scratch(), Scratch()
 
 LEAST_TO_TRANSPOSE = 4  # languages in a batch
+MOST_SUMMED = 2**24  # elements of all languages' dW together: they exist at once
 
 
 class _Units:
@@ -36,6 +39,7 @@ class _Units:
         self._units: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
         self._slices: dict[tuple[int, int, int], Tensor] = {}
+        self._owners_of: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def live(self, language: int) -> int:
         """Live rows (or columns) of a language."""
@@ -146,6 +150,40 @@ class _Units:
         """What is live [M, live] of an activation [M, width], and nothing else."""
         return _first(self.compact(language, activation), self.live(language))
 
+    def _sums_at_once(self, parts: Sequence[tuple[int, Tensor, Tensor]], width: int) -> bool:
+        """Whether `_sum` takes less than adding one language's part after the other.
+
+        In float32 it takes as long, and twice the memory.
+        """
+        if not parts or parts[0][2].dtype not in (torch.bfloat16, torch.float16) or not parts[0][2].is_cpu:
+            return False
+        return width * sum(self.live(language) for language, _, _ in parts) <= MOST_SUMMED
+
+    def _sum(self, parts: Sequence[tuple[int, Tensor, Tensor]], width: int) -> Tensor:
+        """The sum [size, width] of the products of (language, a [M, live], b [M, width]), each at its live units.
+
+        All products exist at once, one below the other, in half precision. The sums are made in float32, each element
+        of the result being written once.
+        """
+        languages = tuple(language for language, _, _ in parts)
+        ends = list(itertools.accumulate(map(self.live, languages)))
+        products = _LIVE_GRAD.take(ends[-1], width, parts[0][1])
+        for end, (language, a, b) in zip(ends, parts, strict=True):
+            over_tokens(a, b, products[end - self.live(language) : end])
+        which, first = self._owners(languages)
+        by_unit = products.view(-1, self.unit * width)
+        grad: Tensor = embedding_bag(which, by_unit, first, mode="sum", include_last_offset=True)
+        return grad.view(self.size, width)
+
+    def _owners(self, languages: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Of each unit the places of its live copies among those of these languages; where those of each begin."""
+        if self._owners_of is None or self._owners_of[0] != languages:
+            every = torch.arange(self.size // self.unit, device=self.indices.device)
+            units = torch.cat([every if self.whole(language) else self.units_of(language) for language in languages])
+            first = torch.bincount(units, minlength=len(every)).cumsum(0)
+            self._owners_of = languages, units.argsort(stable=True), torch.nn.functional.pad(first, (1, 0))
+        return self._owners_of[1:]
+
     def _casts_all(self, languages: Sequence[int], weight: Tensor, x: Tensor) -> bool:
         """Whether casting the weight once for all languages takes less than casting the live part of each."""
         return weight.dtype != x.dtype and 2 * sum(map(self.live, languages)) > self.size
@@ -201,9 +239,18 @@ class Rows(_Units, Pieces):
         part = cast(part, weight.dtype).view(-1, self.unit * K)
         return part.index_select(0, self.places(language)).view(N, K)
 
-    def bias_grad(self, language: int, dy: Tensor) -> Tensor:
+    def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
+        if not self._sums_at_once(parts, weight.shape[1]):
+            return super().summed_weight_grad(parts, weight, read)
+        given = [(language, self._own(language, dy), x) for language, dy, x in parts]
+        return cast(self._sum(given, weight.shape[1]), weight.dtype)
+
+    def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
         part = self._own(language, dy).sum(0)
-        return part if self.whole(language) else part.new_zeros(self.size).index_copy_(0, self.of(language), part)
+        if self.whole(language):
+            grad += part
+        else:
+            grad.index_add_(0, self.of(language), cast(part, grad.dtype))
 
 
 class Columns(_Units, Pieces):
@@ -285,6 +332,12 @@ class Columns(_Units, Pieces):
         part[:, live:] = 0
         part = cast(part, weight.dtype).view(N, -1, unit)
         return part.index_select(1, self.places(language)).view(N, self.size)
+
+    def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
+        if not _by_columns(read) or not self._sums_at_once(parts, weight.shape[0]):
+            return super().summed_weight_grad(parts, weight, read)
+        given = [(language, self._own(language, x), dy) for language, dy, x in parts]
+        return cast(self._sum(given, weight.shape[0]).t().contiguous(), weight.dtype)
 
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         if not self.whole(language) and _by_columns(grad):

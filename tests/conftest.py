@@ -1,9 +1,10 @@
-"""What several test folders share: the real treebanks, where there are any, and how Triton kernels are run."""
+"""What several test folders share: the real treebanks, how Triton kernels are run, the ways to run a batch on a CPU."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
     # Without a GPU Triton's interpreter runs the kernels; it must be asked for before they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+WAYS = ("looped", "gated", "batched")
 _BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
 
 
@@ -22,3 +24,15 @@ def ud_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no treebanks in {folder}; set FASTMASK_UD_DIR to a folder of UD_* treebanks")
     return folder
+
+
+@pytest.fixture(params=WAYS)
+def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every batch runs this way where it is possible (`fastmask.torch_path.choice`), whatever it costs."""
+    from fastmask.torch_path import choice, layers  # not before Triton knows how to run
+
+    def choose(*batch: Any) -> str:
+        return request.param if request.param in choice.possible(*batch) else "looped"
+
+    monkeypatch.setattr(layers, "cheapest", choose)
+    return request.param

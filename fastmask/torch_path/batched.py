@@ -8,37 +8,49 @@ weight, so they add nothing.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastmask.torch_path.products import by_onednn
-from fastmask.torch_path.segments import FULL, Split
+from fastmask.torch_path.segments import Grads, Needs, Split
 from fastmask.torch_path.units import Columns, Rows
 
-__all__ = ["Batched", "suits"]
-
-MOST_PRODUCTS, MOST_PRODUCTS_ONEDNN = 2**25, 2**22  # multiply-adds of one language above which calls no longer matter
-MOST_GATHERED = 2**22  # elements of all languages' live weights together: they exist at once here
+__all__ = ["backward", "forward"]
 
 
-def suits(pieces: object, x: Tensor, split: Split) -> TypeGuard[Rows | Columns]:
-    """Whether a batch x [B, T, K] is better off here than in a loop over its languages."""
-    languages = split.positions
-    if len(languages) < 2 or FULL in languages:
-        return False
-    if not isinstance(pieces, (Rows, Columns)) or pieces.packed_width is None:
-        return False
-    tokens, most = x.shape[1], max(len(positions) for positions in languages.values())
-    live = max(pieces.live(language) for language in languages)
-    other = pieces.in_width if isinstance(pieces, Rows) else pieces.out_width
-    return (
-        live > 0
-        and most * tokens * live * other <= (MOST_PRODUCTS_ONEDNN if by_onednn(x) else MOST_PRODUCTS)
-        and len(languages) * live * other <= MOST_GATHERED
-        and most * len(languages) <= 2 * split.size  # not mostly padding
-    )
+def forward(
+    layers: Sequence[Rows | Columns],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    split: Split,
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Each layer's y; nothing is kept for `backward`."""
+    return [
+        _Layer(layer, weight, split).forward(x, bias)
+        for layer, weight, bias in zip(layers, weights, biases, strict=True)
+    ], []
+
+
+def backward(
+    layers: Sequence[Rows | Columns],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    split: Split,
+    needs: Needs,
+    kept: Sequence[Tensor],
+) -> Grads:
+    """Gradients of `forward`."""
+    found = [
+        _Layer(layer, weight, split).backward(dy, x, (needs.x, needs.weights[g], needs.biases[g]))
+        for g, (layer, weight, dy) in enumerate(zip(layers, weights, dys, strict=True))
+    ]
+    parts_of_dx = [dx for dx, _, _ in found if dx is not None]
+    dx = functools.reduce(torch.add, parts_of_dx) if parts_of_dx else None
+    return dx, [dw for _, dw, _ in found], [db for _, _, db in found]
 
 
 class _Groups:
@@ -77,7 +89,7 @@ class _Groups:
         return y if self.in_place else y.index_select(0, self.slots)
 
 
-class Batched:
+class _Layer:
     """One packed layer for one batch; call `forward`, or `backward` in an object of its own."""
 
     def __init__(self, pieces: Rows | Columns, weight: Tensor, split: Split) -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["FULL", "Pieces", "Split", "Target", "cast", "dtype_of_sums", "take"]
+__all__ = ["FULL", "Grads", "Needs", "Pieces", "Split", "Target", "cast", "dtype_of_sums", "take"]
 
 FULL = -1  # the language id of the full, unmasked network
+
+Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed: of the input, and of each layer's weight and bias."""
+
+    x: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
 
 
 class Pieces(ABC):
@@ -71,10 +82,12 @@ class Split:
     Attributes:
         positions: of each language that occurs its examples, ascending; languages in order of their first example.
         parts: each language and where its examples are, as a slice where they lie side by side, else as positions.
+        languages: of each example.
         size: B.
     """
 
     def __init__(self, language_ids: list[int]) -> None:
+        self.languages = language_ids
         self.size = len(language_ids)
         self.positions: dict[int, list[int]] = {}
         for position, language in enumerate(language_ids):

@@ -39,6 +39,7 @@ class _Units:
         self._units: dict[int, Tensor] = {}
         self._places: dict[int, Tensor] = {}
         self._slices: dict[tuple[int, int, int], Tensor] = {}
+        self._tables: tuple[Tensor | None, Tensor | None] | None = None
         self._owners_of: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def live(self, language: int) -> int:
@@ -73,13 +74,33 @@ class _Units:
             self._places[language] = places
         return places
 
+    def tables(self) -> tuple[Tensor | None, Tensor | None]:
+        """Which row (or column) each place of the masked side holds, and whether it is closed to the language.
+
+        Both [languages + 1, width], the last for the full network; None if rows are where they belong, or none is
+        closed. Closed places behind the live ones of a packed side hold a dead row.
+        """
+        if self._tables is None:
+            every = torch.arange(self.size, device=self.indices.device)
+            languages = [*range(len(self.counts)), FULL]
+            live = torch.ones(len(languages), self.size, dtype=torch.bool, device=every.device)
+            for language, count in enumerate(self.counts):
+                live[language] = torch.zeros_like(live[0]).index_fill_(0, self.indices[language, :count], True)
+            if self.packed_width is None:
+                self._tables = None, ~live
+            else:  # live first, each in its order
+                units = (~live).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.width]
+                closed = ~live.gather(1, units)
+                self._tables = units, closed if closed.any() else None
+        return self._tables
+
     def room(self, language: int, x: Tensor) -> int:
         """Rows (or columns) that are multiplied with x: the live ones and, for a `padded` size, zeros behind them."""
         live = self.live(language)
         if self.unit > 1 or self.packed_width is None or not by_onednn(x):
             return live  # there are only so many numbers of heads
         room = min(padded(live), self.width)
-        return live if room == self.size else room
+        return room if room < self.size else live
 
     def gathered(self, language: int, room: int) -> Tensor:
         """Indices of live rows, and any index for each place behind them."""

@@ -11,13 +11,15 @@ from fastmask.torch_path.naive import masked_linear_naive
 KINDS = ("rows", "columns", "blocks", "weights")
 
 
-def random_mask(kind: str, L: int, N: int, K: int, density: float = 0.5, unit: int = 1, seed: int = 0) -> Mask:
-    """A random mask; from three languages on the second owns nothing and the third everything."""
+def random_mask(
+    kind: str, L: int, N: int, K: int, density: float = 0.5, unit: int = 1, seed: int = 0, extremes: bool = True
+) -> Mask:
+    """A random mask; with `extremes` and from three languages on the second owns nothing and the third everything."""
     generator = torch.Generator().manual_seed(seed)
 
     def keep(*shape: int) -> Tensor:
         flags = torch.rand(L, *shape, generator=generator) < density
-        if L >= 3:
+        if extremes and L >= 3:
             flags[1], flags[2] = False, True
         return flags
 

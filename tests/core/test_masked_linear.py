@@ -11,7 +11,7 @@ from oracle import KINDS, assert_close, check, gradients, random_mask
 
 from fastmask import Mask, masked_linear
 from fastmask.functional import compute
-from fastmask.torch_path import batched, units
+from fastmask.torch_path import units
 from fastmask.torch_path.naive import masked_linear_naive
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
@@ -27,7 +27,7 @@ def shape_of(unit: int) -> tuple[int, int]:
 @pytest.mark.parametrize("unit", [1, 3, 8])
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_equals_multiplying_by_masks(kind, ids, unit, has_bias, dtype):
+def test_equals_multiplying_by_masks(kind, ids, unit, has_bias, dtype, every_way):
     """The library computes something other than the masked model."""
     torch.manual_seed(0)
     N, K = shape_of(unit)
@@ -137,18 +137,17 @@ def test_non_leaf_weight(kind):
 
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("unit", [1, 4])
-@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
 @pytest.mark.parametrize(
     "order", [[0, 0, 1, 1, 2, 2], [1, 0, 2, 3, 1], [2, 0, 0, 3]], ids=["equal", "scattered", "unequal"]
 )
-def test_packed_equals_unpacked(kind, unit, at_once, order, monkeypatch):
+@pytest.mark.parametrize("extremes", [True, False], ids=["extremes", "spare"])
+def test_packed_equals_unpacked(kind, unit, order, extremes, every_way):
     """Packing moves a unit to the wrong place, or leaves something behind the live units."""
-    if not at_once:
-        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
     torch.manual_seed(0)
     N, K = (8 * unit, 12) if kind == "rows" else (12, 8 * unit)
-    mask, ids = random_mask(kind, 4, N, K, unit=unit), torch.tensor(order)
-    width = max(mask.live_counts()) + unit
+    mask, ids = random_mask(kind, 4, N, K, unit=unit, extremes=extremes), torch.tensor(order)
+    width = 8 * unit if extremes else max(mask.live_counts()) + unit
+    assert width <= 8 * unit
     weight, bias = torch.randn(N, K), torch.randn(N)
     dense = mask.to_dense()[:, :, 0] if kind == "rows" else mask.to_dense()[:, 0]
     live = [torch.where(row)[0].tolist() for row in dense]
@@ -175,12 +174,9 @@ def test_packed_equals_unpacked(kind, unit, at_once, order, monkeypatch):
         torch.testing.assert_close(result, wanted, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
 @pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("relu", F.relu)])
-def test_activation_inside(name, function, at_once, monkeypatch):
+def test_activation_inside(name, function, every_way):
     """An activation that is computed again in the backward pass differs from one that stands before the layer."""
-    if not at_once:
-        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
     torch.manual_seed(0)
     mask, ids = random_mask("columns", 2, 6, 8), torch.tensor([1, 0, 0])
     width = max(mask.live_counts()) + 1

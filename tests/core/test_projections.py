@@ -8,7 +8,7 @@ from oracle import random_mask
 
 from fastmask.functional import compute, compute_projections
 from fastmask.masks import UNPACKED, Mask, StoredMask
-from fastmask.torch_path import batched, layers
+from fastmask.torch_path import layers
 
 UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention
 
@@ -24,11 +24,8 @@ def setting(dtype, has_bias, needs=(True, True, True)):
 
 @pytest.mark.parametrize("ids", [[0, 0, 0, 0, 0], [0, 2, 1, 0, 2], [-1, 0, 0, 2, -1], [1, 1, 1, 1, 1]], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
-def test_equals_one_after_the_other(ids, has_bias, at_once, monkeypatch):
+def test_equals_one_after_the_other(ids, has_bias, every_way):
     """Computing Q, K and V together changes them, or a gradient."""
-    if not at_once:
-        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
     ids = torch.tensor(ids)
     x, weights, masks, biases, widths = setting(torch.float64, has_bias)
     together = compute_projections(x, weights, masks, ids, biases, widths)
@@ -84,7 +81,7 @@ def test_opcheck(has_bias):
 
 @pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 0, 1, 2], [-1, 2, 2, -1]])
 @pytest.mark.parametrize("kind", ["rows", "columns", "weights"])
-def test_weights_that_were_cast_are_kept_for_backward(kind, ids):
+def test_weights_that_were_cast_are_kept_for_backward(kind, ids, every_way):
     """The backward pass reads what was kept of another layer or another language."""
     torch.manual_seed(0)
     L, N, K, tokens = 3, 96, 64, 40

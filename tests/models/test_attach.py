@@ -13,7 +13,6 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
-from fastmask.torch_path import batched
 
 LANGUAGES = ["aa", "bb", "cc"]
 MIXED = [2, 0, 1, 1, 0, 2, 0]
@@ -47,12 +46,9 @@ def assert_equals_multiplying(model, subnets, ids=MIXED):
             )
 
 
-@pytest.mark.parametrize("at_once", [True, False], ids=["batched", "looped"])
 @pytest.mark.parametrize("model_type", [*ENCODERS, *DECODERS])
-def test_every_family(model_type, at_once, monkeypatch):
-    """A family's heads or neurons are found in the wrong place, by one of the two ways to run a mixed batch."""
-    if not at_once:
-        monkeypatch.setattr(batched, "MOST_PRODUCTS", 0)
+def test_every_family(model_type, every_way):
+    """A family's heads or neurons are found in the wrong place, by one of the ways to run a mixed batch."""
     model = tiny(model_type)
     assert_equals_multiplying(model, subnetworks(model))
 

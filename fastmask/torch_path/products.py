@@ -70,7 +70,7 @@ def over_tokens(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 def rows_at_once(a: Tensor, K: int, N: int) -> int:
     """How many rows of b a product a [M, K] @ b [K, N] takes at once: a caller that gathers b may gather parts."""
-    return min(K, MOST_TERMS) if _suits(len(a), K, N, a) else max(K, 1)
+    return min(K, MOST_TERMS) if _suits(a.shape[0], K, N, a) else max(K, 1)
 
 
 def padded(size: int) -> int:
@@ -85,16 +85,15 @@ def padded(size: int) -> int:
 def by_onednn(x: Tensor) -> bool:
     """Whether large products with x go to oneDNN.
 
-    `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides; else they do where PyTorch would use MKL and MKL
-    would not use the processor's AVX-512.
+    `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides, as it was when first asked; else they do where
+    PyTorch would use MKL and MKL would not use the processor's AVX-512.
     """
-    if x.dtype != torch.float32 or not x.is_cpu or not torch.backends.mkldnn.enabled:
-        return False
-    return _chosen(os.environ.get("FASTMASK_PRODUCTS", ""))
+    return x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled) and _chosen()
 
 
 @cache
-def _chosen(asked: str) -> bool:
+def _chosen() -> bool:
+    asked = os.environ.get("FASTMASK_PRODUCTS", "")
     if asked not in ("", "torch", "onednn"):
         raise ValueError(f"FASTMASK_PRODUCTS is {asked!r}; expected torch or onednn")
     if asked == "torch" or not (torch.backends.mkldnn.is_available() and _works()):
@@ -133,21 +132,22 @@ def _parts(a: Tensor, b: Tensor | Sequence[Tensor]) -> Sequence[Tensor] | None:
     if not isinstance(b, Tensor):
         return b
     K, N = b.shape
-    if not _suits(len(a), K, N, a):
+    if not _suits(a.shape[0], K, N, a):
         return None
-    return [b] if len(b) <= MOST_TERMS else b.split(MOST_TERMS)
+    return [b] if K <= MOST_TERMS else b.split(MOST_TERMS)
 
 
 def _columns(a: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
     """The columns of a [M, K] that belong to each part, one after the other in the same memory; `padded` rows."""
-    rows, first = padded(len(a)), 0
+    M, K = a.shape
+    rows, first = padded(M), 0
     for part in parts:
-        last = first + len(part)
-        if rows == len(a) and last - first == a.shape[1] and a.is_contiguous():
+        last = first + part.shape[0]
+        if rows == M and last - first == K and a.is_contiguous():
             yield a
         else:
             memory = _LEFT.take(rows, last - first, a)
-            _top(memory, len(a)).copy_(a[:, first:last])
+            _top(memory, M).copy_(a[:, first:last])
             yield memory
         first = last
 
@@ -155,14 +155,14 @@ def _columns(a: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:
 def _by_parts(a: Tensor, parts: Sequence[Tensor], bias: Tensor | None) -> Iterator[Tensor]:
     """The products [M, N] that add up to a @ b (+ bias); the bias is in the first."""
     for number, (of_a, of_b) in enumerate(zip(_columns(a, parts), parts, strict=True)):
-        yield _top(_linear(of_a, _whole(of_b).t(), None if number else bias), len(a))
+        yield _top(_linear(of_a, _as_weight(of_b), None if number else bias), a.shape[0])
 
 
 def _over_parts_of_tokens(dy: Tensor, x: Tensor) -> Iterator[Tensor]:
     """The products [N, K] that add up to that of all tokens."""
     N, K = dy.shape[1], x.shape[1]
     for of_dy, of_x in zip(dy.split(MOST_TERMS), x.split(MOST_TERMS), strict=True):
-        tokens = len(of_dy)
+        tokens = of_dy.shape[0]
         # Transposed here, not by oneDNN, so that it can be padded.
         left, right = _LEFT.take(padded(N), padded(tokens), dy), of_x
         if left.shape == (N, tokens):
@@ -174,7 +174,7 @@ def _over_parts_of_tokens(dy: Tensor, x: Tensor) -> Iterator[Tensor]:
             right = _RIGHT.take(left.shape[1], K, x)
             right[:tokens].copy_(of_x)
             right[tokens:] = 0
-        yield _top(_linear(left, _whole(right).t(), None), N)
+        yield _top(_linear(left, _as_weight(right), None), N)
 
 
 def _total(parts: Iterator[Tensor], count: int, out: Tensor | None) -> Tensor:
@@ -188,11 +188,12 @@ def _total(parts: Iterator[Tensor], count: int, out: Tensor | None) -> Tensor:
 
 
 def _top(x: Tensor, rows: int) -> Tensor:
-    return x if len(x) == rows else x[:rows]
+    return x if x.shape[0] == rows else x[:rows]
 
 
-def _whole(b: Tensor) -> Tensor:
-    """The matrix without gaps, its rows or its columns one after the other."""
-    if b.is_contiguous() or b.t().is_contiguous():
-        return b
-    return b.contiguous() if b.stride(1) == 1 else b.t().contiguous().t()
+def _as_weight(b: Tensor) -> Tensor:
+    """The transpose of b, as `_linear` takes it: its rows or its columns one after the other, without gaps."""
+    w = b.t()
+    if w.is_contiguous() or b.is_contiguous():
+        return w
+    return w.contiguous() if w.stride(1) == 1 else b.contiguous().t()

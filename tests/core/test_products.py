@@ -15,9 +15,21 @@ SHAPES = [(300, 768, 256), (96, 1500, 100), (1024, 257, 16), (64, 255, 130), (20
 
 
 @pytest.fixture
-def onednn(monkeypatch):
+def ask_for(monkeypatch):
+    """Sets the environment variable, which is otherwise read once."""
+
+    def ask(library: str) -> None:
+        monkeypatch.setenv("FASTMASK_PRODUCTS", library)
+        products._chosen.cache_clear()
+
+    yield ask
+    products._chosen.cache_clear()
+
+
+@pytest.fixture
+def onednn(ask_for):
     """Every product that is large enough goes to oneDNN, whatever the processor."""
-    monkeypatch.setenv("FASTMASK_PRODUCTS", "onednn")
+    ask_for("onednn")
     assert products.by_onednn(torch.ones(1))
 
 
@@ -117,14 +129,14 @@ def test_what_does_not_suit_stays_with_pytorch(onednn, shape, dtype):
     assert torch.equal(products.multiply(a, b), a @ b)
 
 
-def test_the_choice_can_be_made_by_hand(monkeypatch):
+def test_the_choice_can_be_made_by_hand(ask_for, monkeypatch):
     """The environment variable is ignored, a misspelt one accepted, or oneDNN used where it is switched off."""
-    monkeypatch.setenv("FASTMASK_PRODUCTS", "torch")
+    ask_for("torch")
     assert not products.by_onednn(torch.ones(1))
-    monkeypatch.setenv("FASTMASK_PRODUCTS", "mkl")
+    ask_for("mkl")
     with pytest.raises(ValueError, match="'mkl'; expected torch or onednn"):
         products.by_onednn(torch.ones(1))
-    monkeypatch.setenv("FASTMASK_PRODUCTS", "onednn")
+    ask_for("onednn")
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not products.by_onednn(torch.ones(1))
 

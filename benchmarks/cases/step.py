@@ -1,4 +1,4 @@
-"""A training step of the parser, whole: sampling and collating, forward, backward, clipping, optimiser."""
+"""Training steps of the parser, whole: sampling and collating, forward, backward, clipping, optimiser."""
 
 from __future__ import annotations
 
@@ -67,9 +67,19 @@ class Trainer:
         self.optimizer.step()
         self.done = seen.step
 
+    def cycle(self) -> None:
+        """A step of each length quantile, as many as the sampler goes through before it begins again."""
+        for _ in range(self.batches.sampler.bins):
+            self.step()
+
     def languages(self) -> AbstractContextManager[None]:
         """What forward passes run in: the full network of an attached parser, or what the batch says."""
         return fm.language(self.parser.encoder, None) if self.full else nullcontext()
+
+    def draw_cycle(self) -> None:
+        """The data of a cycle."""
+        for _ in range(self.batches.sampler.bins):
+            self.draw()
 
     def draw(self) -> Batch:
         """The data of a step: what the loop does before the forward pass."""
@@ -81,14 +91,18 @@ class Trainer:
 
 
 class Step(Case):
-    """A training step of the parser: data, forward, backward, optimiser; `tokens` is the mean length of a sentence.
+    """Training steps of the parser: data, forward, backward, optimiser; `tokens` is the mean length of a sentence.
 
+    A run is a cycle of ten steps, one of each length quantile: a batch of the longest sentences takes ten times as long
+    as one of the shortest, and gains twice as much, so that no single step says how many sentences a second go through.
     "data" is what sampling and collating take of it.
     """
 
     name = "step"
     units = ("both", "heads", "neurons")
-    parts = ("step",)
+    parts = ("ten steps",)
+    warm_up = 1
+    least = 3
     implementations = ("dense", "fastmask", "full", "fastmask-live", "data")
     defaults: ClassVar[dict[str, Any]] = {"languages": 8, "present": 8, "batch": 32, "tokens": 24}
     aside = ("data",)
@@ -131,8 +145,9 @@ class Step(Case):
             self._flops = self._counted(batch)
 
     def sides(self, part: str) -> dict[str, Side]:
-        """One step of each, or the data of one."""
-        return {name: Side(trainer.draw if name == "data" else trainer.step) for name, trainer in self.trainers.items()}
+        """A cycle of each, or the data of one."""
+        trainers = self.trainers.items()
+        return {name: Side(trainer.draw_cycle if name == "data" else trainer.cycle) for name, trainer in trainers}
 
     def ideal(self) -> float:
         """FLOPs of a dense forward and backward pass, all of the parser's, over those with the encoder's live part."""
@@ -162,7 +177,7 @@ class Step(Case):
 
     def findings(self, times: dict[str, dict[str, list[float]]]) -> list[str]:
         """How much of a step its data take."""
-        own = times.get("step", {})
+        own = times.get("ten steps", {})
         if "data" not in own or "fastmask" not in own:
             return []
         shares = sorted(a / b for a, b in zip(own["data"], own["fastmask"], strict=True))

@@ -29,12 +29,14 @@ from fastmask.errors import unknown
 __all__ = ["main"]
 
 SECONDS = 20.0
+JUDGED = ("targets", "growth")  # plans whose measurements are held against what is asked for
 EPILOG = """examples:
   python -m benchmarks                                  the quick plan, five minutes
   python -m benchmarks targets                          what must hold; fails where something falls short
   python -m benchmarks encoder --density 1,0.75,0.5,0.25,0.1 --present 1,8 --batch 16 --csv runs/encoder.csv
   python -m benchmarks op --unit neurons,blocks64,weights --parts forward,dW --threads 1,2
   python -m benchmarks --from runs/encoder.csv --pictures runs/pictures
+  python -m benchmarks targets --from benchmarks/results/targets.csv
   python -m benchmarks quick --csv runs/new.csv --compare benchmarks/results/quick.csv"""
 
 
@@ -101,10 +103,12 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
         raise ValueError(f"{options.update_readme} has no line {tables.BEGIN!r}: the table goes below it")
     good = True
     if options.stored is not None:
-        if options.what or options.csv:
-            raise ValueError("--from measures nothing: leave the plan or cases, and --csv, out")
+        if options.csv or len(options.what) > 1 or not set(options.what) <= set(JUDGED):
+            raise ValueError("--from measures nothing: leave --csv out, and what to measure, but for targets or growth")
         rows = rows_file.read(options.stored)
         tables.print_rows(rows)
+        for plan in options.what:
+            good = _judged(plan, rows[0].threads, rows[0].device, {}, rows)
     elif len(threads := _threads(options.threads)) > 1:
         rows, good = _one_process_each(threads, options, arguments)
     else:
@@ -157,24 +161,22 @@ def _measured(options: argparse.Namespace, threads: int) -> tuple[list[Row], boo
         say.end()
         tables.print_rows(found.rows)
     print(one_line(described(torch.device(device)), threads))
-    if plan not in ("targets", "growth"):
+    if plan not in JUDGED:
         return rows, not failed
-    read = _readings(TARGETS if plan == "targets" else [], measured, threads, device)
-    tables.print_targets(read)
-    reached = all(reading is not None and target.reached(reading) for target, reading in read)
-    return rows, reached and not failed
+    return rows, _judged(plan, threads, device, measured, rows) and not failed
 
 
-def _readings(
-    targets: Sequence[Target], measured: dict[Job, Measured], threads: int, device: str
-) -> list[tuple[Target | Growth, Reading | None]]:
+def _judged(plan: str, threads: int, device: str, measured: dict[Job, Measured], rows: Sequence[Row]) -> bool:
+    """Print what is asked for and what was found, now or in stored rows; whether all of it is reached."""
     read: list[tuple[Target | Growth, Reading | None]] = []
-    wanted: list[Target | Growth] = [*targets, *GROWTHS]
+    wanted: list[Target | Growth] = [*(TARGETS if plan == "targets" else []), *GROWTHS]
+    stored = tables.by_setting(rows)
     for target in wanted:
-        found = [measured.get(placed(job, threads, device)) for job in target.jobs]
-        whole = [one for one in found if one is not None]
-        read.append((target, target.reading(whole) if len(whole) == len(found) else None))
-    return read
+        jobs = [placed(job, threads, device) for job in target.jobs]
+        found = [measured.get(job) or Measured(job, stored.get(job.setting, []), {}) for job in jobs]
+        read.append((target, target.reading(found) if all(map(target.is_in, found)) else None))
+    tables.print_targets(read)
+    return all(reading is not None and target.reached(reading) for target, reading in read)
 
 
 def _jobs(options: argparse.Namespace, threads: int, device: str) -> tuple[list[Job], str | None]:

@@ -42,7 +42,7 @@ class Job:
 
 @dataclass
 class Measured:
-    """Rows of one job, and the milliseconds of every round behind them."""
+    """Rows of one job, and the milliseconds of every round behind them; rows that were stored have none."""
 
     job: Job
     rows: list[Row]
@@ -52,6 +52,10 @@ class Measured:
     def ratio(self, of: str, to: str, part: str) -> Ratio:
         """Time of implementation `to` over that of `of`, round by round."""
         return ratio_of(self.times[part][to], self.times[part][of])
+
+    def has(self, implementations: Sequence[str], part: str) -> bool:
+        """Whether each of them has a row."""
+        return set(implementations) <= {row.implementation for row in self.rows if row.part == part}
 
     def row(self, implementation: str, part: str) -> Row:
         """One row."""

@@ -19,6 +19,7 @@ __all__ = [
     "BEGIN",
     "END",
     "break_evens",
+    "by_setting",
     "print_rows",
     "print_targets",
     "readme_table",
@@ -35,7 +36,7 @@ TOO_NOISY = "too noisy to conclude"
 def print_rows(rows: Sequence[Row]) -> None:
     """One table for each setting: its implementations, part by part."""
     console = Console(width=WIDTH)
-    for setting, group in _by_setting(rows).items():
+    for setting, group in by_setting(rows).items():
         held = f"{setting.languages} language{'s' * (setting.languages > 1)} held"
         layers = f", {setting.layers} layers" if CASES[setting.case].layered else ""
         title = f"{setting.words()}; {held}{layers}; {setting.dtype}, {_threads(setting.threads)}"
@@ -193,7 +194,8 @@ def replace_between(path: str | os.PathLike[str], begin: str, end: str, new: str
         partial.unlink(missing_ok=True)
 
 
-def _by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
+    """The rows of each setting."""
     found: dict[Setting, list[Row]] = {}
     for row in rows:
         found.setdefault(setting_of(row), []).append(row)

@@ -71,6 +71,10 @@ class Target:
         """What must be measured for it."""
         return (self.job,)
 
+    def is_in(self, found: Measured) -> bool:
+        """Whether rows of all that it compares are there."""
+        return found.has((self.of, *self.against), self.part)
+
     def reached(self, reading: Reading) -> bool:
         """Whether a value is as asked for."""
         return reading.value >= self.bound if self.at_least else reading.value <= self.bound
@@ -78,7 +82,7 @@ class Target:
     def reading(self, measured: Sequence[Measured]) -> Reading:
         """The value, of what was measured."""
         (found,) = measured
-        if not self.against:
+        if not self.against or not found.times:  # stored rows have none
             return reading_of_rows(self, found.rows)
         ratios = [found.ratio(self.of, other, self.part) for other in self.against]
         least = min(ratios, key=lambda ratio: ratio.median)
@@ -136,6 +140,10 @@ class Growth:
     def at_least(self) -> bool:
         """Less is better."""
         return False
+
+    def is_in(self, found: Measured) -> bool:
+        """Whether our row is there."""
+        return found.has(("fastmask",), self.part)
 
     def reached(self, reading: Reading) -> bool:
         """Whether an exponent is as asked for."""

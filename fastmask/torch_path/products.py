@@ -30,6 +30,7 @@ MOST_TERMS = 256
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
 GRAIN = 32
+LARGE_RESULT, PIECE_OF_RESULT = 5 * 2**19, 2**20  # elements
 
 _PRODUCT, _LEFT, _RIGHT = Scratch(), Scratch(), Scratch()
 
@@ -43,7 +44,14 @@ def multiply(a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None = None
     if parts is None:
         assert isinstance(b, Tensor)
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    return _total(_by_parts(a, parts, bias), len(parts), out)
+    M, N = a.shape[0], parts[0].shape[1]
+    rows = _rows_of_results(M, N, len(parts))
+    if rows >= M:
+        return _total(_by_parts(a, parts, bias), len(parts), out)
+    out = a.new_empty(M, N) if out is None else out
+    for of_a, of_out in zip(a.split(rows), out.split(rows), strict=True):
+        _total(_by_parts(of_a, parts, bias), len(parts), of_out)
+    return out
 
 
 def add_multiply(out: Tensor, a: Tensor, b: Tensor | Sequence[Tensor]) -> None:
@@ -53,8 +61,10 @@ def add_multiply(out: Tensor, a: Tensor, b: Tensor | Sequence[Tensor]) -> None:
         assert isinstance(b, Tensor)
         out.addmm_(a, b)
         return
-    for part in _by_parts(a, parts, None):
-        out += part
+    rows = _rows_of_results(out.shape[0], out.shape[1], len(parts))
+    for of_a, of_out in zip(a.split(rows), out.split(rows), strict=True):
+        for part in _by_parts(of_a, parts, None):
+            of_out += part
 
 
 def over_tokens(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -65,7 +75,14 @@ def over_tokens(dy: Tensor, x: Tensor, out: Tensor | None = None) -> Tensor:
     (M, N), K = dy.shape, x.shape[1]
     if not _suits(M, N, K, dy):
         return torch.mm(dy.t(), x, out=_PRODUCT.take(N, K, x) if out is None else out)
-    return _total(_over_parts_of_tokens(dy, x), -(-M // MOST_TERMS), out)
+    parts = -(-M // MOST_TERMS)
+    rows = _rows_of_results(N, K, parts)
+    if rows >= N:
+        return _total(_over_parts_of_tokens(dy, x), parts, out)
+    out = _PRODUCT.take(N, K, x) if out is None else out
+    for of_dy, of_out in zip(dy.split(rows, 1), out.split(rows), strict=True):
+        _total(_over_parts_of_tokens(of_dy, x), parts, of_out)
+    return out
 
 
 def rows_at_once(a: Tensor, K: int, N: int) -> int:
@@ -75,8 +92,12 @@ def rows_at_once(a: Tensor, K: int, N: int) -> int:
 
 def padded(size: int) -> int:
     """A size rounded up to a multiple of an eighth of the power of 2 below it, and of `GRAIN`."""
-    grain = max(GRAIN, 1 << size.bit_length() >> 4)
+    grain = _grain(size)
     return -(-size // grain) * grain
+
+
+def _grain(size: int) -> int:
+    return max(GRAIN, 1 << size.bit_length() >> 4)
 
 
 # ---- oneDNN
@@ -135,6 +156,18 @@ def _parts(a: Tensor, b: Tensor | Sequence[Tensor]) -> Sequence[Tensor] | None:
     if not _suits(a.shape[0], K, N, a):
         return None
     return [b] if K <= MOST_TERMS else b.split(MOST_TERMS)
+
+
+def _rows_of_results(rows: int, columns: int, parts: int) -> int:
+    """How many rows of a result to sum up at once.
+
+    Each part of a large one would be written to fresh memory, whose pages the kernel clears, and be read from there
+    again. Small pieces stay in the cache; but for each of them oneDNN lays out the other matrix anew.
+    """
+    if parts == 1 or rows * columns <= LARGE_RESULT:
+        return max(rows, 1)
+    piece = max(PIECE_OF_RESULT // columns, 4 * GRAIN)
+    return piece - piece % _grain(piece)
 
 
 def _columns(a: Tensor, parts: Sequence[Tensor]) -> Iterator[Tensor]:

@@ -91,6 +91,7 @@ def test_implementations_and_peaks(toy):
         (["step", "--present", "1"], "training mixes all languages: present is 1 (expected 2"),
         (["quick", "op"], "'quick' is a plan and stands alone"),
         (["quick"], "the plan 'quick' has settings of its own"),
+        (["quick", "--from", "rows.csv"], "--from measures nothing"),
         (["op", "--resume", "--csv", ""], "--resume needs --csv"),
         (["op", "--threads", "two"], "--threads two: 'two' is not a whole number"),
     ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from made_rows import made_row, pair
 
 from benchmarks import command
+from benchmarks import row as rows_file
 from benchmarks.cases import case_of
 from benchmarks.command import main
 from benchmarks.plans import PLANS, placed
@@ -112,6 +115,20 @@ def test_exit_code_of_targets(monkeypatch, capsys):
     code, said = run_targets(1.7, monkeypatch, capsys)
     assert code == 1
     assert "SHORT" in said
+
+
+@pytest.mark.parametrize(
+    ("ratio", "part", "code", "word"),
+    [(1.9, "forward+backward", 0, " ok "), (1.7, "forward+backward", 1, "SHORT"), (1.9, "dX", 1, "NOT MEASURED")],
+)
+def test_stored_rows_are_judged(ratio, part, code, word, monkeypatch, capsys, tmp_path):
+    """A stored run passes whatever it holds, or rows of something else are taken for what is missing."""
+    monkeypatch.setattr(command, "TARGETS", [target("speed", 1.8, against=("dense",))])
+    monkeypatch.setattr(command, "GROWTHS", [])
+    stored = tmp_path / "rows.csv"
+    rows_file.append(stored, [replace(row, part=part) for row in pair(ratio)])
+    assert main(["targets", "--from", str(stored)]) == code
+    assert word in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, DoesNotFitError])

@@ -33,6 +33,15 @@ def onednn(ask_for):
     assert products.by_onednn(torch.ones(1))
 
 
+@pytest.fixture(params=["whole", "in pieces"])
+def results(request, monkeypatch):
+    """How results are made: in pieces, as large ones are, or not."""
+    if request.param == "in pieces":
+        monkeypatch.setattr(products, "LARGE_RESULT", 1)
+        monkeypatch.setattr(products, "PIECE_OF_RESULT", 2**14)
+        assert products._rows_of_results(300, 100, 2) == 160
+
+
 def matrices(M: int, K: int, N: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Random a [M, K] and b [K, N], stored as the forward pass, dX and dW find theirs, or with gaps between rows."""
     torch.manual_seed(0)
@@ -52,7 +61,7 @@ def error(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("layout", ["forward", "dx", "dw", "gaps"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_is_as_exact_as_pytorch(onednn, shape, layout):
+def test_a_product_is_as_exact_as_pytorch(onednn, results, shape, layout):
     """Long sums are rounded worse than by MKL, or a layout is misread."""
     a, b = matrices(*shape, layout)
     assert products._suits(*shape, a)
@@ -60,23 +69,25 @@ def test_a_product_is_as_exact_as_pytorch(onednn, shape, layout):
 
 
 @pytest.mark.parametrize("K", [200, 700])
-def test_bias_out_and_sum(onednn, K):
+def test_bias_out_and_sum(onednn, results, K):
     """A bias is added once for each part of the sum, `out` is left alone, or a strided one is overrun."""
-    a, b = matrices(128, K, 80, "forward")
+    a, b = matrices(328, K, 80, "forward")
     bias, expected = torch.randn(80), a.double() @ b.double()
     torch.testing.assert_close(products.multiply(a, b, bias).double(), expected + bias, rtol=1e-5, atol=1e-4)
-    wide = torch.full((128, 100), torch.nan)
+    wide = torch.full((328, 100), torch.nan)
     assert products.multiply(a, b, bias, wide[:, :80]).data_ptr() == wide.data_ptr()
     torch.testing.assert_close(wide[:, :80].double(), expected + bias, rtol=1e-5, atol=1e-4)
     assert wide[:, 80:].isnan().all()
-    total = torch.ones(128, 80)
+    total = torch.ones(328, 80)
     products.add_multiply(total, a, b)
     torch.testing.assert_close(total.double(), expected + 1, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("M", "N", "K"), [(300, 130, 96), (256, 128, 64), (100, 257, 80), (1000, 40, 200)])
+@pytest.mark.parametrize(
+    ("M", "N", "K"), [(300, 130, 96), (256, 128, 64), (100, 257, 80), (1000, 40, 200), (600, 420, 70)]
+)
 @pytest.mark.parametrize("given", ["nothing", "a matrix", "columns of a matrix"])
-def test_products_over_tokens(onednn, M, N, K, given):
+def test_products_over_tokens(onednn, results, M, N, K, given):
     """Tokens beyond the last are added to a weight gradient, or live units beyond the last are written."""
     torch.manual_seed(0)
     dy, x = torch.randn(M, N + 3)[:, :N], torch.randn(M, K)

@@ -30,7 +30,7 @@ MOST_TERMS = 256
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
 GRAIN = 32
-LARGE_RESULT, PIECE_OF_RESULT = 5 * 2**19, 2**20  # elements
+LARGE_RESULT, PIECE_OF_RESULT = 2**23, 2**20  # elements
 
 _PRODUCT, _LEFT, _RIGHT = Scratch(), Scratch(), Scratch()
 
@@ -161,10 +161,10 @@ def _parts(a: Tensor, b: Tensor | Sequence[Tensor]) -> Sequence[Tensor] | None:
 def _rows_of_results(rows: int, columns: int, parts: int) -> int:
     """How many rows of a result to sum up at once.
 
-    Each part of a large one would be written to fresh memory, whose pages the kernel clears, and be read from there
-    again. Small pieces stay in the cache; but for each of them oneDNN lays out the other matrix anew.
+    Each part of one from 32 MB on would be written to memory fresh from the kernel (glibc keeps no larger blocks), and
+    read from there again. Smaller pieces stay in the cache; but for each of them oneDNN lays out the other matrix anew.
     """
-    if parts == 1 or rows * columns <= LARGE_RESULT:
+    if parts == 1 or rows * columns < LARGE_RESULT:
         return max(rows, 1)
     piece = max(PIECE_OF_RESULT // columns, 4 * GRAIN)
     return piece - piece % _grain(piece)

@@ -5,7 +5,7 @@
 - *batched*: live weights of all languages gathered, one batched product (`batched`). Packed rows and columns.
 
 The constants were fitted to times of the FFN of width 256, 768 and 1024, 1 to 32 languages, 4 to 768 tokens of each and
-densities of 0.1 to 0.9 on two cores, float32 by MKL and by oneDNN and bfloat16: the way that is chosen takes 2 to 4%
+densities of 0.1 to 0.9 on two cores, float32 by MKL and by oneDNN and bfloat16: the way that is chosen takes 2 to 5%
 longer than the fastest on average.
 """
 

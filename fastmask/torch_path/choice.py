@@ -1,6 +1,6 @@
 """Which way a batch is run: what each way costs, in multiply-adds.
 
-- *looped*: one language after the other, its live weights gathered (`layers`). Any mask.
+- *looped*: one language after the other, its live weights gathered (`looped`). Any mask.
 - *gated*: the whole weight for all tokens, gates on the activations (`gated`). Rows and columns.
 - *batched*: live weights of all languages gathered, one batched product (`batched`). Packed rows and columns.
 

@@ -107,6 +107,8 @@ def _run(options: argparse.Namespace, arguments: list[str]) -> int:
             raise ValueError("--from measures nothing: leave --csv out, and what to measure, but for targets or growth")
         rows = rows_file.read(options.stored)
         tables.print_rows(rows)
+        if options.what and not rows:
+            raise ValueError(f"{options.stored} holds no rows: nothing can be held against {options.what[0]}")
         for plan in options.what:
             good = _judged(plan, rows[0].threads, rows[0].device, {}, rows)
     elif len(threads := _threads(options.threads)) > 1:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmask.torch_path.segments import Grads, Needs, Split
+from fastmask.torch_path.segments import Grads, Needs, Split, dtype_of_sums
 from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["backward", "forward"]
@@ -118,7 +118,7 @@ class _Layer:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(dx, dW, db), each None unless `needs` asks for it."""
         of_rows, T, dtype = isinstance(self.pieces, Rows), x.shape[1], self.weight.dtype
-        sum_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        sum_dtype = dtype_of_sums(self.weight)
         dys = self.groups.spread(dy[..., : self.live] if of_rows else dy, spare_zero=True)
         dx = dw = db = None
         if needs[0] and of_rows:

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeGuard
 
-import torch
 from torch import Tensor
 
-from fastmask.torch_path.segments import FULL, Pieces, Split
+from fastmask.torch_path.segments import FULL, HALF, Pieces, Split
 from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["Way", "cheapest", "possible"]
@@ -51,7 +50,7 @@ def possible(layers: Sequence[Pieces], x: Tensor, split: Split) -> list[Way]:
     if (
         len(languages) > 1
         and FULL not in languages
-        and x.dtype not in (torch.bfloat16, torch.float16)  # whose batched products are slow on a CPU
+        and x.dtype not in HALF  # whose batched products are slow on a CPU
         and most * len(languages) <= 2 * split.size  # not mostly padding
         and all(layer.packed_width is not None for layer in layers)
         and all(0 < len(languages) * n * _other(layer) <= MOST_GATHERED for layer, n in zip(layers, live, strict=True))

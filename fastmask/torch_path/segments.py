@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FULL", "Grads", "Needs", "Pieces", "Split", "Target", "cast", "dtype_of_sums", "take"]
+__all__ = ["FULL", "HALF", "Grads", "Needs", "Pieces", "Split", "Target", "cast", "dtype_of_sums", "take"]
 
 FULL = -1  # the language id of the full, unmasked network
+HALF = (torch.bfloat16, torch.float16)
 
 Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
 
@@ -129,7 +130,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def dtype_of_sums(weight: Tensor) -> torch.dtype:
     """What the languages of a batch add up in."""
-    return torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+    return torch.float32 if weight.dtype in HALF else weight.dtype
 
 
 def take(x: Tensor, where: slice | list[int]) -> Tensor:

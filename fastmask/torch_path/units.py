@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 
 from fastmask.torch_path.products import add_multiply, by_onednn, multiply, over_tokens, padded, rows_at_once
 from fastmask.torch_path.scratch import Scratch
-from fastmask.torch_path.segments import FULL, Pieces, cast
+from fastmask.torch_path.segments import FULL, HALF, Pieces, cast
 
 __all__ = ["Columns", "Rows"]
 
@@ -176,7 +176,7 @@ class _Units:
 
         In float32 it takes as long, and twice the memory.
         """
-        if not parts or parts[0][2].dtype not in (torch.bfloat16, torch.float16) or not parts[0][2].is_cpu:
+        if not parts or parts[0][2].dtype not in HALF or not parts[0][2].is_cpu:
             return False
         return width * sum(self.live(language) for language, _, _ in parts) <= MOST_SUMMED
 

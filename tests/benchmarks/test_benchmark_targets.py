@@ -131,6 +131,15 @@ def test_stored_rows_are_judged(ratio, part, code, word, monkeypatch, capsys, tm
     assert word in capsys.readouterr().out
 
 
+def test_a_file_without_rows_cannot_be_judged(capsys, tmp_path):
+    """A run that was stopped before its first row ends in a traceback, or passes."""
+    stored = tmp_path / "rows.csv"
+    rows_file.append(stored, pair())
+    stored.write_text(stored.read_text().splitlines()[0] + "\n")
+    assert main(["targets", "--from", str(stored)]) == 2
+    assert "holds no rows" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, DoesNotFitError])
 def test_what_could_not_be_measured_is_not_reached(kind, monkeypatch, capsys):
     """A target whose measurement failed, or did not fit into memory, is passed over."""

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmask.torch_path.columns import Columns
+from fastmask.torch_path.rows import Rows
 from fastmask.torch_path.segments import Grads, Needs, Split, dtype_of_sums
-from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["backward", "forward"]
 

@@ -16,8 +16,9 @@ from typing import Literal, TypeGuard
 
 from torch import Tensor
 
+from fastmask.torch_path.columns import Columns
+from fastmask.torch_path.rows import Rows
 from fastmask.torch_path.segments import FULL, HALF, Pieces, Split
-from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["Way", "cheapest", "possible"]
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmask.torch_path.columns import Columns
 from fastmask.torch_path.products import add_multiply, multiply, over_tokens
+from fastmask.torch_path.rows import Rows
 from fastmask.torch_path.segments import Grads, Needs, Split, cast
-from fastmask.torch_path.units import Columns, Rows
 
 __all__ = ["backward", "forward"]
 

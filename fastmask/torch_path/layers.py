@@ -10,8 +10,9 @@ from fastmask.masks import UNPACKED, StoredMask, live_blocks
 from fastmask.torch_path import batched, gated, looped
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.choice import cheapest
+from fastmask.torch_path.columns import Columns
+from fastmask.torch_path.rows import Rows
 from fastmask.torch_path.segments import FULL, Needs, Pieces, Split
-from fastmask.torch_path.units import Columns, Rows
 from fastmask.torch_path.weights import Weights
 
 __all__ = ["backward", "forward"]

@@ -1,4 +1,4 @@
-"""Row and column masks: gather the live units of the weight, multiply compactly, scatter the gradient back.
+"""What masks over whole rows and over whole columns of a weight share: which units are live, gathered and summed.
 
 *Packed* means that the masked side of the activation holds only live units, moved to the front of a buffer whose width
 is that of the widest language in the batch; what is left over is zero. Heads and neurons travel packed from the
@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fastmask.torch_path.products import add_multiply, by_onednn, multiply, over_tokens, padded, rows_at_once
+from fastmask.torch_path.products import by_onednn, multiply, over_tokens, padded, rows_at_once
 from fastmask.torch_path.scratch import Scratch
-from fastmask.torch_path.segments import FULL, HALF, Pieces, cast
+from fastmask.torch_path.segments import FULL, HALF, cast
 
-__all__ = ["Columns", "Rows"]
+__all__ = ["LIVE_GRAD", "LIVE_WEIGHT", "Units", "first_columns"]
 
-_LIVE_WEIGHT, _LIVE_GRAD = Scratch(), Scratch()
+LIVE_WEIGHT, LIVE_GRAD = Scratch(), Scratch()
 
-LEAST_TO_TRANSPOSE = 4  # languages in a batch
 MOST_SUMMED = 2**24  # elements of all languages' dW together: they exist at once
 
 
-class _Units:
+class Units:
     """Which units each language owns; `packed_width` is the width of the packed side, or None if it is not packed."""
 
     def __init__(self, indices: Tensor, counts: Tensor, unit: int, size: int, packed_width: int | None) -> None:
@@ -119,7 +118,7 @@ class _Units:
         """
         live, room = self.live(language), self.room(language, x)
         if weight.shape[0] != room:
-            out = _LIVE_WEIGHT.take(room, weight.shape[1], weight)
+            out = LIVE_WEIGHT.take(room, weight.shape[1], weight)
             weight = torch.index_select(weight, 0, self.gathered(language, room), out=out)
             if room > live:
                 weight[live:] = 0
@@ -137,7 +136,7 @@ class _Units:
             rows = self.gathered(language, room)
             index = (rows * n + torch.arange(n, device=weight.device)[:, None]).flatten()
             self._slices[language, n, room] = index
-        out = _LIVE_WEIGHT.take(n * room, S // n, weight)
+        out = LIVE_WEIGHT.take(n * room, S // n, weight)
         torch.index_select(weight.view(-1, S // n), 0, index, out=out)
         parts = out.view(n, room, S // n)
         if room > live:
@@ -147,7 +146,7 @@ class _Units:
     def compact(self, language: int, activation: Tensor) -> Tensor:
         """The live part [M, room] of an activation [M, width] on the masked side, behind it what meets only zeros."""
         if self.whole(language) or self.packed_width is not None:
-            return _first(activation, self.room(language, activation))
+            return first_columns(activation, self.room(language, activation))
         return activation.index_select(1, self.of(language))
 
     def multiply_into(
@@ -167,12 +166,12 @@ class _Units:
             out.index_copy_(1, self.of(language), multiply(a, b, bias))
         return out
 
-    def _own(self, language: int, activation: Tensor) -> Tensor:
+    def own(self, language: int, activation: Tensor) -> Tensor:
         """What is live [M, live] of an activation [M, width], and nothing else."""
-        return _first(self.compact(language, activation), self.live(language))
+        return first_columns(self.compact(language, activation), self.live(language))
 
-    def _sums_at_once(self, parts: Sequence[tuple[int, Tensor, Tensor]], width: int) -> bool:
-        """Whether `_sum` takes less than adding one language's part after the other.
+    def sums_at_once(self, parts: Sequence[tuple[int, Tensor, Tensor]], width: int) -> bool:
+        """Whether `sum_at_once` takes less than adding one language's part after the other.
 
         In float32 it takes as long, and twice the memory.
         """
@@ -180,7 +179,7 @@ class _Units:
             return False
         return width * sum(self.live(language) for language, _, _ in parts) <= MOST_SUMMED
 
-    def _sum(self, parts: Sequence[tuple[int, Tensor, Tensor]], width: int) -> Tensor:
+    def sum_at_once(self, parts: Sequence[tuple[int, Tensor, Tensor]], width: int) -> Tensor:
         """The sum [size, width] of the products of (language, a [M, live], b [M, width]), each at its live units.
 
         All products exist at once, one below the other, in half precision. The sums are made in float32, each element
@@ -188,7 +187,7 @@ class _Units:
         """
         languages = tuple(language for language, _, _ in parts)
         ends = list(itertools.accumulate(map(self.live, languages)))
-        products = _LIVE_GRAD.take(ends[-1], width, parts[0][1])
+        products = LIVE_GRAD.take(ends[-1], width, parts[0][1])
         for end, (language, a, b) in zip(ends, parts, strict=True):
             over_tokens(a, b, products[end - self.live(language) : end])
         which, first = self._owners(languages)
@@ -205,180 +204,11 @@ class _Units:
             self._owners_of = languages, units.argsort(stable=True), torch.nn.functional.pad(first, (1, 0))
         return self._owners_of[1:]
 
-    def _casts_all(self, languages: Sequence[int], weight: Tensor, x: Tensor) -> bool:
+    def casts_all(self, languages: Sequence[int], weight: Tensor, x: Tensor) -> bool:
         """Whether casting the weight once for all languages takes less than casting the live part of each."""
         return weight.dtype != x.dtype and 2 * sum(map(self.live, languages)) > self.size
 
 
-class Rows(_Units, Pieces):
-    """Masks over whole rows: the output side is the masked one."""
-
-    def __init__(self, indices: Tensor, counts: Tensor, unit: int, N: int, K: int, packed_width: int | None) -> None:
-        super().__init__(indices, counts, unit, N, packed_width)
-        self.in_width, self.out_width = K, self.width
-
-    def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
-        if len(languages) == 1 and weight.dtype != x.dtype:
-            return self.live_rows(languages[0], weight, x)
-        return cast(weight, x.dtype) if self._casts_all(languages, weight, x) else weight
-
-    def gather_bias(self, language: int, bias: Tensor, x: Tensor) -> Tensor:
-        """Live elements [room] of a bias [N], in the dtype of x."""
-        if self.whole(language):
-            return cast(bias, x.dtype)
-        live, room = self.live(language), self.room(language, x)
-        bias = bias.index_select(0, self.gathered(language, room))
-        if room > live:
-            bias[live:] = 0
-        return cast(bias, x.dtype)
-
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        live_bias = None if bias is None else self.gather_bias(language, bias, x)
-        return self.multiply_into(language, out, x, self.live_rows_sliced(language, weight, x), live_bias)
-
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        return multiply(self.compact(language, dy), self.live_rows(language, weight, dy), None, out)
-
-    def add_input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor) -> None:
-        add_multiply(out, self.compact(language, dy), self.live_rows(language, weight, dy))
-
-    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        part = cast(over_tokens(self._own(language, dy), x), grad.dtype)
-        if self.whole(language):
-            grad += part
-        else:
-            grad.index_add_(0, self.of(language), part)
-
-    def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        if self.whole(language):
-            return cast(over_tokens(dy, x, dy.new_empty(weight.shape)), weight.dtype)
-        # One gather writes live and dead units alike: every dead one takes the zeros behind the live ones.
-        live, (N, K) = self.live(language), weight.shape
-        part = _LIVE_GRAD.take(live + self.unit, K, x)
-        over_tokens(self._own(language, dy), x, part[:live])
-        part[live:] = 0
-        part = cast(part, weight.dtype).view(-1, self.unit * K)
-        return part.index_select(0, self.places(language)).view(N, K)
-
-    def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
-        if not self._sums_at_once(parts, weight.shape[1]):
-            return super().summed_weight_grad(parts, weight, read)
-        given = [(language, self._own(language, dy), x) for language, dy, x in parts]
-        return cast(self._sum(given, weight.shape[1]), weight.dtype)
-
-    def add_bias_grad(self, language: int, dy: Tensor, grad: Tensor) -> None:
-        part = self._own(language, dy).sum(0)
-        if self.whole(language):
-            grad += part
-        else:
-            grad.index_add_(0, self.of(language), cast(part, grad.dtype))
-
-
-class Columns(_Units, Pieces):
-    """Masks over whole columns: the input side is the masked one."""
-
-    def __init__(self, indices: Tensor, counts: Tensor, unit: int, N: int, K: int, packed_width: int | None) -> None:
-        super().__init__(indices, counts, unit, K, packed_width)
-        self.in_width, self.out_width = self.width, N
-
-    def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
-        if len(languages) == 1 and weight.dtype != x.dtype:
-            return self.live_columns(languages[0], weight, x)
-        weight = cast(weight, x.dtype) if self._casts_all(languages, weight, x) else weight
-        # Single columns are gathered and added at a fraction of the time where each lies in one piece of memory.
-        return weight.t().contiguous().t() if self.unit == 1 and len(languages) >= LEAST_TO_TRANSPOSE else weight
-
-    def live_columns(self, language: int, weight: Tensor, x: Tensor) -> Tensor:
-        """Live columns [N, room] of a weight [N, K], in the dtype of x; a weight [N, room] stays as it is."""
-        room = self.room(language, x)
-        if weight.shape[1] == room:
-            return cast(weight, x.dtype)
-        return cast(self._columns(language, room, 0, room, weight), x.dtype)
-
-    def live_columns_split(self, language: int, weight: Tensor, x: Tensor) -> Tensor | Sequence[Tensor]:
-        """The transpose [room, N] of live columns, to multiply x [M, room] by: in parts of its rows."""
-        room, N = self.room(language, x), weight.shape[0]
-        most = max(1, rows_at_once(x, room, N) // self.unit) * self.unit
-        if room <= most:
-            return self.live_columns(language, weight, x).t()
-        memory = _LIVE_WEIGHT.take(room, N, weight)  # [room, N] only in size
-        parts = []
-        for first in range(0, room, most):
-            last = min(first + most, room)
-            out = memory[first:last].view(N, last - first)
-            parts.append(cast(self._columns(language, room, first, last, weight, out), x.dtype).t())
-        return parts
-
-    def _columns(
-        self, language: int, room: int, first: int, last: int, weight: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        """Of the live columns those from `first` to before `last`, [N, last - first]."""
-        N, live = weight.shape[0], self.live(language)
-        out = _LIVE_WEIGHT.take(N, last - first, weight) if out is None else out
-        if self.unit == 1:  # half the time of index_select
-            torch.gather(weight, 1, self.gathered(language, room)[first:last].expand(N, -1), out=out)
-            if last > live:
-                out[:, max(live - first, 0) :] = 0
-        else:  # runs of columns are copied whole: a third of the time of copying them one by one
-            grouped, units = (N, -1, self.unit), self.units_of(language)[first // self.unit : last // self.unit]
-            torch.index_select(weight.view(grouped), 1, units, out=out.view(grouped))
-        return out
-
-    def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-        live_bias = None if bias is None else cast(bias, x.dtype)
-        live = self.compact(language, x)
-        if _by_columns(weight):
-            b: Tensor | Sequence[Tensor] = self.live_rows(language, weight.t(), x)
-        elif weight.shape[1] == live.shape[1]:
-            b = cast(weight, x.dtype).t()
-        else:
-            b = self.live_columns_split(language, weight, x)
-        return multiply(live, b, live_bias, out)
-
-    def input_grad(self, language: int, dy: Tensor, weight: Tensor, out: Tensor | None) -> Tensor:
-        if _by_columns(weight):
-            b = self.live_rows_sliced(language, weight.t(), dy)
-        else:
-            b = self.live_columns(language, weight, dy)
-        return self.multiply_into(language, out, dy, b, None)
-
-    def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        if self.whole(language):
-            return cast(over_tokens(dy, x[:, : self.size], dy.new_empty(weight.shape)), weight.dtype)
-        if self.unit == 1:  # gathering columns one by one is slower than adding them
-            return super().weight_grad(language, dy, x, weight)
-        live, unit, N = self.live(language), self.unit, dy.shape[1]
-        part = _LIVE_GRAD.take(N, live + unit, x)
-        over_tokens(dy, self.compact(language, x), part[:, :live])
-        part[:, live:] = 0
-        part = cast(part, weight.dtype).view(N, -1, unit)
-        return part.index_select(1, self.places(language)).view(N, self.size)
-
-    def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
-        if not _by_columns(read) or not self._sums_at_once(parts, weight.shape[0]):
-            return super().summed_weight_grad(parts, weight, read)
-        given = [(language, self._own(language, x), dy) for language, dy, x in parts]
-        return cast(self._sum(given, weight.shape[0]).t().contiguous(), weight.dtype)
-
-    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
-        if not self.whole(language) and _by_columns(grad):
-            part = over_tokens(self._own(language, x), dy)
-            grad.t().index_add_(0, self.of(language), cast(part, grad.dtype))
-            return
-        part = cast(_first(over_tokens(dy, self.compact(language, x)), self.live(language)), grad.dtype)
-        if self.whole(language):
-            grad += part
-        elif self.unit == 1:
-            grad.index_add_(1, self.of(language), part)
-        else:  # run by run, in a quarter of the time
-            grouped = (part.shape[0], -1, self.unit)
-            grad.view(grouped).index_add_(1, self.units_of(language), part.view(grouped))
-
-
-def _by_columns(weight: Tensor) -> bool:
-    """Whether `Columns.laid_out` has put columns in one piece each."""
-    return weight.stride(0) == 1 and weight.shape[0] > 1
-
-
-def _first(x: Tensor, columns: int) -> Tensor:
+def first_columns(x: Tensor, columns: int) -> Tensor:
+    """The first columns of a matrix; making a view takes its time even where it is the whole."""
     return x if x.shape[1] == columns else x[:, :columns]

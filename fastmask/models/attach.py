@@ -42,7 +42,7 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     `language_ids` int64 [batch] (positions in `subnets.languages`, -1 for the full network), shown in its signature so
     that `transformers.Trainer` keeps the column. Batches may mix languages; they run fastest sorted by language.
     Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
-    those of the live heads, in order.
+    those of the live heads, in order. Several threads may run the model at the same time.
 
     Args:
         model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).
@@ -84,6 +84,8 @@ def detach(model: Model) -> Model:
 @contextmanager
 def language(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run every forward pass inside with one language for the whole batch; None is the full network.
+
+    It holds for the thread that enters it: others may run the model with other languages meanwhile.
 
     Raises:
         KeyError: not a language of the attached subnetworks; the message names the nearest ones.
@@ -291,6 +293,11 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
     """
 
     def forward(self: Any, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel copies modules but not what joins them, and cannot run subnetworks: use "
+                "torch.nn.parallel.DistributedDataParallel (start with torchrun or `accelerate launch`)"
+            )
         router: Router = self._fastmask.router
         route = router.resolve(language_ids)
         recomputes = self.training and not torch.compiler.is_compiling()

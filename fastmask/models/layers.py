@@ -5,6 +5,7 @@ Layers that share their input (Q, K and V; gate and up) are `Siblings`: whicheve
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,6 +81,21 @@ class AttachedLinear(MaskedLinear):
         return max(widest, self.packed_unit)
 
 
+@dataclass
+class _Outputs:
+    """The outputs of all siblings for one input, by their number; each is handed out once."""
+
+    x: Tensor
+    version: int
+    with_grad: bool
+    left: dict[int, Tensor]
+
+    def fit(self, me: int, x: Tensor) -> bool:
+        """Whether the output of number `me` is there, and for this very input in this gradient mode."""
+        same = self.x is x and self.version == _version(x) and self.with_grad == torch.is_grad_enabled()
+        return same and me in self.left
+
+
 class Siblings:
     """Row-masked layers that a model calls with one input, one after the other.
 
@@ -89,15 +105,13 @@ class Siblings:
 
     def __init__(self, layers: list[AttachedLinear]) -> None:
         self.layers = layers
-        self._made_for: tuple[Tensor, int, Route, bool] | None = None
-        self._waiting: dict[int, Tensor] = {}
 
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""
-        me = self.layers.index(layer)
-        if me not in self._waiting or not self._fits(x, route):
-            layers = self.layers
-            outputs = compute_projections(
+        me, layers = self.layers.index(layer), self.layers
+        outputs: _Outputs | None = route.waiting.get(self)
+        if outputs is None or not outputs.fit(me, x):
+            ys = compute_projections(
                 x,
                 [sibling.weight for sibling in layers],
                 [sibling.mask for sibling in layers],
@@ -105,18 +119,12 @@ class Siblings:
                 [sibling.bias for sibling in layers if sibling.bias is not None],
                 [sibling.packed_width(route, x) for sibling in layers],
             )
-            self._waiting = dict(enumerate(outputs))
-            self._made_for = (x, _version(x), route, torch.is_grad_enabled())
-        output = self._waiting.pop(me)
-        if not self._waiting:
-            self._made_for = None
-        return output
-
-    def _fits(self, x: Tensor, route: Route) -> bool:
-        if self._made_for is None:
-            return False
-        made_x, version, made_route, with_grad = self._made_for
-        return made_x is x and _version(x) == version and made_route is route and with_grad == torch.is_grad_enabled()
+            outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(ys)))
+            route.waiting[self] = outputs
+        y = outputs.left.pop(me)
+        if not outputs.left:
+            del route.waiting[self]
+        return y
 
 
 def _version(x: Tensor) -> int:

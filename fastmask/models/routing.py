@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,11 +20,13 @@ class Route:
         present: which languages occur, so that layers pack to the widest of them. None where the ids are not known:
             while `torch.compile` traces, and for ids on a GPU, which nobody waits for. Layers then pack to the widest
             of all languages, and the full network (-1) does not fit.
+        waiting: outputs that layers have computed for one another (`layers.Siblings`).
     """
 
     def __init__(self, language_ids: Tensor | int, present: tuple[int, ...] | None) -> None:
         self._language_ids = language_ids
         self.present = present
+        self.waiting: dict[Any, Any] = {}
         self._made: Tensor | None = None
 
     @classmethod
@@ -82,13 +85,21 @@ class Route:
         return made
 
 
-class Router:
-    """Where the masked layers of one model look up the current batch's languages."""
+class Router(threading.local):
+    """Where the masked layers of one model look up the current batch's languages.
+
+    Every thread has a state of its own, which begins empty: threads may run one model at the same time, each with
+    languages of its own.
+    """
 
     def __init__(self, languages: tuple[str, ...]) -> None:
         self.languages = languages
         self.route: Route | None = None
         self.default: int | None = None  # set by `fastmask.language`; -1 is the full network
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles begin empty, too."""
+        return Router, (self.languages,)
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
@@ -110,7 +121,7 @@ class Router:
                 "this model has subnetworks attached and no language was given: pass language_ids=... (int64 [batch]; "
                 f"{', '.join(f'{i} = {name}' for i, name in enumerate(self.languages[:10]))}"
                 f"{', ...' if len(self.languages) > 10 else ''}; -1 = full network) or call it inside "
-                "`with fastmask.language(model, ...)`"
+                "`with fastmask.language(model, ...)`, which holds for the thread that enters it"
             )
         return Route(self.default, (self.default,))
 

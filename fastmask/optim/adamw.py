@@ -65,7 +65,7 @@ class LiveAdamW(torch.optim.AdamW):
 
     Raises:
         ImportError: `use_compiled` without numba.
-        TypeError: `model` is no module.
+        TypeError: `model` is no module, or a parameter keeps its numbers in other tensors (sharded by FSDP, quantised).
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class LiveAdamW(torch.optim.AdamW):
                 full network. None: those that were announced, or that the gradients came from.
 
         Raises:
-            RuntimeError: a masked layer has a gradient that came from nowhere, and no languages are given.
+            RuntimeError: a masked layer has a gradient that came from nowhere, and no languages are given; a parameter
+                is a shard of a weight.
             KeyError, ValueError: an unknown name, an id out of range. Nothing has changed then.
         """
         loss = None
@@ -127,6 +128,12 @@ class LiveAdamW(torch.optim.AdamW):
             raise RuntimeError("LiveAdamW does not support sparse gradients: build the embedding without them")
         self._look()
         live = self._live_parts(languages)
+        for p, part in live.items():
+            if p.numel() != part.shape[0] * part.shape[1]:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} is not the whole weight {part.shape} that its mask is for: "
+                    "with parameters in shards (FSDP, ZeRO), use torch.optim.AdamW"
+                )
         in_one_pass: dict[torch.dtype, list[compiled.Update]] = {}
         for group, of_group in zip(self.param_groups, moved, strict=True):
             numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
@@ -272,10 +279,18 @@ class LiveAdamW(torch.optim.AdamW):
         """As in torch.
 
         Raises:
+            TypeError: a parameter that keeps its numbers in other tensors (sharded by FSDP, quantised).
             ValueError: the group asks for what this optimiser does not do.
         """
         _refuse(param_group)
         super().add_param_group(param_group)
+        for p in self.param_groups[-1]["params"]:  # torch has made a list of whatever was given
+            if hasattr(p, "__tensor_flatten__"):
+                self.param_groups.pop()
+                raise TypeError(
+                    f"LiveAdamW takes plain tensors, given a {type(p).__name__} of shape {tuple(p.shape)}: with "
+                    "parameters in shards (FSDP), use torch.optim.AdamW"
+                )
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As in torch: a state of this optimiser, or of `torch.optim.AdamW` in any of its forms.

@@ -59,7 +59,7 @@ class _Groups:
 
     def __init__(self, split: Split, device: torch.device) -> None:
         where = split.positions
-        self.languages = list(where)
+        self.count = len(where)
         self.most = max(len(positions) for positions in where.values())
         order = [position for positions in where.values() for position in positions]
         # Sorted, in equal shares: the batch is laid out as needed already.
@@ -82,11 +82,11 @@ class _Groups:
             x = x.index_select(0, self.source)
             if spare_zero and len(self.spare):
                 x.index_fill_(0, self.spare, 0)
-        return x.reshape(len(self.languages), self.most * x.shape[1], x.shape[2])
+        return x.reshape(self.count, self.most * x.shape[1], x.shape[2])
 
     def collect(self, y: Tensor, tokens: int) -> Tensor:
         """[G, most * T, width] -> [B, T, width]."""
-        y = y.reshape(len(self.languages) * self.most, tokens, y.shape[2])
+        y = y.reshape(self.count * self.most, tokens, y.shape[2])
         return y if self.in_place else y.index_select(0, self.slots)
 
 
@@ -95,11 +95,10 @@ class _Layer:
 
     def __init__(self, pieces: Rows | Columns, weight: Tensor, split: Split) -> None:
         self.pieces, self.weight = pieces, weight
-        self.groups = _Groups(split, weight.device)
-        self.counts = [pieces.live(language) for language in self.groups.languages]
+        self.groups = split.once(_Groups, weight.device)
+        self.counts = [pieces.live(language) for language in split.positions]
         self.live = max(self.counts)
-        rows = torch.tensor(self.groups.languages, device=weight.device)
-        self.index = pieces.indices[:, : self.live].index_select(0, rows).flatten()  # [G * live]
+        self.index = pieces.side_by_side(tuple(split.positions))  # [G * live]
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[B, T, in] -> [B, T, out], the masked side packed."""

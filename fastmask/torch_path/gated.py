@@ -75,7 +75,7 @@ class _Gates:
 
     def __init__(self, layer: Rows | Columns, split: Split, x: Tensor) -> None:
         units, closed = layer.tables()
-        languages = torch.tensor(split.languages, dtype=torch.int64, device=x.device)
+        languages = split.once(_languages, x.device)
         self.size = layer.size
         self.units = None if units is None else units[languages, None]  # [B, 1, packed width]
         self.closed = None if closed is None else closed[languages, None]  # [B, 1, packed width or size]
@@ -96,6 +96,11 @@ class _Gates:
         if self.units is not None:
             given = given.gather(2, self.units.expand(-1, T, -1))
         return given if self.closed is None else given.masked_fill_(self.closed, 0)
+
+
+def _languages(split: Split, device: torch.device) -> Tensor:
+    """The language of each example, int64 [B]."""
+    return torch.tensor(split.languages, dtype=torch.int64, device=device)
 
 
 def _tokens(x: Tensor) -> Tensor:

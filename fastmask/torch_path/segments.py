@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ __all__ = ["FULL", "HALF", "Grads", "Needs", "Pieces", "Split", "Target", "cast"
 
 FULL = -1  # the language id of the full, unmasked network
 HALF = (torch.bfloat16, torch.float16)
+
+Made = TypeVar("Made")
 
 Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
 
@@ -97,6 +99,15 @@ class Split:
         for language, where in self.positions.items():
             first, last = where[0], where[-1] + 1
             self.parts.append((language, slice(first, last) if last - first == len(where) else where))
+        self._made: dict[tuple[Callable[..., Any], torch.device], Any] = {}
+
+    def once(self, make: Callable[[Split, torch.device], Made], device: torch.device) -> Made:
+        """What `make` makes of this split: made for the first layer of a pass, and handed to all."""
+        key = (make, device)
+        if key not in self._made:
+            self._made[key] = make(self, device)
+        made: Made = self._made[key]
+        return made
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Split:

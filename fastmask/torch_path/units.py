@@ -39,6 +39,7 @@ class Units:
         self._places: dict[int, Tensor] = {}
         self._slices: dict[tuple[int, int, int], Tensor] = {}
         self._tables: tuple[Tensor | None, Tensor | None] | None = None
+        self._side_by_side: tuple[tuple[int, ...], Tensor] | None = None
         self._owners_of: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def live(self, language: int) -> int:
@@ -55,6 +56,15 @@ class Units:
         if indices is None:
             indices = self._of[language] = self.indices[language, : self.counts[language]]
         return indices
+
+    def side_by_side(self, languages: tuple[int, ...]) -> Tensor:
+        """Those of several languages, one after the other: as many of each as the widest has, any behind its own."""
+        made = self._side_by_side  # read once: another thread may put its own there
+        if made is None or made[0] != languages:
+            widest = max(map(self.live, languages))
+            rows = torch.tensor(languages, device=self.indices.device)
+            made = self._side_by_side = languages, self.indices[:, :widest].index_select(0, rows).flatten()
+        return made[1]
 
     def units_of(self, language: int) -> Tensor:
         """Indices of their units."""
@@ -197,12 +207,13 @@ class Units:
 
     def _owners(self, languages: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Of each unit the places of its live copies among those of these languages; where those of each begin."""
-        if self._owners_of is None or self._owners_of[0] != languages:
+        made = self._owners_of  # read once, as above
+        if made is None or made[0] != languages:
             every = torch.arange(self.size // self.unit, device=self.indices.device)
             units = torch.cat([every if self.whole(language) else self.units_of(language) for language in languages])
-            first = torch.bincount(units, minlength=len(every)).cumsum(0)
-            self._owners_of = languages, units.argsort(stable=True), torch.nn.functional.pad(first, (1, 0))
-        return self._owners_of[1:]
+            first = torch.nn.functional.pad(torch.bincount(units, minlength=len(every)).cumsum(0), (1, 0))
+            made = self._owners_of = languages, units.argsort(stable=True), first
+        return made[1:]
 
     def casts_all(self, languages: Sequence[int], weight: Tensor, x: Tensor) -> bool:
         """Whether casting the weight once for all languages takes less than casting the live part of each."""

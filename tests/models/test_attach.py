@@ -201,6 +201,14 @@ def test_deepcopy_runs_its_own_weights():
     assert model(**batch(2), language_ids=ids)[0].any()
 
 
+def test_data_parallel_is_refused():
+    """A replica runs the layers of another device, or ends in an error about lists."""
+    model = tiny("bert")
+    replica = fm.attach(model, subnetworks(model))._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(**batch(2), language_ids=torch.tensor([0, 1]))
+
+
 def test_language_context():
     """One language for the whole batch, nested and with the full network."""
     model = tiny("bert")

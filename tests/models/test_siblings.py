@@ -8,7 +8,7 @@ from tiny_models import tiny
 
 import fastmask as fm
 from fastmask.models import layers as layers_module
-from fastmask.models.layers import AttachedLinear
+from fastmask.models.routing import Route
 
 IDS = torch.tensor([0, 1, 0])
 
@@ -46,12 +46,11 @@ def test_one_computation_for_each_group(model_type, groups, monkeypatch):
     """Q, K and V (gate and up) are computed apart, or more than once."""
     model = tiny(model_type)
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b"], 0.5, seed=0, units="both"))
-    calls = count_computations(monkeypatch)
+    calls, routes, of = count_computations(monkeypatch), [], Route.of
+    monkeypatch.setattr(Route, "of", lambda *args: routes.append(of(*args)) or routes[-1])
     model(input_ids=torch.randint(0, 50, (3, 5)), language_ids=IDS)
     assert len(calls) == groups * 2  # layers
-    waiting = [m.siblings for m in model.modules() if isinstance(m, AttachedLinear) and m.siblings is not None]
-    assert waiting
-    assert all(not siblings._waiting and siblings._made_for is None for siblings in waiting), "activations are kept"
+    assert [route.waiting for route in routes] == [{}], "activations are kept"
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])

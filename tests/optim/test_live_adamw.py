@@ -286,6 +286,21 @@ def test_what_it_does_not_do_is_refused(setting):
         fm.LiveAdamW(net.parameters(), model=net.parameters())
 
 
+@pytest.mark.parametrize("use_compiled", [True, False])
+def test_a_shard_of_a_weight_is_refused_before_anything_moves(use_compiled):
+    """FSDP and ZeRO leave a part of each weight in a parameter: the mask's places lie in foreign memory."""
+    net = Net("rows")
+    optimizer = optimizer_of(net, use_compiled)
+    random_gradients(net, 0)
+    weight = net.masked.weight
+    weight.data, weight.grad = weight.data.flatten()[:5].clone(), None
+    weight.grad = torch.ones(5)
+    before = [p.detach().clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match=r"\(5,\) is not the whole weight"):
+        optimizer.step(languages=0)
+    assert all(map(torch.equal, net.parameters(), before))
+
+
 def test_without_numba(monkeypatch):
     """Without the extra, the optimiser fails, or is slow without saying why."""
     monkeypatch.setattr(compiled, "installed", lambda: False)

@@ -1,0 +1,62 @@
+"""What the test of FSDP runs in two processes: each holds half of every parameter and a batch of its own.
+
+torchrun --nproc-per-node=2 fsdp_run.py
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_models import batch, tiny
+
+import fastmask as fm
+
+STEPS = 3
+
+
+def main() -> None:
+    """Train an attached model in shards, and beside it one that is whole in both processes."""
+    dist.init_process_group("gloo")
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = tiny("bert")
+    fm.attach(whole, fm.Subnetworks.random(whole.config, ["a", "b", "c"], 0.5, seed=0, units="both"))
+    sharded = copy.deepcopy(whole)
+    for layer in sharded.encoder.layer:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert isinstance(sharded.encoder.layer[0].intermediate.dense.weight, DTensor)
+
+    with pytest.raises(TypeError, match="FSDP"):
+        fm.LiveAdamW(sharded.parameters(), model=sharded)
+
+    inputs, ids = batch(4), torch.tensor([[0, 1, 2, 0], [2, 1, 1, -1]][rank])
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (whole, sharded)]
+    for _ in range(STEPS):
+        for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(**inputs, language_ids=ids)[0].square().mean().backward()
+        for p in whole.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+        for optimizer in optimizers:
+            optimizer.step()
+    for (name, expected), found in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+        torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-8, atol=1e-10, msg=name)
+    dist.destroy_process_group()
+    print("equal")
+
+
+if __name__ == "__main__":
+    main()

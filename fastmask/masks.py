@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,6 +194,11 @@ class Mask:
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on `device`."""
         return self.map(lambda tensor: tensor.to(device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the tables that products keep with the stored tensors."""
+        tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {**vars(self), **tensors}
 
     def __repr__(self) -> str:
         density = ", ".join(f"{d:.2f}" for d in self.density.tolist()[:8]) + (", ..." if self.n_languages > 8 else "")

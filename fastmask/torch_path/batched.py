@@ -98,7 +98,7 @@ class _Layer:
         self.groups = split.once(_Groups, weight.device)
         self.counts = [pieces.live(language) for language in split.positions]
         self.live = max(self.counts)
-        self.index = pieces.side_by_side(tuple(split.positions))  # [G * live]
+        self.index = pieces.live_units.side_by_side(tuple(split.positions))  # [G * live]
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[B, T, in] -> [B, T, out], the masked side packed."""

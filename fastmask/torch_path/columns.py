@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmask.torch_path.live_units import LiveUnits
 from fastmask.torch_path.products import multiply, over_tokens, rows_at_once
 from fastmask.torch_path.segments import Pieces, cast
 from fastmask.torch_path.units import LIVE_GRAD, LIVE_WEIGHT, Units, first_columns
@@ -19,8 +20,8 @@ LEAST_TO_TRANSPOSE = 4  # languages in a batch
 class Columns(Units, Pieces):
     """Masks over whole columns: the input side is the masked one."""
 
-    def __init__(self, indices: Tensor, counts: Tensor, unit: int, N: int, K: int, packed_width: int | None) -> None:
-        super().__init__(indices, counts, unit, K, packed_width)
+    def __init__(self, live_units: LiveUnits, N: int, packed_width: int | None) -> None:
+        super().__init__(live_units, packed_width)
         self.in_width, self.out_width = self.width, N
 
     def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
@@ -58,11 +59,14 @@ class Columns(Units, Pieces):
         N, live = weight.shape[0], self.live(language)
         out = LIVE_WEIGHT.take(N, last - first, weight) if out is None else out
         if self.unit == 1:  # half the time of index_select
-            torch.gather(weight, 1, self.gathered(language, room)[first:last].expand(N, -1), out=out)
+            torch.gather(weight, 1, self.live_units.gathered(language, room)[first:last].expand(N, -1), out=out)
             if last > live:
                 out[:, max(live - first, 0) :] = 0
         else:  # runs of columns are copied whole: a third of the time of copying them one by one
-            grouped, units = (N, -1, self.unit), self.units_of(language)[first // self.unit : last // self.unit]
+            grouped, units = (
+                (N, -1, self.unit),
+                self.live_units.units_of(language)[first // self.unit : last // self.unit],
+            )
             torch.index_select(weight.view(grouped), 1, units, out=out.view(grouped))
         return out
 
@@ -94,7 +98,7 @@ class Columns(Units, Pieces):
         over_tokens(dy, self.compact(language, x), part[:, :live])
         part[:, live:] = 0
         part = cast(part, weight.dtype).view(N, -1, unit)
-        return part.index_select(1, self.places(language)).view(N, self.size)
+        return part.index_select(1, self.live_units.places(language)).view(N, self.size)
 
     def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
         if not _by_columns(read) or not self.sums_at_once(parts, weight.shape[0]):
@@ -105,16 +109,16 @@ class Columns(Units, Pieces):
     def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         if not self.whole(language) and _by_columns(grad):
             part = over_tokens(self.own(language, x), dy)
-            grad.t().index_add_(0, self.of(language), cast(part, grad.dtype))
+            grad.t().index_add_(0, self.live_units.of(language), cast(part, grad.dtype))
             return
         part = cast(first_columns(over_tokens(dy, self.compact(language, x)), self.live(language)), grad.dtype)
         if self.whole(language):
             grad += part
         elif self.unit == 1:
-            grad.index_add_(1, self.of(language), part)
+            grad.index_add_(1, self.live_units.of(language), part)
         else:  # run by run, in a quarter of the time
             grouped = (part.shape[0], -1, self.unit)
-            grad.view(grouped).index_add_(1, self.units_of(language), part.view(grouped))
+            grad.view(grouped).index_add_(1, self.live_units.units_of(language), part.view(grouped))
 
 
 def _by_columns(weight: Tensor) -> bool:

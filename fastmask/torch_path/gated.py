@@ -74,11 +74,16 @@ class _Gates:
     """What lies between the whole weight and the masked side of a layer's activations in one batch."""
 
     def __init__(self, layer: Rows | Columns, split: Split, x: Tensor) -> None:
-        units, closed = layer.tables()
-        languages = split.once(_languages, x.device)
+        languages, of = split.once(_languages, x.device), layer.live_units
         self.size = layer.size
-        self.units = None if units is None else units[languages, None]  # [B, 1, packed width]
-        self.closed = None if closed is None else closed[languages, None]  # [B, 1, packed width or size]
+        self.units: Tensor | None = None  # [B, 1, packed width]: what each place holds; a dead row behind the live ones
+        self.closed: Tensor | None = None  # [B, 1, packed width or size]: what is closed to an example's language
+        if layer.packed_width is None:
+            self.closed = of.dead()[languages, None]
+            return
+        self.units = of.ordered()[languages, None, : layer.width].long()
+        if min(map(layer.live, split.positions)) < layer.width:
+            self.closed = torch.arange(layer.width, device=x.device) >= of.numbers()[languages, None, None]
 
     def enter(self, given: Tensor) -> Tensor:
         """[B, T, packed width or size] -> [B * T, size], zero at what is dead, whatever it held."""

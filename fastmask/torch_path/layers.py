@@ -11,6 +11,7 @@ from fastmask.torch_path import batched, gated, looped
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.choice import cheapest
 from fastmask.torch_path.columns import Columns
+from fastmask.torch_path.live_units import LiveUnits
 from fastmask.torch_path.rows import Rows
 from fastmask.torch_path.segments import FULL, Needs, Pieces, Split
 from fastmask.torch_path.weights import Weights
@@ -77,21 +78,25 @@ def _pieces_of(mask: StoredMask, weight: Tensor) -> Pieces:
         made = mask.index._fastmask_pieces = {}  # type: ignore[attr-defined]
     pieces = made.get(mask.packed_width)
     if pieces is None:
-        pieces = made[mask.packed_width] = _made_from(mask, *weight.shape)
+        others = list(made.values())
+        pieces = made[mask.packed_width] = _made_from(mask, weight, others[0] if others else None)
     return pieces
 
 
-def _made_from(mask: StoredMask, N: int, K: int) -> Pieces:
+def _made_from(mask: StoredMask, weight: Tensor, of_another_width: Pieces | None) -> Pieces:
+    N, K = weight.shape
     index = mask.index.detach()  # not the tensor that holds what is made here: they would hold each other
-    packed = None if mask.packed_width == UNPACKED else mask.packed_width
-    if mask.kind == "rows":
-        return Rows(index, mask.extents, mask.geometry[0], N, K, packed)
-    if mask.kind == "columns":
-        return Columns(index, mask.extents, mask.geometry[0], N, K, packed)
     if mask.kind == "blocks":
         keep = live_blocks(index, mask.extents, mask.geometry, (N, K))
         return Blocks(keep, (mask.geometry[0], mask.geometry[1]), N, K)
-    return Weights(index, N, K)
+    if mask.kind == "weights":
+        return Weights(index, N, K)
+    of_rows, packed = mask.kind == "rows", None if mask.packed_width == UNPACKED else mask.packed_width
+    if isinstance(of_another_width, (Rows, Columns)):
+        live_units = of_another_width.live_units
+    else:
+        live_units = LiveUnits(index, mask.extents, mask.geometry[0], N if of_rows else K)
+    return Rows(live_units, K, packed) if of_rows else Columns(live_units, N, packed)
 
 
 def _check_packed(mask: StoredMask, pieces: Pieces, split: Split) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastmask.torch_path.live_units import LiveUnits
 from fastmask.torch_path.products import add_multiply, multiply, over_tokens
 from fastmask.torch_path.segments import Pieces, cast
 from fastmask.torch_path.units import LIVE_GRAD, Units
@@ -16,8 +17,8 @@ __all__ = ["Rows"]
 class Rows(Units, Pieces):
     """Masks over whole rows: the output side is the masked one."""
 
-    def __init__(self, indices: Tensor, counts: Tensor, unit: int, N: int, K: int, packed_width: int | None) -> None:
-        super().__init__(indices, counts, unit, N, packed_width)
+    def __init__(self, live_units: LiveUnits, K: int, packed_width: int | None) -> None:
+        super().__init__(live_units, packed_width)
         self.in_width, self.out_width = K, self.width
 
     def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ class Rows(Units, Pieces):
         if self.whole(language):
             return cast(bias, x.dtype)
         live, room = self.live(language), self.room(language, x)
-        bias = bias.index_select(0, self.gathered(language, room))
+        bias = bias.index_select(0, self.live_units.gathered(language, room))
         if room > live:
             bias[live:] = 0
         return cast(bias, x.dtype)
@@ -50,7 +51,7 @@ class Rows(Units, Pieces):
         if self.whole(language):
             grad += part
         else:
-            grad.index_add_(0, self.of(language), part)
+            grad.index_add_(0, self.live_units.of(language), part)
 
     def weight_grad(self, language: int, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         if self.whole(language):
@@ -61,7 +62,7 @@ class Rows(Units, Pieces):
         over_tokens(self.own(language, dy), x, part[:live])
         part[live:] = 0
         part = cast(part, weight.dtype).view(-1, self.unit * K)
-        return part.index_select(0, self.places(language)).view(N, K)
+        return part.index_select(0, self.live_units.places(language)).view(N, K)
 
     def summed_weight_grad(self, parts: Sequence[tuple[int, Tensor, Tensor]], weight: Tensor, read: Tensor) -> Tensor:
         if not self.sums_at_once(parts, weight.shape[1]):
@@ -74,4 +75,4 @@ class Rows(Units, Pieces):
         if self.whole(language):
             grad += part
         else:
-            grad.index_add_(0, self.of(language), cast(part, grad.dtype))
+            grad.index_add_(0, self.live_units.of(language), cast(part, grad.dtype))

@@ -1,4 +1,4 @@
-"""What masks over whole rows and over whole columns of a weight share: which units are live, gathered and summed.
+"""What masks over whole rows and over whole columns of a weight share: gathering what is live, and summing gradients.
 
 *Packed* means that the masked side of the activation holds only live units, moved to the front of a buffer whose width
 is that of the widest language in the batch; what is left over is zero. Heads and neurons travel packed from the
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from fastmask.torch_path.live_units import LiveUnits
 from fastmask.torch_path.products import by_onednn, multiply, over_tokens, padded, rows_at_once
 from fastmask.torch_path.scratch import Scratch
-from fastmask.torch_path.segments import FULL, HALF, cast
+from fastmask.torch_path.segments import HALF, cast
 
 __all__ = ["LIVE_GRAD", "LIVE_WEIGHT", "Units", "first_columns"]
 
@@ -26,82 +27,20 @@ MOST_SUMMED = 2**24  # elements of all languages' dW together: they exist at onc
 
 
 class Units:
-    """Which units each language owns; `packed_width` is the width of the packed side, or None if it is not packed."""
+    """One masked weight in one packed width; `packed_width` is None if the masked side is not packed."""
 
-    def __init__(self, indices: Tensor, counts: Tensor, unit: int, size: int, packed_width: int | None) -> None:
-        self.indices = indices
-        self.counts: list[int] = counts.tolist()
-        self.unit, self.size, self.packed_width = unit, size, packed_width
-        self.width = size if packed_width is None else packed_width
-        self._of: dict[int, Tensor] = {}
-        self._gathered: dict[tuple[int, int], Tensor] = {}
-        self._units: dict[int, Tensor] = {}
-        self._places: dict[int, Tensor] = {}
-        self._slices: dict[tuple[int, int, int], Tensor] = {}
-        self._tables: tuple[Tensor | None, Tensor | None] | None = None
-        self._side_by_side: tuple[tuple[int, ...], Tensor] | None = None
-        self._owners_of: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+    def __init__(self, live_units: LiveUnits, packed_width: int | None) -> None:
+        self.live_units, self.packed_width = live_units, packed_width
+        self.unit, self.size = live_units.unit, live_units.size
+        self.width = self.size if packed_width is None else packed_width
 
     def live(self, language: int) -> int:
         """Live rows (or columns) of a language."""
-        return self.size if language == FULL else self.counts[language]
+        return self.live_units.live(language)
 
     def whole(self, language: int) -> bool:
         """Whether all are live."""
-        return self.live(language) == self.size
-
-    def of(self, language: int) -> Tensor:
-        """Their indices."""
-        indices = self._of.get(language)
-        if indices is None:
-            indices = self._of[language] = self.indices[language, : self.counts[language]]
-        return indices
-
-    def side_by_side(self, languages: tuple[int, ...]) -> Tensor:
-        """Those of several languages, one after the other: as many of each as the widest has, any behind its own."""
-        made = self._side_by_side  # read once: another thread may put its own there
-        if made is None or made[0] != languages:
-            widest = max(map(self.live, languages))
-            rows = torch.tensor(languages, device=self.indices.device)
-            made = self._side_by_side = languages, self.indices[:, :widest].index_select(0, rows).flatten()
-        return made[1]
-
-    def units_of(self, language: int) -> Tensor:
-        """Indices of their units."""
-        units = self._units.get(language)
-        if units is None:
-            units = self._units[language] = self.of(language)[:: self.unit] // self.unit
-        return units
-
-    def places(self, language: int) -> Tensor:
-        """For each unit its place among a language's live ones; for a dead one the place behind them."""
-        places = self._places.get(language)
-        if places is None:
-            units = self.units_of(language)
-            places = torch.full((self.size // self.unit,), len(units), device=units.device)
-            places[units] = torch.arange(len(units), device=units.device)
-            self._places[language] = places
-        return places
-
-    def tables(self) -> tuple[Tensor | None, Tensor | None]:
-        """Which row (or column) each place of the masked side holds, and whether it is closed to the language.
-
-        Both [languages + 1, width], the last for the full network; None if rows are where they belong, or none is
-        closed. Closed places behind the live ones of a packed side hold a dead row.
-        """
-        if self._tables is None:
-            every = torch.arange(self.size, device=self.indices.device)
-            languages = [*range(len(self.counts)), FULL]
-            live = torch.ones(len(languages), self.size, dtype=torch.bool, device=every.device)
-            for language, count in enumerate(self.counts):
-                live[language] = torch.zeros_like(live[0]).index_fill_(0, self.indices[language, :count], True)
-            if self.packed_width is None:
-                self._tables = None, ~live
-            else:  # live first, each in its order
-                units = (~live).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.width]
-                closed = ~live.gather(1, units)
-                self._tables = units, closed if closed.any() else None
-        return self._tables
+        return self.live_units.live(language) == self.size
 
     def room(self, language: int, x: Tensor) -> int:
         """Rows (or columns) that are multiplied with x: the live ones and, for a `padded` size, zeros behind them."""
@@ -111,16 +50,6 @@ class Units:
         room = min(padded(live), self.width)
         return room if room < self.size else live
 
-    def gathered(self, language: int, room: int) -> Tensor:
-        """Indices of live rows, and any index for each place behind them."""
-        if room == self.live(language):
-            return self.of(language)
-        index = self._gathered.get((language, room))
-        if index is None:
-            index = torch.nn.functional.pad(self.of(language), (0, room - self.live(language)))
-            self._gathered[language, room] = index
-        return index
-
     def live_rows(self, language: int, weight: Tensor, x: Tensor) -> Tensor:
         """Live rows [room, S] of a weight [size, S] whose rows are the masked side, in the dtype of x.
 
@@ -129,7 +58,7 @@ class Units:
         live, room = self.live(language), self.room(language, x)
         if weight.shape[0] != room:
             out = LIVE_WEIGHT.take(room, weight.shape[1], weight)
-            weight = torch.index_select(weight, 0, self.gathered(language, room), out=out)
+            weight = torch.index_select(weight, 0, self.live_units.gathered(language, room), out=out)
             if room > live:
                 weight[live:] = 0
         return cast(weight, x.dtype)
@@ -141,11 +70,7 @@ class Units:
         if n == 1 or S % n or not weight.is_contiguous() or weight.shape[0] == room:
             return self.live_rows(language, weight, x).t()
         # A row is n slices one after the other: gathering those costs no more than gathering rows.
-        index = self._slices.get((language, n, room))
-        if index is None:
-            rows = self.gathered(language, room)
-            index = (rows * n + torch.arange(n, device=weight.device)[:, None]).flatten()
-            self._slices[language, n, room] = index
+        index = self.live_units.sliced(language, room, n)
         out = LIVE_WEIGHT.take(n * room, S // n, weight)
         torch.index_select(weight.view(-1, S // n), 0, index, out=out)
         parts = out.view(n, room, S // n)
@@ -157,7 +82,7 @@ class Units:
         """The live part [M, room] of an activation [M, width] on the masked side, behind it what meets only zeros."""
         if self.whole(language) or self.packed_width is not None:
             return first_columns(activation, self.room(language, activation))
-        return activation.index_select(1, self.of(language))
+        return activation.index_select(1, self.live_units.of(language))
 
     def multiply_into(
         self, language: int, out: Tensor | None, a: Tensor, b: Tensor | Sequence[Tensor], bias: Tensor | None
@@ -173,7 +98,7 @@ class Units:
             out[:, room:] = 0
         else:
             out.zero_()
-            out.index_copy_(1, self.of(language), multiply(a, b, bias))
+            out.index_copy_(1, self.live_units.of(language), multiply(a, b, bias))
         return out
 
     def own(self, language: int, activation: Tensor) -> Tensor:
@@ -200,20 +125,10 @@ class Units:
         products = LIVE_GRAD.take(ends[-1], width, parts[0][1])
         for end, (language, a, b) in zip(ends, parts, strict=True):
             over_tokens(a, b, products[end - self.live(language) : end])
-        which, first = self._owners(languages)
+        which, first = self.live_units.owners(languages)
         by_unit = products.view(-1, self.unit * width)
         grad: Tensor = embedding_bag(which, by_unit, first, mode="sum", include_last_offset=True)
         return grad.view(self.size, width)
-
-    def _owners(self, languages: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Of each unit the places of its live copies among those of these languages; where those of each begin."""
-        made = self._owners_of  # read once, as above
-        if made is None or made[0] != languages:
-            every = torch.arange(self.size // self.unit, device=self.indices.device)
-            units = torch.cat([every if self.whole(language) else self.units_of(language) for language in languages])
-            first = torch.nn.functional.pad(torch.bincount(units, minlength=len(every)).cumsum(0), (1, 0))
-            made = self._owners_of = languages, units.argsort(stable=True), first
-        return made[1:]
 
     def casts_all(self, languages: Sequence[int], weight: Tensor, x: Tensor) -> bool:
         """Whether casting the weight once for all languages takes less than casting the live part of each."""

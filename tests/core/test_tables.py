@@ -1,0 +1,51 @@
+"""What is kept of a mask beside it: how much, and for whom."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from oracle import random_mask
+
+from fastmask import masked_linear
+from fastmask.functional import compute
+
+L, N, K = 20, 256, 32
+
+
+def bytes_kept(*found) -> int:
+    """Of all tensors that can be reached."""
+    storages, seen, left = {}, set(), list(found)
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        left += [*item] if isinstance(item, (tuple, list)) else []
+        left += item.values() if isinstance(item, dict) else vars(item).values() if hasattr(item, "__dict__") else []
+    return sum(storages.values())
+
+
+def test_tables_do_not_grow_with_packed_widths(every_way):
+    """Batches are packed to as many widths as there are languages, and each width keeps tables of all of them."""
+    mask = random_mask("rows", L, N, K, density=0.3, extremes=False)
+    x, weight = torch.randn(L, 3, K), torch.randn(N, K)
+    kept = []
+    for width in range(128, N + 1, 8):
+        compute(x, weight, mask, torch.arange(L), None, width)
+        kept.append(bytes_kept(mask.index._fastmask_pieces))
+    assert kept[0] > 0
+    assert kept[-1] == kept[0]
+
+
+def test_a_copy_leaves_tables_behind():
+    """Copies of a model, and pickles of a mask, hold what products keep of every language."""
+    mask = random_mask("columns", L, K, N)
+    x, weight = torch.randn(L, 3, N), torch.randn(K, N)
+    y = masked_linear(x, weight, mask, torch.arange(L))
+    assert vars(mask.index)
+    copied = copy.deepcopy(mask)
+    assert not vars(copied.index)
+    assert torch.equal(masked_linear(x, weight, copied, torch.arange(L)), y)

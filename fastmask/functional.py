@@ -70,8 +70,8 @@ def compute(
     """`masked_linear` without the checks, for layers that were checked once; packed unless `packed_width` is -1.
 
     Packed, the masked side is compact: live units at the front of `packed_width`, zeros behind. A row mask makes
-    y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the live
-    units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
+    y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the
+    live units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
     `activation`, a name of `torch_path.activations`, is applied to x first and computed again in the backward pass
     instead of being kept.
     """

@@ -42,7 +42,8 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     `language_ids` int64 [batch] (positions in `subnets.languages`, -1 for the full network), shown in its signature so
     that `transformers.Trainer` keeps the column. Batches may mix languages; they run fastest sorted by language.
     Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
-    those of the live heads, in order. Several threads may run the model at the same time.
+    those of the live heads, in order. Several threads may run the model at the same time, but not under gradient
+    checkpointing.
 
     Args:
         model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).

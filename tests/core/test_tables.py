@@ -40,6 +40,15 @@ def test_tables_do_not_grow_with_packed_widths(every_way):
     assert kept[-1] == kept[0]
 
 
+def test_tables_of_one_batch_do_not_serve_the_next(every_way):
+    """Languages of another batch, or in another order, run through the rows of those before."""
+    mask, weight = random_mask("rows", L, N, K, density=0.3, extremes=False), torch.randn(N, K)
+    for ids in (torch.arange(L), torch.arange(L).flip(0), torch.arange(2, 6)):
+        x = torch.randn(len(ids), 3, K)
+        afresh = compute(x, weight, copy.deepcopy(mask), ids, None, 128)
+        assert torch.equal(compute(x, weight, mask, ids, None, 128), afresh)
+
+
 def test_a_copy_leaves_tables_behind():
     """Copies of a model, and pickles of a mask, hold what products keep of every language."""
     mask = random_mask("columns", L, K, N)

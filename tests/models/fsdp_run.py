@@ -1,6 +1,6 @@
 """What the test of FSDP runs in two processes: each holds half of every parameter and a batch of its own.
 
-torchrun --nproc-per-node=2 fsdp_run.py
+To run it: torchrun --nproc-per-node=2 fsdp_run.py
 """
 
 from __future__ import annotations

@@ -20,4 +20,4 @@ def test_two_processes():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["equal"] * 2
+    assert done.stdout.split() == ["equal"]  # the first says it for both: the other must end well, too

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 
 __all__ = ["FORMATS", "Result"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmask.files import replace_file
 from fastmask.subnetworks import Subnetworks
-from fastmask.training.checkpoints import replace_file
 
 __all__ = ["head_use"]
 

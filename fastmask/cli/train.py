@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import print_scores, print_summary, round_printer, scored
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out
 

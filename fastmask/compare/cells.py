@@ -11,6 +11,7 @@ from typing import Any
 
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.scoring import Scorer
+from fastmask.files import replace_file
 from fastmask.parsing.treebanks import load_treebanks
 from fastmask.subnetworks import Subnetworks
 from fastmask.training import checkpoints
@@ -80,7 +81,7 @@ class Runner:
             train(build_parser(config, self.datasets), self.datasets, config, find, progress=False)
         except _FoundError as found:
             masks = self.plan.folder(job) / MASKS_FILE
-            checkpoints.replace_file(masks, found.subnetworks.save)
+            replace_file(masks, found.subnetworks.save)
             return {"density": _density(found.subnetworks)}
         raise RuntimeError(f"{config.out} ran to its end without looking for subnetworks")
 

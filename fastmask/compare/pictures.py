@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fastmask.compare.tables import CONDITIONS
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 
 __all__ = ["draw_gains", "draw_means"]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 from fastmask.training.config import METAS, METHODS, TrainConfig
 from fastmask.training.settings import ConfigError, Settings, items_of, setting
 from fastmask.unseen.adapting import OPTIMIZERS

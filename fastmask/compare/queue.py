@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastmask.compare.plan import Job, Plan
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 
 __all__ = ["RESULT_FILE", "is_done", "read_result", "work", "write_result"]
 

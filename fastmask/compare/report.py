@@ -19,7 +19,7 @@ from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import Plan
 from fastmask.compare.queue import is_done, read_result
 from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 
 __all__ = ["load_results", "print_tables", "write_report"]
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 
 __all__ = ["CONTENTS", "REPORT", "check_folder", "write_files"]
 

@@ -10,6 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
+from fastmask.files import replace_file
 from fastmask.training import checkpoints
 from fastmask.training.config import ConfigError, TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE
@@ -66,7 +67,7 @@ def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
     shutil.copytree(start, partial, copy_function=_link)
     os.replace(partial, target)
     # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
-    checkpoints.replace_file(out / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
+    replace_file(out / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
 
 
 def _link(source: str, target: str) -> None:

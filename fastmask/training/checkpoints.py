@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fastmask.files import sync
 from fastmask.training.random_state import random_digest
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "latest",
     "load",
     "read_progress",
-    "replace_file",
     "save",
     "step_of",
 ]
@@ -122,10 +122,10 @@ def save(
         content = {"version": FORMAT_VERSION, "step": step, "processes": accelerator.num_processes, **progress}
         _write_json(partial / PROGRESS, content)
         for path in sorted(partial.rglob("*")):
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         os.replace(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
         for old in complete(run)[:-keep] if keep else []:
             if old == folder_of(run, pinned):
                 continue
@@ -174,28 +174,5 @@ def load(accelerator: Any, path: Path) -> None:
         raise CheckpointError(f"checkpoint {path}: the random states did not come back; a resumed run would differ")
 
 
-def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write(temporary path)` write a file and put it at `path` at once, replacing what is there."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
-        write(partial)
-        _sync(partial)
-        os.replace(partial, target)
-        _sync(target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    """Have a file or a folder on disk before its new name is."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastmask.errors import unknown
+from fastmask.files import replace_file
 from fastmask.optim import LiveAdamW
 from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.parsing.parser import Parser
@@ -230,7 +231,7 @@ class _Run:
                 point = SwitchPoint(self.parser, self.datasets, self.train_data, self.config, self.step)
                 subnetworks = self.discover(point)
             if self.accelerator.is_main_process:
-                checkpoints.replace_file(path, subnetworks.save)
+                replace_file(path, subnetworks.save)
             self.accelerator.wait_for_everyone()
         return fm.Subnetworks.load(path)
 
@@ -298,8 +299,8 @@ class _Run:
         if self.accelerator.is_main_process:
             parser.save(self.folder / "model")
             if self.dynamic is not None:
-                checkpoints.replace_file(self.folder / MASKS_FILE, self.subnetworks.save)
-                checkpoints.replace_file(self.folder / DYNAMIC_FILE, self.dynamic.save)
+                replace_file(self.folder / MASKS_FILE, self.subnetworks.save)
+                replace_file(self.folder / DYNAMIC_FILE, self.dynamic.save)
         self.accelerator.wait_for_everyone()
         scouting_share = None if self.dynamic is None else self.dynamic.scouting_share
         return TrainResult(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastmask.training.checkpoints import replace_file
+from fastmask.files import replace_file
 
 __all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress"]
 

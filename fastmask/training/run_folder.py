@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from fastmask.files import replace_file
 from fastmask.training import checkpoints
 from fastmask.training.config import ConfigError, TrainConfig
 
@@ -51,6 +52,6 @@ def open_run(config: TrainConfig, accelerator: Any) -> Path | None:
         checkpoints.clean(folder)
         if not settings.is_file():
             started = dataclasses.replace(config, resume=False)
-            checkpoints.replace_file(settings, started.save)
+            replace_file(settings, started.save)
     accelerator.wait_for_everyone()
     return checkpoints.latest(folder)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from toy_run import start_process
 
+from fastmask.files import replace_file
 from fastmask.training import checkpoints
 from fastmask.training.checkpoints import CheckpointError
 
@@ -129,13 +130,13 @@ def test_a_spoilt_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
     """If this fails, a failed write leaves a damaged masks file or a stray one."""
     target = tmp_path / "masks"
-    checkpoints.replace_file(target, lambda path: path.write_text("old"))
+    replace_file(target, lambda path: path.write_text("old"))
 
     def fail(path: Path) -> None:
         path.write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoints.replace_file(target, fail)
+        replace_file(target, fail)
     assert [path.name for path in tmp_path.iterdir()] == ["masks"]
     assert target.read_text() == "old"

@@ -8,26 +8,37 @@ from fastmask.files.reading import (
     FileError,
     Record,
     check,
+    parse_json,
     read_json,
     read_json_lines,
-    read_metadata,
-    read_tensors,
     read_text,
-    read_yaml,
     sha256_of,
 )
-from fastmask.files.writing import partial_name, remove_leftovers, remove_tree, replace_file, sync, write_text
+from fastmask.files.settings import read_yaml, write_yaml
+from fastmask.files.tensors import read_metadata, read_sealed, read_tensors, write_sealed
+from fastmask.files.writing import (
+    check_target,
+    partial_name,
+    remove_leftovers,
+    remove_tree,
+    replace_file,
+    sync,
+    write_text,
+)
 
 __all__ = [
     "FileError",
     "HeldError",
     "Record",
     "check",
+    "check_target",
     "held",
+    "parse_json",
     "partial_name",
     "read_json",
     "read_json_lines",
     "read_metadata",
+    "read_sealed",
     "read_tensors",
     "read_text",
     "read_yaml",
@@ -36,5 +47,7 @@ __all__ = [
     "replace_file",
     "sha256_of",
     "sync",
+    "write_sealed",
     "write_text",
+    "write_yaml",
 ]

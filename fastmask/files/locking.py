@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -37,9 +38,12 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         HeldError: another process holds it.
+        OSError: the lock is a link, which would be opened and emptied wherever it leads.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / LOCK).is_symlink():
+        raise OSError(errno.ELOOP, "is a link (expected a file of fastmask's own)", os.fspath(folder / LOCK))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -48,7 +52,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     try:
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         me = Holder(host=socket.gethostname(), process=os.getpid(), since=since)
-        write_text(folder / HOLDER, me.model_dump_json())
+        write_text(folder / HOLDER, me.model_dump_json(), follow=False)
         yield
     finally:
         # Removed while the lock is still held: a name that is there is that of the process that holds it.

@@ -1,73 +1,98 @@
-"""One reader for JSON, YAML and safetensors: what is wrong with a file is said with its name, whatever it holds.
+"""One reader for text and JSON (YAML and safetensors are beside it): what is wrong with a file is said with its name.
 
-Nothing that is read here can run code, and nothing can make the reader hang: no pickle, no YAML tags or aliases, and
-bounds on the size and depth of what people write by hand.
+Nothing that is read can run code, and nothing can make a reader hang: no pickle, no devices or FIFOs, and bounds on
+size and depth.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
+import stat
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from typing import Any, BinaryIO, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 __all__ = [
     "FileError",
     "Record",
     "check",
+    "check_regular",
+    "parse_json",
     "read_json",
     "read_json_lines",
-    "read_metadata",
-    "read_tensors",
     "read_text",
-    "read_yaml",
     "sha256_of",
 ]
 
 T = TypeVar("T")
 
-YAML_BYTES = 1 << 16  # the longest file of settings that this package writes has 4 KB
-YAML_DEPTH = 20
+JSON_BYTES = 1 << 28  # records of a run of a million steps have some 20 MB
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class FileError(ValueError):
     """A file that is damaged or not what was asked for; the message reads ``FILE: what is wrong (expected)``."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
-        """Build the message."""
-        super().__init__(f"{os.fspath(path)}: {problem}")
+        """Build the message: one line, with nothing in it that a terminal would obey."""
+        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], f"{os.fspath(path)}: {problem}"))
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a regular file, and nothing that has no end or waits for somebody to write."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise FileError(path, f"is not the name of a file ({error})") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise FileError(path, f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'} (expected a file)")
+    with open(handle, "rb") as file:
+        yield file
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """See that a path leads to a regular file that can be opened.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: a folder, a device, a FIFO, or not readable.
+    """
+    with _opened(path):
+        pass
 
 
 def read_text(path: str | os.PathLike[str], limit: int | None = None) -> str:
     """Read a UTF-8 file.
 
     Args:
-        path: a file; links are followed.
+        path: a regular file; links are followed.
         limit: at most so many bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileError: a folder, not UTF-8, longer than `limit`, or not readable.
+        FileError: not a regular file, not UTF-8, longer than `limit`, or not readable.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read() if limit is None else file.read(limit + 1)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise FileError(path, f"cannot be read: {error.strerror or error}") from error
-    if limit is not None and len(content) > limit:
-        raise FileError(path, f"has more than {limit} bytes (expected a small file)")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"byte {error.start + 1} is not UTF-8 (expected a UTF-8 file)") from None
+    with _opened(path) as file:
+        if limit is not None and os.fstat(file.fileno()).st_size > limit:
+            raise FileError(path, f"has more than {limit} bytes (expected a smaller file)")
+        try:
+            return file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise FileError(path, f"byte {error.start + 1} is not UTF-8 (expected a UTF-8 file)") from None
+        except OSError as error:
+            raise FileError(path, f"cannot be read: {error.strerror or error}") from None
 
 
 class Record(BaseModel):
@@ -107,126 +132,59 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def parse_json(path: str | os.PathLike[str], text: str, kind: type[T] | Any = dict) -> T:
+    """Return what a JSON text holds, which is of the type `kind`; see `check`. No name stands twice in an object.
+
+    Args:
+        path: where it was read, for the message.
+        text: JSON.
+        kind: see `check`; a list passes for a tuple, which JSON does not have.
+
+    Raises:
+        FileError: not JSON, or of another type.
+    """
+    found: T = _checked(path, lambda: TypeAdapter(kind).validate_json(text, strict=True))
+    try:
+        json.loads(text, object_pairs_hook=_once)  # of two values of one name the first would be lost without a word
+    except ValueError as error:
+        raise FileError(path, f"is not JSON: {error}") from None
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    names = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"{name!r} stands twice in one object")
+        names.add(name)
+
+
 def read_json(path: str | os.PathLike[str], kind: type[T] | Any = dict) -> T:
-    """Read a JSON file whose content is of the type `kind`; see `check`.
+    """Read a JSON file whose content is of the type `kind`; see `parse_json`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileError: not UTF-8, not JSON, or of another type.
+        FileError: not UTF-8, not JSON, too long, or of another type.
     """
-    # Lists pass for tuples here, which JSON does not have.
-    return _checked(path, lambda: TypeAdapter(kind).validate_json(read_text(path), strict=True))
+    return parse_json(path, read_text(path, JSON_BYTES), kind)
 
 
 def read_json_lines(path: str | os.PathLike[str], kind: type[T] | Any = dict) -> Iterator[T]:
     """Read a file that holds one JSON value on each line; see `read_json`."""
-    adapter = TypeAdapter(kind)
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, JSON_BYTES).split("\n"), start=1):
         if line.strip():
-            yield _checked(f"{os.fspath(path)}:{number}", partial(adapter.validate_json, line, strict=True))
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader without aliases, of which a few lines can stand for billions of items, and of bounded depth."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self._depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", event.start_mark)
-        self._depth += 1
-        if self._depth > YAML_DEPTH:
-            raise yaml.composer.ComposerError(
-                None, None, f"nested more than {YAML_DEPTH} deep", self.peek_event().start_mark
-            )
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._depth -= 1
-
-    def construct_yaml_int(self, node: Any) -> int:
-        """A number of ordinary length: 1:1:1:... is a number to the base of 60, however long."""
-        if len(node.value) > 40:
-            raise yaml.constructor.ConstructorError(None, None, "a number of more than 40 characters", node.start_mark)
-        return super().construct_yaml_int(node)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose names are text, each given once."""
-        names: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a name that is not text", key.start_mark)
-            if key.value in names:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
-            names.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
-def read_yaml(path: str | os.PathLike[str], kind: type[T] | Any = dict) -> T:
-    """Read a YAML file of settings whose content is of the type `kind` (an empty file is an empty mapping).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileError: not UTF-8, not YAML, an alias, a name twice, nested too deeply, too long, or of another type.
-    """
-    text = read_text(path, YAML_BYTES)
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = path if mark is None else f"{os.fspath(path)}:{mark.line + 1}"
-        raise FileError(where, f"is not YAML that fastmask reads: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-13-45
-        raise FileError(path, f"is not YAML that fastmask reads: {error}".replace("\n", " ")) from None
-    return check(path, {} if content is None else content, kind)
-
-
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Read the header of a safetensors file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileError: not a safetensors file, or a truncated one.
-    """
-    return _opened(path)[1]
-
-
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a whole safetensors file: its tensors by name, on the CPU, and its header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileError: not a safetensors file, or a truncated one.
-    """
-    file, header = _opened(path)
-    try:
-        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise FileError(path, f"is damaged ({error})") from None
-
-
-def _opened(path: str | os.PathLike[str]) -> tuple[Any, dict[str, str]]:
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"no such file: {os.fspath(path)}")
-    if not os.path.isfile(path):
-        raise FileError(path, "is not a regular file (expected a safetensors file)")
-    try:
-        file = safe_open(os.fspath(path), framework="pt").__enter__()
-        return file, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise FileError(path, f"is not a safetensors file, or is truncated ({error})") from None
+            yield parse_json(f"{os.fspath(path)}:{number}", line, kind)
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """The SHA-256 of a regular file's bytes, as 64 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileError: not a regular file, or not readable.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,0 +1,55 @@
+"""A folder is held by one process; who holds it is named, and nothing outside it is touched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fastmask.files as files
+
+HOLD = (
+    "import sys\nfrom fastmask.files import held\nwith held(sys.argv[1]):\n    print('mine', flush=True)\n    input()"
+)
+
+
+def test_the_other_is_named(tmp_path):
+    """A folder that another process holds is refused with that process's number, and free when it has ended."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "mine\n"
+    with pytest.raises(files.HeldError, match=f"is in use by process {other.pid} on "), files.held(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with files.held(tmp_path):
+        pass
+    with files.held(tmp_path):  # and it lets go
+        pass
+
+
+def test_a_damaged_name(tmp_path):
+    """The file that names the holder may hold anything: the refusal stays the same."""
+    with files.held(tmp_path):
+        (tmp_path / ".holder.json").unlink()
+        os.mkfifo(tmp_path / ".holder.json")
+        with pytest.raises(files.HeldError, match="is in use by another process"), files.held(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("name", [".lock", ".holder.json"])
+def test_links_lead_nowhere(tmp_path, name):
+    """A folder of somebody else cannot make us empty or replace a file outside it."""
+    (tmp_path / "precious").write_text("old")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("../precious")
+    if name == ".lock":
+        with pytest.raises(OSError, match="is a link"), files.held(tmp_path / "run"):
+            pass
+    else:
+        with files.held(tmp_path / "run"):
+            pass
+    assert (tmp_path / "precious").read_text() == "old"
+    assert not (tmp_path / "precious").is_symlink()

@@ -6,9 +6,10 @@ import argparse
 import sys
 from typing import TextIO
 
-from rich.console import Console
 from rich.table import Table
 
+from fastmask.cli.report import console_of
+from fastmask.files import check_target
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["print_masks", "run"]
@@ -16,6 +17,8 @@ __all__ = ["print_masks", "run"]
 
 def run(options: argparse.Namespace) -> None:
     """Print the table, and draw the picture if asked."""
+    if options.picture:
+        check_target(options.picture)
     subnets = Subnetworks.load(options.file)
     print_masks(subnets, sys.stdout)
     if options.picture:
@@ -49,5 +52,4 @@ def print_masks(subnets: Subnetworks, file: TextIO) -> None:
             nearest = int(overlap[index].argmax())
             cells.append(f"{subnets.languages[nearest]} {overlap[index, nearest]:.2f}")
         table.add_row(*cells)
-    console = Console(file=file) if file.isatty() else Console(file=file, width=120)
-    console.print(table)
+    console_of(file).print(table)

@@ -22,6 +22,7 @@ __all__ = [
     "Record",
     "check",
     "check_regular",
+    "is_plain",
     "parse_json",
     "read_json",
     "read_json_lines",
@@ -33,6 +34,11 @@ T = TypeVar("T")
 
 JSON_BYTES = 1 << 28  # records of a run of a million steps have some 20 MB
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text has no control characters, no line ends and no halves of letters, so that it can be printed."""
+    return _CONTROL.search(text) is None
 
 
 class FileError(ValueError):

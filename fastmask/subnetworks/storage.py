@@ -1,87 +1,109 @@
-"""Subnetworks on disk: one safetensors file, bits packed, with versioned metadata; never pickle."""
+"""Subnetworks on disk: one safetensors file, bits packed, with a checksum and a versioned header; never pickle."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
+from math import prod
 from os import PathLike
-from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from pydantic import Field
+from torch import Tensor
 
+from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed, write_sealed
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["load", "read_metadata", "save"]
+__all__ = ["load", "metadata_of", "save"]
 
-FORMAT, VERSION = "fastmask.subnetworks", 1
+FORMAT, VERSION = "fastmask.subnetworks", "2"
+CONTENT = "content"
+RESERVED = ("format", "version", CONTENT, "sha256")
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class Content(Record):
+    """What a file says of its tensors: uint8 [L, bytes] each, a unit a bit, the lowest bit first."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1, max_length=10_000)]
+    shapes: dict[str, tuple[Size, Size, Size]]  # name of the tensor -> of the mask it stands for
 
 
 def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
     """See `Subnetworks.save`."""
-    target = Path(path)
-    tensors, shapes = {}, {}
-    for name, keep in _named(subnets).items():
-        flags = keep.cpu().numpy()
-        tensors[name] = torch.from_numpy(np.packbits(flags.reshape(flags.shape[0], -1), axis=1, bitorder="little"))
-        shapes[name] = list(flags.shape)
-    header = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "languages": json.dumps(list(subnets.languages), ensure_ascii=False),
-        "shapes": json.dumps(shapes),
-        **(metadata or {}),
-    }
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(to_bytes(tensors, metadata=header))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    metadata = metadata or {}
+    for name, text in metadata.items():
+        if name in RESERVED or not isinstance(name, str) or not isinstance(text, str):
+            raise ValueError(
+                f"metadata has {name!r}: {text!r} (expected names and texts, and no name of {', '.join(RESERVED)})"
+            )
+    masks = _named(subnets)
+    content = Content(languages=subnets.languages, shapes={name: tuple(keep.shape) for name, keep in masks.items()})
+    header = {"format": FORMAT, "version": VERSION, CONTENT: content.model_dump_json(), **metadata}
+    write_sealed(path, {name: _packed(keep) for name, keep in masks.items()}, header)
 
 
 def load(path: str | PathLike[str]) -> Subnetworks:
     """See `Subnetworks.load`."""
-    header = read_metadata(path)
-    languages, shapes = json.loads(header["languages"]), json.loads(header["shapes"])
-    keeps = {}
-    with safe_open(path, framework="pt") as file:
-        for name, shape in shapes.items():
-            size = int(np.prod(shape[1:]))
-            packed = file.get_tensor(name).numpy()
-            if packed.shape != (shape[0], (size + 7) // 8):
-                raise ValueError(f"{path}: {name} holds {packed.shape} bytes, which do not fit its shape {shape}")
-            flags = np.unpackbits(packed, axis=1, count=size, bitorder="little")
-            keeps[name] = torch.from_numpy(flags.astype(bool).reshape(shape))
-    weights = {name.removeprefix("weights."): keep for name, keep in keeps.items() if name.startswith("weights.")}
-    return Subnetworks(languages, keeps.get("heads"), keeps.get("neurons"), weights or None)
-
-
-def read_metadata(path: str | PathLike[str]) -> dict[str, str]:
-    """The header of a masks file, after checking that it is one and that this version can read it."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no masks file at {path}")
+    metadata_of(path)  # before the tensors of what may be another kind of file
+    tensors, header = read_sealed(path)
+    content: Content = parse_json(path, header.get(CONTENT, ""), Content)
+    if tensors.keys() != content.shapes.keys():
+        different = ", ".join(sorted(tensors.keys() ^ content.shapes.keys()))
+        raise FileError(path, f"is damaged: {different} is a tensor without a shape, or the other way round")
+    units, weights = {}, {}
+    for name, packed in tensors.items():
+        keep = _unpacked(path, name, packed, content.shapes[name])
+        if name in ("heads", "neurons"):
+            units[name] = keep
+        elif name.startswith("weights."):
+            weights[name.removeprefix("weights.")] = keep
+        else:
+            raise FileError(path, f"has a mask over {name!r} (expected heads, neurons or weights.MODULE)")
     try:
-        with safe_open(path, framework="pt") as file:
-            header: dict[str, str] = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a masks file, or is truncated ({error})") from error
+        return Subnetworks(content.languages, **units, weights=weights)
+    except ValueError as error:
+        raise FileError(path, str(error)) from None
+
+
+def metadata_of(path: str | PathLike[str]) -> dict[str, str]:
+    """The header of a masks file, after checking that it is one and that this version can read it."""
+    header = read_metadata(path)
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is a safetensors file, but not one of fastmask subnetworks")
-    if int(header["version"]) > VERSION:
-        raise ValueError(
-            f"{path} has format version {header['version']}, this fastmask reads up to {VERSION}: update fastmask"
+        raise FileError(path, "is a safetensors file, but not one of fastmask subnetworks")
+    if header.get("version") != VERSION:
+        raise FileError(
+            path,
+            f"has format version {header.get('version')} (expected {VERSION}: with a fastmask of another version it "
+            "must be written, or read)",
         )
     return header
 
 
-def _named(subnets: Subnetworks) -> dict[str, torch.Tensor]:
+def _named(subnets: Subnetworks) -> dict[str, Tensor]:
     named = {f"weights.{name}": keep for name, keep in (subnets.weights or {}).items()}
     if subnets.heads is not None:
         named["heads"] = subnets.heads
     if subnets.neurons is not None:
         named["neurons"] = subnets.neurons
     return named
+
+
+def _packed(keep: Tensor) -> Tensor:
+    flags = keep.cpu().numpy()
+    return torch.from_numpy(np.packbits(flags.reshape(flags.shape[0], -1), axis=1, bitorder="little"))
+
+
+def _unpacked(path: str | PathLike[str], name: str, packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The mask that a tensor stands for, after checking that it stands for one of this shape."""
+    size = prod(shape[1:])
+    expected = (shape[0], -(-size // 8))
+    if packed.dtype != torch.uint8 or packed.shape != expected:
+        given = f"{packed.dtype} {tuple(packed.shape)}"
+        raise FileError(path, f"{name} is {given} (expected uint8 {expected} for masks of shape {shape})")
+    if size % 8 and bool((packed[:, -1] >> size % 8).any()):
+        raise FileError(path, f"{name} has bits beyond its {size} units")
+    flags = np.unpackbits(packed.numpy(), axis=1, count=size, bitorder="little")
+    return torch.from_numpy(flags.view(bool).reshape(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
+from fastmask.files import is_plain
 from fastmask.subnetworks.geometry import Geometry
 
 __all__ = ["UNITS", "Subnetworks"]
@@ -45,9 +47,14 @@ class Subnetworks:
     def _check(self) -> None:
         if isinstance(self.languages, str) or not self.languages:
             raise ValueError(f"expected at least one language name, given {self.languages!r}")
-        repeated = {name for name in self.languages if self.languages.count(name) > 1}
-        if repeated or not all(isinstance(name, str) and name for name in self.languages):
-            raise ValueError(f"language names must be distinct and not empty, given {list(self.languages)!r}")
+        wrong = [name for name in self.languages if not isinstance(name, str) or not name or not is_plain(name)]
+        if wrong:
+            raise ValueError(
+                f"language names must be text, not empty and without control characters, given {wrong[:5]!r}"
+            )
+        repeated = [name for name, count in Counter(self.languages).items() if count > 1]
+        if repeated:
+            raise ValueError(f"language names must be distinct, given {repeated[:5]!r} more than once")
         tensors = self._tensors()
         if not tensors:
             raise ValueError("nothing is masked: give heads, neurons or weights")
@@ -55,6 +62,8 @@ class Subnetworks:
             if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.ndim != 3:
                 given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
                 raise ValueError(f"expected {name} as a bool tensor with 3 dimensions, given {given}")
+            if 0 in keep.shape:
+                raise ValueError(f"{name} has the shape {tuple(keep.shape)} (expected at least one of everything)")
             if keep.shape[0] != len(self.languages):
                 raise ValueError(f"{name} has masks for {keep.shape[0]} languages, expected {len(self.languages)}")
         if self.heads is not None and self.neurons is not None and self.heads.shape[1] != self.neurons.shape[1]:
@@ -154,7 +163,16 @@ class Subnetworks:
     # ---- files
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-        """Write one safetensors file, 8 units to a byte; `metadata` is kept with it. Replaces the file atomically."""
+        """Write one safetensors file, 8 units to a byte, with a checksum; see `fastmask.files.replace_file`.
+
+        Args:
+            path: where to.
+            metadata: names and texts that are kept with it.
+
+        Raises:
+            ValueError: metadata of another type, or under a name that the file uses itself.
+            OSError: it cannot be written; what was there before is still there.
+        """
         from fastmask.subnetworks.storage import save
 
         save(self, path, metadata)
@@ -165,7 +183,7 @@ class Subnetworks:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is truncated, of another kind or of a newer version.
+            FileError: a ValueError; the file is damaged (one bit is enough), of another kind or of another version.
         """
         from fastmask.subnetworks.storage import load
 

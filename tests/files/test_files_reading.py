@@ -118,10 +118,9 @@ class TestNoFile:
     def test_a_file_that_ends_a_link_is_read(self, tmp_path, reader):
         (tmp_path / "link").symlink_to("file")
         (tmp_path / "file").write_text("{}")
-        try:
-            assert getattr(files, reader)(tmp_path / "link") is not None
-        except files.FileError as error:
-            assert reader in ("read_tensors", "read_sealed"), error
+        if reader in ("read_tensors", "read_sealed"):
+            files.write_sealed(tmp_path / "file", {}, {})
+        assert getattr(files, reader)(tmp_path / "link") is not None
 
 
 def test_a_file_of_gigabytes(tmp_path):
@@ -130,7 +129,7 @@ def test_a_file_of_gigabytes(tmp_path):
     with open(path, "wb") as file:
         file.truncate(1 << 40)  # a hole: it takes no disk
     for reader in (files.read_json, files.read_yaml):
-        with pytest.raises(files.FileError, match="has more than .* bytes"), no_hang():
+        with pytest.raises(files.FileError, match=r"has more than \d+ bytes"), no_hang():
             reader(path)
 
 

@@ -14,3 +14,13 @@ def output_of(capsys: Any, *arguments: object, code: int = 0) -> str:
     captured = capsys.readouterr()
     printed: str = captured.err if code else captured.out
     return printed
+
+
+def failure_of(capsys: Any, *arguments: object) -> str:
+    """Run a command that fails as it should: exit code 1 and one line on stderr, which is returned."""
+    said = output_of(capsys, *arguments, code=1)
+    assert said.endswith("\n")
+    assert said.count("\n") == 1, said
+    assert "unexpected" not in said
+    assert "this is a bug" not in said
+    return said[:-1]

@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["AMOUNT", "COLOURS", "GREY", "MARKERS", "SIGNED", "WRITTEN", "as_written", "heatmap", "label_points", "new_figure"]
+__all__ = [
+    "AMOUNT",
+    "COLOURS",
+    "GREY",
+    "MARKERS",
+    "SIGNED",
+    "WRITTEN",
+    "as_written",
+    "heatmap",
+    "label_points",
+    "new_figure",
+]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from fastmask.analysis.chance import chance_jaccard
 from fastmask.analysis.drawing import AMOUNT, COLOURS, GREY, MARKERS, heatmap, new_figure
@@ -21,6 +17,7 @@ from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
 from fastmask.analysis.result import Result
 from fastmask.dynamic.history import History, Snapshot
 from fastmask.errors import unknown
+from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["dynamics", "read_history"]
@@ -95,27 +92,33 @@ def dynamics(
     return Result("dynamics", table, caption, lambda: _draw(table, between, languages, units), {"pairs": between})
 
 
+class _Header(Record):
+    """What `DynamicSubnetworks.state_dict` says beside its tensors."""
+
+    version: int
+    strategy: str
+    languages: tuple[str, ...]
+    seconds: float
+
+
 def read_history(path: str | PathLike[str]) -> History:
     """The history in a file that a run of method `dynamic` left (`dynamic.safetensors`).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not such a file.
+        FileError: not such a file, or a damaged one.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no history of masks at {path}")
+    text = read_metadata(path).get("header")
+    if text is None:
+        raise FileError(path, "is a safetensors file, but not a history of masks")
+    header: _Header = parse_json(path, text, _Header)
+    tensors, _ = read_sealed(path)
+    past = {name.removeprefix("history."): tensor for name, tensor in tensors.items() if name.startswith("history.")}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("header", "{}"))
-            names = [name for name in file.keys() if name.startswith(("history.", "masks."))]  # noqa: SIM118
-            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a history of masks, or is truncated ({error})") from error
-    if "languages" not in header or "history.when" not in tensors:
-        raise ValueError(f"{path} is a safetensors file, but not a history of masks")
-    masks = Subnetworks(header["languages"], tensors.get("masks.heads"), tensors.get("masks.neurons"))
-    history = History(masks)
-    history.load({n.removeprefix("history."): t for n, t in tensors.items() if n.startswith("history.")})
+        history = History(Subnetworks(header.languages, tensors.get("masks.heads"), tensors.get("masks.neurons")))
+        history.load(past)
+    except ValueError as error:
+        raise FileError(path, str(error)) from None
     return history
 
 

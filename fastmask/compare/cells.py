@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import statistics
 import time
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.scoring import Scorer
-from fastmask.files import replace_file
+from fastmask.files import remove_tree, replace_file
 from fastmask.parsing.treebanks import load_treebanks
 from fastmask.subnetworks import Subnetworks
 from fastmask.training import checkpoints
@@ -81,7 +81,7 @@ class Runner:
             train(build_parser(config, self.datasets), self.datasets, config, find, progress=False)
         except _FoundError as found:
             masks = self.plan.folder(job) / MASKS_FILE
-            replace_file(masks, found.subnetworks.save)
+            replace_file(masks, found.subnetworks.save, follow=False)
             return {"density": _density(found.subnetworks)}
         raise RuntimeError(f"{config.out} ran to its end without looking for subnetworks")
 
@@ -93,7 +93,7 @@ class Runner:
         if config.method != "full":
             config = dataclasses.replace(config, masks=str(start / MASKS_FILE))
         if checkpoints.latest(config.out) is None:
-            shutil.rmtree(config.out, ignore_errors=True)  # a killed process may have left its settings there
+            remove_tree(Path(config.out))  # a killed process may have left its settings there
             branch(start / RUN, config)
         began = time.perf_counter()
         trained = train(
@@ -112,7 +112,7 @@ class Runner:
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
             "scores": scores,
         }
-        shutil.rmtree(checkpoints.folder_of(config.out), ignore_errors=True)  # model and masks stay
+        remove_tree(checkpoints.folder_of(config.out))  # model and masks stay
         return result
 
 

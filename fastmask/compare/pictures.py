@@ -88,4 +88,4 @@ def _save(figure: Figure, path: str | PathLike[str]) -> None:
     def write(partial: Path) -> Any:
         figure.savefig(partial, dpi=150, format=target.suffix.lstrip(".") or "png")
 
-    replace_file(target, write)
+    replace_file(target, write, follow=False)

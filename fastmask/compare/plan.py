@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from fastmask.files import replace_file
+from fastmask.files import Record, read_yaml, write_yaml
 from fastmask.training.config import METAS, METHODS, TrainConfig
-from fastmask.training.settings import ConfigError, Settings, items_of, setting
+from fastmask.training.settings import ConfigError, Settings, items_of, named_errors, setting
 from fastmask.unseen.adapting import OPTIMIZERS
 from fastmask.unseen.choosing import CHOICES
 
@@ -36,7 +34,7 @@ class CompareConfig(Settings):
 
     train: str = setting("", "comma-separated codes or treebank names of the training languages", list=True)
     unseen: str = setting("", "those of the languages that are only adapted to and tested on", list=True)
-    seeds: int = setting(3, "how many seeds; 0, 1, 2, ...", low=1)
+    seeds: int = setting(3, "how many seeds; 0, 1, 2, ...", low=1, high=1000)
     methods: str = setting(",".join(METHODS), "which subnetworks to compare", choices=METHODS, list=True)
     metas: str = setting("none,fomaml", "with which meta-learning", choices=METAS, list=True)
     choose: str = setting(
@@ -80,6 +78,13 @@ class Job:
     needs: str | None = None
 
 
+class _Stored(Record):
+    """What ``compare.yaml`` holds."""
+
+    comparison: dict[str, Any]
+    training: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Plan:
     """A comparison in a folder: ``compare.yaml`` holds all of it but where the data is.
@@ -103,6 +108,26 @@ class Plan:
                 raise ConfigError(f"{name} is a setting of single runs (a comparison decides it)")
         for job in self.jobs:
             self.train_config(job, self.out)
+
+    @classmethod
+    def stored(cls, out: Path, data: str = "") -> Plan:
+        """The comparison that a folder holds.
+
+        Raises:
+            FileNotFoundError: it holds none.
+            FileError: ``compare.yaml`` is damaged.
+            ConfigError: a setting in it is wrong.
+            FastmaskKeyError: a name in it that is no setting.
+        """
+        file = out / SETTINGS_FILE
+        stored: _Stored = read_yaml(file, _Stored)
+        with named_errors(file):
+            return cls(out, data, CompareConfig.from_dict(stored.comparison), stored.training)
+
+    @property
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What ``compare.yaml`` holds."""
+        return {"comparison": dataclasses.asdict(self.config), "training": dict(self.training)}
 
     @property
     def jobs(self) -> list[Job]:
@@ -137,11 +162,11 @@ class Plan:
 
         Raises:
             ConfigError: it holds something else, or a comparison with other settings.
+            FileError: ``compare.yaml`` is damaged.
         """
-        file = self.out / SETTINGS_FILE
-        mine = {"comparison": dataclasses.asdict(self.config), "training": dict(self.training)}
+        file, mine = self.out / SETTINGS_FILE, self.settings
         if file.is_file():
-            theirs = yaml.safe_load(file.read_text(encoding="utf-8"))
+            theirs = Plan.stored(self.out).settings
             differences = [
                 f"{name} was {theirs[part].get(name)!r} and is {mine[part].get(name)!r}"
                 for part in mine
@@ -156,8 +181,7 @@ class Plan:
             return
         if self.out.is_dir() and any(self.out.iterdir()):
             raise ConfigError(f"out is {str(self.out)!r}, which is not empty and holds no comparison")
-        text = yaml.safe_dump(mine, sort_keys=False, allow_unicode=True)
-        replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
+        write_yaml(file, mine, follow=False)
 
 
 def jobs_of(config: CompareConfig) -> list[Job]:

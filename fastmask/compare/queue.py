@@ -7,17 +7,16 @@ which goes on from the job's last checkpoint.
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fastmask.compare.plan import Job, Plan
-from fastmask.files import replace_file
+from fastmask.files import HeldError, held, read_json, write_text
 
 __all__ = ["RESULT_FILE", "is_done", "read_result", "work", "write_result"]
 
@@ -31,15 +30,19 @@ def is_done(plan: Plan, job: Job | str) -> bool:
 
 
 def read_result(plan: Plan, job: Job | str) -> dict[str, Any]:
-    """The result of a job that is done."""
-    result: dict[str, Any] = json.loads((plan.folder(job) / RESULT_FILE).read_text(encoding="utf-8"))
+    """The result of a job that is done.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    result: dict[str, Any] = read_json(plan.folder(job) / RESULT_FILE)
     return result
 
 
 def write_result(plan: Plan, job: Job, result: dict[str, Any]) -> None:
     """Mark a job as done, whole or not at all."""
     text = json.dumps(result, indent=1, ensure_ascii=False)
-    replace_file(plan.folder(job) / RESULT_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(plan.folder(job) / RESULT_FILE, text, follow=False)
 
 
 def work(plan: Plan, run: Callable[[Job], dict[str, Any]]) -> None:
@@ -67,15 +70,14 @@ def _done_here(plan: Plan, job: Job, run: Callable[[Job], dict[str, Any]]) -> bo
 
 @contextmanager
 def _claimed(folder: Path) -> Iterator[bool]:
-    """Hold a job's lock, if it is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
+    """Hold a job's folder, if it is free."""
+    for place in (folder.parent, folder):
+        if place.is_symlink():
+            raise OSError(errno.ELOOP, "is a link (expected a folder of the comparison)", str(place))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder))
+        except HeldError:
+            yield False
+            return
         yield True
-    finally:
-        lock.release()

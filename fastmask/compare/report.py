@@ -17,9 +17,10 @@ from rich.table import Table
 
 from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import Plan
-from fastmask.compare.queue import is_done, read_result
+from fastmask.compare.queue import RESULT_FILE, is_done
+from fastmask.compare.results import CellResult
 from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
-from fastmask.files import replace_file
+from fastmask.files import read_json, write_text
 
 __all__ = ["load_results", "print_tables", "write_report"]
 
@@ -32,12 +33,17 @@ NOTE = (
 
 
 def load_results(plan: Plan) -> dict[tuple[int, str, str], dict[str, Any]]:
-    """(seed, method, meta) -> result, of every cell that is done."""
-    return {
-        (job.seed, job.method, job.meta): read_result(plan, job)
-        for job in plan.jobs
-        if job.method is not None and is_done(plan, job)
-    }
+    """(seed, method, meta) -> result, of every cell that is done.
+
+    Raises:
+        FileError: a result is damaged.
+    """
+    results = {}
+    for job in plan.jobs:
+        if job.method is not None and is_done(plan, job):
+            result: CellResult = read_json(plan.folder(job) / RESULT_FILE, CellResult)
+            results[job.seed, job.method, job.meta] = result.model_dump()
+    return results
 
 
 def write_report(plan: Plan, command: str | None = None) -> list[Path]:
@@ -53,11 +59,9 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
             if (scores["condition"] == condition).any()
         ]
     )
-    replace_file(files[0], lambda path: scores.to_csv(path, index=False, float_format="%.2f"))
-    replace_file(files[1], lambda path: cells.to_csv(path, index=False, float_format="%.4g"))
-    replace_file(files[2], lambda path: summary.to_csv(path, index=False, float_format="%.4g"))
-    text = _markdown(plan, scores, cells, command)
-    replace_file(files[3], lambda path: path.write_text(text, encoding="utf-8"))
+    for file, table, form in ((files[0], scores, "%.2f"), (files[1], cells, "%.4g"), (files[2], summary, "%.4g")):
+        write_text(file, table.to_csv(index=False, float_format=form), follow=False)
+    write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
     draw_means(scores, order, files[4])
     for condition in ("seen", "adapted"):
         if (scores["condition"] == condition).any() and len(order) > 1:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.queue import is_done, read_result, work
+from fastmask.files import write_text
 
 __all__ = ["CellFailedError", "run_all"]
 
@@ -86,7 +87,8 @@ def _work(plan: Plan, threads: int, failures: Connection) -> None:
     try:
         work(plan, run)
     except Exception as error:
-        traceback.print_exc(file=open(plan.out / f"failed-{doing.replace('/', '-')}.txt", "w", encoding="utf-8"))  # noqa: SIM115
+        with contextlib.suppress(OSError):  # the disk may be full: that is said, too
+            write_text(plan.out / f"failed-{doing.replace('/', '-')}.txt", traceback.format_exc(), follow=False)
         failures.send(f"{doing}: {type(error).__name__}: {error}")
 
 

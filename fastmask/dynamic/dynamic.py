@@ -230,6 +230,8 @@ class DynamicSubnetworks:
                     f"{name} of this state is {given.dtype} {tuple(given.shape)}, "
                     f"expected {own.dtype} {tuple(own.shape)}"
                 )
+        history = {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
+        self.history.check(history)
         masks = {kind: tensors[f"masks.{kind}"] for kind in self._sums}
         _check_masks(self.languages, masks)
         for row, language in enumerate(self.languages):
@@ -237,9 +239,7 @@ class DynamicSubnetworks:
         for name, own in own_tensors.items():
             if not name.startswith(("history.", "masks.")):
                 own.copy_(tensors[name])
-        self.history.load(
-            {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
-        )
+        self.history.load(history)
         self.seconds = header["seconds"]
 
     def _tensors(self) -> dict[str, Tensor]:

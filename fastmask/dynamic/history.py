@@ -81,8 +81,39 @@ class History(Sequence[Snapshot]):
         }
         return {"when": torch.tensor(self._when, dtype=torch.int64).view(-1, 2), **packed}
 
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """See that tensors are those of a history of these languages and shapes.
+
+        Raises:
+            ValueError: they are not; the message says which.
+        """
+        if tensors.keys() != {"when", *self._shapes}:
+            raise ValueError(f"a history holds {', '.join(tensors)} (expected {', '.join(['when', *self._shapes])})")
+        count = len(tensors["when"])
+        expected = {"when": (torch.int64, (count, 2))} | {
+            kind: (torch.uint8, (count, -(-layers * units // 8))) for kind, (layers, units) in self._shapes.items()
+        }
+        for name, (dtype, shape) in expected.items():
+            given = tensors[name]
+            if given.dtype != dtype or given.shape != shape:
+                raise ValueError(f"{name} of a history is {given.dtype} {tuple(given.shape)}, expected {dtype} {shape}")
+        steps, rows = tensors["when"].unbind(1)
+        languages = len(self._languages)
+        if not (
+            torch.equal(rows[:languages], torch.arange(languages))
+            and not steps[:languages].any()
+            and bool((steps.diff() >= 0).all())
+            and bool(((rows >= 0) & (rows < languages)).all())
+        ):
+            raise ValueError("when of a history does not begin with all languages at step 0 and go on from there")
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace all entries by those of `tensors()`."""
+        """Replace all entries by those of `tensors()`.
+
+        Raises:
+            ValueError: see `check`; nothing is changed then.
+        """
+        self.check(tensors)
         when: list[list[int]] = tensors["when"].tolist()
         self._when = [(step, row) for step, row in when]
         self._packed = {kind: [row.numpy().tobytes() for row in tensors[kind]] for kind in self._shapes}

@@ -54,7 +54,10 @@ def write_sealed(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str], *, follow: bool = True
 ) -> None:
     """Write tensors and a header that `read_sealed` reads, and refuses where one bit is another; see `replace_file`."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: safetensors takes no views, and no tensors that share memory.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     sealed = {**header, SEAL: _digest(plain, header)}
     replace_file(path, lambda partial: save_file(plain, partial, metadata=sealed), follow=follow)
 

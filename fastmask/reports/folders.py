@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from fastmask.compare.pictures import NAMES
-from fastmask.compare.plan import SETTINGS_FILE, CompareConfig, Plan
+from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.queue import is_done
 from fastmask.compare.report import load_results
 from fastmask.compare.tables import scores_table
@@ -155,9 +154,7 @@ def _differ(one: TrainConfig, other: TrainConfig) -> bool:
 
 def _comparison(folder: Path) -> Study:
     """A study of the cells of a comparison that are done."""
-    settings = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    config = CompareConfig.from_dict(settings["comparison"])
-    plan = Plan(folder, "", config, settings["training"])
+    plan = Plan.stored(folder)
     cells = [job for job in plan.jobs if job.method is not None]
     runs, unfinished = [], []
     for job in cells:
@@ -170,4 +167,4 @@ def _comparison(folder: Path) -> Study:
     if not runs:
         raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
     scores = scores_table(load_results(plan))
-    return Study(folder.resolve().name, tuple(runs), tuple(unfinished), scores, config.unseen, settings)
+    return Study(folder.resolve().name, tuple(runs), tuple(unfinished), scores, plan.config.unseen, plan.settings)

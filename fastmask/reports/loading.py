@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastmask.files import FileError, read_tensors
 from fastmask.models import attach
 from fastmask.parsing.batch import Batch
 from fastmask.parsing.parser import Parser
@@ -28,13 +28,14 @@ def parser_at(run: Path, checkpoint: Path, device: str) -> tuple[Parser, Subnetw
     """The parser as it was at a checkpoint, with the subnetworks of that moment attached (None before the switch).
 
     Raises:
-        ValueError: the checkpoint's weights are not those of the run's parser.
+        FileError: the checkpoint's weights are damaged, or not those of the run's parser.
     """
     parser = load_run(run, attached=False).parser
-    weights = load_file(checkpoint / "model.safetensors")
-    missing, unexpected = parser.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"checkpoint {checkpoint} lacks {missing} and has {unexpected} in excess")
+    file = checkpoint / "model.safetensors"
+    try:
+        parser.load_state_dict(read_tensors(file)[0])
+    except RuntimeError as error:  # names or shapes, one a line
+        raise FileError(file, " ".join(str(error).split())[:500]) from None
     masks = checkpoint / MASKS
     subnets = Subnetworks.load(masks) if masks.is_file() else None
     if subnets is not None:

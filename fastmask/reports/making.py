@@ -83,6 +83,8 @@ def make_report(
     if out is None and len(folders) > 1:
         raise ValueError(f"{len(folders)} folders were given (expected --out, the folder of the report)")
     target = Path(folders[0], FOLDER) if out is None else Path(out)
+    if out is None and target.is_symlink():  # a run may come from somebody else
+        raise ValueError(f"{target} is a link (expected --out, to write the report where it leads)")
     check_folder(target)
 
     planned: list[tuple[Study, Analysis, Plan]] = []

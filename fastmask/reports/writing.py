@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastmask.files import replace_file
+from fastmask.files import read_json, replace_file
 
 __all__ = ["CONTENTS", "REPORT", "check_folder", "write_files"]
 
 REPORT = "report.html"
 CONTENTS = "contents.json"  # the names of the files that belong to the report
+_OURS = re.compile(r"[a-z0-9_-]+\.(csv|png|svg)")
 
 
 def check_folder(folder: Path) -> None:
     """See that a report can go into a folder: there is none yet, or it is empty, or it holds a report.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it holds something else; FileError if that is a list of contents that is damaged.
     """
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONTENTS).is_file()):
         raise ValueError(f"{folder} is there already and holds no report (expected a new or an empty folder)")
+    _contents(folder)
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -42,12 +45,12 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _contents(folder: Path) -> list[str]:
-    """The files of the report that is there; names that lead out of the folder are not ours."""
+    """The files of the report that is there; names that no report has are not ours to delete."""
     if not (folder / CONTENTS).is_file():
         return []
-    names = json.loads((folder / CONTENTS).read_text(encoding="utf-8"))
-    return [name for name in names if Path(name).name == name]
+    names: list[str] = read_json(folder / CONTENTS, list[str])
+    return [name for name in names if name == REPORT or _OURS.fullmatch(name)]
 
 
 def _write(path: Path, content: bytes) -> None:
-    replace_file(path, lambda partial: partial.write_bytes(content))
+    replace_file(path, lambda partial: partial.write_bytes(content), follow=False)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmask.dynamic import DynamicSubnetworks
+from fastmask.files import write_sealed
 from fastmask.models.attach import attached
 from fastmask.parsing.batch import Batch, Encoded
 from fastmask.parsing.parser import Parser
@@ -79,9 +79,9 @@ class DynamicMasks:
         return summed.to(tensor.device)
 
     def save(self, path: Path) -> None:
-        """Write averages, scores and the history of all masks as safetensors."""
+        """Write averages, scores and the history of all masks, for `fastmask.analysis.movement.read_history`."""
         state = self.masks.state_dict()
-        save_file(state["tensors"], path, metadata={"header": json.dumps(state["header"])})
+        write_sealed(path, state["tensors"], {"header": json.dumps(state["header"])})
 
     # What `accelerate` puts into a checkpoint.
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
 from typing_extensions import Self
 
-from fastmask.errors import unknown
+from fastmask.errors import FastmaskKeyError, unknown
+from fastmask.files import read_yaml, write_yaml
 
-__all__ = ["ConfigError", "Settings", "items_of", "setting"]
+__all__ = ["ConfigError", "Settings", "items_of", "named_errors", "setting"]
+
+LARGEST = 2**53  # of whole numbers; beyond it a float skips some
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -62,26 +65,30 @@ class Settings:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a YAML file of settings; what it does not name keeps its default.
+        """Read a YAML file of settings; what it does not name keeps its default. Every error names the file.
 
         Raises:
-            ConfigError: not YAML, or not a mapping, or a value that is wrong.
+            FileNotFoundError: there is no such file.
+            FileError: not a file of settings (`fastmask.files.read_yaml`).
+            ConfigError: a value that is wrong.
             FastmaskKeyError: a name that is no setting.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not YAML: {error}") from error
-        if values is None:
-            values = {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a {type(values).__name__} (expected settings, one 'name: value' per line)")
-        return cls.from_dict(values)
+        values = read_yaml(path)
+        with named_errors(path):
+            return cls.from_dict(values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all settings as YAML."""
-        text = yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
+        """Write all settings as YAML; see `fastmask.files.replace_file`."""
+        write_yaml(path, dataclasses.asdict(self))
+
+
+@contextmanager
+def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in which file a setting is wrong."""
+    try:
+        yield
+    except (ConfigError, FastmaskKeyError) as error:
+        raise type(error)(f"{os.fspath(path)}: {error}") from None
 
 
 def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
@@ -95,22 +102,27 @@ def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is str and limits.get("list") and isinstance(value, (list, tuple)):
-        value = ",".join("no" if item is False else str(item) for item in value)  # a YAML list is as good
+        items = ["no" if item is False else item for item in value]
+        if all(isinstance(item, str) for item in items):
+            value = ",".join(items)  # a YAML list is as good
     if kind is str and value is False:
         value = "no"  # YAML 1.1 reads Norwegian, and "no" mixed precision, as false
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML 1.1 reads 3e-4 as text
+    if kind is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)  # YAML 1.1 reads 3e-4 as text
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"{name} is {value!r} (expected a number of ordinary size)")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ConfigError(f"{name} is {value!r} (expected {words[kind]})")
+        raise ConfigError(f"{name} is {value!r:.200} (expected {words[kind]})")
+    if kind is str and not _possible(value):
+        raise ConfigError(f"{name} is {value!r:.200} (expected text that a file's name could have)")
     choices = limits.get("choices")
     if choices:
         for item in items_of(value) if limits.get("list") else [value]:
             if item not in choices:
-                raise ConfigError(f"{name} is {value!r} (expected {_one_of(limits)} {', '.join(choices)})")
+                raise ConfigError(f"{name} is {value!r:.200} (expected {_one_of(limits)} {', '.join(choices)})")
     checks = [
         ("low", lambda v, b: v >= b, ">="),
         ("above", lambda v, b: v > b, ">"),
@@ -123,6 +135,14 @@ def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any
             f"{name} is {value!r} (expected {' and '.join(f'{sign} {bound}' for bound, _, sign in bounds)})"
         )
     return value
+
+
+def _possible(text: str) -> bool:
+    """Whether there can be a file of this name: no zero bytes, no halves of letters."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _one_of(limits: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from tiny_models import batch, tiny
 
 import fastmask as fm
 from fastmask.analysis.movement import read_history
+from fastmask.files import FileError, write_sealed
 from fastmask.dynamic import Snapshot
 
 MATRIX = {
@@ -125,7 +126,8 @@ def test_history_of_a_run(tmp_path):
             masks.scout(name, batch(3, 4 + step), lambda b: ((model(**b)[0] - target) ** 2).mean((1, 2)))
         masks.update(step)
     state, path = masks.state_dict(), tmp_path / "dynamic.safetensors"
-    save_file(state["tensors"], path, metadata={"header": json.dumps(state["header"])})
+    header = json.dumps(state["header"])
+    write_sealed(path, state["tensors"], {"header": header})
     found = read_history(path)
     assert len(found) == len(masks.history) > 2
     for mine, theirs in zip(found, masks.history, strict=True):
@@ -138,7 +140,35 @@ def test_history_of_a_run(tmp_path):
     with pytest.raises(ValueError, match="not a history of masks"):
         read_history(path)
     path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="not a history of masks, or is truncated"):
+    with pytest.raises(FileError, match="is not a safetensors file, or is truncated"):
+        read_history(path)
+
+    def complaint(tensors, header=header):
+        write_sealed(path, {**state["tensors"], **tensors}, {"header": header})
+        with pytest.raises(FileError) as error:
+            read_history(path)
+        assert str(error.value).startswith(f"{path}: ")
+        return str(error.value)
+
+    # What is in it is checked, and not only that it is what was written.
+    when, heads = state["tensors"]["history.when"], state["tensors"]["history.heads"]
+    assert "expected torch.int64" in complaint({"history.when": when.to(torch.int32)})
+    assert "does not begin with all languages at step 0" in complaint({"history.when": when + torch.tensor([0, 1])})
+    assert "does not begin with all languages at step 0" in complaint({"history.when": when.flip(0)})
+    assert "does not begin with all languages at step 0" in complaint({"history.when": when - 1})
+    assert "expected torch.uint8" in complaint({"history.heads": heads[1:]})
+    assert "expected torch.uint8" in complaint({"history.heads": heads.to(torch.int16)})
+    assert "expected heads as a bool tensor" in complaint({"masks.heads": heads})
+    assert "a history holds" in complaint({"history.more": heads})
+    assert "languages: Input should be a valid" in complaint({}, header.replace('["en", "hi"]', '"en"'))
+    assert "is not JSON" in complaint({}, header[:-1])
+    assert "masks for 2 languages, expected 1" in complaint({}, header.replace('["en", "hi"]', '["en"]'))
+    # One bit of a mask that was.
+    write_sealed(path, state["tensors"], {"header": header})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="is damaged"):
         read_history(path)
 
 
@@ -152,7 +182,7 @@ def test_history_of_a_run(tmp_path):
         (lambda: fm.analysis.typology({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 1}), "no similarity of c"),
         (lambda: fm.analysis.dynamics(HISTORY, units="neurons"), "unknown masked part 'neurons'"),
         (lambda: fm.analysis.dynamics([]), "no masks"),
-        (lambda: fm.analysis.dynamics("/nowhere/dynamic.safetensors"), "no history of masks at"),
+        (lambda: fm.analysis.dynamics("/nowhere/dynamic.safetensors"), "No such file or directory"),
     ],
 )
 def test_bad_input(call, message):

@@ -31,8 +31,13 @@ def crafted(path, header, data=b"", length=None):
 
 
 def test_sealed_files_round_trip(tmp_path):
-    """Tensors of every kind and the header come back; a transposed view is written as it looks."""
-    tensors = {**TENSORS, "view": torch.arange(6).view(2, 3).t()}
+    """Tensors of every kind and the header come back; views are written as they look."""
+    tensors = {
+        **TENSORS,
+        "view": torch.arange(6).view(2, 3).t(),
+        "again": TENSORS["bytes"],
+        "part": TENSORS["bytes"][2:],
+    }
     files.write_sealed(tmp_path / "a", tensors, {"note": "x", "språk": "ja"})
     back, header = files.read_sealed(tmp_path / "a")
     assert header == {"note": "x", "språk": "ja"}

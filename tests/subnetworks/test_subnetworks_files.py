@@ -171,7 +171,21 @@ def test_metadata_cannot_be_the_file_s_own(tmp_path, metadata):
     assert os.listdir(tmp_path) == []
 
 
-HOSTILE = ["../x", "/etc/passwd", "[/b]", "[bold red]x", ":smile:", r"$\frac$", "$", "%s", "{0}", "<script>", "a,b", "-1", "no"]
+HOSTILE = [
+    "../x",
+    "/etc/passwd",
+    "[/b]",
+    "[bold red]x",
+    ":smile:",
+    r"$\frac$",
+    "$",
+    "%s",
+    "{0}",
+    "<script>",
+    "a,b",
+    "-1",
+    "no",
+]
 
 
 def test_hostile_names(tmp_path, capsys):

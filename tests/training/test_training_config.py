@@ -53,14 +53,60 @@ def test_an_unknown_name_gets_the_nearest(tmp_path) -> None:
     """If this fails, a misspelt setting is silently without effect."""
     path = tmp_path / "c.yaml"
     path.write_text("bach_size: 3\n")
-    with pytest.raises(FastmaskKeyError, match=r"'bach_size'.*'batch_size'"):
+    with pytest.raises(FastmaskKeyError, match=r"c.yaml: .*'bach_size'.*'batch_size'"):
         TrainConfig.load(path)
-    path.write_text("- 3\n")
-    with pytest.raises(ConfigError, match="holds a list"):
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("- 3\n", "Input should be a valid dictionary"),
+        ("a: [\n", "is not YAML"),
+        ("steps: 3.0\n", "steps is 3.0 (expected a whole number)"),
+        ("steps: true\n", "steps is True (expected a whole number)"),
+        ("steps: ٣\n", "steps is '٣' (expected a whole number)"),
+        ("steps: '3'\n", "steps is '3' (expected a whole number)"),
+        ("steps: 99999999999999999999\n", "expected a number of ordinary size"),
+        ("lr: ٣e-4\n", "lr is '٣e-4' (expected a number)"),
+        ("lr: 1e999\n", "lr is inf"),
+        ("lr: .nan\n", "lr is nan"),
+        ("lr: true\n", "lr is True (expected a number)"),
+        ("resume: 1\n", "resume is 1 (expected true or false)"),
+        ("languages: [qaa, {b: c}]\n", "languages is ['qaa', {'b': 'c'}] (expected text)"),
+        ("languages: [qaa, 3]\n", "languages is ['qaa', 3] (expected text)"),
+        ("model: [small]\n", "model is ['small'] (expected text)"),
+        ('out: "a\\0b"\n', "out is 'a\\x00b' (expected text that a file's name could have)"),
+        ('out: "\\ud800"\n', "expected text that a file's name could have"),
+        ("out:\n", "out is None (expected text)"),
+        ("model: {<<: {a: b}}\n", "a name that is not text"),
+        (f"model: [{'x,' * 20000}]\n", "model is ['x', 'x'"),
+    ],
+)
+def test_every_error_of_a_file_names_it(tmp_path, text, problem) -> None:
+    """What is wrong with a file of settings is one line of ordinary length that begins with its name."""
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the next lines look at the message
         TrainConfig.load(path)
-    path.write_text("a: [\n")
-    with pytest.raises(ConfigError, match="is not YAML"):
-        TrainConfig.load(path)
+    assert str(error.value).startswith(f"{path}:")
+    assert problem in str(error.value)
+    assert len(str(error.value)) < 500
+    assert "\n" not in str(error.value)
+
+
+def test_no_file(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="c.yaml"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_settings_replace_a_file_whole(tmp_path) -> None:
+    """A link to the settings stays a link, and permissions stay."""
+    (tmp_path / "real.yaml").touch(mode=0o600)
+    (tmp_path / "c.yaml").symlink_to("real.yaml")
+    TrainConfig(steps=7).save(tmp_path / "c.yaml")
+    assert (tmp_path / "c.yaml").is_symlink()
+    assert (tmp_path / "real.yaml").stat().st_mode & 0o777 == 0o600
+    assert TrainConfig.load(tmp_path / "real.yaml").steps == 7
 
 
 def test_every_setting_has_a_help_text() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from benchmarks.setting import Setting
+from fastmask.files import write_text
 
 __all__ = ["Row", "append", "read", "setting_of", "write"]
 
@@ -108,14 +109,7 @@ def append(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
 
 def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write a CSV file, replacing the whole at once."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
-        partial.write_text(_text(list(rows), header=True), encoding="utf-8", newline="")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, _text(list(rows), header=True))
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:

@@ -14,6 +14,7 @@ from benchmarks.measure import NOISY, break_even
 from benchmarks.row import Row, setting_of
 from benchmarks.setting import Setting
 from benchmarks.targets import TARGETS, Growth, Reading, Target, reading_of_rows
+from fastmask.files import write_text
 
 __all__ = [
     "BEGIN",
@@ -186,12 +187,7 @@ def replace_between(path: str | os.PathLike[str], begin: str, end: str, new: str
         )
     before, rest = text.split(begin)
     _, after = rest.split(end)
-    partial = target.with_name(f".partial-{os.getpid()}-{target.name}")
-    try:
-        partial.write_text(f"{before}{begin}\n{new}\n{end}{after}", encoding="utf-8")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(target, f"{before}{begin}\n{new}\n{end}{after}")
 
 
 def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:

@@ -73,7 +73,7 @@ def _run(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
-    from fastmask.cli.options import Formatter, add_settings
+    from fastmask.cli.options import Formatter, add_settings, output_file
     from fastmask.compare.plan import RESERVED, CompareConfig
     from fastmask.training.config import DEVICES
 
@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument(
         "runs", nargs="+", metavar="RUN", help="finished runs; several, fine-tuned from the same encoder, are combined"
     )
-    find.add_argument("--masks", metavar="FILE", default="masks.safetensors", help="where to write the subnetworks")
+    masks = "where to write the subnetworks (-: standard output)"
+    find.add_argument("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
     find.add_argument("--seeds", type=int, default=1, help="draws of scoring sentences for each run, combined")
     find.add_argument("--combine", choices=("majority", "union", "intersection"), default="majority", help="how")
     add_settings(find, only=("units", "density", "tau", "score_sentences", "dev_sentences", "seed"))
@@ -109,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     score = command("evaluate", "official LAS and UAS of a run")
     score.add_argument("run", metavar="RUN", help="folder of a finished run")
     score.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which part of the treebanks")
-    score.add_argument("--json", metavar="FILE", help="also write the scores to this file")
+    scores = "also write the scores to this file (-: standard output)"
+    score.add_argument("--json", metavar="FILE", type=output_file, help=scores)
     data_options(score)
 
     write = command("predict", "parse a CoNLL-U file")
@@ -143,5 +145,6 @@ def _parser() -> argparse.ArgumentParser:
 
     show = command("masks", "show what is in a file of subnetworks")
     show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote")
-    show.add_argument("--picture", metavar="FILE", help="also draw head use by language and layer (.png, .svg, .pdf)")
+    picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
+    show.add_argument("--picture", metavar="FILE", type=output_file, help=picture)
     return parser

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import round_printer
+from fastmask.cli.report import round_printer, stream_beside
+from fastmask.files import check_target
 from fastmask.training.config import TrainConfig
 
 __all__ = ["run"]
@@ -28,9 +28,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds} (expected at least 1)")
-    target = Path(options.masks)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    check_target(options.masks)
     found = []
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
     _check_comparable({folder: run.config for folder, run in loaded.items()})
@@ -46,9 +44,10 @@ def run(options: argparse.Namespace) -> None:
             found.append(discover_for_parser(run.parser, train, dev, config, seed, round_printer(sys.stderr)))
     subnets = combine(found, options.combine)
     made_from = {"runs": options.runs, "seeds": options.seeds, "combine": options.combine, **given_settings(options)}
-    subnets.save(target, {"made_from": json.dumps(made_from)})
-    print_masks(subnets, sys.stdout)
-    print(f"written to {target}")
+    subnets.save(options.masks, {"made_from": json.dumps(made_from)})
+    stream = stream_beside(options.masks)
+    print_masks(subnets, stream)
+    print(f"written to {options.masks}", file=stream)
 
 
 def _check_comparable(configs: dict[str, TrainConfig]) -> None:

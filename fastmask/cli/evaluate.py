@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 
-from fastmask.cli.report import print_scores, scored
+from fastmask.cli.report import print_scores, scored, stream_beside
+from fastmask.files import check_target, write_text
 from fastmask.training.config import TrainConfig
 
 __all__ = ["data_of", "run"]
@@ -21,15 +21,16 @@ def run(options: argparse.Namespace) -> None:
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
 
+    if options.json:
+        check_target(options.json)
     loaded = load_run(options.run)
     data, languages = data_of(loaded.config, options.run, options)
     datasets = load_treebanks(data, languages, splits=(options.split,))
     sentences = {code: splits[options.split] for code, splits in datasets.items()}
     rows = scored(loaded.parser.to(device_of(options.device)), loaded.subnetworks, sentences)
-    print_scores(rows, sys.stdout)
+    print_scores(rows, stream_beside(options.json))
     if options.json:
-        text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-        Path(options.json).write_text(text, encoding="utf-8")
+        write_text(options.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
 
 def data_of(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str | Path, str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TextIO
 
 from rich.table import Table
 
-from fastmask.cli.report import console_of
+from fastmask.cli.report import console_of, stream_beside
 from fastmask.files import check_target
 from fastmask.subnetworks import Subnetworks
 
@@ -20,12 +19,13 @@ def run(options: argparse.Namespace) -> None:
     if options.picture:
         check_target(options.picture)
     subnets = Subnetworks.load(options.file)
-    print_masks(subnets, sys.stdout)
+    stream = stream_beside(options.picture)
+    print_masks(subnets, stream)
     if options.picture:
         from fastmask.cli.pictures import head_use
 
         head_use(subnets, options.picture)
-        print(f"picture written to {options.picture}")
+        print(f"picture written to {options.picture}", file=stream)
 
 
 def print_masks(subnets: Subnetworks, file: TextIO) -> None:

@@ -9,7 +9,14 @@ from typing import Any, get_args, get_type_hints
 
 from fastmask.training.config import TrainConfig
 
-__all__ = ["Formatter", "add_settings", "given_settings"]
+__all__ = ["STANDARD_OUTPUT", "Formatter", "add_settings", "given_settings", "output_file"]
+
+STANDARD_OUTPUT = "/dev/stdout"
+
+
+def output_file(name: str) -> str:
+    """What an option that names a file to write stands for: ``-`` is standard output."""
+    return STANDARD_OUTPUT if name == "-" else name
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):

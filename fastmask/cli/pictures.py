@@ -17,8 +17,13 @@ __all__ = ["head_use"]
 
 
 @as_written()
-def head_use(subnets: Subnetworks, path: str | PathLike[str]) -> None:
+def head_use(subnets: Subnetworks, path: str | PathLike[str], *, follow: bool = True) -> None:
     """Draw which heads each language keeps, and what share of each layer's neurons; the ending gives the format.
+
+    Args:
+        subnets: with masks over heads, neurons or both.
+        path: where to.
+        follow: see `fastmask.files.replace_file`.
 
     Raises:
         ValueError: the subnetworks have masks neither over heads nor over neurons.
@@ -42,8 +47,8 @@ def head_use(subnets: Subnetworks, path: str | PathLike[str]) -> None:
             _draw_neurons(figure, axis, subnets.neurons)
         axis.set_yticks(axis.get_yticks(), subnets.languages)
         axis.set_xlabel("layer")
-    target = Path(path)
-    replace_file(target, lambda partial: figure.savefig(partial, dpi=150, format=target.suffix.lstrip(".") or "png"))
+    form = Path(path).suffix.lstrip(".") or "png"
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=150, format=form), follow=follow)
     plt.close(figure)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
+from fastmask.cli.options import STANDARD_OUTPUT
+
 if TYPE_CHECKING:
     from fastmask.discovery import Round
     from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
 
-__all__ = ["Row", "console_of", "print_scores", "print_summary", "round_printer", "scored"]
+__all__ = ["Row", "console_of", "print_scores", "print_summary", "round_printer", "scored", "stream_beside"]
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -139,6 +142,11 @@ def round_printer(file: TextIO) -> Callable[[Round], None]:
         print(f"  {found.language} round {found.number}: {', '.join(counts)}{metric}{stopped}", file=file)
 
     return show
+
+
+def stream_beside(target: str | None) -> TextIO:
+    """Where a command prints that also writes to the file `target`: not between the lines of that file."""
+    return sys.stderr if target == STANDARD_OUTPUT else sys.stdout
 
 
 def console_of(file: TextIO) -> Console:

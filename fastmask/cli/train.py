@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import print_scores, print_summary, round_printer, scored
-from fastmask.files import replace_file
+from fastmask.files import write_text
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out
 
@@ -61,13 +61,13 @@ def run(options: argparse.Namespace) -> None:
         "scouting_share": result.scouting_share,
         "test": [dataclasses.asdict(row) for row in rows],
     }
-    replace_file(folder / RESULTS_FILE, lambda path: path.write_text(json.dumps(report, indent=1), encoding="utf-8"))
+    write_text(folder / RESULTS_FILE, json.dumps(report, indent=1), follow=False)
     pictures = []
     if result.subnetworks is not None:
         from fastmask.cli.pictures import head_use
 
         pictures.append(folder / "head_use.png")
-        head_use(result.subnetworks, pictures[0])
+        head_use(result.subnetworks, pictures[0], follow=False)
     print_scores(rows, sys.stdout)
     print_summary(folder, speed, result.scouting_share, pictures, sys.stdout)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from os import PathLike
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,7 +40,8 @@ def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str,
                 f"metadata has {name!r}: {text!r} (expected names and texts, and no name of {', '.join(RESERVED)})"
             )
     masks = _named(subnets)
-    content = Content(languages=subnets.languages, shapes={name: tuple(keep.shape) for name, keep in masks.items()})
+    shapes: dict[str, Any] = {name: tuple(keep.shape) for name, keep in masks.items()}
+    content = Content(languages=subnets.languages, shapes=shapes)
     header = {"format": FORMAT, "version": VERSION, CONTENT: content.model_dump_json(), **metadata}
     write_sealed(path, {name: _packed(keep) for name, keep in masks.items()}, header)
 

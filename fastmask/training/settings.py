@@ -73,7 +73,7 @@ class Settings:
             ConfigError: a value that is wrong.
             FastmaskKeyError: a name that is no setting.
         """
-        values = read_yaml(path)
+        values: dict[str, Any] = read_yaml(path)
         with named_errors(path):
             return cls.from_dict(values)
 

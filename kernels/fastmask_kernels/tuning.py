@@ -6,6 +6,7 @@ every few steps, and a launch must not depend on it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -21,7 +22,7 @@ from fastmask_kernels.plan import Plan
 
 __all__ = ["cache_file", "problem", "remember", "tuned"]
 
-_FORMAT = 1  # of the file; one of another format is ignored
+_FORMAT = 2  # of the file; one of another format is ignored
 
 
 def cache_file() -> Path:
@@ -54,12 +55,23 @@ def remember(name: str, config: Config) -> None:
     _remembered.cache_clear()  # another process may have written since
     found = {**_remembered(), name: config}
     rows = {key: [dict(c.blocks), c.num_warps, c.num_stages] for key, c in sorted(found.items())}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    target = Path(os.path.realpath(path))  # a link stays one
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": _FORMAT, "sha256": _checksum(rows), "configs": rows}
     # Written aside and renamed: another process never reads half a file.
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump({"format": _FORMAT, "configs": rows}, file, indent=1)
-    os.replace(file.name, path)
+    file = tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8")  # noqa: SIM115
+    try:
+        with file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, target)
+    finally:
+        Path(file.name).unlink(missing_ok=True)
     _remembered.cache_clear()
+
+
+def _checksum(rows: object) -> str:
+    """A config with one digit changed may still be one, but a slow one, or one that no kernel takes."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 @cache
@@ -67,11 +79,11 @@ def _remembered() -> dict[str, Config]:
     """What the file holds; nothing if there is none or it cannot be read, as with any cache."""
     try:
         stored = json.loads(cache_file().read_text(encoding="utf-8"))
-        if stored["format"] != _FORMAT:
+        if stored["format"] != _FORMAT or stored["sha256"] != _checksum(stored["configs"]):
             return {}
         return {
             key: Config(tuple(blocks.items()), warps, stages)
             for key, (blocks, warps, stages) in stored["configs"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -13,8 +13,8 @@ from tiny_models import batch, tiny
 
 import fastmask as fm
 from fastmask.analysis.movement import read_history
-from fastmask.files import FileError, write_sealed
 from fastmask.dynamic import Snapshot
+from fastmask.files import FileError, write_sealed
 
 MATRIX = {
     "en": {"en": 60, "no": 59, "hi": 50, "full": 58, "random": 55},

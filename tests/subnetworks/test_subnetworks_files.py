@@ -128,7 +128,7 @@ def test_content(tmp_path, changes, problem):
 def test_content_that_is_no_record(tmp_path, content):
     path = tmp_path / "masks.safetensors"
     files.write_sealed(path, {}, {"format": "fastmask.subnetworks", "version": "2", "content": content})
-    with pytest.raises(files.FileError, match="masks.safetensors: "):
+    with pytest.raises(files.FileError, match=r"masks\.safetensors: "):
         Subnetworks.load(path)
 
 
@@ -136,7 +136,7 @@ class TestBadFiles:
     """Every error names the file."""
 
     def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no.safetensors"):
+        with pytest.raises(FileNotFoundError, match=r"no\.safetensors"):
             Subnetworks.load(tmp_path / "no.safetensors")
 
     def test_truncated(self, tmp_path):

@@ -95,7 +95,7 @@ def test_every_error_of_a_file_names_it(tmp_path, text, problem) -> None:
 
 
 def test_no_file(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="c.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"c\.yaml"):
         TrainConfig.load(tmp_path / "c.yaml")
 
 

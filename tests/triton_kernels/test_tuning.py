@@ -48,15 +48,51 @@ def test_another_number_of_tokens_is_another_problem_only_if_far_off():
     assert tuning.problem("k", x, None, [1], far, False) != name
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 99, "configs": {}}', '{"format": 1, "configs": [1]}'])
+BROKEN = ["", "{", "[]", "3", '{"format": 99, "configs": {}}', '{"format": 2, "configs": [1]}', "[" * 100_000, "\xff"]
+
+
+@pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_file_counts_as_none(content):
     """A damaged cache stops every launch."""
     tuning.cache_file().parent.mkdir(parents=True)
-    tuning.cache_file().write_text(content)
+    tuning.cache_file().write_text(content, encoding="latin-1")
     x, plan = setting()
     assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
     tuning.remember("other", SMALL)
     assert json.loads(tuning.cache_file().read_text())["configs"].keys() == {"other"}
+
+
+def test_a_damaged_file_counts_as_none():
+    """A file in which something changed gives nothing, rather than a config that was never measured."""
+    x, plan = setting()
+    name = tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False)
+    tuning.remember(name, SMALL)
+    content = tuning.cache_file().read_text()
+    changes = [("16", "17"), ('"BM"', '"BN"'), ("4,", "true,"), ("4,", "4.0,"), ("2^", "3^"), ("{", "[")]
+    for old, new in changes:
+        assert old in content
+        tuning.cache_file().write_text(content.replace(old, new))
+        tuning._remembered.cache_clear()
+        assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
+    tuning.cache_file().write_text(content)
+    tuning._remembered.cache_clear()
+    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) == SMALL
+
+
+def test_it_is_written_whole(tmp_path, monkeypatch):
+    """A link to the file stays one, and a write that fails leaves what was there and nothing else."""
+    (tmp_path / "real.json").touch()
+    tuning.cache_file().parent.mkdir(parents=True)
+    tuning.cache_file().symlink_to(tmp_path / "real.json")
+    tuning.remember("a", SMALL)
+    assert tuning.cache_file().is_symlink()
+    before = (tmp_path / "real.json").read_text()
+    assert '"a"' in before
+    monkeypatch.setattr(json, "dump", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tuning.remember("b", SMALL)
+    assert (tmp_path / "real.json").read_text() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastmask", "real.json"]
 
 
 def test_a_launch_takes_it(monkeypatch):

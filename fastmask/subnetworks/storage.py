@@ -18,11 +18,13 @@ from fastmask.subnetworks.subnetworks import Subnetworks
 __all__ = ["load", "read_metadata", "save"]
 
 FORMAT, VERSION = "fastmask.subnetworks", 1
+RESERVED = ("format", "version", "languages", "shapes")
 
 
 def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
     """See `Subnetworks.save`."""
-    target = Path(path)
+    target, metadata = Path(path), dict(metadata or {})
+    _check_metadata(metadata)
     tensors, shapes = {}, {}
     for name, keep in _named(subnets).items():
         flags = keep.cpu().numpy()
@@ -33,7 +35,7 @@ def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str,
         "version": str(VERSION),
         "languages": json.dumps(list(subnets.languages), ensure_ascii=False),
         "shapes": json.dumps(shapes),
-        **(metadata or {}),
+        **metadata,
     }
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -41,6 +43,16 @@ def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str,
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    for name, value in metadata.items():
+        if name in RESERVED:
+            raise ValueError(
+                f"metadata {name!r} is what the file says of itself (as are {', '.join(RESERVED)}): rename it"
+            )
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise ValueError(f"expected metadata as text for text, given {name!r}: {value!r}")
 
 
 def load(path: str | PathLike[str]) -> Subnetworks:

@@ -34,6 +34,28 @@ def test_random_has_the_asked_density_in_every_layer():
     assert (Subnetworks.random(CONFIG, ["a"], 0.001, seed=1).heads.sum(-1) == 1).all()
 
 
+def test_names_in_any_ordered_form():
+    """Names of a tuple, a generator or a mapping are those of a list."""
+    expected = Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1)
+    names = {"a": 1, "b": 2}
+    for languages in (("a", "b"), (name for name in "ab"), names, names.keys()):
+        assert Subnetworks.random(CONFIG, languages, 0.5, seed=1) == expected
+    assert expected.ids(name for name in "bab").tolist() == [1, 0, 1]
+
+
+def test_the_default_device_is_no_matter(tmp_path):
+    """Masks that are drawn, loaded or shuffled where the default device is meta would have no values."""
+    expected = Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both")
+    expected.save(tmp_path / "masks.safetensors")
+    with torch.device("meta"):
+        assert Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both") == expected
+        assert Subnetworks.load(tmp_path / "masks.safetensors") == expected
+        assert expected.ids(["b", "a"]).tolist() == [1, 0]
+        moved, control = shuffled(expected, seed=0), random_like(expected, seed=4)
+    assert moved == shuffled(expected, seed=0)
+    assert control == random_like(expected, seed=4)
+
+
 def test_grouped_query_attention_counts_key_value_groups():
     """Masks of a decoder would have one entry for each query head."""
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, intermediate_size=10)
@@ -113,9 +135,69 @@ class TestBadInput:
         with pytest.raises(ValueError, match="heads has masks for 2 languages, expected 1"):
             Subnetworks(["a"], torch.ones(2, 1, 1, dtype=torch.bool))
 
-    def test_repeated_language(self):
-        with pytest.raises(ValueError, match="distinct"):
-            Subnetworks(["a", "a"], torch.ones(2, 1, 1, dtype=torch.bool))
+    @pytest.mark.parametrize(
+        ("languages", "message"),
+        [
+            ("deu", r"expected a sequence of language names, given the single name 'deu': \['deu'\]\?"),
+            (b"deu", r"given the single name b'deu'"),
+            ("", r"given the single name ''"),
+            ([], r"at least one language name, given \[\]"),
+            (["de", 3], r"text and not empty, given 3 in \['de', 3\]"),
+            ([b"de"], r"text and not empty, given b'de'"),
+            ([None], r"text and not empty, given None"),
+            (["de", ""], r"text and not empty, given '' in \['de', ''\]"),
+            (["de", "fi", "de"], r"expected distinct language names, given 'de' twice in \['de', 'fi', 'de'\]"),
+            ({"de", "fi"}, r"names in a fixed order \(list, tuple\), given a set"),
+            (frozenset(["de"]), r"given a frozenset"),
+            (3, r"names in a fixed order \(list, tuple\), given a int"),
+            (None, r"given a NoneType"),
+        ],
+        ids=repr,
+    )
+    def test_languages(self, languages, message):
+        """The letters of a name, or names in an order of chance, would be the languages."""
+        size = len(languages) if hasattr(languages, "__len__") else 1
+        makers = [
+            lambda: Subnetworks(languages, torch.ones(size, 1, 1, dtype=torch.bool)),
+            lambda: Subnetworks.random(CONFIG, languages, density=0.5, seed=0),
+            lambda: Subnetworks.full(CONFIG, languages),
+        ]
+        for make in makers:
+            with pytest.raises(ValueError, match=message):
+                make()
+
+    @pytest.mark.parametrize(
+        ("languages", "error", "message"),
+        [
+            ("de", ValueError, r"given the single name 'de': \['de'\]\?"),
+            ({"de", "fi"}, ValueError, "given a set"),
+            (None, ValueError, "given a NoneType"),
+            (["de", "dee"], KeyError, "unknown language 'dee'; did you mean 'de'"),
+            ([0], KeyError, "unknown language 0"),
+        ],
+        ids=repr,
+    )
+    def test_ids(self, languages, error, message):
+        """The ids of a name's letters, or of another order than that of the batch."""
+        with pytest.raises(error, match=message):
+            masks().ids(languages)
+
+    def test_masks_without_values(self):
+        with pytest.raises(ValueError, match="expected heads with values, given a tensor on the meta device"):
+            Subnetworks(["a"], torch.ones(1, 1, 1, dtype=torch.bool, device="meta"))
+
+    @pytest.mark.parametrize("name", ["format", "version", "languages", "shapes"])
+    def test_metadata_that_is_the_header(self, name, tmp_path):
+        """A saved file could not be read again, or held other languages."""
+        with pytest.raises(ValueError, match=f"metadata '{name}' is what the file says of itself"):
+            masks().save(tmp_path / "masks.safetensors", {"note": "x", name: "x"})
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("metadata", [{"seed": 3}, {"seed": None}, {3: "x"}], ids=repr)
+    def test_metadata_that_is_not_text(self, metadata, tmp_path):
+        with pytest.raises(ValueError, match=r"expected metadata as text for text, given ('seed'|3): "):
+            masks().save(tmp_path / "masks.safetensors", metadata)
+        assert not list(tmp_path.iterdir())
 
     def test_wrong_dtype(self):
         with pytest.raises(
@@ -155,6 +237,6 @@ class TestBadInput:
 
     def test_newer_version(self, tmp_path):
         path = tmp_path / "masks.safetensors"
-        masks().save(path, {"version": "2"})
+        save_file({"x": torch.zeros(1)}, path, {"format": "fastmask.subnetworks", "version": "2"})
         with pytest.raises(ValueError, match="format version 2, this fastmask reads up to 1"):
             Subnetworks.load(path)

@@ -6,7 +6,7 @@ with the reason before anything is changed.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ def obstacle(module: nn.Module) -> str | None:
             )
         if type(weight).__name__ == "DTensor" or weight.ndim != 2:
             return "its weight is sharded. Attach before sharding, detach a model that is not sharded"
-    if hooks := [name.strip("_") for name, value in vars(module).items() if name.endswith("_hooks") and value]:
+    if hooks := [name.strip("_") for name, value in vars(module).items() if name.endswith("_hooks") and _others(value)]:
         return (
             f"it has {hooks[0].replace('_', ' ')}. Remove them, and register them again afterwards (hooks on an "
             "attached layer see inputs and outputs packed to the live heads or neurons)"
@@ -137,6 +137,11 @@ def obstacle(module: nn.Module) -> str | None:
     if module._buffers or module._modules:
         return f"it also holds {', '.join([*module._buffers, *module._modules])}, which would be lost"
     return None
+
+
+def _others(hooks: Mapping[int, Any]) -> bool:
+    """Whether there are hooks that are not our own (`LiveAdamW` registers some, and finds new layers by itself)."""
+    return not all(str(getattr(hook, "__module__", "")).startswith("fastmask.") for hook in hooks.values())
 
 
 def _weight_obstacle(linear: nn.Linear) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import multiprocessing
 import pickle
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -84,6 +86,20 @@ def test_tables_stay_behind(model):
     run(model).sum().backward()
     model.zero_grad()
     assert len(pickle.dumps(model)) == before
+
+
+def test_old_weights_are_let_go(model):
+    """Weights that loading or sharding has replaced would stay in memory, and in every pickle."""
+    size = len(pickle.dumps(model))
+    before = [weakref.ref(parameter) for parameter in model.parameters()]
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    gc.collect()
+    assert not [ref for ref in before if ref() is not None]
+    assert len(pickle.dumps(model)) == size
+    expected, parameters = model.state_dict(), {id(parameter) for parameter in model.parameters()}
+    fm.detach(model)
+    assert {id(parameter) for parameter in model.parameters()} == parameters
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_a_shallow_copy_shares_everything(model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 
 import pytest
@@ -228,6 +229,16 @@ def test_hooks_registered_after_attach(model, expected):
     with pytest.raises(ValueError, match=f"lose what hangs on '{QUERY}': it has forward hooks"):
         fm.detach(model)
     handle.remove()
+    fm.detach(model)
+
+
+def test_hooks_of_the_library(model):
+    """Those of an optimiser are no obstacle to detach, nor to sending the model to a process."""
+    optimizer = fm.LiveAdamW(model.parameters(), model=model)
+    run(model).sum().backward()
+    optimizer.step()
+    assert model.get_submodule(QUERY)._forward_hooks
+    assert torch.equal(run(pickle.loads(pickle.dumps(model))), run(model))
     fm.detach(model)
 
 

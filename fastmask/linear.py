@@ -18,8 +18,9 @@ Self = TypeVar("Self", bound="MaskedLinear")
 class MaskedLinear(nn.Linear):
     """A linear layer that L languages share, each through its own mask.
 
-    The parameters, their names and the state dict are those of `nn.Linear`; the mask is configuration, moves with the
-    module and is not saved with it (`fastmask.Subnetworks.save` saves masks).
+    The parameters, their names and the state dict are those of `nn.Linear`; the mask is configuration and is not saved
+    with them (`fastmask.Subnetworks.save` saves masks). It follows the weight from device to device, and nothing else
+    touches it: `to_empty`, a change of dtype and the meta device leave its values as they are.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -41,15 +42,15 @@ class MaskedLinear(nn.Linear):
                 f"the layer is {in_features} -> {out_features}"
             )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.mask = mask.to(self.weight.device) if self.weight.device.type != "meta" else mask
+        self._mask: Mask = mask
 
     @classmethod
     def from_linear(cls: type[Self], linear: nn.Linear, mask: Mask, **options: Any) -> Self:
         """A masked layer that shares the Parameters of `linear`."""
         has_bias = linear.bias is not None
         layer = cls(linear.in_features, linear.out_features, mask=mask, bias=has_bias, device="meta", **options)
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.mask = mask.to(linear.weight.device)
+        # Not by assignment: `accelerate.init_empty_weights` puts what is assigned on the meta device.
+        layer._parameters.update(linear._parameters)
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
@@ -61,10 +62,23 @@ class MaskedLinear(nn.Linear):
         """[B, ..., in], int64 [B] -> [B, ..., out]; see `fastmask.masked_linear`."""
         return masked_linear(x, self.weight, self.mask, language_ids, self.bias)
 
+    @property
+    def mask(self) -> Mask:
+        """The mask, on the device of the weight (where it was, while the weight is on the meta device)."""
+        weight = self._parameters.get("weight")
+        device = (self.weight if weight is None else weight).device  # None: parametrized, or FSDP's
+        if self._mask.device != device and device.type != "meta":
+            self._mask = self._mask.to(device)
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        self._mask = mask
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # Called by .to(), .cuda(), .half() ...: masks are integers, so only the device ever changes.
+        # Called by .to(), .cuda(), .half(), .to_empty() ...; `fn` is not for masks, which only ever move.
         super()._apply(fn, recurse)
-        self.mask = self.mask.map(fn)
+        _ = self.mask
         return self
 
     def extra_repr(self) -> str:

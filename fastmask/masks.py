@@ -61,8 +61,8 @@ class Mask:
         self.kind = kind
         self.n_languages, self.out_features, self.in_features = shape
         self.geometry = geometry
-        self.live = live  # int64 [L]: how many weights each language owns
-        self.index, self.extents = index, extents
+        self.live = _lasting(live)  # int64 [L]: how many weights each language owns
+        self.index, self.extents = _lasting(index), _lasting(extents)
 
     # ---- constructors
 
@@ -215,7 +215,17 @@ def _checked(keep: Tensor, ndim: int, what: str) -> Tensor:
         raise TypeError(f"expected {what} of dtype torch.bool, given {keep.dtype}; write keep.bool() if that is meant")
     if keep.ndim != ndim or 0 in keep.shape:
         raise ValueError(f"expected {what} with every size >= 1, given shape {tuple(keep.shape)}")
+    if keep.is_meta:
+        raise ValueError(f"expected {what} with values, given a tensor on the meta device, which has none")
     return keep.detach()
+
+
+def _lasting(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it was made in inference mode: training could not use it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _positive(value: int, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastmask.errors import unknown
 from fastmask.masks import Mask
-from fastmask.models.families import family_of, layer_parts
-from fastmask.models.layers import AttachedLinear, Siblings
+from fastmask.models.building import unit_layers, weight_layers
+from fastmask.models.families import layer_parts
+from fastmask.models.layers import AttachedLinear
+from fastmask.models.places import Places
+from fastmask.models.plain import check_model, check_shared, is_own, kind_of, leads_to
 from fastmask.models.routing import Router, carried_through_checkpointing
-from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import Subnetworks
-from fastmask.torch_path.activations import NONE, name_of
 
 __all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of", "set_subnetwork"]
 
@@ -31,6 +32,7 @@ class Attached:
 
     subnets: Subnetworks
     router: Router
+    places: Places
     plain_modules: dict[str, nn.Module]
     plain_class: type[nn.Module]
 
@@ -45,38 +47,58 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     those of the live heads, in order. Several threads may run the model at the same time, but not under gradient
     checkpointing.
 
+    Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
+    adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
+
     Args:
         model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).
         subnets: masks for the model's geometry.
 
     Raises:
-        ValueError: an unsupported model, a model that has subnetworks attached, masks of another geometry.
+        ValueError: an unsupported model, a model that has subnetworks attached, masks of another geometry; a model or
+            a module to be masked that is wrapped, hooked, parametrized, pruned, quantised or sharded already.
         KeyError: `subnets.weights` names a module that does not exist.
     """
     if is_attached(model):
         raise ValueError("this model has subnetworks attached already: call fastmask.detach(model) first")
+    plain_class = getattr(type(model), "_plain_class", type(model))  # a model may be made by type(attached)(config)
+    attached_class = _attached_class(plain_class)
+    check_model(model, attached_class.forward)
     router = Router(subnets.languages)
     # Everything that can fail comes before the first change to the model.
-    masked = {**_unit_layers(model, subnets, router), **_weight_layers(model, subnets, router)}
+    masked = {**unit_layers(model, subnets, router), **weight_layers(model, subnets, router)}
+    check_shared(model, masked)
     plain = {name: model.get_submodule(name) for name in masked}
-    state = Attached(subnets, router, plain, type(model))
+    if is_own(vars(model).get("forward"), model):  # left behind by hooks that were taken off
+        del model.forward
     for name, layer in masked.items():
         _replace(model, name, layer)
-    model.__class__ = _attached_class(type(model))  # type: ignore[assignment]
-    model._fastmask = state  # type: ignore[assignment]
+        # Held here, the old weights would outlive loading and sharding, which replace them.
+        plain[name]._parameters = dict.fromkeys(plain[name]._parameters)
+    model.__class__ = attached_class  # type: ignore[assignment]
+    model._fastmask = Attached(subnets, router, Places(model, masked), plain, plain_class)  # type: ignore[assignment]
     return model
 
 
 def detach(model: Model) -> Model:
-    """Undo `attach`: the plain model again, with the parameters as training left them."""
-    state = attached(model)
-    owner = owner_of(model)
-    for name, module in state.plain_modules.items():
-        replacement = owner.get_submodule(name)
+    """Undo `attach`: the plain model again, with the parameters as training left them.
+
+    What others have put in the place of a masked layer stays there.
+
+    Raises:
+        ValueError: no subnetworks are attached; or something would be lost that others have since added to the model or
+            to a masked layer (adapters, hooks, parametrizations, shards). The model is then as it was.
+    """
+    state, owner = attached(model), owner_of(model)
+    if type(owner) is not _attached_class(state.plain_class):
+        raise ValueError(f"cannot detach: the model has become a {kind_of(owner)} since (fully_shard does so)")
+    for name, (parent, child, layer) in state.places.removable().items():
+        module = state.plain_modules[name]
         if isinstance(module, nn.Linear):
-            # Loading with assign=True or moving a model can replace the Parameter objects.
-            module.weight, module.bias = replacement.weight, replacement.bias  # type: ignore[assignment]
-        _replace(owner, name, module.train(replacement.training))
+            module._parameters.update(layer._parameters)
+            # Embeddings that are resized have another weight put into a tied output layer.
+            module.out_features, module.in_features = module.weight.shape
+        parent[child] = module.train(layer.training)
     owner.__class__ = state.plain_class
     del owner._fastmask
     return model
@@ -175,107 +197,15 @@ def attached(model: nn.Module) -> Attached:
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The module that `attach` changed, below DistributedDataParallel or torch.compile; `model` itself if none was."""
-    while "_fastmask" not in vars(model):  # not hasattr: a compiled module passes questions on to the one it wraps
+    """The module that `attach` changed, below torch.compile, DistributedDataParallel or PEFT; `model` if none was."""
+    while "_fastmask" not in vars(model):  # not hasattr: wrappers pass questions on to what they wrap
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None and callable(unwrap := getattr(model, "get_base_model", None)):
+            inner = unwrap()
         if not isinstance(inner, nn.Module):
             break
         model = inner
     return model
-
-
-# ---- building the masked layers
-
-
-def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, nn.Module]:
-    """The packed layers of heads and neurons, by module name, and identities for activations that they take over."""
-    if subnets.heads is None and subnets.neurons is None:
-        return {}
-    family_of(model)  # an unsupported model gets an error that names the supported ones, not a missing attribute
-    _check_geometry(model, subnets)
-    layers: dict[str, nn.Module] = {}
-
-    def add(name: str, keep: Tensor, unit: int, side: str) -> AttachedLinear:
-        linear = _linear(model, name)
-        wide = keep.repeat_interleave(unit, 1)
-        build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
-        layer = AttachedLinear.from_linear(linear, build(wide, other), router=router, packed_unit=unit)
-        layers[name] = layer
-        return layer
-
-    for index, parts in enumerate(layer_parts(model)):
-        if subnets.heads is not None:
-            _join([add(name, subnets.heads[:, index], unit, "rows") for name, unit in parts.heads_rows.items()])
-            add(parts.heads_columns[0], subnets.heads[:, index], parts.heads_columns[1], "columns")
-        if subnets.neurons is not None:
-            _join([add(name, subnets.neurons[:, index], 1, "rows") for name in parts.neurons_rows])
-            down = add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
-            if parts.activation is not None:
-                down.activation = name_of(model.get_submodule(parts.activation))
-                if down.activation != NONE:
-                    layers[parts.activation] = nn.Identity()
-    return layers
-
-
-def _join(layers: list[AttachedLinear]) -> None:
-    """Let layers that read the same input be computed together."""
-    with_bias = {layer.bias is not None for layer in layers}
-    if len(layers) > 1 and len(with_bias) == 1:
-        siblings = Siblings(layers)
-        for layer in layers:
-            layer.siblings = siblings
-
-
-def _weight_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:
-    """The layers with a mask over single weights, by module name."""
-    layers = {}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name, keep in (subnets.weights or {}).items():
-        if name not in linears:
-            raise unknown("linear layer", name, linears)
-        linear = _linear(model, name)
-        expected = (len(subnets.languages), linear.out_features, linear.in_features)
-        if tuple(keep.shape) != expected:
-            raise ValueError(f"the mask of {name!r} has shape {tuple(keep.shape)}, expected {expected}")
-        layers[name] = AttachedLinear.from_linear(linear, Mask.weights(keep), router=router, packed_unit=None)
-    if subnets.heads is not None or subnets.neurons is not None:
-        taken = [name for name in layers if name in _unit_names(model, subnets)]
-        if taken:
-            raise ValueError(f"{taken[0]!r} has a mask over weights and one over heads or neurons: give one of the two")
-    return layers
-
-
-def _unit_names(model: nn.Module, subnets: Subnetworks) -> set[str]:
-    names: set[str] = set()
-    for parts in layer_parts(model):
-        if subnets.heads is not None:
-            names |= {*parts.heads_rows, parts.heads_columns[0]}
-        if subnets.neurons is not None:
-            names |= {*parts.neurons_rows, parts.neurons_columns}
-    return names
-
-
-def _check_geometry(model: nn.Module, subnets: Subnetworks) -> None:
-    geometry = Geometry.of(model.config)
-    for what, keep, size in (
-        ("heads", subnets.heads, geometry.heads),
-        ("neurons", subnets.neurons, geometry.neurons),
-    ):
-        if keep is not None and tuple(keep.shape[1:]) != (geometry.layers, size):
-            raise ValueError(
-                f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {what}, "
-                f"this {type(model).__name__} has {geometry.layers} layers of {size} {what}"
-            )
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    module = model.get_submodule(name)
-    if type(module) is not nn.Linear:
-        raise ValueError(
-            f"expected a plain nn.Linear at {name!r}, found {type(module).__name__}: attach before wrapping or "
-            "quantising layers"
-        )
-    return module
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -286,20 +216,31 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 # ---- the forward pass
 
 
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the model's class, under the same name, whose forward also takes `language_ids`.
+    """The one subclass of a model's class, under the same name, whose forward also takes `language_ids`.
 
     A subclass rather than a function on the instance: copies of the model then run their own forward, and
     `isinstance`, `save_pretrained` and `inspect.signature(model.forward)` work as before.
     """
+    if plain in _CLASSES:
+        return _CLASSES[plain]
 
     def forward(self: Any, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        state: Attached | None = getattr(self, "_fastmask", None)
+        if state is None:  # detached; `Accelerator.prepare`, for one, keeps a forward on the instance
+            if language_ids is not None:
+                raise ValueError(f"no subnetworks are attached to this {plain.__name__}, but language_ids was given")
+            return plain.forward(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel copies modules but not what joins them, and cannot run subnetworks: use "
                 "torch.nn.parallel.DistributedDataParallel (start with torchrun or `accelerate launch`)"
             )
-        router: Router = self._fastmask.router
+        state.places.check()
+        router = state.router
         route = router.resolve(language_ids)
         recomputes = self.training and not torch.compiler.is_compiling()
         carrying = carried_through_checkpointing(self, router, route) if recomputes else nullcontext()
@@ -314,5 +255,37 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         parameters=[*parameters[:position], extra, *parameters[position:]]
     )
     forward.__doc__ = plain.forward.__doc__
-    namespace = {"forward": forward, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (plain,), namespace)
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        if name == "forward" and "_fastmask" in vars(self):
+            if is_own(value, self, plain):
+                # Kept from before attach: the model's own forward, which now takes language_ids.
+                value = forward.__get__(self)
+            elif leads_to(value, plain.forward):
+                raise ValueError(
+                    "this forward was wrapped before attach, and would drop language_ids: wrap model.forward"
+                )
+        plain.__setattr__(self, name, value)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        how = plain.__reduce_ex__(self, protocol)
+        if type(self) is not attached_class or how[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return how
+        return (_empty, (plain,), *how[2:])
+
+    namespace = {
+        "forward": forward,
+        "__setattr__": set_attribute,
+        "__reduce_ex__": reduce,
+        "__module__": plain.__module__,
+        "__doc__": plain.__doc__,
+        "_plain_class": plain,
+    }
+    attached_class = _CLASSES.setdefault(plain, type(plain.__name__, (plain,), namespace))
+    return attached_class
+
+
+def _empty(plain: type[nn.Module]) -> nn.Module:
+    """What copies and pickles of attached models begin with: their class has no name that it could be found under."""
+    kind = _attached_class(plain)
+    return kind.__new__(kind)

@@ -37,7 +37,7 @@ def shuffled(subnets: Subnetworks, seed: int) -> Subnetworks:
     if count < 2:
         raise ValueError("shuffling masks needs at least two languages")
     # A random cycle is a derangement: everyone gets the mask of the next one in a random order.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
     source = torch.empty_like(order)
     source[order] = order.roll(1)
     return subnets.map(lambda keep: keep[source])

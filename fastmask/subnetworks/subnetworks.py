@@ -23,7 +23,7 @@ class Subnetworks:
     """The subnetworks of L languages in one model; treat the tensors as read-only.
 
     Args:
-        languages: L distinct names; a language's id is its position.
+        languages: L distinct names, in order; a language's id is its position.
         heads: bool [L, layers, heads] (key/value groups where attention is grouped-query), or None: all heads live.
         neurons: bool [L, layers, ffn], or None: all neurons live.
         weights: {module name: bool [L, out, in]}, or None.
@@ -39,22 +39,12 @@ class Subnetworks:
         neurons: Tensor | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.languages = tuple(languages)
+        self.languages = _distinct_names(languages)
         self.heads, self.neurons = heads, neurons
         self.weights = dict(weights) if weights else None
         self._check()
 
     def _check(self) -> None:
-        if isinstance(self.languages, str) or not self.languages:
-            raise ValueError(f"expected at least one language name, given {self.languages!r}")
-        wrong = [name for name in self.languages if not isinstance(name, str) or not name or not is_plain(name)]
-        if wrong:
-            raise ValueError(
-                f"language names must be text, not empty and without control characters, given {wrong[:5]!r}"
-            )
-        repeated = [name for name, count in Counter(self.languages).items() if count > 1]
-        if repeated:
-            raise ValueError(f"language names must be distinct, given {repeated[:5]!r} more than once")
         tensors = self._tensors()
         if not tensors:
             raise ValueError("nothing is masked: give heads, neurons or weights")
@@ -64,6 +54,8 @@ class Subnetworks:
                 raise ValueError(f"expected {name} as a bool tensor with 3 dimensions, given {given}")
             if 0 in keep.shape:
                 raise ValueError(f"{name} has the shape {tuple(keep.shape)} (expected at least one of everything)")
+            if keep.is_meta:
+                raise ValueError(f"expected {name} with values, given a tensor on the meta device, which has none")
             if keep.shape[0] != len(self.languages):
                 raise ValueError(f"{name} has masks for {keep.shape[0]} languages, expected {len(self.languages)}")
         if self.heads is not None and self.neurons is not None and self.heads.shape[1] != self.neurons.shape[1]:
@@ -86,6 +78,7 @@ class Subnetworks:
         cls, config: Any, languages: Sequence[str], density: float, seed: int, units: str = "heads"
     ) -> Subnetworks:
         """Every language owns a random `density` of each layer's units, at least one a layer; same seed, same masks."""
+        names = _distinct_names(languages)
         if not 0 < density <= 1:
             raise ValueError(f"density must be above 0 and at most 1, given {density}")
         if units not in UNITS:
@@ -93,11 +86,11 @@ class Subnetworks:
         geometry, generator = Geometry.of(config), torch.Generator().manual_seed(seed)
 
         def draw(size: int) -> Tensor:
-            sizes = torch.full((len(languages), geometry.layers), max(1, round(density * size)))
+            sizes = torch.full((len(names), geometry.layers), max(1, round(density * size)), device="cpu")
             return random_of_sizes(sizes, size, generator)
 
         return cls(
-            languages,
+            names,
             heads=draw(geometry.heads) if units in ("heads", "both") else None,
             neurons=draw(geometry.neurons) if units in ("neurons", "both") else None,
         )
@@ -111,8 +104,13 @@ class Subnetworks:
         return self.languages.index(language)
 
     def ids(self, languages: Iterable[str]) -> Tensor:
-        """The ids of many languages, int64."""
-        return torch.tensor([self.index(language) for language in languages], dtype=torch.int64)
+        """The ids of many languages in their order, int64 on the CPU, whatever the default device.
+
+        Raises:
+            KeyError: an unknown language; the message names the nearest ones.
+            ValueError: a single name, or a set, which has no order.
+        """
+        return torch.tensor([self.index(name) for name in _in_order(languages)], dtype=torch.int64, device="cpu")
 
     @property
     def density(self) -> dict[str, Tensor]:
@@ -190,7 +188,33 @@ class Subnetworks:
         return load(path)
 
 
+def _in_order(languages: Iterable[str]) -> tuple[str, ...]:
+    """Names as a tuple; not the letters of one name, and not a set, whose order changes from run to run."""
+    if isinstance(languages, str | bytes):
+        raise ValueError(
+            f"expected a sequence of language names, given the single name {languages!r}: [{languages!r}]?"
+        )
+    if isinstance(languages, set | frozenset) or not isinstance(languages, Iterable):
+        raise ValueError(f"expected language names in a fixed order (list, tuple), given a {type(languages).__name__}")
+    return tuple(languages)
+
+
+def _distinct_names(languages: Iterable[str]) -> tuple[str, ...]:
+    names = _in_order(languages)
+    if not names:
+        raise ValueError(f"expected at least one language name, given {languages!r}")
+    wrong = [name for name in names if not isinstance(name, str) or not name or not is_plain(name)]
+    if wrong:
+        raise ValueError(
+            f"expected language names that are text, not empty and without control characters, given {wrong[:5]!r}"
+        )
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(f"expected distinct language names, given {repeated[:5]!r} more than once")
+    return names
+
+
 def random_of_sizes(sizes: Tensor, units: int, generator: torch.Generator) -> Tensor:
     """Random masks bool [L, layers, units] with exactly `sizes` [L, layers] live units each."""
-    order = torch.rand(*sizes.shape, units, generator=generator).argsort(-1).argsort(-1)
-    return order < sizes[..., None]
+    scores = torch.rand(*sizes.shape, units, generator=generator, device=generator.device)
+    return scores.argsort(-1).argsort(-1).to(sizes.device) < sizes[..., None]

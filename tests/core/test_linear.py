@@ -36,12 +36,69 @@ def test_wrong_mask_shape():
         MaskedLinear(6, 9, mask=random_mask("rows", 2, 8, 6))
 
 
-def test_half_keeps_the_mask():
-    """`.to(dtype)` or `.to(device)` would corrupt the mask or leave it behind."""
-    layer = MaskedLinear(6, 8, mask=random_mask("blocks", 2, 8, 6, unit=2))
+APPLIED = {
+    "to_empty": lambda m: m.to_empty(device="cpu"),
+    "meta": lambda m: m.to("meta"),
+    "meta and back": lambda m: m.to("meta").to_empty(device="cpu"),
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.to(torch.bfloat16),
+    "double": lambda m: m.double(),
+    "type": lambda m: m.type(torch.float64),
+    "share_memory": lambda m: m.share_memory(),
+    "apply": lambda m: m._apply(torch.zeros_like),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", APPLIED)
+def test_what_is_no_move_leaves_the_mask_alone(kind, how):
+    """Indices would be emptied, or converted to numbers that are no indices."""
+    layer = MaskedLinear(6, 8, mask=random_mask(kind, 2, 8, 6, unit=2))
     before = layer.mask.to_dense()
-    assert torch.equal(layer.to(torch.bfloat16).mask.to_dense(), before)
-    assert layer.to("meta").mask.device.type == "meta"
+    layer = APPLIED[how](layer)
+    assert layer.mask.device.type == "cpu"
+    assert torch.equal(layer.mask.to_dense(), before)
+    assert layer.mask.index.dtype in (torch.int32, torch.int64)
+
+
+KEEP = {
+    "rows": (lambda keep: Mask.rows(keep, 6), (8,)),
+    "columns": (lambda keep: Mask.columns(keep, 8), (6,)),
+    "blocks": (lambda keep: Mask.blocks(keep, (2, 2)), (4, 3)),
+    "weights": (Mask.weights, (8, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_while_the_default_device_is_meta(kind):
+    """A mask is data: it is built where its flags are, whatever the default device is."""
+    build, shape = KEEP[kind]
+    keep = torch.rand(2, *shape) < 0.5
+    expected = build(keep).to_dense()
+    with torch.device("meta"):
+        layer = MaskedLinear(6, 8, mask=build(keep).replaced(0, keep[0]), dtype=torch.float64)
+        assert torch.equal(layer.mask.to_dense(), expected)
+        with pytest.raises(ValueError, match="on the meta device, which has none"):
+            build(torch.ones(2, *shape, dtype=torch.bool))
+    assert layer.weight.is_meta
+    weight, x = torch.randn(8, 6).double(), torch.randn(2, 6).double()
+    layer.load_state_dict({"weight": weight, "bias": torch.zeros(8).double()}, assign=True)
+    torch.testing.assert_close(
+        layer(x, torch.tensor([0, 1])), torch.stack([x[i] @ (weight * expected[i]).T for i in range(2)])
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_in_inference_mode(kind):
+    """Training could not save the mask for its backward pass."""
+    build, shape = KEEP[kind]
+    with torch.inference_mode():
+        keep = torch.rand(2, *shape) < 0.5
+        mask = build(keep).replaced(0, keep[1]).to("cpu")
+        expected = build(keep[[1, 1]]).to_dense()
+    layer = MaskedLinear(6, 8, mask=mask)
+    layer(torch.randn(2, 6), torch.tensor([0, 1])).sum().backward()
+    assert torch.equal(layer.weight.grad != 0, expected[0])
 
 
 def test_deepcopy_is_independent():

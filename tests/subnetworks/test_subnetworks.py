@@ -30,6 +30,28 @@ def test_random_has_the_asked_density_in_every_layer():
     assert (Subnetworks.random(CONFIG, ["a"], 0.001, seed=1).heads.sum(-1) == 1).all()
 
 
+def test_names_in_any_ordered_form():
+    """Names of a tuple, a generator or a mapping are those of a list."""
+    expected = Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1)
+    names = {"a": 1, "b": 2}
+    for languages in (("a", "b"), (name for name in "ab"), names, names.keys()):
+        assert Subnetworks.random(CONFIG, languages, 0.5, seed=1) == expected
+    assert expected.ids(name for name in "bab").tolist() == [1, 0, 1]
+
+
+def test_the_default_device_is_no_matter(tmp_path):
+    """Masks that are drawn, loaded or shuffled where the default device is meta would have no values."""
+    expected = Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both")
+    expected.save(tmp_path / "masks.safetensors")
+    with torch.device("meta"):
+        assert Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both") == expected
+        assert Subnetworks.load(tmp_path / "masks.safetensors") == expected
+        assert expected.ids(["b", "a"]).tolist() == [1, 0]
+        moved, control = shuffled(expected, seed=0), random_like(expected, seed=4)
+    assert moved == shuffled(expected, seed=0)
+    assert control == random_like(expected, seed=4)
+
+
 def test_grouped_query_attention_counts_key_value_groups():
     """Masks of a decoder would have one entry for each query head."""
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, intermediate_size=10)
@@ -82,9 +104,56 @@ class TestBadInput:
         with pytest.raises(ValueError, match="heads has masks for 2 languages, expected 1"):
             Subnetworks(["a"], torch.ones(2, 1, 1, dtype=torch.bool))
 
-    def test_repeated_language(self):
-        with pytest.raises(ValueError, match="distinct"):
-            Subnetworks(["a", "a"], torch.ones(2, 1, 1, dtype=torch.bool))
+    @pytest.mark.parametrize(
+        ("languages", "message"),
+        [
+            ("deu", r"expected a sequence of language names, given the single name 'deu': \['deu'\]\?"),
+            (b"deu", r"given the single name b'deu'"),
+            ("", r"given the single name ''"),
+            ([], r"at least one language name, given \[\]"),
+            (["de", 3], r"control characters, given \[3\]"),
+            ([b"de"], r"control characters, given \[b'de'\]"),
+            ([None], r"control characters, given \[None\]"),
+            (["de", ""], r"control characters, given \[''\]"),
+            (["de", "fi", "de"], r"expected distinct language names, given \['de'\] more than once"),
+            ({"de", "fi"}, r"names in a fixed order \(list, tuple\), given a set"),
+            (frozenset(["de"]), r"given a frozenset"),
+            (3, r"names in a fixed order \(list, tuple\), given a int"),
+            (None, r"given a NoneType"),
+        ],
+        ids=repr,
+    )
+    def test_languages(self, languages, message):
+        """The letters of a name, or names in an order of chance, would be the languages."""
+        size = len(languages) if hasattr(languages, "__len__") else 1
+        makers = [
+            lambda: Subnetworks(languages, torch.ones(size, 1, 1, dtype=torch.bool)),
+            lambda: Subnetworks.random(CONFIG, languages, density=0.5, seed=0),
+            lambda: Subnetworks.full(CONFIG, languages),
+        ]
+        for make in makers:
+            with pytest.raises(ValueError, match=message):
+                make()
+
+    @pytest.mark.parametrize(
+        ("languages", "error", "message"),
+        [
+            ("de", ValueError, r"given the single name 'de': \['de'\]\?"),
+            ({"de", "fi"}, ValueError, "given a set"),
+            (None, ValueError, "given a NoneType"),
+            (["de", "dee"], KeyError, "unknown language 'dee'; did you mean 'de'"),
+            ([0], KeyError, "unknown language 0"),
+        ],
+        ids=repr,
+    )
+    def test_ids(self, languages, error, message):
+        """The ids of a name's letters, or of another order than that of the batch."""
+        with pytest.raises(error, match=message):
+            masks().ids(languages)
+
+    def test_masks_without_values(self):
+        with pytest.raises(ValueError, match="expected heads with values, given a tensor on the meta device"):
+            Subnetworks(["a"], torch.ones(1, 1, 1, dtype=torch.bool, device="meta"))
 
     def test_wrong_dtype(self):
         with pytest.raises(
@@ -94,7 +163,7 @@ class TestBadInput:
 
     def test_names_that_cannot_be_printed(self):
         for name in ("a\nb", "\x1b[2J", "\ud800", "", 3):
-            with pytest.raises(ValueError, match="language names must be text, not empty"):
+            with pytest.raises(ValueError, match="expected language names that are text"):
                 Subnetworks([name], torch.ones(1, 1, 1, dtype=torch.bool))
 
     def test_nothing_to_mask(self):

@@ -81,7 +81,7 @@ BYTES = torch.zeros(2, 2, dtype=torch.uint8)
         ({"version": " 2"}, "has format version  2 (expected 2"),
         ({"version": "two"}, "has format version two (expected 2"),
         ({"format": "other"}, "not one of fastmask subnetworks"),
-        ({"content": {"languages": ["de", "de"]}}, "must be distinct"),
+        ({"content": {"languages": ["de", "de"]}}, "expected distinct language names"),
         ({"content": {"languages": ["de", ""]}}, "not empty"),
         ({"content": {"languages": ["de", "e\nn"]}}, "control characters"),
         ({"content": {"languages": ["de", 3]}}, "languages.1: Input should be a valid string, given 3"),

@@ -1,0 +1,158 @@
+"""What `attach` takes: the model itself, and `nn.Linear` layers that it calls with nothing in between.
+
+Anything else that stands there, or hangs there, would be lost or would see something else than before: it is refused
+with the reason before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["check_model", "check_shared", "is_foreign", "is_own", "kind_of", "leads_to", "obstacle", "plain_linear"]
+
+# By name: importing them takes seconds, and some belong to libraries that need not be there.
+_WRAPPERS = {
+    "OptimizedModule": " of torch.compile",
+    "FSDPModule": " of fully_shard",
+    "FullyShardedDataParallel": "",
+    "DistributedDataParallel": "",
+    "DataParallel": "",
+    "DeepSpeedEngine": "",
+}
+_UNHOOK = "`accelerate.hooks.remove_hook_from_submodules(model)` takes its hooks off"
+
+
+def kind_of(thing: object) -> str:
+    """The full name of a type: layers of PEFT, of bitsandbytes and of torch are all called Linear."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def check_model(model: nn.Module, ours: Any) -> None:
+    """Refuse a model that is a wrapper, or whose forward somebody has replaced.
+
+    Args:
+        model: what subnetworks are to be attached to.
+        ours: the forward that `attach` would give its class.
+
+    Raises:
+        ValueError: names the wrapper, and says what to do.
+    """
+    names = {kind.__name__ for kind in type(model).__mro__}
+    what = f"expected the model itself, given {type(model).__name__}"
+    if names & {"PeftModel", "PeftMixedModel", "BaseTuner"}:
+        raise ValueError(
+            f"{what} of PEFT: attach to the model inside, `peft_model.get_base_model()` (adapters on modules without "
+            "masks go on working), or merge the adapters first (`merge_and_unload()`)"
+        )
+    for name in names & _WRAPPERS.keys():
+        raise ValueError(f"{what}{_WRAPPERS[name]}: attach first, wrap afterwards")
+    forward = vars(model).get("forward")
+    # One that was wrapped while subnetworks were attached earlier leads to those of now, too.
+    if forward is not None and not is_own(forward, model) and not leads_to(forward, ours):
+        raise ValueError(
+            f"the forward of this {type(model).__name__} has been replaced, as `Accelerator.prepare` and accelerate's "
+            "device_map and offload do, and would not tell masked layers their languages: attach to the model as it "
+            f"was ({_UNHOOK}), then use `Accelerator.prepare` or `dispatch_model` (not offload)"
+        )
+
+
+def is_own(forward: Any, module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
+    """Whether a forward is just that of the module's class (of `kind` if given), bound to the module.
+
+    Or what the class has decorated: `Accelerator.unwrap_model` takes more off than `prepare` put on.
+    """
+    if getattr(forward, "__self__", None) is not module:
+        return False
+    return leads_to((kind or type(module)).forward, getattr(forward, "__func__", None))
+
+
+def leads_to(forward: Any, function: Any) -> bool:
+    """Whether a forward is a function, perhaps bound to a model and wrapped as by `functools.wraps`."""
+    while forward is not None and forward is not function:
+        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
+def plain_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that name, if it can be masked.
+
+    Raises:
+        ValueError: it is wrapped, quantised, sharded, hooked, parametrized or pruned; says which, and what to do.
+    """
+    module = model.get_submodule(name)
+    if type(module) is not nn.Linear:
+        if hasattr(module, "base_layer"):
+            advice = "merge the adapter first (PEFT: `merge_and_unload()`), an adapter and a mask cannot share a module"
+        elif hasattr(module, "parametrizations"):
+            advice = "remove the parametrization, and register it again after attach"
+        else:
+            advice = "quantised layers, and others that take the place of nn.Linear, cannot be masked"
+        raise ValueError(f"expected a plain nn.Linear at {name!r}, found {kind_of(module)}: {advice}")
+    if why := obstacle(module) or _weight_obstacle(module):
+        raise ValueError(f"cannot mask {name!r}: {why}")
+    path = name.split(".")
+    if any(isinstance(model.get_submodule(".".join(path[:i])), nn.TransformerEncoderLayer) for i in range(len(path))):
+        raise ValueError(
+            f"cannot mask {name!r}: in evaluation mode nn.TransformerEncoderLayer reads the weights of its layers "
+            "without calling them, and would leave masks out"
+        )
+    return module
+
+
+def check_shared(model: nn.Module, masked: Collection[str]) -> None:
+    """Refuse masks over a module that the model also calls under a second name, where they would not hold.
+
+    Raises:
+        ValueError: names both.
+    """
+    first: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        other = first.setdefault(module, name)
+        if other != name and (name in masked or other in masked):
+            raise ValueError(f"cannot mask {name!r}: it is the same module as {other!r} (expected one of its own)")
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """What others have made of a module, or hung on it, and would be lost with it."""
+    if isinstance(module, nn.Linear):
+        weight = module._parameters.get("weight")
+        if weight is None or not module._parameters.keys() <= {"weight", "bias"}:
+            return (
+                f"its parameters are {', '.join(module._parameters) or 'elsewhere'} (expected weight, bias). Make "
+                "pruning permanent (`torch.nn.utils.prune.remove`), remove weight_norm, gather shards"
+            )
+        if type(weight).__name__ == "DTensor" or weight.ndim != 2:
+            return "its weight is sharded. Attach before sharding, detach a model that is not sharded"
+    if hooks := [name.strip("_") for name, value in vars(module).items() if name.endswith("_hooks") and _others(value)]:
+        return (
+            f"it has {hooks[0].replace('_', ' ')}. Remove them, and register them again afterwards (hooks on an "
+            "attached layer see inputs and outputs packed to the live heads or neurons)"
+        )
+    forward = vars(module).get("forward")
+    if forward is not None and not is_own(forward, module):
+        return f"its forward has been replaced, as accelerate's device_map and offload do ({_UNHOOK})"
+    if module._buffers or module._modules:
+        return f"it also holds {', '.join([*module._buffers, *module._modules])}, which would be lost"
+    return None
+
+
+def _others(hooks: Mapping[int, Any]) -> bool:
+    """Whether there are hooks that are not our own (`LiveAdamW` registers some, and finds new layers by itself)."""
+    return not all(str(getattr(hook, "__module__", "")).startswith("fastmask.") for hook in hooks.values())
+
+
+def _weight_obstacle(linear: nn.Linear) -> str | None:
+    weight, expected = linear.weight, (linear.out_features, linear.in_features)
+    if is_foreign(weight) or not weight.is_floating_point():
+        return f"its weight is {kind_of(weight)} of {weight.dtype}, and quantised layers cannot be masked"
+    if tuple(weight.shape) != expected:
+        return f"its weight has shape {tuple(weight.shape)}, expected {expected}"
+    return None
+
+
+def is_foreign(weight: Tensor) -> bool:
+    """Whether a weight is a tensor of another library, which operators cannot read; torch's own know what to do."""
+    return type(weight).__module__.split(".")[0] != "torch"

@@ -71,6 +71,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import fastmask
     from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
     from fastmask.cli.options import Formatter, add_settings
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastmask", description="Per-language subnetworks of one shared model.", formatter_class=Formatter
     )
+    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:

@@ -23,16 +23,16 @@ WIDTH = 130  # of tables that do not go to a terminal
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one language, in percent, and tokens per second; None where it has no subnetwork."""
+    """Scores of one language, in percent, and words per second; None where it has no subnetwork."""
 
     language: str
     words: int
     full_las: float
     full_uas: float
-    full_tokens_per_second: float
+    full_words_per_second: float
     las: float | None = None
     uas: float | None = None
-    tokens_per_second: float | None = None
+    words_per_second: float | None = None
     heads: int | None = None
     all_heads: int | None = None
     neurons: int | None = None
@@ -46,11 +46,11 @@ class Row:
             "words": full.scores.words,
             "full_las": full.las,
             "full_uas": full.uas,
-            "full_tokens_per_second": full.tokens_per_second,
+            "full_words_per_second": full.words_per_second,
         }
         if own is not None and subnets is not None:
             index = subnets.index(language)
-            row |= {"las": own.las, "uas": own.uas, "tokens_per_second": own.tokens_per_second}
+            row |= {"las": own.las, "uas": own.uas, "words_per_second": own.words_per_second}
             for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
                 if keep is not None:
                     row |= {kind: int(keep[index].sum()), f"all_{kind}": keep[index].numel()}
@@ -74,9 +74,9 @@ def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, A
 def print_scores(rows: Sequence[Row], file: TextIO) -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
     table = Table(title="official LAS / UAS on the test sets, percent")
-    for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full tok/s"):
+    for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full words/s"):
         table.add_column(name, justify="left" if name == "language" else "right", no_wrap=True)
-    table.add_column("subnet tok/s", justify="right")
+    table.add_column("subnet words/s", justify="right")
     masked = any(row.las is not None for row in rows)
     for row in rows:
         table.add_row(
@@ -87,8 +87,8 @@ def print_scores(rows: Sequence[Row], file: TextIO) -> None:
             _number(row.uas, ".2f"),
             _share(row.heads, row.all_heads),
             _share(row.neurons, row.all_neurons),
-            f"{row.full_tokens_per_second:,.0f}",
-            _number(row.tokens_per_second, ",.0f"),
+            f"{row.full_words_per_second:,.0f}",
+            _number(row.words_per_second, ",.0f"),
         )
     own = [row for row in rows if row.las is not None] or list(rows)
     if len(own) > 1:
@@ -110,7 +110,7 @@ def print_summary(
     names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
     console = console_of(file)
     if speed:
-        parts = [f"{value:,.0f} tokens/s {names[name]}" for name, value in speed.items()]
+        parts = [f"{value:,.0f} words/s {names[name]}" for name, value in speed.items()]
         console.print(f"training: {', '.join(parts)}", highlight=False)
     if scouting is not None:
         console.print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")

@@ -83,7 +83,7 @@ class TrainingProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]} · dev LAS {task.fields[las]} · {task.fields[rate]} tokens/s"),
+            TextColumn("loss {task.fields[loss]} · dev LAS {task.fields[las]} · {task.fields[rate]} words/s"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not enabled,

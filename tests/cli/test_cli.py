@@ -38,7 +38,7 @@ def test_train_leaves_everything_it_names(run):
         assert row["heads"] == round(0.4 * 32)
         assert row["all_neurons"] == 4096
         assert 0 <= row["full_las"] <= row["full_uas"] <= 100
-    assert results["training_tokens_per_second"].keys() == {"full_network", "subnetworks"}
+    assert results["training_words_per_second"].keys() == {"full_network", "subnetworks"}
     assert (run / "head_use.png").read_bytes().startswith(b"\x89PNG")
     assert fm.Subnetworks.load(run / "masks.safetensors").languages == ("qaa", "qac")
     assert (run / "metrics.jsonl").stat().st_size > 0

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     from fastmask.cli.adapt import add_options
     from fastmask.cli.options import Formatter, add_settings
     from fastmask.compare.plan import RESERVED, CompareConfig
+    from fastmask.discovery import VOTES
     from fastmask.training.config import DEVICES
 
     parser = argparse.ArgumentParser(
@@ -104,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     find.add_argument("--masks", metavar="FILE", default="masks.safetensors", help="where to write the subnetworks")
     find.add_argument("--seeds", type=int, default=1, help="draws of scoring sentences for each run, combined")
-    find.add_argument("--combine", choices=("majority", "union", "intersection"), default="majority", help="how")
+    find.add_argument(
+        "--combine",
+        choices=tuple(VOTES),
+        default="majority",
+        help="vote of the draws; with a density, the units with the most votes are kept, whatever this is",
+    )
     add_settings(find, only=("units", "density", "tau", "score_sentences", "dev_sentences", "seed"))
     data_options(find)
 

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     datasets = load_treebanks(data, languages, splits=(options.split,))
     sentences = {code: splits[options.split] for code, splits in datasets.items()}
     rows = scored(loaded.parser.to(device_of(options.device)), loaded.subnetworks, sentences)
-    print_scores(rows, sys.stdout)
+    print_scores(rows, sys.stdout, options.split)
     if options.json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
         Path(options.json).write_text(text, encoding="utf-8")

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastmask.discovery import Round
+    from fastmask.discovery import Quality, Round
     from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
 
-__all__ = ["Row", "console_of", "print_scores", "print_summary", "round_printer", "scored"]
+__all__ = ["Row", "console_of", "print_scores", "print_summary", "quality_text", "round_printer", "scored"]
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -71,9 +71,9 @@ def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, A
     return rows
 
 
-def print_scores(rows: Sequence[Row], file: TextIO) -> None:
+def print_scores(rows: Sequence[Row], file: TextIO, split: str = "test") -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
-    table = Table(title="official LAS / UAS on the test sets, percent")
+    table = Table(title=f"official LAS / UAS on the {split} sets, percent")
     for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full words/s"):
         table.add_column(name, justify="left" if name == "language" else "right", no_wrap=True)
     table.add_column("subnet words/s", justify="right")
@@ -129,16 +129,26 @@ _FILES = {
 }
 
 
-def round_printer(file: TextIO) -> Callable[[Round], None]:
-    """A function that prints one line for each round of pruning."""
+def round_printer(file: TextIO, tau: float) -> Callable[[Round], None]:
+    """A function that prints one line for each round of pruning down to `tau` (or to a density)."""
 
     def show(found: Round) -> None:
         counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
-        metric = "" if found.metric is None else f"  dev LAS {found.metric:.2f}"
-        stopped = "" if found.kept else "  too low: back to the round before"
-        print(f"  {found.language} round {found.number}: {', '.join(counts)}{metric}{stopped}", file=file)
+        quality = quality_text(found.quality)
+        if found.number == 0 and found.quality.loss is not None:
+            quality += f" (there is no dev data; the loss may rise by {-math.log(tau):.3f})"
+        stopped = "" if found.kept else "  too far: back to the round before"
+        parts = [f"  {found.language} round {found.number}: {', '.join(counts)}", *([quality] if quality else ())]
+        print(f"{'  '.join(parts)}{stopped}", file=file)
 
     return show
+
+
+def quality_text(quality: Quality) -> str:
+    """What a number that pruning goes by is, and the number."""
+    if quality.metric is not None:
+        return f"dev LAS {quality.metric:.2f}"
+    return "" if quality.loss is None else f"loss on the scoring sentences {quality.loss:.3f}"
 
 
 def console_of(file: TextIO) -> Console:

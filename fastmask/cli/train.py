@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     parser = build_parser(config, datasets)
     check_subnetworks(parser, config, datasets)
     show = sys.stderr.isatty()
-    on_round = round_printer(sys.stderr) if first else None
+    on_round = round_printer(sys.stderr, config.tau) if first else None
     result = train(parser, datasets, config, lambda point: subnetworks_of(point, on_round), progress=show)
     if not first:
         return

@@ -10,7 +10,7 @@ import pandas as pd
 
 from fastmask.analysis.drawing import SIGNED, WRITTEN, heatmap, new_figure
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import diagonal_permutation
+from fastmask.analysis.statistics import diagonal_permutation, p_text
 
 __all__ = ["cross_evaluation"]
 
@@ -130,7 +130,7 @@ def _caption(
     text += ", or to the mean of its row where it has none." if per_language.own.isna().any() else "."
     if found.languages > 1:
         text += (
-            f" Own against the mean of the others: {found.advantage:+.2f} (permutation p = {found.p:.3g}); "
+            f" Own against the mean of the others: {found.advantage:+.2f} (permutation p = {p_text(found.p)}); "
             f"{found.own_is_best:.0f} of {found.languages:.0f} languages do best under their own."
         )
     return text

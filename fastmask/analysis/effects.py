@@ -10,8 +10,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, new_figure
+from fastmask.analysis.paired import paired_by_language
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import bootstrap_interval, holm, paired_sign_flip
+from fastmask.analysis.statistics import bootstrap_interval, holm, p_text
 from fastmask.errors import unknown
 
 __all__ = ["effect"]
@@ -24,12 +25,13 @@ COLUMNS = 4  # of panels in the picture
 
 def effect(
     scores: pd.DataFrame | Sequence[Mapping[str, Any]],
-    baseline: str = "full",
+    baseline: str | Mapping[str, str] = "full",
     *,
     level: float = 0.95,
     seed: int = 0,
+    gaps: bool = False,
 ) -> Result:
-    """Differences of each method to a baseline, paired by language and seed, and by sentence where those are there.
+    """Differences of each method to its baseline, paired by language and seed, and by sentence where those are there.
 
     d(method, language, seed) = score(method, language, seed) - score(baseline, language, seed), higher is better.
 
@@ -37,81 +39,103 @@ def effect(
       the table has them (each with the mean over seeds of its difference, weighted by `weight`; it says how the method
       would do on other sentences, with these seeds), else over **seeds**. Below 6 seeds no test can reach p = 0.05, and
       the interval of so few is too narrow, so the verdict is then "too few".
-    - For a method, the mean over languages and seeds, an interval over these pairs, and the p-value of a sign-flip test
-      over them, corrected over methods (Holm). `p_languages` is the test over languages alone (their means over seeds),
-      as the seeds of a language tend to differ alike. All languages of a seed come from one model, so neither test says
-      what further seeds would do: `seeds_agree` counts the seeds whose mean difference has the sign of the whole, and
-      where they do not all agree the verdict is "seeds disagree", whatever p is.
+    - For a method, the mean over languages (each the mean over its seeds), a bootstrap interval over languages, and the
+      p-value of a sign-flip test over languages (`paired`), corrected over methods (Holm). Below 6 languages no test
+      can reach p = 0.05: "too few". All languages of a seed come from one model, so the test says nothing of what
+      further seeds would do: `seeds_agree` counts the seeds whose mean difference has the sign of the whole, and where
+      they do not all agree the verdict is "seeds disagree", whatever p is.
 
     Args:
         scores: a table with columns `method`, `language`, `seed`, `score`, or rows as mappings. A column `sentence`
             makes it one row for each sentence, with `weight` (such as its words; default 1): a language's score is then
             the weighted mean, as LAS is of the words.
-        baseline: the method that others are compared with.
+        baseline: the method that all others are compared with; or, for each method that is to be compared, with which.
         level: of the intervals; 1 - level is where a p-value counts.
         seed: of the bootstrap.
+        gaps: whether scores may be missing: a method is then compared over the languages and seeds that it and its
+            baseline both have, and left out where there are none.
 
     Returns:
         table: one row for each method and language: `score`, `baseline`, `difference`, `low`, `high`, `n` (sentences or
             seeds), `over` ("sentences" or "seeds"), `verdict` ("better", "worse", "inside noise", "too few").
-        more["methods"]: one row for each method: `difference`, `low`, `high`, `n`, `p`, `p_holm`, `p_languages`,
-            `seeds`, `seeds_agree`, `languages_better`, `verdict` ("better", "worse", "inside noise", "seeds disagree").
+        more["methods"]: one row for each method: `against` (its baseline), `difference`, `low`, `high`, `languages`,
+            `languages_better`, `p`, `p_holm`, `seeds`, `seeds_agree`, `verdict` ("better", "worse", "inside noise",
+            "seeds disagree", "too few").
 
     Raises:
-        KeyError: an unknown baseline.
-        ValueError: missing columns, scores that are not finite, repeated rows, no method besides the baseline, or a
-            method without scores where the baseline has some (or the other way round).
+        KeyError: an unknown baseline, or a method that has no scores.
+        ValueError: missing columns, scores that are not finite, repeated rows, no method besides the baseline, a method
+            that is its own baseline, or one without scores where its baseline has some (or the other way round; with
+            `gaps`: no score that a method and its baseline both have).
     """
-    frame, sentences = _checked(scores, baseline)
-    methods = [method for method in dict.fromkeys(frame.method) if method != baseline]
-    per_seed = _per_seed(frame)
-    wide = _paired(per_seed, methods, baseline)
-    languages = list(dict.fromkeys(frame.language))
+    frame, sentences = _checked(scores)
+    against = _against(baseline, list(dict.fromkeys(frame.method)))
+    wide = _per_seed(frame).unstack("method")
+    every = list(dict.fromkeys(frame.language))
     rows, summary = [], []
-    for number, method in enumerate(methods):
-        gains = wide[method] - wide[baseline]
-        for place, language in enumerate(languages):
+    for number, (method, other) in enumerate(against.items()):
+        paired = _paired(wide, method, other, gaps)
+        gains = paired[method] - paired[other]
+        for place, language in enumerate(name for name in every if name in gains.index.get_level_values("language")):
             d = gains.loc[language].to_numpy()
             where = [seed, number, place]
             if sentences:
-                low, high, n = _over_sentences(frame, method, baseline, language, level, where)
+                shared = frame[(frame.language == language) & frame.seed.isin(gains.loc[language].index)]
+                low, high, n = _over_sentences(shared, method, other, language, level, where)
             else:
                 (low, high), n = bootstrap_interval(d, level, where, draws=DRAWS), len(d)
             enough = sentences or n >= ENOUGH
             verdict = "too few" if not enough else "better" if low > 0 else "worse" if high < 0 else "inside noise"
-            of_language = wide.loc[language]
-            means = (of_language[method].mean(), of_language[baseline].mean(), float(d.mean()))
+            of_language = paired.loc[language]
+            means = (of_language[method].mean(), of_language[other].mean(), float(d.mean()))
             rows.append((method, language, *means, low, high, n, "sentences" if sentences else "seeds", verdict))
-        summary.append((method, *_summary(gains, level, [seed, number, len(languages)])))
+        if len(gains):
+            summary.append((method, other, *_summary(gains, level, [seed, number, len(every)])))
+    if not summary:
+        raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
     columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "over", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
-    columns = ["method", "difference", "low", "high", "n", "p", "p_languages", "seeds", "seeds_agree"]
-    more = pd.DataFrame(summary, columns=[*columns, "languages_better"])
-    more.insert(6, "p_holm", holm(list(more.p)))
+    columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
+    more = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
+    more.insert(columns.index("p") + 1, "p_holm", holm(list(more.p)))
     more["verdict"] = [_verdict(row, 1 - level) for row in more.itertuples()]
-    n_seeds = int(wide.groupby(level="language").size().max())
-    caption = (
-        f"Difference to {baseline!r} of {', '.join(methods)}, paired; {len(languages)} languages, {n_seeds} "
-        f"seed{'s' if n_seeds > 1 else ''}. Points: means over seeds; bars: {level:.0%} bootstrap intervals over "
-        f"{'sentences' if sentences else 'seeds'} ({DRAWS:,} samples)"
-        + ("" if sentences or n_seeds >= ENOUGH else ", too narrow with so few seeds: read them as the spread of seeds")
-        + ". 'mean': over languages and seeds, with the interval over these pairs and the p-value of a sign-flip test, "
-        "Holm-corrected over methods."
+    caption = _caption(table, more, sentences, level)
+    return Result("effect", table, caption, lambda: _draw(table, more), {"methods": more})
+
+
+def _against(baseline: str | Mapping[str, str], methods: Sequence[str]) -> dict[str, str]:
+    """Method -> what it is compared with, in the order of the scores."""
+    wanted = baseline if isinstance(baseline, Mapping) else {name: baseline for name in methods if name != baseline}
+    for name in [*wanted, *wanted.values(), *([baseline] if isinstance(baseline, str) else ())]:
+        if name not in methods:
+            raise unknown("method", name, methods)
+    if not wanted:
+        raise ValueError(f"there is no method besides the baseline {baseline!r}")
+    if own := [name for name, other in wanted.items() if name == other]:
+        raise ValueError(f"{own[0]!r} is given as its own baseline (expected another method)")
+    return {name: wanted[name] for name in methods if name in wanted}
+
+
+def _caption(table: pd.DataFrame, methods: pd.DataFrame, sentences: bool, level: float) -> str:
+    languages, seeds = table.language.nunique(), int(methods.seeds.max())
+    groups = methods.groupby("against", sort=False)["method"]
+    pairs = "; ".join(f"to {name!r} of {', '.join(of)}" for name, of in groups)
+    few = not sentences and seeds < ENOUGH
+    return (
+        f"Difference {pairs}, paired; {languages} languages, {seeds} seed{'s' if seeds > 1 else ''}. "
+        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over {'sentences' if sentences else 'seeds'} "
+        f"({DRAWS:,} samples){', too narrow with so few seeds: read them as the spread of seeds' if few else ''}. "
+        "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and the "
+        "p-value of a sign-flip test over languages, Holm-corrected over the methods of this table."
     )
-    return Result("effect", table, caption, lambda: _draw(table, more, baseline), {"methods": more})
 
 
-def _checked(scores: pd.DataFrame | Sequence[Mapping[str, Any]], baseline: str) -> tuple[pd.DataFrame, bool]:
+def _checked(scores: pd.DataFrame | Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, bool]:
     """The rows as a table with `weight`, and whether they are of single sentences."""
     frame = scores.copy() if isinstance(scores, pd.DataFrame) else pd.DataFrame(list(scores))
     missing = [column for column in (*KEYS, "score") if column not in frame.columns]
     if missing:
         raise ValueError(f"expected columns {', '.join([*KEYS, 'score'])}; {', '.join(missing)} missing")
-    methods = list(dict.fromkeys(frame.method))
-    if baseline not in methods:
-        raise unknown("method", baseline, methods)
-    if len(methods) < 2:
-        raise ValueError(f"there is no method besides the baseline {baseline!r}")
     sentences = "sentence" in frame.columns
     if "weight" not in frame.columns:
         frame["weight"] = 1.0
@@ -130,24 +154,22 @@ def _per_seed(frame: pd.DataFrame) -> pd.Series:
     return weighted["product"] / weighted["weight"]
 
 
-def _paired(per_seed: pd.Series, methods: Sequence[str], baseline: str) -> pd.DataFrame:
-    """Methods as columns over (language, seed), each with the same rows as the baseline."""
-    wide = per_seed.unstack("method")
-    for method in methods:
-        lonely = wide[wide[method].isna() | wide[baseline].isna()]
-        if len(lonely):
-            language, seed = lonely.index[0]
-            has, lacks = (method, baseline) if np.isnan(lonely.iloc[0][baseline]) else (baseline, method)
-            raise ValueError(f"{has!r} has a score for language {language!r}, seed {seed}, and {lacks!r} has none")
-    return wide
+def _paired(wide: pd.DataFrame, method: str, baseline: str, gaps: bool) -> pd.DataFrame:
+    """The scores of two methods, over the (language, seed) that both have."""
+    pair = wide[[method, baseline]].dropna(how="all")
+    lonely = pair[pair.isna().any(axis=1)]
+    if len(lonely) and not gaps:
+        language, seed = lonely.index[0]
+        has, lacks = (method, baseline) if np.isnan(lonely.iloc[0][baseline]) else (baseline, method)
+        raise ValueError(f"{has!r} has a score for language {language!r}, seed {seed}, and {lacks!r} has none")
+    return pair.dropna()
 
 
 def _over_sentences(
     frame: pd.DataFrame, method: str, baseline: str, language: str, level: float, seed: Sequence[int]
 ) -> tuple[float, float, int]:
     """Paired bootstrap over sentences of sum(weight * mean over seeds of the difference) / sum(weight)."""
-    chosen = frame[frame.language == language]
-    mine, theirs = (chosen[chosen.method == name].set_index(["sentence", "seed"]) for name in (method, baseline))
+    mine, theirs = (frame[frame.method == name].set_index(["sentence", "seed"]) for name in (method, baseline))
     if mine.index.symmetric_difference(theirs.index).size:
         raise ValueError(f"{method!r} and {baseline!r} were not scored on the same sentences of {language!r}")
     theirs = theirs.loc[mine.index]
@@ -172,16 +194,15 @@ def _ratios(weighted: NDArray[np.float64], weights: NDArray[np.float64], seed: S
 
 
 def _summary(gains: pd.Series, level: float, seed: Sequence[int]) -> tuple[Any, ...]:
-    d = gains.to_numpy()
-    low, high = bootstrap_interval(d, level, seed, draws=DRAWS)
-    by_language, by_seed = gains.groupby(level="language").mean(), gains.groupby(level="seed").mean()
-    p, p_languages = paired_sign_flip(d, seed=[*seed, 1]), paired_sign_flip(by_language, seed=[*seed, 2])
-    agree = int((np.sign(by_seed) == np.sign(d.mean())).sum())
-    better = int((by_language > 0).sum())
-    return float(d.mean()), low, high, len(d), p, p_languages, len(by_seed), agree, better
+    found = paired_by_language(gains)
+    low, high = bootstrap_interval(found.by_language, level, seed, draws=DRAWS)
+    seeds = len(found.by_seed), found.seeds_agree
+    return found.difference, low, high, len(found.by_language), found.wins, found.p, *seeds
 
 
 def _verdict(row: Any, threshold: float) -> str:
+    if row.languages < ENOUGH:
+        return "too few"
     if row.p_holm > threshold:
         return "inside noise"
     if row.seeds_agree < row.seeds:
@@ -189,9 +210,10 @@ def _verdict(row: Any, threshold: float) -> str:
     return "better" if row.difference > 0 else "worse"
 
 
-def _draw(table: pd.DataFrame, methods: pd.DataFrame, baseline: str) -> Any:
+def _draw(table: pd.DataFrame, methods: pd.DataFrame) -> Any:
     """A panel for each method, a row for each language, the mean below."""
     languages = list(dict.fromkeys(table.language))
+    one = methods.against.nunique() == 1
     columns = min(len(methods), COLUMNS)
     lines = -(-len(methods) // columns)
     figure = new_figure(1.0 + 2.3 * columns, (0.2 * len(languages) + 1.4) * lines + 0.5)
@@ -200,7 +222,7 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame, baseline: str) -> Any:
         panel.set_axis_off()
     y = np.arange(len(languages))
     for at, (panel, whole) in enumerate(zip(panels, methods.itertuples(), strict=False)):
-        mine = table[table.method == whole.method].set_index("language").loc[languages]
+        mine = table[table.method == whole.method].set_index("language").reindex(languages)
         panel.axvline(0, color=GREY, linewidth=1)
         panel.axhline(len(languages) - 0.2, color=GREY, linewidth=0.6)
         panel.hlines(y, mine.low, mine.high, color=COLOURS[0], linewidth=1.3)
@@ -208,7 +230,9 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame, baseline: str) -> Any:
         panel.hlines(len(languages) + 0.6, whole.low, whole.high, color=COLOURS[1], linewidth=2.2)
         panel.plot(whole.difference, len(languages) + 0.6, MARKERS[3], color=COLOURS[1], markersize=6)
         agree = f"{whole.seeds_agree} of {whole.seeds} seeds agree"
-        panel.set_title(f"{whole.method}: {whole.difference:+.2f}\np = {whole.p_holm:.2g}, {agree}", fontsize=8)
+        over = "" if one else f"\nover {whole.against}"
+        title = f"{whole.method}: {whole.difference:+.2f}{over}\np = {p_text(whole.p_holm)}, {agree}"
+        panel.set_title(title, fontsize=8)
         panel.grid(axis="x", color="#EEEEEE")
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
@@ -216,5 +240,5 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame, baseline: str) -> Any:
         if at == 0:
             panel.set_yticks([*y, len(languages) + 0.6], [*languages, "mean"])
             panel.set_ylim(len(languages) + 1.3, -0.8)
-    figure.supxlabel(f"score - score of {baseline}", fontsize=9)
+    figure.supxlabel(f"score - score of {methods.against[0] if one else 'the baseline'}", fontsize=9)
     return figure

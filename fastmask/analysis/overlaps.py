@@ -14,7 +14,7 @@ from fastmask.analysis.chance import chance_jaccard
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, heatmap, new_figure
 from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import share_of_orders
+from fastmask.analysis.statistics import p_text, share_of_orders
 from fastmask.errors import unknown
 from fastmask.subnetworks import Subnetworks
 
@@ -199,7 +199,7 @@ def _families_sentence(related: pd.DataFrame) -> str:
     row = related.iloc[0]
     return (
         f" Within families {row.within:.2f} ({row.pairs_within:.0f} pairs), across {row.across:.2f} "
-        f"({row.pairs_across:.0f} pairs), permutation p = {row.p:.3g}."
+        f"({row.pairs_across:.0f} pairs), permutation p = {p_text(row.p)}."
     )
 
 

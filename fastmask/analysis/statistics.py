@@ -18,6 +18,7 @@ __all__ = [
     "bootstrap_interval",
     "diagonal_permutation",
     "holm",
+    "p_text",
     "paired_sign_flip",
     "ranks",
     "share_of_orders",
@@ -107,6 +108,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty_like(p)
     adjusted[order] = np.minimum(stepped, 1.0)
     return [float(value) for value in adjusted]
+
+
+def p_text(p: float) -> str:
+    """A p-value as every table, caption and picture prints it: three significant digits."""
+    return f"{p:.3g}"
 
 
 def ranks(values: ArrayLike) -> NDArray[np.float64]:

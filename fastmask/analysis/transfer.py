@@ -11,7 +11,7 @@ import pandas as pd
 from fastmask.analysis.drawing import COLOURS, GREY, label_points, new_figure
 from fastmask.analysis.language_families import families_of
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import bootstrap_interval, spearman_permutation
+from fastmask.analysis.statistics import bootstrap_interval, p_text, spearman_permutation
 
 __all__ = ["typology"]
 
@@ -69,7 +69,7 @@ def typology(
     repeats = int(table.n.max())
     caption = (
         f"{what[:1].upper()}{what[1:]} on {len(names)} languages, against their {measure}. Spearman rho = {rho:.2f}, "
-        f"permutation p = {p:.3g}."
+        f"permutation p = {p_text(p)}."
         + (f" Points: means of {repeats} runs; bars: 95% bootstrap intervals over them." if repeats > 1 else "")
     )
     return Result("typology", table, caption, lambda: _draw(table, what, measure), {"correlation": correlation})

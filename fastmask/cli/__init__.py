@@ -71,15 +71,18 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    import fastmask
     from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
     from fastmask.cli.options import Formatter, add_settings, output_file
     from fastmask.compare.plan import RESERVED, CompareConfig
+    from fastmask.discovery import VOTES
     from fastmask.training.config import DEVICES
 
     parser = argparse.ArgumentParser(
         prog="fastmask", description="Per-language subnetworks of one shared model.", formatter_class=Formatter
     )
+    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -103,7 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     masks = "where to write the subnetworks (-: standard output)"
     find.add_argument("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
     find.add_argument("--seeds", type=int, default=1, help="draws of scoring sentences for each run, combined")
-    find.add_argument("--combine", choices=("majority", "union", "intersection"), default="majority", help="how")
+    find.add_argument(
+        "--combine",
+        choices=tuple(VOTES),
+        default="majority",
+        help="vote of the draws; with a density, the units with the most votes are kept, whatever this is",
+    )
     add_settings(find, only=("units", "density", "tau", "score_sentences", "dev_sentences", "seed"))
     data_options(find)
 

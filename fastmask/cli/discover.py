@@ -1,4 +1,4 @@
-"""`fastmask discover`: subnetworks of finished runs, over several seeds, in one file."""
+"""`fastmask discover`: subnetworks of finished runs, over several draws of scoring sentences, in one file."""
 
 from __future__ import annotations
 
@@ -6,48 +6,102 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import round_printer, stream_beside
+from fastmask.cli.report import quality_text, round_printer
 from fastmask.files import check_target
-from fastmask.training.config import TrainConfig
+from fastmask.training.config import ConfigError, TrainConfig
+
+if TYPE_CHECKING:
+    from fastmask.discovery import Draw
+    from fastmask.parsing.batch import Encoded
+    from fastmask.parsing.parser import Parser
+    from fastmask.subnetworks import Subnetworks
 
 __all__ = ["run"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A finished run with all that discovery reads."""
+
+    folder: str
+    parser: Parser
+    config: TrainConfig
+    train: Mapping[str, Encoded]
+    dev: Mapping[str, Any]
+
+
 def run(options: argparse.Namespace) -> None:
-    """Find, combine, save and show."""
+    """Find, combine, check, save and show."""
+    from fastmask.discovery import Draw, combine
+    from fastmask.training.methods import discover_for_parser
+
+    if options.seeds < 1:
+        raise ConfigError(f"--seeds is {options.seeds} (expected at least 1)")
+    check_target(options.masks)
+    runs = _runs(options)
+    config = runs[0].config
+    draws = []
+    for one in runs:
+        for seed in range(one.config.seed, one.config.seed + options.seeds):
+            print(f"{one.folder}, seed {seed}", file=sys.stderr)
+            scores: dict[str, Any] = {}
+            show = round_printer(sys.stderr, config.tau)
+            found = discover_for_parser(one.parser, one.train, one.dev, one.config, seed, show, scores.__setitem__)
+            draws.append(Draw(found, scores))
+    subnets = combine(draws, options.combine, config.density)
+    made_from = _made_from(options, config, draws, subnets)
+    if len(draws) > 1 and config.density is None:
+        made_from["quality"] = _checked(runs, subnets)
+    subnets.save(options.masks, {"made_from": json.dumps(made_from)})
+    stream = stream_beside(options.masks)
+    print_masks(subnets, stream)
+    print(_kept(made_from, draws), file=stream)
+    print(f"written to {options.masks}", file=stream)
+
+
+def _runs(options: argparse.Namespace) -> list[_Run]:
+    """Load every run, and see before anything is computed that their subnetworks can be combined."""
     from fastmask.cli.evaluate import data_of
-    from fastmask.discovery import combine
     from fastmask.training.build import encode_training_data
     from fastmask.training.data import load_training_data
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
-    from fastmask.training.methods import discover_for_parser
 
-    if options.seeds < 1:
-        raise ValueError(f"--seeds is {options.seeds} (expected at least 1)")
-    check_target(options.masks)
-    found = []
+    given = given_settings(options)
+    if {"tau", "density"} <= given.keys():
+        raise ConfigError("--tau and --density are both given (expected one: a density is kept whatever tau is)")
+    if "tau" in given:
+        given["density"] = None  # else that of the run would count
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
     _check_comparable({folder: run.config for folder, run in loaded.items()})
+    runs = []
     for folder, run in loaded.items():
-        config = dataclasses.replace(run.config, **given_settings(options))
+        config = dataclasses.replace(run.config, **given)
         data, languages = data_of(run.config, folder, options)
         datasets = load_training_data(data, languages)
-        run.parser.to(device_of(options.device))
         train = encode_training_data(run.parser, datasets, config.max_length)
         dev = {code: splits["dev"] for code, splits in datasets.items() if "dev" in splits}
-        for seed in range(config.seed, config.seed + options.seeds):
-            print(f"{folder}, seed {seed}", file=sys.stderr)
-            found.append(discover_for_parser(run.parser, train, dev, config, seed, round_printer(sys.stderr)))
-    subnets = combine(found, options.combine)
-    made_from = {"runs": options.runs, "seeds": options.seeds, "combine": options.combine, **given_settings(options)}
-    subnets.save(options.masks, {"made_from": json.dumps(made_from)})
-    stream = stream_beside(options.masks)
-    print_masks(subnets, stream)
-    print(f"written to {options.masks}", file=stream)
+        runs.append(_Run(folder, run.parser.to(device_of(options.device)), config, train, dev))
+    first = runs[0]
+    for other in runs[1:]:
+        if list(other.train) != list(first.train):
+            raise ConfigError(
+                f"{first.folder} has the languages {', '.join(first.train)}, {other.folder} {', '.join(other.train)} "
+                "(expected the same: give --languages)"
+            )
+        for name in ("units", "density", *(("tau",) if first.config.density is None else ())):
+            values = getattr(first.config, name), getattr(other.config, name)
+            if values[0] != values[1]:
+                raise ConfigError(
+                    f"{name} is {values[0]} in {first.folder} and {values[1]} in {other.folder} "
+                    f"(expected the same: give --{name})"
+                )
+    return runs
 
 
 def _check_comparable(configs: dict[str, TrainConfig]) -> None:
@@ -60,3 +114,54 @@ def _check_comparable(configs: dict[str, TrainConfig]) -> None:
                 f"{first} and {other} did not start from the same weights (model {start[0]!r} and {another[0]!r}; "
                 "'small' starts from its seed): their heads and neurons do not correspond and cannot be combined"
             )
+
+
+def _made_from(
+    options: argparse.Namespace, config: TrainConfig, draws: Sequence[Draw], subnets: Subnetworks
+) -> dict[str, Any]:
+    """What the file says of how it was made: of what, by which vote, and the share that each language keeps."""
+    asked = {"tau": config.tau} if config.density is None else {"density": config.density}
+    vote = None if len(draws) == 1 else options.combine if config.density is None else "most votes"
+    kept = {
+        kind: {name: round(float(share), 4) for name, share in zip(subnets.languages, shares, strict=True)}
+        for kind, shares in subnets.density.items()
+    }
+    found = {"runs": options.runs, "seeds": options.seeds, "draws": len(draws), "vote": vote, "units": config.units}
+    return {**found, **asked, "score_sentences": config.score_sentences, "kept": kept}
+
+
+def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
+    """One line: how much is kept, by which vote, and how much each draw kept."""
+    parts = []
+    for kind, shares in made_from["kept"].items():
+        mean = sum(shares.values()) / len(shares)
+        of_draws = [float(draw.subnetworks.density[kind].mean()) for draw in draws]
+        low, high = min(of_draws), max(of_draws)
+        each = f"{low:.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:.1%} to {high:.1%}"
+        parts.append(f"{mean:.1%} of {kind}" + (f" (each draw {each})" if len(draws) > 1 else ""))
+    how = {None: "", "most votes": f", those with the most votes of {len(draws)} draws"}
+    text = how.get(made_from["vote"], f", by {made_from['vote']} of {len(draws)} draws")
+    return f"kept, mean over languages: {' and '.join(parts)}{text}"
+
+
+def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
+    """Whether combined masks keep what tau asks for, run by run and language by language; says where they do not."""
+    from fastmask.training.methods import quality_for_parser
+
+    found: dict[str, Any] = {}
+    missed = 0
+    for one in runs:
+        qualities = quality_for_parser(one.parser, one.train, one.dev, one.config, one.config.seed, subnets)
+        found[one.folder] = {}
+        for name, (full, own) in qualities.items():
+            met = own.keeps(one.config.tau, full)
+            missed += not met
+            by = "dev LAS" if full.metric is not None else "loss on the scoring sentences"
+            numbers = (full.loss, own.loss) if full.metric is None else (full.metric, own.metric)
+            found[one.folder][name] = {"by": by, "full": numbers[0], "combined": numbers[1], "keeps_tau": met}
+            if not met:
+                text = f"{quality_text(own)}, of the full network {quality_text(full)}"
+                print(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", file=sys.stderr)
+    total = len(runs) * len(subnets.languages)
+    print(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
+    return found

@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     datasets = load_treebanks(data, languages, splits=(options.split,))
     sentences = {code: splits[options.split] for code, splits in datasets.items()}
     rows = scored(loaded.parser.to(device_of(options.device)), loaded.subnetworks, sentences)
-    print_scores(rows, stream_beside(options.json))
+    print_scores(rows, stream_beside(options.json), options.split)
     if options.json:
         write_text(options.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 

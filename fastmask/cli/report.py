@@ -15,27 +15,36 @@ from rich.table import Table
 from fastmask.cli.options import STANDARD_OUTPUT
 
 if TYPE_CHECKING:
-    from fastmask.discovery import Round
+    from fastmask.discovery import Quality, Round
     from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
 
-__all__ = ["Row", "console_of", "print_scores", "print_summary", "round_printer", "scored", "stream_beside"]
+__all__ = [
+    "Row",
+    "console_of",
+    "print_scores",
+    "print_summary",
+    "quality_text",
+    "round_printer",
+    "scored",
+    "stream_beside",
+]
 
 WIDTH = 130  # of tables that do not go to a terminal
 
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one language, in percent, and tokens per second; None where it has no subnetwork."""
+    """Scores of one language, in percent, and words per second; None where it has no subnetwork."""
 
     language: str
     words: int
     full_las: float
     full_uas: float
-    full_tokens_per_second: float
+    full_words_per_second: float
     las: float | None = None
     uas: float | None = None
-    tokens_per_second: float | None = None
+    words_per_second: float | None = None
     heads: int | None = None
     all_heads: int | None = None
     neurons: int | None = None
@@ -49,11 +58,11 @@ class Row:
             "words": full.scores.words,
             "full_las": full.las,
             "full_uas": full.uas,
-            "full_tokens_per_second": full.tokens_per_second,
+            "full_words_per_second": full.words_per_second,
         }
         if own is not None and subnets is not None:
             index = subnets.index(language)
-            row |= {"las": own.las, "uas": own.uas, "tokens_per_second": own.tokens_per_second}
+            row |= {"las": own.las, "uas": own.uas, "words_per_second": own.words_per_second}
             for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
                 if keep is not None:
                     row |= {kind: int(keep[index].sum()), f"all_{kind}": keep[index].numel()}
@@ -74,12 +83,12 @@ def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, A
     return rows
 
 
-def print_scores(rows: Sequence[Row], file: TextIO) -> None:
+def print_scores(rows: Sequence[Row], file: TextIO, split: str = "test") -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
-    table = Table(title="official LAS / UAS on the test sets, percent")
-    for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full tok/s"):
+    table = Table(title=f"official LAS / UAS on the {split} sets, percent")
+    for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full words/s"):
         table.add_column(name, justify="left" if name == "language" else "right", no_wrap=True)
-    table.add_column("subnet tok/s", justify="right")
+    table.add_column("subnet words/s", justify="right")
     masked = any(row.las is not None for row in rows)
     for row in rows:
         table.add_row(
@@ -90,8 +99,8 @@ def print_scores(rows: Sequence[Row], file: TextIO) -> None:
             _number(row.uas, ".2f"),
             _share(row.heads, row.all_heads),
             _share(row.neurons, row.all_neurons),
-            f"{row.full_tokens_per_second:,.0f}",
-            _number(row.tokens_per_second, ",.0f"),
+            f"{row.full_words_per_second:,.0f}",
+            _number(row.words_per_second, ",.0f"),
         )
     own = [row for row in rows if row.las is not None] or list(rows)
     if len(own) > 1:
@@ -113,7 +122,7 @@ def print_summary(
     names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
     console = console_of(file)
     if speed:
-        parts = [f"{value:,.0f} tokens/s {names[name]}" for name, value in speed.items()]
+        parts = [f"{value:,.0f} words/s {names[name]}" for name, value in speed.items()]
         console.print(f"training: {', '.join(parts)}", highlight=False)
     if scouting is not None:
         console.print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")
@@ -132,14 +141,17 @@ _FILES = {
 }
 
 
-def round_printer(file: TextIO) -> Callable[[Round], None]:
-    """A function that prints one line for each round of pruning."""
+def round_printer(file: TextIO, tau: float) -> Callable[[Round], None]:
+    """A function that prints one line for each round of pruning down to `tau` (or to a density)."""
 
     def show(found: Round) -> None:
         counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
-        metric = "" if found.metric is None else f"  dev LAS {found.metric:.2f}"
-        stopped = "" if found.kept else "  too low: back to the round before"
-        print(f"  {found.language} round {found.number}: {', '.join(counts)}{metric}{stopped}", file=file)
+        quality = quality_text(found.quality)
+        if found.number == 0 and found.quality.loss is not None:
+            quality += f" (there is no dev data; the loss may rise by {-math.log(tau):.3f})"
+        stopped = "" if found.kept else "  too far: back to the round before"
+        parts = [f"  {found.language} round {found.number}: {', '.join(counts)}", *([quality] if quality else ())]
+        print(f"{'  '.join(parts)}{stopped}", file=file)
 
     return show
 
@@ -147,6 +159,13 @@ def round_printer(file: TextIO) -> Callable[[Round], None]:
 def stream_beside(target: str | None) -> TextIO:
     """Where a command prints that also writes to the file `target`: not between the lines of that file."""
     return sys.stderr if target == STANDARD_OUTPUT else sys.stdout
+
+
+def quality_text(quality: Quality) -> str:
+    """What a number that pruning goes by is, and the number."""
+    if quality.metric is not None:
+        return f"dev LAS {quality.metric:.2f}"
+    return "" if quality.loss is None else f"loss on the scoring sentences {quality.loss:.3f}"
 
 
 def console_of(file: TextIO) -> Console:

@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     parser = build_parser(config, datasets)
     check_subnetworks(parser, config, datasets)
     show = sys.stderr.isatty()
-    on_round = round_printer(sys.stderr) if first else None
+    on_round = round_printer(sys.stderr, config.tau) if first else None
     result = train(parser, datasets, config, lambda point: subnetworks_of(point, on_round), progress=show)
     if not first:
         return
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     speed = _training_speed(result.history, config)
     report = {
         "settings": dataclasses.asdict(config),
-        "training_tokens_per_second": speed,
+        "training_words_per_second": speed,
         "budget": dataclasses.asdict(result.budget),
         "scouting_share": result.scouting_share,
         "test": [dataclasses.asdict(row) for row in rows],
@@ -93,7 +93,7 @@ def _unseen(data: Any, languages: list[str]) -> dict[str, Any]:
 
 
 def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:
-    """Median tokens/s of training before and after the switch to subnetworks or episodes."""
+    """Median words/s of training before and after the switch to subnetworks or episodes."""
     import statistics
 
     switch, after = config.switch_step, "subnetworks" if config.meta == "none" else "episodes"

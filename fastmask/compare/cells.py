@@ -128,7 +128,7 @@ def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
         "outer_steps": budget.plain_steps + budget.episodes,
         "gradient_passes": budget.gradient_passes,
         "sentences": budget.sentences,
-        "tokens_per_second": round(statistics.median(speeds), 1),
+        "words_per_second": round(statistics.median(speeds), 1),
         "scouting_share": trained.scouting_share,
     }
 

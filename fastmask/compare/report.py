@@ -15,6 +15,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from fastmask.analysis.statistics import p_text
 from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import Plan
 from fastmask.compare.queue import RESULT_FILE, is_done
@@ -28,7 +29,8 @@ NOTE = (
     "LAS: mean over languages, with its standard deviation over seeds. over full, over random: difference of the means "
     "over languages in LAS points, in brackets that of each seed; full and random with the same meta-learning (full "
     "with meta-learning against plain full). p: paired sign-flip test over languages, each the mean over seeds and "
-    "support sets; Holm-corrected over the rows. won: languages in which the row is better."
+    "support sets; Holm-corrected over the rows of its column, not over columns and tables. won: languages in which "
+    "the row is better."
 )
 
 
@@ -59,7 +61,7 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
             if (scores["condition"] == condition).any()
         ]
     )
-    for file, table, form in ((files[0], scores, "%.2f"), (files[1], cells, "%.4g"), (files[2], summary, "%.4g")):
+    for file, table, form in ((files[0], scores, None), (files[1], cells, "%.4g"), (files[2], summary, "%.4g")):
         write_text(file, table.to_csv(index=False, float_format=form), follow=False)
     write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
     draw_means(scores, order, files[4])
@@ -106,7 +108,7 @@ def _summary_row(row: Any) -> dict[str, str]:
     for other in ("full", "random"):
         seeds = " ".join(f"{value:+.1f}" for value in row[f"seeds_{other}"])
         cells[f"over {other}"] = f"{row[f'over_{other}']:+.2f} ({seeds})" if seeds else ""
-        cells[f"p {other}"] = "" if math.isnan(row[f"p_{other}"]) else f"{row[f'p_{other}']:.3f}"
+        cells[f"p {other}"] = "" if math.isnan(row[f"p_{other}"]) else p_text(row[f"p_{other}"])
         cells[f"won {other}"] = row[f"wins_{other}"]
     return cells
 
@@ -127,7 +129,7 @@ def _cost_rows(plan: Plan, cells: pd.DataFrame) -> list[dict[str, str]]:
         "live_neurons": ".0%",
         "outer_steps": ",.0f",
         "sentences": ",.0f",
-        "tokens_per_second": ",.0f",
+        "words_per_second": ",.0f",
         "training_seconds": ",.0f",
         "scoring_seconds": ",.0f",
     }

@@ -174,7 +174,7 @@ class _Cell:
             "subnetwork": choice.name,
             "support_set": None,
             "steps": 0,
-            "las": round(result.las, 3),
-            "uas": round(result.uas, 3),
+            "las": result.las,
+            "uas": result.uas,
             "words": result.scores.words,
         }

@@ -1,22 +1,21 @@
 """The tables of a comparison: one row per score, one per cell, and the summary with its significance tests.
 
-Languages are what the tests generalise over: a cell's scores of a language are averaged over support sets and seeds
-first, so that one difference per language enters the paired sign-flip test. Seeds share nothing that would make their
-differences independent draws of a language. Their spread is reported beside it.
+The tests are over languages (`analysis.paired`): a cell's scores of a language are averaged over support sets and seeds
+first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fastmask.analysis.statistics import holm, paired_sign_flip
+from fastmask.analysis.paired import Paired, paired_by_language
+from fastmask.analysis.statistics import holm
 
-__all__ = ["CONDITIONS", "Comparison", "cells_table", "compared", "scores_table", "summary_table"]
+__all__ = ["CONDITIONS", "baseline_of", "cells_table", "compared", "scores_table", "summary_table"]
 
 CONDITIONS = {
     "seen": "training languages, each with its own subnetwork",
@@ -54,26 +53,13 @@ def cells_table(results: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> pd
     )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One cell against another, paired by language.
-
-    Attributes:
-        difference: mean over languages of (cell - other), LAS points.
-        p: two-sided, of the sign-flip test over languages; not corrected.
-        wins: languages in which the cell is better.
-        languages: how many there are.
-        seed_differences: the mean difference of each seed alone.
-    """
-
-    difference: float
-    p: float
-    wins: int
-    languages: int
-    seed_differences: tuple[float, ...]
+def baseline_of(cell: tuple[str, str], baseline: str) -> tuple[str, str]:
+    """What a cell (method, meta) is compared with: `baseline` with the same meta-learning, itself with none."""
+    method, meta = cell
+    return baseline, "none" if method == baseline else meta
 
 
-def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str]) -> Comparison | None:
+def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str]) -> Paired | None:
     """`cell` against `other`, each (method, meta), over the languages and seeds that both have.
 
     Args:
@@ -86,17 +72,7 @@ def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str]
     """
     mine, theirs = (_by_language_and_seed(scores, which) for which in (cell, other))
     differences = (mine - theirs).dropna()
-    if differences.empty:
-        return None
-    by_language = differences.groupby("language").mean()
-    by_seed = differences.groupby("seed").mean()
-    return Comparison(
-        float(by_language.mean()),
-        paired_sign_flip(by_language.to_numpy()),
-        int((by_language > 0).sum()),
-        len(by_language),
-        tuple(float(value) for value in by_seed),
-    )
+    return None if differences.empty else paired_by_language(differences)
 
 
 def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str) -> pd.DataFrame:
@@ -104,7 +80,7 @@ def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condit
 
     A cell is compared with `full` of the same meta-learning (`full` with meta-learning: with `full` without), and where
     its masks mean something also with `random` of the same meta-learning. ``p_full`` and ``p_random`` are corrected for
-    the number of cells (Holm), ``uncorrected_p_full`` and ``uncorrected_p_random`` are not.
+    the number of cells in this table (Holm), ``uncorrected_p_full`` and ``uncorrected_p_random`` are not.
 
     Args:
         scores: of `scores_table`.
@@ -119,13 +95,13 @@ def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condit
         row["las"] = float(by_seed.mean()) if len(by_seed) else np.nan
         row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
         for baseline in ("full", "random"):
-            other = (baseline, "none" if method == baseline else meta)
+            other = baseline_of((method, meta), baseline)
             pointless = other == (method, meta) or (baseline == "random" and method in ("full", "random"))
             found = None if pointless else compared(scores, (method, meta), other)
             row[f"over_{baseline}"] = found.difference if found else np.nan
             row[f"p_{baseline}"] = found.p if found else np.nan
-            row[f"wins_{baseline}"] = f"{found.wins}/{found.languages}" if found else ""
-            row[f"seeds_{baseline}"] = found.seed_differences if found else ()
+            row[f"wins_{baseline}"] = f"{found.wins}/{len(found.by_language)}" if found else ""
+            row[f"seeds_{baseline}"] = found.by_seed if found else ()
         rows.append(row)
     table = pd.DataFrame(rows)
     for baseline in ("full", "random"):

@@ -2,13 +2,13 @@
 
 Score the live units, drop the least important tenth of all, score again with the rest, and stop before the development
 metric falls below tau times that of the full network (Michel et al. 2019; Prasanna et al. 2020). Pruned units are
-skipped, not multiplied by zero, so every round is cheaper than the one before.
+skipped, not multiplied by zero, so every round is cheaper than the one before. A language without development data goes
+by its loss on the examples that units are scored on, which is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.discovery.importance import Importance, importance
+from fastmask.discovery.quality import Quality, attached_to, measure
 from fastmask.errors import unknown
-from fastmask.models.attach import attach, detach, is_attached, language
+from fastmask.models.attach import is_attached
 from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
 
-__all__ = ["Round", "discover"]
+__all__ = ["Round", "discover", "live_units"]
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of pruning left: live units, and the metric with them; `kept` is False where it fell too far."""
+    """What one round of pruning left: live units, and how good they are; `kept` is False where that fell too far."""
 
     language: str
     number: int  # 0 is the full network
     heads: int | None
     neurons: int | None
-    metric: float | None
+    quality: Quality  # empty where pruning goes to a density
     kept: bool
 
 
@@ -62,27 +63,31 @@ def discover(
     model: nn.Module,
     batches: Mapping[str, Iterable[Any]],
     loss: Callable[[Any], Tensor],
-    metric: Callable[[str], float] | None = None,
+    metric: Callable[[str], float | None] | None = None,
     *,
     units: str = "heads",
     tau: float = 0.95,
     density: float | None = None,
     drop: float = 0.10,
     on_round: Callable[[Round], None] | None = None,
+    on_scores: Callable[[str, Importance], None] | None = None,
 ) -> Subnetworks:
     """Find one subnetwork for each language.
 
     Args:
         model: a plain Hugging Face model (nothing attached), fine-tuned on the task. It comes back as it was.
-        batches: for each language the batches its units are scored on; read once a round.
+        batches: for each language the batches its units are scored on; read once or twice a round.
         loss: runs `model` on a batch -> one loss for each example, [B]; called inside `fastmask.language`.
         metric: the development metric of a language, higher is better; called inside `fastmask.language` with
-            the masks of the round. Needed unless `density` is given.
+            the masks of the round. Needed unless `density` is given. None for a language that has no development data:
+            it goes by its mean loss on `batches` instead (`Quality.keeps` says how far).
         units: "heads", "neurons" or "both"; each kind is ranked on its own.
         tau: the share of the full network's metric that a subnetwork must keep.
         density: prune to this share of the units instead of down to tau.
         drop: share of all units dropped in a round (at least one).
         on_round: called after each round.
+        on_scores: called with each language and the last score of each of its units, float32 [layers, units]: that by
+            which it was dropped, or by which it was not (0 where nothing was ever scored).
 
     Returns:
         Subnetworks over the languages of `batches`, in their order, with at least one unit in every layer.
@@ -110,12 +115,19 @@ def discover(
     for name, scoring in batches.items():
         pruner = _Pruner(model, name, scoring, loss, metric, units, drop, on_round)
         found.append(pruner.to_density(density) if density is not None else pruner.to_tau(tau))
+        if on_scores is not None:
+            on_scores(name, Importance(pruner.scores.get("heads"), pruner.scores.get("neurons")))
     heads, neurons = [m.heads for m in found], [m.neurons for m in found]
     return Subnetworks(
         list(batches),
         None if heads[0] is None else torch.stack([keep for keep in heads if keep is not None]),
         None if neurons[0] is None else torch.stack([keep for keep in neurons if keep is not None]),
     )
+
+
+def live_units(density: float, layers: int, units: int) -> int:
+    """How many of layers x units a density keeps: at least one in each layer."""
+    return max(layers, round(density * layers * units))
 
 
 class _Pruner:
@@ -127,7 +139,7 @@ class _Pruner:
         name: str,
         batches: Iterable[Any],
         loss: Callable[[Any], Tensor],
-        metric: Callable[[str], float] | None,
+        metric: Callable[[str], float | None] | None,
         units: str,
         drop: float,
         on_round: Callable[[Round], None] | None,
@@ -139,6 +151,11 @@ class _Pruner:
             torch.ones(geometry.layers, geometry.heads, dtype=torch.bool) if units in ("heads", "both") else None,
             torch.ones(geometry.layers, geometry.neurons, dtype=torch.bool) if units in ("neurons", "both") else None,
         )
+        self.scores = {
+            kind: torch.zeros(keep.shape)
+            for kind, keep in (("heads", self.masks.heads), ("neurons", self.masks.neurons))
+            if keep is not None
+        }
 
     def to_tau(self, tau: float) -> _Masks:
         full = self._measure(self.masks)
@@ -150,7 +167,7 @@ class _Pruner:
             if smaller.counts() == self.masks.counts():
                 return self.masks  # one unit left in every layer
             value = self._measure(smaller)
-            kept = value >= tau * full
+            kept = value.keeps(tau, full)
             self._report(number, smaller, value, kept)
             if not kept:
                 return self.masks
@@ -159,28 +176,26 @@ class _Pruner:
     def to_density(self, density: float) -> _Masks:
         number = 0
         while True:
-            surplus = [
-                int(keep.sum()) - max(keep.shape[0], round(density * keep.numel())) for keep in self.masks.parts()
-            ]
+            surplus = [int(keep.sum()) - live_units(density, *keep.shape) for keep in self.masks.parts()]
             if max(surplus) <= 0:
                 return self.masks
             number += 1
             steps = [max(1, int(self.drop * keep.numel())) for keep in self.masks.parts()]
             self.masks = self._pruned([max(0, min(s, most)) for s, most in zip(steps, surplus, strict=True)])
-            self._report(number, self.masks, None, True)
+            self._report(number, self.masks, Quality(), True)
 
     def _pruned(self, drops: Sequence[int]) -> _Masks:
         """The current masks without the `drops` least important units of each kind."""
-        with _attached(self.model, self.masks.subnetworks(self.name)):
+        with attached_to(self.model, self.masks.subnetworks(self.name)):
             scores = importance(self.model, self.batches, self.loss, self.name)
+        for kind, last in self.scores.items():
+            self.scores[kind] = torch.where(getattr(self.masks, kind), getattr(scores, kind), last)
         return _drop_lowest(self.masks, scores, drops)
 
-    def _measure(self, masks: _Masks) -> float:
-        assert self.metric is not None
-        with _attached(self.model, masks.subnetworks(self.name)), language(self.model, self.name):
-            return float(self.metric(self.name))
+    def _measure(self, masks: _Masks) -> Quality:
+        return measure(self.model, masks.subnetworks(self.name), self.name, self.batches, self.loss, self.metric)
 
-    def _report(self, number: int, masks: _Masks, value: float | None, kept: bool) -> None:
+    def _report(self, number: int, masks: _Masks, value: Quality, kept: bool) -> None:
         if self.on_round is not None:
             self.on_round(Round(self.name, number, *masks.counts(), value, kept))
 
@@ -201,12 +216,3 @@ def _drop_lowest(masks: _Masks, scores: Importance, drops: Sequence[int]) -> _Ma
     return _Masks(
         parts.pop(0) if masks.heads is not None else None, parts.pop(0) if masks.neurons is not None else None
     )
-
-
-@contextmanager
-def _attached(model: nn.Module, subnets: Subnetworks) -> Iterator[None]:
-    attach(model, subnets)
-    try:
-        yield
-    finally:
-        detach(model)

@@ -51,7 +51,7 @@ class LiveAdamW(torch.optim.AdamW):
     were trained before the subnetworks were attached, or that any language owns from the start, do not pay it.
 
     On a CPU, float32 and float64 parameters take their step in one compiled pass over the live part (numba, the extra
-    `fastmask[cpu]`; about a second of compiling in the first step of a process). Without numba, and for other dtypes
+    `cpu`; about a second of compiling in the first step of a process). Without numba, and for other dtypes
     and devices, PyTorch takes the step, on a copy of each parameter that is partly dead: the same result, in several
     times the time of `torch.optim.AdamW`.
 
@@ -84,12 +84,13 @@ class LiveAdamW(torch.optim.AdamW):
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected the model as an nn.Module, given {type(model).__name__}")
         if use_compiled and not compiled.installed():
-            raise ImportError("use_compiled=True needs numba: pip install 'fastmask[cpu]'")
+            raise ImportError("use_compiled=True needs numba: in a checkout of fastmask, pip install -e '.[cpu]'")
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
         self.model, self.process_group = model, process_group
         self._use_compiled = compiled.installed() if use_compiled is None else use_compiled
         if use_compiled is None and not compiled.installed():
-            warnings.warn("without numba, LiveAdamW is slow on a CPU: pip install 'fastmask[cpu]'", stacklevel=2)
+            hint = "in a checkout of fastmask, pip install -e '.[cpu]'"
+            warnings.warn(f"without numba, LiveAdamW is slow on a CPU: {hint}", stacklevel=2)
         self._announced: set[int] | None = None
         self._arrivals = Arrivals()
         self._notes: list[Note] = []

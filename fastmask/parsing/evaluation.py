@@ -33,11 +33,11 @@ class Evaluation:
 
     Attributes:
         scores: official scores, percent.
-        tokens_per_second: words per second of encoding, decoding and labelling; reading and scoring not counted.
+        words_per_second: words per second of encoding, decoding and labelling; reading and scoring not counted.
     """
 
     scores: Scores
-    tokens_per_second: float
+    words_per_second: float
 
     @property
     def las(self) -> float:

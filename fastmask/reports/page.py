@@ -18,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
+from fastmask.analysis.statistics import p_text
 from fastmask.reports.analyses import Analysis
 from fastmask.reports.folders import Study
 from fastmask.reports.sections import Section, Skipped, file_name
@@ -129,14 +130,15 @@ def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:
     return {
         "name": name,
         "columns": list(zip((str(column).replace("_", " ") for column in table.columns), numeric, strict=True)),
-        "rows": [[_text(value) for value in row] for row in table.head(SHOWN_ROWS).itertuples(index=False)],
+        "rows": [list(map(_text, row, table.columns)) for row in table.head(SHOWN_ROWS).itertuples(index=False)],
         "length": len(table),
         "shown": min(len(table), SHOWN_ROWS),
         "folded": len(table) > OPEN_ROWS,
     }
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, column: Any) -> str:
     if isinstance(value, float):
-        return "–" if math.isnan(value) else f"{value:.4g}"
+        is_p = "p" in str(column).split("_")  # p, p_holm, score_p
+        return "–" if math.isnan(value) else p_text(value) if is_p else f"{value:.4g}"
     return "yes" if value is True else "no" if value is False else str(value)

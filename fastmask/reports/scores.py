@@ -10,7 +10,7 @@ import pandas as pd
 
 import fastmask as fm
 from fastmask.analysis.statistics import holm
-from fastmask.compare.tables import CONDITIONS
+from fastmask.compare.tables import CONDITIONS, baseline_of
 from fastmask.models import attach
 from fastmask.parsing.evaluation import parse, prepare
 from fastmask.parsing.parser import Parser
@@ -72,15 +72,21 @@ def effect(study: Study, options: Options) -> Plan:
 
 
 def _of_scores(scores: pd.DataFrame, condition: str, seed: int) -> list[Section]:
-    result = fm.analysis.effect(scores_of(scores, condition), BASELINE, seed=seed)
+    # Each against what `summary.md` compares it with: the same tests, and so the same correction.
+    cells = {variant_name(*cell): cell for cell in dict.fromkeys(zip(scores["method"], scores["meta"], strict=True))}
+    against = {name: variant_name(*baseline_of(cell, BASELINE)) for name, cell in cells.items()}
+    table = scores_of(scores, condition)
+    known = {name for name in against if name in set(table.method)}
+    against = {name: other for name, other in against.items() if name != other and {name, other} <= known}
+    result = fm.analysis.effect(table, against, seed=seed, gaps=True)
     note = f"LAS; {CONDITIONS[condition]}."
     return [Section.of(result, f"LAS, {condition}", condition, note=note, folded=condition != EFFECTS[0])]
 
 
 def scores_of(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
-    """Rows (method: a variant's name, language, seed, score: LAS) of the languages and seeds that all variants have."""
-    wide = by_variant(scores, condition).dropna()
-    return wide.stack().rename("score").reset_index().rename(columns={"variant": "method"})
+    """Rows (method: a variant's name, language, seed, score: LAS, the mean over support sets)."""
+    found = by_variant(scores, condition).stack().dropna()
+    return found.rename("score").reset_index().rename(columns={"variant": "method"})
 
 
 def _of_run(run: Run, treebanks: Treebanks, languages: Sequence[str], options: Options) -> pd.DataFrame:

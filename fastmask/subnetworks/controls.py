@@ -19,12 +19,16 @@ def random_like(subnets: Subnetworks, seed: int) -> Subnetworks:
 def shared_like(subnets: Subnetworks) -> Subnetworks:
     """One mask for all languages: in each layer the units most languages own, as many as a language owns on average.
 
+    A layer's average is rounded up or down so that all layers together have as many units as a language on average.
     Ties go to the lower unit.
     """
 
     def shared(keep: Tensor) -> Tensor:
         votes = keep.sum(0)
-        sizes = keep.sum(-1).float().mean(0).round().long().clamp(min=1)
+        means = keep.sum(-1).double().mean(0)
+        sizes = means.floor().long()
+        left = round(float(means.sum())) - int(sizes.sum())
+        sizes[(means - sizes).argsort(descending=True, stable=True)[:left]] += 1
         rank = votes.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return (rank < sizes[:, None]).expand_as(keep).contiguous()
 

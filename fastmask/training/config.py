@@ -45,7 +45,10 @@ class TrainConfig(Settings):
     masks: str | None = setting(None, "file of subnetworks to train instead of finding them (`fastmask discover`)")
     score_sentences: int = setting(256, "training sentences per language that units are scored on", low=1)
     tau: float = setting(
-        0.95, "prune while the dev score is at least tau times that of the full network", above=0, high=1
+        0.95,
+        "prune while dev LAS is at least tau times the full network's (without dev data, the loss may rise by -ln tau)",
+        above=0,
+        high=1,
     )
     strategy: str = setting("swap", "how dynamic subnetworks are updated", choices=STRATEGIES)
     update_every: int = setting(100, "steps between updates of dynamic subnetworks", low=1)
@@ -84,7 +87,7 @@ class TrainConfig(Settings):
     schedule: str = setting("cosine", "how the learning rate falls to the end", choices=SCHEDULES)
     optimizer: str = setting(
         "adamw",
-        "AdamW, or one that leaves alone what no language of a batch owns (live; fast on a CPU with fastmask[cpu])",
+        "AdamW, or one that leaves alone what no language of a batch owns (live; fast on a CPU with the extra cpu)",
         choices=OPTIMIZERS,
     )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", low=0, high=1)

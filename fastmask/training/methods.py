@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastmask.discovery import Round, discover
+from fastmask.discovery import Importance, Quality, Round, discover, measure
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.models import attach, detach
 from fastmask.parsing.batch import Batch, Encoded
@@ -20,7 +22,7 @@ from fastmask.subnetworks.geometry import Geometry
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import SwitchPoint
 
-__all__ = ["check_subnetworks", "discover_for_parser", "subnetworks_of"]
+__all__ = ["check_subnetworks", "discover_for_parser", "quality_for_parser", "subnetworks_of"]
 
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
 
@@ -109,24 +111,77 @@ def discover_for_parser(
     config: TrainConfig,
     seed: int,
     on_round: Callable[[Round], None] | None = None,
+    on_scores: Callable[[str, Importance], None] | None = None,
 ) -> Subnetworks:
     """Find one subnetwork for each language of `train` in a parser whose encoder is not attached.
 
     Args:
         parser: fine-tuned; comes back as it was.
         train: training sentences by language; `config.score_sentences` of each are drawn to score units on.
-        dev: development rows by language, for tau; a language without any is measured on its scoring sentences' loss
-            instead (its negative exponential, so that higher is better and tau is a share).
+        dev: development rows by language, for tau, which is a share of their LAS; a language without any goes by the
+            loss on its scoring sentences (`discovery.Quality`).
         config: `units`, `density`, `tau`, `score_sentences` and `dev_sentences` are read.
         seed: of the draw of scoring sentences.
         on_round: called after each round of pruning.
+        on_scores: see `discovery.discover`.
 
     Raises:
         ValueError: a density that would leave a layer without a live head or neuron.
     """
     _check_density(parser, config)
+    with _scoring(parser, train, dev if config.density is None else {}, config, seed) as by:
+        return discover(
+            parser.encoder,
+            by.batches,
+            by.loss,
+            by.las,
+            units=config.units,
+            tau=config.tau,
+            density=config.density,
+            on_round=on_round,
+            on_scores=on_scores,
+        )
+
+
+def quality_for_parser(
+    parser: Parser,
+    train: Mapping[str, Encoded],
+    dev: Mapping[str, Any],
+    config: TrainConfig,
+    seed: int,
+    subnets: Subnetworks,
+) -> dict[str, tuple[Quality, Quality]]:
+    """By language of `train`, how good the full network and its subnetwork are.
+
+    That is what `discover_for_parser` would go by with the same arguments.
+    """
+    full = subnets.map(torch.ones_like)
+    with _scoring(parser, train, dev, config, seed) as by:
+        return {
+            name: (
+                measure(parser.encoder, full, name, by.batches[name], by.loss, by.las),
+                measure(parser.encoder, subnets, name, by.batches[name], by.loss, by.las),
+            )
+            for name in train
+        }
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """What pruning goes by: batches of scoring sentences, the loss of each sentence, and dev LAS where there is one."""
+
+    batches: dict[str, list[Batch]]
+    loss: Callable[[Batch], torch.Tensor]
+    las: Callable[[str], float | None]
+
+
+@contextmanager
+def _scoring(
+    parser: Parser, train: Mapping[str, Encoded], dev: Mapping[str, Any], config: TrainConfig, seed: int
+) -> Iterator[_Scoring]:
+    """Draw and prepare the sentences; the parser is in eval mode for the time."""
     device = next(parser.parameters()).device
-    scoring = {
+    batches = {
         language: _batches(parser, encoded, config.score_sentences, np.random.default_rng([seed, position]))
         for position, (language, encoded) in enumerate(train.items())
     }
@@ -138,25 +193,15 @@ def discover_for_parser(
         assert losses is not None  # training sentences have gold heads
         return losses
 
-    def metric(language: str) -> float:
-        if language in prepared:
-            return evaluate(parser, {language: prepared[language]})[language].las
-        with torch.no_grad():
-            return float(torch.cat([loss(batch) for batch in scoring[language]]).mean().neg().exp())
+    def las(language: str) -> float | None:
+        if language not in prepared:
+            return None
+        return evaluate(parser, {language: prepared[language]})[language].las
 
     was_training = parser.training
     parser.eval()
     try:
-        return discover(
-            parser.encoder,
-            scoring,
-            loss,
-            metric,
-            units=config.units,
-            tau=config.tau,
-            density=config.density,
-            on_round=on_round,
-        )
+        yield _Scoring(batches, loss, las)
     finally:
         parser.train(was_training)
 

@@ -28,7 +28,7 @@ class MetricsLog:
         Args:
             run: folder of the run.
             history: the records so far.
-            tensorboard: also write TensorBoard files; needs the extra ``fastmask[tensorboard]``.
+            tensorboard: also write TensorBoard files; needs the extra ``tensorboard``.
             enabled: False on all processes but the main one: the history is kept, nothing is written.
         """
         self.history = list(history)
@@ -45,7 +45,8 @@ class MetricsLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise ImportError(
-                    "tensorboard is on, but TensorBoard is not installed: pip install 'fastmask[tensorboard]'"
+                    "tensorboard is on, but TensorBoard is not installed: in a checkout of fastmask, "
+                    "pip install -e '.[tensorboard]'"
                 ) from error
 
             last = self.history[-1]["step"] if self.history else 0
@@ -82,7 +83,7 @@ class TrainingProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]} · dev LAS {task.fields[las]} · {task.fields[rate]} tokens/s"),
+            TextColumn("loss {task.fields[loss]} · dev LAS {task.fields[las]} · {task.fields[rate]} words/s"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             disable=not enabled,

@@ -11,8 +11,8 @@ after it. The similarity of two profiles is ours:
 w_r is proportional to the precision of a difference between two shares: of 20 support sentences a frequent relation
 counts for what it is worth, and a rare one for little, however large the other treebank.
 
-URIEL (Littell et al. 2017) is read by `lang2vec` (`pip install "fastmask[typology]"`): the cosine of two languages'
-syntactic features, gaps filled by their nearest neighbours (`syntax_knn`; which features is our choice, too).
+URIEL (Littell et al. 2017) is read by `lang2vec` (the extra `typology`): the cosine of two languages' syntactic
+features, gaps filled by their nearest neighbours (`syntax_knn`; which features is our choice, too).
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def _uriel() -> Any:
             hint = " (setuptools below 82 has it)" if name == "pkg_resources" else ""
             raise ImportError(
                 f"the similarity of languages by URIEL needs the package {name}{hint}: "
-                'pip install "fastmask[typology]"; head direction does without',
+                "in a checkout of fastmask, pip install -e '.[typology]'; head direction does without",
                 name=name,
             ) from error
     return lang2vec

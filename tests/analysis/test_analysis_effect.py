@@ -21,7 +21,7 @@ def rows(**scores):
 
 
 def test_by_hand():
-    """Broken: a difference is paired wrongly, or a p-value is not that of the pairs."""
+    """Broken: a difference is paired wrongly, or a p-value is not that of the languages."""
     scores = rows(
         full={"en": [60, 62], "hi": [40, 41]},
         static={"en": [61, 64], "hi": [40.5, 41.5]},
@@ -38,25 +38,66 @@ def test_by_hand():
     assert (table.low["static", "en"], table.high["static", "en"]) == (1, 2)
     methods = result.more["methods"].set_index("method")
     assert methods.difference["static"] == 1
-    assert methods.p["static"] == paired_sign_flip([1, 2, 0.5, 0.5]) == 2 / 16
-    assert methods.p["random"] == paired_sign_flip([-1, 0, -2, 0])
-    assert methods.p_languages["static"] == paired_sign_flip([1.5, 0.5]) == 0.5
+    assert methods.p["static"] == paired_sign_flip([1.5, 0.5]) == 0.5
+    assert methods.p["random"] == paired_sign_flip([-0.5, -1])
+    assert (methods.low["static"], methods.high["static"]) == (0.5, 1.5)  # over languages
+    assert set(methods.languages) == {2}
+    assert set(methods.verdict) == {"too few"}
     assert list(methods.p_holm) == holm(list(methods.p))
     assert methods.seeds_agree["static"] == 2
     assert methods.seeds_agree["random"] == 1
     assert methods.languages_better["static"] == 2
 
 
+def test_each_method_against_its_own_baseline():
+    """A method must be compared with the baseline that is given for it, and corrected for the tests that are made."""
+    scores = rows(
+        full={"en": [60, 62], "hi": [40, 41]},
+        meta_full={"en": [50, 50], "hi": [30, 30]},
+        meta_static={"en": [51, 51], "hi": [33, 33]},
+    )
+    methods = fm.analysis.effect(scores, {"meta_static": "meta_full", "meta_full": "full"}).more["methods"]
+    assert list(zip(methods.method, methods.against, methods.difference, strict=True)) == [
+        ("meta_full", "full", -10.75),
+        ("meta_static", "meta_full", 2.0),
+    ]
+    assert list(methods.p_holm) == holm([0.5, 0.5])
+    with pytest.raises(KeyError, match="unknown method 'fulll'"):
+        fm.analysis.effect(scores, {"meta_static": "fulll"})
+    with pytest.raises(ValueError, match="'full' is given as its own baseline"):
+        fm.analysis.effect(scores, {"full": "full"})
+
+
+def test_gaps():
+    """With gaps, a method must be compared over what it and its baseline both have, and nothing else."""
+    scores = rows(
+        full={"en": [60, 62], "hi": [40, 41], "fi": [50, 50]},
+        half={"en": [61, 64], "hi": [40.5, 40]},
+        other={"fi": [51, 52]},
+        lone={"ja": [1, 2]},
+    )
+    scores = [row for row in scores if not (row["method"] == "half" and row["language"] == "hi" and row["seed"] == 1)]
+    result = fm.analysis.effect(scores, gaps=True)
+    methods = result.more["methods"].set_index("method")
+    assert list(methods.index) == ["half", "other"]
+    assert methods.difference["half"] == 1  # en 1.5, hi 0.5
+    assert methods.languages.to_dict() == {"half": 2, "other": 1}
+    assert list(result.table[result.table.method == "half"].language) == ["en", "hi"]
+    assert result.pictures()["png"].startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="none of lone has a language and seed in common with its baseline"):
+        fm.analysis.effect(scores, {"lone": "full"}, gaps=True)
+
+
 def test_verdicts():
     """Broken: noise is called an effect, or an effect noise."""
     generator = np.random.default_rng(0)
-    noise = {name: list(generator.normal(50, 1, 6)) for name in "abcd"}
+    noise = {name: list(generator.normal(50, 1, 6)) for name in "abcdefgh"}
     scores = rows(
         full=noise,
         better={name: [v + 1 + 0.01 * i for i, v in enumerate(values)] for name, values in noise.items()},
         worse={name: [v - 1 - 0.01 * i for i, v in enumerate(values)] for name, values in noise.items()},
         same={name: [v + (-1) ** i for i, v in enumerate(values)] for name, values in noise.items()},
-        # Far better with five seeds, worse with one: significant over pairs, but the seeds do not agree.
+        # Far better with five seeds, worse with one: significant over languages, but the seeds do not agree.
         lucky={name: [v + (3 if i else -0.1) for i, v in enumerate(values)] for name, values in noise.items()},
     )
     result = fm.analysis.effect(scores)

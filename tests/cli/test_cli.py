@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +18,12 @@ from typed_command import output_of
 import fastmask as fm
 from fastmask.cli import main
 from fastmask.cli.evaluate import data_of
+from fastmask.files import read_metadata
+from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.parsing.synthetic import SEEN
+from fastmask.parsing.treebanks import load_treebanks
 from fastmask.training.config import TrainConfig
+from fastmask.training.finished import load_run
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
 TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
@@ -38,7 +45,7 @@ def test_train_leaves_everything_it_names(run):
         assert row["heads"] == round(0.4 * 32)
         assert row["all_neurons"] == 4096
         assert 0 <= row["full_las"] <= row["full_uas"] <= 100
-    assert results["training_tokens_per_second"].keys() == {"full_network", "subnetworks"}
+    assert results["training_words_per_second"].keys() == {"full_network", "subnetworks"}
     assert (run / "head_use.png").read_bytes().startswith(b"\x89PNG")
     assert fm.Subnetworks.load(run / "masks.safetensors").languages == ("qaa", "qac")
     assert (run / "metrics.jsonl").stat().st_size > 0
@@ -58,6 +65,7 @@ def test_evaluate_a_language_without_a_subnetwork(run, data, capsys):
     """An unseen language is an error, or silently read by somebody else's subnetwork."""
     table = output_of(capsys, "evaluate", run, "--data", data, "--languages", "qaa,qah", "--split", "dev")
     assert "qah (no subnetwork)" in table
+    assert "on the dev sets" in table
 
 
 def test_predict_changes_two_columns_only(run, data, capsys, tmp_path):
@@ -84,6 +92,11 @@ def test_discover_then_train_with_the_masks(run, data, capsys, tmp_path):
     assert "heads of 32" in table
     subnets = fm.Subnetworks.load(masks)
     assert subnets.neurons is None
+    assert subnets.heads.sum((1, 2)).tolist() == [16, 16]  # asked for half: a vote of two draws alone would leave less
+    assert "kept, mean over languages: 50.0% of heads (each draw 50.0%), those with the most votes of 2 draws" in table
+    made_from = json.loads(read_metadata(masks)["made_from"])
+    assert (made_from["vote"], made_from["draws"], made_from["units"]) == ("most votes", 2, "heads")
+    assert made_from["kept"] == {"heads": {"qaa": 0.5, "qac": 0.5}}
     shown = output_of(capsys, "masks", masks, "--picture", tmp_path / "heads.svg")
     assert "qaa" in shown
     assert (tmp_path / "heads.svg").read_text().lstrip().startswith("<?xml")
@@ -96,6 +109,95 @@ def test_discover_then_train_with_the_masks(run, data, capsys, tmp_path):
             assert control.heads.sum(-1).tolist() == subnets.heads.sum(-1).tolist()
         else:
             assert control.heads[0].equal(control.heads[1])
+
+
+@pytest.mark.parametrize("vote", ["majority", "union", "intersection"])
+def test_discover_at_a_density_by_any_vote(run, data, capsys, tmp_path, vote):
+    """What is asked for must be what is kept."""
+    options = ["--density", "0.25", "--seeds", "3", "--score-sentences", "4", "--combine", vote, "--units", "heads"]
+    output_of(capsys, "discover", run, "--data", data, "--masks", tmp_path / "m", *options)
+    assert fm.Subnetworks.load(tmp_path / "m").heads.sum((1, 2)).tolist() == [8, 8]
+
+
+@pytest.fixture(scope="module")
+def half_without_dev(tmp_path_factory, data):
+    """The treebanks, that of qac without a dev file."""
+    folder = tmp_path_factory.mktemp("nodev") / "ud"
+    shutil.copytree(data, folder)
+    for path in folder.glob("UD_*/qac_*-dev.conllu"):
+        path.unlink()
+    return folder
+
+
+def test_discover_without_dev_data(run, half_without_dev, capsys, tmp_path):
+    """Every number must be called what it is: without dev data there is no LAS, but a loss; and tau must be checked."""
+    options = ["--tau", "0.9", "--seeds", "2", "--score-sentences", "8", "--units", "heads"]
+    arguments = ["discover", run, "--data", half_without_dev, "--masks", tmp_path / "m", *options]
+    assert main([str(argument) for argument in arguments]) == 0
+    said, shown = capsys.readouterr().err, None
+    for line in said.splitlines():
+        words = line.split()
+        if words[1:2] == ["round"]:
+            assert ("dev LAS" in line, "loss on the scoring sentences" in line) == (
+                words[0] == "qaa",
+                words[0] == "qac",
+            )
+            if words[0] == "qac":
+                shown = shown or line
+    assert shown is not None
+    assert shown.endswith("(there is no dev data; the loss may rise by 0.105)")
+    assert 2 < float(re.search(r"sentences (\d+\.\d+)", shown)[1]) < 10  # a cross entropy, hardly trained
+    made_from = json.loads(read_metadata(tmp_path / "m")["made_from"])
+    assert (made_from["vote"], made_from["tau"]) == ("majority", 0.9)
+    assert "density" not in made_from  # that of the run is not what was asked for
+    quality = made_from["quality"][str(run)]
+    assert [quality[name]["by"] for name in ("qaa", "qac")] == ["dev LAS", "loss on the scoring sentences"]
+    assert quality["qaa"]["keeps_tau"] == (quality["qaa"]["combined"] >= 0.9 * quality["qaa"]["full"])
+    assert quality["qac"]["keeps_tau"] == (quality["qac"]["combined"] <= quality["qac"]["full"] - math.log(0.9))
+    for name in ("qaa", "qac"):
+        assert (f"{name}: the combined subnetwork misses tau" in said) != quality[name]["keeps_tau"]
+    # The numbers are those of the saved masks.
+    subnets = fm.Subnetworks.load(tmp_path / "m")
+    parser = load_run(run, attached=False).parser
+    dev = load_treebanks(half_without_dev, ["qaa"])["qaa"]["dev"]
+    fm.attach(parser.encoder, subnets)
+    las = evaluate(parser, {"qaa": prepare(parser, dev, 8)}, subnets.index("qaa"))["qaa"].las
+    assert las == pytest.approx(quality["qaa"]["combined"])
+
+
+def test_train_without_dev_data(half_without_dev, capsys, tmp_path):
+    """A run must not call a loss LAS either."""
+    arguments = [
+        "train",
+        "--data",
+        half_without_dev,
+        "--out",
+        tmp_path / "r",
+        "--steps",
+        "2",
+        "--units",
+        "heads",
+        *TINY,
+    ]
+    assert main([str(argument) for argument in arguments]) == 0
+    said = capsys.readouterr().err
+    assert "  qac round 0: 32 heads  loss on the scoring sentences " in said
+    assert not [line for line in said.splitlines() if "qac" in line and "LAS" in line]
+
+
+def test_discover_what_cannot_be_combined(run, data, capsys, tmp_path):
+    """Runs of other languages or settings must be refused before anything is computed."""
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    settings = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(settings.replace("density: 0.4", "density: 0.3"))
+    arguments = ["discover", run, other, "--data", data, "--masks", tmp_path / "m"]
+    assert "density is 0.4 in " in output_of(capsys, *arguments, code=1)
+    (other / "config.yaml").write_text(settings.replace("qaa,qac", "qac,qaa"))
+    assert "has the languages qaa, qac, " in output_of(capsys, *arguments, code=1)
+    said = output_of(capsys, "discover", run, "--masks", tmp_path / "m", "--tau", "0.9", "--density", "0.5", code=1)
+    assert "--tau and --density are both given" in said
+    assert not (tmp_path / "m").exists()
 
 
 def test_full_method_has_no_subnetworks(run, data, capsys, tmp_path):

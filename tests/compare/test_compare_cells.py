@@ -117,7 +117,7 @@ def run_in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def without_times(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells = pd.read_csv(folder / "cells.csv")
-    times = [name for name in cells if "seconds" in name or name in ("tokens_per_second", "resumed", "scouting_share")]
+    times = [name for name in cells if "seconds" in name or name in ("words_per_second", "resumed", "scouting_share")]
     return pd.read_csv(folder / "results.csv"), cells.drop(columns=times)
 
 

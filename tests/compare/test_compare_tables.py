@@ -37,8 +37,8 @@ def test_differences_are_paired_by_language_and_averaged_over_seeds():
     found = compared(scores_table(results()), ("static", "none"), ("full", "none"))
     # fi: +2, 0; ja: +3, +1; ta: 0, +2  ->  by language 1, 2, 1; by seed 5/3, 1
     assert found.difference == pytest.approx(4 / 3)
-    assert found.seed_differences == pytest.approx((5 / 3, 1.0))
-    assert (found.wins, found.languages) == (3, 3)
+    assert found.by_seed == pytest.approx((5 / 3, 1.0))
+    assert (found.wins, len(found.by_language)) == (3, 3)
     assert found.p == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
 
 

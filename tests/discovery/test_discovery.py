@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import fastmask as fm
-from fastmask.discovery import combine, importance
+from fastmask.discovery import Quality, importance, measure
 from fastmask.subnetworks import Subnetworks
 
 LAYERS, HEADS, FFN = 2, 4, 12
@@ -160,22 +160,65 @@ def test_same_data_same_masks(model):
     assert fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5) == first
 
 
-def test_combining_seeds():
-    """Hand-computed: votes 3 2 1 0, and a layer where nobody agrees."""
+def test_without_development_data_the_loss_decides(model):
+    """A language without development data must go by its loss, under that name, as far as tau lets the loss rise."""
+    rounds = []
 
-    def subnets(*rows):
-        return Subnetworks(["a"], torch.tensor([rows], dtype=torch.bool))
+    def losses(ids):
+        live = int(model._fastmask.subnets.heads.sum())
+        return loss_of(model)(ids) * 0 + {8: 2.0, 7: 2.02, 6: 2.05}.get(live, 2.06)
 
-    seeds = [
-        subnets([1, 1, 1, 0], [1, 0, 0, 0]),
-        subnets([1, 1, 0, 0], [0, 1, 0, 0]),
-        subnets([1, 0, 0, 0], [0, 0, 1, 0]),
+    dev = {"b": 50.0}
+    found = fm.discover(model, {"a": [data()], "b": [data()]}, losses, dev.get, tau=0.95, on_round=rounds.append)
+    assert found.heads.sum((1, 2)).tolist() == [6, 2]  # -ln(0.95) = 0.0513; the metric of b never falls
+    of_a = [(r.heads, r.quality.metric, r.quality.loss, r.kept) for r in rounds if r.language == "a"]
+    assert of_a == [
+        (8, None, pytest.approx(2.0), True),
+        (7, None, pytest.approx(2.02), True),
+        (6, None, pytest.approx(2.05), True),
+        (5, None, pytest.approx(2.06), False),
     ]
-    assert combine(seeds) == subnets([1, 1, 0, 0], [1, 0, 0, 0])
-    assert combine(seeds, "union") == subnets([1, 1, 1, 0], [1, 1, 1, 0])
-    assert combine(seeds, "intersection") == subnets([1, 0, 0, 0], [1, 0, 0, 0])
-    with pytest.raises(KeyError, match="did you mean 'majority'"):
-        combine(seeds, "majorty")
+    assert all(r.quality == Quality(metric=50.0) for r in rounds if r.language == "b")
+    rounds.clear()
+    fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5, on_round=rounds.append)
+    assert all(r.quality == Quality() for r in rounds)
+
+
+def test_the_loss_is_that_of_the_masked_model(model):
+    """The loss that decides must be the mean over the scoring examples, of the network with masked weights."""
+    subnets = Subnetworks.random(model.config, ["a", "b"], 0.5, seed=5, units="both")
+    masked = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for index, layer in enumerate(masked.encoder.layer):
+            width = 16 // HEADS
+            layer.attention.output.dense.weight *= subnets.heads[1, index].repeat_interleave(width)
+            layer.output.dense.weight *= subnets.neurons[1, index]
+        expected = float(loss_of(masked)(data()).mean())
+    model.train()
+    found = measure(model, subnets, "b", data().split([3, 4]), loss_of(model), None)
+    assert found.metric is None
+    assert found.loss == pytest.approx(expected, rel=1e-10)
+    assert model.training
+    assert type(model).__module__.startswith("transformers.")
+
+
+def test_scores_are_the_last_ones(model):
+    """A unit's score must be the one it was dropped by, or the last one it survived."""
+    scores = {}
+    found = fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5, drop=0.2, on_scores=scores.__setitem__)
+    assert scores["a"].neurons is None
+    keep = torch.ones(1, LAYERS, HEADS, dtype=torch.bool)
+    literal = torch.zeros(LAYERS, HEADS)
+    while keep.sum() > 4:
+        fm.attach(model, Subnetworks(["a"], keep))
+        now = importance(model, [data()], loss_of(model), "a").heads
+        fm.detach(model)
+        literal = torch.where(keep[0], now, literal)
+        worst = now.masked_fill(~keep[0] | (now == now.masked_fill(~keep[0], -1).amax(1, keepdim=True)), torch.inf)
+        keep = keep.clone()
+        keep.view(-1)[worst.flatten().argmin()] = False
+    assert torch.equal(keep, found.heads)
+    torch.testing.assert_close(scores["a"].heads, literal)
 
 
 @pytest.mark.parametrize(

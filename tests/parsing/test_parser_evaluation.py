@@ -43,7 +43,7 @@ def test_evaluation_scores_and_leaves_the_training_alone() -> None:
         for h, g in zip(heads, row["heads"], strict=True)
     )
     assert result.uas == pytest.approx(100 * right / 8)
-    assert result.tokens_per_second > 0
+    assert result.words_per_second > 0
     assert result.scores.words == 8
 
 

@@ -83,6 +83,17 @@ def test_shared_like_takes_the_most_voted_units():
     assert shared.heads.tolist() == [[[True, True, False]]] * 2
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_shared_like_is_as_large_as_a_language(seed):
+    """The shared mask must have as many units as a language has on average, in a layer and in all together."""
+    generator = torch.Generator().manual_seed(seed)
+    heads = torch.rand(3, 5, 7, generator=generator) < 0.5
+    heads[:, :, 0] = True
+    shared = shared_like(Subnetworks(["a", "b", "c"], heads)).heads
+    assert int(shared[0].sum()) == round(int(heads.sum()) / 3)
+    assert ((shared[0].sum(-1) - heads.sum(-1).double().mean(0)).abs() < 1).all()
+
+
 def test_shuffled_gives_nobody_its_own():
     """A shuffled control in which some language keeps its mask controls nothing."""
     heads = torch.eye(5, dtype=torch.bool)[:, None]

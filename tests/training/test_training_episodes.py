@@ -311,7 +311,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "density is 0.1: that is 3 of the 32 heads, which would kill a layer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*command, "--steps", "20"]) == 0
-    assert "tokens/s in episodes" in capsys.readouterr().out
+    assert "words/s in episodes" in capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["budget"]["episodes"] == 8 * 8 // (2 * 3 * 8) == 1
-    assert results["training_tokens_per_second"].keys() == {"full_network", "episodes"}
+    assert results["training_words_per_second"].keys() == {"full_network", "episodes"}

@@ -1,0 +1,152 @@
+"""Combining draws: what was asked for is what is kept, whatever the vote and however many draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmask.discovery import VOTES, Draw, Importance, combine, live_units
+from fastmask.subnetworks import Subnetworks
+
+
+def draw_of(rows, scores=None):
+    """A draw of the language "a", from its rows of 0 and 1; a unit's score is a half of its own where none is given."""
+    keep = torch.tensor([rows], dtype=torch.bool)
+    values = torch.full(keep.shape[1:], 0.5) if scores is None else torch.tensor(scores, dtype=torch.float32)
+    return Draw(Subnetworks(["a"], keep), {"a": Importance(values, None)})
+
+
+@st.composite
+def draws(draw):
+    """(density, draws of that density, over heads and neurons, with scores that are all different)."""
+    layers, heads, neurons, languages = (draw(st.integers(1, most)) for most in (4, 6, 9, 3))
+    count, seed = draw(st.integers(1, 6)), draw(st.integers(0, 2**31))
+    density = draw(st.sampled_from([0.01, 0.25, 0.5, 0.7, 0.95, 1.0]))
+    generator = torch.Generator().manual_seed(seed)
+    names = [f"l{number}" for number in range(languages)]
+
+    def masks(units):
+        score = torch.rand(languages, layers, units, generator=generator)
+        forced = score.clone().scatter_(2, score.argmax(2, keepdim=True), 2.0)
+        order = forced.flatten(1).argsort(1, descending=True)[:, : live_units(density, layers, units)]
+        return torch.zeros(languages, layers * units, dtype=torch.bool).scatter_(1, order, True).view_as(score)
+
+    def one():
+        scores = {
+            name: Importance(*(torch.rand(layers, units, generator=generator) for units in (heads, neurons)))
+            for name in names
+        }
+        return Draw(Subnetworks(names, masks(heads), masks(neurons)), scores)
+
+    return density, [one() for _ in range(count)]
+
+
+@given(draws(), st.sampled_from(sorted(VOTES)))
+def test_a_density_is_kept(case, vote):
+    """Every language must keep as many units as each draw did, and one in every layer at least, whatever the vote."""
+    density, found = case
+    combined = combine(found, vote, density)
+    for kind in ("heads", "neurons"):
+        keep, first = getattr(combined, kind), getattr(found[0].subnetworks, kind)
+        assert torch.equal(keep.sum((1, 2)), first.sum((1, 2)))
+        assert (keep.sum(2) >= 1).all()
+        votes = sum(getattr(draw.subnetworks, kind).long() for draw in found)
+        for language, name in enumerate(combined.languages):
+            mean = sum(getattr(draw.scores[name], kind).double() for draw in found) / len(found)
+            order = votes[language].double() + mean / 2  # scores are below 1, so votes come first
+            best = order == order.amax(1, keepdim=True)
+            others = keep[language] & ~best
+            left = ~keep[language]
+            assert keep[language][best].all()
+            if others.any() and left.any():
+                assert order[others].min() > order[left].max()
+
+
+@given(draws(), st.sampled_from([*sorted(VOTES), None]), st.randoms(use_true_random=False))
+def test_neither_the_order_of_draws_nor_that_of_units_decides(case, vote, random):
+    """Renumbered units must give the renumbered mask, and draws in another order the same: a tie is broken by worth."""
+    density, found = case
+    asked = (vote, None) if vote else ("majority", density)
+    combined = combine(found, *asked)
+    assert combine(random.sample(found, len(found)), *asked) == combined
+    places = list(range(combined.heads.shape[2]))
+    random.shuffle(places)
+    moved = [
+        Draw(
+            Subnetworks(draw.subnetworks.languages, draw.subnetworks.heads[:, :, places], draw.subnetworks.neurons),
+            {name: Importance(score.heads[:, places], score.neurons) for name, score in draw.scores.items()},
+        )
+        for draw in found
+    ]
+    assert torch.equal(combine(moved, *asked).heads, combined.heads[:, :, places])
+
+
+@given(draws())
+def test_one_draw_is_itself(case):
+    """A single draw must come out as it is, with a density and by every vote."""
+    density, found = case
+    for vote in VOTES:
+        assert combine(found[:1], vote, density) == combine(found[:1], vote) == found[0].subnetworks
+
+
+@given(draws())
+def test_votes_without_a_density(case):
+    """Without a density a vote must keep the units it elects, and besides them only the best one of a layer."""
+    _, found = case
+    votes = sum(draw.subnetworks.heads.long() for draw in found)
+    elected = {
+        "majority": votes * 2 > len(found),
+        "union": votes > 0,
+        "intersection": votes == len(found),
+    }
+    for vote, wanted in elected.items():
+        keep = combine(found, vote).heads
+        assert (keep | ~wanted).all()
+        more = keep & ~wanted
+        assert (more.sum(2) <= 1).all()
+        assert not more[wanted.any(2)].any()
+        assert (keep.sum(2) >= 1).all()
+
+
+def test_by_hand():
+    """Votes 3 2 1 0, and a layer where nobody agrees: there the unit of the highest mean score stays."""
+    scores = [[0.5, 0.5, 0.5, 0.5], [0.2, 0.1, 0.3, 0.9]]
+    seeds = [
+        draw_of([[1, 1, 1, 0], [1, 0, 0, 0]], scores),
+        draw_of([[1, 1, 0, 0], [0, 1, 0, 0]], scores),
+        draw_of([[1, 0, 0, 0], [0, 0, 1, 0]], scores),
+    ]
+
+    def rows(*asked):
+        return combine(seeds, *asked).heads[0].int().tolist()
+
+    assert rows() == rows("majority") == [[1, 1, 0, 0], [0, 0, 1, 0]]
+    assert rows("union") == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    assert rows("intersection") == [[1, 0, 0, 0], [0, 0, 1, 0]]
+    # Half of 8: the best of each layer, then two votes, then the highest score among those with one.
+    assert rows("majority", 0.5) == [[1, 1, 1, 0], [0, 0, 1, 0]]
+
+
+def test_two_draws_at_half_the_units_keep_half_of_them():
+    """Two draws that share one of three units must not leave a third of what was asked for."""
+    first, second = [[1, 1, 1, 0, 0, 0]], [[0, 0, 1, 1, 1, 0]]
+    scores = [[0.1, 0.4, 0.5, 0.3, 0.2, 0.9]]
+    found = combine([draw_of(first, scores), draw_of(second, scores)], density=0.5)
+    assert found.heads[0].int().tolist() == [[0, 1, 1, 1, 0, 0]]
+    assert combine([draw_of(first), draw_of(second)]).heads.sum() == 1  # a tie is no majority
+
+
+def test_what_cannot_be_combined():
+    """An unknown vote, nothing at all, and draws over other languages or units must be refused."""
+    one = draw_of([[1, 0]])
+    with pytest.raises(KeyError, match="did you mean 'majority'"):
+        combine([one], "majorty")
+    with pytest.raises(ValueError, match="no subnetworks"):
+        combine([])
+    with pytest.raises(ValueError, match="different heads"):
+        combine([one, draw_of([[1, 0, 1]])])
+    other = Draw(Subnetworks(["b"], one.subnetworks.heads), {"b": one.scores["a"]})
+    with pytest.raises(ValueError, match="'b'"):
+        combine([one, other])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import quality_text, round_printer
+from fastmask.cli.report import quality_text, round_printer, stream_beside
 from fastmask.files import check_target
 from fastmask.training.config import ConfigError, TrainConfig
 

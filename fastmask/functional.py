@@ -75,19 +75,8 @@ def compute(
     `activation`, a name of `torch_path.activations`, is applied to x first and computed again in the backward pass
     instead of being kept.
     """
-    return operators.run(
-        _autocast(x),
-        weight,
-        bias,
-        language_ids,
-        mask.index,
-        mask.extents,
-        mask.kind,
-        mask.geometry,
-        mask.n_languages,
-        packed_width,
-        activation,
-    )
+    biases = [] if bias is None else [bias]
+    return compute_projections(x, [weight], [mask], language_ids, biases, [packed_width], activation)[0]
 
 
 def compute_projections(
@@ -97,21 +86,23 @@ def compute_projections(
     language_ids: Tensor,
     biases: list[Tensor],
     packed_widths: list[int],
+    activation: str = NONE,
 ) -> Sequence[Tensor]:
-    """`compute` for several row masks over one input, packed: y_g [B, ..., packed_widths[g]] of each.
+    """`compute` for several masks of one kind over one input: y_g of each.
 
     All weights have a bias, or none has: then `biases` is empty.
     """
-    return operators.run_projections(
+    sizes = [(*mask.geometry, 0)[:2] for mask in masks]
+    return operators.run(
         _autocast(x),
         weights,
         biases,
         language_ids,
         [mask.index for mask in masks],
         [mask.extents for mask in masks],
-        [mask.geometry[0] for mask in masks],
-        masks[0].n_languages,
-        packed_widths,
+        operators.Settings(
+            masks[0].kind, [n for size in sizes for n in size], masks[0].n_languages, packed_widths, activation
+        ),
     )
 
 

@@ -1,9 +1,14 @@
-"""`fastmask::masked_linear` and `fastmask::masked_linear_backward`: one masked layer, whatever the kind of its mask."""
+"""`fastmask::masked_linear` and its backward: one masked layer, or several that share their input (Q, K and V).
+
+There is one operator, over lists; a single layer is a list of one. It exists twice, with one signature: as a custom
+operator for tracers, and as a plain `autograd.Function` for eager calls, which spares them the operator's Python
+wrapping: in a small layer that costs more than the layer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,126 +18,180 @@ from fastmask.masks import UNPACKED, StoredMask
 from fastmask.operators.paths import as_examples, path_for, traced
 from fastmask.torch_path.activations import activate, activation_grad
 
-__all__ = ["run"]
+__all__ = ["Settings", "run"]
+
+Grads = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
-def run(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
-    """Compute `masked_linear`; `arguments` are those of `_forward` after x and weight."""
-    y: Tensor = (torch.ops.fastmask.masked_linear if traced(x, weight) else _Eager.apply)(x, weight, *arguments)
-    return y
+class Settings(NamedTuple):
+    """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.
+
+    kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
+    packed_widths: of each, or -1. activation: a name of `torch_path.activations` that is applied to the input first.
+    """
+
+    kind: str
+    geometries: list[int]
+    n_languages: int
+    packed_widths: list[int]
+    activation: str
+
+    def masks(self, indices: Sequence[Tensor], extents: Sequence[Tensor]) -> list[StoredMask]:
+        """The masks whose tensors these are."""
+        sizes = zip(self.geometries[::2], self.geometries[1::2], strict=True)
+        return [
+            StoredMask(self.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
+            for size, index, extent, width in zip(sizes, indices, extents, self.packed_widths, strict=True)
+        ]
 
 
-def _forward(
+def run(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: list[Tensor],
+    biases: list[Tensor],
     language_ids: Tensor,
-    index: Tensor,
-    extents: Tensor,
-    kind: str,
-    geometry: list[int],
-    n_languages: int,
-    packed_width: int,
-    activation: str,
-) -> Tensor:
-    mask = StoredMask(kind, geometry, index, extents, packed_width)
-    return _output(x, weight, bias, language_ids, mask, n_languages, activation, None)
+    indices: list[Tensor],
+    extents: list[Tensor],
+    settings: Settings,
+) -> Sequence[Tensor]:
+    """y_g [B, ..., N_g or its packed width] of x [B, ..., K] for each of G weights; `biases` is empty or has all."""
+    if traced(x, *weights):
+        ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
+            x, weights, biases, language_ids, indices, extents, *settings
+        )
+        return ys
+    return _Eager.apply(settings, x, language_ids, *weights, *biases, *indices, *extents)
 
 
-def _output(
+def _outputs(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     language_ids: Tensor,
-    mask: StoredMask,
-    n_languages: int,
-    activation: str,
-    kept: list[Tensor] | None,
-) -> Tensor:
-    """Compute the layer; `kept` as in `torch_path.layers.forward`."""
-    examples = activate(as_examples(x), activation)
-    (y,) = path_for(x, [weight]).forward([mask], examples, [weight], [bias], language_ids, n_languages, kept)
-    return y if x.ndim == 3 else y.view(*x.shape[:-1], y.shape[2])
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    language_ids: Tensor,
-    index: Tensor,
-    extents: Tensor,
-    kind: str,
-    geometry: list[int],
-    n_languages: int,
-    packed_width: int,
-    activation: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = StoredMask(kind, geometry, index, extents, packed_width)
-    return _grads(dy, x, weight, language_ids, mask, n_languages, activation, needs, ())
+    masks: list[StoredMask],
+    settings: Settings,
+    kept: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Compute the layers; `kept` as in `torch_path.layers.forward`."""
+    examples = activate(as_examples(x), settings.activation)
+    given: Sequence[Tensor | None] = biases or [None] * len(weights)
+    path = path_for(x, weights)
+    ys: list[Tensor] = path.forward(masks, examples, weights, given, language_ids, settings.n_languages, kept)
+    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
 def _grads(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor,
+    weights: Sequence[Tensor],
     language_ids: Tensor,
-    mask: StoredMask,
-    n_languages: int,
-    activation: str,
-    needs: list[bool],
-    kept: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    upstream, examples = as_examples(dy), activate(as_examples(x), activation)
-    wanted = (needs[0], [needs[1]], [needs[2]], kept)
-    backward = path_for(x, [weight]).backward
-    dx, (dw,), (db,) = backward([mask], [upstream], examples, [weight], language_ids, n_languages, *wanted)
-    # An operator cannot return None: what was not asked for comes back empty.
-    return (
-        x.new_empty(0) if dx is None else activation_grad(dx.view(x.shape), x, activation),
-        weight.new_empty(0) if dw is None else dw,
-        weight.new_empty(0) if db is None else db,
-    )
+    masks: list[StoredMask],
+    settings: Settings,
+    needs: tuple[bool, list[bool], list[bool]],
+    kept: Sequence[Tensor] = (),
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """(dx, dW of each, db of each), each None unless it is needed."""
+    upstreams, examples = [as_examples(dy) for dy in dys], activate(as_examples(x), settings.activation)
+    backward = path_for(x, weights).backward
+    dx, dws, dbs = backward(masks, upstreams, examples, weights, language_ids, settings.n_languages, *needs, kept)
+    return None if dx is None else activation_grad(dx.view(x.shape), x, settings.activation), dws, dbs
+
+
+# ---- eager: autograd.Function takes no lists, so the tensors come one after the other
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, bias, language_ids, index, extents, *ctx.settings = inputs
-        kind, geometry, n_languages, packed_width, activation = ctx.settings
-        mask = StoredMask(kind, geometry, index, extents, packed_width)
-        kept: list[Tensor] | None = [] if ctx.needs_input_grad[0] else None
-        y = _output(x, weight, bias, language_ids, mask, n_languages, activation, kept)
-        ctx.save_for_backward(x, weight, language_ids, index, extents, *(kept or ()))
-        return y
+    def forward(ctx: Any, settings: Settings, x: Tensor, language_ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        G = len(settings.packed_widths)
+        weights, biases, stored = tensors[:G], tensors[G : -2 * G], tensors[-2 * G :]
+        ctx.masks = settings.masks(stored[:G], stored[G:])
+        ctx.settings, ctx.has_bias = settings, bool(biases)
+        kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
+        ys = _outputs(x, weights, biases, language_ids, ctx.masks, settings, kept)
+        ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, language_ids, index, extents, *kept = ctx.saved_tensors
-        kind, geometry, n_languages, packed_width, activation = ctx.settings
-        mask = StoredMask(kind, geometry, index, extents, packed_width)
-        needs = list(ctx.needs_input_grad[:3])
-        return _asked(_grads(dy, x, weight, language_ids, mask, n_languages, activation, needs, kept), needs)
-
-
-def _asked(found: tuple[Tensor, Tensor, Tensor], needs: list[bool]) -> tuple[Any, ...]:
-    """A gradient, or None, for each input of the forward pass."""
-    return (*(grad if needed else None for grad, needed in zip(found, needs, strict=True)), *[None] * 8)
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        G = len(ctx.masks)
+        x, language_ids, *tensors = ctx.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
+        needs_bias = list(needs[G : 2 * G]) if ctx.has_bias else [False] * G
+        wanted = (needs_x, list(needs[:G]), needs_bias)
+        found = _grads(dys, x, tensors[:G], language_ids, ctx.masks, ctx.settings, wanted, tensors[G:])
+        return None, found[0], None, *found[1], *(found[2] if ctx.has_bias else []), *[None] * (2 * G)
 
 
 # ---- custom operators, which keep nothing but their inputs
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _bias, language_ids, index, extents, *ctx.settings = inputs
-    ctx.save_for_backward(x, weight, language_ids, index, extents)
+def _forward(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    language_ids: Tensor,
+    indices: list[Tensor],
+    extents: list[Tensor],
+    kind: str,
+    geometries: list[int],
+    n_languages: int,
+    packed_widths: list[int],
+    activation: str,
+) -> list[Tensor]:
+    settings = Settings(kind, geometries, n_languages, packed_widths, activation)
+    return _outputs(x, weights, biases, language_ids, settings.masks(indices, extents), settings)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    return _asked(torch.ops.fastmask.masked_linear_backward(dy, *ctx.saved_tensors, *ctx.settings, needs), needs)
+def _backward(
+    dys: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    language_ids: Tensor,
+    indices: list[Tensor],
+    extents: list[Tensor],
+    kind: str,
+    geometries: list[int],
+    n_languages: int,
+    packed_widths: list[int],
+    activation: str,
+    needs_x: bool,
+    needs_weight: list[bool],
+    needs_bias: list[bool],
+) -> Grads:
+    settings = Settings(kind, geometries, n_languages, packed_widths, activation)
+    masks, needs = settings.masks(indices, extents), (needs_x, needs_weight, needs_bias)
+    dx, dws, dbs = _grads(dys, x, weights, language_ids, masks, settings, needs)
+    # An operator cannot return None: what was not asked for comes back empty.
+    return (
+        x.new_empty(0) if dx is None else dx,
+        [w.new_empty(0) if dw is None else dw for w, dw in zip(weights, dws, strict=True)],
+        [w.new_empty(0) if db is None else db for w, db in zip(weights, dbs, strict=True)],
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weights, biases, language_ids, indices, extents, *ctx.settings = inputs
+    ctx.has_bias = bool(biases)
+    ctx.save_for_backward(x, language_ids, *weights, *indices, *extents)
+
+
+def _gradients(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
+    x, language_ids, *tensors = ctx.saved_tensors
+    G = len(tensors) // 3
+    weights, indices, extents = list(tensors[:G]), list(tensors[G : 2 * G]), list(tensors[2 * G :])
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_bias = needs_bias if ctx.has_bias else [False] * G
+    dx, dws, dbs = torch.ops.fastmask.masked_linear_backward(
+        dys, x, weights, language_ids, indices, extents, *ctx.settings, needs_x, needs_weight, needs_bias
+    )
+    grads = (dx if needs_x else None, _asked(dws, needs_weight), _asked(dbs, needs_bias) if ctx.has_bias else [])
+    return *grads, None, [None] * G, [None] * G, *[None] * 5
+
+
+def _asked(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
 
 _forward_op = torch.library.custom_op("fastmask::masked_linear", _forward, mutates_args=())
@@ -141,15 +200,19 @@ _forward_op.register_autograd(_gradients, setup_context=_setup_context)
 
 
 @_forward_op.register_fake
-def _(x, weight, bias, language_ids, index, extents, kind, geometry, n_languages, packed_width, activation):  # type: ignore[no-untyped-def]
-    packed_rows = kind == "rows" and packed_width != UNPACKED
-    return x.new_empty(*x.shape[:-1], packed_width if packed_rows else weight.shape[0])
+def _(x, weights, biases, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation):  # type: ignore[no-untyped-def]
+    packed = [kind == "rows" and width != UNPACKED for width in packed_widths]
+    widths = [p if is_packed else w.shape[0] for w, p, is_packed in zip(weights, packed_widths, packed, strict=True)]
+    return [x.new_empty(*x.shape[:-1], width) for width in widths]
 
 
 @_backward_op.register_fake
-def _(dy, x, weight, language_ids, index, extents, kind, geometry, n_languages, packed_width, activation, needs):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    dys, x, weights, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation,
+    needs_x, needs_weight, needs_bias,
+):  # fmt: skip
     return (
-        x.new_empty(x.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0),
-        weight.new_empty(weight.shape[0] if needs[2] else 0),
+        x.new_empty(x.shape if needs_x else 0),
+        [w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs_weight, strict=True)],
+        [w.new_empty(w.shape[0] if need else 0) for w, need in zip(weights, needs_bias, strict=True)],
     )

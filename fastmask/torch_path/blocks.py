@@ -49,6 +49,10 @@ class Blocks(Pieces):
         self.live = [_Live(of_language) for of_language in keep]
         self.bn, self.bk = block
         self.in_width, self.out_width = K, N
+        self.masks = list(keep)
+
+    def whole(self, language: int) -> bool:
+        return language == FULL or bool(self.live[language].keep.all())
 
     def forward(self, language: int, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)

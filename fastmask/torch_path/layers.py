@@ -41,6 +41,7 @@ def forward(
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
+    split = split.merged(layers)
     ys, cast_weights = _WAYS[cheapest(layers, x, split)].forward(layers, x, weights, biases, split)
     if kept is not None:
         kept += cast_weights
@@ -66,6 +67,7 @@ def backward(
     """
     split = Split.of(language_ids, n_languages)
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
+    split = split.merged(layers)
     way, needs = _WAYS[cheapest(layers, x, split)], Needs(needs_x, needs_weight, needs_bias)
     return way.backward(layers, dys, x, weights, split, needs, kept)
 

@@ -1,8 +1,8 @@
 """Matrix products: by MKL, as PyTorch does them, or by oneDNN where that is faster.
 
 PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
-PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast.
-Two things have to be seen to:
+PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast,
+on a Zen 4 it is not. So it is measured. Two things have to be seen to:
 
 - It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So
   it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those of MKL.
@@ -14,14 +14,13 @@ Two things have to be seen to:
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterator, Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastmask.torch_path.faster import faster
 from fastmask.torch_path.scratch import Scratch
 
 __all__ = ["add_multiply", "by_onednn", "multiply", "over_tokens", "padded", "rows_at_once"]
@@ -106,8 +105,8 @@ def _grain(size: int) -> int:
 def by_onednn(x: Tensor) -> bool:
     """Whether large products with x go to oneDNN.
 
-    `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides, as it was when first asked; else they do where
-    PyTorch would use MKL and MKL would not use the processor's AVX-512.
+    They do where that is faster on this machine (`faster`). `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment
+    decides otherwise, as it was when first asked.
     """
     return x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled) and _chosen()
 
@@ -119,8 +118,11 @@ def _chosen() -> bool:
         raise ValueError(f"FASTMASK_PRODUCTS is {asked!r}; expected torch or onednn")
     if asked == "torch" or not (torch.backends.mkldnn.is_available() and _works()):
         return False
+    if asked == "onednn":
+        return True
+    # Elsewhere PyTorch's products are not MKL's, or there is no AVX-512 that MKL could leave unused.
     held_back = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return asked == "onednn" or (held_back and not _made_by_intel())
+    return held_back and faster(lambda a, w: a @ w.t(), lambda a, w: _linear(a, w, None))
 
 
 def _works() -> bool:
@@ -130,12 +132,6 @@ def _works() -> bool:
         return torch.equal(_linear(a, b.t(), bias), a @ b + 1)
     except (AttributeError, RuntimeError):
         return False
-
-
-def _made_by_intel() -> bool:
-    info = Path("/proc/cpuinfo")
-    described = info.read_text(encoding="utf-8", errors="replace") if info.is_file() else platform.processor()
-    return "GenuineIntel" in described
 
 
 def _linear(a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -32,6 +33,19 @@ class Pieces(ABC):
 
     in_width: int
     out_width: int
+    masks: Sequence[Tensor]  # what says which weights a language owns, by language; equal for equal masks
+
+    @cached_property
+    def same_as(self) -> list[int]:
+        """For each language the first one with an equal mask, `FULL` for one that owns everything; last for `FULL`."""
+        firsts: dict[bytes, int] = {}
+        digests = [mask.cpu().numpy().tobytes() for mask in self.masks]
+        found = [firsts.setdefault(digest, language) for language, digest in enumerate(digests)]
+        return [FULL if self.whole(language) else language for language in found] + [FULL]
+
+    @abstractmethod
+    def whole(self, language: int) -> bool:
+        """Whether a language owns every weight."""
 
     def laid_out(self, weight: Tensor, languages: Sequence[int], x: Tensor) -> Tensor:
         """The weight as products with x read it best in a batch of these languages.
@@ -99,6 +113,7 @@ class Split:
         for language, where in self.positions.items():
             first, last = where[0], where[-1] + 1
             self.parts.append((language, slice(first, last) if last - first == len(where) else where))
+        self._merged: dict[tuple[tuple[int, ...], ...], Split] = {}
         self._made: dict[tuple[Callable[..., Any], torch.device], Any] = {}
 
     def once(self, make: Callable[[Split, torch.device], Made], device: torch.device) -> Made:
@@ -108,6 +123,22 @@ class Split:
             self._made[key] = make(self, device)
         made: Made = self._made[key]
         return made
+
+    def merged(self, layers: Sequence[Pieces]) -> Split:
+        """The same examples, with languages whose masks are equal in all of these layers as one.
+
+        Where languages agree (a mask that all share, a layer that none prunes), one product takes the tokens of all.
+        """
+        masks = {language: tuple([layer.same_as[language] for layer in layers]) for language in self.positions}
+        if len(set(masks.values())) == len(masks):
+            return self
+        key = tuple(masks.values())
+        if key not in self._merged:
+            firsts: dict[tuple[int, ...], int] = {}
+            for language, mask in masks.items():
+                firsts.setdefault(mask, FULL if set(mask) == {FULL} else language)
+            self._merged[key] = Split([firsts[masks[language]] for language in self.languages])
+        return self._merged[key]
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Split:

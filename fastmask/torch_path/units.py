@@ -32,6 +32,7 @@ class Units:
     def __init__(self, live_units: LiveUnits, packed_width: int | None) -> None:
         self.live_units, self.packed_width = live_units, packed_width
         self.unit, self.size = live_units.unit, live_units.size
+        self.masks: Sequence[Tensor] = [live_units.of(language) for language in range(len(live_units.counts))]
         self.width = self.size if packed_width is None else packed_width
 
     def live(self, language: int) -> int:

@@ -17,6 +17,10 @@ class Weights(Pieces):
     def __init__(self, words: Tensor, N: int, K: int) -> None:
         self.words = words
         self.in_width, self.out_width = K, N
+        self.masks = list(words)
+
+    def whole(self, language: int) -> bool:
+        return language == FULL
 
     def _keep(self, language: int) -> Tensor:
         return bits.unpack(self.words[language], self.in_width)

@@ -11,6 +11,7 @@ from oracle import KINDS, assert_close, check, gradients, random_mask
 
 from fastmask import Mask, masked_linear
 from fastmask.functional import compute
+from fastmask.operators import Settings
 from fastmask.torch_path import units
 from fastmask.torch_path.naive import masked_linear_naive
 
@@ -211,36 +212,12 @@ def test_opcheck(kind, packed_width, activation):
     mask = random_mask(kind, 2, 6, 6, unit=2)
     x, weight = torch.randn(3, 2, 6, requires_grad=True), torch.randn(6, 6, requires_grad=True)
     bias, ids = torch.randn(6, requires_grad=True), torch.tensor([0, 1, 0])
-    arguments = (
-        x,
-        weight,
-        bias,
-        ids,
-        mask.index,
-        mask.extents,
-        mask.kind,
-        list(mask.geometry),
-        2,
-        packed_width,
-        activation,
-    )
-    torch.library.opcheck(torch.ops.fastmask.masked_linear, arguments)
+    settings = Settings(kind, list((*mask.geometry, 0)[:2]), 2, [packed_width], activation)
+    stored = (ids, [mask.index], [mask.extents], *settings)
+    torch.library.opcheck(torch.ops.fastmask.masked_linear, (x, [weight], [bias], *stored))
     torch.library.opcheck(
         torch.ops.fastmask.masked_linear_backward,
-        (
-            torch.randn(3, 2, 6),
-            x.detach(),
-            weight.detach(),
-            ids,
-            mask.index,
-            mask.extents,
-            mask.kind,
-            list(mask.geometry),
-            2,
-            packed_width,
-            activation,
-            [True, True, True],
-        ),
+        ([torch.randn(3, 2, 6)], x.detach(), [weight.detach()], *stored, True, [True], [True]),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import fastmask as fm
-from fastmask.torch_path import products
+from fastmask.torch_path import faster, products
 
 pytestmark = pytest.mark.skipif(not products._works(), reason="this PyTorch has no oneDNN")
 
@@ -204,3 +204,50 @@ def test_a_masked_layer_by_onednn(onednn, kind):
     for name, reference, theirs, found in zip(("y", "dx", "dw", "db"), exact, plain, ours, strict=True):
         allowed = 2 * (theirs - reference).abs().max()
         assert (found - reference).abs().max() <= allowed, name
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "fastmask"
+
+
+def quick(a, w):
+    return a @ w.t()
+
+
+def slow(a, w):
+    for _ in range(3):
+        y = a @ w.t()
+    return y
+
+
+def test_the_faster_library_is_taken(cache):
+    """A processor's name decides, or the slower of the two is taken."""
+    assert faster.faster(slow, quick)
+    faster.answer_file().unlink()
+    assert not faster.faster(quick, slow)
+
+
+def test_the_first_answer_stands(cache):
+    """A resumed run multiplies by another library than before, and ends with other bits."""
+    first = faster.faster(slow, quick)
+    assert faster.faster(quick, slow) == first
+    assert [path.name for path in cache.iterdir()] == [faster.answer_file().name]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"gains": [9, 9]}', '{"gains": ["a", 1, 1]}'])
+def test_a_damaged_answer_is_found_anew(cache, content):
+    """A file of the user's cache ends training, or is believed."""
+    cache.mkdir()
+    faster.answer_file().write_text(content)
+    assert not faster.faster(quick, slow)
+    assert len(faster._remembered(faster.answer_file())) == len(faster.SIZES)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    """A home folder that is read-only ends training."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert faster.faster(slow, quick)

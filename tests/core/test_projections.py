@@ -8,6 +8,7 @@ from oracle import random_mask
 
 from fastmask.functional import compute, compute_projections
 from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.operators import Settings
 from fastmask.torch_path import layers
 
 UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention
@@ -66,17 +67,13 @@ def test_opcheck(has_bias):
     x, weights, masks, biases, widths = setting(torch.float32, has_bias)
     ids = torch.tensor([0, 1, 2, 2, 0])
     indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
-    units = [mask.geometry[0] for mask in masks]
-    torch.library.opcheck(
-        torch.ops.fastmask.masked_projections, (x, weights, biases, ids, indices, extents, units, 3, widths)
-    )
+    settings = Settings("rows", [n for mask in masks for n in (mask.geometry[0], 0)], 3, widths, "")
+    stored = (ids, indices, extents, *settings)
+    torch.library.opcheck(torch.ops.fastmask.masked_linear, (x, weights, biases, *stored))
     plain = [w.detach() for w in weights]
     upstreams = [torch.randn(5, 2, width) for width in widths]
     wanted = (True, [True, True, False], [True, False, True] if has_bias else [False] * 3)
-    torch.library.opcheck(
-        torch.ops.fastmask.masked_projections_backward,
-        (upstreams, x.detach(), plain, ids, indices, extents, units, 3, widths, *wanted),
-    )
+    torch.library.opcheck(torch.ops.fastmask.masked_linear_backward, (upstreams, x.detach(), plain, *stored, *wanted))
 
 
 @pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 0, 1, 2], [-1, 2, 2, -1]])

@@ -1,0 +1,69 @@
+"""Languages whose masks are equal run as one: the same numbers, in fewer products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import KINDS, check, random_mask
+
+from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.torch_path.layers import _pieces_of
+from fastmask.torch_path.segments import FULL, Split
+
+
+def with_equal(mask: Mask, source: list[int]) -> Mask:
+    """A mask whose language l owns what language source[l] of `mask` owns."""
+    keep = mask.to_dense()[source]
+    if mask.kind == "rows":
+        return Mask.rows(keep[:, :, 0], mask.in_features)
+    if mask.kind == "columns":
+        return Mask.columns(keep[:, 0], mask.out_features)
+    if mask.kind == "blocks":
+        bn, bk = mask.geometry
+        return Mask.blocks(keep[:, ::bn, ::bk], (bn, bk))
+    return Mask.weights(keep)
+
+
+def pieces(mask: Mask):
+    stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, UNPACKED)
+    return _pieces_of(stored, torch.empty(mask.out_features, mask.in_features))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [3, 1, 0, 0, 2, 1], [-1, 0, 3, 3]], ids=str)
+def test_the_result_is_that_of_each_language(kind, ids, every_way):
+    """A language would get another one's weights, or its gradient would be lost."""
+    mask = with_equal(random_mask(kind, 4, 8, 8, unit=2, extremes=False), [0, 1, 0, 1])
+    torch.manual_seed(0)
+    check(torch.randn(len(ids), 5, 8), torch.randn(8, 8), torch.randn(8), mask, torch.tensor(ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_masks_make_one_part(kind):
+    """Languages that agree would be multiplied one after the other."""
+    layer = pieces(with_equal(random_mask(kind, 4, 8, 8, unit=2, extremes=False), [0, 1, 0, 1]))
+    split = Split([0, 2, 0, 2, 1, 3])
+    merged = split.merged([layer])
+    assert [(language, where) for language, where in merged.parts] == [(0, slice(0, 4)), (1, slice(4, 6))]
+    assert split.merged([layer]) is merged
+
+
+def test_layers_must_all_agree():
+    """Q of one language would be read through the mask of another whose K alone is the same."""
+    mask = random_mask("rows", 3, 8, 8, unit=2, extremes=False)
+    same, other = pieces(with_equal(mask, [0, 0, 0])), pieces(with_equal(mask, [0, 0, 1]))
+    split = Split([0, 1, 2])
+    assert len(split.merged([same]).parts) == 1
+    assert len(split.merged([same, other]).parts) == 2
+
+
+def test_a_language_that_owns_everything_is_the_full_network():
+    """Masks of which nothing is left out would cost a product for each language."""
+    layer = pieces(Mask.rows(torch.ones(3, 8, dtype=torch.bool), 4))
+    assert Split([0, 1, -1, 2]).merged([layer]).parts == [(FULL, slice(0, 4))]
+
+
+def test_different_masks_stay_as_they_are():
+    """Work would be done for nothing."""
+    layer, split = pieces(Mask.rows(torch.eye(3, dtype=torch.bool), 4)), Split([0, 1, 2])
+    assert split.merged([layer]) is split

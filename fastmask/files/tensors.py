@@ -82,7 +82,7 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]
     digest = hashlib.sha256(json.dumps([sorted(header.items()), described]).encode())
     for name in names:
-        digest.update(memoryview(_bytes(tensors[name]).numpy()))
+        digest.update(_bytes(tensors[name]).numpy().data)
     return digest.hexdigest()
 
 

@@ -63,8 +63,11 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any], *, 
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_name(target)
         try:
-            _create(partial, before)
+            partial.touch(exist_ok=False)
+            _make_like(partial, before)
+            wanted = partial.stat()
             write(partial)
+            _make_like(partial, wanted)  # some writers put a file of their own there, for its owner's eyes only
             sync(partial)
             os.replace(partial, target)
             with suppress(PermissionError):  # a folder that may be written to and not read
@@ -127,17 +130,14 @@ def _descriptors(file: os.stat_result) -> list[int]:
     return found
 
 
-def _create(partial: Path, before: os.stat_result | None) -> None:
-    """Make the file that is to be written, for the eyes of those who may read the one before."""
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        if before is not None:
-            with suppress(OSError):  # not every file system has owners
-                os.fchown(handle, before.st_uid, before.st_gid)
-            with suppress(OSError):
-                os.fchmod(handle, stat.S_IMODE(before.st_mode))
-    finally:
-        os.close(handle)
+def _make_like(file: Path, other: os.stat_result | None) -> None:
+    """Give a file the owner and the permissions of another."""
+    if other is None:
+        return
+    with suppress(OSError):  # not every user can, and not every file system has them
+        os.chown(file, other.st_uid, other.st_gid)
+    with suppress(OSError):
+        os.chmod(file, stat.S_IMODE(other.st_mode))
 
 
 def _copy_into(path: str | os.PathLike[str], file: os.stat_result | None, write: Callable[[Path], Any]) -> None:

@@ -62,6 +62,20 @@ class TestReplacing:
         files.write_text(tmp_path / "a", "x")
         assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
+    def test_a_writer_that_makes_its_own_file(self, tmp_path):
+        """A library that writes elsewhere and renames, with permissions of its own, changes nothing of this."""
+
+        def write(partial):
+            (tmp_path / "own").touch(mode=0o600)
+            os.replace(tmp_path / "own", partial)
+
+        files.replace_file(tmp_path / "new", write)
+        (tmp_path / "plain").touch()
+        assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+        (tmp_path / "new").chmod(0o640)
+        files.replace_file(tmp_path / "new", write)
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
     def test_the_owner_stays(self, tmp_path):
         """Root, writing a user's file again, leaves it to the user."""
         if os.geteuid() != 0:

@@ -212,7 +212,8 @@ class TestCommands:
         printed = subprocess.run(process, check=True, stdout=subprocess.PIPE, cwd=tmp_path, env=environment).stdout
         assert names(tmp_path) == ["file"]
         if name == "evaluate --json":  # it holds the time it took
-            assert printed.startswith(b"[\n") and printed.endswith(b"]")
+            assert printed.startswith(b"[\n")
+            assert printed.endswith(b"]")
             assert printed.count(b"\n") == expected.count(b"\n")
         elif name == "discover --masks":  # the order of its header is that of safetensors
             (tmp_path / "printed").write_bytes(printed)

@@ -10,7 +10,7 @@ import sys
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import round_printer, stream_beside
-from fastmask.files import check_target
+from fastmask.files import check_writable
 from fastmask.training.config import TrainConfig
 
 __all__ = ["run"]
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds} (expected at least 1)")
-    check_target(options.masks)
+    check_writable(options.masks)
     found = []
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
     _check_comparable({folder: run.config for folder, run in loaded.items()})

@@ -238,6 +238,7 @@ class TestStreams:
         with open(tmp_path / "a", "w+b") as file:
             (tmp_path / "a").unlink()
             files.write_text(f"/dev/fd/{file.fileno()}", "x")
+            file.seek(0)
             assert file.read() == b"x"
         assert names(tmp_path) == []
 
@@ -268,11 +269,11 @@ class TestStandardOutput:
 class TestRefused:
     """What cannot be written to is an error that names it and the reason, before and when it is written."""
 
-    @pytest.fixture(params=["check_target", "write_text"])
+    @pytest.fixture(params=["check_writable", "write_text"])
     def refused(self, request):
         def complaint(path, match):
             with pytest.raises((OSError, files.FileError), match=match) as error:
-                files.check_target(path) if request.param == "check_target" else files.write_text(path, "x")
+                files.check_writable(path) if request.param == "check_writable" else files.write_text(path, "x")
             assert repr(os.fspath(path)).strip("'") in str(error.value)
 
         return complaint
@@ -300,7 +301,7 @@ class TestRefused:
         with pytest.raises(files.FileError, match="null byte"):
             files.write_text(tmp_path / "a\0b", "x")
         with pytest.raises(files.FileError, match="null byte"):
-            files.check_target(tmp_path / "a\0b")
+            files.check_writable(tmp_path / "a\0b")
 
 
 def test_a_name_that_is_too_long(tmp_path):
@@ -314,7 +315,7 @@ def test_a_target_that_will_do(tmp_path, place):
     """A new file, one that is there, one in a new folder, a link and a device pass, and nothing is made."""
     (tmp_path / "old").write_text("old")
     (tmp_path / "link").symlink_to("old")
-    files.check_target(tmp_path / place)
+    files.check_writable(tmp_path / place)
     assert names(tmp_path) == ["link", "old"]
 
 

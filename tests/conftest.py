@@ -36,3 +36,18 @@ def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(layers, "cheapest", choose)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run on `small_data`; nobody writes into it."""
+    from finished_run import make_run, write_data
+
+    folder = tmp_path_factory.mktemp("small")
+    return make_run(folder / "run", write_data(folder / "data"))
+
+
+@pytest.fixture(scope="session")
+def small_data(small_run: Path) -> Path:
+    """The treebanks of `small_run`."""
+    return small_run.parent / "data"

@@ -6,24 +6,12 @@ amounts "PuOr", both made for readers with a colour vision deficiency.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "AMOUNT",
-    "COLOURS",
-    "GREY",
-    "MARKERS",
-    "SIGNED",
-    "WRITTEN",
-    "as_written",
-    "heatmap",
-    "label_points",
-    "new_figure",
-]
+__all__ = ["AMOUNT", "COLOURS", "GREY", "MARKERS", "SIGNED", "WRITTEN", "heatmap", "label_points", "new_figure"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -32,15 +20,6 @@ AMOUNT = "cividis"
 SIGNED = "PuOr"
 
 WRITTEN = 14  # rows and columns up to which numbers fit into the cells of a heatmap
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Draw names of languages, relations and files as they are: a ``$`` in them begins no formula."""
-    from matplotlib import rc_context
-
-    with rc_context({"text.parse_math": False}):
-        yield
 
 
 def new_figure(width: float, height: float) -> Any:

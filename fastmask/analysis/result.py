@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 
-from fastmask.analysis.drawing import as_written
 from fastmask.files import replace_file
 
 __all__ = ["FORMATS", "Result"]
@@ -39,16 +38,14 @@ class Result:
 
     def figure(self) -> Any:
         """A new `matplotlib.figure.Figure`, which needs no display and touches no global state of matplotlib."""
-        with as_written():
-            return self.draw()
+        return self.draw()
 
     def pictures(self) -> dict[str, bytes]:
         """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes."""
         from matplotlib import rc_context
 
         figure, found = self.figure(), {}
-        # Names inside an SVG are random without a salt.
-        with as_written(), rc_context({"svg.hashsalt": self.name}):
+        with rc_context({"svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
             for kind in FORMATS:
                 content = BytesIO()
                 figure.savefig(content, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import quality_text, round_printer, stream_beside
-from fastmask.files import check_target
+from fastmask.files import check_writable
 from fastmask.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 
     if options.seeds < 1:
         raise ConfigError(f"--seeds is {options.seeds} (expected at least 1)")
-    check_target(options.masks)
+    check_writable(options.masks)
     runs = _runs(options)
     config = runs[0].config
     draws = []

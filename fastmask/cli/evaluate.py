@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from fastmask.cli.report import print_scores, scored, stream_beside
-from fastmask.files import check_target, write_text
+from fastmask.files import check_writable, write_text
 from fastmask.training.config import TrainConfig
 
 __all__ = ["data_of", "run"]
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     from fastmask.training.finished import load_run
 
     if options.json:
-        check_target(options.json)
+        check_writable(options.json)
     loaded = load_run(options.run)
     data, languages = data_of(loaded.config, options.run, options)
     datasets = load_treebanks(data, languages, splits=(options.split,))

@@ -8,7 +8,7 @@ from typing import TextIO
 from rich.table import Table
 
 from fastmask.cli.report import console_of, stream_beside
-from fastmask.files import check_target
+from fastmask.files import check_writable
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["print_masks", "run"]
@@ -17,7 +17,7 @@ __all__ = ["print_masks", "run"]
 def run(options: argparse.Namespace) -> None:
     """Print the table, and draw the picture if asked."""
     if options.picture:
-        check_target(options.picture)
+        check_writable(options.picture)
     subnets = Subnetworks.load(options.file)
     stream = stream_beside(options.picture)
     print_masks(subnets, stream)

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.analysis.drawing import as_written
 from fastmask.files import replace_file
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["head_use"]
 
 
-@as_written()
 def head_use(subnets: Subnetworks, path: str | PathLike[str], *, follow: bool = True) -> None:
     """Draw which heads each language keeps, and what share of each layer's neurons; the ending gives the format.
 

@@ -169,11 +169,8 @@ def quality_text(quality: Quality) -> str:
 
 
 def console_of(file: TextIO) -> Console:
-    """Where tables go: as wide as the terminal, or `WIDTH` columns in a file or a pipe.
-
-    Names of languages and files are shown as they are: ``[bold]`` and ``:smile:`` in them mean nothing.
-    """
-    return Console(file=file, width=None if file.isatty() else WIDTH, markup=False, emoji=False)
+    """Where tables go: as wide as the terminal, or `WIDTH` columns in a file or a pipe."""
+    return Console(file=file) if file.isatty() else Console(file=file, width=WIDTH)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fastmask.analysis.drawing import as_written
 from fastmask.compare.tables import CONDITIONS
 from fastmask.files import replace_file
 
@@ -21,7 +20,6 @@ COLOURS = {"none": "#0072B2", "fomaml": "#D55E00", "reptile": "#009E73"}  # Okab
 NAMES = {"none": "plain", "fomaml": "FOMAML", "reptile": "Reptile"}
 
 
-@as_written()
 def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], path: str | PathLike[str]) -> None:
     """Mean LAS over languages of every cell: a dot for each seed, a bar for their mean; one panel per condition."""
     shown = [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
@@ -51,7 +49,6 @@ def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], path: str
     _save(figure, path)
 
 
-@as_written()
 def draw_gains(
     scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str, path: str | PathLike[str]
 ) -> None:

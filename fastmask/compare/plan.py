@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import Record, read_yaml, write_yaml
+from fastmask.files import Record, is_leftover, read_yaml, write_yaml
 from fastmask.training.config import METAS, METHODS, TrainConfig
 from fastmask.training.settings import ConfigError, Settings, items_of, named_errors, setting
 from fastmask.unseen.adapting import OPTIMIZERS
@@ -179,7 +179,7 @@ class Plan:
                     "(expected the same to go on with it, or a new folder)"
                 )
             return
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if self.out.is_dir() and not all(is_leftover(path.name) for path in self.out.iterdir()):
             raise ConfigError(f"out is {str(self.out)!r}, which is not empty and holds no comparison")
         write_yaml(file, mine, follow=False)
 

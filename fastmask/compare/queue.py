@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.compare.plan import Job, Plan
-from fastmask.files import HeldError, held, read_json, write_text
+from fastmask.files import HeldError, held, read_json, remove_leftovers, write_text
 
 __all__ = ["RESULT_FILE", "is_done", "read_result", "work", "write_result"]
 
@@ -63,6 +63,7 @@ def _done_here(plan: Plan, job: Job, run: Callable[[Job], dict[str, Any]]) -> bo
     with _claimed(plan.folder(job)) as mine:
         if not mine:
             return False
+        remove_leftovers(plan.folder(job))
         if not is_done(plan, job):  # it may have become so before we held the lock
             write_result(plan, job, run(job))
         return True

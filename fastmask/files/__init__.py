@@ -3,7 +3,9 @@
 Every other module reads JSON, YAML and safetensors, replaces files and removes folders through this one.
 """
 
-from fastmask.files.locking import HeldError, held
+from fastmask.files.descriptors import descriptor_of
+from fastmask.files.folders import remove_leftovers, remove_tree, write_folder
+from fastmask.files.locking import LOCK_FILES, HeldError, held
 from fastmask.files.reading import (
     FileError,
     Record,
@@ -18,23 +20,27 @@ from fastmask.files.reading import (
 from fastmask.files.settings import read_yaml, write_yaml
 from fastmask.files.tensors import read_metadata, read_sealed, read_tensors, write_sealed
 from fastmask.files.writing import (
-    check_target,
+    check_writable,
+    is_leftover,
+    named_errors,
     partial_name,
-    remove_leftovers,
-    remove_tree,
     replace_file,
     sync,
     write_text,
 )
 
 __all__ = [
+    "LOCK_FILES",
     "FileError",
     "HeldError",
     "Record",
     "check",
-    "check_target",
+    "check_writable",
+    "descriptor_of",
     "held",
+    "is_leftover",
     "is_plain",
+    "named_errors",
     "parse_json",
     "partial_name",
     "read_json",
@@ -49,6 +55,7 @@ __all__ = [
     "replace_file",
     "sha256_of",
     "sync",
+    "write_folder",
     "write_sealed",
     "write_text",
     "write_yaml",

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fastmask.files.folders import remove_leftovers
 from fastmask.files.reading import FileError, Record, read_json
 from fastmask.files.writing import write_text
 
-__all__ = ["HeldError", "held"]
+__all__ = ["LOCK_FILES", "HeldError", "held"]
 
-LOCK, HOLDER = ".lock", ".holder.json"
+LOCK_FILES = LOCK, HOLDER = ".lock", ".holder.json"
 
 
 class HeldError(RuntimeError):
@@ -38,18 +39,20 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         HeldError: another process holds it.
-        OSError: the lock is a link, which would be opened and emptied wherever it leads.
+        OSError: the folder cannot be written to, or one of `LOCK_FILES` is a link, which could lead anywhere.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / LOCK).is_symlink():
-        raise OSError(errno.ELOOP, "is a link (expected a file of fastmask's own)", os.fspath(folder / LOCK))
+    for name in LOCK_FILES:
+        if (folder / name).is_symlink():
+            raise OSError(errno.ELOOP, "is a link (expected the lock of this folder)", os.fspath(folder / name))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise HeldError(f"{folder} is in use{_holder(folder)} (expected one process at a time)") from None
     try:
+        remove_leftovers(folder, of=HOLDER)
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         me = Holder(host=socket.gethostname(), process=os.getpid(), since=since)
         write_text(folder / HOLDER, me.model_dump_json(), follow=False)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that are removed only if this package made them.
+"""Files that are whole or not there.
 
 What is being written has a name that starts with ``.partial-`` until it is complete and on disk; what is being deleted
 one that starts with ``.old-``. Both are never read.
@@ -19,11 +19,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastmask.files.descriptors import descriptor_of
 from fastmask.files.reading import FileError
 
-__all__ = ["check_target", "partial_name", "remove_leftovers", "remove_tree", "replace_file", "sync", "write_text"]
+__all__ = [
+    "check_writable",
+    "is_leftover",
+    "named_errors",
+    "partial_name",
+    "replace_file",
+    "sync",
+    "write_text",
+]
 
-_LEFTOVER = re.compile(r"\.(partial|old)-[0-9a-f]{12}-.+", re.DOTALL)
+_LEFTOVER = re.compile(r"\.(partial|old)-[0-9a-f]{12}-(.+)", re.DOTALL)
+_SAID, _KEPT = "cannot write: ", "; what was there before is still there"
 
 
 def partial_name(target: Path, kind: str = "partial") -> Path:
@@ -31,9 +41,23 @@ def partial_name(target: Path, kind: str = "partial") -> Path:
 
     It is drawn at random: process numbers repeat between containers that share a folder.
     """
-    # A name may have 255 bytes, so a long one is cut.
-    stem = os.fsencode(target.name)[:200].decode(errors="ignore")
-    return target.with_name(f".{kind}-{secrets.token_hex(6)}-{stem}")
+    return target.with_name(f".{kind}-{secrets.token_hex(6)}-{_stem(target.name)}")
+
+
+def _stem(name: str) -> str:
+    """What stays of a name in a temporary one: names may have 255 bytes, so a long one is cut."""
+    return os.fsencode(name)[:200].decode(errors="ignore") or "name"
+
+
+def is_leftover(name: str, of: str | None = None) -> bool:
+    """Whether a name is one of `partial_name`: what a killed process left, or another one is writing.
+
+    Args:
+        name: of a file or folder.
+        of: only of the file or folder of this name.
+    """
+    found = _LEFTOVER.fullmatch(name)
+    return found is not None and (of is None or found[2] == _stem(of))
 
 
 def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any], *, follow: bool = True) -> None:
@@ -45,7 +69,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any], *, 
         path: where to.
         write: writes a file to the path that it is given, a regular file.
         follow: for names that the user gave. The file that a link names is replaced, not the link; and what is not a
-            regular file (``/dev/stdout``, a FIFO), or is a file that standard output goes to, is never replaced: what
+            regular file (a FIFO, a device), or is open already (``/dev/stdout``, ``>> log``), is never replaced: what
             was written is copied into it. Without it, for names of ours in folders that may come from somebody else,
             whatever has the name is replaced, and nothing outside the folder is touched.
 
@@ -55,22 +79,28 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any], *, 
             is still there.
         FileError: the path, or what was to be written, has letters that no file can have.
     """
-    with _named_errors(path):
-        target, before, stream = _place(path, follow)
-        if stream:
-            _copy_into(path, before, write)
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_name(target)
-        try:
-            _create(partial, before)
+    with named_errors(path):
+        target, before = _place(path, follow)
+        stream = _stream(path, before) if follow else None
+        if stream is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+    if stream is not None:
+        _copy_into(stream, path, write)
+        return
+    partial = partial_name(target)
+    try:
+        with named_errors(path, partial):
+            partial.touch(exist_ok=False)
+            _make_like(partial, before)
+            wanted = partial.stat()
             write(partial)
+            _make_like(partial, wanted)  # some writers put a file of their own there, for its owner's eyes only
             sync(partial)
             os.replace(partial, target)
-            with suppress(PermissionError):  # a folder that may be written to and not read
-                sync(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        with named_errors(path), suppress(PermissionError):  # a folder that may be written to and not read
+            sync(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, follow: bool = True) -> None:
@@ -78,26 +108,30 @@ def write_text(path: str | os.PathLike[str], text: str, *, follow: bool = True) 
     replace_file(path, lambda partial: partial.write_bytes(text.encode()), follow=follow)
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """See that `replace_file` can write to `path`, as far as this can be told before there is anything to write.
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """See, before any work is done, that `replace_file` will be able to put a file at `path`.
+
+    Folders on the way that are missing are not made; a file is made in the nearest one that is there, and removed.
 
     Raises:
-        OSError: a folder is there, or no folder can be where it should be, or this user may not write there.
+        IsADirectoryError: a folder is there.
+        OSError: no file can be made there; the message names the path.
+        FileError: the path has letters that no file can have.
     """
-    with _named_errors(path):
-        target, before, stream = _place(path, follow=True)
-        above = target.parent
-        while not above.exists():
-            above = above.parent
-        if not above.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        allowed = os.access(above, os.W_OK | os.X_OK) and (before is None or os.access(path, os.W_OK))
-        if not stream and not allowed:
+    with named_errors(path):
+        target, before = _place(path, follow=True)
+        if _stream(path, before) is not None:
+            return
+        if before is not None and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        folder = next(parent for parent in target.parents if os.path.lexists(parent))
+        # Tried out: permissions do not tell of a file system that is read-only or makes no files, such as /proc.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
-def _place(path: str | os.PathLike[str], follow: bool) -> tuple[Path, os.stat_result | None, bool]:
-    """Which name is to be replaced, what has it now, and whether that must be written into instead."""
+def _place(path: str | os.PathLike[str], follow: bool) -> tuple[Path, os.stat_result | None]:
+    """Which name is to be replaced, and what has it now."""
     name = os.fspath(path)
     try:
         before = os.stat(name) if follow else os.lstat(name)
@@ -107,78 +141,79 @@ def _place(path: str | os.PathLike[str], follow: bool) -> tuple[Path, os.stat_re
             raise IsADirectoryError(errno.EISDIR, "names a folder (expected a file)") from None
     if before is not None and stat.S_ISDIR(before.st_mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)")
-    if not follow:
-        return Path(name), before if before and stat.S_ISREG(before.st_mode) else None, False
-    target = os.path.realpath(name)
-    if before is None:
-        return Path(target), None, False
-    # A link of /proc can lead to a file that has no name any more.
-    unnamed = not os.path.exists(target) or not os.path.samestat(before, os.stat(target))
-    return Path(target), before, unnamed or not stat.S_ISREG(before.st_mode) or bool(_descriptors(before))
+    return Path(os.path.realpath(name) if follow else name), before
 
 
-def _descriptors(file: os.stat_result) -> list[int]:
-    """Which of standard output and standard error go to this file."""
-    found = []
-    for number in (1, 2):
+def _stream(path: str | os.PathLike[str], there: os.stat_result | None) -> str | int | None:
+    """What must be written into instead of replaced: the number of an open file, or the path; None: nothing."""
+    opened = descriptor_of(path)
+    if opened is not None:
+        return opened
+    if there is None:
+        return None
+    for number in (1, 2):  # standard output goes to this very file
         with suppress(OSError):
-            if os.path.samestat(file, os.fstat(number)):
-                found.append(number)
-    return found
+            if os.path.samestat(there, os.fstat(number)):
+                return number
+    return None if stat.S_ISREG(there.st_mode) else os.fspath(path)
 
 
-def _create(partial: Path, before: os.stat_result | None) -> None:
-    """Make the file that is to be written, for the eyes of those who may read the one before."""
-    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        if before is not None:
-            with suppress(OSError):  # not every file system has owners
-                os.fchown(handle, before.st_uid, before.st_gid)
-            with suppress(OSError):
-                os.fchmod(handle, stat.S_IMODE(before.st_mode))
-    finally:
-        os.close(handle)
+def _make_like(file: Path, other: os.stat_result | None) -> None:
+    """Give a file the owner and the permissions of another regular one."""
+    if other is None or not stat.S_ISREG(other.st_mode):
+        return
+    with suppress(OSError):  # not every user can, and not every file system has them
+        os.chown(file, other.st_uid, other.st_gid)
+    with suppress(OSError):
+        os.chmod(file, stat.S_IMODE(other.st_mode))
 
 
-def _copy_into(path: str | os.PathLike[str], file: os.stat_result | None, write: Callable[[Path], Any]) -> None:
+def _copy_into(stream: str | int, path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Write into what cannot be replaced: all of it or, if `write` fails, nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder, "file")  # a writer may go back in its file, which a pipe does not allow
-        write(whole)
-        descriptors = _descriptors(file) if file is not None else []
-        if descriptors:
+        whole = Path(folder, "whole")  # a writer may go back in its file, which a pipe does not allow
+        with named_errors(path, whole):
+            write(whole)
+        with named_errors(path):
             for printed in (sys.stdout, sys.stderr):
                 printed.flush()
-            handle = os.dup(descriptors[0])  # opened anew it would be written from its beginning
-        else:
-            handle = os.open(path, os.O_WRONLY | os.O_NOCTTY)
-        with open(handle, "wb") as target, open(whole, "rb") as source:
-            shutil.copyfileobj(source, target)
+            # Opened anew, an open file would be written from its beginning.
+            handle = os.dup(stream) if isinstance(stream, int) else os.open(stream, os.O_WRONLY | os.O_NOCTTY)
+            with open(handle, "wb") as target, open(whole, "rb") as source:
+                shutil.copyfileobj(source, target)
 
 
 @contextmanager
-def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say which file could not be written: the system names the temporary one, or none at all."""
+def named_errors(path: str | os.PathLike[str], written: Path | None = None) -> Iterator[None]:
+    """Say which file could not be written: the system names the temporary one, or none at all.
+
+    Where `written` is given, an error that names another file is left alone: it is about what is read meanwhile.
+    """
     try:
         yield
     except OSError as error:
+        if written is not None and error.filename is not None and str(error.filename) != str(written):
+            raise
         raise _named(path, error.errno, error.strerror or str(error)) from error
     except FileError:
         raise
     except Exception as error:
         # safetensors and others wrap the system's error in one of their own.
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise _named(path, errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        found = re.search(r"os error (\d+)|code: (\d+)", str(error))
+        if found:
+            number = int(found[1] or found[2])
+            raise _named(path, number, os.strerror(number)) from error
         if isinstance(error, UnicodeEncodeError) or "null byte" in str(error):
             raise FileError(path, f"cannot be written: {error}") from None
         raise
 
 
 def _named(path: str | os.PathLike[str], number: int | None, what: str) -> OSError:
-    lost = number not in (errno.ENOSPC, errno.EDQUOT) or not os.path.isfile(path)
-    kept = "" if lost else "; what was there before is still there"
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    kept = _KEPT if full and os.path.exists(path) and not stat.S_ISCHR(os.stat(path).st_mode) else ""
+    what = what.removeprefix(_SAID).removesuffix(_KEPT)  # it may have been named by the writer
     # Built from number and text, so that Python chooses the class (PermissionError, IsADirectoryError, ...).
-    return OSError(number or errno.EIO, f"cannot write: {what}{kept}", os.fspath(path))
+    return OSError(number or errno.EIO, f"{_SAID}{what}{kept}", os.fspath(path))
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -191,38 +226,3 @@ def sync(path: str | os.PathLike[str]) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def remove_tree(folder: Path) -> None:
-    """Delete a folder that this package made; one that is half deleted never stands under its own name.
-
-    A link is refused, not followed: whatever it leads to is somebody else's.
-
-    Raises:
-        OSError: a link, a file, or something that cannot be deleted.
-    """
-    if folder.is_symlink():
-        raise OSError(errno.ELOOP, "is a link, and only folders are deleted", os.fspath(folder))
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "is not a folder, and only folders are deleted", os.fspath(folder))
-    doomed = partial_name(folder, "old")
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half written or half deleted in a folder that this process holds the lock of.
-
-    Only names that `partial_name` makes, directly in the folder; nothing is done in or through a link.
-    """
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        if not _LEFTOVER.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

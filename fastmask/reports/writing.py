@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastmask.files import read_json, replace_file
+from fastmask.files import is_leftover, read_json, replace_file
 
 __all__ = ["CONTENTS", "REPORT", "check_folder", "write_files"]
 
@@ -22,7 +23,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: it holds something else; FileError if that is a list of contents that is damaged.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONTENTS).is_file()):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or (not all(map(is_leftover, names)) and CONTENTS not in names):
         raise ValueError(f"{folder} is there already and holds no report (expected a new or an empty folder)")
     _contents(folder)
 
@@ -46,7 +48,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def _contents(folder: Path) -> list[str]:
     """The files of the report that is there; names that no report has are not ours to delete."""
-    if not (folder / CONTENTS).is_file():
+    if not os.path.lexists(folder / CONTENTS):
         return []
     names: list[str] = read_json(folder / CONTENTS, list[str])
     return [name for name in names if name == REPORT or _OURS.fullmatch(name)]

@@ -127,7 +127,8 @@ def test_bombs(tmp_path, header, data, length):
 def test_it_replaces_whole(tmp_path):
     """A sealed file keeps its permissions, and nothing else is left in its folder."""
     path = tmp_path / "a"
-    path.touch(mode=0o600)
+    path.touch()
+    path.chmod(0o640)
     files.write_sealed(path, TENSORS, {})
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o640
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]

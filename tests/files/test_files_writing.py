@@ -62,6 +62,20 @@ class TestReplacing:
         files.write_text(tmp_path / "a", "x")
         assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
+    def test_a_writer_that_makes_its_own_file(self, tmp_path):
+        """A library that writes elsewhere and renames, with permissions of its own, changes nothing of this."""
+
+        def write(partial):
+            (tmp_path / "own").touch(mode=0o600)
+            os.replace(tmp_path / "own", partial)
+
+        files.replace_file(tmp_path / "new", write)
+        (tmp_path / "plain").touch()
+        assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+        (tmp_path / "new").chmod(0o640)
+        files.replace_file(tmp_path / "new", write)
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
     def test_the_owner_stays(self, tmp_path):
         """Root, writing a user's file again, leaves it to the user."""
         if os.geteuid() != 0:
@@ -224,6 +238,7 @@ class TestStreams:
         with open(tmp_path / "a", "w+b") as file:
             (tmp_path / "a").unlink()
             files.write_text(f"/dev/fd/{file.fileno()}", "x")
+            file.seek(0)
             assert file.read() == b"x"
         assert names(tmp_path) == []
 
@@ -254,11 +269,11 @@ class TestStandardOutput:
 class TestRefused:
     """What cannot be written to is an error that names it and the reason, before and when it is written."""
 
-    @pytest.fixture(params=["check_target", "write_text"])
+    @pytest.fixture(params=["check_writable", "write_text"])
     def refused(self, request):
         def complaint(path, match):
             with pytest.raises((OSError, files.FileError), match=match) as error:
-                files.check_target(path) if request.param == "check_target" else files.write_text(path, "x")
+                files.check_writable(path) if request.param == "check_writable" else files.write_text(path, "x")
             assert repr(os.fspath(path)).strip("'") in str(error.value)
 
         return complaint
@@ -286,7 +301,7 @@ class TestRefused:
         with pytest.raises(files.FileError, match="null byte"):
             files.write_text(tmp_path / "a\0b", "x")
         with pytest.raises(files.FileError, match="null byte"):
-            files.check_target(tmp_path / "a\0b")
+            files.check_writable(tmp_path / "a\0b")
 
 
 def test_a_name_that_is_too_long(tmp_path):
@@ -300,7 +315,7 @@ def test_a_target_that_will_do(tmp_path, place):
     """A new file, one that is there, one in a new folder, a link and a device pass, and nothing is made."""
     (tmp_path / "old").write_text("old")
     (tmp_path / "link").symlink_to("old")
-    files.check_target(tmp_path / place)
+    files.check_writable(tmp_path / place)
     assert names(tmp_path) == ["link", "old"]
 
 

@@ -1,0 +1,145 @@
+"""The files of a comparison's folder: checked when they are read, and written nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+import pytest
+import yaml
+from hang import no_hang
+
+from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.queue import work, write_result
+from fastmask.compare.report import load_results, write_report
+from fastmask.files import FileError
+
+SCORE = {
+    "language": "qaa", "condition": "seen", "choice": "own", "subnetwork": "qaa", "support_set": None, "steps": 0,
+    "las": 50.0, "uas": 60.0, "words": 9,
+}  # fmt: skip
+RESULT = {
+    "seconds": 1.0, "resumed": False, "training_seconds": 1.0, "scoring_seconds": 1, "outer_steps": 4,
+    "gradient_passes": 4, "sentences": 8, "tokens_per_second": 10.5, "scouting_share": None,
+    "density": {"heads": 0.5}, "scores": [SCORE],
+}  # fmt: skip
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """A comparison of one cell, opened."""
+    config = CompareConfig(train="qaa,qab", unseen="qad", seeds=1, methods="full", metas="none")
+    plan = Plan(tmp_path / "out", "data", config, {"steps": 70, "lr": 1e-5})
+    plan.open()
+    return plan
+
+
+def test_settings_come_back(plan):
+    """What was opened is what is stored, and opens again."""
+    assert Plan.stored(plan.out, "data") == dataclasses.replace(plan, training=dict(plan.training))
+    plan.open()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "comparison: Field required"),
+        ("comparison: {}", "training: Field required"),
+        ("comparison: {}\ntraining: {}\nmore: 1", "more: Extra inputs"),
+        ("comparison: []\ntraining: {}", "comparison: Input should be a valid dictionary"),
+        ("comparison: &a {x: *a}\ntraining: {}", "aliases are not allowed"),
+        ("comparison: {seeds: three}\ntraining: {}", "seeds is 'three' (expected a whole number)"),
+        ("comparison: {seeds: 1000000000}\ntraining: {}", "seeds is 1000000000"),
+        ("comparison: {seed: 3}\ntraining: {}", "unknown setting 'seed'"),
+        ("comparison: {}\ntraining: {seed: 3}", "seed is a setting of single runs"),
+        ("comparison: {}\ntraining: {stepz: 3}", "unknown setting 'stepz'"),
+        ("comparison: {}\ntraining: {steps: 1.5}", "steps is 1.5 (expected a whole number)"),
+        ("comparison: {methods: [full, {a: b}]}\ntraining: {}", "methods is"),
+    ],
+)
+def test_damaged_settings(plan, text, problem):
+    """Every error of a stored comparison names its file, on opening it again, too."""
+    file = plan.out / "compare.yaml"
+    file.write_text(text)
+    for read in (lambda: Plan.stored(plan.out), plan.open):
+        with pytest.raises(ValueError if "unknown" not in problem else KeyError) as error, no_hang():
+            read()
+        assert str(error.value).startswith(f"{file}:")
+        assert problem in str(error.value)
+
+
+def changed(**changes):
+    return {**RESULT, **changes}
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        ({}, "seconds: Field required"),
+        (changed(more=1), "more: Extra inputs"),
+        (changed(outer_steps=4.0), "outer_steps: Input should be a valid integer, given 4.0"),
+        (changed(outer_steps=True), "outer_steps: Input should be a valid integer, given True"),
+        (changed(seconds="1"), "seconds: Input should be a valid number, given '1'"),
+        (changed(seconds=-1), "seconds: Input should be greater than or equal to 0"),
+        (changed(tokens_per_second=float("nan")), "tokens_per_second: Input should be"),
+        (changed(density=[0.5]), "density: Input should be"),
+        (changed(scores={}), "scores: Input should be a valid array"),
+        (changed(scores=[{**SCORE, "las": 101.0}]), "scores.0.las: Input should be less than or equal to 100"),
+        (changed(scores=[{**SCORE, "las": float("nan")}]), "scores.0.las: "),
+        (changed(scores=[{**SCORE, "las": None}]), "scores.0.las: "),
+        (changed(scores=[{**SCORE, "support_set": "0"}]), "scores.0.support_set: "),
+    ],
+)
+def test_damaged_results(plan, result, problem):
+    """A result of another type than a cell leaves is an error that names the file."""
+    cell = plan.jobs[1]
+    write_result(plan, cell, result)
+    with pytest.raises(FileError) as error:
+        load_results(plan)
+    assert str(error.value).startswith(f"{plan.folder(cell) / 'result.json'}: ")
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"seconds": 1, "seconds": 2}', '{"a":' * 50_000])
+def test_results_that_are_no_record(plan, content):
+    cell = plan.jobs[1]
+    write_result(plan, cell, RESULT)
+    (plan.folder(cell) / "result.json").write_text(content)
+    with pytest.raises(FileError, match=r"result\.json: "), no_hang():
+        load_results(plan)
+
+
+def test_links_lead_nowhere(plan, tmp_path):
+    """Nothing is written through links that stand where a comparison keeps its files."""
+    (tmp_path / "precious").write_text("old")
+    cell = plan.jobs[1]
+    plan.folder(cell).mkdir(parents=True)
+    for link in (plan.folder(cell) / "result.json", *(plan.out / name for name in ("summary.md", "means.png"))):
+        link.symlink_to(tmp_path / "precious")
+    write_result(plan, cell, RESULT)
+    write_report(plan)
+    assert (tmp_path / "precious").read_text() == "old"
+    assert json.loads((plan.folder(cell) / "result.json").read_text()) == RESULT
+    assert (plan.out / "summary.md").read_text().startswith("# Comparison")
+
+
+@pytest.mark.parametrize("name", ["seed-0", "seed-0/start"])
+def test_folders_that_are_links(plan, tmp_path, name):
+    """No job is done in a folder that is a link out of the comparison."""
+    (tmp_path / "elsewhere").mkdir()
+    (plan.out / name).parent.mkdir(exist_ok=True)
+    (plan.out / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="is a link"):
+        work(plan, lambda job: {})
+    assert os.listdir(tmp_path / "elsewhere") == []
+
+
+def test_the_comparison_of_the_repository_is_read():
+    """The results that are kept beside the code stay readable."""
+    from pathlib import Path
+
+    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "compare"
+    stored = Plan.stored(folder).settings
+    written = yaml.safe_load((folder / "compare.yaml").read_text())
+    assert {part: {name: stored[part][name] for name in written[part]} for part in written} == written

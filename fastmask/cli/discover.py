@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import quality_text, round_printer
+from fastmask.terminal import say
 from fastmask.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
     draws = []
     for one in runs:
         for seed in range(one.config.seed, one.config.seed + options.seeds):
-            print(f"{one.folder}, seed {seed}", file=sys.stderr)
+            say(f"{one.folder}, seed {seed}", sys.stderr)
             scores: dict[str, Any] = {}
             show = round_printer(sys.stderr, config.tau)
             found = discover_for_parser(one.parser, one.train, one.dev, one.config, seed, show, scores.__setitem__)
@@ -61,8 +62,8 @@ def run(options: argparse.Namespace) -> None:
         made_from["quality"] = _checked(runs, subnets)
     subnets.save(target, {"made_from": json.dumps(made_from)})
     print_masks(subnets, sys.stdout)
-    print(_kept(made_from, draws))
-    print(f"written to {target}")
+    say(_kept(made_from, draws))
+    say(f"written to {target}")
 
 
 def _runs(options: argparse.Namespace) -> list[_Run]:
@@ -162,7 +163,7 @@ def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
             found[one.folder][name] = {"by": by, "full": numbers[0], "combined": numbers[1], "keeps_tau": met}
             if not met:
                 text = f"{quality_text(own)}, of the full network {quality_text(full)}"
-                print(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", file=sys.stderr)
+                say(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", sys.stderr)
     total = len(runs) * len(subnets.languages)
-    print(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
+    say(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
     return found

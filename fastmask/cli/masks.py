@@ -6,10 +6,11 @@ import argparse
 import sys
 from typing import TextIO
 
-from rich.console import Console
 from rich.table import Table
 
+from fastmask.files import read_metadata
 from fastmask.subnetworks import Subnetworks
+from fastmask.terminal import console_of, say
 
 __all__ = ["print_masks", "run"]
 
@@ -18,11 +19,13 @@ def run(options: argparse.Namespace) -> None:
     """Print the table, and draw the picture if asked."""
     subnets = Subnetworks.load(options.file)
     print_masks(subnets, sys.stdout)
+    if made_from := read_metadata(options.file).get("made_from"):
+        say(f"made from {made_from}")
     if options.picture:
         from fastmask.cli.pictures import head_use
 
         head_use(subnets, options.picture)
-        print(f"picture written to {options.picture}")
+        say(f"picture written to {options.picture}")
 
 
 def print_masks(subnets: Subnetworks, file: TextIO) -> None:
@@ -49,5 +52,4 @@ def print_masks(subnets: Subnetworks, file: TextIO) -> None:
             nearest = int(overlap[index].argmax())
             cells.append(f"{subnets.languages[nearest]} {overlap[index, nearest]:.2f}")
         table.add_row(*cells)
-    console = Console(file=file) if file.isatty() else Console(file=file, width=120)
-    console.print(table)
+    console_of(file).print(table)

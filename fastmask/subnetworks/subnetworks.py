@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
+from fastmask.literal import printable
 from fastmask.subnetworks.geometry import Geometry
 
 __all__ = ["UNITS", "Subnetworks"]
@@ -48,6 +49,8 @@ class Subnetworks:
         repeated = {name for name in self.languages if self.languages.count(name) > 1}
         if repeated or not all(isinstance(name, str) and name for name in self.languages):
             raise ValueError(f"language names must be distinct and not empty, given {list(self.languages)!r}")
+        if odd := [name for name in self.languages if printable(name) != name or "\n" in name or "\t" in name]:
+            raise ValueError(f"language names must be one line without control characters, given {odd[0]!r}")
         tensors = self._tensors()
         if not tensors:
             raise ValueError("nothing is masked: give heads, neurons or weights")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.row import Row, setting_of
+from fastmask.terminal import LiteralConsole
 
 __all__ = ["Change", "changes", "print_changes"]
 
@@ -61,7 +61,7 @@ def print_changes(found: Sequence[Change], path: str | Path) -> bool:
         table.add_row(what, _ratio(change.before), _ratio(change.now), change.verdict)
     both = [change for change in found if change.before is not None and change.now is not None]
     quiet = sum(not change.verdict for change in both)
-    console = Console(width=150)
+    console = LiteralConsole(width=150)
     if table.row_count:
         console.print(table)
     console.print(f"{len(both)} measurements in both runs, {quiet} of them unchanged within noise", highlight=False)

@@ -166,6 +166,7 @@ def _growth(group: Sequence[Row], over: str) -> Any:
         _curves(masks, [row for row in group if row.implementation == "fastmask"], over, lambda r: (r.masks_mib,) * 3)
         masks.set_ylabel("masks of all languages, MiB")
         masks.set_yscale("log")
+        masks.yaxis.set_major_formatter(lambda mib, _: f"{mib:g}")
         axes.append(masks)
     for each in axes:
         each.set_xscale("log")

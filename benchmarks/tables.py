@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import CASES
@@ -15,6 +14,7 @@ from benchmarks.row import Row, setting_of
 from benchmarks.setting import Setting
 from benchmarks.targets import TARGETS, Growth, Reading, Target, reading_of_rows
 from fastmask.files import write_text
+from fastmask.terminal import LiteralConsole
 
 __all__ = [
     "BEGIN",
@@ -36,7 +36,7 @@ TOO_NOISY = "too noisy to conclude"
 
 def print_rows(rows: Sequence[Row]) -> None:
     """One table for each setting: its implementations, part by part."""
-    console = Console(width=WIDTH)
+    console = LiteralConsole(width=WIDTH)
     for setting, group in by_setting(rows).items():
         held = f"{setting.languages} language{'s' * (setting.languages > 1)} held"
         layers = f", {setting.layers} layers" if CASES[setting.case].layered else ""
@@ -101,7 +101,7 @@ def print_targets(read: Sequence[tuple[Target | Growth, Reading | None]]) -> Non
         verdict = "ok" if target.reached(reading) else "SHORT"
         noisy = TOO_NOISY if reading.noisy else ""
         table.add_row(target.what, kind, f"{reading.value:.3f}", spread, f"{sign} {target.bound:g}", verdict, noisy)
-    Console(width=WIDTH).print(table)
+    LiteralConsole(width=WIDTH).print(table)
 
 
 # ---- the README

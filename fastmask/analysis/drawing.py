@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 
 __all__ = ["AMOUNT", "COLOURS", "GREY", "MARKERS", "SIGNED", "WRITTEN", "heatmap", "label_points", "new_figure"]
 
@@ -22,12 +25,19 @@ SIGNED = "PuOr"
 WRITTEN = 14  # rows and columns up to which numbers fit into the cells of a heatmap
 
 
+class LiteralFigure(Figure):
+    """A figure whose texts are drawn as they are: names are other people's, and a `$` in them is no mathematics."""
+
+    def draw(self, renderer: Any) -> None:
+        """Draw; matplotlib calls it, also to lay the texts out."""
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        super().draw(renderer)
+
+
 def new_figure(width: float, height: float) -> Any:
     """A `matplotlib.figure.Figure` of so many inches, laid out so that texts do not run into each other."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+    return LiteralFigure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
 
 
 def heatmap(
@@ -93,7 +103,7 @@ def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Seque
     taken = [(px - 3 * scale, py - 3 * scale, px + 3 * scale, py + 3 * scale) for px, py in points]
     crowd = np.sqrt(((points[:, None] - points[None]) ** 2).sum(2)) if len(points) else np.zeros((0, 0))
     for at in np.argsort(np.sort(crowd, axis=1)[:, :4].sum(1), kind="stable"):
-        probe = axis.text(0, 0, names[at], fontsize=size)
+        probe = axis.text(0, 0, names[at], fontsize=size, parse_math=False)
         extent = probe.get_window_extent(renderer)
         probe.remove()
         half = np.array([extent.width / 2 + 1.5 * scale, extent.height / 2 + 1 * scale])

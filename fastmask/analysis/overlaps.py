@@ -253,16 +253,20 @@ def _draw(
 
 def _family_markers(tree: Any, names: Sequence[str], groups: Mapping[str, str]) -> None:
     """A marker for the family at each leaf; a language without relatives here has a grey point."""
+    handles = []
     several = [family for family in dict.fromkeys(groups[name] for name in names) if _count(names, groups, family) > 1]
     for at, family in enumerate(several):
         places = [10 * row + 5 for row, name in enumerate(names) if groups[name] == family]
         colour, marker = COLOURS[at % 8], MARKERS[(at + at // 8) % 8]
-        tree.plot([0] * len(places), places, marker, color=colour, markersize=6, clip_on=False, label=family, zorder=3)
+        handles += tree.plot([0] * len(places), places, marker, color=colour, markersize=6, clip_on=False, zorder=3)
     places = [10 * row + 5 for row, name in enumerate(names) if groups[name] not in several]
     if places:
-        tree.plot([0] * len(places), places, ".", color=GREY, clip_on=False, label="no relative here", zorder=3)
+        handles += tree.plot([0] * len(places), places, ".", color=GREY, clip_on=False, zorder=3)
     if several:
-        tree.figure.legend(loc="outside lower left", fontsize=8, ncols=4 if len(names) <= 14 else 8, frameon=False)
+        # Given one by one: matplotlib leaves out a name that starts with an underscore.
+        labels = [*several, *(["no relative here"] if places else [])]
+        ncols = 4 if len(names) <= 14 else 8
+        tree.figure.legend(handles, labels, loc="outside lower left", fontsize=8, ncols=ncols, frameon=False)
 
 
 def _count(names: Sequence[str], groups: Mapping[str, str], family: str) -> int:

@@ -57,7 +57,10 @@ class Result:
         return {self.name: self.table, **{f"{self.name}_{key}": table for key, table in self.more.items()}}
 
     def save(self, folder: str | PathLike[str]) -> list[Path]:
-        """Write every table as CSV and the picture as PNG and SVG; returns the paths. Replaces files atomically."""
+        """Write every table as CSV and the picture as PNG and SVG; returns the paths. Replaces files atomically.
+
+        CSV files hold names as they are, to be read again; a spreadsheet takes one starting with ``=`` for a formula.
+        """
         folder, written = Path(folder), []
         for name, table in self.tables().items():
             written.append(folder / f"{name}.csv")

@@ -8,6 +8,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from fastmask.terminal import say
+
 __all__ = ["main"]
 
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         expected = isinstance(error, (ValueError, KeyError, OSError, RuntimeError, ImportError))
         what = "error" if expected else f"unexpected {type(error).__name__}"
-        print(f"fastmask {options.command}: {what}: {error}", file=sys.stderr)
+        say(f"fastmask {options.command}: {what}: {error}", sys.stderr)
         if not expected:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
         return 1
@@ -44,7 +46,7 @@ def _print_warnings_plainly(command: str) -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if category is UserWarning:
-            print(f"fastmask {command}: warning: {message}", file=sys.stderr)
+            say(f"fastmask {command}: warning: {message}", sys.stderr)
 
     warnings.showwarning = show
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from fastmask.cli.report import console_of
+from fastmask.terminal import console_of
 from fastmask.training.config import ConfigError
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from fastmask.terminal import LiteralConsole
 from fastmask.training.settings import items_of
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
         on_job=_Progress().show,
         strict=options.debug,
     )
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = LiteralConsole(soft_wrap=True, highlight=False)
     for reason in made.skipped:
         console.print(f"skipped {reason}")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in made.seconds.items() if seconds >= 0.5)
@@ -68,7 +67,7 @@ class _Progress:
     """One line for each job that is done."""
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stderr, soft_wrap=True, highlight=False, markup=False)
+        self.console = LiteralConsole(file=sys.stderr, soft_wrap=True, highlight=False)
 
     def show(self, now: Progress) -> None:
         what = f"{now.done.seconds:.0f} s" if now.done.error is None else f"failed: {now.done.error}"

@@ -10,12 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import console_of
 from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
 from fastmask.compare.report import print_tables, write_report
+from fastmask.terminal import LiteralConsole, console_of
 
 __all__ = ["run"]
 
@@ -54,7 +52,7 @@ class _Progress:
 
         self.total = len(plan.jobs)
         self.done = sum(is_done(plan, job) for job in plan.jobs)
-        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self.console = LiteralConsole(stderr=True, soft_wrap=True, highlight=False)
         self.began, self.mine = time.perf_counter(), 0
         if self.done:
             self.console.print(f"{self.done} of {self.total} jobs are done already")
@@ -65,8 +63,7 @@ class _Progress:
         scores = ", ".join(f"{name} {value:.2f}" for name, value in _means(result).items())
         what = f"LAS {scores}" if scores else "the shared start"
         self.console.print(
-            f"[{self.done}/{self.total}] {job.name}: {what}; {result['seconds']:.0f} s, about {left / 60:.0f} min left",
-            markup=False,
+            f"[{self.done}/{self.total}] {job.name}: {what}; {result['seconds']:.0f} s, about {left / 60:.0f} min left"
         )
 
 

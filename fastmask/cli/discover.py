@@ -13,6 +13,7 @@ from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import quality_text, round_printer, stream_beside
 from fastmask.files import check_writable
+from fastmask.terminal import say
 from fastmask.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     draws = []
     for one in runs:
         for seed in range(one.config.seed, one.config.seed + options.seeds):
-            print(f"{one.folder}, seed {seed}", file=sys.stderr)
+            say(f"{one.folder}, seed {seed}", sys.stderr)
             scores: dict[str, Any] = {}
             show = round_printer(sys.stderr, config.tau)
             found = discover_for_parser(one.parser, one.train, one.dev, one.config, seed, show, scores.__setitem__)
@@ -60,8 +61,8 @@ def run(options: argparse.Namespace) -> None:
     subnets.save(options.masks, {"made_from": json.dumps(made_from)})
     stream = stream_beside(options.masks)
     print_masks(subnets, stream)
-    print(_kept(made_from, draws), file=stream)
-    print(f"written to {options.masks}", file=stream)
+    say(_kept(made_from, draws), stream)
+    say(f"written to {options.masks}", stream)
 
 
 def _runs(options: argparse.Namespace) -> list[_Run]:
@@ -161,7 +162,7 @@ def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
             found[one.folder][name] = {"by": by, "full": numbers[0], "combined": numbers[1], "keeps_tau": met}
             if not met:
                 text = f"{quality_text(own)}, of the full network {quality_text(full)}"
-                print(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", file=sys.stderr)
+                say(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", sys.stderr)
     total = len(runs) * len(subnets.languages)
-    print(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
+    say(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
     return found

@@ -7,9 +7,10 @@ from typing import TextIO
 
 from rich.table import Table
 
-from fastmask.cli.report import console_of, stream_beside
-from fastmask.files import check_writable
+from fastmask.cli.report import stream_beside
+from fastmask.files import check_writable, read_metadata
 from fastmask.subnetworks import Subnetworks
+from fastmask.terminal import console_of, say
 
 __all__ = ["print_masks", "run"]
 
@@ -21,11 +22,13 @@ def run(options: argparse.Namespace) -> None:
     subnets = Subnetworks.load(options.file)
     stream = stream_beside(options.picture)
     print_masks(subnets, stream)
+    if made_from := read_metadata(options.file).get("made_from"):
+        say(f"made from {made_from}", stream)
     if options.picture:
         from fastmask.cli.pictures import head_use
 
         head_use(subnets, options.picture)
-        print(f"picture written to {options.picture}", file=stream)
+        say(f"picture written to {options.picture}", stream)
 
 
 def print_masks(subnets: Subnetworks, file: TextIO) -> None:

@@ -26,19 +26,16 @@ def head_use(subnets: Subnetworks, path: str | PathLike[str], *, follow: bool = 
     Raises:
         ValueError: the subnetworks have masks neither over heads nor over neurons.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    from fastmask.analysis.drawing import new_figure
 
     panels = [kind for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)) if keep is not None]
     if not panels:
         raise ValueError("there is nothing to draw: these subnetworks mask neither heads nor neurons")
     languages = len(subnets.languages)
     widths = [max(4.0, 0.14 * subnets.heads[0].numel()) if kind == "heads" else 4.0 for kind in panels]  # type: ignore[index]
-    size = (sum(widths) + 1.5, max(2.4, 0.3 * languages + 1.4))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, width_ratios=widths, layout="constrained")
-    for axis, kind in zip(axes[0], panels, strict=True):
+    figure = new_figure(sum(widths) + 1.5, max(2.4, 0.3 * languages + 1.4))
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    for axis, kind in zip(axes, panels, strict=True):
         if kind == "heads" and subnets.heads is not None:
             _draw_heads(axis, subnets.heads)
         elif subnets.neurons is not None:
@@ -47,7 +44,6 @@ def head_use(subnets: Subnetworks, path: str | PathLike[str], *, follow: bool = 
         axis.set_xlabel("layer")
     form = Path(path).suffix.lstrip(".") or "png"
     replace_file(path, lambda partial: figure.savefig(partial, dpi=150, format=form), follow=follow)
-    plt.close(figure)
 
 
 def _draw_heads(axis: Any, keep: Tensor) -> None:

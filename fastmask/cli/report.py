@@ -9,28 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
 from fastmask.cli.options import STANDARD_OUTPUT
+from fastmask.terminal import console_of, say
 
 if TYPE_CHECKING:
     from fastmask.discovery import Quality, Round
     from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
 
-__all__ = [
-    "Row",
-    "console_of",
-    "print_scores",
-    "print_summary",
-    "quality_text",
-    "round_printer",
-    "scored",
-    "stream_beside",
-]
-
-WIDTH = 130  # of tables that do not go to a terminal
+__all__ = ["Row", "print_scores", "print_summary", "quality_text", "round_printer", "scored", "stream_beside"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +140,7 @@ def round_printer(file: TextIO, tau: float) -> Callable[[Round], None]:
             quality += f" (there is no dev data; the loss may rise by {-math.log(tau):.3f})"
         stopped = "" if found.kept else "  too far: back to the round before"
         parts = [f"  {found.language} round {found.number}: {', '.join(counts)}", *([quality] if quality else ())]
-        print(f"{'  '.join(parts)}{stopped}", file=file)
+        say(f"{'  '.join(parts)}{stopped}", file)
 
     return show
 
@@ -166,11 +155,6 @@ def quality_text(quality: Quality) -> str:
     if quality.metric is not None:
         return f"dev LAS {quality.metric:.2f}"
     return "" if quality.loss is None else f"loss on the scoring sentences {quality.loss:.3f}"
-
-
-def console_of(file: TextIO) -> Console:
-    """Where tables go: as wide as the terminal, or `WIDTH` columns in a file or a pipe."""
-    return Console(file=file) if file.isatty() else Console(file=file, width=WIDTH)
 
 
 def _number(value: float | None, form: str) -> str:

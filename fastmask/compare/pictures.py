@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
+from fastmask.analysis.drawing import new_figure
 from fastmask.compare.tables import CONDITIONS
 from fastmask.files import replace_file
 
@@ -24,7 +24,7 @@ def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], path: str
     """Mean LAS over languages of every cell: a dot for each seed, a bar for their mean; one panel per condition."""
     shown = [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
     methods, metas = (list(dict.fromkeys(cell[part] for cell in cells)) for part in (0, 1))
-    figure = Figure(figsize=(1.2 + 0.55 * len(methods) * len(shown), 4.2), layout="constrained")
+    figure = new_figure(1.2 + 0.55 * len(methods) * len(shown), 4.2)
     for position, condition in enumerate(shown):
         axis = figure.add_subplot(1, len(shown), position + 1)
         part = scores[scores["condition"] == condition]
@@ -63,7 +63,7 @@ def draw_gains(
             keys = (method, meta, language), ("full", "none", language)
             if all(key in las.index for key in keys):
                 gains[row, column] = las[keys[0]] - las[keys[1]]
-    figure = Figure(figsize=(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows)), layout="constrained")
+    figure = new_figure(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows))
     axis = figure.add_subplot()
     limit = max(1.0, float(np.nanmax(np.abs(gains)))) if np.isfinite(gains).any() else 1.0
     image = axis.imshow(gains, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
@@ -79,7 +79,7 @@ def draw_gains(
     _save(figure, path)
 
 
-def _save(figure: Figure, path: str | PathLike[str]) -> None:
+def _save(figure: Any, path: str | PathLike[str]) -> None:
     target = Path(path)
 
     def write(partial: Path) -> Any:

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 
 from fastmask.analysis.statistics import p_text
@@ -22,6 +21,8 @@ from fastmask.compare.queue import RESULT_FILE, is_done
 from fastmask.compare.results import CellResult
 from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
 from fastmask.files import read_json, write_text
+from fastmask.literal import fenced, markdown_table
+from fastmask.terminal import LiteralConsole
 
 __all__ = ["load_results", "print_tables", "write_report"]
 
@@ -72,7 +73,7 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     return files
 
 
-def print_tables(plan: Plan, console: Console) -> None:
+def print_tables(plan: Plan, console: LiteralConsole) -> None:
     """One table for each condition, and one of the cells' cost."""
     results = load_results(plan)
     for title, rows in _tables(plan, scores_table(results), cells_table(results)):
@@ -82,7 +83,7 @@ def print_tables(plan: Plan, console: Console) -> None:
         for row in rows:
             table.add_row(*row.values())
         console.print(table)
-    console.print(NOTE, highlight=False, markup=False)
+    console.print(NOTE, highlight=False)
 
 
 def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
@@ -149,7 +150,7 @@ def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: st
     hours = cells["seconds"].sum() / 3600
     lines = ["# Comparison", ""]
     if command:
-        lines += ["```", command, "```", ""]
+        lines += [*fenced(command), ""]
     lines += [
         f"{datetime.date.today()}, {platform.machine()}, fastmask {fastmask.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}; {len(cells)} cells, {hours:.2f} hours of all workers together, "
@@ -158,9 +159,7 @@ def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: st
         NOTE,
     ]
     for title, rows in _tables(plan, scores, cells):
-        header = list(rows[0])
-        lines += ["", f"## {title}", "", f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
-        lines += [f"| {' | '.join(row.values())} |" for row in rows]
+        lines += ["", f"## {title}", "", *markdown_table(list(rows[0]), [list(row.values()) for row in rows])]
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from typing import Any, BinaryIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from fastmask.literal import one_line
+
 __all__ = [
     "FileError",
     "Record",
     "check",
     "check_regular",
-    "is_plain",
     "parse_json",
     "read_json",
     "read_json_lines",
@@ -33,12 +33,6 @@ __all__ = [
 T = TypeVar("T")
 
 JSON_BYTES = 1 << 28  # records of a run of a million steps have some 20 MB
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def is_plain(text: str) -> bool:
-    """Whether a text has no control characters, no line ends and no halves of letters, so that it can be printed."""
-    return _CONTROL.search(text) is None
 
 
 class FileError(ValueError):
@@ -46,7 +40,7 @@ class FileError(ValueError):
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
         """Build the message: one line, with nothing in it that a terminal would obey."""
-        super().__init__(_CONTROL.sub(lambda found: repr(found[0])[1:-1], f"{os.fspath(path)}: {problem}"))
+        super().__init__(one_line(f"{os.fspath(path)}: {problem}"))
 
 
 @contextmanager

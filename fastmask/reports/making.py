@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -162,17 +162,23 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
 
 
 def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:
-    """With several studies, names of files begin with the study's."""
-    if len(studies) == 1:
-        return list(parts)
+    """No two sections have files of one name; with several studies, names begin with the study's."""
+    taken: set[str] = set()
 
     def renamed(section: Section, stem: str) -> Section:
-        tables = {f"{stem}-{name}": table for name, table in section.tables.items()}
-        return Section(
-            section.title, f"{stem}-{section.name}", section.caption, tables, section.pictures, section.folded
-        )
+        wanted = name = f"{stem}{section.name}"
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{wanted}-{number}"
+        taken.add(name)
+        tables = {f"{name}{key.removeprefix(section.name)}": table for key, table in section.tables.items()}
+        return replace(section, name=name, tables=tables)
 
-    stems = {id(study): f"{number}-{file_name(study.title)[:40]}" for number, study in enumerate(studies, start=1)}
+    stems = {
+        id(study): f"{file_name(str(number), study.title)[:40]}-" if len(studies) > 1 else ""
+        for number, study in enumerate(studies, start=1)
+    }
     return [
         Part(part.study, part.analysis, [renamed(section, stems[id(part.study)]) for section in part.sections])
         for part in parts

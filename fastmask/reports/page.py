@@ -21,7 +21,7 @@ from PIL import Image
 from fastmask.analysis.statistics import p_text
 from fastmask.reports.analyses import Analysis
 from fastmask.reports.folders import Study
-from fastmask.reports.sections import Section, Skipped, file_name
+from fastmask.reports.sections import Section, Skipped
 
 __all__ = ["OPEN_ROWS", "SHOWN_ROWS", "Part", "page"]
 
@@ -66,7 +66,7 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
         date=datetime.date.today().isoformat(),
         studies=[_study(study) for study in studies],
         several=len(studies) > 1,
-        parts=[_part(part) for part in parts],
+        parts=[_part(part, number) for number, part in enumerate(parts, start=1)],
         skipped=skipped,
         versions=versions,
         command=command,
@@ -95,9 +95,9 @@ def _settings(values: Mapping[str, Any]) -> str:
     return "\n".join(f"{name}: {value}" for name, value in values.items() if value is not None)
 
 
-def _part(part: Part) -> dict[str, Any]:
+def _part(part: Part, number: int) -> dict[str, Any]:
     return {
-        "id": file_name(part.study.title, part.analysis.name),
+        "id": f"part-{number}-{part.analysis.name}",  # no section is called so
         "study": part.study.title,
         "title": part.analysis.title,
         "shows": part.analysis.shows,

@@ -73,5 +73,6 @@ class SkipError(ValueError):
 
 
 def file_name(*parts: str) -> str:
-    """A name for files, of lower-case letters, digits and hyphens."""
-    return "-".join(slug for part in parts if (slug := re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-")))
+    """A name for files, of lower-case letters, digits and hyphens, up to 60 of each part; others may have the same."""
+    slugs = (re.sub(r"[^a-z0-9]+", "-", part.lower())[:60].strip("-") for part in parts)
+    return "-".join(filter(None, slugs))

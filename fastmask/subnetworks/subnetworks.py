@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.files import is_plain
+from fastmask.literal import is_plain
 from fastmask.subnetworks.geometry import Geometry
 
 __all__ = ["UNITS", "Subnetworks"]

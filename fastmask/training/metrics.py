@@ -76,8 +76,9 @@ class TrainingProgress:
 
     def __init__(self, total: int, done: int, enabled: bool) -> None:
         """Make a bar over `total` steps of which `done` are done."""
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from fastmask.terminal import LiteralConsole
 
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -85,7 +86,7 @@ class TrainingProgress:
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]} · dev LAS {task.fields[las]} · {task.fields[rate]} words/s"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=LiteralConsole(stderr=True),
             disable=not enabled,
         )
         self._task = self._bar.add_task("full network", total=total, completed=done, loss="-", las="-", rate="-")

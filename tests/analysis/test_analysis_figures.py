@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -118,6 +119,24 @@ def test_no_text_lies_on_another(analysis, languages, monkeypatch):
         across = min(a.x1, b.x1) - max(a.x0, b.x0)
         along = min(a.y1, b.y1) - max(a.y0, b.y0)
         assert across <= 1 or along <= 1.5, f"{one!r} lies on {other!r}"
+
+
+@pytest.mark.parametrize("analysis", ANALYSES)
+def test_names_are_drawn_as_they_are(analysis, monkeypatch):
+    """Broken: a name is taken for mathematics, which ends the analysis or shows another name."""
+    names = [r"$\frac$", "$x_1$", r"\$5", "_en", "a$b", "<i>--", "[/b]"]
+    result, drawn, draw = analysis(names), [], Text.draw
+
+    def recorded(text, renderer):
+        if text.get_visible() and text.get_text():
+            drawn.append(text._preprocess_math(text.get_text()))  # as it is laid out, and whether as mathematics
+        draw(text, renderer)
+
+    monkeypatch.setattr(Text, "draw", recorded)
+    ElementTree.fromstring(result.pictures()["svg"])
+    assert not [text for text, kind in drawn if kind]
+    if analysis not in (use, use_of_neurons):  # they draw layers
+        assert set(names) <= {text for text, _ in drawn}
 
 
 def test_save_writes_tables_and_pictures(tmp_path):

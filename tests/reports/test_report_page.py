@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
@@ -17,6 +19,7 @@ from fastmask.analysis.result import Result
 from fastmask.reports import writing
 from fastmask.reports.analyses import ANALYSES
 from fastmask.reports.folders import studies_of
+from fastmask.reports.jobs import Options
 from fastmask.reports.making import make_report
 from fastmask.reports.page import SHOWN_ROWS, Part, page
 from fastmask.reports.sections import Section, Skipped, file_name
@@ -194,6 +197,32 @@ def test_several_studies_keep_their_files_apart(static_run, comparison, tmp_path
         assert link[1:] in found.ids if link.startswith("#") else (made.report.parent / link).is_file(), link
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the font lacks some of the letters, the picture room for others
+def test_hostile_folders(static_run, tmp_path):
+    """If this fails, a folder's name is markup to the page or a picture, or two of them share one file."""
+    names = [r"[b] $\frac$ <x>|", "-b--frac---x", "..up", "日本", "語", "z" * 250]
+    runs = [shutil.copytree(static_run, tmp_path / name) for name in names]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    out = tmp_path / "out"
+    made = make_report(runs, ["overlap", "heads", "conflict"], out, Options(sentences=2), strict=True)
+    assert not made.skipped or all("one seed" in reason.why for reason in made.skipped)
+    text = made.report.read_text()
+    found = Page(text)
+    assert len(found.images) == made.sections == len(list(out.glob("*.png")))
+    assert len(found.ids) == len(set(found.ids))
+    for link in found.links:
+        assert link[1:] in found.ids if link.startswith("#") else (out / link).is_file(), link
+    for picture in out.glob("*.svg"):
+        ElementTree.parse(picture)
+    words = " ".join(found.texts)
+    for name in (names[0], names[3], names[4], names[5]):
+        assert f"static ({name})" in words, name
+    assert "<x>" not in text
+    changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if out not in (path, *path.parents)}
+    assert changed == before
+
+
 def test_file_names():
     """If this fails, a variant's name makes a path that some system refuses."""
     assert file_name("conflict", "static + FOMAML (my run/2)") == "conflict-static-fomaml-my-run-2"
+    assert file_name("conflict", "../..", "日本", "x" * 300) == f"conflict-{'x' * 60}"

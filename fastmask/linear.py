@@ -42,7 +42,8 @@ class MaskedLinear(nn.Linear):
                 f"the layer is {in_features} -> {out_features}"
             )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self._mask: Mask = mask
+        self._mask: Mask
+        self.mask = mask
 
     @classmethod
     def from_linear(cls: type[Self], linear: nn.Linear, mask: Mask, **options: Any) -> Self:
@@ -51,6 +52,7 @@ class MaskedLinear(nn.Linear):
         layer = cls(linear.in_features, linear.out_features, mask=mask, bias=has_bias, device="meta", **options)
         # Not by assignment: `accelerate.init_empty_weights` puts what is assigned on the meta device.
         layer._parameters.update(linear._parameters)
+        layer.mask = mask
         return layer.train(linear.training)
 
     def reset_parameters(self) -> None:
@@ -65,20 +67,27 @@ class MaskedLinear(nn.Linear):
     @property
     def mask(self) -> Mask:
         """The mask, on the device of the weight (where it was, while the weight is on the meta device)."""
-        weight = self._parameters.get("weight")
-        device = (self.weight if weight is None else weight).device  # None: parametrized, or FSDP's
-        if self._mask.device != device and device.type != "meta":
-            self._mask = self._mask.to(device)
-        return self._mask
+        mask = self._beside_weight(self._mask)
+        if mask is not self._mask:
+            self._mask = mask
+        return mask
 
     @mask.setter
     def mask(self, mask: Mask) -> None:
-        self._mask = mask
+        self._mask = self._beside_weight(mask)
+
+    def _beside_weight(self, mask: Mask) -> Mask:
+        weight = self._parameters.get("weight")
+        if weight is None:  # parametrized, or a piece of what FSDP holds, which may not be there at the moment
+            weight = getattr(self, "weight", None)
+        if weight is None or weight.is_meta or weight.device == mask.device:
+            return mask
+        return mask.to(weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Called by .to(), .cuda(), .half(), .to_empty() ...; `fn` is not for masks, which only ever move.
         super()._apply(fn, recurse)
-        _ = self.mask
+        self.mask = self._mask
         return self
 
     def extra_repr(self) -> str:

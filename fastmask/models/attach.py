@@ -73,8 +73,8 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
         del model.forward
     for name, layer in masked.items():
         _replace(model, name, layer)
-        # Held here, the old weights would outlive loading and sharding, which replace them.
-        plain[name]._parameters = dict.fromkeys(plain[name]._parameters)
+        # One dictionary for both: loading and sharding replace Parameters, and old ones must not live on in here.
+        plain[name]._parameters = layer._parameters
     model.__class__ = attached_class  # type: ignore[assignment]
     model._fastmask = Attached(subnets, router, Places(model, masked), plain, plain_class)  # type: ignore[assignment]
     return model
@@ -95,8 +95,7 @@ def detach(model: Model) -> Model:
     for name, (parent, child, layer) in state.places.removable().items():
         module = state.plain_modules[name]
         if isinstance(module, nn.Linear):
-            module._parameters.update(layer._parameters)
-            # Embeddings that are resized have another weight put into a tied output layer.
+            # Embeddings that were resized have put another weight into a tied output layer.
             module.out_features, module.in_features = module.weight.shape
         parent[child] = module.train(layer.training)
     owner.__class__ = state.plain_class

@@ -375,3 +375,36 @@ def test_attached_model(name, dtype, monkeypatch):
         # A key's bias adds the same to all scores of a query: its gradient is 0, and all that is left is rounding.
         if not key.endswith("key.bias"):
             assert_close(key, ours[key].cpu(), exact, plain[key].cpu())
+
+
+@pytest.mark.parametrize("how", ["moved", "loaded", "emptied", "there and back"])
+def test_masks_follow_their_weights(how):
+    """However weights get to the GPU, their masks are there, with the values they had."""
+    from transformers import AutoModel
+
+    config, ids = models()["llama"], torch.tensor([2, 0, 0, -1, 1])
+    torch.manual_seed(0)
+    plain = AutoModel.from_config(config).double()
+    subnets = fm.Subnetworks.random(config, ["a", "b", "c"], 0.5, seed=0, units="both")
+    tokens = torch.randint(0, 50, (5, 6))
+    expected = fm.attach(copy.deepcopy(plain), subnets)(input_ids=tokens, language_ids=ids)[0]
+    model = fm.attach(copy.deepcopy(plain), subnets)
+    before = [layer.mask.to_dense() for layer in model.modules() if isinstance(layer, fm.MaskedLinear)]
+    if how == "moved":
+        model.to(DEVICE)
+    elif how == "there and back":
+        model.to(DEVICE).to("cpu").to(DEVICE)
+    elif how == "loaded":
+        on_gpu = {name: value.to(DEVICE) for name, value in plain.state_dict().items()}
+        model.load_state_dict(on_gpu, assign=True)
+        model.rotary_emb.to(DEVICE)
+    else:
+        buffers = dict(plain.named_buffers())
+        model.to("meta").to_empty(device=DEVICE).load_state_dict(plain.state_dict())
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    after = [layer.mask for layer in model.modules() if isinstance(layer, fm.MaskedLinear)]
+    assert {mask.device.type for mask in after} == {DEVICE}
+    assert all(torch.equal(mask.to_dense().cpu(), dense) for mask, dense in zip(after, before, strict=True))
+    found = model(input_ids=tokens.to(DEVICE), language_ids=ids)[0]
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-9)

@@ -161,6 +161,7 @@ def test_detach_restores_the_plain_model():
     fm.detach(model)
     assert torch.equal(model(**inputs)[0], before)
     assert model.encoder.layer[0].output.dense is linear
+    assert linear.weight is model.get_parameter("encoder.layer.0.output.dense.weight")
     assert type(model).__module__.startswith("transformers.")
 
 

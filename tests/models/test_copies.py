@@ -90,10 +90,13 @@ def test_tables_stay_behind(model):
 
 def test_old_weights_are_let_go(model):
     """Weights that loading or sharding has replaced would stay in memory, and in every pickle."""
+    linear = fm.detach(model).bert.encoder.layer[0].output.dense
+    fm.attach(model, subnetworks(model))
     size = len(pickle.dumps(model))
     before = [weakref.ref(parameter) for parameter in model.parameters()]
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     gc.collect()
+    assert linear.weight is model.get_parameter("bert.encoder.layer.0.output.dense.weight")
     assert not [ref for ref in before if ref() is not None]
     assert len(pickle.dumps(model)) == size
     expected, parameters = model.state_dict(), {id(parameter) for parameter in model.parameters()}

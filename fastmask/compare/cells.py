@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import statistics
 import time
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.scoring import Scorer
-from fastmask.files import replace_file
+from fastmask.files import remove_tree, replace_file
 from fastmask.parsing.treebanks import load_treebanks
 from fastmask.subnetworks import Subnetworks
 from fastmask.training import checkpoints
@@ -21,6 +20,7 @@ from fastmask.training.build import build_parser, encode_training_data
 from fastmask.training.config import TrainConfig
 from fastmask.training.data import load_training_data
 from fastmask.training.episodes import episode_sampler
+from fastmask.training.finished import is_finished
 from fastmask.training.loop import SwitchPoint, TrainResult, train
 from fastmask.training.methods import check_subnetworks, subnetworks_of
 
@@ -92,8 +92,7 @@ class Runner:
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
         if config.method != "full":
             config = dataclasses.replace(config, masks=str(start / MASKS_FILE))
-        if checkpoints.latest(config.out) is None:
-            shutil.rmtree(config.out, ignore_errors=True)  # a killed process may have left its settings there
+        if checkpoints.latest(config.out) is None and not is_finished(config.out):
             branch(start / RUN, config)
         began = time.perf_counter()
         trained = train(
@@ -112,7 +111,7 @@ class Runner:
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
             "scores": scores,
         }
-        shutil.rmtree(checkpoints.folder_of(config.out), ignore_errors=True)  # model and masks stay
+        remove_tree(checkpoints.folder_of(config.out))  # model and masks stay
         return result
 
 

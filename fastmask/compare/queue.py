@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fastmask.compare.plan import Job, Plan
-from fastmask.files import replace_file
+from fastmask.files import HeldError, held, replace_file
 
 __all__ = ["RESULT_FILE", "is_done", "read_result", "work", "write_result"]
 
@@ -57,25 +54,11 @@ def work(plan: Plan, run: Callable[[Job], dict[str, Any]]) -> None:
 
 def _done_here(plan: Plan, job: Job, run: Callable[[Job], dict[str, Any]]) -> bool:
     """Do the job if nobody else is doing it."""
-    with _claimed(plan.folder(job)) as mine:
-        if not mine:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(plan.folder(job)))
+        except HeldError:
             return False
         if not is_done(plan, job):  # it may have become so before we held the lock
             write_result(plan, job, run(job))
         return True
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Hold a job's lock, if it is free."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()

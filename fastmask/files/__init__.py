@@ -3,7 +3,7 @@
 Every other module reads JSON, YAML and safetensors, replaces files and removes folders through this one.
 """
 
-from fastmask.files.locking import HeldError, held
+from fastmask.files.locking import LOCK_FILES, HeldError, held
 from fastmask.files.reading import (
     FileError,
     Record,
@@ -16,14 +16,25 @@ from fastmask.files.reading import (
     read_yaml,
     sha256_of,
 )
-from fastmask.files.writing import partial_name, remove_leftovers, remove_tree, replace_file, sync, write_text
+from fastmask.files.writing import (
+    named_errors,
+    partial_name,
+    remove_leftovers,
+    remove_tree,
+    replace_file,
+    sync,
+    write_folder,
+    write_text,
+)
 
 __all__ = [
+    "LOCK_FILES",
     "FileError",
     "HeldError",
     "Record",
     "check",
     "held",
+    "named_errors",
     "partial_name",
     "read_json",
     "read_json_lines",
@@ -36,5 +47,6 @@ __all__ = [
     "replace_file",
     "sha256_of",
     "sync",
+    "write_folder",
     "write_text",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -14,9 +15,9 @@ from filelock import FileLock, Timeout
 from fastmask.files.reading import FileError, Record, read_json
 from fastmask.files.writing import write_text
 
-__all__ = ["HeldError", "held"]
+__all__ = ["LOCK_FILES", "HeldError", "held"]
 
-LOCK, HOLDER = ".lock", ".holder.json"
+LOCK_FILES = LOCK, HOLDER = ".lock", ".holder.json"
 
 
 class HeldError(RuntimeError):
@@ -37,9 +38,13 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     Raises:
         HeldError: another process holds it.
+        OSError: the folder cannot be written to, or one of `LOCK_FILES` is a link.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in LOCK_FILES:
+        if (folder / name).is_symlink():
+            raise OSError(errno.ELOOP, "is a link (expected the lock of this folder)", os.fspath(folder / name))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)

@@ -12,14 +12,24 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["partial_name", "remove_leftovers", "remove_tree", "replace_file", "sync", "write_text"]
+__all__ = [
+    "named_errors",
+    "partial_name",
+    "remove_leftovers",
+    "remove_tree",
+    "replace_file",
+    "sync",
+    "write_folder",
+    "write_text",
+]
 
-_LEFTOVER = re.compile(r"\.(partial|old)-[0-9a-f]{12}-.+", re.DOTALL)
+_LEFTOVER = re.compile(r"\.(partial|old)-[0-9a-f]{12}-(.+)", re.DOTALL)
+_SAID, _KEPT = "cannot write: ", "; what was there before is still there"
 
 
 def partial_name(target: Path, kind: str = "partial") -> Path:
@@ -27,9 +37,12 @@ def partial_name(target: Path, kind: str = "partial") -> Path:
 
     It is drawn at random: process numbers repeat between containers that share a folder.
     """
-    # A name may have 255 bytes, so a long one is cut.
-    stem = target.name.encode()[:200].decode(errors="ignore")
-    return target.with_name(f".{kind}-{secrets.token_hex(6)}-{stem}")
+    return target.with_name(f".{kind}-{secrets.token_hex(6)}-{_stem(target.name)}")
+
+
+def _stem(name: str) -> str:
+    """What stays of a name in a temporary one: names may have 255 bytes, so a long one is cut."""
+    return name.encode()[:200].decode(errors="ignore")
 
 
 def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -44,7 +57,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
             is still there.
     """
     target = Path(os.path.realpath(path))
-    with _named_errors(path):
+    with named_errors(path):
         mode = target.stat().st_mode if target.exists() else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)")
@@ -67,8 +80,42 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     replace_file(path, lambda partial: partial.write_bytes(text.encode()))
 
 
+def write_folder(
+    target: Path, writers: Mapping[str, Callable[[Path], Any]], make_room: Callable[[], Any] | None = None
+) -> None:
+    """Let each writer write a file or a folder, in their order, and put the folder of all of them at `target` at once.
+
+    Args:
+        target: not there yet, or an empty folder, or what `make_room` removes.
+        writers: name -> called with the path to write to; the name "." is the folder itself.
+        make_room: called when everything is written, just before the folder takes its place.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written to; the message names the file. Nothing is left of
+            what was written.
+    """
+    partial = partial_name(target)
+    try:
+        with named_errors(target):
+            partial.mkdir(parents=True)
+        for name, write in writers.items():
+            with named_errors(target / name):
+                write(partial / name)
+        with named_errors(target):
+            for path in sorted(partial.rglob("*")):
+                sync(path)
+            sync(partial)
+            if make_room is not None:
+                make_room()
+            os.replace(partial, target)
+            sync(target.parent)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
 @contextmanager
-def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Say which file could not be written: the system names the temporary one, or none at all."""
     try:
         yield
@@ -78,15 +125,17 @@ def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise _named(path, error.errno, error.strerror or str(error)) from error
     except Exception as error:
         # safetensors and others wrap the system's error in one of their own.
-        if "os error 28" in str(error) or "No space left" in str(error):
-            raise _named(path, errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        if found:
+            raise _named(path, int(found[1]), os.strerror(int(found[1]))) from error
         raise
 
 
 def _named(path: str | os.PathLike[str], number: int | None, what: str) -> OSError:
-    kept = "; what was there before is still there" if number in (errno.ENOSPC, errno.EDQUOT) else ""
+    kept = _KEPT if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+    what = what.removeprefix(_SAID).removesuffix(_KEPT)  # it may have been named by the writer
     # Built from number and text, so that Python chooses the class (PermissionError, IsADirectoryError, ...).
-    return OSError(number or errno.EIO, f"cannot write: {what}{kept}", os.fspath(path))
+    return OSError(number or errno.EIO, f"{_SAID}{what}{kept}", os.fspath(path))
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -115,15 +164,20 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, of: str | None = None) -> None:
     """Delete what killed processes left half written or half deleted in a folder that this process holds the lock of.
 
     Only names that `partial_name` makes, directly in the folder; nothing is done in or through a link.
+
+    Args:
+        folder: of the leftovers.
+        of: only those of the file or folder of this name, where that is what the lock is for.
     """
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.iterdir():
-        if not _LEFTOVER.fullmatch(path.name):
+        leftover = _LEFTOVER.fullmatch(path.name)
+        if leftover is None or (of is not None and leftover[2] != _stem(of)):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastmask.files import sha256_of
 from fastmask.parsing.batch import Encoded
 from fastmask.parsing.evaluation import Prepared
 from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.subnetworks import Subnetworks
 from fastmask.training.config import TrainConfig
 
 __all__ = ["MASKS_INPUT", "inputs_of", "masks_input"]
@@ -33,10 +33,16 @@ def inputs_of(
 
 
 def masks_input(config: TrainConfig) -> dict[str, str]:
-    """The same of the masks that are given to a run, if any are."""
+    """The same of the masks that are given to a run, if any are: of what they say, as equal ones differ in bytes."""
     if config.masks is None or config.method == "full":
         return {}
-    return {MASKS_INPUT: sha256_of(config.masks)}
+    subnets = Subnetworks.load(config.masks)
+    kinds = {"heads": subnets.heads, "neurons": subnets.neurons, **(subnets.weights or {})}
+    digest = hashlib.sha256(repr(subnets.languages).encode())
+    for name, keep in sorted(kinds.items()):
+        if keep is not None:
+            digest.update(f"{name} {tuple(keep.shape)} ".encode() + keep.numpy().tobytes())
+    return {MASKS_INPUT: digest.hexdigest()}
 
 
 def _digest(vocabulary: Vocabulary, encoded: Encoded) -> str:

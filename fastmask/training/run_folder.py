@@ -27,8 +27,8 @@ def check_out(config: TrainConfig) -> None:
     """
     folder = Path(config.out)
     settings = folder / CONFIG_FILE
-    if folder.is_dir():
-        for entry in os.scandir(folder):
+    for place in (folder, checkpoints.folder_of(folder)):
+        for entry in os.scandir(place) if place.is_dir() else ():
             if entry.is_symlink():
                 raise ConfigError(f"{entry.path} is a link (expected the folder of a run, all of it its own)")
     held = settings.is_file() or checkpoints.latest(folder) is not None

@@ -43,7 +43,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(read_tensors(path)[0])
     except RuntimeError as error:
-        raise FileError(path, f"does not fit the model: {error}") from None
+        raise FileError(path, f"does not fit the model: {' '.join(str(error).split())}") from None
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from fastmask.files import replace_file
+from fastmask.files import is_leftover, replace_file
 from fastmask.training.config import METAS, METHODS, TrainConfig
 from fastmask.training.settings import ConfigError, Settings, items_of, setting
 from fastmask.unseen.adapting import OPTIMIZERS
@@ -154,7 +154,7 @@ class Plan:
                     "(expected the same to go on with it, or a new folder)"
                 )
             return
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if self.out.is_dir() and not all(is_leftover(path.name) for path in self.out.iterdir()):
             raise ConfigError(f"out is {str(self.out)!r}, which is not empty and holds no comparison")
         text = yaml.safe_dump(mine, sort_keys=False, allow_unicode=True)
         replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))

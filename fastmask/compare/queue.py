@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from fastmask.compare.plan import Job, Plan
-from fastmask.files import HeldError, held, replace_file
+from fastmask.files import HeldError, held, remove_leftovers, replace_file
 
 __all__ = ["RESULT_FILE", "is_done", "read_result", "work", "write_result"]
 
@@ -59,6 +59,7 @@ def _done_here(plan: Plan, job: Job, run: Callable[[Job], dict[str, Any]]) -> bo
             stack.enter_context(held(plan.folder(job)))
         except HeldError:
             return False
+        remove_leftovers(plan.folder(job))
         if not is_done(plan, job):  # it may have become so before we held the lock
             write_result(plan, job, run(job))
         return True

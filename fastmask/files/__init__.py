@@ -17,6 +17,7 @@ from fastmask.files.reading import (
     sha256_of,
 )
 from fastmask.files.writing import (
+    is_leftover,
     named_errors,
     partial_name,
     remove_leftovers,
@@ -34,6 +35,7 @@ __all__ = [
     "Record",
     "check",
     "held",
+    "is_leftover",
     "named_errors",
     "partial_name",
     "read_json",

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from fastmask.files.reading import FileError, Record, read_json
-from fastmask.files.writing import write_text
+from fastmask.files.writing import remove_leftovers, write_text
 
 __all__ = ["LOCK_FILES", "HeldError", "held"]
 
@@ -51,6 +51,7 @@ def held(folder: str | os.PathLike[str]) -> Iterator[None]:
     except Timeout:
         raise HeldError(f"{folder} is in use{_holder(folder)} (expected one process at a time)") from None
     try:
+        remove_leftovers(folder, of=HOLDER)
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         me = Holder(host=socket.gethostname(), process=os.getpid(), since=since)
         write_text(folder / HOLDER, me.model_dump_json())

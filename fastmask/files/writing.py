@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "is_leftover",
     "named_errors",
     "partial_name",
     "remove_leftovers",
@@ -162,6 +163,11 @@ def remove_tree(folder: Path) -> None:
     doomed = partial_name(folder, "old")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a name is one of `partial_name`: what a killed process left, or another one is writing."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, of: str | None = None) -> None:

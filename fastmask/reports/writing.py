@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastmask.files import replace_file
+from fastmask.files import is_leftover, replace_file
 
 __all__ = ["CONTENTS", "REPORT", "check_folder", "write_files"]
 
@@ -20,7 +20,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         ValueError: it holds something else.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / CONTENTS).is_file()):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or (not all(map(is_leftover, names)) and CONTENTS not in names):
         raise ValueError(f"{folder} is there already and holds no report (expected a new or an empty folder)")
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import LOCK_FILES, held, remove_leftovers, write_folder
+from fastmask.files import LOCK_FILES, held, is_leftover, remove_leftovers, write_folder
 from fastmask.parsing.synthetic import SEEN
 from fastmask.parsing.treebanks import find_treebanks, load_treebanks, select_treebanks
 from fastmask.training.config import ConfigError
@@ -38,7 +38,8 @@ def check_new_folder(out: str | os.PathLike[str]) -> Path:
     What holds a folder (`fastmask.files.held`) may be in it.
     """
     folder = Path(out)
-    if folder.is_file() or (folder.is_dir() and any(path.name not in LOCK_FILES for path in folder.iterdir())):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or any(name not in LOCK_FILES and not is_leftover(name) for name in names):
         raise ConfigError(f"out is {os.fspath(out)!r}, which is there already (expected a new or an empty folder)")
     return folder
 

@@ -17,10 +17,14 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_before(number: int | None) -> list[str]:
+def die_before(number: int | None, count: Any = None) -> list[str]:
     """Kill this process before its call number `number` (from 1) of those that put files in place or remove them.
 
     `shutil.rmtree`, `os.replace` and all others end in one of these.
+
+    Args:
+        number: None: never.
+        count: a `multiprocessing.Value` where calls of several processes are counted as one row; whose call it is dies.
 
     Returns:
         The names of the calls so far; the list grows.
@@ -30,7 +34,12 @@ def die_before(number: int | None) -> list[str]:
     def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watching(*arguments: Any, **options: Any) -> Any:
             seen.append(name)
-            if len(seen) == number:
+            place = len(seen)
+            if count is not None:
+                with count.get_lock():
+                    count.value += 1
+                    place = count.value
+            if place == number:
                 die()
             return call(*arguments, **options)
 

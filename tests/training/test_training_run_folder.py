@@ -159,7 +159,7 @@ def small_disk(tmp_path: Path) -> Any:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def assert_nothing_half_done(folder: Path) -> None:

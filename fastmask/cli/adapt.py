@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -62,10 +63,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Choose a subnetwork, adapt, score before and after where there is a test, and save a run."""
-    from fastmask.training.adaptations import adaptations_of, check_new, check_new_folder, save_adapted
+    from fastmask.training.adaptations import adaptations_of, check_new, check_new_folder, held_for_new
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
-    from fastmask.unseen import DEFAULT_RATES, HeadDirection, adapted, check_deprels
+    from fastmask.unseen import check_deprels
 
     # What can be wrong with what was given is found before anything is computed or written.
     out = check_new_folder(options.out)
@@ -77,7 +78,25 @@ def run(options: argparse.Namespace) -> None:
     support = parser.features.shorten(parser.features.encode(rows, parser.vocabulary))
     test = _test(options, parser, rows)
     parser.to(device_of(options.device))
+    with held_for_new(out):
+        _adapt(options, out, loaded, how, steps, rows, support, test, earlier)
 
+
+def _adapt(
+    options: argparse.Namespace,
+    out: Path,
+    loaded: FinishedRun,
+    how: str,
+    steps: int,
+    rows: Rows,
+    support: Any,
+    test: Prepared | None,
+    earlier: list[dict[str, Any]],
+) -> None:
+    from fastmask.training.adaptations import save_adapted
+    from fastmask.unseen import DEFAULT_RATES, HeadDirection, adapted
+
+    parser = loaded.parser
     choice, by = _choose(options, how, loaded, rows, support, earlier)
     _print_choice(choice, options.language, by)
     networks = dict.fromkeys([-1, choice.language_id])

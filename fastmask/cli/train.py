@@ -77,6 +77,8 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     given = given_settings(options)
     started = Path(given.get("out", TrainConfig.out), CONFIG_FILE)
     file = options.config or (started if given.get("resume") and started.is_file() else None)
+    if file == started:
+        given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
     base = TrainConfig.load(file) if file else TrainConfig()
     config = TrainConfig.from_dict({**dataclasses.asdict(base), **given})
     if config.data is None and file is None and "steps" not in given:

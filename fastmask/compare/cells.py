@@ -6,7 +6,6 @@ import dataclasses
 import statistics
 import time
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from fastmask.compare.plan import Job, Plan
@@ -21,6 +20,7 @@ from fastmask.training.build import build_parser, encode_training_data
 from fastmask.training.config import TrainConfig
 from fastmask.training.data import load_training_data
 from fastmask.training.episodes import episode_sampler
+from fastmask.training.finished import is_finished
 from fastmask.training.loop import SwitchPoint, TrainResult, train
 from fastmask.training.methods import check_subnetworks, subnetworks_of
 
@@ -92,8 +92,7 @@ class Runner:
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
         if config.method != "full":
             config = dataclasses.replace(config, masks=str(start / MASKS_FILE))
-        if checkpoints.latest(config.out) is None:
-            remove_tree(Path(config.out))  # a killed process may have left its settings there
+        if checkpoints.latest(config.out) is None and not is_finished(config.out):
             branch(start / RUN, config)
         began = time.perf_counter()
         trained = train(

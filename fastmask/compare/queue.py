@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from fastmask.compare.plan import Job, Plan
@@ -60,18 +59,7 @@ def work(plan: Plan, run: Callable[[Job], dict[str, Any]]) -> None:
 
 def _done_here(plan: Plan, job: Job, run: Callable[[Job], dict[str, Any]]) -> bool:
     """Do the job if nobody else is doing it."""
-    with _claimed(plan.folder(job)) as mine:
-        if not mine:
-            return False
-        remove_leftovers(plan.folder(job))
-        if not is_done(plan, job):  # it may have become so before we held the lock
-            write_result(plan, job, run(job))
-        return True
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Hold a job's folder, if it is free."""
+    folder = plan.folder(job)
     for place in (folder.parent, folder):
         if place.is_symlink():
             raise OSError(errno.ELOOP, "is a link (expected a folder of the comparison)", str(place))
@@ -79,6 +67,8 @@ def _claimed(folder: Path) -> Iterator[bool]:
         try:
             stack.enter_context(held(folder))
         except HeldError:
-            yield False
-            return
-        yield True
+            return False
+        remove_leftovers(folder)
+        if not is_done(plan, job):  # it may have become so before we held the lock
+            write_result(plan, job, run(job))
+        return True

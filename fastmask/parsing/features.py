@@ -271,7 +271,8 @@ def load_features(folder: str | os.PathLike[str]) -> TrigramFeatures | PieceFeat
     if kind == "pieces":
         from transformers import AutoTokenizer
 
-        return PieceFeatures(AutoTokenizer.from_pretrained(Path(folder, "tokenizer")), **content)
+        tokenizer = AutoTokenizer.from_pretrained(Path(folder, "tokenizer"), trust_remote_code=False)
+        return PieceFeatures(tokenizer, **content)
     raise ValueError(f"features.json has kind {kind!r} (expected 'trigrams' or 'pieces')")
 
 

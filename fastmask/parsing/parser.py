@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Parser(nn.Module):
         kind = getattr(encoder.config, "model_type", "")
         # RoBERTa's byte pairs differ at the start of a text unless told that every word follows a space.
         extra = {"add_prefix_space": True} if kind in ("roberta", "gpt2", "longformer", "bart") else {}
-        tokenizer = AutoTokenizer.from_pretrained(name, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
         room = _positions_of(encoder, tokenizer)
         features = PieceFeatures(tokenizer, min(room, max_length) if max_length else room)
         return cls(encoder, features, vocabulary, config or ParserConfig())
@@ -287,10 +288,19 @@ class Parser(nn.Module):
 
 
 def _load_encoder(name: str) -> nn.Module:
-    """Load an encoder, without the pooling layer nobody reads where the class can do without."""
-    from transformers import AutoModel
+    """Load an encoder, without the pooling layer nobody reads where the class can do without.
 
-    load: Callable[..., Any] = AutoModel.from_pretrained
+    Whoever made it, none of their code runs: no pickle, no modules of the model's own, no kernels from the Hub.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    attention = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "_attn_implementation", None)
+    if "/" in str(attention):
+        raise ValueError(
+            f"{name}/config.json: attn_implementation is {attention!r}, which is code on the Hub "
+            "(expected one of those that transformers has)"
+        )
+    load: Callable[..., Any] = partial(AutoModel.from_pretrained, trust_remote_code=False, use_safetensors=True)
     # transformers loads the dtype of the file; weights that are trained are kept in float32.
     with _without_progress_bars():
         try:

@@ -10,21 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastmask.files import LOCK_FILES, held, is_leftover, remove_leftovers, write_folder
 from fastmask.parsing.synthetic import SEEN
 from fastmask.parsing.treebanks import find_treebanks, load_treebanks, select_treebanks
 from fastmask.training.config import ConfigError
 from fastmask.training.data import data_of_run, training_languages
-from fastmask.training.finished import FinishedRun
-from fastmask.training.loop import MASKS_FILE
-from fastmask.training.run_folder import CONFIG_FILE
+from fastmask.training.finished import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun
+from fastmask.training.manifest import MANIFEST, files_in, write_manifest
 from fastmask.unseen import Choice, HeadDirection, with_language
 
-__all__ = ["adaptations_of", "check_new", "check_new_folder", "profiles_of", "save_adapted"]
+__all__ = ["adaptations_of", "check_new", "check_new_folder", "held_for_new", "profiles_of", "save_adapted"]
 
 RESULTS_FILE = "results.json"
 RECORDS = "adaptations"  # in it, oldest first
@@ -32,11 +33,42 @@ PROFILE = "head_direction"  # in a record: relation -> [before, after], of the s
 
 
 def check_new_folder(out: str | os.PathLike[str]) -> Path:
-    """Return the folder of a run that is to be written; raise `ConfigError` if something is there already."""
+    """Return the folder of a run that is to be written; raise `ConfigError` if something is there already.
+
+    What holds a folder (`fastmask.files.held`) may be in it.
+    """
     folder = Path(out)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or any(name not in LOCK_FILES and not is_leftover(name) for name in names):
         raise ConfigError(f"out is {os.fspath(out)!r}, which is there already (expected a new or an empty folder)")
     return folder
+
+
+@contextmanager
+def held_for_new(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run that is to be written; it is left as it was found if that fails.
+
+    Raises:
+        ConfigError: something is there already.
+        HeldError: another process is writing a run there.
+    """
+    found = folder.is_dir()
+    with held(folder):
+        try:
+            check_new_folder(folder)  # it may have become one before it was held
+            yield
+        except BaseException:
+            _unlock(folder)
+            if not found:
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
+            raise
+
+
+def _unlock(folder: Path) -> None:
+    """Take the lock's files out of a folder; the lock itself is kept until the process lets go of it."""
+    for name in LOCK_FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -113,25 +145,24 @@ def save_adapted(
     """Write a run beside its place and rename it: it is there whole, or not at all.
 
     Args:
-        folder: new or empty.
+        folder: new or empty, and held (`held_for_new`).
         loaded: the run it is made of, whose parser has the adapted weights by now.
         choice: the new language's subnetwork is a copy of it.
         record: what is kept of this adaptation; "language" is the new one.
         earlier: records of languages that were added before.
         profile: of the support sentences.
+
+    Raises:
+        OSError: the disk is full, or somebody has put something into the folder meanwhile; nothing is written then.
     """
     config = dataclasses.replace(loaded.config, out=os.fspath(folder))
     records = [*earlier, {**record, PROFILE: dict(profile.counts)}]
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir(parents=True)
-    try:
-        loaded.parser.save(partial / "model")
-        if loaded.subnetworks is not None:
-            with_language(loaded.subnetworks, record["language"], choice).save(partial / MASKS_FILE)
-        config.save(partial / CONFIG_FILE)
-        content = {"settings": dataclasses.asdict(config), RECORDS: records}
-        (partial / RESULTS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    results = json.dumps({"settings": dataclasses.asdict(config), RECORDS: records}, indent=1)
+    writers: dict[str, Callable[[Path], Any]] = {MODEL: loaded.parser.save}
+    if loaded.subnetworks is not None:
+        writers[MASKS_FILE] = with_language(loaded.subnetworks, record["language"], choice).save
+    writers[CONFIG_FILE] = config.save
+    writers[RESULTS_FILE] = partial(Path.write_text, data=results, encoding="utf-8")
+    writers[MANIFEST] = lambda path: write_manifest(path, loaded.origin, files_in(path.parent))
+    remove_leftovers(folder.parent, of=folder.name)
+    write_folder(folder, writers, make_room=lambda: _unlock(folder))

@@ -8,12 +8,16 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
-from fastmask.files import replace_file
+from fastmask.files import FileError, held, remove_leftovers, replace_file, write_folder
 from fastmask.training import checkpoints
+from fastmask.training.checkpoints import CheckpointError
 from fastmask.training.config import ConfigError, TrainConfig
-from fastmask.training.run_folder import CONFIG_FILE
+from fastmask.training.inputs import MASKS_INPUT, masks_input
+from fastmask.training.manifest import MANIFEST, Origin, write_manifest
+from fastmask.training.run_folder import CONFIG_FILE, check_out
 
 __all__ = ["AFTER_THE_SWITCH", "branch"]
 
@@ -40,7 +44,9 @@ def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
 
     Raises:
         FileNotFoundError: `source` is no run, or has no checkpoint of that step.
+        CheckpointError: that checkpoint is damaged.
         ConfigError: `config.out` holds a run, `source` had switched before that step, or the settings do not fit.
+        HeldError: another process is training in `config.out`.
     """
     folder, step = Path(source), config.shared_steps
     if not (folder / CONFIG_FILE).is_file():
@@ -53,24 +59,40 @@ def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
     if theirs.switch_step is not None and theirs.switch_step < step:
         raise ConfigError(f"the run in {folder} switched at step {theirs.switch_step} (expected not before {step})")
     start = checkpoints.folder_of(folder, step)
-    if not checkpoints.is_complete(start):
+    if not start.is_dir():
         last = checkpoints.latest(folder)
         state = f"its last one is {last.name}" if last else "it has none yet"
         raise FileNotFoundError(f"the run in {folder} has no checkpoint of step {step}; {state}")
+    try:
+        origin = checkpoints.check(start)
+    except FileError as error:
+        raise CheckpointError(f"cannot branch off from a damaged checkpoint: {error}") from error
+    alone = dataclasses.replace(config, resume=False)
+    check_out(alone)
     out = Path(config.out)
-    if (out / CONFIG_FILE).is_file() or checkpoints.latest(out) is not None:
-        raise ConfigError(f"out is {str(out)!r}, which holds a run (expected a new folder)")
-    target = checkpoints.folder_of(out, step)
-    partial = target.with_name(f".partial-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(start, partial, copy_function=_link)
-    os.replace(partial, target)
-    # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
-    replace_file(out / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
+    with held(out):
+        check_out(alone)
+        remove_leftovers(checkpoints.folder_of(out))
+        names = checkpoints.files_of(config, step)
+        files = {name: partial(_link, start / name) for name in sorted(names)}
+        manifest = partial(write_manifest, origin=_origin(origin, config), names=names)
+        write_folder(checkpoints.folder_of(out, step), {**files, MANIFEST: manifest})
+        # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
+        replace_file(out / CONFIG_FILE, alone.save)
 
 
-def _link(source: str, target: str) -> None:
+def _origin(source: Origin, config: TrainConfig) -> Origin:
+    """The same moment and sentences, under the settings and masks of the branch."""
+    data = {name: digest for name, digest in source.inputs.items() if name != MASKS_INPUT}
+    return Origin(
+        step=source.step,
+        processes=source.processes,
+        settings=config.identity(),
+        inputs={**data, **masks_input(config)},
+    )
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:  # another file system, or one without links

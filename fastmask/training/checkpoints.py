@@ -1,46 +1,69 @@
-"""Checkpoints that are whole or not there: written beside their place, then renamed into it.
+"""Checkpoints that are whole or not there: written beside their place, renamed into it, and looked at before use.
 
-``RUN/checkpoints/step-00000500/`` holds what `accelerate` saves (weights as safetensors, optimiser, random states),
-``progress.json`` (step, sampler, metrics so far) and, once there are subnetworks, ``masks.safetensors``. A process
-killed at any moment leaves the last complete one; what it had half written has a name that starts with a dot, is never
+``RUN/checkpoints/step-00000500/`` holds ``model.safetensors``, ``optimizer.safetensors``, ``random.safetensors`` (the
+states of every process), ``progress.json`` (sampler, metrics so far), once there are subnetworks
+``masks.safetensors``, if they are dynamic ``dynamic.safetensors``, and the manifest of all of these. A process killed
+at any moment leaves the last whole one; what it had half written has a name of `fastmask.files.partial_name`, is never
 read, and is removed at the next start.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import sync
-from fastmask.training.random_state import random_digest
+from fastmask.files import FileError, Record, read_json, remove_tree, write_folder
+from fastmask.training.config import TrainConfig
+from fastmask.training.manifest import MANIFEST, Origin, check_files, files_in, write_manifest
 
 __all__ = [
     "CheckpointError",
-    "clean",
+    "Progress",
+    "check",
     "complete",
+    "files_of",
     "folder_of",
-    "is_complete",
     "latest",
-    "load",
+    "newest_whole",
     "read_progress",
     "save",
     "step_of",
 ]
 
 KEEP = 2
-FORMAT_VERSION = 1
+MODEL, OPTIMIZER, RANDOM = "model.safetensors", "optimizer.safetensors", "random.safetensors"
 PROGRESS = "progress.json"
 MASKS = "masks.safetensors"
+DYNAMIC = "dynamic.safetensors"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message says which and why."""
+    """Checkpoints that cannot be used; the message says which and why."""
+
+
+class Progress(Record):
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        sampler: its counters.
+        window: sums since the last line of the metrics.
+        history: the records of the metrics.
+        evaluate: whether the dev data is still to be scored at this step.
+        episodes: their counters, once there are episodes.
+    """
+
+    sampler: dict[str, Any]
+    window: dict[str, float]
+    history: list[dict[str, Any]]
+    evaluate: bool
+    episodes: dict[str, Any] | None = None
 
 
 def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
@@ -49,130 +72,130 @@ def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
     return folder if step is None else folder / f"step-{step:08d}"
 
 
-def complete(run: str | os.PathLike[str]) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    folder = folder_of(run)
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and is_complete(path)]
-    return sorted(found, key=step_of)
-
-
-def latest(run: str | os.PathLike[str]) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None."""
-    found = complete(run)
-    return found[-1] if found else None
-
-
 def step_of(path: Path) -> int:
     """Return the number of steps after which a checkpoint was made, from its folder's name."""
     return int(path.name.removeprefix("step-"))
 
 
-def is_complete(path: Path) -> bool:
-    """Whether there is a checkpoint in this folder."""
-    return (path / PROGRESS).is_file()
-
-
-def clean(run: str | os.PathLike[str]) -> None:
-    """Remove what a killed process left half written or half deleted; call at the start of a run, on one process."""
+def complete(run: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; damaged ones are among them, see `check`."""
     folder = folder_of(run)
-    for path in folder.glob(".*") if folder.is_dir() else ():
-        shutil.rmtree(path, ignore_errors=True)
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if _STEP.fullmatch(path.name)), key=step_of)
+
+
+def latest(run: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint of a run, or None."""
+    found = complete(run)
+    return found[-1] if found else None
+
+
+def files_of(config: TrainConfig, step: int) -> set[str]:
+    """What a checkpoint of a run with these settings holds after `step` steps, beside its manifest."""
+    names = {MODEL, OPTIMIZER, RANDOM, PROGRESS}
+    if config.switch_step is None or step <= config.switch_step or config.method == "full":
+        return names
+    return names | {MASKS} | ({DYNAMIC} if config.method == "dynamic" else set())
+
+
+def check(path: Path) -> Origin:
+    """Return the origin of a checkpoint that is as it was written.
+
+    Raises:
+        FileError: it is damaged; the message names the file.
+    """
+    origin = check_files(path)
+    if _STEP.fullmatch(path.name) and step_of(path) != origin.step:
+        raise FileError(path, f"was written after {origin.step} steps (expected the number in its name)")
+    return origin
+
+
+def newest_whole(run: str | os.PathLike[str], config: TrainConfig) -> tuple[Path, Origin] | None:
+    """The newest checkpoint of a run that is whole, and has the files that the run's settings ask for.
+
+    Newer ones that are damaged are named in a warning; None if there are no checkpoints at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    faults: list[str] = []
+    for path in reversed(complete(run)):
+        try:
+            origin = check(path)
+            _check_kind(path, config)
+        except FileError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            warnings.warn(f"damaged checkpoint, going back to {path}: {fault}", UserWarning, stacklevel=2)
+        return path, origin
+    if faults:
+        raise CheckpointError(
+            f"no checkpoint in {folder_of(run)} is whole (expected one to go on from): {'; '.join(faults)}"
+        )
+    return None
+
+
+def _check_kind(path: Path, config: TrainConfig) -> None:
+    """See that a checkpoint, which is whole, is of the run's method, before or after the switch as its step is."""
+    expected, there = files_of(config, step_of(path)), files_in(path) - {MANIFEST}
+    for name in sorted(expected ^ there):
+        what = "does not belong into" if name in there else "is missing from"
+        raise FileError(path / name, f"{what} a checkpoint of method {config.method} after {step_of(path)} steps")
+    in_episodes = config.meta != "none" and step_of(path) > config.shared_steps
+    if (read_progress(path).episodes is not None) != in_episodes:
+        fault = "has no episodes" if in_episodes else "has episodes, which do not belong"
+        raise FileError(path / PROGRESS, f"{fault} after {step_of(path)} steps with meta {config.meta}")
 
 
 def save(
-    accelerator: Any,
     run: str | os.PathLike[str],
-    step: int,
-    progress: dict[str, Any],
-    write_masks: Callable[[Path], Any] | None = None,
+    origin: Origin,
+    writers: Mapping[str, Callable[[Path], Any]],
+    progress: Progress,
     keep: int = KEEP,
     pinned: int | None = None,
 ) -> Path:
-    """Save the state after `step` steps and remove all but the last `keep` checkpoints; called by every process.
+    """Write the checkpoint after `origin.step` steps, and remove all but the last `keep` ones; by one process.
 
-    A checkpoint of the same step that is already there is left as it is: the run is deterministic, and replacing it
-    would open a moment without any.
+    A whole checkpoint of the same step that is already there is left as it is: the run is deterministic, and replacing
+    it would open a moment without any.
 
     Args:
-        accelerator: an `accelerate.Accelerator` that has prepared the model and the optimiser.
         run: folder of the run.
-        step: steps done so far.
-        progress: what else is needed to go on; JSON.
-        write_masks: called with the path to write ``masks.safetensors`` to, or None where there are no subnetworks.
+        origin: goes into the manifest.
+        writers: name of a file -> called with the path to write it to.
+        progress: goes into ``progress.json``.
         keep: number of checkpoints that stay; 0: all.
         pinned: the checkpoint after so many steps stays, too.
+
+    Raises:
+        OSError: it could not be written; the message names the file. The checkpoints before are still there.
     """
-    target = folder_of(run, step)
-    accelerator.wait_for_everyone()
+    target = folder_of(run, origin.step)
     if target.is_dir():
-        return target
-    partial = target.with_name(f".partial-{target.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    _write_json(partial / f"random-{accelerator.process_index}.json", {"digest": random_digest()})
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if write_masks is not None:
-            write_masks(partial / MASKS)
-        content = {"version": FORMAT_VERSION, "step": step, "processes": accelerator.num_processes, **progress}
-        _write_json(partial / PROGRESS, content)
-        for path in sorted(partial.rglob("*")):
-            sync(path)
-        sync(partial)
-        os.replace(partial, target)
-        sync(target.parent)
-        for old in complete(run)[:-keep] if keep else []:
-            if old == folder_of(run, pinned):
-                continue
-            # Renamed first: a folder that is half deleted must not look like a checkpoint.
-            doomed = old.with_name(f".old-{old.name}")
-            shutil.rmtree(doomed, ignore_errors=True)
-            os.replace(old, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        with suppress(FileError):  # damaged, and gone back beyond
+            check(target)
+            return target
+    files = {**writers, PROGRESS: lambda path: path.write_text(progress.model_dump_json(), encoding="utf-8")}
+    manifest = partial(write_manifest, origin=origin, names=files)
+    write_folder(target, {**files, MANIFEST: manifest}, make_room=lambda: remove_tree(target))
+    done = [path for path in complete(run) if step_of(path) <= origin.step]
+    for old in done[:-keep] if keep else []:
+        if old != folder_of(run, pinned):
+            remove_tree(old)
     return target
 
 
-def read_progress(path: Path) -> dict[str, Any]:
-    """Return the `progress` of a checkpoint, with "step", before anything is loaded.
+def read_progress(path: Path) -> Progress:
+    """The progress of a checkpoint.
 
     Raises:
-        CheckpointError: the file is missing, not JSON, or of a newer version.
+        FileError: missing, not JSON, or without what belongs there.
     """
     try:
-        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
-    if content.get("version", 0) > FORMAT_VERSION:
-        raise CheckpointError(f"checkpoint {path} has version {content['version']} (expected at most {FORMAT_VERSION})")
-    return content
-
-
-def load(accelerator: Any, path: Path) -> None:
-    """Restore model, optimiser and random states (python, numpy, torch) from a checkpoint.
-
-    Raises:
-        CheckpointError: it was made by another number of processes, does not fit the model, or the random states did
-            not come back (`accelerate` says nothing when that fails).
-    """
-    content = read_progress(path)
-    if content["processes"] != accelerator.num_processes:
-        raise CheckpointError(
-            f"checkpoint {path} was made by {content['processes']} processes (expected {accelerator.num_processes})"
-        )
-    try:
-        accelerator.load_state(str(path))
-    except Exception as error:  # torch, safetensors and pickle each raise their own
-        raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from error
-    wanted = json.loads((path / f"random-{accelerator.process_index}.json").read_text(encoding="utf-8"))["digest"]
-    if random_digest() != wanted:
-        raise CheckpointError(f"checkpoint {path}: the random states did not come back; a resumed run would differ")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
+        progress: Progress = read_json(path / PROGRESS, Progress)
+    except FileNotFoundError:
+        raise FileError(path / PROGRESS, "is missing") from None
+    return progress

@@ -148,8 +148,12 @@ class TrainConfig(Settings):
                 "inner_encoder_lr is 0.0 (expected > 0 with meta reptile, whose outer step is made of the inner ones)"
             )
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that make a run this run and no other: all but where it is and how it is computed."""
+        free = {"resume", "out", "data", "threads", "tensorboard", "device", "keep_checkpoints"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
+
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:
         """Return the settings that make a resumed run another run: name -> (own value, the other's)."""
-        free = {"resume", "out", "data", "threads", "tensorboard", "device", "keep_checkpoints"}
-        own, others = dataclasses.asdict(self), dataclasses.asdict(other)
-        return {name: (own[name], others[name]) for name in own if name not in free and own[name] != others[name]}
+        own, others = self.identity(), other.identity()
+        return {name: (own[name], others[name]) for name in own if own[name] != others[name]}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
+from fastmask.files import write_folder
 from fastmask.parsing import synthetic
 from fastmask.parsing.treebanks import find_treebanks, load_treebanks
 from fastmask.training.config import TrainConfig
@@ -18,16 +18,11 @@ def embedded_treebanks(run: str | os.PathLike[str]) -> Path:
     """Write the artificial languages to ``RUN/data`` (once) and return that folder."""
     target = Path(run, "data")
     if not target.is_dir():
-        partial = target.with_name(f".partial-data-{os.getpid()}")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            synthetic.write_treebanks(partial)
-            os.replace(partial, target)
+            write_folder(target, {".": synthetic.write_treebanks})
         except OSError:
             if not target.is_dir():  # another process was faster: its files are the same
                 raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 

@@ -12,17 +12,18 @@ import numpy as np
 from torch import Tensor
 
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.files import write_sealed
+from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.models.attach import attached
 from fastmask.parsing.batch import Batch, Encoded
 from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
+from fastmask.training import checkpoints
 from fastmask.training.config import TrainConfig
 from fastmask.training.random_state import preserved_random_state
 
 __all__ = ["DYNAMIC_FILE", "DynamicMasks"]
 
-DYNAMIC_FILE = "dynamic.safetensors"
+DYNAMIC_FILE = checkpoints.DYNAMIC
 
 
 class DynamicMasks:
@@ -83,13 +84,15 @@ class DynamicMasks:
         state = self.masks.state_dict()
         write_sealed(path, state["tensors"], {"header": json.dumps(state["header"])})
 
-    # What `accelerate` puts into a checkpoint.
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; the masks attached to the encoder become those of the file.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the masks."""
-        return self.masks.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; the masks attached to the encoder become those of the state."""
-        self.masks.load_state_dict(state)
+        Raises:
+            FileError: the file is damaged, or of other masks.
+        """
+        tensors, header = read_sealed(path)
+        try:
+            self.masks.load_state_dict({"tensors": tensors, "header": json.loads(header["header"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(path, f"does not fit the run's subnetworks: {error}") from None
         self._began = (self.masks.seconds, time.perf_counter())

@@ -1,9 +1,9 @@
 """The training loop: first mixed batches on the full network, then each language's subnetwork, perhaps in episodes.
 
 All methods train the full network alike for the first `discover_at` share of the steps. Then a callback returns the
-subnetworks, they are saved as ``masks.safetensors`` and attached, and training goes on to the same number of steps, in
-mixed batches or in episodes of meta-learning. A run that is killed at any moment and resumed ends with the weights and
-metrics of an unbroken one.
+subnetworks, they are saved and attached, and training goes on to the same number of steps, in mixed batches or in
+episodes of meta-learning. A run that is killed at any moment and resumed ends with the weights and metrics of an
+unbroken one. What was trained is on disk before it is scored.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any
 import torch
 
 from fastmask.errors import unknown
-from fastmask.files import replace_file
 from fastmask.optim import LiveAdamW
 from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.parsing.parser import Parser
-from fastmask.training import checkpoints
+from fastmask.training import saving
 from fastmask.training.budget import Budget
 from fastmask.training.build import build_optimizer, encode_training_data, peak_rates
 from fastmask.training.config import TrainConfig
 from fastmask.training.device import accelerator_for
-from fastmask.training.dynamic import DYNAMIC_FILE, DynamicMasks
+from fastmask.training.dynamic import DynamicMasks
 from fastmask.training.episodes import Episodes, episode_sampler
+from fastmask.training.finished import MASKS_FILE
+from fastmask.training.inputs import inputs_of
 from fastmask.training.metrics import MetricsLog, TrainingProgress
 from fastmask.training.outcome import SwitchPoint, TrainingDiverged, TrainResult
 from fastmask.training.phases import MixedBatches, Phase
+from fastmask.training.processes import held_by_first
 from fastmask.training.random_state import preserved_random_state
-from fastmask.training.run_folder import open_run
+from fastmask.training.run_folder import check_out
 from fastmask.training.schedule import learning_rate_factor
 from fastmask.training.window import Window
 
 __all__ = ["MASKS_FILE", "SwitchPoint", "TrainResult", "TrainingDiverged", "train"]
-
-MASKS_FILE = checkpoints.MASKS
 
 
 def train(
@@ -61,9 +61,12 @@ def train(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: `out` holds another run, the settings differ from those of the run that is resumed, or no episode
-            fits into the steps after the switch.
-        CheckpointError: the checkpoint does not fit.
+        ConfigError: `out` holds another run, settings, data or masks differ from those of the run that is resumed, or
+            no episode fits into the steps after the switch.
+        CheckpointError: there are checkpoints and none is whole, or they do not fit. (A damaged one is named in a
+            warning, and the run goes on from the one before.)
+        HeldError: another process is training in `out`.
+        OSError: something could not be written, as when the disk is full; what was written before is still there.
         ValueError: the data have too few languages, or a language too few sentences, for the episodes asked for.
         TrainingDiverged: loss, gradient or weights are not finite.
     """
@@ -82,6 +85,7 @@ class _Run:
         config: TrainConfig,
         discover: Callable[[SwitchPoint], Any] | None,
     ) -> None:
+        """Build everything; nothing is written."""
         from accelerate.utils import set_seed
 
         if config.threads:
@@ -93,10 +97,10 @@ class _Run:
         self.budget = Budget.of(config, len(self.train_data))
         if config.meta != "none":
             episode_sampler(config, self.train_data)  # what is wrong with it is said before anything is written
-        checkpoint = open_run(config, self.accelerator)
-        self.resumed = checkpoint is not None
+        check_out(config)
         limit = config.dev_sentences or None
         self.dev = {code: prepare(parser, splits["dev"], limit) for code, splits in datasets.items() if "dev" in splits}
+        self.inputs = inputs_of(parser.vocabulary, self.train_data, self.dev, config)
         set_seed(config.seed, device_specific=True)
         parser.to(self.accelerator.device)
         optimizer = build_optimizer(parser, config)
@@ -110,26 +114,29 @@ class _Run:
         self.language_ids: dict[str, int] | None = None
         self.dynamic: DynamicMasks | None = None
         self.step = 0
+        self.unscored = False  # whether the dev scores of this step are still to come
+        self.checkpoint: Path | None = None  # the last one
         self.counts: dict[str, int] = {}  # of episodes, for the metrics
         self.window = Window()
-        history: list[dict[str, Any]] = []
-        if checkpoint is not None:
-            history = self._restore(checkpoint)
-        self.log = MetricsLog(self.folder, history, config.tensorboard, self.accelerator.is_main_process)
 
     def run(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
         """Take the steps that are left."""
         config = self.config
-        self.model.train()
+        self.accelerator.wait_for_everyone()
         with ExitStack() as stack:
+            stack.enter_context(held_by_first(self.accelerator, self.folder))
+            history = saving.go_on(self)
+            self.log = MetricsLog(self.folder, history, config.tensorboard, self.accelerator.is_main_process)
             stack.callback(self.log.close)
             show = show and self.accelerator.is_main_process
             bar = stack.enter_context(TrainingProgress(config.steps, self.step, show))
             bar.phase(self.phase.title)
+            self.model.train()
             self.window.restart_clock()
+            self._finish_step(bar)  # of a run that was killed after its last checkpoint
             while self.step < config.steps:
                 if self.step == config.shared_steps and not self.switched:
-                    self._checkpoint()
+                    saving.save(self)
                     if config.switch_step is not None:
                         bar.phase("finding subnetworks")
                         self._switch()
@@ -139,7 +146,7 @@ class _Run:
                 self._after(before, bar)
                 if on_step is not None:
                     on_step(self.step)
-        return self._finish()
+            return self._result()
 
     def _after(self, before: int, bar: TrainingProgress) -> None:
         """Do what is due after an update that took the run from step `before` to the one it is at now."""
@@ -153,11 +160,19 @@ class _Run:
             self._update_masks(self.dynamic)
         if last or passed(config.log_every):
             bar.show(self.step, self._log_window())
-        if last or passed(config.eval_every):
-            bar.show(self.step, self._evaluate())
-            self.window.restart_clock()
+        self.unscored = bool(self.dev) and (last or passed(config.eval_every))
         if last or passed(config.checkpoint_every):
-            self._checkpoint()
+            saving.save(self)
+        self._finish_step(bar)
+
+    def _finish_step(self, bar: TrainingProgress) -> None:
+        """Do what comes after the checkpoint of a step: scores last, as they may fail where the training did not."""
+        if self.step == self.config.steps:
+            saving.write_model(self)
+        if self.unscored:
+            bar.show(self.step, self._evaluate())
+            self.unscored = False
+            self.window.restart_clock()
 
     def _update(self) -> None:
         """Take one step of the optimiser."""
@@ -169,11 +184,10 @@ class _Run:
         seen = self.phase.accumulate(self.step)
         for name, value in seen.losses.items():
             if not math.isfinite(value):
-                what = f"the {name.replace('_', ' ')} is {value}"
-                raise TrainingDiverged(what, seen.step, checkpoints.latest(self.folder))
+                raise TrainingDiverged(f"the {name.replace('_', ' ')} is {value}", seen.step, self.checkpoint)
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
         if not math.isfinite(norm):
-            raise TrainingDiverged(f"the gradient's norm is {norm}", seen.step, checkpoints.latest(self.folder))
+            raise TrainingDiverged(f"the gradient's norm is {norm}", seen.step, self.checkpoint)
         if self.announce is not None and self.language_ids is not None:
             self.announce([self.language_ids[language] for language in seen.languages])
         self.optimizer.step()
@@ -195,8 +209,6 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Any]:
         """Score the dev data, each language with its subnetwork once there is one."""
-        if not self.dev:
-            return {}
         with self.accelerator.autocast():
             results = evaluate(self.parser, self.dev, self.language_ids)
         scores = {code: {"las": result.las, "uas": result.uas} for code, result in results.items()}
@@ -208,11 +220,11 @@ class _Run:
     def _switch(self) -> None:
         """Go on with subnetworks, and in episodes, as the settings say."""
         if self.config.method != "full":
-            self._attach(self._find_subnetworks())
+            self.attach(self._find_subnetworks())
         if self.config.meta != "none":
             if not self.window.empty:
                 self._log_window()  # plain steps and episodes do not go into one line
-            self.phase = self._episodes()
+            self.phase = self.episodes()
         self.switched = True
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
@@ -222,20 +234,15 @@ class _Run:
         """Ask for the subnetworks, or take those that a killed process had already written."""
         import fastmask as fm
 
-        path = self.folder / MASKS_FILE
-        found = self.resumed and path.is_file()
-        self.accelerator.wait_for_everyone()  # nobody writes before all have looked
-        if not found:
+        if not saving.has_switch(self):
             assert self.discover is not None
             with preserved_random_state():
                 point = SwitchPoint(self.parser, self.datasets, self.train_data, self.config, self.step)
-                subnetworks = self.discover(point)
-            if self.accelerator.is_main_process:
-                replace_file(path, subnetworks.save)
-            self.accelerator.wait_for_everyone()
-        return fm.Subnetworks.load(path)
+                found = self.discover(point)
+            saving.write_switch(self, found)
+        return fm.Subnetworks.load(saving.switch_folder(self.folder) / MASKS_FILE)
 
-    def _attach(self, subnetworks: Any) -> None:
+    def attach(self, subnetworks: Any) -> None:
         """Put the subnetworks under the encoder and number the languages as they do."""
         import fastmask as fm
 
@@ -249,59 +256,16 @@ class _Run:
         self.batches.use_subnetworks(self.language_ids)
         if self.config.method == "dynamic":
             self.dynamic = DynamicMasks(self.parser, self.train_data, self.config, self.accelerator)
-            self.accelerator.register_for_checkpointing(self.dynamic)
 
-    def _episodes(self) -> Episodes:
+    def episodes(self) -> Episodes:
+        """The phase after the switch, if it is meta-learning."""
         rates = peak_rates(self.parser, self.config, episodes=True)
         return Episodes(self.parser, self.train_data, self.config, rates, self.accelerator)
 
-    def _checkpoint(self) -> None:
-        """Save the state, unless the weights are spoilt."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parser.parameters()):
-            raise TrainingDiverged("weights are not finite", self.step, checkpoints.latest(self.folder))
-        content = {
-            "sampler": self.batches.state_dict(),
-            "window": self.window.state_dict(),
-            "history": self.log.history,
-        }
-        if self.phase is not self.batches:
-            content["episodes"] = self.phase.state_dict()
-        write_masks = None if self.subnetworks is None else self.subnetworks.save
-        # Other runs can branch off from the shared steps, so their end is kept.
-        keep, pinned = self.config.keep_checkpoints, self.config.shared_steps
-        checkpoints.save(self.accelerator, self.folder, self.step, content, write_masks, keep, pinned)
-
-    def _restore(self, path: Path) -> list[dict[str, Any]]:
-        """Go back to a checkpoint; return the metrics up to it."""
-        import fastmask as fm
-
-        content = checkpoints.read_progress(path)
-        self.batches.load_state_dict(content["sampler"])
-        if (path / MASKS_FILE).is_file():
-            self._attach(fm.Subnetworks.load(path / MASKS_FILE))
-            self.switched = True
-        if "episodes" in content:
-            self.phase = self._episodes()
-            self.phase.load_state_dict(content["episodes"])
-            self.switched = True
-        checkpoints.load(self.accelerator, path)
-        if self.dynamic is not None:
-            self.subnetworks = self.dynamic.subnetworks
-        self.step = int(content["step"])
-        self.window.load_state_dict(content["window"])
-        return content["history"]
-
-    def _finish(self) -> TrainResult:
-        """Save the model where it is looked for."""
+    def _result(self) -> TrainResult:
         self.accelerator.wait_for_everyone()
         parser = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         parser.eval()
-        if self.accelerator.is_main_process:
-            parser.save(self.folder / "model")
-            if self.dynamic is not None:
-                replace_file(self.folder / MASKS_FILE, self.subnetworks.save)
-                replace_file(self.folder / DYNAMIC_FILE, self.dynamic.save)
-        self.accelerator.wait_for_everyone()
         scouting_share = None if self.dynamic is None else self.dynamic.scouting_share
         return TrainResult(
             parser, self.subnetworks, self.language_ids, self.log.history, self.folder, self.budget, scouting_share

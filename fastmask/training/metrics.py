@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import replace_file
+from fastmask.files import named_errors, write_text
 
 __all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress"]
 
@@ -36,10 +36,8 @@ class MetricsLog:
         self._writer: Any = None
         if not enabled:
             return
-        path = Path(run, METRICS_FILE)
-        text = "".join(json.dumps(record) + "\n" for record in self.history)
-        replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the whole run
+        self._path = Path(run, METRICS_FILE)
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in self.history))
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -53,20 +51,22 @@ class MetricsLog:
             self._writer = SummaryWriter(str(Path(run, "tensorboard")), purge_step=last + 1)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append one record; a number inside nested records is named like ``dev/en/las`` in TensorBoard."""
+        """Append one record; a number inside nested records is named like ``dev/en/las`` in TensorBoard.
+
+        Raises:
+            OSError: the disk is full; the message names the file.
+        """
         self.history.append(record)
         if not self._enabled:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with named_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
         if self._writer is not None:
             for name, value in _flat(record):
                 self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Close what is open."""
-        if self._enabled:
-            self._file.close()
         if self._writer is not None:
             self._writer.close()
 

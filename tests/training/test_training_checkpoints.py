@@ -1,55 +1,65 @@
-"""Checkpoints: whole or not there, whenever the process is killed."""
+"""Checkpoints: whole or not there, whenever the process is killed, and damaged ones are noticed."""
 
 import os
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from toy_run import start_process
+from toy_run import start_process, toy_config
 
-from fastmask.files import replace_file
-from fastmask.training import checkpoints
-from fastmask.training.checkpoints import CheckpointError
+from fastmask.files import FileError, remove_leftovers, replace_file
+from fastmask.training import checkpoints, state
+from fastmask.training.checkpoints import CheckpointError, Progress
+from fastmask.training.manifest import MANIFEST, Origin, write_manifest
+from fastmask.training.random_state import random_state
+
+CONFIG = toy_config("out")
 
 
-def prepared() -> tuple[Accelerator, torch.nn.Module, torch.optim.Optimizer]:
-    """Return an accelerator with a small model."""
-    accelerator = Accelerator(cpu=True)
+def origin(step: int) -> Origin:
+    return Origin(step=step, processes=1, settings=CONFIG.identity(), inputs={})
+
+
+def write(run: Path, step: int, model: torch.nn.Module | None = None, **options: Any) -> Path:
+    """Write a checkpoint of method full."""
+    model = torch.nn.Linear(40, 40) if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters())
+    device = torch.device("cpu")
+    writers = {
+        checkpoints.MODEL: lambda path: state.save_weights(model, path),
+        checkpoints.OPTIMIZER: lambda path: state.save_optimizer(optimizer, path),
+        checkpoints.RANDOM: lambda path: state.save_random_states([random_state(device)], path),
+    }
+    progress = Progress(sampler={}, window={}, history=[{"step": step}], evaluate=False)
+    return checkpoints.save(run, origin(step), writers, progress, **options)
+
+
+def filled(value: float) -> torch.nn.Module:
+    """A model all of whose weights name the step."""
     model = torch.nn.Linear(40, 40)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    return accelerator, model, optimizer
-
-
-def fill(model: torch.nn.Module, value: float) -> None:
-    """Set all weights to a number that names the step."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(value)
+    return model
 
 
 def write_for_ever(run: str) -> None:
-    """Go on from the latest checkpoint and write one after the other until killed."""
+    """Go on from the newest checkpoint and write one after the other until killed."""
     torch.set_num_threads(1)
-    accelerator, model, optimizer = prepared()
-    checkpoints.clean(run)
-    path = checkpoints.latest(run)
-    step = checkpoints.read_progress(path)["step"] if path else 0
+    remove_leftovers(checkpoints.folder_of(run))
+    newest = checkpoints.newest_whole(run, CONFIG)
+    step = newest[1].step if newest else 0
     while True:
         step += 1
-        model(torch.randn(2, 40)).sum().backward()
-        optimizer.step()
-        fill(model, step)
-        masks = f"{step}"
-        checkpoints.save(accelerator, run, step, {}, lambda path, masks=masks: path.write_text(masks))
+        write(Path(run), step, filled(step))
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """If this fails, a process killed at a bad moment leaves a run that cannot be resumed."""
-    accelerator, model, _ = prepared()
+    """A process killed at a bad moment leaves a run whose newest checkpoint is whole."""
     reached, chance = 0, random.Random(0)
     for _ in range(5):
         process = start_process(write_for_ever, str(tmp_path))
@@ -63,72 +73,124 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         process.join()
         path = checkpoints.latest(tmp_path)
         assert path is not None
-        step = checkpoints.read_progress(path)["step"]
+        step = checkpoints.check(path).step
         assert step > reached
-        checkpoints.load(accelerator, path)
+        model = torch.nn.Linear(40, 40)
+        state.load_weights(model, path / checkpoints.MODEL)
         assert all(bool((parameter == step).all()) for parameter in model.parameters())
-        assert (path / checkpoints.MASKS).read_text() == str(step)
+        assert checkpoints.read_progress(path).history == [{"step": step}]
         reached = step
-    checkpoints.clean(tmp_path)
+    remove_leftovers(checkpoints.folder_of(tmp_path))
     assert all(path.name.startswith("step-") for path in checkpoints.folder_of(tmp_path).iterdir())
 
 
-def test_the_last_two_stay_and_half_written_ones_are_ignored(tmp_path: Path) -> None:
-    """If this fails, the disk fills up, or a half-written folder is taken for a checkpoint."""
-    accelerator, _, _ = prepared()
+def test_the_last_two_stay(tmp_path: Path) -> None:
+    """Old checkpoints go, and half-written ones are not taken for any."""
     assert checkpoints.latest(tmp_path) is None
+    assert checkpoints.newest_whole(tmp_path, CONFIG) is None
     for step in (5, 50, 500, 123456789):
-        checkpoints.save(accelerator, tmp_path, step, {})
+        write(tmp_path, step)
     folder = checkpoints.folder_of(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000500", "step-123456789"]
-    (folder / ".partial-step-999999999").mkdir()
-    (folder / "step-999999999").mkdir()  # no progress.json: not one of ours
+    (folder / ".partial-0123456789ab-step-999999999").mkdir()
     assert checkpoints.latest(tmp_path) == folder / "step-123456789"
-    checkpoints.clean(tmp_path)
-    assert not (folder / ".partial-step-999999999").exists()
 
 
 def test_so_many_stay_as_are_asked_for(tmp_path: Path) -> None:
-    """If this fails, an analysis along training finds no checkpoints although they were asked for."""
-    accelerator, _, _ = prepared()
+    """An analysis along training finds the checkpoints that were asked for."""
     for name, keep, wanted in (("all", 0, [1, 2, 3, 4]), ("three", 3, [2, 3, 4]), ("pinned", 1, [1, 4])):
         for step in (1, 2, 3, 4):
-            checkpoints.save(accelerator, tmp_path / name, step, {}, keep=keep, pinned=1 if name == "pinned" else None)
+            write(tmp_path / name, step, keep=keep, pinned=1 if name == "pinned" else None)
         found = checkpoints.complete(tmp_path / name)
         assert [checkpoints.step_of(path) for path in found] == wanted
         assert checkpoints.latest(tmp_path / name) == found[-1]
 
 
-def test_random_states_come_back(tmp_path: Path) -> None:
-    """If this fails, dropout differs after a resume."""
-    accelerator, _, _ = prepared()
-    path = checkpoints.save(accelerator, tmp_path, 1, {})
-    wanted = random.random(), torch.rand(3).tolist()
-    checkpoints.load(accelerator, path)
-    assert (random.random(), torch.rand(3).tolist()) == wanted
+def test_a_whole_one_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+    """Writing the same step again leaves no moment without a checkpoint, and heals a damaged one."""
+    path = write(tmp_path, 1, filled(1))
+    before = (path / checkpoints.MODEL).stat().st_ino
+    write(tmp_path, 1, filled(1))
+    assert (path / checkpoints.MODEL).stat().st_ino == before
+    (path / checkpoints.PROGRESS).write_text("{}")
+    write(tmp_path, 1, filled(1))
+    assert checkpoints.check(path).step == 1
+    assert [path.name for path in checkpoints.folder_of(tmp_path).iterdir()] == ["step-00000001"]
 
 
-def test_a_spoilt_checkpoint_is_named(tmp_path: Path) -> None:
-    """If this fails, a truncated or foreign file shows as somebody else's traceback, or not at all."""
-    accelerator, _, _ = prepared()
-    path = checkpoints.save(accelerator, tmp_path, 1, {})
-    states = path / "random_states_0.pkl"
-    content = states.read_bytes()
-    states.write_bytes(b"nothing")
-    torch.rand(1)
-    with pytest.raises(CheckpointError, match="random states did not come back"):
-        checkpoints.load(accelerator, path)
-    states.write_bytes(content)
-    (path / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(CheckpointError, match="step-00000001 cannot be loaded"):
-        checkpoints.load(accelerator, path)
-    (path / "progress.json").write_text('{"version": 9, "step": 1}')
-    with pytest.raises(CheckpointError, match="version 9"):
-        checkpoints.read_progress(path)
+@pytest.mark.parametrize("wrong", ["missing", "truncated", "flipped", "a link", "a FIFO", "superfluous"])
+def test_every_damaged_file_is_named(wrong: str, tmp_path: Path) -> None:
+    """Whatever happened to a file of a checkpoint, it is named, and nothing of the checkpoint is used."""
+    for name in [checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.RANDOM, checkpoints.PROGRESS, MANIFEST]:
+        path = write(tmp_path / name, 1)
+        file = path / name
+        content = file.read_bytes()
+        if wrong == "superfluous":
+            file = path / "masks.safetensors"
+            file.write_bytes(content)
+        elif wrong == "flipped":
+            at = len(content) // 2
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        else:
+            file.unlink()
+            if wrong == "truncated":
+                file.write_bytes(content[:-1])
+            elif wrong == "a link":
+                (tmp_path / "elsewhere").write_bytes(content)
+                file.symlink_to(tmp_path / "elsewhere")
+            elif wrong == "a FIFO":
+                os.mkfifo(file)
+        with pytest.raises(FileError, match=rf"^{file}: "):
+            checkpoints.check(path)
+        with pytest.raises(CheckpointError, match=rf"no checkpoint in .* is whole .*: {file}: "):
+            checkpoints.newest_whole(tmp_path / name, CONFIG)
+
+
+def test_a_newer_one_that_is_damaged_is_gone_back_beyond(tmp_path: Path) -> None:
+    """The newest whole checkpoint is taken, and what is wrong with those after it is said."""
+    paths = [write(tmp_path, step, keep=0) for step in (1, 2, 3)]
+    (paths[2] / checkpoints.MODEL).unlink()
+    (paths[1] / checkpoints.RANDOM).write_bytes(b"short")
+    with pytest.warns(UserWarning, match="going back to") as warned:
+        newest = checkpoints.newest_whole(tmp_path, CONFIG)
+    assert newest is not None
+    assert newest[0] == paths[0]
+    said = [str(warning.message) for warning in warned]
+    assert [str(path / name) in said[at] for at, (path, name) in enumerate(
+        [(paths[2], checkpoints.MODEL), (paths[1], checkpoints.RANDOM)]
+    )] == [True, True]  # fmt: skip
+
+
+def test_a_checkpoint_of_another_step_or_method(tmp_path: Path) -> None:
+    """A renamed checkpoint, and one without what its method has by then, are damaged although their files are whole."""
+    path = write(tmp_path, 7)
+    moved = path.with_name("step-00000009")
+    path.rename(moved)
+    with pytest.raises(FileError, match=r"step-00000009: was written after 7 steps"):
+        checkpoints.check(moved)
+    moved.rename(path)
+    for method, name in (("static", "masks.safetensors"), ("dynamic", "dynamic.safetensors")):
+        with pytest.raises(CheckpointError, match=rf"{name}: is missing from a checkpoint of method {method}"):
+            checkpoints.newest_whole(tmp_path, toy_config("out", method=method))
+    with pytest.raises(CheckpointError, match=r"progress.json: has no episodes after 7 steps with meta fomaml"):
+        checkpoints.newest_whole(tmp_path, toy_config("out", meta="fomaml"))
+    (path / "masks.safetensors").write_bytes(b"")
+    write_manifest(path / MANIFEST, origin(7), {*checkpoints.files_of(CONFIG, 7), "masks.safetensors"})
+    with pytest.raises(CheckpointError, match=r"masks.safetensors: does not belong into a checkpoint of method full"):
+        checkpoints.newest_whole(tmp_path, CONFIG)
+
+
+def test_a_newer_version_is_said(tmp_path: Path) -> None:
+    """A manifest of a later fastmask is not read as if it were of this one."""
+    path = write(tmp_path, 1)
+    text = (path / MANIFEST).read_text()
+    (path / MANIFEST).write_text(text.replace('"version": 1', '"version": 2'))
+    with pytest.raises(FileError, match=r"manifest.json: has version 2 \(expected at most 1"):
+        checkpoints.check(path)
 
 
 def test_a_file_is_replaced_at_once(tmp_path: Path) -> None:
-    """If this fails, a failed write leaves a damaged masks file or a stray one."""
+    """A failed write leaves the file that was there, and no other."""
     target = tmp_path / "masks"
     replace_file(target, lambda path: path.write_text("old"))
 

@@ -18,6 +18,7 @@ from toy_run import LANGUAGES, assert_same_weights, metrics, start_process, toy_
 
 import fastmask as fm
 from fastmask.cli import main
+from fastmask.files import read_tensors
 from fastmask.parsing.parser import Parser
 from fastmask.parsing.synthetic import write_treebanks
 from fastmask.training import checkpoints
@@ -107,10 +108,10 @@ def first_moments(run: Path, parser: Parser, config: TrainConfig) -> dict[str, t
     """AdamW's first moments in the last checkpoint of a run, by parameter name."""
     latest = checkpoints.latest(run)
     assert latest is not None
-    state = torch.load(latest / "optimizer.bin", weights_only=True)["state"]
+    moments = read_tensors(latest / "optimizer.safetensors")[0]
     order = [p for group in build_optimizer(parser, config).param_groups for p in group["params"]]
     names = {p: name for name, p in parser.named_parameters()}
-    return {names[p]: state[i]["exp_avg"] for i, p in enumerate(order) if i in state}
+    return {names[p]: moments[f"{i}.exp_avg"] for i, p in enumerate(order) if f"{i}.exp_avg" in moments}
 
 
 def test_outer_rates_spare_a_pretrained_encoder(tmp_path: Path) -> None:

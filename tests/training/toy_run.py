@@ -18,6 +18,8 @@ from fastmask.parsing.vocabulary import Vocabulary
 from fastmask.training.config import TrainConfig
 
 LANGUAGES = list(SEEN)[:3]
+PRELOADED = ["accelerate", "datasets", "fastmask.compare.cells", "fastmask.training.loop", "torch._dynamo"]
+PRELOADED += ["transformers.models.auto", "transformers.models.bert.modeling_bert"]
 
 
 @functools.cache
@@ -76,7 +78,7 @@ def assert_same_weights(first: Parser, second: Parser) -> None:
 def start_process(target: Any, *args: Any) -> Any:
     """Start a real process, to be killed; the modules it needs are imported once, in the server it is forked from."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "accelerate", "transformers", "datasets", "fastmask.training.loop"])
+    context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=target, args=args, daemon=True)
     process.start()
     return process

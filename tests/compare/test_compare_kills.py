@@ -1,0 +1,146 @@
+"""A comparison whose two workers are killed at any rename, fsync or delete, and that is run again, ends the same.
+
+The long form (``-m slow``) kills at every one of these calls; the short one at a few.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+
+from kills import die_before
+from toy_run import metrics, start_process
+
+from fastmask.compare.cells import Runner
+from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.queue import is_done, work
+from fastmask.parsing.synthetic import write_treebanks
+
+TRAINING = {
+    "steps": 6, "batch_size": 4, "density": 0.5, "score_sentences": 4, "dev_sentences": 2, "eval_every": 0,
+    "checkpoint_every": 2, "threads": 1, "update_every": 2, "scout_sentences": 2, "inner_steps": 1,
+    "support_sentences": 1, "query_sentences": 1,
+}  # fmt: skip
+COMPARISON = {
+    "train": "qaa,qab", "unseen": "qad", "seeds": 1, "methods": "static,dynamic", "metas": "none", "shots": 2,
+    "support_sets": 1, "adapt_steps": 1, "adapt_lr": 1e-3, "adapt_encoder_lr": 1e-3, "test_sentences": 2,
+}  # fmt: skip
+TIMES = ("seconds", "training_seconds", "scoring_seconds", "tokens_per_second", "resumed", "scouting_share")
+WAIT = 300  # seconds
+
+
+def plan_in(folder: Path, data: Path) -> Plan:
+    return Plan(folder, str(data), CompareConfig(**COMPARISON), {**TRAINING, "model": str(data.parent / "encoder")})
+
+
+def be_a_worker(plan: Plan, number: int | None, count: Any) -> None:
+    torch.set_num_threads(1)
+    runner = Runner(plan)
+    assert runner.scorer  # the data are read, and their cache is written
+    die_before(number, count)
+    work(plan, runner.run)
+
+
+def two_workers(plan: Plan, number: int | None = None) -> int:
+    """Let two processes do a comparison; if one is killed the other is stopped, as `run_all` does. How many calls."""
+    count = multiprocessing.get_context("forkserver").Value("i", 0)
+    workers = [start_process(be_a_worker, plan, number, count) for _ in range(2)]
+    for worker in workers:
+        while worker.is_alive() and not any(other.exitcode not in (None, 0) for other in workers):
+            worker.join(0.05)
+    for worker in workers:
+        worker.terminate()
+        worker.join(WAIT)
+    if number is None:
+        assert [worker.exitcode for worker in workers] == [0, 0]
+    else:
+        assert -9 in [worker.exitcode for worker in workers], "one should have been killed"
+    return count.value
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Treebanks, and beside them an encoder so small that nothing takes long to write."""
+    folder = tmp_path_factory.mktemp("data") / "ud"
+    write_treebanks(folder, sentences={"train": 12, "dev": 4, "test": 6})
+    tiny_encoder(folder.parent / "encoder", "".join(path.read_text() for path in folder.glob("UD_*/*.conllu")))
+    return folder
+
+
+def tiny_encoder(folder: Path, text: str) -> None:
+    """A BERT of two layers that reads letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    letters = sorted({letter for letter in text if letter.isalpha()})
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(names), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=300, pad_token_id=0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, int]:
+    plan = plan_in(tmp_path_factory.mktemp("unbroken") / "out", data)
+    plan.open()
+    return plan, two_workers(plan)
+
+
+def assert_same(plan: Plan, unbroken: Plan) -> None:
+    """Results, weights, masks and metrics of every cell are those of a comparison that was not killed."""
+    for job in plan.jobs:
+        assert is_done(plan, job)
+        mine, theirs = (
+            {k: v for k, v in json.loads((p.folder(job) / "result.json").read_text()).items() if k not in TIMES}
+            for p in (plan, unbroken)
+        )
+        assert mine == theirs
+        for path in unbroken.folder(job).rglob("*.safetensors"):
+            if "checkpoints" not in path.parts:
+                ours, others = load_file(plan.folder(job) / path.relative_to(unbroken.folder(job))), load_file(path)
+                assert ours.keys() == others.keys()
+                assert all(torch.equal(ours[name], others[name]) for name in others)
+        assert metrics(plan.folder(job) / "run") == metrics(unbroken.folder(job) / "run")
+    names = {path.relative_to(plan.out) for path in plan.out.rglob("*")}
+    assert names == {path.relative_to(unbroken.out) for path in unbroken.out.rglob("*")}
+
+
+def kill_and_run_again(number: int, folder: Path, data: Path, unbroken: Plan) -> None:
+    plan = plan_in(folder, data)
+    plan.open()
+    two_workers(plan, number)
+    two_workers(plan)
+    assert_same(plan, unbroken)
+
+
+def test_killed_at_some_calls(data: Path, unbroken: tuple[Plan, int], tmp_path: Path) -> None:
+    """A comparison one of whose workers is killed ends with the results of one that was not."""
+    plan, calls = unbroken
+    for number in sorted(random.Random(0).sample(range(1, calls + 1), 2)):
+        kill_and_run_again(number, tmp_path / str(number), data, plan)
+
+
+@pytest.mark.slow
+def test_killed_at_every_call(data: Path, unbroken: tuple[Plan, int], tmp_path: Path) -> None:
+    """The same, at every rename, fsync and delete of both workers."""
+    plan, calls = unbroken
+    print(f"compare: {calls} calls")
+    for number in range(1, calls + 1):
+        kill_and_run_again(number, tmp_path / str(number), data, plan)

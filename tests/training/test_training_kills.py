@@ -1,0 +1,131 @@
+"""A run that is killed before any rename, fsync or delete, or at any other moment, and resumed, ends as if it had not.
+
+The long form (``-m slow``) kills at every one of these calls; the short one at a few.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kills import calls_of, die_after, die_before
+from safetensors.torch import load_file
+from test_training_loop import halves, random_subnetworks
+from toy_run import assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+
+from fastmask.training import checkpoints
+from fastmask.training.finished import load_run
+from fastmask.training.loop import TrainResult, train
+
+META = {"meta": "fomaml", "inner_steps": 1, "support_sentences": 2, "query_sentences": 2, "inner_lr": 0.05}
+KINDS: dict[str, dict[str, Any]] = {
+    "static": {"method": "static"},
+    "dynamic": {"method": "dynamic", "update_every": 2, "scout_sentences": 2, "units": "both"},
+    "fomaml": {"method": "static", **META},
+}
+RANDOM_KILLS = 50
+
+
+def run(folder: Path, kind: str) -> TrainResult:
+    """A run from its beginning, or from where it was killed."""
+    config = toy_config(folder, resume=True, keep_checkpoints=1, **KINDS[kind])
+    discover = halves if kind == "dynamic" else random_subnetworks
+    return train(toy_parser(), toy_data(), config, discover, progress=False)
+
+
+def killed_at_a_call(folder: str, kind: str, number: int | None, marker: str) -> None:
+    toy_data()
+    seen = die_before(number)
+    run(Path(folder), kind)
+    Path(marker).write_text("\n".join(seen))
+
+
+def killed_after(folder: str, kind: str, seconds: float) -> None:
+    toy_data()
+    die_after(seconds)
+    run(Path(folder), kind)
+    time.sleep(60)  # until the kill comes
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    return {kind: run(folder / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """The calls of each kind of run, in their order."""
+    folder = tmp_path_factory.mktemp("calls")
+    for kind in KINDS:
+        process = start_process(killed_at_a_call, str(folder / kind), kind, None, str(folder / f"{kind}.txt"))
+        process.join()
+        assert process.exitcode == 0
+    return {kind: calls_of(folder / f"{kind}.txt") for kind in KINDS}
+
+
+def assert_resumes(folder: Path, kind: str, unbroken: TrainResult) -> None:
+    """The run ends with the weights, masks and metrics of one that was not killed, and leaves no rubbish."""
+    resumed = run(folder, kind)
+    assert_same_weights(resumed.parser, unbroken.parser)
+    assert_same_weights(load_run(folder, attached=False).parser, load_run(unbroken.run, attached=False).parser)
+    assert metrics(folder) == metrics(unbroken.run)
+    for path in unbroken.run.glob("*.safetensors"):
+        ours, theirs = load_file(folder / path.name), load_file(path)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    names = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert names == {path.relative_to(unbroken.run) for path in unbroken.run.rglob("*")}
+
+
+def kill_at_call(folder: Path, kind: str, number: int) -> None:
+    process = start_process(killed_at_a_call, str(folder), kind, number, str(folder.with_suffix(".txt")))
+    process.join()
+    assert process.exitcode == -9, "it should have been killed"
+
+
+def test_calls_are_seen(calls: dict[str, list[str]]) -> None:
+    """What is killed at are all kinds of calls, of every checkpoint and of the end."""
+    for kind, names in calls.items():
+        assert {"replace", "fsync", "unlink", "rmdir"} <= set(names), kind
+        assert names.count("fsync") > 5 * len(checkpoints.files_of(toy_config("", **KINDS[kind]), 12))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_some_calls(kind: str, calls: Any, unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """A run killed between two steps of putting a file in place resumes to the same end."""
+    chance = random.Random(f"{kind} calls")
+    for number in sorted(chance.sample(range(1, len(calls[kind]) + 1), 3)):
+        kill_at_call(tmp_path / str(number), kind, number)
+        assert_resumes(tmp_path / str(number), kind, unbroken[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_every_call(kind: str, calls: Any, unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """The same, at every rename, fsync and delete of a run."""
+    print(f"{kind}: {len(calls[kind])} calls")
+    for number in range(1, len(calls[kind]) + 1):
+        kill_at_call(tmp_path / str(number), kind, number)
+        assert_resumes(tmp_path / str(number), kind, unbroken[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_moments(kind: str, unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """The same at any moment, and again while it is being resumed."""
+    chance = random.Random(f"{kind} moments")
+    began = time.perf_counter()
+    run(tmp_path / "timed", kind)
+    whole = time.perf_counter() - began
+    for number in range(RANDOM_KILLS):
+        folder = tmp_path / str(number)
+        for _ in range(chance.randint(1, 3)):
+            process = start_process(killed_after, str(folder), kind, chance.uniform(0.0, 1.2 * whole))
+            process.join()
+            assert process.exitcode == -9
+        assert_resumes(folder, kind, unbroken[kind])

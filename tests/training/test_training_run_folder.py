@@ -1,0 +1,282 @@
+"""The folder of a run: one process at a time, nothing of others is deleted, a full disk loses nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from test_training_loop import Killed, kill_at, random_subnetworks
+from toy_run import LANGUAGES, assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+
+import fastmask as fm
+from fastmask.files import HeldError, held
+from fastmask.training import checkpoints
+from fastmask.training.adaptations import check_new_folder, held_for_new
+from fastmask.training.branch import branch
+from fastmask.training.config import ConfigError
+from fastmask.training.finished import load_run
+from fastmask.training.loop import TrainResult, train
+
+
+def run(folder: Path, hook: Any = None, data: Any = None, **changes: Any) -> TrainResult:
+    config = toy_config(folder, **{"method": "static", **changes})
+    return train(toy_parser(), data or toy_data(), config, random_subnetworks, hook, progress=False)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return run(tmp_path_factory.mktemp("unbroken") / "run")
+
+
+# ---- two processes
+
+
+def train_slowly(folder: str) -> None:
+    run(Path(folder), lambda step: time.sleep(0.1))
+
+
+def wait_for(path: Path, process: Any) -> None:
+    limit = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < limit, f"{path} never came"
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
+def test_a_second_process_is_told_who_is_training_there(unbroken: TrainResult, tmp_path: Path) -> None:
+    """The second one changes nothing, and names the first, which ends as if there had been no other."""
+    folder = tmp_path / "run"
+    process = start_process(train_slowly, str(folder))
+    wait_for(checkpoints.folder_of(folder, 3), process)
+    with pytest.raises(ConfigError, match="holds a run"):
+        branch(unbroken.run, toy_config(folder, method="random"))
+    with pytest.raises(HeldError, match=rf"{folder} is in use by process {process.pid} on .*, since 20"):
+        run(folder, resume=True)
+    process.join()
+    assert process.exitcode == 0
+    assert metrics(folder) == metrics(unbroken.run)
+    assert_same_weights(load_run(folder).parser, load_run(unbroken.run).parser)
+    run(folder, resume=True)  # it has been let go of
+
+
+def test_branching_where_somebody_trains(unbroken: TrainResult, tmp_path: Path) -> None:
+    """A branch is not put into a folder that another process holds."""
+    with held(tmp_path / "b"), pytest.raises(HeldError, match=f"by process {os.getpid()} on"):
+        branch(unbroken.run, toy_config(tmp_path / "b", method="random"))
+    branch(unbroken.run, toy_config(tmp_path / "b", method="random"))
+
+
+def test_a_folder_for_an_adapted_run(tmp_path: Path) -> None:
+    """Two adaptations do not write to one folder, and one that fails leaves it as it found it."""
+    for folder in (tmp_path / "new", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(HeldError, match="in use by process"), held_for_new(folder), held_for_new(folder):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert not list((tmp_path / "empty").iterdir())
+    (tmp_path / "empty" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="is there already"):
+        check_new_folder(tmp_path / "empty")
+
+
+# ---- what is deleted, and where is written
+
+
+def test_only_our_own_leftovers_are_deleted(tmp_path: Path) -> None:
+    """Starting a run deletes what killed ones left half done, and no other hidden file or folder."""
+    folder = tmp_path / "run"
+    theirs = [folder / ".git" / "HEAD", folder / "checkpoints" / ".git" / "HEAD", folder / "checkpoints" / ".notes"]
+    theirs += [folder / ".partial-of-mine", folder / "checkpoints" / ".old-letters" / "a"]
+    ours = [
+        folder / ".partial-0123456789ab-config.yaml",
+        folder / "checkpoints" / ".old-0123456789ab-step-00000003" / "x",
+    ]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    run(folder)
+    assert all(path.read_text() == "x" for path in theirs)
+    assert not any(path.exists() for path in ours)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "config.yaml", "masks.safetensors", ".lock"])
+@pytest.mark.parametrize("resumed", [True, False])
+def test_nothing_is_written_or_deleted_through_a_link(name: str, resumed: bool, tmp_path: Path) -> None:
+    """A run's folder with a link to somewhere else is refused, and what the link leads to stays as it is."""
+    folder, outside = tmp_path / "run", tmp_path / "home"
+    if resumed:
+        with pytest.raises(Killed):
+            run(folder, kill_at(10))
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(exist_ok=True)
+    if name in ("checkpoints", "model"):
+        for inner in (".ssh", ".partial-0123456789ab-key", "step-00000003"):
+            (outside / inner).mkdir(parents=True)
+            (outside / inner / "key").write_text("secret")
+    else:
+        outside.write_text("secret")
+    before = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
+    (folder / name).symlink_to(outside)
+    with pytest.raises(ConfigError, match=rf"{name} is a link"):
+        run(folder, resume=True)
+    assert {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()} == before
+
+
+def test_a_lock_that_is_a_link(tmp_path: Path) -> None:
+    """Holding a folder does not write through a link in it."""
+    for name in (".lock", ".holder.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (tmp_path / "theirs").write_text("x")
+        (folder / name).symlink_to(tmp_path / "theirs")
+        with pytest.raises(OSError, match="is a link"), held(folder):
+            pass
+        assert (tmp_path / "theirs").read_text() == "x"
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 800 KB, which holds a few checkpoints; call it to make it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=800k", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def assert_nothing_half_done(folder: Path) -> None:
+    assert not [path for path in folder.rglob("*") if path.name.startswith((".partial-", ".old-"))]
+    newest = checkpoints.latest(folder)
+    assert newest is not None
+    checkpoints.check(newest)
+
+
+def test_a_full_disk(small_disk: Path, unbroken: TrainResult) -> None:
+    """It is said which file did not fit, the checkpoints before are whole, and with more room the run goes on."""
+    folder = small_disk / "run"
+    with pytest.raises(OSError, match=rf"cannot write: No space left on device.*{folder}") as full:
+        run(folder, keep_checkpoints=0)
+    assert Path(full.value.filename).is_relative_to(folder)
+    assert_nothing_half_done(folder)
+    with pytest.raises(OSError, match=rf"No space left on device.*{folder}"):
+        run(folder, keep_checkpoints=0, resume=True)  # still as full
+    assert_nothing_half_done(folder)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    resumed = run(folder, keep_checkpoints=0, resume=True)
+    assert_same_weights(resumed.parser, unbroken.parser)
+    assert metrics(folder) == metrics(unbroken.run)
+
+
+def train_with_small_files(folder: str, limit: int, said: str) -> None:
+    toy_data()  # writes files, too
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        run(Path(folder))
+    except OSError as error:
+        Path(said).write_text(f"{type(error).__name__}: {error}")
+
+
+def test_a_file_that_becomes_too_large(unbroken: TrainResult, tmp_path: Path) -> None:
+    """Whichever file cannot be written whole, it is named, and what was there before is left."""
+    sizes = {path.stat().st_size for path in checkpoints.folder_of(unbroken.run, 12).iterdir()}
+    said = tmp_path / "said.txt"
+    for number, limit in enumerate(sorted(sizes)[2:]):
+        folder = tmp_path / str(number)
+        process = start_process(train_with_small_files, str(folder), limit - 1, str(said))
+        process.join()
+        message = said.read_text()
+        assert re.match(rf"OSError: \[Errno 27\] cannot write: File too large.*: '{folder}/", message), message
+        assert not list(folder.rglob(".partial-*"))
+        assert_same_weights(run(folder, resume=True).parser, unbroken.parser)
+
+
+# ---- what was trained is on disk before it is scored
+
+
+def spoilt(data: Any) -> Any:
+    """The toy data with dev sentences that can be parsed, but not scored."""
+    language = LANGUAGES[0]
+    dev = data[language]["dev"].map(lambda row: {"conllu": "1\tnot\tCoNLL-U"}, load_from_cache_file=False)
+    return {**data, language: {**data[language], "dev": dev}}
+
+
+@pytest.mark.parametrize("steps", [12, 5])
+def test_a_failing_score_loses_nothing(steps: int, unbroken: TrainResult, tmp_path: Path) -> None:
+    """Scores fail at the end, or at step 5 of 12: all that was trained is kept, and resuming only scores again."""
+    folder, every = tmp_path / "run", {12: {"eval_every": 0}, 5: {"checkpoint_every": 5}}[steps]
+    expected = run(tmp_path / "unbroken", **every)
+    for resume in (False, True):
+        done: list[int] = []
+        with pytest.raises(Exception, match=r".") as failure:
+            run(folder, done.append, data=spoilt(toy_data()), resume=resume, **every)
+        assert not isinstance(failure.value, (ConfigError, checkpoints.CheckpointError))
+        newest = checkpoints.latest(folder)
+        assert newest is not None
+        assert checkpoints.step_of(newest) == steps
+        assert not resume or not done
+    if steps == 12:
+        assert_same_weights(load_run(folder).parser, load_run(expected.run).parser)
+    done = []
+    resumed = run(folder, done.append, resume=True, **every)
+    assert done == list(range(steps + 1, 13))
+    assert_same_weights(resumed.parser, expected.parser)
+    assert metrics(folder) == metrics(expected.run)
+
+
+@pytest.mark.parametrize("lost", [None, "checkpoints"])
+def test_a_finished_run_is_only_scored(lost: str | None, unbroken: TrainResult, tmp_path: Path) -> None:
+    """Resuming a run that has finished trains nothing and writes the same, with or without its checkpoints."""
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.run, folder)
+    if lost:
+        shutil.rmtree(folder / lost)
+    model = (folder / "model" / "parser.safetensors").stat()
+    steps: list[int] = []
+    resumed = run(folder, steps.append, resume=True)
+    assert not steps
+    assert_same_weights(resumed.parser, unbroken.parser)
+    assert metrics(folder) == metrics(unbroken.run)
+    assert resumed.language_ids == unbroken.language_ids
+    assert (folder / "model" / "parser.safetensors").stat().st_ino == model.st_ino
+    assert load_file(folder / "masks.safetensors").keys() == load_file(unbroken.run / "masks.safetensors").keys()
+
+
+def test_a_damaged_finished_run(unbroken: TrainResult, tmp_path: Path) -> None:
+    """It is written again from its last checkpoint; without one it is not trained anew over what is left."""
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken.run, folder)
+    (folder / "model" / "parser.safetensors").write_bytes(b"")
+    run(folder, resume=True)
+    assert_same_weights(load_run(folder).parser, load_run(unbroken.run).parser)
+    (folder / "model" / "parser.safetensors").write_bytes(b"")
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(checkpoints.CheckpointError, match=r"finished run in .* is damaged: .*parser.safetensors"):
+        run(folder, resume=True)
+    assert (folder / "model" / "parser.safetensors").read_bytes() == b""
+
+
+def test_the_start_is_said(tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint begins anew, and says so."""
+    with pytest.raises(Killed):
+        run(tmp_path / "run", kill_at(2))
+    with pytest.warns(UserWarning, match="has no checkpoint yet: it starts anew"):
+        run(tmp_path / "run", resume=True)
+    assert fm.Subnetworks.load(tmp_path / "run" / "masks.safetensors").languages == tuple(LANGUAGES)

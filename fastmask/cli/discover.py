@@ -11,6 +11,7 @@ from pathlib import Path
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import round_printer
+from fastmask.files import check_writable, replace_file
 from fastmask.training.config import TrainConfig
 
 __all__ = ["run"]
@@ -29,24 +30,25 @@ def run(options: argparse.Namespace) -> None:
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds} (expected at least 1)")
     target = Path(options.masks)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    check_writable(target)
     found = []
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
     _check_comparable({folder: run.config for folder, run in loaded.items()})
-    for folder, run in loaded.items():
+    prepared = {}
+    for folder, run in loaded.items():  # all of them before the first one is worked on
         config = dataclasses.replace(run.config, **given_settings(options))
-        data, languages = data_of(run.config, folder, options)
-        datasets = load_training_data(data, languages)
-        run.parser.to(device_of(options.device))
+        datasets = load_training_data(*data_of(run.config, folder, options))
         train = encode_training_data(run.parser, datasets, config.max_length)
-        dev = {code: splits["dev"] for code, splits in datasets.items() if "dev" in splits}
+        prepared[folder] = config, train, {code: splits["dev"] for code, splits in datasets.items() if "dev" in splits}
+    for folder, run in loaded.items():
+        config, train, dev = prepared[folder]
+        run.parser.to(device_of(options.device))
         for seed in range(config.seed, config.seed + options.seeds):
             print(f"{folder}, seed {seed}", file=sys.stderr)
             found.append(discover_for_parser(run.parser, train, dev, config, seed, round_printer(sys.stderr)))
     subnets = combine(found, options.combine)
     made_from = {"runs": options.runs, "seeds": options.seeds, "combine": options.combine, **given_settings(options)}
-    subnets.save(target, {"made_from": json.dumps(made_from)})
+    replace_file(target, lambda path: subnets.save(path, {"made_from": json.dumps(made_from)}))
     print_masks(subnets, sys.stdout)
     print(f"written to {target}")
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from fastmask.cli.report import print_scores, scored
+from fastmask.files import check_writable, write_text
 from fastmask.training.config import TrainConfig
 
 __all__ = ["data_of", "run"]
@@ -21,6 +22,8 @@ def run(options: argparse.Namespace) -> None:
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
 
+    if options.json:
+        check_writable(options.json)
     loaded = load_run(options.run)
     data, languages = data_of(loaded.config, options.run, options)
     datasets = load_treebanks(data, languages, splits=(options.split,))
@@ -28,8 +31,7 @@ def run(options: argparse.Namespace) -> None:
     rows = scored(loaded.parser.to(device_of(options.device)), loaded.subnetworks, sentences)
     print_scores(rows, sys.stdout)
     if options.json:
-        text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-        Path(options.json).write_text(text, encoding="utf-8")
+        write_text(options.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
 
 def data_of(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str | Path, str]:

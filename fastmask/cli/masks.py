@@ -9,6 +9,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
+from fastmask.files import check_writable
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["print_masks", "run"]
@@ -16,6 +17,8 @@ __all__ = ["print_masks", "run"]
 
 def run(options: argparse.Namespace) -> None:
     """Print the table, and draw the picture if asked."""
+    if options.picture:
+        check_writable(options.picture)
     subnets = Subnetworks.load(options.file)
     print_masks(subnets, sys.stdout)
     if options.picture:

@@ -3,6 +3,7 @@
 Every other module reads JSON, YAML and safetensors, replaces files and removes folders through this one.
 """
 
+from fastmask.files.descriptors import descriptor_of
 from fastmask.files.locking import HeldError, held
 from fastmask.files.reading import (
     FileError,
@@ -16,13 +17,23 @@ from fastmask.files.reading import (
     read_yaml,
     sha256_of,
 )
-from fastmask.files.writing import partial_name, remove_leftovers, remove_tree, replace_file, sync, write_text
+from fastmask.files.writing import (
+    check_writable,
+    partial_name,
+    remove_leftovers,
+    remove_tree,
+    replace_file,
+    sync,
+    write_text,
+)
 
 __all__ = [
     "FileError",
     "HeldError",
     "Record",
     "check",
+    "check_writable",
+    "descriptor_of",
     "held",
     "partial_name",
     "read_json",

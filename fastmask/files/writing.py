@@ -12,12 +12,16 @@ import re
 import secrets
 import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["partial_name", "remove_leftovers", "remove_tree", "replace_file", "sync", "write_text"]
+from fastmask.files.descriptors import descriptor_of
+
+__all__ = ["check_writable", "partial_name", "remove_leftovers", "remove_tree", "replace_file", "sync", "write_text"]
 
 _LEFTOVER = re.compile(r"\.(partial|old)-[0-9a-f]{12}-.+", re.DOTALL)
 
@@ -35,17 +39,23 @@ def partial_name(target: Path, kind: str = "partial") -> Path:
 def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Let `write(path to write to)` write a file and put it at `path` at once, replacing the file that is there.
 
-    Links are followed: the file that a link names is replaced, not the link. What is not a regular file
-    (``/dev/stdout``, a FIFO) is never replaced: `write` is given it itself.
+    Links are followed: the file that a link names is replaced, not the link, and keeps its permissions. What is not a
+    regular file (a FIFO, a device) is never replaced: `write` is given it itself. What is open already
+    (``/dev/stdout``) gets the whole file when it has been written.
 
     Raises:
         IsADirectoryError: a folder is there.
         OSError: the disk is full, or the place cannot be written to; the message names the file, and what was there
             is still there.
     """
+    opened = descriptor_of(path)
     target = Path(os.path.realpath(path))
     with _named_errors(path):
-        mode = target.stat().st_mode if target.exists() else stat.S_IFREG
+        if opened is not None:
+            _copy_into(opened, write)
+            return
+        there = target.exists()
+        mode = target.stat().st_mode if there else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)")
         if not stat.S_ISREG(mode):
@@ -55,11 +65,46 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
         partial = partial_name(target)
         try:
             write(partial)
+            if there and partial.stat().st_mode != mode:
+                partial.chmod(stat.S_IMODE(mode))
             sync(partial)
             os.replace(partial, target)
             sync(target.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _copy_into(opened: int, write: Callable[[Path], Any]) -> None:
+    """Let a file be written and append it to one that is open already."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, "whole")
+        write(whole)
+        sys.stdout.flush()  # what was printed before comes before
+        with open(whole, "rb") as source, open(opened, "wb", closefd=False) as file:
+            shutil.copyfileobj(source, file)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """See, before any work is done, that `replace_file` will be able to put a file at `path`.
+
+    Folders on the way that are missing are not made; a file is made in the nearest one that is there, and removed.
+
+    Raises:
+        IsADirectoryError: a folder is there.
+        OSError: no file can be made there; the message names the path.
+    """
+    if descriptor_of(path) is not None:
+        return
+    target = Path(os.path.realpath(path))
+    with _named_errors(path):
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)")
+        if target.exists() and not target.is_file():
+            return
+        folder = next(parent for parent in target.parents if os.path.lexists(parent))
+        # Tried out: permissions do not tell of a file system that is read-only or makes no files, such as /proc.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -75,6 +120,9 @@ def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        target, about = Path(os.path.realpath(path)), Path(str(error.filename or path))
+        if about not in (target, *target.parents) and not _LEFTOVER.fullmatch(about.name) and error.filename:
+            raise  # of something that is read while the file is written
         raise _named(path, error.errno, error.strerror or str(error)) from error
     except Exception as error:
         # safetensors and others wrap the system's error in one of their own.

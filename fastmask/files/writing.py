@@ -96,7 +96,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if descriptor_of(path) is not None:
         return
     target = Path(os.path.realpath(path))
-    with _named_errors(path):
+    try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)")
         if target.exists() and not target.is_file():
@@ -105,6 +105,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         # Tried out: permissions do not tell of a file system that is read-only or makes no files, such as /proc.
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except OSError as error:
+        raise _named(path, error.errno, error.strerror or str(error)) from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

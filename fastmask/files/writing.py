@@ -58,20 +58,22 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
         mode = target.stat().st_mode if there else stat.S_IFREG
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)")
-        if not stat.S_ISREG(mode):
-            write(Path(path))
-            return
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_name(target)
-        try:
+    if not stat.S_ISREG(mode):
+        with _named_errors(path, Path(path)):
+            write(Path(path))
+        return
+    partial = partial_name(target)
+    try:
+        with _named_errors(path, partial):
             write(partial)
             if there and partial.stat().st_mode != mode:
                 partial.chmod(stat.S_IMODE(mode))
             sync(partial)
             os.replace(partial, target)
             sync(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _copy_into(opened: int, write: Callable[[Path], Any]) -> None:
@@ -115,16 +117,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say which file could not be written: the system names the temporary one, or none at all."""
+def _named_errors(path: str | os.PathLike[str], written: Path | None = None) -> Iterator[None]:
+    """Say which file could not be written: the system names the temporary one, or none at all.
+
+    Where `written` is given, an error that names another file is left alone: it is about what is read meanwhile.
+    """
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        target, about = Path(os.path.realpath(path)), Path(str(error.filename or path))
-        if about not in (target, *target.parents) and not _LEFTOVER.fullmatch(about.name) and error.filename:
-            raise  # of something that is read while the file is written
+        if written is not None and error.filename is not None and Path(str(error.filename)) != written:
+            raise
         raise _named(path, error.errno, error.strerror or str(error)) from error
     except Exception as error:
         # safetensors and others wrap the system's error in one of their own.

@@ -36,7 +36,9 @@ class ConlluError(ValueError):
     """A file that is not the CoNLL-U that was asked for; the message reads ``FILE:LINE: what is wrong (expected)``."""
 
     def __init__(self, path: str | os.PathLike[str], line: int, problem: str) -> None:
-        """Build the message; `line` counts from 1."""
+        """Build the message, of a bounded length; `line` counts from 1."""
+        if len(problem) > 300:
+            problem = f"{problem[:200]} ... {problem[-90:]}"
         super().__init__(f"{os.fspath(path)}:{line}: {problem}")
 
 

@@ -80,9 +80,10 @@ class _Noticed:
         """Take note of the next sentences."""
         long = too_long(self.parser.features, encoded)
         if len(long) and not self.long:
-            row, name = int(long[0]), rows[int(long[0])].get("sent_id")
-            self.longest = f"sentence {self.sentences + row + 1}{f' ({name})' if name else ''}"
-            self.longest += f" with {int(encoded.lengths[row])} words"
+            row = int(long[0])
+            name = str(rows[row].get("sent_id") or "")
+            called = f" ({name if name.isprintable() else repr(name)})" if name else ""
+            self.longest = f"sentence {self.sentences + row + 1}{called} with {int(encoded.lengths[row])} words"
         self.long += len(long)
         self.sentences += len(encoded)
         self.words += int(encoded.word_start[-1])

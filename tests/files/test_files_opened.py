@@ -72,6 +72,12 @@ def test_an_error_of_what_is_read_is_not_one_of_what_is_written(tmp_path: Path) 
         replace_file(tmp_path / "output", write)
     assert error.value.filename == str(tmp_path / "input")
     assert "cannot write" not in str(error.value)
+    (tmp_path / "input").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        replace_file(tmp_path / "input" / "output", write)
+    assert error.value.filename == str(tmp_path / "input")
+    assert "cannot write" not in str(error.value)
+    assert not list((tmp_path / "input").iterdir())
 
 
 def test_what_can_be_written_is_known_before(tmp_path: Path) -> None:

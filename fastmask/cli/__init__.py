@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 import warnings
@@ -14,7 +16,8 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted.
+    """Run the command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted, 141
+    when the reader of what it writes has gone.
 
     A failure prints one message and no traceback unless `--debug` is given.
     """
@@ -26,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             _print_warnings_plainly(options.command)
             _run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read what was written, such as `head`, has had enough. Nothing is left to be flushed at the exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         return 130
@@ -126,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
 
     write = command("predict", "parse a CoNLL-U file")
     write.add_argument("run", metavar="RUN", help="folder of a finished run")
-    write.add_argument("input", metavar="INPUT", help="CoNLL-U file; only HEAD and DEPREL will change")
-    write.add_argument("output", metavar="OUTPUT", help="CoNLL-U file to write")
+    write.add_argument("input", metavar="INPUT", help="CoNLL-U file, - for standard input; only HEAD and DEPREL change")
+    write.add_argument("output", metavar="OUTPUT", help="CoNLL-U file to write, - for standard output")
     write.add_argument("--language", help="whose subnetwork to use; the full network if not given")
     write.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from fastmask.files import check_writable
 from fastmask.terminal import console_of
 from fastmask.training.config import ConfigError
 
@@ -63,6 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Choose a subnetwork, adapt, score before and after where there is a test, and save a run."""
+    from fastmask.parsing.windows import rows_that_fit
     from fastmask.training.adaptations import adaptations_of, check_new, check_new_folder, held_for_new
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
@@ -70,12 +72,15 @@ def run(options: argparse.Namespace) -> None:
 
     # What can be wrong with what was given is found before anything is computed or written.
     out = check_new_folder(options.out)
+    check_writable(out / "model")
     loaded = load_run(options.run, attached=False)
     parser, earlier = loaded.parser, adaptations_of(options.run)
     check_new(options.language, loaded, earlier)
     how, steps = _defaults(options, loaded)
     rows = check_deprels(_support(options), parser.vocabulary, options.unknown_deprels)
-    support = parser.features.shorten(parser.features.encode(rows, parser.vocabulary))
+    support = parser.features.encode(rows, parser.vocabulary)
+    fits = rows_that_fit(parser.features, support, "support sentences")
+    support, rows = support.select(fits), [rows[row] for row in fits.tolist()]
     test = _test(options, parser, rows)
     parser.to(device_of(options.device))
     with held_for_new(out):

@@ -13,6 +13,7 @@ from typing import Any
 from fastmask.cli.options import given_settings
 from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
 from fastmask.compare.report import print_tables, write_report
+from fastmask.files import check_writable
 from fastmask.terminal import LiteralConsole, console_of
 
 __all__ = ["run"]
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> None:
     config = CompareConfig.from_dict({name: value for name, value in given.items() if name in own})
     training = {name: value for name, value in given.items() if name not in own}
     plan = Plan(Path(options.out), options.data, config, training)
+    check_writable(plan.out / "plan")
     check_languages(plan.data, config)
     Runner(plan).check()
     plan.open()

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+
+from fastmask.files import check_writable, descriptor_of
 
 __all__ = ["run"]
+
+STANDARD = "-"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -13,7 +18,11 @@ def run(options: argparse.Namespace) -> None:
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
 
+    source = "/dev/stdin" if options.input == STANDARD else options.input
+    target = "/dev/stdout" if options.output == STANDARD else options.output
+    check_writable(target)
     loaded = load_run(options.run)
     loaded.parser.to(device_of(options.device))
-    count = predict_file(loaded.parser, options.input, options.output, options.language)
-    print(f"{count} sentences written to {options.output}")
+    count = predict_file(loaded.parser, source, target, options.language)
+    to_stdout = descriptor_of(target) == 1
+    print(f"{count} sentences written to {options.output}", file=sys.stderr if to_stdout else sys.stdout)

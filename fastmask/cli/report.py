@@ -59,12 +59,18 @@ class Row:
 
 
 def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, Any]) -> list[Row]:
-    """Score every language with the full network, and with its subnetwork where it has one."""
-    from fastmask.parsing.evaluation import evaluate, prepare
+    """Score every language with the full network, and with its subnetwork where it has one.
+
+    Args:
+        parser: the subnetworks are attached to its encoder.
+        subnets: None where there are none.
+        datasets: rows of every language, or what `prepare` made of them.
+    """
+    from fastmask.parsing.evaluation import Prepared, evaluate, prepare
 
     rows = []
     for code, data in datasets.items():
-        prepared = {code: prepare(parser, data)}
+        prepared = {code: data if isinstance(data, Prepared) else prepare(parser, data)}
         full, own = evaluate(parser, prepared, None if subnets is None else -1)[code], None
         if subnets is not None and code in subnets.languages:
             own = evaluate(parser, prepared, subnets.index(code))[code]

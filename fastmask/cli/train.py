@@ -12,7 +12,7 @@ from typing import Any
 
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import print_scores, print_summary, round_printer, scored
-from fastmask.files import write_text
+from fastmask.files import check_writable, write_text
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out
 
@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
     Of several processes (`torchrun`, `accelerate launch`) the first one scores and speaks.
     """
     from fastmask.parsing import synthetic
+    from fastmask.parsing.evaluation import prepare
     from fastmask.training.build import build_parser
     from fastmask.training.data import data_of_run, load_training_data
     from fastmask.training.loop import train
@@ -35,6 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
     config = _config(options)
     check_out(config)  # before anything is written or computed
+    check_writable(Path(config.out, CONFIG_FILE))
     data, languages = data_of_run(config, config.out)
     first = os.environ.get("RANK", "0") == "0"
     if config.data is None and first:
@@ -42,15 +44,18 @@ def run(options: argparse.Namespace) -> None:
     datasets = load_training_data(data, languages)
     parser = build_parser(config, datasets)
     check_subnetworks(parser, config, datasets)
+    tests: dict[str, Any] = {}
+    if first:  # what cannot be scored is said before training
+        tests = {code: splits["test"] for code, splits in datasets.items() if "test" in splits}
+        if config.data is None:
+            tests |= _unseen(data, [code for code in synthetic.UNSEEN if code not in datasets])
+        tests = {code: prepare(parser, rows) for code, rows in tests.items()}
     show = sys.stderr.isatty()
     on_round = round_printer(sys.stderr, config.tau) if first else None
     result = train(parser, datasets, config, lambda point: subnetworks_of(point, on_round), progress=show)
     if not first:
         return
 
-    tests: dict[str, Any] = {code: splits["test"] for code, splits in datasets.items() if "test" in splits}
-    if config.data is None:
-        tests |= _unseen(data, [code for code in synthetic.UNSEEN if code not in datasets])
     rows = scored(result.parser, result.subnetworks, tests)
     folder = Path(config.out)
     speed = _training_speed(result.history, config)

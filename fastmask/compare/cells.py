@@ -49,10 +49,10 @@ class Runner:
         Raises:
             ValueError: a language with too few sentences, an episode that asks for more than there is, and the like.
         """
-        assert self.scorer
         configs = [self.plan.train_config(job, self.plan.folder(job)) for job in self.plan.jobs]
         parser = build_parser(configs[0], self.datasets)
         encoded = encode_training_data(parser, self.datasets, configs[0].max_length)
+        self.scorer.check(parser)
         for config in configs:
             check_subnetworks(parser, config, encoded)
             if config.meta != "none":

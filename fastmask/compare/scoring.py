@@ -14,6 +14,7 @@ from fastmask.models import attach, detach
 from fastmask.parsing.batch import Encoded
 from fastmask.parsing.evaluation import Prepared, evaluate, prepare
 from fastmask.parsing.parser import Parser
+from fastmask.parsing.windows import rows_that_fit
 from fastmask.subnetworks import Subnetworks
 from fastmask.unseen import (
     Choice,
@@ -71,6 +72,18 @@ class Scorer:
             supports = [[pool.support[row] for row in rows.tolist()] for rows in sets]
             self.unseen[language] = _Unseen(supports, self._some(language, pool.test))
 
+    def check(self, parser: Parser) -> None:
+        """Prepare everything for a parser as `scores` will, so that what is wrong with it is said before training.
+
+        Raises:
+            ValueError: a support set without a sentence that fits into the encoder.
+        """
+        for test in [*self.seen.values(), *(data.test for data in self.unseen.values())]:
+            prepare(parser, test)
+        for language, data in self.unseen.items():
+            for rows in data.supports:
+                _support(parser, rows, language)
+
     def scores(self, parser: Parser, subnets: Subnetworks | None) -> list[dict[str, Any]]:
         """Every score of a trained parser, which comes back as it was.
 
@@ -123,7 +136,7 @@ class _Cell:
         yield self._row(language, prepare(self.parser, test), choice, "seen", "own")
 
     def unseen(self, language: str, data: _Unseen) -> Iterator[dict[str, Any]]:
-        test, features = prepare(self.parser, data.test), self.parser.features
+        test = prepare(self.parser, data.test)
         known: dict[int, dict[str, Any]] = {}  # scores without an update, by subnetwork: support sets often agree
 
         def unadapted(choice: Choice, condition: str, how: str, support_set: int | None) -> dict[str, Any]:
@@ -136,8 +149,7 @@ class _Cell:
         if self.subnets is not None:
             yield unadapted(self._choose("full", None), "other choice", "full", None)
         for number, rows in enumerate(data.supports):
-            # A word whose relation no training language has is left out of the label loss, not out of the sentence.
-            support = features.shorten(features.encode(rows, self.parser.vocabulary))
+            support = _support(self.parser, rows, language)
             main = "full" if self.subnets is None else self.config.choose
             others = [] if self.subnets is None else [how for how in ("nearest", "best") if how != main]
             choice = self._choose(main, support)
@@ -178,3 +190,12 @@ class _Cell:
             "uas": result.uas,
             "words": result.scores.words,
         }
+
+
+def _support(parser: Parser, rows: Sequence[Mapping[str, Any]], language: str) -> Encoded:
+    """The support sentences that fit into the encoder.
+
+    A word whose relation no training language has is left out of the label loss, not out of the sentence.
+    """
+    encoded = parser.features.encode(rows, parser.vocabulary)
+    return encoded.select(rows_that_fit(parser.features, encoded, f"support sentences of {language!r}"))

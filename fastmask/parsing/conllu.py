@@ -10,25 +10,35 @@ Format: https://universaldependencies.org/format.html
 from __future__ import annotations
 
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from conllu.exceptions import ParseException
-from conllu.parser import parse_comment_line, parse_id_value, parse_int_value
+from conllu.parser import parse_comment_line, parse_id_value
 
-__all__ = ["ConlluError", "Sentence", "read_sentences", "with_tree", "write_blocks"]
+from fastmask.files import descriptor_of, replace_file
+
+__all__ = ["ConlluError", "Sentence", "read_sentences", "read_texts", "with_tree", "write_blocks", "write_texts"]
 
 COLUMNS = 10
 ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC = range(COLUMNS)
 NO_HEAD = -1
+
+_BOM = "\ufeff"
+_WORD_LINE = re.compile(_BOM + "?[1-9][0-9]*\t")
+_HEAD = re.compile("0|[1-9][0-9]{0,8}")
 
 
 class ConlluError(ValueError):
     """A file that is not the CoNLL-U that was asked for; the message reads ``FILE:LINE: what is wrong (expected)``."""
 
     def __init__(self, path: str | os.PathLike[str], line: int, problem: str) -> None:
-        """Build the message; `line` counts from 1."""
+        """Build the message, of a bounded length; `line` counts from 1."""
+        if len(problem) > 300:
+            problem = f"{problem[:200]} ... {problem[-90:]}"
         super().__init__(f"{os.fspath(path)}:{line}: {problem}")
 
 
@@ -41,7 +51,7 @@ class Sentence:
     Attributes:
         words: n forms.
         upos: n universal part-of-speech tags, ``_`` where the file has none.
-        heads: n numbers: 0 for the root, i for the i-th word (from 1), -1 where the file has ``_``.
+        heads: n numbers: 0 for the root, i for the i-th word (from 1), -1 where the file has no usable one.
         deprels: n relation labels with their subtypes, ``_`` where the file has none.
         sent_id: the ``# sent_id`` comment, or an empty string.
         conllu: comments and token lines joined by newlines, without a trailing newline.
@@ -61,45 +71,61 @@ def read_sentences(path: str | os.PathLike[str], require_tree: bool = True) -> I
     A byte order mark, Windows line endings, several blank lines and a missing final blank line are accepted.
 
     Args:
-        path: a UTF-8 file.
+        path: a UTF-8 file, a pipe, or ``/dev/stdin``.
         require_tree: every sentence must be a tree with one root and a label on every word (training data, gold
-            standard). With False, HEAD and DEPREL may be ``_`` and heads need not form a tree (input of a parser).
+            standard). With False, HEAD and DEPREL may hold anything (input of a parser, which overwrites them).
 
     Raises:
         ConlluError: the file holds no sentence, is not UTF-8, or breaks the format; raised when the bad sentence is
-            reached, so what came before it has been yielded.
+            reached.
         FileNotFoundError: there is no such file.
     """
-    block: list[str] = []
-    first, number, found = 1, 0, False
+    for sentence, _ in read_texts(path, require_tree):
+        yield sentence
+
+
+def read_texts(path: str | os.PathLike[str], require_tree: bool = True) -> Iterator[tuple[Sentence, str]]:
+    """Yield every sentence with its text as it stands in the file; see `read_sentences`.
+
+    The texts hold line endings, blank lines and the byte order mark, too: joined, they are the file.
+    """
+    lines: list[str] = []  # of the sentence, without their endings
+    text: list[str] = []  # the same and the blank lines around them, as they stand in the file
+    first, number, ended = 1, 0, False
+    opened = descriptor_of(path)
     # Binary, so that a byte that is not UTF-8 is reported with its line; text mode would decode in large chunks.
-    with open(path, "rb") as file:
+    with open(path if opened is None else opened, "rb", closefd=opened is None) as file:
         for number, raw in enumerate(file, start=1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                whole = raw.decode("utf-8")
             except UnicodeDecodeError as error:
                 problem = (
                     f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8 (expected a UTF-8 file)"
                 )
                 raise ConlluError(path, number, problem) from None
+            line = whole.removesuffix("\n").removesuffix("\r")
+            if number == 1:
+                line = line.removeprefix(_BOM)
             if line.strip(" "):
-                if not block:
+                if ended:
+                    yield _sentence(lines, path, first, require_tree), "".join(text)
+                    lines, text, ended = [], [], False
+                if not lines:
                     first = number
-                block.append(line)
-            elif block:
-                yield _sentence(block, path, first, require_tree)
-                block, found = [], True
-    if block:
-        yield _sentence(block, path, first, require_tree)
-    elif not found:
+                lines.append(line)
+            else:
+                ended = bool(lines)
+            text.append(whole)
+    if not lines:
         raise ConlluError(path, max(number, 1), "the file is empty (expected at least one sentence)")
+    yield _sentence(lines, path, first, require_tree), "".join(text)
 
 
 def with_tree(conllu_block: str, heads: Sequence[int], deprels: Sequence[str]) -> str:
     """Return the block with columns 7 (HEAD) and 8 (DEPREL) of its n word lines replaced, all else byte for byte.
 
     Args:
-        conllu_block: one sentence, as in `Sentence.conllu`.
+        conllu_block: one sentence, as in `Sentence.conllu` or from `read_texts`.
         heads: n integers in 0..n, 0 for the root.
         deprels: n labels.
 
@@ -108,7 +134,7 @@ def with_tree(conllu_block: str, heads: Sequence[int], deprels: Sequence[str]) -
             white space.
     """
     lines = conllu_block.split("\n")
-    places = [i for i, line in enumerate(lines) if line.partition("\t")[0].isdecimal()]
+    places = [i for i, line in enumerate(lines) if _WORD_LINE.match(line)]
     n = len(places)
     if len(heads) != n or len(deprels) != n:
         raise ValueError(
@@ -127,21 +153,30 @@ def with_tree(conllu_block: str, heads: Sequence[int], deprels: Sequence[str]) -
 
 
 def write_blocks(path: str | os.PathLike[str], blocks: Iterable[str]) -> int:
-    """Write sentences (`Sentence.conllu` or the result of `with_tree`) to a UTF-8 file; return how many.
+    """Write sentences (`Sentence.conllu`) to a UTF-8 file, each with a blank line after it; return how many."""
+    return write_texts(path, (block + "\n\n" for block in blocks))
 
-    The file appears under its name only once it is complete, so a reader never sees half of it.
+
+def write_texts(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
+    """Write the texts of sentences (see `read_texts`) to a UTF-8 file as they are; return how many.
+
+    A regular file appears under its name only once it is complete, so a reader never sees half of it. A pipe, a
+    device or ``/dev/stdout`` gets the texts as they come.
     """
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     count = 0
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for block in blocks:
-                file.write(block + "\n\n")
+
+    def write(target: Path | int) -> None:
+        nonlocal count
+        with open(target, "wb", closefd=not isinstance(target, int)) as file:
+            for text in texts:
+                file.write(text.encode())
                 count += 1
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    opened = descriptor_of(path)
+    if opened is None:
+        replace_file(path, write)
+    else:
+        write(opened)
     return count
 
 
@@ -149,7 +184,7 @@ def _sentence(block: list[str], path: str | os.PathLike[str], first: int, requir
     """Check one block whose first line is line `first` of the file, and return its sentence."""
     words: list[str] = []
     upos: list[str] = []
-    heads: list[int] = []
+    given: list[str] = []  # HEAD of every word
     deprels: list[str] = []
     numbers: list[int] = []  # line number of every word
     sent_id = ""
@@ -167,7 +202,7 @@ def _sentence(block: list[str], path: str | os.PathLike[str], first: int, requir
         columns = line.split("\t")
         if len(columns) != COLUMNS:
             raise ConlluError(path, number, f"{len(columns)} columns (expected {COLUMNS}, separated by tabs)")
-        if not columns[FORM].strip():
+        if not columns[FORM] or (require_tree and _is_blank(columns[FORM])):
             raise ConlluError(path, number, "FORM is empty (expected a word form)")
 
         expected = len(words) + 1
@@ -184,31 +219,38 @@ def _sentence(block: list[str], path: str | os.PathLike[str], first: int, requir
             continue
         words.append(columns[FORM])
         upos.append(columns[UPOS] or "_")
-        heads.append(_head(columns[HEAD], path, number, expected, require_tree))
-        if require_tree and columns[DEPREL] in ("", "_"):
-            raise ConlluError(path, number, "DEPREL is missing (expected a relation label on every word)")
         deprels.append(columns[DEPREL] or "_")
         numbers.append(number)
+        given.append(columns[HEAD])
 
     if not words:
         raise ConlluError(path, first, "a sentence without words (expected at least one line with ID 1)")
     if range_end > len(words):
         problem = f"multiword token ends at word {range_end} (expected at most {len(words)}, the last word)"
         raise ConlluError(path, range_line, problem)
-    for position, head in enumerate(heads):
-        if head > len(words):
-            problem = f"HEAD {head} is out of range (expected 0..{len(words)})"
-            raise ConlluError(path, numbers[position], problem)
+    heads = [_head(text, word, len(words)) for word, text in enumerate(given, start=1)]
     if require_tree:
+        for head, text, label, number in zip(heads, given, deprels, numbers, strict=True):
+            if head == NO_HEAD:
+                raise ConlluError(path, number, _bad_head(text, len(words)))
+            if label.partition(":")[0] in ("", "_"):
+                raise ConlluError(path, number, "DEPREL is missing (expected a relation label on every word)")
+            if any(character.isspace() for character in label):
+                raise ConlluError(path, number, f"DEPREL {label!r} holds white space (expected a relation label)")
         _check_tree(heads, numbers, path)
     return Sentence(tuple(words), tuple(upos), tuple(heads), tuple(deprels), sent_id, "\n".join(block))
+
+
+def _is_blank(form: str) -> bool:
+    """Whether the official scorer, which takes all kinds of spaces out of words, would be left with nothing."""
+    return all(unicodedata.category(character) == "Zs" for character in form)
 
 
 def _special_id(text: str, path: str | os.PathLike[str], number: int, expected: int) -> tuple[str, int, int]:
     """Split the id of a range or of an empty node into ("-" or ".", start, end); a plain number gives ("", id, id)."""
     try:
         value = parse_id_value(text)
-    except ParseException:
+    except (ParseException, ValueError):  # ValueError: thousands of digits
         value = None
     if value is None:
         raise ConlluError(path, number, f"ID {text!r} is not a number, a range or an empty node (expected {expected})")
@@ -217,21 +259,21 @@ def _special_id(text: str, path: str | os.PathLike[str], number: int, expected: 
     return value[1], value[0], value[2]
 
 
-def _head(text: str, path: str | os.PathLike[str], number: int, word: int, required: bool) -> int:
-    """Return HEAD as a number that is not negative, or `NO_HEAD` for ``_`` where a head is not required."""
-    try:
-        head = parse_int_value(text)
-    except ParseException:
-        raise ConlluError(path, number, f"HEAD {text!r} is not a whole number (expected 0 or a word's ID)") from None
-    if head is None:
-        if required:
-            raise ConlluError(path, number, "HEAD is missing (expected 0 or a word's ID)")
-        return NO_HEAD
-    if head < 0:
-        raise ConlluError(path, number, f"HEAD {head} is out of range (expected 0 or a word's ID)")
-    if head == word:
-        raise ConlluError(path, number, f"HEAD {head} is the word itself (expected 0 or another word's ID)")
-    return head
+def _head(text: str, word: int, words: int) -> int:
+    """Return the HEAD of the `word`-th of `words` words as a number, or `NO_HEAD` if no tree can have it."""
+    head = int(text) if _HEAD.fullmatch(text) else NO_HEAD
+    return NO_HEAD if head > words or head == word else head
+
+
+def _bad_head(text: str, words: int) -> str:
+    """Say what is wrong with a HEAD."""
+    if text in ("", "_"):
+        return "HEAD is missing (expected 0 or a word's ID)"
+    if not re.fullmatch("0|-?[1-9][0-9]*", text):
+        return f"HEAD {text!r} is not a whole number (expected 0 or a word's ID)"
+    if _HEAD.fullmatch(text) and int(text) <= words:
+        return f"HEAD {text} is the word itself (expected 0 or another word's ID)"
+    return f"HEAD {text} is out of range (expected 0..{words})"
 
 
 def _check_tree(heads: list[int], numbers: list[int], path: str | os.PathLike[str]) -> None:

@@ -16,11 +16,11 @@ import torch
 
 from fastmask.errors import unknown
 from fastmask.parsing.batch import Encoded
-from fastmask.parsing.conllu import Sentence, read_sentences, with_tree, write_blocks
-from fastmask.parsing.features import SentenceTooLongError
+from fastmask.parsing.conllu import Sentence, read_texts, with_tree, write_texts
 from fastmask.parsing.parser import Parser
 from fastmask.parsing.scores import Scores, score
 from fastmask.parsing.vocabulary import UNKNOWN_UPOS
+from fastmask.parsing.windows import Tree, cut, join, too_long
 
 __all__ = ["Evaluation", "Prepared", "evaluate", "parse", "predict_file", "prepare"]
 
@@ -59,14 +59,54 @@ class Prepared:
 
 
 def prepare(parser: Parser, dataset: Iterable[Mapping[str, Any]], limit: int | None = None) -> Prepared:
-    """Encode the first `limit` sentences of a data set (all by default).
-
-    Raises:
-        SentenceTooLongError: a sentence has more words than the encoder has positions.
-    """
+    """Encode the first `limit` sentences of a data set (all by default); warn of what the parser will do badly."""
     rows = list(itertools.islice(dataset, limit))
-    encoded = parser.features.shorten(parser.features.encode(rows, parser.vocabulary))
+    encoded = parser.features.encode(rows, parser.vocabulary)
+    noticed = _Noticed(parser)
+    noticed.look(encoded, rows)
+    noticed.warn()
     return Prepared(encoded, [row["conllu"] for row in rows])
+
+
+class _Noticed:
+    """What is noticed about sentences, of which a data set or a file has many, and said once."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+        self.sentences = self.words = self.long = self.unknown = self.untagged = 0
+        self.longest = ""  # not the longest one, but the first that is too long
+
+    def look(self, encoded: Encoded, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take note of the next sentences."""
+        long = too_long(self.parser.features, encoded)
+        if len(long) and not self.long:
+            row = int(long[0])
+            name = str(rows[row].get("sent_id") or "")
+            called = f" ({name if name.isprintable() else repr(name)})" if name else ""
+            self.longest = f"sentence {self.sentences + row + 1}{called} with {int(encoded.lengths[row])} words"
+        self.long += len(long)
+        self.sentences += len(encoded)
+        self.words += int(encoded.word_start[-1])
+        self.unknown += int(self.parser.features.unknown(encoded).sum())
+        self.untagged += int((encoded.upos == UNKNOWN_UPOS).sum())
+
+    def warn(self, tags: bool = False) -> None:
+        """Say it; of missing tags only where asked: a language's test set may well have a tag that is new."""
+        if self.long:
+            warnings.warn(
+                f"{self.long} of {self.sentences} sentences do not fit into the encoder's "
+                f"{self.parser.features.max_positions} positions and are parsed in parts; the first is {self.longest}",
+                stacklevel=3,
+            )
+        if self.unknown > self.words / 2:
+            warnings.warn(
+                f"{self.unknown} of {self.words} words are unknown to the model's tokenizer: it reads nothing of them",
+                stacklevel=3,
+            )
+        if tags and self.untagged and self.parser.upos is not None:
+            warnings.warn(
+                f"{self.untagged} words have no UPOS, or one not seen in training; this model leans on it", stacklevel=3
+            )
 
 
 def evaluate(
@@ -86,7 +126,6 @@ def evaluate(
 
     Raises:
         FastmaskKeyError: `language_ids` lacks a language; nothing is parsed.
-        SentenceTooLongError: a sentence has more words than the encoder has positions.
     """
     results = {}
     if isinstance(language_ids, Mapping):
@@ -104,22 +143,24 @@ def evaluate(
     return results
 
 
-def parse(
-    parser: Parser, encoded: Encoded, language_id: int | None = None, batch_size: int = 64
-) -> list[tuple[np.ndarray, list[str]]]:
-    """Return (heads, labels) of every sentence, in the order of `encoded`; batches are made of like lengths."""
+def parse(parser: Parser, encoded: Encoded, language_id: int | None = None, batch_size: int = 64) -> list[Tree]:
+    """Return (heads, labels) of every sentence, in the order of `encoded`; batches are made of like lengths.
+
+    A sentence that is longer than the encoder is parsed in windows; see `fastmask.parsing.windows`.
+    """
     device = next(parser.parameters()).device
-    order = np.argsort(encoded.unit_lengths, kind="stable")
-    results: list[tuple[np.ndarray, list[str]] | None] = [None] * len(encoded)
-    for first in range(0, len(order), batch_size):
-        rows = order[first : first + batch_size]
-        batch = parser.features.collate(encoded.select(rows)).to(device)
+    windows, first = cut(parser.features, encoded)
+    order = np.argsort(windows.unit_lengths, kind="stable")
+    results: list[Tree | None] = [None] * len(windows)
+    for begin in range(0, len(order), batch_size):
+        rows = order[begin : begin + batch_size]
+        batch = parser.features.collate(windows.select(rows)).to(device)
         if language_id is not None:
             # On the CPU: there an attached encoder can look at the ids, and the full network (-1) is among them.
             batch.language_ids = torch.full((len(rows),), language_id, dtype=torch.int64)
         for row, heads, labels in zip(rows.tolist(), *parser.predict(batch), strict=True):
             results[row] = (heads, labels)
-    return [result for result in results if result is not None]
+    return join([result for result in results if result is not None], first, parser.vocabulary.loose)
 
 
 def predict_file(
@@ -131,43 +172,38 @@ def predict_file(
 ) -> int:
     """Parse a CoNLL-U file into another one and return the number of sentences.
 
-    Only HEAD and DEPREL change: comments, multiword tokens, empty nodes and the other columns stay byte for byte. The
-    output appears under its name once it is complete; the input may be of any length.
+    Only HEAD and DEPREL of words change: all else stays byte for byte, line endings and a byte order mark included.
+    Every sentence gets a tree with one root, labelled ``root`` as no other word is. A regular file appears under its
+    name once it is complete; the input may be of any length, and so may a sentence.
 
     Args:
         parser: its encoder may be attached.
-        in_path: UTF-8 CoNLL-U; HEAD and DEPREL may be ``_``. The small model reads UPOS, and warns where it is missing.
-        out_path: where to write; may be `in_path`.
+        in_path: UTF-8 CoNLL-U, a file or ``/dev/stdin``; HEAD and DEPREL may hold anything. The small model reads UPOS,
+            and warns where it is missing.
+        out_path: where to write; may be `in_path`, a pipe or ``/dev/stdout``.
         language: whose subnetwork to use; only where the encoder is attached. None: the full network.
         batch_size: sentences per batch.
 
     Raises:
         ConlluError: the input is not CoNLL-U.
-        SentenceTooLongError: a sentence has more words than the encoder has positions.
+        OSError: the input cannot be read, or the output not written.
     """
     with _language(parser, language):
-        return write_blocks(out_path, _predicted(parser, read_sentences(in_path, require_tree=False), batch_size))
+        return write_texts(out_path, _predicted(parser, read_texts(in_path, require_tree=False), batch_size))
 
 
-def _predicted(parser: Parser, sentences: Iterator[Sentence], batch_size: int) -> Iterator[str]:
-    """Yield the parsed blocks of a stream of sentences, a chunk in memory at a time."""
-    untagged = done = 0
+def _predicted(parser: Parser, sentences: Iterator[tuple[Sentence, str]], batch_size: int) -> Iterator[str]:
+    """Yield the texts of a stream of sentences with their new trees, a chunk in memory at a time."""
+    noticed = _Noticed(parser)
     while chunk := list(itertools.islice(sentences, CHUNK)):
-        rows = [{"words": s.words, "upos": s.upos, "heads": s.heads, "deprels": s.deprels} for s in chunk]
-        try:
-            encoded = parser.features.shorten(parser.features.encode(rows, parser.vocabulary))
-        except SentenceTooLongError as error:
-            name = chunk[error.index].sent_id
-            raise SentenceTooLongError(done + error.index, error.words, error.room, name) from None
-        done += len(chunk)
-        untagged += int((encoded.upos == UNKNOWN_UPOS).sum())
-        yield from _with_trees([s.conllu for s in chunk], parse(parser, encoded, batch_size=batch_size))
-    if untagged and parser.upos is not None:
-        message = f"{untagged} words have no UPOS, or one not seen in training; this model leans on it"
-        warnings.warn(message, stacklevel=3)
+        rows = [vars(sentence) for sentence, _ in chunk]
+        encoded = parser.features.encode(rows, parser.vocabulary)
+        noticed.look(encoded, rows)
+        yield from _with_trees([text for _, text in chunk], parse(parser, encoded, batch_size=batch_size))
+    noticed.warn(tags=True)
 
 
-def _with_trees(blocks: Sequence[str], trees: Sequence[tuple[np.ndarray, list[str]]]) -> list[str]:
+def _with_trees(blocks: Sequence[str], trees: Sequence[Tree]) -> list[str]:
     return [with_tree(block, heads.tolist(), labels) for block, (heads, labels) in zip(blocks, trees, strict=True)]
 
 

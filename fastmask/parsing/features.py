@@ -6,60 +6,107 @@ are mappings with "words", "upos", "heads" and "deprels", as the rows of a treeb
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
+from fastmask.files import Record, read_json, write_text
 from fastmask.parsing.batch import Batch, Encoded, flat_ranges
+from fastmask.parsing.encoder import load_tokenizer
 from fastmask.parsing.vocabulary import IGNORE, Vocabulary
 
-__all__ = ["Features", "PieceFeatures", "SentenceTooLongError", "TrigramFeatures", "load_features", "trigrams"]
+__all__ = ["Features", "PieceFeatures", "TrigramFeatures", "load_features", "trigrams"]
+
+FILE = "features.json"
+TOKENIZER = "tokenizer"  # a folder
 
 
-class SentenceTooLongError(ValueError):
-    """A sentence has more words than the encoder has positions.
+class _SavedTrigrams(Record):
+    """What ``features.json`` holds of a `TrigramFeatures`."""
+
+    kind: Literal["trigrams"] = "trigrams"
+    buckets: int = Field(ge=1, le=1 << 26)
+    max_positions: int = Field(ge=2, le=1 << 24)
+    whole_word: bool
+
+
+class _SavedPieces(Record):
+    """What ``features.json`` holds of a `PieceFeatures`."""
+
+    kind: Literal["pieces"] = "pieces"
+    max_positions: int = Field(ge=2, le=1 << 24)
+
+
+class Features:
+    """What the parser and the training loop need from a featuriser.
 
     Attributes:
-        index: which sentence of those that were given, from 0.
-        words: how many words it has.
-        room: how many it may have.
+        max_positions: positions that the encoder has.
+        special_positions: how many of them every sentence needs beside those of its words.
     """
-
-    def __init__(self, index: int, words: int, room: int, name: str = "") -> None:
-        """Build the message; `name` is the sentence's id where it is known."""
-        called = f" ({name})" if name else ""
-        super().__init__(
-            f"sentence {index + 1}{called} has {words} words (expected at most {room}, what the model has)"
-        )
-        self.index, self.words, self.room = index, words, room
-
-
-class Features(Protocol):
-    """What the parser and the training loop need from a featuriser."""
 
     max_positions: int
     special_positions: int
 
     def encode(self, sentences: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Encoded:
         """Return all sentences as integer arrays, in order."""
+        forms: list[str] = []
+        lengths: list[int] = []
+        upos, heads, deprels = [], [], []
+        for sentence in sentences:
+            words = sentence["words"]
+            lengths.append(len(words))
+            forms.extend(words)
+            upos.append(vocabulary.upos_ids(sentence["upos"]))
+            head = np.asarray(sentence["heads"], dtype=np.int64)
+            heads.append(np.where((head < 0) | (head > len(words)), IGNORE, head))
+            deprels.append(vocabulary.deprel_ids(sentence["deprels"]))
+        distinct = list(dict.fromkeys(forms))
+        units = dict(zip(distinct, self.units_of(distinct), strict=True))
+        per_word = [units[form] for form in forms]
+        counts = np.fromiter((len(found) for found in per_word), np.int64, len(per_word))
+
+        def joined(parts: list[np.ndarray]) -> np.ndarray:
+            return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+
+        return Encoded(
+            word_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            unit_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            units=joined(per_word),
+            upos=joined(upos),
+            heads=joined(heads),
+            deprels=joined(deprels),
+        )
+
+    def units_of(self, words: list[str]) -> list[np.ndarray]:
+        """Return the units of every word, int32, at least one and no more than fit into the encoder."""
+        raise NotImplementedError
 
     def collate(self, part: Encoded) -> Batch:
-        """Return the sentences of `part` as one padded batch."""
+        """Return the sentences of `part`, each of which fits into the encoder, as one padded batch."""
+        raise NotImplementedError
+
+    def word_positions(self, encoded: Encoded) -> np.ndarray:
+        """Return int64 [n]: the positions every word needs in the encoder."""
+        raise NotImplementedError
 
     def positions(self, encoded: Encoded) -> np.ndarray:
         """Return int64 [N]: the positions every sentence needs in the encoder."""
+        ends = np.concatenate([[0], np.cumsum(self.word_positions(encoded))])
+        return np.diff(ends[encoded.word_start]) + self.special_positions
 
-    def shorten(self, encoded: Encoded) -> Encoded:
-        """Make every sentence fit at prediction, or raise `SentenceTooLongError`."""
+    def unknown(self, encoded: Encoded) -> np.ndarray:
+        """Return bool [n]: words of which nothing is known but that they are there."""
+        return np.zeros(int(encoded.word_start[-1]), dtype=bool)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``features.json`` (and a tokenizer) into an existing folder."""
+        raise NotImplementedError
 
 
 def trigrams(word: str, buckets: int, whole_word: bool = True) -> list[int]:
@@ -74,43 +121,7 @@ def trigrams(word: str, buckets: int, whole_word: bool = True) -> list[int]:
     return [zlib.crc32(unit.encode("utf-8", "surrogatepass")) % buckets for unit in units]
 
 
-def _encode(
-    sentences: Iterable[Mapping[str, Any]],
-    vocabulary: Vocabulary,
-    known: dict[str, np.ndarray],
-    units_of: Callable[[list[str]], list[np.ndarray]],
-) -> Encoded:
-    """Encode sentences; `units_of` gives the units (int32 arrays) of word forms that are not in `known` yet."""
-    forms: list[str] = []
-    lengths: list[int] = []
-    upos, heads, deprels = [], [], []
-    for sentence in sentences:
-        words = sentence["words"]
-        lengths.append(len(words))
-        forms.extend(words)
-        upos.append(vocabulary.upos_ids(sentence["upos"]))
-        head = np.asarray(sentence["heads"], dtype=np.int64)
-        heads.append(np.where((head < 0) | (head > len(words)), IGNORE, head))
-        deprels.append(vocabulary.deprel_ids(sentence["deprels"]))
-    new = [form for form in dict.fromkeys(forms) if form not in known]
-    known.update(zip(new, units_of(new), strict=True))
-    per_word = [known[form] for form in forms]
-    counts = np.fromiter((len(units) for units in per_word), np.int64, len(per_word))
-
-    def joined(parts: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
-
-    return Encoded(
-        word_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        unit_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        units=joined(per_word),
-        upos=joined(upos),
-        heads=joined(heads),
-        deprels=joined(deprels),
-    )
-
-
-class TrigramFeatures:
+class TrigramFeatures(Features):
     """Model `small`: hashed character trigrams of every word, its UPOS beside them; nothing to download.
 
     The encoder sees one position per word and one, the first, for the root.
@@ -125,15 +136,10 @@ class TrigramFeatures:
         self.buckets = buckets
         self.max_positions = max_positions
         self.whole_word = whole_word
-        self._words: dict[str, np.ndarray] = {}
 
-    def encode(self, sentences: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Encoded:
-        """Return all sentences as integer arrays, in order."""
-
-        def units_of(words: list[str]) -> list[np.ndarray]:
-            return [np.asarray(trigrams(word, self.buckets, self.whole_word), dtype=np.int32) for word in words]
-
-        return _encode(sentences, vocabulary, self._words, units_of)
+    def units_of(self, words: list[str]) -> list[np.ndarray]:
+        """Return the trigrams of every word."""
+        return [np.asarray(trigrams(word, self.buckets, self.whole_word), dtype=np.int32) for word in words]
 
     def collate(self, part: Encoded) -> Batch:
         """Return a batch whose `units` are flat and whose `places` are the bag offsets of [B * W] words."""
@@ -145,64 +151,57 @@ class TrigramFeatures:
         offsets = np.cumsum(counts.ravel()) - counts.ravel()
         return Batch.cut(part, part.units, offsets, lengths + 1)
 
-    def positions(self, encoded: Encoded) -> np.ndarray:
-        """Return int64 [N]: words + 1."""
-        return encoded.lengths + 1
-
-    def shorten(self, encoded: Encoded) -> Encoded:
-        """Return `encoded`; raise `SentenceTooLongError` if a sentence has more words than there are positions."""
-        _check_words(encoded, self)
-        return encoded
+    def word_positions(self, encoded: Encoded) -> np.ndarray:
+        """Return int64 [n]: one for each word."""
+        return np.ones(int(encoded.word_start[-1]), dtype=np.int64)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``features.json``."""
-        content = {
-            "kind": "trigrams",
-            "buckets": self.buckets,
-            "max_positions": self.max_positions,
-            "whole_word": self.whole_word,
-        }
-        Path(folder, "features.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        saved = _SavedTrigrams(buckets=self.buckets, max_positions=self.max_positions, whole_word=self.whole_word)
+        write_text(Path(folder, FILE), saved.model_dump_json(indent=1))
 
 
-class PieceFeatures:
+class PieceFeatures(Features):
     """A pretrained model: the pieces of its tokenizer, every word standing where its first piece stands.
 
     Words are tokenised one by one (`is_split_into_words`), each distinct form once. A word that tokenises to nothing
-    (control characters, for one) becomes the unknown piece.
+    (control characters, for one) becomes the unknown piece; of one that alone is longer than the encoder, the
+    beginning is read.
     """
 
     def __init__(self, tokenizer: Any, max_positions: int = 512) -> None:
         """Take a Hugging Face tokenizer and the number of positions its model has.
 
         Raises:
-            ValueError: the tokenizer gives a word no pieces and has no unknown piece.
+            ValueError: the tokenizer does not put special pieces around a word, or there is no position for a word.
         """
         self.tokenizer = tokenizer
         self.max_positions = max_positions
-        self._words: dict[str, np.ndarray] = {}
         with_special = tokenizer(["a"], is_split_into_words=True)["input_ids"]
         plain = tokenizer(["a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-        start = next(i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain)
-        self.prefix = np.asarray(with_special[:start], dtype=np.int64)
-        self.suffix = np.asarray(with_special[start + len(plain) :], dtype=np.int64)
+        starts = [i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain]
+        if not plain or not starts:
+            raise ValueError(f"the tokenizer makes {with_special} of a word that alone is {plain}")
+        self.prefix = np.asarray(with_special[: starts[0]], dtype=np.int64)
+        self.suffix = np.asarray(with_special[starts[0] + len(plain) :], dtype=np.int64)
         self.special_positions = len(self.prefix) + len(self.suffix)
+        if max_positions <= self.special_positions:
+            raise ValueError(f"{max_positions} positions (expected more than {self.special_positions})")
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.blank = next(
+            (i for i in (tokenizer.unk_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id) if i is not None),
+            self.pad,
+        )
 
-    def encode(self, sentences: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Encoded:
-        """Return all sentences as integer arrays, in order."""
-        return _encode(sentences, vocabulary, self._words, self._pieces)
-
-    def _pieces(self, words: list[str]) -> list[np.ndarray]:
+    def units_of(self, words: list[str]) -> list[np.ndarray]:
+        """Return the pieces of every word."""
         if not words:
             return []
-        found = self.tokenizer([[word] for word in words], is_split_into_words=True, add_special_tokens=False)
-        pieces = []
-        for word, ids in zip(words, found["input_ids"], strict=True):
-            if not ids and self.tokenizer.unk_token_id is None:
-                raise ValueError(f"the tokenizer gives {word!r} no pieces and has no unknown piece to put in its place")
-            pieces.append(np.asarray(ids or [self.tokenizer.unk_token_id], dtype=np.int32))
-        return pieces
+        found = self.tokenizer(
+            [[word] for word in words], is_split_into_words=True, add_special_tokens=False, verbose=False
+        )
+        room = self.max_positions - self.special_positions
+        return [np.asarray(ids[:room] or [self.blank], dtype=np.int32) for ids in found["input_ids"]]
 
     def collate(self, part: Encoded) -> Batch:
         """Return a batch whose `units` are input ids [B, T] and whose `places` are first pieces [B, W]."""
@@ -223,62 +222,35 @@ class PieceFeatures:
         )
         return Batch.cut(part, ids, first, total)
 
-    def positions(self, encoded: Encoded) -> np.ndarray:
-        """Return int64 [N]: pieces and special tokens."""
-        return encoded.unit_lengths + self.special_positions
+    def word_positions(self, encoded: Encoded) -> np.ndarray:
+        """Return int64 [n]: one for each piece."""
+        return np.diff(encoded.unit_start)
 
-    def shorten(self, encoded: Encoded) -> Encoded:
-        """Keep only the first piece of every word of a sentence that is too long, with a warning that counts them.
-
-        A word's state is read at its first piece, so every word keeps its place in the tree.
-
-        Raises:
-            SentenceTooLongError: even so a sentence has more words than there are positions.
-        """
-        _check_words(encoded, self)
-        long = self.positions(encoded) > self.max_positions
-        if not long.any():
-            return encoded
-        warnings.warn(
-            f"{int(long.sum())} sentences have more than {self.max_positions} pieces; "
-            "only the first piece of each of their words is read",
-            stacklevel=2,
-        )
-        counts = np.diff(encoded.unit_start)
-        counts = np.where(np.repeat(long, encoded.lengths), 1, counts)
-        return Encoded(
-            word_start=encoded.word_start,
-            unit_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            units=encoded.units[flat_ranges(encoded.unit_start[:-1], counts)],
-            upos=encoded.upos,
-            heads=encoded.heads,
-            deprels=encoded.deprels,
-        )
+    def unknown(self, encoded: Encoded) -> np.ndarray:
+        """Return bool [n]: words all of whose pieces are the unknown piece."""
+        if not len(encoded.units):
+            return super().unknown(encoded)
+        is_known = encoded.units != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)
+        return ~np.logical_or.reduceat(is_known, encoded.unit_start[:-1])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``features.json`` and the tokenizer."""
-        content = {"kind": "pieces", "max_positions": self.max_positions}
-        Path(folder, "features.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        self.tokenizer.save_pretrained(Path(folder, "tokenizer"))
+        write_text(Path(folder, FILE), _SavedPieces(max_positions=self.max_positions).model_dump_json(indent=1))
+        self.tokenizer.save_pretrained(Path(folder, TOKENIZER))
 
 
 def load_features(folder: str | os.PathLike[str]) -> TrigramFeatures | PieceFeatures:
-    """Read what `save` wrote."""
-    content = json.loads(Path(folder, "features.json").read_text(encoding="utf-8"))
-    kind = content.pop("kind")
-    if kind == "trigrams":
-        return TrigramFeatures(**content)
-    if kind == "pieces":
-        from transformers import AutoTokenizer
+    """Read what `save` wrote.
 
-        tokenizer = AutoTokenizer.from_pretrained(Path(folder, "tokenizer"), trust_remote_code=False)
-        return PieceFeatures(tokenizer, **content)
-    raise ValueError(f"features.json has kind {kind!r} (expected 'trigrams' or 'pieces')")
-
-
-def _check_words(encoded: Encoded, features: Features) -> None:
-    """Raise `SentenceTooLongError` for the first sentence with more words than the encoder has positions for them."""
-    room = features.max_positions - features.special_positions
-    over = np.flatnonzero(encoded.lengths > room)
-    if len(over):
-        raise SentenceTooLongError(int(over[0]), int(encoded.lengths[over[0]]), room)
+    Raises:
+        FileNotFoundError: ``features.json`` or the tokenizer is not there.
+        FileError: one of them is damaged.
+    """
+    kind = Annotated[_SavedTrigrams | _SavedPieces, Field(discriminator="kind")]
+    saved: _SavedTrigrams | _SavedPieces = read_json(Path(folder, FILE), kind)
+    if isinstance(saved, _SavedTrigrams):
+        return TrigramFeatures(saved.buckets, saved.max_positions, saved.whole_word)
+    tokenizer = Path(folder, TOKENIZER)
+    if not tokenizer.is_dir():
+        raise FileNotFoundError(f"no tokenizer at {tokenizer} (expected the one that was saved with the parser)")
+    return PieceFeatures(load_tokenizer(os.fspath(tokenizer)), saved.max_positions)

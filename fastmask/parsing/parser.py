@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import nn
 
+from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import is_attached
 from fastmask.parsing.batch import Batch
 from fastmask.parsing.biaffine import ArcScorer, LabelScorer
+from fastmask.parsing.encoder import check_fit, load_encoder, load_tokenizer, positions_of, without_progress_bars
 from fastmask.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
 from fastmask.parsing.mst import maximum_spanning_trees
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
 
 __all__ = ["LOSSES", "Parser", "ParserConfig", "ParserOutput"]
 
@@ -51,6 +51,28 @@ class ParserConfig:
         """Reject an unknown `loss_over`."""
         if self.loss_over not in LOSSES:
             raise ValueError(f"loss_over is {self.loss_over!r} (expected one of {', '.join(LOSSES)})")
+
+
+class _Version(Record, extra="ignore"):
+    """What ``parser.json`` of any version holds."""
+
+    version: int = Field(ge=1)
+
+
+class _SavedSizes(Record):
+    """A `ParserConfig` in ``parser.json``."""
+
+    arc_size: int = Field(ge=1, le=1 << 16)
+    label_size: int = Field(ge=1, le=1 << 16)
+    dropout: float = Field(ge=0, lt=1)
+    loss_over: Literal["words", "sentences"]
+
+
+class _Saved(Record):
+    """What ``parser.json`` holds."""
+
+    version: int
+    config: _SavedSizes
 
 
 @dataclass
@@ -153,16 +175,19 @@ class Parser(nn.Module):
             vocabulary: of the training data.
             max_length: at most so many positions per sentence; never more than the model has.
             config: sizes of what stands on the encoder.
-        """
-        from transformers import AutoTokenizer
 
+        Raises:
+            OSError: there is no such model.
+            FileError: its weights are incomplete, it has no tokenizer, or one is damaged.
+        """
         name = os.fspath(name_or_path)
-        encoder = _load_encoder(name)
+        encoder = load_encoder(name)
         kind = getattr(encoder.config, "model_type", "")
         # RoBERTa's byte pairs differ at the start of a text unless told that every word follows a space.
         extra = {"add_prefix_space": True} if kind in ("roberta", "gpt2", "longformer", "bart") else {}
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **extra)
-        room = _positions_of(encoder, tokenizer)
+        tokenizer = load_tokenizer(name, **extra)
+        check_fit(tokenizer, encoder, name)
+        room = positions_of(encoder, tokenizer)
         features = PieceFeatures(tokenizer, min(room, max_length) if max_length else room)
         return cls(encoder, features, vocabulary, config or ParserConfig())
 
@@ -224,7 +249,8 @@ class Parser(nn.Module):
     ) -> tuple[list[np.ndarray], list[list[str]]]:
         """Return the heads (int arrays, 0 = root) of the best single-rooted trees and the labels of their arcs.
 
-        Runs with dropout off and leaves the module in the mode it was in.
+        The root is labelled ``root`` (or a subtype of it), and no other word is. Runs with dropout off and leaves the
+        module in the mode it was in.
         """
         was_training = self.training
         self.eval()
@@ -234,14 +260,24 @@ class Parser(nn.Module):
             trees = maximum_spanning_trees(self.arcs(states, mask).cpu().numpy(), batch.lengths_list)
             rows, columns = mask.nonzero(as_tuple=True)
             heads = torch.from_numpy(np.concatenate(trees).astype(np.int64)).to(states.device)
-            best = self.labels(states, rows, columns + 1, heads).argmax(1).tolist()
+            scores = self.labels(states, rows, columns + 1, heads)
         finally:
             self.train(was_training)
-        names, labels, start = self.vocabulary.deprels, [], 0
+        roots = self._best(scores, self.vocabulary.roots, ROOT)
+        others = self._best(scores, self.vocabulary.others, UNSPECIFIED)
+        names = [root if head == 0 else other for root, other, head in zip(roots, others, heads.tolist(), strict=True)]
+        labels, start = [], 0
         for length in batch.lengths_list:
-            labels.append([names[i] for i in best[start : start + length]])
+            labels.append(names[start : start + length])
             start += length
         return trees, labels
+
+    def _best(self, scores: torch.Tensor, allowed: np.ndarray, otherwise: str) -> list[str]:
+        """The best label of every row of `scores` [n, R] out of the numbers in `allowed`; `otherwise` if none is."""
+        if not len(allowed):
+            return [otherwise] * len(scores)
+        best = scores[:, torch.from_numpy(allowed).to(scores.device)].argmax(1).tolist()
+        return [self.vocabulary.deprels[allowed[i]] for i in best]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``encoder/`` (save_pretrained), ``parser.safetensors``, ``parser.json``, vocabulary and features.
@@ -250,83 +286,50 @@ class Parser(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _without_progress_bars():
+        with without_progress_bars():
             self.encoder.save_pretrained(folder / "encoder")  # type: ignore[operator]
         own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        save_file(own, folder / "parser.safetensors")
+        replace_file(folder / "parser.safetensors", partial(save_file, own))
         self.vocabulary.save(folder / "vocabulary.json")
         self.features.save(folder)
-        content = {"version": FORMAT_VERSION, "config": asdict(self.config)}
-        (folder / "parser.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        saved = _Saved(version=FORMAT_VERSION, config=_SavedSizes(**asdict(self.config)))
+        write_text(folder / "parser.json", saved.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Parser:
         """Read what `save` wrote; the encoder comes back unattached and the parser in evaluation mode.
 
         Raises:
-            FileNotFoundError: no saved parser there.
-            ValueError: written by a newer version, or its weights are incomplete.
+            FileNotFoundError: no saved parser there, or one of its files is missing.
+            FileError: a file is damaged or of a newer version, or weights are missing or left over.
         """
         folder = Path(folder)
         description = folder / "parser.json"
         if not description.is_file():
             raise FileNotFoundError(f"no parser in {folder} (expected {description.name})")
-        content = json.loads(description.read_text(encoding="utf-8"))
-        if content["version"] > FORMAT_VERSION:
-            raise ValueError(f"{description} has version {content['version']} (expected at most {FORMAT_VERSION})")
-        known = {field.name for field in fields(ParserConfig)}
-        config = ParserConfig(**{k: v for k, v in content["config"].items() if k in known})
-        vocabulary = Vocabulary.load(folder / "vocabulary.json")
-        parser = cls(_load_encoder(str(folder / "encoder")), load_features(folder), vocabulary, config)
+        written: _Version = read_json(description, _Version)
+        if written.version > FORMAT_VERSION:
+            raise FileError(description, f"has version {written.version} (expected at most {FORMAT_VERSION})")
+        saved: _Saved = read_json(description, _Saved)
+        vocabulary, features = Vocabulary.load(folder / "vocabulary.json"), load_features(folder)
+        encoder = load_encoder(os.fspath(folder / "encoder"), whole=True)
+        if isinstance(features, PieceFeatures):
+            check_fit(features.tokenizer, encoder, os.fspath(folder))
+        parser = cls(encoder, features, vocabulary, ParserConfig(**saved.config.model_dump()))
         if parser.trigrams is not None:
             parser.encoder.embeddings.word_embeddings.weight.requires_grad_(False)  # type: ignore[union-attr]
-        missing, unexpected = parser.load_state_dict(load_file(folder / "parser.safetensors"), strict=False)
-        missing = [name for name in missing if not name.startswith("encoder.")]
-        if missing or unexpected:
-            raise ValueError(f"{folder}/parser.safetensors lacks {missing} and has {unexpected} in excess")
+        parser._load_own(folder / "parser.safetensors")
         return parser.eval()
 
-
-def _load_encoder(name: str) -> nn.Module:
-    """Load an encoder, without the pooling layer nobody reads where the class can do without.
-
-    Whoever made it, none of their code runs: no pickle, no modules of the model's own, no kernels from the Hub.
-    """
-    from transformers import AutoConfig, AutoModel
-
-    attention = getattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "_attn_implementation", None)
-    if "/" in str(attention):
-        raise ValueError(
-            f"{name}/config.json: attn_implementation is {attention!r}, which is code on the Hub "
-            "(expected one of those that transformers has)"
-        )
-    load: Callable[..., Any] = partial(AutoModel.from_pretrained, trust_remote_code=False, use_safetensors=True)
-    # transformers loads the dtype of the file; weights that are trained are kept in float32.
-    with _without_progress_bars():
-        try:
-            return load(name, add_pooling_layer=False, dtype=torch.float32)
-        except TypeError:
-            return load(name, dtype=torch.float32)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars over ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _positions_of(encoder: nn.Module, tokenizer: Any) -> int:
-    """Return how many positions a model can take; RoBERTa's table starts after its padding index."""
-    config: Any = encoder.config
-    room = int(getattr(config, "max_position_embeddings", 512))
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
-        room -= int(config.pad_token_id) + 1
-    return min(room, int(min(tokenizer.model_max_length, 1 << 20)))
+    def _load_own(self, path: Path) -> None:
+        """Read the weights beside the encoder's."""
+        found, _ = read_tensors(path)
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        if found.keys() != own.keys():
+            missing, more = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+            raise FileError(path, f"lacks {missing} and has {more} in excess")
+        for name, value in own.items():
+            if (found[name].shape, found[name].dtype) != (value.shape, value.dtype):
+                given, expected = (f"{list(t.shape)} of {t.dtype}" for t in (found[name], value))
+                raise FileError(path, f"{name} is {given} (expected {expected})")
+        self.load_state_dict(found, strict=False)

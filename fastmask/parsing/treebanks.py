@@ -1,12 +1,11 @@
 """Finding treebanks in a data folder and loading them as `datasets`.
 
 A treebank is a folder ``UD_Language-Name`` with a CoNLL-U file per split: ``train.conllu`` or, as in the official
-releases, ``en_ewt-ud-train.conllu`` (large ones come in several files: ``de_hdt-ud-train-a.conllu``).
+releases, ``en_ewt-ud-train.conllu`` (large ones come in several files: ``de_hdt-ud-train-a-1.conllu``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -19,6 +18,7 @@ from typing import Any
 import datasets
 
 from fastmask.errors import unknown
+from fastmask.files import sha256_of
 from fastmask.parsing.conllu import ConlluError, read_sentences
 from fastmask.parsing.language_codes import LANGUAGE_CODES
 
@@ -40,9 +40,10 @@ FEATURES = datasets.Features(
 )
 
 # Part of the cache key: raise it when the rows made from an unchanged file change.
-_ROWS_VERSION = 1
+_ROWS_VERSION = 2
 
-_OFFICIAL = re.compile(r"(?P<code>[a-z]{2,3})_[a-z0-9]+-ud-(?P<split>train|dev|test)(-[a-z0-9-]+)?\.conllu")
+_OFFICIAL = re.compile(r"(?P<bank>.+)-ud-(?P<split>train|dev|test)(?P<part>-.+)?\.conllu")
+_CODE = re.compile(r"(?P<code>[a-z]{2,3})(_.*)?")
 
 # Progress bars and log levels of `datasets` belong to the whole process, and a second thread must not find a data set
 # half prepared; so one thread at a time. Between processes `datasets` itself holds a file lock.
@@ -58,7 +59,8 @@ class Treebank:
         code: the language's code: the prefix of official file names, else looked up by the folder's language; a
             language that is in no table is called by its own name in lower case.
         folder: where it is.
-        files: for every split that exists its files, in order.
+        files: for every split that exists its files, in order; several that are not parts of one are refused when
+            they are loaded.
     """
 
     name: str
@@ -94,13 +96,12 @@ def _treebank(folder: Path) -> Treebank:
     files: dict[str, tuple[Path, ...]] = {}
     official = [(path, match) for path in sorted(folder.glob("*.conllu")) if (match := _OFFICIAL.fullmatch(path.name))]
     for split in SPLITS:
-        paths = tuple(path for path, match in official if match["split"] == split)
-        if not paths and (folder / f"{split}.conllu").is_file():
-            paths = (folder / f"{split}.conllu",)
+        plain = folder / f"{split}.conllu"
+        paths = [path for path, match in official if match["split"] == split] + [plain] * plain.exists()
         if paths:
-            files[split] = paths
-    if official:
-        code = official[0][1]["code"]
+            files[split] = tuple(paths)
+    if official and (named := _CODE.fullmatch(official[0][1]["bank"])):
+        code = named["code"]
     return Treebank(folder.name, code, folder, files)
 
 
@@ -154,7 +155,8 @@ def load_treebanks(
     Raises:
         FileNotFoundError: no such data folder, or no treebank in it.
         FastmaskKeyError: an unknown language, treebank or split.
-        ValueError: a language has no treebank with a split that is not optional.
+        ValueError: a language has no treebank with a split that is not optional, or one has several files for a split
+            that are not parts of one.
         ConlluError: a file is not valid CoNLL-U with one tree per sentence.
     """
     for split in [*splits, *optional]:
@@ -165,6 +167,8 @@ def load_treebanks(
         for split in splits:
             if split not in optional and not any(split in treebank.files for treebank in treebanks):
                 raise _missing_split(code, treebanks, split)
+            for treebank in treebanks:
+                _check_files(treebank, split)
     loaded: dict[str, dict[str, datasets.Dataset]] = {}
     for code, treebanks in chosen.items():
         loaded[code] = {}
@@ -182,10 +186,25 @@ def _missing_split(code: str, treebanks: Sequence[Treebank], split: str) -> Valu
     return ValueError("\n".join(lines))
 
 
+def _check_files(treebank: Treebank, split: str) -> None:
+    """See that a split is one file, or the parts of one."""
+    paths = treebank.files.get(split, ())
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path} is not a regular file (expected a CoNLL-U file)")
+    banks = {match and match["part"] and match["bank"] for match in (_OFFICIAL.fullmatch(path.name) for path in paths)}
+    if len(paths) > 1 and (len(banks) > 1 or None in banks):
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(
+            f"{treebank.folder} has several files for {split}: {names} "
+            "(expected one, or parts of one such as de_hdt-ud-train-a-1.conllu)"
+        )
+
+
 def _load(treebank: Treebank, split: str, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
     """Return one split of one treebank from the cache, reading its files first if they are new or have changed."""
     # A tuple: `datasets` would take a list for shards to deal out.
-    files = tuple((str(path), path.stat().st_size, _sha256(path)) for path in treebank.files[split])
+    files = tuple((str(path), path.stat().st_size, sha256_of(path)) for path in treebank.files[split])
     with _preparing, _quiet():
         try:
             return datasets.Dataset.from_generator(
@@ -225,15 +244,6 @@ def _rows(
                 "deprels": sentence.deprels,
                 "conllu": sentence.conllu,
             }
-
-
-def _sha256(path: Path) -> str:
-    """Return the checksum of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 @contextmanager

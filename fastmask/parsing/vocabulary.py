@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastmask.errors import unknown
+from fastmask.files import FileError, Record, read_json, write_text
 
 __all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary"]
 
 IGNORE = -100  # target of a word that has no answer; F.cross_entropy skips it by default
 UNKNOWN_UPOS = 0  # row 0 of the UPOS embedding stays zero: an unseen tag adds nothing
 SUBTYPES = ("drop", "keep")
+ROOT, UNSPECIFIED, LOOSE = "root", "dep", "parataxis"  # relations of Universal Dependencies with a fixed meaning
+
+
+class _Saved(Record):
+    """What ``vocabulary.json`` holds."""
+
+    deprels: list[str]
+    upos: list[str]
+    subtypes: str
 
 
 class Vocabulary:
@@ -28,23 +37,34 @@ class Vocabulary:
         upos: U tags; the number of a tag is its place + 1, because 0 is `UNKNOWN_UPOS`.
         subtypes: "drop" cuts ``nsubj:pass`` to ``nsubj`` (the official scorer ignores subtypes anyway), "keep"
             does not.
+        roots: int64, the numbers of the labels that only the root of a tree may have: ``root`` and its subtypes.
+        others: int64, the numbers of the other labels.
     """
 
     def __init__(self, deprels: Sequence[str], upos: Sequence[str], subtypes: str = "drop") -> None:
         """Take the labels and tags in the order of their numbers.
 
         Raises:
-            ValueError: no label, or `subtypes` is neither "drop" nor "keep".
+            ValueError: no label, one twice, one that is empty or holds white space, or `subtypes` is neither "drop"
+                nor "keep".
         """
         if subtypes not in SUBTYPES:
             raise ValueError(f"subtypes is {subtypes!r} (expected one of {', '.join(SUBTYPES)})")
         if not deprels:
             raise ValueError("a vocabulary without dependency labels (expected at least one)")
+        for label in deprels:
+            if label.split() != [label]:
+                raise ValueError(f"dependency label {label!r} (expected text without white space)")
+        for names in (deprels, upos):
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{twice[0]!r} stands twice in a vocabulary (expected every name once)")
         self.deprels = tuple(deprels)
         self.upos = tuple(upos)
         self.subtypes = subtypes
         self._deprel_ids = {label: i for i, label in enumerate(self.deprels)}
         self._upos_ids = {tag: i + 1 for i, tag in enumerate(self.upos)}
+        is_root = np.array([label.split(":", 1)[0] == ROOT for label in self.deprels])
+        self.roots, self.others = np.flatnonzero(is_root), np.flatnonzero(~is_root)
 
     @classmethod
     def build(cls, sentences: Iterable[dict[str, Any]], subtypes: str = "drop") -> Vocabulary:
@@ -65,7 +85,14 @@ class Vocabulary:
         def ranked(counts: Counter[str]) -> list[str]:
             return sorted(counts, key=lambda name: (-counts[name], name))
 
-        return cls(ranked(deprels), ranked(upos), subtypes)
+        vocabulary = cls(ranked(deprels), ranked(upos), subtypes)
+        if not len(vocabulary.roots):
+            warnings.warn(
+                f"no word of the training data is labelled {ROOT!r}; the parser will give that label to every root, "
+                "as Universal Dependencies demand",
+                stacklevel=2,
+            )
+        return vocabulary
 
     def deprel_ids(self, labels: Sequence[str]) -> np.ndarray:
         """Return int64 [n]; a label not seen in training (or ``_``) is `IGNORE`, never another label."""
@@ -83,16 +110,30 @@ class Vocabulary:
             raise unknown("dependency label", label, self.deprels)
         return self._deprel_ids[label]
 
+    @property
+    def loose(self) -> str:
+        """The label that attaches what merely stands beside: ``parataxis``, ``dep``, or the most frequent one."""
+        known = [self.deprels[i] for i in self.others]
+        return next((label for label in (LOOSE, UNSPECIFIED, *known) if label in known), UNSPECIFIED)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file."""
-        content = {"deprels": self.deprels, "upos": self.upos, "subtypes": self.subtypes}
-        Path(path).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        saved = _Saved(deprels=list(self.deprels), upos=list(self.upos), subtypes=self.subtypes)
+        write_text(path, saved.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Vocabulary:
-        """Read what `save` wrote."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(content["deprels"], content["upos"], content["subtypes"])
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileError: it holds something else.
+        """
+        saved: _Saved = read_json(path, _Saved)
+        try:
+            return cls(saved.deprels, saved.upos, saved.subtypes)
+        except ValueError as error:
+            raise FileError(path, str(error)) from None
 
     def __eq__(self, other: object) -> bool:
         """Two vocabularies are equal if they number everything alike."""

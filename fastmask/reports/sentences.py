@@ -14,6 +14,7 @@ from fastmask.errors import FastmaskKeyError
 from fastmask.parsing.batch import Batch
 from fastmask.parsing.parser import Parser
 from fastmask.parsing.treebanks import find_treebanks, load_treebanks, select_treebanks
+from fastmask.parsing.windows import rows_that_fit
 from fastmask.reports.folders import Run
 from fastmask.training.data import data_of_run
 from fastmask.training.settings import items_of
@@ -83,11 +84,12 @@ def treebanks_of(run: Run, split: str | None, data: str | None = None, more: str
 
 
 def batches_of(parser: Parser, rows: list[Mapping[str, Any]], device: Any) -> list[Batch]:
-    """The rows as batches of `BATCH`, in their order.
+    """The rows as batches of `BATCH`, in their order, without those that are too long for the encoder.
 
     Raises:
-        SentenceTooLongError: a sentence has more words than the encoder has positions.
+        ValueError: none is left.
     """
-    encoded = parser.features.shorten(parser.features.encode(rows, parser.vocabulary))
-    pieces = [np.arange(first, min(first + BATCH, len(rows))) for first in range(0, len(rows), BATCH)]
+    encoded = parser.features.encode(rows, parser.vocabulary)
+    fits = rows_that_fit(parser.features, encoded, "sentences")
+    pieces = [fits[first : first + BATCH] for first in range(0, len(fits), BATCH)]
     return [parser.features.collate(encoded.select(piece)).to(device) for piece in pieces]

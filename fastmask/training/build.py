@@ -14,9 +14,12 @@ from fastmask.optim import LiveAdamW
 from fastmask.parsing.batch import Encoded
 from fastmask.parsing.parser import Parser
 from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.parsing.windows import rows_that_fit
 from fastmask.training.config import TrainConfig
 
 __all__ = ["build_optimizer", "build_parser", "encode_training_data", "peak_rates"]
+
+UNKNOWN = 0.5  # share of the words, above which a tokenizer cannot be meant for a language
 
 
 def build_parser(config: TrainConfig, datasets: Mapping[str, Mapping[str, Any]]) -> Parser:
@@ -41,24 +44,35 @@ def encode_training_data(
     """Encode every language's train split; sentences too long for the encoder are left out with a warning.
 
     Raises:
-        ValueError: a language has no sentence left.
+        ValueError: a language has no sentence left, or the tokenizer does not know most of the words of all languages.
     """
     encoded = {}
-    limit = min(max_length, parser.features.max_positions)
     for language, splits in datasets.items():
         columns = splits["train"].select_columns(["words", "upos", "heads", "deprels"])
         every = parser.features.encode(columns, parser.vocabulary)
-        fits = (parser.features.positions(every) <= limit) & (every.lengths > 0)
-        if not fits.any():
-            raise ValueError(f"language {language!r} has no training sentence of at most {limit} positions")
-        if not fits.all():
-            warnings.warn(
-                f"{language}: {int((~fits).sum())} of {len(every)} training sentences are left out: "
-                f"they need more than {limit} positions",
-                stacklevel=2,
-            )
-        encoded[language] = every.select(np.flatnonzero(fits))
+        rows = rows_that_fit(parser.features, every, f"training sentences of {language!r}", max_length)
+        if not len(rows):
+            raise ValueError(f"language {language!r} has no training sentences")
+        encoded[language] = every.select(rows)
+    _check_known(parser, encoded)
     return encoded
+
+
+def _check_known(parser: Parser, encoded: Mapping[str, Encoded]) -> None:
+    """See that the tokenizer knows words: one of another model, or of other scripts, knows next to none."""
+    unknown = {language: parser.features.unknown(part) for language, part in encoded.items()}
+    if np.concatenate([*unknown.values()]).mean() > UNKNOWN:
+        raise ValueError(
+            "most training words are unknown to the model's tokenizer "
+            f"(expected a model and a tokenizer for {', '.join(encoded)})"
+        )
+    for language, words in unknown.items():
+        if words.mean() > UNKNOWN:
+            warnings.warn(
+                f"{language}: {words.mean():.0%} of the training words are unknown to the model's tokenizer: it reads "
+                "nothing of them",
+                stacklevel=3,
+            )
 
 
 def build_optimizer(parser: Parser, config: TrainConfig) -> torch.optim.AdamW:

@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from fastmask.parsing.batch import Encoded, flat_ranges
 from fastmask.parsing.features import (
     PieceFeatures,
-    SentenceTooLongError,
     TrigramFeatures,
     load_features,
     trigrams,
@@ -154,20 +153,29 @@ def test_a_word_without_pieces_becomes_the_unknown_piece() -> None:
     assert int(batch.units[0, places[0]]) == int(batch.units[0, places[2]]) != features.tokenizer.unk_token_id
 
 
-def test_sentences_that_are_too_long() -> None:
-    """If this fails, a long sentence crashes inside the encoder instead of being shortened or named."""
+def test_a_word_that_is_longer_than_the_encoder_is_cut() -> None:
+    """A word of thousands of pieces must take no more positions than there are, and no other word's."""
+    features = PieceFeatures(tokenizer("unigram"), max_positions=10)
+    sentence = {"words": ["run", "run" * 900], "upos": ["X"] * 2, "heads": [0, 1], "deprels": ["root", "dep"]}
+    encoded = features.encode([sentence], Vocabulary.build(SENTENCES))
+    whole = features.tokenizer("run" * 900, add_special_tokens=False)["input_ids"]
+    counts = features.word_positions(encoded)
+    assert len(whole) > 8
+    assert counts[1] == 8
+    assert encoded.units[counts[0] :].tolist() == whole[:8]
+    assert features.positions(encoded).tolist() == [counts.sum() + 2]
+
+
+def test_words_that_a_tokenizer_does_not_know() -> None:
+    """A word of unknown pieces only must be told from one that is known in part; trigrams know every word."""
+    sentence = {"words": ["dog", "犬", "dog犬"], "upos": ["X"] * 3, "heads": [0, 1, 1], "deprels": ["root"] * 3}
     vocabulary = Vocabulary.build(SENTENCES)
-    long = {"words": ["running"] * 8, "upos": ["VERB"] * 8, "heads": [0] + [1] * 7, "deprels": ["root"] * 8}
-    features = PieceFeatures(tokenizer("wordpiece"), max_positions=10)
-    features._words["running"] = np.array([5, 6, 7], dtype=np.int32)  # whatever the trainer made of it
-    encoded = features.encode([SENTENCES[1], long], vocabulary)
-    assert features.positions(encoded)[1] == 26
-    with pytest.warns(UserWarning, match="1 sentences have more than 10 pieces"):
-        shortened = features.shorten(encoded)
-    assert features.positions(shortened).max() == 10
-    assert features.collate(shortened).places[1].tolist() == list(range(1, 9))
-    with pytest.raises(SentenceTooLongError, match=r"sentence 2 has 8 words \(expected at most 7"):
-        TrigramFeatures(64, max_positions=8).shorten(encoded)
+    for kind, unknown in (("wordpiece", [False, True, True]), ("unigram", [False, False, False])):
+        features = PieceFeatures(tokenizer(kind))
+        known = [set(features.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in sentence["words"]]
+        assert [ids == {features.tokenizer.unk_token_id} for ids in known] == unknown
+        assert features.unknown(features.encode([sentence], vocabulary)).tolist() == unknown
+    assert not TrigramFeatures().unknown(TrigramFeatures().encode([sentence], vocabulary)).any()
 
 
 @pytest.mark.parametrize("kind", ["trigrams", "wordpiece"])

@@ -6,8 +6,20 @@ import re
 from pathlib import Path
 
 import pytest
+from conllu_files import files, head_and_deprel_away
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fastmask.parsing.conllu import ConlluError, Sentence, read_sentences, with_tree, write_blocks
+from fastmask.parsing.conllu import (
+    ConlluError,
+    Sentence,
+    read_sentences,
+    read_texts,
+    with_tree,
+    write_blocks,
+    write_texts,
+)
+from fastmask.parsing.scores import score
 
 
 def row(identifier: object, head: object = 0, form: str = "w", deprel: str = "dep", upos: str = "NOUN") -> str:
@@ -78,6 +90,7 @@ BAD = {
     "columns": (4, "1\tw\tl", "3 columns"),
     "spaces-for-tabs": (4, row(1).replace("\t", "  "), "1 columns"),
     "id-word": (4, row("one"), "ID 'one' is not a number"),
+    "id-huge": (4, row("9" * 5000), "is not a number"),
     "id-empty": (4, row(""), "ID '' is not a number"),
     "id-skipped": (5, f"{row(1)}\n{row(3, 1)}", "ID '3' is out of sequence (expected word 2"),
     "id-repeated": (5, f"{row(1)}\n{row(1)}", "out of sequence"),
@@ -88,19 +101,27 @@ BAD = {
     "range-too-long": (4, f"{row('1-3')}\n{row(1)}\n{row(2, 1)}", "multiword token ends at word 3"),
     "empty-node-early": (4, f"{row('1.1')}\n{row(1)}", "ID '1.1' is out of sequence"),
     "empty-node-skipped": (5, f"{row(1)}\n{row('1.2')}", "ID '1.2' is out of sequence"),
-    "head-word": (4, row(1, "root"), "HEAD 'root' is not a whole number"),
-    "head-fraction": (4, row(1, "0.0"), "HEAD '0.0' is not a whole number"),
-    "head-negative": (4, row(1, -1), "HEAD -1 is out of range"),
-    "head-large": (5, f"{row(1)}\n{row(2, 3)}", "HEAD 3 is out of range (expected 0..2)"),
-    "head-self": (5, f"{row(1)}\n{row(2, 2)}", "HEAD 2 is the word itself"),
     "form-empty": (4, row(1, form=""), "FORM is empty"),
-    "form-blank": (4, row(1, form="\u00a0"), "FORM is empty"),
     "comment-inside": (5, f"{row(1)}\n# text = b\n{row(1)}", "comment inside a sentence"),
     "comments-only": (4, "# text = b\n# nothing", "a sentence without words"),
 }
 BAD_TREES = {
     "head-missing": (4, row(1, "_"), "HEAD is missing"),
+    "head-empty": (4, row(1, ""), "HEAD is missing"),
+    "head-word": (4, row(1, "root"), "HEAD 'root' is not a whole number"),
+    "head-fraction": (4, row(1, "0.0"), "HEAD '0.0' is not a whole number"),
+    "head-zeros": (4, row(1, "00"), "HEAD '00' is not a whole number"),
+    "head-digits": (4, row(1, "\u0661"), "HEAD '\u0661' is not a whole number"),
+    "head-huge": (4, row(1, "9" * 5000), "HEAD 999"),
+    "head-negative": (4, row(1, -1), "HEAD -1 is out of range"),
+    "head-large": (5, f"{row(1)}\n{row(2, 3)}", "HEAD 3 is out of range (expected 0..2)"),
+    "head-self": (5, f"{row(1)}\n{row(2, 2)}", "HEAD 2 is the word itself"),
     "deprel-missing": (4, row(1, deprel="_"), "DEPREL is missing"),
+    "deprel-empty": (4, row(1, deprel=""), "DEPREL is missing"),
+    "deprel-subtype-only": (4, row(1, deprel=":pass"), "DEPREL is missing"),
+    "deprel-space": (4, row(1, deprel="a b"), "DEPREL 'a b' holds white space"),
+    "deprel-line-separator": (4, row(1, deprel="a\u2028"), "DEPREL 'a\\u2028' holds white space"),
+    "form-blank": (4, row(1, form="\u00a0"), "FORM is empty"),
     "no-root": (4, f"{row(1, 2)}\n{row(2, 1)}", "no root"),
     "two-roots": (5, f"{row(1)}\n{row(2)}", "several roots, words 1, 2"),
     "cycle": (5, f"{row(1)}\n{row(2, 3)}\n{row(3, 2)}\n{row(4, 3)}", "cycle through words 2, 3"),
@@ -122,7 +143,7 @@ def test_malformed_files_are_refused_at_their_line(
 
 @pytest.mark.parametrize(("line", "text", "message"), BAD_TREES.values(), ids=BAD_TREES.keys())
 def test_only_training_data_must_be_trees(read, line: int, text: str, message: str) -> None:
-    """If this fails, training accepts what is no tree, or prediction refuses unparsed text."""
+    """Training data that is no tree is refused at its line; a parser's input is not, for what it will overwrite."""
     with pytest.raises(ConlluError) as error:
         read(f"{FIRST}{text}\n\n")
     assert f"f.conllu:{line}: " in str(error.value)
@@ -130,11 +151,66 @@ def test_only_training_data_must_be_trees(read, line: int, text: str, message: s
     assert len(read(f"{FIRST}{text}\n\n", require_tree=False)) == 2
 
 
-def test_unparsed_input_has_no_heads(read) -> None:
-    """If this fails, an unknown head looks like a root."""
-    (sentence,) = read(f"{row(1, '_', deprel='_')}\n{row(2, '_', deprel='_')}\n", require_tree=False)
-    assert sentence.heads == (-1, -1)
-    assert sentence.deprels == ("_", "_")
+@pytest.mark.parametrize("head", ["_", "", "-1", "3", "1", "zero", "0.0"])
+def test_a_head_that_cannot_be_is_no_head(read, head: str) -> None:
+    """A head that is missing or impossible must not look like a root or like another word's."""
+    (sentence,) = read(f"{row(1, head, deprel='_')}\n{row(2, 0)}\n", require_tree=False)
+    assert sentence.heads == (-1, 0)
+    assert sentence.deprels == ("_", "dep")
+
+
+@pytest.mark.parametrize(
+    "form", ["\u2028", "\u2029", "\x85", "\x1f", "\x0b", "\x0c", "\x1c", "a\rb", "\u3000x", "\ufeff"]
+)
+def test_a_form_of_any_character_is_one_word(read, tmp_path: Path, form: str) -> None:
+    """What other tools take for the end of a line or for nothing is a word, also for the official scorer."""
+    text = f"# sent_id = \u2028{form}x\n{row(1, 0, form, 'root')}\n{row(2, 1, form)}\n\n"
+    (sentence,) = read(text)
+    assert sentence.words == (form, form)
+    assert score([sentence.conllu], [sentence.conllu]).las == 100
+    write_texts(tmp_path / "copy", [with_tree(text, [2, 0], ["dep", "root"])])
+    assert [s.words for s in read_sentences(tmp_path / "copy")] == [(form, form)]
+
+
+def test_empty_nodes_and_tokens_at_the_start(read) -> None:
+    """An empty node before the first word, also inside a multiword token, is not a word."""
+    nodes = "0.1\te\t_\t_\t_\t_\t_\t_\t_\t_\n0.2\te\t_\t_\t_\t_\t_\t_\t_\t_"
+    text = f"# newpar\n# sent_id = x\n{row('1-2')}\n{nodes}\n{row(1, 0, deprel='root')}\n{row(2, 1)}\n\n"
+    (sentence,) = read(text)
+    assert (sentence.words, sentence.sent_id) == (("w", "w"), "x")
+    assert score([sentence.conllu], [sentence.conllu]).words == 2
+
+
+@settings(deadline=None, max_examples=300)
+@given(files(), st.data())
+def test_only_two_columns_of_words_change(tmp_path_factory, content: bytes, data: st.DataObject) -> None:
+    """In every file that is accepted all else stays byte for byte: line endings, blank lines, a byte order mark."""
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "in").write_bytes(content)
+    found = list(read_texts(folder / "in", require_tree=False))
+    assert "".join(text for _, text in found).encode() == content
+    new = []
+    for sentence, text in found:
+        heads = data.draw(
+            st.lists(st.integers(0, len(sentence.words)), min_size=(n := len(sentence.words)), max_size=n)
+        )
+        new.append(with_tree(text, heads, ["label"] * n))
+    write_texts(folder / "out", new)
+    assert head_and_deprel_away((folder / "out").read_bytes()) == head_and_deprel_away(content)
+    assert [s.words for s in read_sentences(folder / "out", False)] == [s.words for s, _ in found]
+
+
+@settings(deadline=None, max_examples=300)
+@given(files(trees=True))
+def test_the_official_scorer_takes_what_is_accepted_as_a_tree(tmp_path_factory, content: bytes) -> None:
+    """What is read as a gold standard must not be refused when it is scored, after hours of training."""
+    path = tmp_path_factory.mktemp("gold") / "f.conllu"
+    path.write_bytes(content)
+    try:
+        blocks = [sentence.conllu for sentence in read_sentences(path)]
+    except ConlluError:
+        return
+    assert score(blocks, blocks).las == 100
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "  \n"], ids=["no-bytes", "blank-lines", "spaces"])

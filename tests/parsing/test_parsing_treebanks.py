@@ -242,3 +242,56 @@ def test_all_real_treebanks_load(ud_dir: Path, tmp_path: Path) -> None:
         for split in splits:
             wanted = sum(int(row["sentences"]) for row in rows if (row["code"], row["split"]) == (code, split))
             assert len(splits[split]) == wanted, (code, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("en-ud-train.conllu", "en"),  # as in the first releases
+        ("en_ewt_extra-ud-train.conllu", "en"),
+        ("en_EWT-ud-train.conllu", "en"),
+        ("English-ud-train.conllu", "cs"),  # no code: the folder's language
+    ],
+)
+def test_every_file_that_messages_tell_to_look_for_is_found(data: Path, tmp_path: Path, name: str, code: str) -> None:
+    """A message says that *-ud-train.conllu was looked for; a file of such a name must not be passed over."""
+    (data / "UD_Czech-PUD" / name).write_text(sentences("old"))
+    assert find_treebanks(data)["UD_Czech-PUD"].code == code
+    loaded = load_treebanks(data, "UD_Czech-PUD", ["train"], cache_dir=tmp_path / "cache")
+    assert ids(loaded[code]["train"]) == ["old"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.conllu", "cs_pud-ud-train.conllu"),
+        ("cs_pud-ud-train.conllu", "cs_old-ud-train.conllu"),
+        ("cs_pud-ud-train.conllu", "cs_pud-ud-train-a.conllu"),
+        ("cs_pud-ud-train-a.conllu", "cs_old-ud-train-b.conllu"),
+    ],
+)
+def test_several_files_that_are_not_parts_of_one(data: Path, tmp_path: Path, names: tuple[str, str]) -> None:
+    """Which of two treebanks in one folder is meant must not be guessed, nor one be added to the other."""
+    for name in names:
+        (data / "UD_Czech-PUD" / name).write_text(sentences("x"))
+    with pytest.raises(ValueError, match="UD_Czech-PUD has several files for train: ") as error:
+        load_treebanks(data, "cs", ["train"], cache_dir=tmp_path / "cache")
+    assert all(name in str(error.value) for name in names)
+    assert ids(load_treebanks(data, "UD_Czech-PUD", ["test"], cache_dir=tmp_path / "cache")["cs"]["test"]) == ["p1"]
+
+
+def test_a_folder_or_a_pipe_is_no_treebank_file(data: Path, tmp_path: Path) -> None:
+    """It must be named, and a pipe not be waited for."""
+    (data / "UD_Czech-PUD" / "train.conllu").mkdir()
+    os.mkfifo(data / "UD_Czech-PUD" / "dev.conllu")
+    for split in ("train", "dev"):
+        with pytest.raises(ValueError, match=rf"{split}\.conllu is not a regular file"):
+            load_treebanks(data, "UD_Czech-PUD", [split], cache_dir=tmp_path / "cache")
+
+
+def test_a_relation_with_white_space_is_found_when_the_data_is_read(data: Path, tmp_path: Path) -> None:
+    """It cannot be written to a file, so it must not be trained on first."""
+    path = data / "UD_Czech-PUD" / "test.conllu"
+    path.write_text(sentences("a", "b").replace("nsubj", "nsubj x"))
+    with pytest.raises(ConlluError, match=r"test\.conllu:3: DEPREL 'nsubj x' holds white space"):
+        load_treebanks(data, "UD_Czech-PUD", ["test"], cache_dir=tmp_path / "cache")

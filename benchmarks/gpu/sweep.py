@@ -144,8 +144,9 @@ def _row_problem(setup: Setup, B: int, T: int, N: int, K: int) -> _Problem:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=setup.device, dtype=setup.dtype)
 
-    mask = fm.Mask.rows(units_of(setup.languages, N, 1), K).to(setup.device)
+    mask = fm.Mask.rows(units_of(setup.languages, N, 1), K)
     width = max(mask.live_counts())
+    mask = mask.to(setup.device)
     plan = Plan(mixed_ids(B, setup.languages, shuffled=True).to(setup.device), T, setup.languages)
     return _Problem(randn(B * T, K), randn(B * T, width), randn(N, K), plan, mask.index, mask.extents, width)
 
@@ -167,7 +168,7 @@ def _tile_problem(setup: Setup, kind: str, languages: int, tile: int) -> _Proble
 
 def _configs(setup: Setup, listed: Any, more: dict[str, int]) -> list[Config]:
     names, choices = listed
-    if not on_gpu(setup.device):
+    if setup.device.type == "cpu":
         choices = _SMALL[names]
     return [
         Config((*zip(names, blocks, strict=True), *more.items()), warps, stages) for *blocks, warps, stages in choices

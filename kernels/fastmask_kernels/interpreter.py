@@ -10,7 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["check_runnable", "interpreting"]
+__all__ = ["check_runnable", "interpreting", "runs_on"]
+
+recorded_device: str | None = None  # the type of device whose launches `recorder` records
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of `device`."""
+    return device.type in ("cuda", recorded_device) or interpreting()
 
 
 def interpreting() -> bool:
@@ -27,7 +34,7 @@ def check_runnable(*tensors: Tensor | None) -> None:
     """
     if not interpreting():
         for tensor in tensors:
-            if tensor is not None and not tensor.is_cuda:
+            if tensor is not None and not runs_on(tensor.device):
                 raise ValueError(f"Triton kernels run on a GPU, given a tensor on {tensor.device}")
     elif any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise RuntimeError(

@@ -8,15 +8,13 @@ one row owns, d (1 - d) for each, are multiplied as before.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.tile_arguments import check_product
@@ -24,7 +22,7 @@ from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["block_sizes", "cases", "pair_matmul"]
+__all__ = ["block_sizes", "pair_matmul"]
 
 
 @triton.jit
@@ -182,45 +180,3 @@ def _config(chip: str, size: int, weight_size: int, depth: int, bucket: int) -> 
     if chip in ("sm_90", "sm_100"):
         return Config((("BM", bucket), ("BK", BK)), 8 if bucket == 256 else 4, stages)
     return Config((("BM", min(bucket, 128)), ("BK", BK)), 8 if bucket >= 128 else 4, 2 if chip == "gfx942" else 3)
-
-
-_POINTERS = ("x", "weight", "bias", "y", "token_rows", "token_tiles", "tiles", "counts")
-_SIZES = ("x_stride", "w_stride", "y_stride", "out_tiles", "in_tiles", "token_tiles_size")
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler; a step is one of two rows that own the same tile."""
-    found = []
-    side = 64
-    for (dtype, size, w, w_size), transposed, bucket in itertools.product(
-        (("bf16", 2, "bf16", 2), ("bf16", 2, "fp32", 4), ("fp32", 4, "fp32", 4)), (False, True), (256, 128, 64)
-    ):
-        by_config: dict[Config, list[str]] = {}
-        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            config = _config(chip, size, w_size, side, bucket)
-            if bucket == 64 or config != _config(chip, size, w_size, side, bucket // 2):
-                by_config.setdefault(config, []).append(chip)
-        types = (dtype, w, w, dtype, "i32", "i32", "i16", "i32")
-        signature = dict.fromkeys(_SIZES, "i32")
-        signature |= {name: f"*{kind}" for name, kind in zip(_POINTERS, types, strict=True)}
-        for config, chips in by_config.items():
-            BM, BK = config["BM"], config["BK"]
-            constexprs = {
-                "TRANSPOSED": transposed, "HAS_BIAS": not transposed, "OUT_TILE": side, "IN_TILE": side, "BM": BM,
-                "BK": BK, "GROUP": _GROUP, "PRECISION": "ieee",
-            }  # fmt: skip
-            found.append(
-                Case(
-                    kernel=pair_matmul_kernel,
-                    name=f"pair_matmul{' transposed' * transposed} {side}x{side} {dtype}/{w}",
-                    config=config,
-                    signature=signature,
-                    constexprs=constexprs,
-                    aligned=(*_POINTERS, *_SIZES[:3]),
-                    flops=2 * 2 * side * BM * BK,
-                    bytes=(2 * side * w_size + BM * size) * BK,
-                    tensor_cores=size == 2,
-                    targets=tuple(chips),
-                )
-            )
-    return found

@@ -18,14 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
-from fastmask_kernels.row_cases import table_cases
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["cases", "row_matmul", "row_matmul_t"]
+__all__ = ["row_matmul", "row_matmul_t"]
 
 
 @triton.jit
@@ -367,11 +366,3 @@ def _check_outs(outs: Sequence[Tensor], widths: list[int], x: Tensor, plan: Plan
         check_activation(f"outs[{number}]", out, plan, width)
         if out.dtype != x.dtype or out.device != x.device:
             raise ValueError(f"outs[{number}]: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler."""
-    return [
-        *table_cases(row_matmul_kernel, ROW_MATMUL, ("BM BK", "BN BK"), "EVEN_K", {}),
-        *table_cases(row_matmul_t_kernel, ROW_MATMUL_T, ("BM BN", "BN BK"), "EVEN_K", {}),
-    ]

@@ -13,18 +13,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled
-from fastmask_kernels.row_cases import table_cases
 from fastmask_kernels.row_configs import ROW_WEIGHT_GRAD, choose, kind_of
 from fastmask_kernels.row_matmul import live_count, pick
 from fastmask_kernels.tuning import tuned
 from fastmask_kernels.turnstile import TURNSTILE_CHIPS, end_turn, put_tile, strips_together, turn_order, wait_for_turn
 
-__all__ = ["cases", "row_weight_grad"]
-
-OPERANDS = ("BM BN", "BM BK")  # what a step reads: dY and X
+__all__ = ["row_weight_grad"]
 
 
 @triton.jit
@@ -270,16 +267,3 @@ def _check_outs(outs: Sequence[Tensor], n_rows: Sequence[int], K: int, x: Tensor
                 f"outs[{number}]: expected contiguous float32 {(n, K)} on {x.device}, "
                 f"given {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}"
             )
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler."""
-    found = []
-    for (chip, kind), configs in ROW_WEIGHT_GRAD.items():
-        turns = {"SLOTS": 16, "ALONE": False, "TURNS": chip in TURNSTILE_CHIPS}
-        found += table_cases(row_weight_grad_kernel, {(chip, kind): configs}, OPERANDS, "EVEN", turns)
-        if kind == "half":
-            few = {(chip, kind): [configs[0], configs[-1]]}
-            alone = {"SLOTS": 1, "ALONE": True, "TURNS": False}
-            found += table_cases(row_weight_grad_kernel, few, OPERANDS, "EVEN", alone, ", one language")
-    return found

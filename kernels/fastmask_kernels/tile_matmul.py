@@ -9,7 +9,6 @@ Triton 3.9 masks in another layout and sends every tile through shared memory on
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
 from fastmask_kernels.pair_matmul import pair_matmul
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_arguments import check_product
@@ -26,7 +25,7 @@ from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped, load_tile
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["block_sizes", "cases", "single_bits", "tile_matmul"]
+__all__ = ["block_sizes", "single_bits", "tile_matmul"]
 
 
 @triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
@@ -222,50 +221,3 @@ def _config(chip: str, size: int, weight_size: int, tile: tuple[int, int], bucke
     if chip in ("sm_90", "sm_100"):
         return Config((("BM", min(bucket, 256 if out_tile <= 128 else 128)), ("BK", BK)), warps, stages)
     return Config((("BM", min(bucket, 128)), ("BK", BK)), warps, 2 if chip == "gfx942" else 3)
-
-
-_POINTERS = ("x", "weight", "bias", "y", "token_rows", "token_tiles", "tiles", "counts", "bits", "one_bit")
-_SIZES = (
-    *("out_size", "in_size", "x_stride", "w_stride", "y_stride"),  # these are multiples of 16, these not:
-    *("out_tiles", "in_tiles", "words", "token_tiles_size"),
-)
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler: sides that are even, the layout's tiles square."""
-    found = []
-    for side, (dtype, size, w, w_size), transposed, partial, bucket in itertools.product(
-        (128, 64), (("bf16", 2, "bf16", 2), ("bf16", 2, "fp32", 4), ("fp32", 4, "fp32", 4)), (False, True),
-        (False, True), (256, 128, 64),
-    ):  # fmt: skip
-        by_config: dict[Config, list[str]] = {}
-        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            config = _config(chip, size, w_size, (side, side), bucket)
-            if bucket == 64 or config != _config(chip, size, w_size, (side, side), bucket // 2):
-                by_config.setdefault(config, []).append(chip)
-        types = (dtype, w, w, dtype, "i32", "i32", "i16", "i32", "i32", "i32")
-        signature = dict.fromkeys(_SIZES, "i32")
-        signature |= {name: f"*{kind}" for name, kind in zip(_POINTERS, types, strict=True)}
-        for config, chips in by_config.items():
-            BM, BK = config["BM"], config["BK"]
-            constexprs = {
-                "TRANSPOSED": transposed, "HAS_BIAS": not transposed, "HAS_PARTIAL": partial, "EVEN_OUT": True,
-                "EVEN_IN": True, "OUT_TILE": side, "IN_TILE": side, "BM": BM, "BK": BK, "GROUP": _GROUP,
-                "PRECISION": "ieee",
-            }  # fmt: skip
-            name = f"tile_matmul{' transposed' * transposed} {side}x{side} {dtype}/{w}{' bits' * partial}"
-            found.append(
-                Case(
-                    kernel=tile_matmul_kernel,
-                    name=name,
-                    config=config,
-                    signature=signature,
-                    constexprs=constexprs,
-                    aligned=(*_POINTERS, *_SIZES[:5]),
-                    flops=2 * side * BM * BK,
-                    bytes=(side * w_size + BM * size) * BK + side * BK // 8 * partial,
-                    tensor_cores=size == 2,
-                    targets=tuple(chips),
-                )
-            )
-    return found

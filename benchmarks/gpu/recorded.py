@@ -271,12 +271,12 @@ def _mask(kind: str, unit: int, L: int, N: int, K: int) -> fm.Mask:
 
 def _with_tf32(allowed: bool, step: Step) -> Step:
     def run(recorder: Recorder) -> None:
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        switch = torch.backends.cuda.matmul
+        before, switch.fp32_precision = switch.fp32_precision, "tf32" if allowed else "ieee"
         try:
             step(recorder)
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            switch.fp32_precision = before
 
     return run
 

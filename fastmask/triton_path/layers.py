@@ -197,8 +197,12 @@ def _spread(packed: Tensor, mask: StoredMask, plan: Plan, size: int) -> Tensor:
 
 
 def _tf32() -> bool:
-    """Whether float32 products may use TF32: PyTorch's own setting for matrix products."""
-    return torch.get_float32_matmul_precision() != "highest"
+    """Whether float32 products may use TF32: PyTorch's own setting for matrix products.
+
+    The one way to ask that answers whether it was made by `torch.set_float32_matmul_precision`, by `allow_tf32` or by
+    `torch.backends.fp32_precision`; the others raise after some of them.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:

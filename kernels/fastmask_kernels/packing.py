@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import check_activation, check_index
 
@@ -134,7 +135,8 @@ def _gather(
     if config is None:
         config = CONFIG
     tiles = plan.tiles(config["BM"])
-    gather_columns_kernel[(tiles.shape[0], triton.cdiv(width, config["BN"]))](
+    launch(
+        gather_columns_kernel, (tiles.shape[0], triton.cdiv(width, config["BN"])), out,
         x, out, table, table if counts is None else counts, plan.token_rows, tiles, x.stride(0), out.stride(0),
         x.shape[1], width, table.shape[1],
         COUNTED=counts is not None, **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,

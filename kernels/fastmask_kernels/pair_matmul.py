@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.tile_arguments import check_product
@@ -139,7 +140,8 @@ def pair_matmul(
     if IN_TILE % BK or BK % 16:
         raise ValueError(f"BK = {BK} does not divide the tile's depth {IN_TILE} into steps that a product can take")
     n_token_tiles = plan.n_tiles(BM)
-    pair_matmul_kernel[(n_token_tiles * pairs[0].shape[1],)](
+    launch(
+        pair_matmul_kernel, (n_token_tiles * pairs[0].shape[1],), x,
         x, weight, bias, out, plan.token_rows, plan.tiles(BM), *pairs,
         x.stride(0), weight.stride(0), out.stride(0), out_tiles, in_tiles, n_token_tiles,
         TRANSPOSED=transposed, HAS_BIAS=bias is not None, OUT_TILE=OUT_TILE, IN_TILE=IN_TILE, BM=BM, BK=BK,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.sum_buffer import clear, finish, several_segments
@@ -175,7 +176,8 @@ def _launch(
     takes_turns = n_slots > 1 and chip_of(x.device) in TURNSTILE_CHIPS
     in_one_launch = n_slots if takes_turns else 1
     for first_slot in range(0, n_slots, in_one_launch):
-        pair_weight_grad_kernel[(in_one_launch * chunks * n_strips,)](
+        launch(
+            pair_weight_grad_kernel, (in_one_launch * chunks * n_strips,), x,
             dy, x, out, buffer, turns, plan.token_rows, plan.starts, plan.present, *pairs,
             dy.stride(0), x.stride(0), out.stride(0), buffer.stride(0), n_tiles, n_strips,
             in_one_launch, first_slot, together,

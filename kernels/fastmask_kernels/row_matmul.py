@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
@@ -267,7 +268,8 @@ def row_matmul(
         )
     tiles = plan.tiles(config["BM"])
     columns = sum(triton.cdiv(width, config["BN"]) for width in widths)
-    row_matmul_kernel[(tiles.shape[0] * columns,)](
+    launch(
+        row_matmul_kernel, (tiles.shape[0] * columns,), x,
         x, *filled(weights), *filled(indices), *filled(counts), *filled(biases or weights), *filled(outs),
         plan.token_rows, tiles, tiles.shape[0], K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled(widths), *filled([out.stride(0) for out in outs]),
@@ -335,7 +337,8 @@ def row_matmul_t(
             aligned(*xs, *weights),
         )
     tiles = plan.tiles(config["BM"])
-    row_matmul_t_kernel[(tiles.shape[0] * triton.cdiv(K, config["BK"]),)](
+    launch(
+        row_matmul_t_kernel, (tiles.shape[0] * triton.cdiv(K, config["BK"]),), out,
         *filled(xs), *filled(weights), *filled(indices), *filled(counts), weights[0] if bias is None else bias, out,
         plan.token_rows, tiles, tiles.shape[0], K, out.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled
 from fastmask_kernels.row_configs import ROW_WEIGHT_GRAD, choose, kind_of
@@ -241,7 +242,8 @@ def _launch(
     takes_turns = chip_of(x.device) in TURNSTILE_CHIPS and not alone
     in_one_launch = n_present if takes_turns else 1
     for first_slot in range(0, n_present, in_one_launch):
-        row_weight_grad_kernel[(in_one_launch * chunks * strips,)](
+        launch(
+            row_weight_grad_kernel, (in_one_launch * chunks * strips,), x,
             *filled(dys), x, *filled(indices), *filled(counts), *filled(dW), *filled(db or dW),
             turns, plan.token_rows, plan.starts, plan.present,
             K, x.stride(0), *filled(n_rows), *filled([index.shape[1] for index in indices]), *filled(widths),

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 
 __all__ = ["clear", "finish", "several_segments"]
@@ -81,7 +82,8 @@ def finish(out: Tensor, buffer: Tensor, plan: Plan, accumulate: bool) -> None:
 
 
 def _launch(out: Tensor, buffer: Tensor, plan: Plan, accumulate: bool, at_the_end: bool) -> None:
-    sum_buffer_kernel[(out.shape[0], triton.cdiv(out.shape[1], _BLOCK))](
+    launch(
+        sum_buffer_kernel, (out.shape[0], triton.cdiv(out.shape[1], _BLOCK)), out,
         out, buffer, plan.present, out.shape[1], out.stride(0), SLOTS=triton.next_power_of_2(plan.present.shape[0]),
         ACCUMULATE=accumulate, FINISH=at_the_end, BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip

@@ -9,8 +9,6 @@ Triton 3.9 masks in another layout and sends every tile through shared memory on
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.pair_matmul import pair_matmul
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_arguments import check_product
@@ -25,7 +24,7 @@ from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped, load_tile
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["block_sizes", "single_bits", "tile_matmul"]
+__all__ = ["block_sizes", "tile_matmul"]
 
 
 @triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
@@ -168,8 +167,9 @@ def tile_matmul(
     if IN_TILE % BK or BK % 16 or (layout.bits is not None and not transposed and BK % 32):
         raise ValueError(f"BK = {BK} does not divide the tile's depth {IN_TILE} into steps that a product can take")
     n_token_tiles = plan.n_tiles(BM)
-    tile_matmul_kernel[(n_token_tiles * out_tiles,)](
-        x, weight, bias, out, plan.token_rows, plan.tiles(BM), tiles, counts, layout.bits, single_bits(x.device),
+    launch(
+        tile_matmul_kernel, (n_token_tiles * out_tiles,), x,
+        x, weight, bias, out, plan.token_rows, plan.tiles(BM), tiles, counts, layout.bits, layout.one_bit,
         out_size, in_size, x.stride(0), weight.stride(0), out.stride(0), out_tiles, in_tiles,
         0 if layout.bits is None else layout.bits.shape[2], n_token_tiles,
         TRANSPOSED=transposed, HAS_BIAS=bias is not None, HAS_PARTIAL=layout.bits is not None,
@@ -178,12 +178,6 @@ def tile_matmul(
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
-
-
-@cache
-def single_bits(device: torch.device) -> Tensor:
-    """int32 [32]: entry i has bit i set, as the kernels read it; one for each device."""
-    return torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32, device=device)
 
 
 # ---- block sizes

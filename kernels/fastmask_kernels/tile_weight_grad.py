@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import check_runnable
+from fastmask_kernels.launching import launch
 from fastmask_kernels.pair_weight_grad import pair_weight_grad, worth_pairing
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_arguments import check_gradient, check_operands, with_contiguous_rows
@@ -161,7 +162,8 @@ def tile_weight_grad(
         scores = torch.zeros(
             layout.n_languages + 1, n_tiles * parts[0], k_tiles * parts[1], dtype=torch.float32, device=x.device
         )
-    tile_weight_grad_kernel[(n_tiles * parts[0] * k_tiles * parts[1],)](
+    launch(
+        tile_weight_grad_kernel, (n_tiles * parts[0] * k_tiles * parts[1],), x,
         dy, x, out, weight, scores, plan.token_rows, plan.starts, plan.present, layout.state, layout.bits,
         N, K, dy.stride(0), x.stride(0), out.stride(0), out.stride(1), 0 if weight is None else weight.stride(0),
         n_tiles, k_tiles, 0 if layout.bits is None else layout.bits.shape[2], plan.present.shape[0],

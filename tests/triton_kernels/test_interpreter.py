@@ -28,6 +28,24 @@ def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off on a GPU")
+def test_an_interpreter_that_cannot_loop_says_what_it_needs(monkeypatch):
+    """Every kernel fails inside of Triton with a TypeError of numpy."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    monkeypatch.setattr(interpreter, "_loop_kernel", Broken())
+    interpreter.interpreter_problem.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"interpreter of Triton .* numpy .*: it needs a numpy before 2\.4"):
+            interpreter.check_runnable(torch.ones(1))
+    finally:
+        interpreter.interpreter_problem.cache_clear()
+
+
+@pytest.mark.skipif(interpreter.interpreter_problem() is not None, reason="it says so")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off on a GPU")
 def test_bfloat16_in_the_interpreter():
     """The interpreter's wrong products are taken for results."""
     plan = fastmask_kernels.Plan(torch.tensor([0]), 4, 1)

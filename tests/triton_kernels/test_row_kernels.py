@@ -14,8 +14,10 @@ from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, assert_close
+from kernel_oracle import DEVICE, assert_close, launches_kernels
 from row_samples import Sample, row_mask, sample
+
+pytestmark = launches_kernels
 
 # Small enough that small shapes have several tiles and several steps of every loop.
 SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), num_warps=4, num_stages=2)

@@ -49,7 +49,7 @@ def put_row(accumulator, bias, y_row, out, inside, HAS_BIAS: tl.constexpr):
     tl.store(y_row[:, None] + out[None, :], tl.trans(accumulator.to(y_row.dtype.element_ty)), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
+@triton.jit(do_not_specialize=["out_tiles", "in_tiles", "token_tiles_size"])
 def pair_matmul_kernel(
     x, weight, bias, y, token_rows, token_tiles, tiles, counts,
     x_stride, w_stride, y_stride, out_tiles, in_tiles, token_tiles_size,

@@ -79,7 +79,7 @@ def gathered_product(
         put_tile(out + n * out_stride + column, acc, live, BK, 0, ACCUMULATE, BN, BK, 4)
 
 
-@triton.jit(do_not_specialize=["n_slots", "first_slot", "together"])
+@triton.jit(do_not_specialize=["n_tiles", "n_strips", "n_slots", "first_slot", "together"])
 def pair_weight_grad_kernel(
     dy, x, out, buffer, turns, token_rows, starts, present, tiles, counts,
     dy_stride, x_stride, out_stride, buffer_stride, n_tiles, n_strips, n_slots, first_slot, together,

@@ -62,7 +62,7 @@ def live_count(counts, segment, N, width):
 
 # One program computes y_g of one tile of at most BM tokens of one language and BN packed rows. It sums over K in steps
 # of BK. Grid: (token tiles) x (blocks of BN packed rows of all weights), one-dimensional, ordered by `tile_and_column`.
-@triton.jit(do_not_specialize=["n_tiles", "most0", "most1", "most2"])
+@triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_kernel(
     x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2, token_rows, tiles,
     n_tiles, K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, y_stride0, y_stride1, y_stride2,
@@ -177,7 +177,7 @@ def add_live_rows(
 
 # One program computes y of one tile of at most BM tokens of one language and BK columns. It sums over the live rows of
 # each weight in turn, in steps of BN. Grid: (token tiles) x (blocks of BK columns), ordered by `tile_and_column`.
-@triton.jit(do_not_specialize=["n_tiles", "most0", "most1", "most2"])
+@triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_t_kernel(
     x0, x1, x2, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, bias, y, token_rows, tiles,
     n_tiles, K, y_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, x_stride0, x_stride1, x_stride2,

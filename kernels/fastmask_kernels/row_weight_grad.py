@@ -39,7 +39,9 @@ def programs_before(slot, present, counts, N, width, SLOTS: tl.constexpr, BN: tl
 # dY^T and X over the segment's tokens, in steps of BM. With a bias there is one strip more, whose programs compute what
 # the segment adds to BN elements of db. Grid, one-dimensional: slots (the batch's segments) x chunks of BN packed rows
 # of all weights x strips, in `turn_order`.
-@triton.jit(do_not_specialize=["most0", "most1", "most2", "n_present", "first_slot", "together"])
+@triton.jit(
+    do_not_specialize=["N0", "N1", "N2", "most0", "most1", "most2", "n_present", "first_slot", "together"],
+)
 def row_weight_grad_kernel(
     dy0, dy1, dy2, x, index0, index1, index2, counts0, counts1, counts2, dw0, dw1, dw2, db0, db1, db2,
     turns, token_rows, starts, present,

@@ -27,7 +27,8 @@ from fastmask_kernels.tuning import tuned
 __all__ = ["block_sizes", "tile_matmul"]
 
 
-@triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
+# Sizes in elements are specialised: at an edge, what is a multiple of 16 can still be copied 16 bytes at a time.
+@triton.jit(do_not_specialize=["out_tiles", "in_tiles", "words", "token_tiles_size"])
 def tile_matmul_kernel(
     x, weight, bias, y, token_rows, token_tiles, tiles, counts, bits, one_bit,
     out_size, in_size, x_stride, w_stride, y_stride, out_tiles, in_tiles, words, token_tiles_size,

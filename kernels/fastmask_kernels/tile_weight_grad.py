@@ -25,7 +25,7 @@ from fastmask_kernels.tile_pieces import grouped
 __all__ = ["tile_weight_grad"]
 
 
-@triton.jit(do_not_specialize=["n_present"])  # it differs from batch to batch
+@triton.jit(do_not_specialize=["n_tiles", "k_tiles", "words", "n_present"])
 def tile_weight_grad_kernel(
     dy, x, grad, weight, scores, token_rows, starts, present, state, bits,
     N, K, dy_stride, x_stride, grad_row_stride, grad_column_stride, w_stride, n_tiles, k_tiles, words, n_present,

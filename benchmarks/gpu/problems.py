@@ -26,6 +26,8 @@ CASES = {
     "aligned": (8, [7, 6, 5, 4, 3, 0, 0, 1], 128, 3072, 768),
     "alone": (1, [0, 0, 0, 0], 128, 768, 3072),
     # Large enough for every tile of the tables, and for what is only worth while where languages have many tokens.
+    "short": (8, [7, 6, 5, 4, 3, 0, 0, 1], 16, 3072, 768),
+    "middling": (2, [1, 0], 64, 1152, 1152),
     "half long": (2, [1, 0], 512, 2304, 2304),
     "long": (2, [1, 0], 1024, 2304, 2304),
     "turns": (8, [3, 1, 0, 2, 7, 5, 6, 4], 1024, 1024, 1024),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastmask_kernels.limits import CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,3 +57,63 @@ def test_a_pass_launches_no_more_than_it_did(layer: str, counts: dict[str, Any])
     found = counts[layer]
     masked = [sum(both) for both in zip(found["forward"], found["backward"], strict=True)]
     assert (tuple(masked), tuple(found["plan"])) == MOST[layer]
+
+
+# ---- the gate
+
+# Prints what is shipped and not launched by the gate's problems: table entries, tile shapes, pairs and turns.
+NOT_LAUNCHED = """
+import json, sys, torch
+from benchmarks.gpu import recorded
+from fastmask_kernels import pair_matmul, row_configs, tile_matmul
+from fastmask_kernels.recorder import Recorder
+from fastmask_kernels.turnstile import TURNSTILE_CHIPS
+
+chip, launched, turns = sys.argv[1], set(), set()
+with recorded.forced():
+    for step in recorded.gate():
+        with Recorder(chip) as recorder:
+            step(recorder)
+        for variant in {launch.variant.key: launch.variant for launch in recorder.launches}.values():
+            known, kinds = variant.constexprs, set(variant.source.signature.values()) & {"*bf16", "*fp16", "*fp32"}
+            blocks = tuple(known.get(name) for name in ("BM", "BN", "BK", "OUT_TILE", "IN_TILE"))
+            wide = known.get("PRECISION") == "tf32" and "tf32" or "ieee"
+            kind = wide if kinds == {"*fp32"} else "half"
+            if kind == "half" and "*fp32" in (variant.source.signature.get(name) for name in ("w0", "weight")):
+                kind = "master"
+            launched.add((variant.kernel, kind, blocks, variant.num_warps, variant.num_stages))
+            turns.add((variant.kernel, known.get("TURNS"), kind == "half"))
+wanted = set()
+def want(kernel, kind, config, *tile):
+    sizes = dict(config.blocks)
+    blocks = (*(sizes.get(name) for name in ("BM", "BN", "BK")), *(tile or (None, None)))
+    wanted.add((kernel, kind, blocks, config.num_warps, config.num_stages))
+tables = {"row_matmul": row_configs.ROW_MATMUL, "row_matmul_t": row_configs.ROW_MATMUL_T}
+tables["row_weight_grad"] = row_configs.ROW_WEIGHT_GRAD
+for name, table in tables.items():
+    for (own, kind), configs in table.items():
+        for config in configs if own == chip else ():
+            want(f"{name}_kernel", kind, config)
+bf16, fp32 = torch.bfloat16, torch.float32
+for kind, dtypes in {"half": (bf16, bf16), "master": (bf16, fp32), "ieee": (fp32, fp32), "tf32": (fp32, fp32)}.items():
+    for config in pair_matmul.block_sizes(chip, *dtypes, 64):
+        want("pair_matmul_kernel", kind, config, 64, 64)
+    for side in (64, 128):
+        for config in tile_matmul.block_sizes(chip, *dtypes, (side, side)):
+            want("tile_matmul_kernel", kind, config, side, side)
+missing = sorted(map(str, wanted - launched))
+for kernel in ("row_weight_grad_kernel", "pair_weight_grad_kernel"):
+    if (kernel, chip in TURNSTILE_CHIPS, True) not in turns:
+        missing.append(f"{kernel} in turns")
+print(json.dumps([len(wanted), missing]))
+"""
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_gate_launches_everything_that_is_shipped(chip: str) -> None:
+    """Block sizes are timed, and used, that no test has ever run on a GPU."""
+    done = run("-c", NOT_LAUNCHED, chip)
+    assert done.returncode == 0, done.stderr
+    wanted, missing = json.loads(done.stdout)
+    assert wanted > 30
+    assert missing == []

@@ -163,7 +163,8 @@ def tile_matmul(
     sizes = [int(transposed), *layout.shape, *layout.tile]
     config = config or tuned("tile_matmul", x, weight.dtype, sizes, plan, allow_tf32)
     if config is None:
-        config = _choose(chip_of(x.device), x.dtype, weight.dtype, (OUT_TILE, IN_TILE), plan)
+        even = layout.bits is None or (out_size % OUT_TILE == 0 and in_size % IN_TILE == 0)
+        config = _choose(chip_of(x.device), x.dtype, weight.dtype, (OUT_TILE, IN_TILE), plan, even)
     BM, BK = config["BM"], config["BK"]
     if IN_TILE % BK or BK % 16 or (layout.bits is not None and not transposed and BK % 32):
         raise ValueError(f"BK = {BK} does not divide the tile's depth {IN_TILE} into steps that a product can take")
@@ -186,8 +187,12 @@ def tile_matmul(
 _GROUP = 8  # token tiles that go through the weight side by side
 
 
-def _choose(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int], plan: Plan) -> Config:
+def _choose(
+    chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int], plan: Plan, even: bool
+) -> Config:
     """Block sizes by what the host knows of a batch: how many tokens a language has at least on average."""
+    if not even:
+        return _edges(dtype, tile)
     tokens = plan.n_rows // plan.present.shape[0]
     bucket = 256 if tokens >= 256 else 128 if tokens >= 128 else 64
     return _config(chip, dtype.itemsize, weight_dtype.itemsize, tile, bucket)
@@ -196,6 +201,12 @@ def _choose(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tupl
 def block_sizes(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int]) -> list[Config]:
     """Every shipped config for a tile (out, in), for whoever measures them."""
     return [_config(chip, dtype.itemsize, weight_dtype.itemsize, tile, bucket) for bucket in (256, 128, 64)]
+
+
+def _edges(dtype: torch.dtype, tile: tuple[int, int]) -> Config:
+    """For bits at sizes that are no multiples of a tile: elements are loaded one by one, each with an address."""
+    BM = 16 if dtype == torch.float32 else 32
+    return Config((("BM", BM), ("BK", 32)), 8 if tile[0] >= 128 else 4, 2)
 
 
 def _config(chip: str, size: int, weight_size: int, tile: tuple[int, int], bucket: int) -> Config:

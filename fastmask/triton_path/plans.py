@@ -45,8 +45,6 @@ def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.d
 
 
 def _plan(language_ids: Tensor, tokens: int, n_languages: int, device: torch.device) -> Plan:
-    ids = language_ids.to(device, non_blocking=True)
-    if ids.numel():
-        inside = ((ids >= -1) & (ids < n_languages)).all()
-        torch._assert_async(inside, f"language_ids out of range: expected -1 to {n_languages - 1}")
-    return Plan(ids, tokens, n_languages)
+    plan = Plan(language_ids.to(device, non_blocking=True), tokens, n_languages)
+    torch._assert_async(plan.ok, f"language_ids out of range: expected -1 to {n_languages - 1}")
+    return plan

@@ -13,8 +13,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
     """A kernel reads memory that is not the GPU's."""
-    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     plan = fastmask_kernels.Plan(torch.tensor([0]), 4, 1)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="run on a GPU, given a tensor on cpu"):
+        fastmask_kernels.Plan(torch.tensor([0]), 4, 1)
     index, counts = torch.arange(8)[None], torch.tensor([8])
     with pytest.raises(ValueError, match="run on a GPU, given a tensor on cpu"):
         row_matmul(torch.randn(4, 8), [torch.randn(8, 8)], [index], [counts], plan, [8])

@@ -2,7 +2,8 @@
 
 All have one signature: `baseline(x [B, ..., K], weight [N, K], task, bias [N] or None) -> y [B, ..., N]`. A `Task`
 holds what a program can prepare once for a mask and a batch's language ids; no baseline pays for that when it is timed.
-`dense` ignores the masks; the others compute `fastmask.masked_linear`.
+`dense` ignores the masks; the others compute `fastmask.masked_linear`. `packed` does so as an attached model does: the
+masked side is as wide as the widest language, live units in front.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "grouped",
     "loop",
     "multiply",
+    "packed",
     "stack",
     "why_not",
 ]
@@ -50,6 +52,9 @@ class Task:
         slots: int64 [G, most]; examples in a table with one row a language, spare places repeat example 0.
         places, slot_of: the table flattened, and where each example is in it. None if that is the batch as it is.
         live: of row and column masks, the units each language owns, int64.
+        units, padding: of row and column masks, the same as a table [G, most], as wide as the widest of all languages;
+            bool [G, most], what is padding, or None.
+        row_of: of row and column masks, the table's row of each example, int64 [B].
         keep: bool [G, N, K] for the languages present; of row and column masks a view of [G, N] or [G, K].
         gates: of row and column masks, the units of each example, bool [B, N] or [B, K].
         block: (bn, bk) of block masks, else None.
@@ -79,6 +84,14 @@ class Task:
             units = _units(mask)
             self.live = [units[language].nonzero().flatten() for language in present]
             self.gates = units[ids + 1]
+            counts_of = units.sum(1)
+            wide = max(counts_of[1:].max(), counts_of[present].max()) if present else 0
+            count = counts_of[present, None]
+            padding = torch.arange(int(wide), device=device) >= count
+            self.padding = padding if bool(padding.any()) else None
+            order = torch.sort(units[present].to(torch.int8), dim=1, descending=True, stable=True).indices
+            self.units = order[:, : int(wide)].masked_fill(padding, 0)
+            self.row_of = torch.searchsorted(torch.tensor(self.languages, device=device), ids)
             shape = (len(present), mask.out_features, mask.in_features)
             own = units[present]
             self.keep = (own[:, :, None] if mask.kind == "rows" else own[:, None, :]).expand(shape)
@@ -180,6 +193,32 @@ def grouped(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -
     return _with_bias(_taken(y.reshape(*ordered.shape[:-1], weight.shape[0]), task.back), task, bias)
 
 
+def packed(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """`grouped_mm` over copies of each language's live rows (columns): ragged and compact, by the vendor's kernels.
+
+    A row mask makes [B, ..., most], a column mask takes it; what is behind the live units of x must be zero.
+    """
+    if task.gates is None:
+        raise ValueError(f"live rows are those of masks over rows or columns, not {task.kind}")
+    if not task.languages:
+        return x.new_zeros(*x.shape[:-1], task.units.shape[1] if task.kind == "rows" else weight.shape[0])
+    rows = weight if task.kind == "rows" else weight.t().contiguous()
+    copies = rows.index_select(0, task.units.flatten()).unflatten(0, task.units.shape)  # [G, most, K or N]
+    if task.padding is not None:
+        copies = copies.masked_fill(task.padding[..., None], 0)
+    if task.kind == "rows":
+        copies = copies.transpose(1, 2)
+    ordered, ends = _taken(x, task.order), task.ends * x[0, ..., 0].numel()
+    y = F.grouped_mm(ordered.reshape(-1, x.shape[-1]), copies, offs=ends)
+    y = _taken(y.reshape(*ordered.shape[:-1], copies.shape[2]), task.back)
+    if bias is None:
+        return y
+    if task.kind == "columns":
+        return y + bias
+    own = bias[task.units] if task.padding is None else bias[task.units].masked_fill(task.padding, 0)
+    return y + own[task.row_of].reshape(task.n_examples, *[1] * (y.ndim - 2), -1)
+
+
 def gating(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
     """Y = r o (W (c o x)): exact for masks over rows and columns, at dense cost."""
     if task.gates is None:
@@ -206,6 +245,7 @@ BASELINES: dict[str, Baseline] = {
     "loop": loop,
     "stack": stack,
     "grouped": grouped,
+    "packed": packed,
     "gating": gating,
     "bsr": bsr,
 }
@@ -223,9 +263,9 @@ def why_not(name: str, kind: str, present: int, *, backward: bool, half: bool) -
     """
     if name == "multiply" and present > 1:
         return "it has one mask for a whole batch"
-    if name == "gating" and kind in ("blocks", "weights"):
-        return "gates are for rows and columns"
-    if name == "grouped" and not (half and hasattr(F, "grouped_mm")):
+    if name in ("gating", "packed") and kind in ("blocks", "weights"):
+        return "it is for rows and columns"
+    if name in ("grouped", "packed") and not (half and hasattr(F, "grouped_mm")):
         return "grouped_mm has a fast path for bfloat16 only"
     if name == "bsr" and (kind != "blocks" or backward):
         return "block-sparse rows have no gradient, and are for masks over blocks"

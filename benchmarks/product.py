@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastmask as fm
-from benchmarks.baselines import Baseline, Task, dense, loop
+from benchmarks.baselines import Baseline, Task, dense, loop, packed
 from benchmarks.checking import check_all, check_baseline
 from benchmarks.measure import Side
 from fastmask.functional import compute
@@ -114,7 +114,8 @@ class Product:
             with self.autocast():
                 return call(*leaves)  # type: ignore[arg-type]
 
-        runs = [self._run(part, forward, operands, baseline is None) for operands in self.operands]
+        ours = baseline in (None, packed)
+        runs = [self._run(part, forward, operands, ours) for operands in self.operands]
         in_turn = itertools.cycle(runs)
         return Side(lambda: next(in_turn)())
 
@@ -151,11 +152,7 @@ class Product:
             RuntimeError: a result is wrong.
         """
         if not self._truth:
-            operands = self.operands[0]
-            leaves = _leaves(operands.our_x, operands)
-            with self.autocast():
-                y = self.ours(*leaves)
-            found = [y.detach(), *torch.autograd.grad(y, leaves, operands.our_dy.to(y.dtype))]
+            found = self._packed_results(self.ours)
             truth = self.results(loop, torch.float64)
             what = f"{self.mask.kind} {self.mask.out_features} x {self.mask.in_features}"
             exact, plain = self._as_ours(truth), self._as_ours(self.results(loop))
@@ -169,8 +166,10 @@ class Product:
         Raises:
             RuntimeError: it does not.
         """
+        if baseline is packed:
+            return check_baseline(name, self._packed_results(self.function(packed)), self._as_ours(self.check()))
         truth = self.results(dense, torch.float64) if baseline == self.full else self.check()
-        check_baseline(name, self.results(baseline), truth)
+        return check_baseline(name, self.results(baseline), truth)
 
     def results(self, baseline: Baseline, dtype: torch.dtype | None = None) -> list[Tensor]:
         """y, dX, dW and db of a baseline on the first operands, not packed; in another dtype without autocast."""
@@ -179,6 +178,14 @@ class Product:
         with self.autocast() if dtype is None else nullcontext():
             y = baseline(leaves[0], leaves[1], self.task, leaves[2])
         return [y.detach(), *torch.autograd.grad(y, leaves, self._full_dy().to(y.dtype))]
+
+    def _packed_results(self, function: Function) -> list[Tensor]:
+        """y, dX, dW and db of what runs as ours does, on the first operands."""
+        operands = self.operands[0]
+        leaves = _leaves(operands.our_x, operands)
+        with self.autocast():
+            y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, operands.our_dy.to(y.dtype))]
 
     def _as_ours(self, results: list[Tensor]) -> list[Tensor]:
         """Reference results with y or dX packed as ours are."""

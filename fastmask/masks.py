@@ -253,12 +253,14 @@ def _live_units(keep: Tensor) -> tuple[int, Tensor, Tensor]:
 def live_blocks(runs: Tensor, starts: Tensor, block: Sequence[int], shape: tuple[int, int]) -> Tensor:
     """Bool [L, N / bn, K / bk] of the `index` and `extents` of a block mask over [N, K]; undoes `_runs`."""
     (bn, bk), (N, K), row_starts = block, shape, starts[0]
-    n_runs = int(row_starts[-1])
-    row, first, last = runs[:n_runs].unbind(1)
-    language = torch.searchsorted(row_starts, torch.arange(n_runs, device=runs.device), right=True) - 1
+    # Nothing here waits for the device: runs of the transposed weight, which come last, count for nothing.
+    place = torch.arange(len(runs), device=runs.device)
+    own = place < row_starts[-1]
+    row, first, last = torch.where(own[:, None], runs, 0).unbind(1)
+    language = torch.where(own, torch.searchsorted(row_starts, place, right=True) - 1, 0)
     # Runs begin with +1 and end with -1; the running sum in between is 1.
     steps = torch.zeros(len(row_starts) - 1, N // bn, K // bk + 1, dtype=torch.int32, device=runs.device)
-    one = steps.new_ones(n_runs)
+    one = own.to(torch.int32)
     steps.index_put_((language, row, first), one, accumulate=True)
     steps.index_put_((language, row, last), -one, accumulate=True)
     return steps.cumsum(2)[..., :-1].bool()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fastmask_kernels.interpreter import interpreter_problem
 
 from benchmarks import baselines
 from benchmarks.baselines import BASELINES, BaselineLinear, Task
@@ -21,11 +22,12 @@ from benchmarks.gpu.layers import Layer
 from benchmarks.gpu.report import Row, file_name, row_of, table, write
 from benchmarks.gpu.setup import TINY
 from benchmarks.measure import Ratio, Side, break_even, compare, quartile_ratios, rounds
-from benchmarks.product import gathered, mixed_ids, spread, units_of
+from benchmarks.product import Product, gathered, mixed_ids, spread, units_of
 from fastmask import Mask
 from fastmask.torch_path.naive import masked_linear_naive
 
 ROOT = Path(__file__).resolve().parents[1]
+interprets = pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 L, N, K = 3, 32, 48
 IDS = {
     "mixed": [2, 0, 0, 1, -1, 2, 0],
@@ -93,6 +95,7 @@ def dry_run(*sections: str) -> str:
     return done.stdout
 
 
+@interprets
 def test_dry_run():
     """The code that measures dies of a typo on the first real run."""
     said = dry_run("ceilings", "blocks", "layouts")
@@ -101,6 +104,7 @@ def test_dry_run():
     assert "FAILED" not in said
 
 
+@interprets
 @pytest.mark.slow
 def test_dry_run_of_everything():
     """The same for the sections that take long in the interpreter."""
@@ -145,6 +149,71 @@ def test_a_section_that_does_not_start_is_reported(monkeypatch):
     assert "out of time" in command.measure("units", 0, dry_run=True)[0].error
 
 
+class Clock:
+    """Time that passes as the test says, and what ran when."""
+
+    def __init__(self, monkeypatch, red=()):  # type: ignore[no-untyped-def]
+        self.now, self.ran, self.limits = 0.0, [], {}
+        monkeypatch.setattr(command.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(command, "describe", lambda root: {"gpu": "A GPU"})
+        for check in ("repeatable", "green"):
+            monkeypatch.setattr(gate, check, lambda root, limit, check=check: self.run(check, limit, check not in red))
+        monkeypatch.setattr(
+            command, "measure", lambda section, limit, dry: self.run(section, limit, [Row(section, 2.0, goal=1.0)])
+        )
+
+    def run(self, what, limit, result):  # type: ignore[no-untyped-def]
+        self.ran.append(what)
+        self.limits[what] = limit
+        self.now += 30
+        return result
+
+
+@pytest.mark.parametrize("red", [(), ("repeatable",), ("green",), ("repeatable", "green")], ids=str)
+def test_a_red_test_stops_nothing_and_marks_every_row(red, monkeypatch, tmp_path, capsys):
+    """One red test loses all timings, or they look as if everything had been right."""
+    clock = Clock(monkeypatch, red)
+    code = command.main(["--out", str(tmp_path)])
+    assert clock.ran == ["repeatable", "green", *command.SECTIONS]
+    assert code == (1 if red else 0)
+    found = json.loads((tmp_path / "a-gpu.json").read_text())
+    assert found["checked"] is (not red)
+    assert {row["checked"] for row in found["rows"]} == {not red}
+    assert ("UNCHECKED: a test failed" in capsys.readouterr().out) is bool(red)
+
+
+def test_each_section_is_printed_and_written_as_it_ends(monkeypatch, tmp_path, capsys):
+    """A run that is stopped loses what it had measured."""
+    clock = Clock(monkeypatch)
+    measured = command.measure
+
+    def stopped(section, limit, dry):  # type: ignore[no-untyped-def]
+        if section == "encoder":
+            raise KeyboardInterrupt
+        return measured(section, limit, dry)
+
+    monkeypatch.setattr(command, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["--out", str(tmp_path)])
+    done = clock.ran[2:]
+    assert done == ["ceilings", "units", "bert"]
+    assert [row["what"] for row in json.loads((tmp_path / "a-gpu.json").read_text())["rows"]] == done
+    said = capsys.readouterr().out
+    assert all(f"{section}: done at" in said for section in done)
+
+
+def test_seconds_bound_everything(monkeypatch, tmp_path):
+    """The tests take the time of the measurements, or the whole takes longer than was asked for."""
+    clock = Clock(monkeypatch)
+    command.main(["--out", str(tmp_path), "--seconds", "100"])
+    assert clock.limits["repeatable"] == command.TURNS_SECONDS
+    assert clock.limits["green"] == 70
+    assert clock.limits["ceilings"] == 40
+    assert clock.limits["units"] == 10
+    assert clock.limits["bert"] < 0  # `measure` begins nothing then
+
+
 # ---- the gate
 
 
@@ -164,17 +233,27 @@ def test_gate(tests, green, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -q\n")
     (tmp_path / "test_sample.py").write_text(tests)
-    assert gate.green(tmp_path, 5, ["test_sample.py"], processes=2) is green
+    assert gate.green(tmp_path, 5 if "sleep" in tests else 60, ["test_sample.py"], processes=2) is green
     said = capsys.readouterr().out
     if green:
         assert "3 passed, 0 failed" in said  # each test in one process
 
 
-def test_gate_takes_the_tests_that_run_there():
-    """The gate runs nothing, or what needs packages that are not there."""
+def test_gate_takes_the_tests_that_run_there(monkeypatch):
+    """The gate runs every test of a kernel that the machine can run, and none that needs what is not there."""
     files = gate.test_files(ROOT)
     assert files[:2] == [os.path.join("tests", "gpu"), os.path.join("tests", "triton_path")]
-    assert all("hypothesis" not in (ROOT / path).read_text() for path in files[2:])
+    names = {Path(path).name for path in files[2:]}
+    assert names >= {"test_row_kernels.py", "test_tile_kernels.py", "test_pair_kernels.py", "test_packing.py"}
+    monkeypatch.setattr(gate.importlib.util, "find_spec", lambda name: None)
+    few = gate.test_files(ROOT)
+    assert few[:2] == files[:2]
+    assert all("from hypothesis" not in (ROOT / path).read_text() for path in few[2:])
+
+
+def test_the_programs_that_take_turns_have_a_test_of_their_own():
+    """The first check runs nothing, and a hang is found when the time of the whole gate has passed."""
+    assert f"def test_{gate.TURNS}(" in (ROOT / "tests" / "gpu" / "test_on_gpu.py").read_text()
 
 
 # ---- baselines
@@ -248,6 +327,26 @@ def test_grouped_equals_stack(kind, ids):
     others = gradients(lambda x, w, b: baselines.stack(x, w, task, b), x, weight, bias, dy)
     for a, b in zip(ours, others, strict=True):
         assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm()
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+@pytest.mark.parametrize("ids", ["mixed", "dead", "shares", "uneven"])
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_packed_equals_an_attached_layer(kind, ids):
+    """The vendor's grouped product over live rows computes less, or something else."""
+    mask, language_ids = mask_of(kind), torch.tensor(IDS[ids])
+    product = Product(mask, language_ids, 8, torch.device("cpu"), torch.bfloat16)
+    product.check_against("packed", baselines.packed)
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+def test_a_wrong_packed_baseline_is_noticed(monkeypatch):
+    """We are compared with something that computes less."""
+    product = Product(mask_of("rows"), torch.tensor([0, 2]), 8, torch.device("cpu"), torch.bfloat16)
+    wrong = product.function(lambda x, w, task, b: baselines.packed(x, 1.2 * w, task, b))
+    monkeypatch.setattr(product, "function", lambda baseline: wrong)
+    with pytest.raises(RuntimeError, match="baseline packed is wrong"):
+        product.check_against("packed", baselines.packed)
 
 
 def test_baseline_linear_shares_parameters():

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 import fastmask as fm
 from benchmarks.checking import check_all, check_baseline
 from benchmarks.gpu.report import Row, row_of
-from benchmarks.gpu.setup import Measurement, Setup
+from benchmarks.gpu.setup import Measurement, Setup, has_grouped
 from benchmarks.measure import Side, captured, compare, on_gpu
 from benchmarks.memory import cache_bytes, peak_bytes
 from benchmarks.product import mixed_ids
 from benchmarks.variants import Variants, encoder_of
 from fastmask.operators import paths
 
-__all__ = ["Encoders", "encoder"]
+__all__ = ["Encoders", "bert", "compiled", "encoder"]
 
 DENSITY = 0.5
 COMPILE_SECONDS = 45
-GOALS = {"dense": 1.4, "loop": 2.0, "stack": 1.0, "grouped": 1.0, "gating": 1.0}
+GOALS = {"dense": 1.4, "packed": 1.0, "loop": 2.0, "stack": 1.0, "grouped": 1.0, "gating": 1.0}
 
 
 class Encoders:
@@ -118,33 +118,16 @@ class Encoders:
         return rows
 
 
+def bert(setup: Setup) -> list[Measurement]:
+    """Whole encoder layers, heads and neurons at 50%, against dense and against the vendor's grouped product."""
+    encoders = _once(setup)
+    names = ("dense", "packed") if has_grouped(setup) else ("dense",)
+    return [Measurement(f"encoder against {name}", _against(encoders, name)) for name in names]
+
+
 def encoder(setup: Setup) -> list[Measurement]:
-    """Whole encoder layers, heads and neurons at 50%."""
-    made: list[Encoders] = []
-
-    def encoders() -> Encoders:
-        if not made:
-            made.append(Encoders(setup))
-        return made[0]
-
-    def against(name: str) -> Callable[[], list[Row]]:
-        return lambda: encoders().compared(name, encoders().variant(name))
-
-    def against_compiled(name: str) -> Callable[[], list[Row]]:
-        def run() -> list[Row]:
-            what = f"BERT encoder, vs compiled {name}"
-            model = encoders().variant(name)
-            try:
-                with _time_limit(COMPILE_SECONDS):
-                    for layer in model.encoder.layer:
-                        layer.compile(backend=setup.compiler)
-                    encoders().side(model).run()
-                    model.zero_grad()
-            except Exception as error:
-                return [Row(what, note=f"does not compile: {type(error).__name__}: {error}"[:200])]
-            return encoders().compared(f"compiled {name}", model)
-
-        return run
+    """The same against every other way to mask, and in memory."""
+    encoders = _once(setup)
 
     def torch_path() -> list[Row]:
         made = encoders()
@@ -167,17 +150,51 @@ def encoder(setup: Setup) -> list[Measurement]:
         what = "BERT encoder: peak memory of a step over dense"
         return [Row(what, found["ours"] / found["dense"], at_least=False, note=note, more=found)]
 
+    names = ("loop", "stack", "gating", *(["grouped"] if has_grouped(setup) else []))
     return [
-        *(Measurement(f"encoder against {name}", against(name)) for name in ("dense", "loop", "stack", "gating")),
-        Measurement("encoder against grouped", against("grouped") if _has_grouped(setup) else lambda: []),
+        *(Measurement(f"encoder against {name}", _against(encoders, name)) for name in names),
         Measurement("encoder against its PyTorch path", torch_path),
-        *(Measurement(f"encoder against compiled {name}", against_compiled(name)) for name in ("gating", "stack")),
         Measurement("encoder memory", memory),
     ]
 
 
-def _has_grouped(setup: Setup) -> bool:
-    return hasattr(torch.nn.functional, "grouped_mm") and setup.dtype == torch.bfloat16
+def compiled(setup: Setup) -> list[Measurement]:
+    """The same against baselines that `torch.compile` has compiled."""
+    encoders = _once(setup)
+
+    def against(name: str) -> Callable[[], list[Row]]:
+        def run() -> list[Row]:
+            what = f"BERT encoder, vs compiled {name}"
+            model = encoders().variant(name)
+            try:
+                with _time_limit(COMPILE_SECONDS):
+                    for layer in model.encoder.layer:
+                        layer.compile(backend=setup.compiler)
+                    encoders().side(model).run()
+                    model.zero_grad()
+            except Exception as error:
+                return [Row(what, note=f"does not compile: {type(error).__name__}: {error}"[:200])]
+            return encoders().compared(f"compiled {name}", model)
+
+        return run
+
+    return [Measurement(f"encoder against compiled {name}", against(name)) for name in ("gating", "stack")]
+
+
+def _once(setup: Setup) -> Callable[[], Encoders]:
+    """All measurements of a section share one set of models, made by the first."""
+    made: list[Encoders] = []
+
+    def encoders() -> Encoders:
+        if not made:
+            made.append(Encoders(setup))
+        return made[0]
+
+    return encoders
+
+
+def _against(encoders: Callable[[], Encoders], name: str) -> Callable[[], list[Row]]:
+    return lambda: encoders().compared(name, encoders().variant(name))
 
 
 def _with_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:

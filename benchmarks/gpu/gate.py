@@ -1,7 +1,11 @@
-"""The correctness gate: the tests that run on a GPU, in several processes side by side."""
+"""The correctness gate: the tests that run on a GPU, in several processes side by side.
+
+`repeatable` comes first, alone and with a time limit of its own: what could hang are programs that wait for each other.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,21 +14,23 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["environment", "green", "test_files"]
+__all__ = ["environment", "green", "repeatable", "test_files"]
 
 MOST_PROCESSES = 8
 NOTHING_TO_RUN = 5  # pytest's exit code
+TURNS = "two_runs_give_the_same_bits"  # the test whose programs take turns
 
 
 def test_files(root: Path) -> list[str]:
-    """The tests of the gate: of the kernels' own those that run on a device and need nothing but pytest besides.
+    """The tests of the gate: of the kernels' own those that run on a device.
 
-    Others say how kernels are compiled or chosen, not whether they are right.
+    Others say how kernels are compiled or chosen, not whether they are right. Without hypothesis, those that need it
+    are left out.
     """
     kernels = []
     for path in sorted((root / "tests" / "triton_kernels").glob("test_*.py")):
         text = path.read_text(encoding="utf-8")
-        if "DEVICE" in text and "hypothesis" not in text:
+        if "DEVICE" in text and ("from hypothesis" not in text or importlib.util.find_spec("hypothesis")):
             kernels.append(path)
     paths = [root / "tests" / "gpu", root / "tests" / "triton_path", *kernels]
     return [str(path.relative_to(root)) for path in paths if path.exists()]
@@ -36,9 +42,16 @@ def environment(root: Path, **more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"} | more
 
 
+def repeatable(root: Path, seconds: float) -> bool:
+    """Whether two runs give the same bits, in time: programs that wait for the wrong one would wait for ever."""
+    return green(root, seconds, [str(Path("tests") / "gpu"), "-k", TURNS], processes=4)
+
+
 def green(root: Path, seconds: float, files: list[str] | None = None, processes: int | None = None) -> bool:
     """Run the tests and print how they ended; true if every one passed (or was skipped) in time."""
     files = test_files(root) if files is None else files
+    if importlib.util.find_spec("hypothesis") is None:
+        print("gate: hypothesis is not installed; tests that need it are left out")
     n = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
     print(f"gate: {' '.join(files)} in {n} processes", flush=True)
     end, start = time.monotonic() + seconds, time.monotonic()

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastmask as fm
 from benchmarks.baselines import BASELINES, dense
 from benchmarks.gpu.report import Row, row_of
-from benchmarks.gpu.setup import Measurement, Setup
+from benchmarks.gpu.setup import Measurement, Setup, has_grouped
 from benchmarks.measure import break_even, compare, on_gpu
 from benchmarks.memory import peak_bytes
 from benchmarks.product import PARTS, Product, gathered, mixed_ids, spread, units_of
@@ -73,7 +73,9 @@ def units(setup: Setup) -> list[Measurement]:
                     rows = [layer.compared(BOTH, what, goal=1.7, ideal=ideal)]
                     if shuffled:
                         rows += [layer.compared(part, what, ideal=ideal) for part in PARTS[:-1]]
-                        for other in ("loop", "gating"):
+                        for other in ("packed", "loop", "gating"):
+                            if other == "packed" and not has_grouped(setup):
+                                continue
                             rows.append(layer.compared(BOTH, f"{what}, vs {other}", baseline=other))
                     return rows
 

@@ -147,8 +147,8 @@ def file_name(gpu: str) -> str:
 
 
 def write(path: Path, machine: dict[str, Any], rows: Sequence[Row], checked: bool) -> None:
-    """Write the JSON file."""
-    found = [asdict(row) | {"reached": row.reached} for row in rows]
+    """Write the JSON file; `checked`, whether every test of the gate passed, stands with each row."""
+    found = [asdict(row) | {"reached": row.reached, "checked": checked} for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine, "checked": checked, "rows": found}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.report import Row
 
-__all__ = ["REAL", "TINY", "Measurement", "Setup"]
+__all__ = ["REAL", "TINY", "Measurement", "Setup", "has_grouped"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +94,8 @@ class Measurement:
 
     name: str
     run: Callable[[], list[Row]]
+
+
+def has_grouped(setup: Setup) -> bool:
+    """Whether this PyTorch has the vendor's grouped product, which has a fast path for bfloat16 only."""
+    return hasattr(torch.nn.functional, "grouped_mm") and setup.dtype == torch.bfloat16

@@ -12,6 +12,16 @@ def pytest_addoption(parser: Any) -> None:
     )
 
 
+def pytest_configure(config: Any) -> None:
+    """Let hypothesis try the same examples every time, however long the first one compiles."""
+    try:
+        from hypothesis import settings
+    except ImportError:
+        return
+    settings.register_profile("gate", deadline=None, derandomize=True, database=None)
+    settings.load_profile("gate")
+
+
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leave out the other shares."""
     share, shares = (int(part) for part in config.getoption("--shard").split("/"))

@@ -67,9 +67,9 @@ def _why_not_here(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda":
-        from fastmask_kernels.interpreter import interpreting
+        from fastmask_kernels.interpreter import runs_on
 
-        return None if interpreting() else f"there is no GPU behind {device}, and TRITON_INTERPRET=1 is not set"
+        return None if runs_on(device) else f"there is no GPU behind {device}, and TRITON_INTERPRET=1 is not set"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
         return f"the kernels need compute capability 8.0 or newer, not {torch.cuda.get_device_name(device)}"
     return None

@@ -1,8 +1,8 @@
 """What each mask kind launches, forward and backward; the twin of `torch_path.layers`.
 
-Rows are gathered in the kernels. Columns are rows of the transposed weight, which is copied once for each pass, however
-many the languages. Masks that are not packed are packed on the way in or spread on the way out. Blocks and single
-weights are walked in tiles.
+Rows are gathered in the kernels. Columns are rows of the transposed weight, which is copied once for a forward and
+backward pass, however many the languages. Masks that are not packed are packed on the way in or spread on the way out.
+Blocks and single weights are walked in tiles.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ def forward(
     n_languages: int,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """As `torch_path.layers.forward`; the kernels cast on the way, so nothing is kept."""
+    """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
     B, T, width = x.shape
     plan = plan_of(language_ids, T, n_languages, x.device)
     rows = x.reshape(B * T, width).contiguous()
     if masks[0].kind == "rows":
         ys = _rows_forward(masks, rows, weights, biases, plan)
     elif masks[0].kind == "columns":
-        ys = [_columns_forward(masks[0], rows, weights[0], biases[0], plan)]
+        transposed = _transposed(weights[0], rows)
+        if kept is not None:
+            kept.append(transposed)
+        ys = [_columns_forward(masks[0], rows, transposed, biases[0], plan)]
     else:
         weight = weights[0]
         ys = [
@@ -70,10 +73,14 @@ def backward(
     if masks[0].kind == "rows":
         dx, dws, dbs = _rows_backward(masks, upstreams, rows, weights, plan, needs_x, needs_weight, needs_bias)
     else:
-        of_kind = _columns_backward if masks[0].kind == "columns" else _tiles_backward
-        found_x, dw = of_kind(masks[0], upstreams[0], rows, weights[0], plan, needs_x, needs_weight[0])
-        db = upstreams[0].sum(0, dtype=weights[0].dtype) if needs_bias[0] else None
-        dx, dws, dbs = found_x, [dw], [db]
+        needs, db = (needs_x, needs_weight[0], needs_bias[0]), None
+        if masks[0].kind == "columns":
+            dx, dw, db = _columns_backward(masks[0], upstreams[0], rows, weights[0], plan, *needs, kept)
+        else:
+            dx, dw = _tiles_backward(masks[0], upstreams[0], rows, weights[0], plan, *needs[:2])
+        if needs_bias[0] and db is None:
+            db = upstreams[0].sum(0, dtype=weights[0].dtype)
+        dws, dbs = [dw], [db]
     return None if dx is None else dx.view(x.shape), dws, dbs
 
 
@@ -142,29 +149,36 @@ def _rows_backward(
 # ---- columns
 
 
-def _columns_forward(mask: StoredMask, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def _columns_forward(mask: StoredMask, x: Tensor, transposed: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     if mask.packed_width == UNPACKED:
         x = pack(x, mask.index, mask.extents, plan, x.shape[1])
-    transposed, bias = _transposed(weight, x), _as(bias, x)
-    return row_matmul_t([x], [transposed], [mask.index], [mask.extents], plan, bias, allow_tf32=_tf32())
+    return row_matmul_t([x], [transposed], [mask.index], [mask.extents], plan, _as(bias, x), allow_tf32=_tf32())
 
 
 def _columns_backward(
-    mask: StoredMask, dy: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    mask: StoredMask,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    plan: Plan,
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    kept: Sequence[Tensor],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     K, unpacked = weight.shape[1], mask.packed_width == UNPACKED
     index, counts = [mask.index], [mask.extents]
-    dx = dw = None
+    dx = dw = db = None
     if needs_x:
-        width, transposed = _packed_width(mask, K), _transposed(weight, dy)
+        width, transposed = _packed_width(mask, K), kept[0] if kept else _transposed(weight, dy)
         (dx,) = row_matmul(dy, [transposed], index, counts, plan, [width], allow_tf32=_tf32())
         dx = _spread(dx, mask, plan, K) if unpacked else dx
     if needs_weight:
         x = pack(x, mask.index, mask.extents, plan, K) if unpacked else x
-        options = {"weight_dtype": weight.dtype, "allow_tf32": _tf32()}
-        (of_transposed,), _ = row_weight_grad([x], dy, index, counts, plan, [K], **options)
-        dw = of_transposed.t().contiguous()
-    return dx, dw
+        options = {"weight_dtype": weight.dtype, "transposed": True, "allow_tf32": _tf32()}
+        (dw,), sums = row_weight_grad([x], dy, index, counts, plan, [K], column_sums=needs_bias, **options)
+        db = None if sums is None else sums[0]
+    return dx, dw, db
 
 
 def _transposed(weight: Tensor, like: Tensor) -> Tensor:
@@ -197,8 +211,12 @@ def _spread(packed: Tensor, mask: StoredMask, plan: Plan, size: int) -> Tensor:
 
 
 def _tf32() -> bool:
-    """Whether float32 products may use TF32: PyTorch's own setting for matrix products."""
-    return torch.get_float32_matmul_precision() != "highest"
+    """Whether float32 products may use TF32: PyTorch's own setting for matrix products.
+
+    The one way to ask that answers whether it was made by `torch.set_float32_matmul_precision`, by `allow_tf32` or by
+    `torch.backends.fp32_precision`; the others raise after some of them.
+    """
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -10,6 +10,8 @@ from fastmask_kernels.plan import Plan
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastmask.triton_path.kept import is_capturing, stream_of
+
 __all__ = ["plan_of"]
 
 
@@ -18,7 +20,8 @@ class _Made(NamedTuple):
     version: int  # of the ids: writing to them in place makes the plan outdated
 
 
-_made: MutableMapping[Tensor, dict[tuple[int, int, torch.device], _Made]] = WeakIdKeyDictionary()
+# By (tokens, languages, device, stream): nothing says when another stream has finished making a plan.
+_made: MutableMapping[Tensor, dict[tuple[int, int, torch.device, int], _Made]] = WeakIdKeyDictionary()
 
 
 def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.device) -> Plan:
@@ -27,13 +30,13 @@ def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.d
     Ids out of range are found on the device, without waiting for it: as with an index of `torch.embedding`, the next
     call that does wait raises a device-side assertion.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing and not hasattr(language_ids, "_fastmask_of_one_pass"):
-        # A graph's replays read new ids from the same memory: the plan must be made inside of each graph. Ids that live
-        # for one pass only (`models.routing`) cannot have one from outside.
+    # Ids that live for one pass only (`models.routing`) do not change. Of others it is not known: a graph's replays
+    # read new ids from the same memory, and tensors of inference mode do not count what is written to them.
+    changes = not hasattr(language_ids, "_fastmask_of_one_pass")
+    if changes and (is_capturing(device) or language_ids.is_inference()):
         return _plan(language_ids, tokens, n_languages, device)
     plans = _made.setdefault(language_ids, {})
-    key = (tokens, n_languages, device)
+    key = (tokens, n_languages, device, stream_of(device))
     made = plans.get(key)
     version = 0 if language_ids.is_inference() else language_ids._version
     if made is None or made.version != version:
@@ -42,8 +45,6 @@ def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.d
 
 
 def _plan(language_ids: Tensor, tokens: int, n_languages: int, device: torch.device) -> Plan:
-    ids = language_ids.to(device, non_blocking=True)
-    if ids.numel():
-        inside = ((ids >= -1) & (ids < n_languages)).all()
-        torch._assert_async(inside, f"language_ids out of range: expected -1 to {n_languages - 1}")
-    return Plan(ids, tokens, n_languages)
+    plan = Plan(language_ids.to(device, non_blocking=True), tokens, n_languages)
+    torch._assert_async(plan.ok, f"language_ids out of range: expected -1 to {n_languages - 1}")
+    return plan

@@ -8,14 +8,16 @@ import torch
 
 __all__ = ["chip_of"]
 
+stand_in = "sm_90"  # what a device counts as that is no GPU (the interpreter's, the recorder's)
+
 
 def chip_of(device: torch.device) -> str:
-    """One of "sm_80", "sm_90", "sm_100" and "gfx942"; a CPU (the interpreter) counts as sm_90.
+    """One of "sm_80", "sm_90", "sm_100" and "gfx942"; what is no GPU counts as `stand_in`.
 
     A newer or older chip takes the entry of the nearest one that is not newer, so that its launches fit.
     """
     if device.type != "cuda":
-        return "sm_90"
+        return stand_in
     return _chip(device.index if device.index is not None else torch.cuda.current_device())
 
 

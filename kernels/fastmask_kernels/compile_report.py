@@ -1,24 +1,25 @@
-"""`python -m fastmask_kernels.compile_report`: what the compiler makes of every shipped kernel, without a GPU.
+"""`python -m fastmask_kernels.compile_report`: what the compiler makes of every kernel that is launched, without a GPU.
 
-One row for each case (kernel, block sizes, dtypes) and each chip it is compiled for:
+What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout, runs the gate and the sections of
+`make gpu` on a stub (`recorder`). One row for each variant (kernel, block sizes, dtypes, flags, hints) of each chip:
 
 - `regs`: registers of one thread. `stack`: bytes of its stack frame. `spill`: bytes stored / loaded because registers
   ran out, each such instruction counted once, as ptxas does.
 - `shared`: KiB of shared memory that the launch asks for / that the chip allows one program.
 - `tensor cores`: tensor-core instructions of the inner loop, and how many; the inner loop is the innermost loop of the
-  machine code that holds the most of them. `steps`: how many steps of the case's inner loop one round of it does, where
-  the shape of the instructions tells: 1 unless the compiler unrolled; any other number says that the case's FLOPs are
-  wrong, or that the loop does more dots than the case counts.
+  machine code that holds the most of them. `steps`: how many steps of the kernel's inner loop one round of it does,
+  where the shape of the instructions tells: 1 unless the compiler unrolled; any other number says that the loop does
+  more dots than `compiling.STEPS` counts.
 - `copies`: loads from global memory in that loop, number x bits of one thread: `async` go straight to shared memory
   (LDGSTS, UTMALDG), the others through registers.
 - `KB/step`, `FLOP/B`: the bytes that one program reads in one step from outside its multiprocessor, and its FLOPs for
-  each, as the case states them.
+  each, as `compiling.STEPS` states them.
 - `bound`, `predicted`: FLOPs at the chip's rate for these operands against bytes at the rate of its L2 cache (tiles
   that neighbours share come mostly from there): the longer time is the bound, and FLOP time / bound is the share of
   the rate to expect at best. Nothing else is counted: not the mask's instructions, edges, launches, or memory.
 
 Not a timing: nothing here runs. `--roofline` prints the floors of whole layers instead. The exit status is 1 if a
-shipped kernel spills, has a stack, lacks tensor-core instructions, or asks for more shared memory than there is (lines
+kernel spills, has a stack, lacks tensor-core instructions, or asks for more shared memory than there is (lines
 FAILED); 2 if the report cannot be made. Lines WARNING are what ptxas calls a potential performance loss, as when it
 runs tensor-core instructions one by one; they leave the exit status alone.
 """
@@ -40,25 +41,19 @@ from pathlib import Path
 
 import triton
 
-from fastmask_kernels.compiling import Build, build, operand_bits
-from fastmask_kernels.configs import Case
+from fastmask_kernels.compiling import Build, build, dots, operand_bits, step_of
 from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.recorder import Variant
 from fastmask_kernels.roofline import roofline_table
 
-__all__ = ["MODULES", "Row", "collect", "failures", "main", "report", "table", "warnings"]
+__all__ = ["RECORDED", "Row", "collect", "failures", "main", "report", "table", "warnings"]
 
-MODULES = tuple(
-    f"fastmask_kernels.{name}"
-    for name in (
-        *("row_matmul", "row_weight_grad", "packing", "tile_layout"),
-        *("tile_matmul", "pair_matmul", "tile_weight_grad", "pair_weight_grad", "sum_buffer"),
-    )
-)
+RECORDED = "benchmarks.gpu.recorded"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case compiled for one chip; `build` is None and `error` says why where that failed."""
+    """One variant, compiled; `build` is None and `error` says why where that failed."""
 
     kernel: str
     config: str
@@ -82,48 +77,52 @@ class Row:
         return ("FLOP" if compute >= transfer else "L2"), share
 
 
-def collect(modules: Sequence[str] = MODULES, kernel: str = "") -> list[Case]:
-    """The cases of `modules` whose name contains `kernel`; a module without `cases` has none."""
-    found: list[Case] = []
-    for name in modules:
-        cases = getattr(importlib.import_module(name), "cases", list)
-        found += [case for case in cases() if kernel in case.name]
-    return found
+def collect(targets: Sequence[str], module: str = RECORDED, kernel: str = "", quick: bool = False) -> list[Variant]:
+    """What `variants(chip)` of a module gives for each of `targets`, where its description contains `kernel`.
 
-
-_cases: list[Case] = []  # of the report that is being made: worker processes inherit them, as kernels cannot be pickled
-
-
-def report(cases: Sequence[Case], targets: Sequence[str], only_first: bool = False) -> list[Row]:
-    """Compile each case for each of `targets` that it is meant for, in as many processes as there are cores.
-
-    With `only_first`, of the cases that share kernel, flags (constexprs that are bools) and target only the first:
-    of each variant of the code one size and dtype.
+    `quick`: of those that share kernel, flags and precision the one with the largest tile, which needs most registers.
     """
-    _cases[:] = cases
-    jobs = [(i, target) for target in targets for i, case in enumerate(cases) if target in case.targets]
-    if only_first:
-        jobs = list({(target, *_variant(cases[i])): (i, target) for i, target in reversed(jobs)}.values())[::-1]
+    variants = importlib.import_module(module).variants
+    found = [variant for target in targets for variant in variants(target) if kernel in str(variant)]
+    if not quick:
+        return found
+    largest: dict[tuple[object, ...], Variant] = {}
+    for variant in found:
+        flags = [(k, v) for k, v in sorted(variant.constexprs.items()) if isinstance(v, bool | str)]
+        kind = (variant.chip, variant.kernel, operand_bits(variant), *flags)
+        if kind not in largest or _size(variant) > _size(largest[kind]):
+            largest[kind] = variant
+    return list(largest.values())
+
+
+def _size(variant: Variant) -> tuple[int, ...]:
+    """FLOPs and bytes of a step, stages, then what is not known to be a multiple of 16."""
+    step = step_of(variant)
+    return (step.flops, step.bytes, variant.num_stages, len(variant.unhinted))
+
+
+_variants: list[Variant] = []  # of the report that is being made: worker processes inherit them; they cannot be pickled
+
+
+def report(variants: Sequence[Variant]) -> list[Row]:
+    """Compile all variants, in as many processes as there are cores."""
+    _variants[:] = variants
+    jobs = range(len(variants))
     rows = _compile_all(jobs, os.cpu_count() or 1)
     for job in jobs:
         if job not in rows:  # a compiler crashed and took the others' processes along: one after the other, then
-            rows |= _compile_all([job], 1) or {job: _row(*job, crashed=True)}
+            rows |= _compile_all([job], 1) or {job: _row(job, crashed=True)}
     return [rows[job] for job in jobs]
 
 
-def _variant(case: Case) -> tuple[object, ...]:
-    flags = [(name, value) for name, value in sorted(case.constexprs.items()) if isinstance(value, bool)]
-    return (id(case.kernel), *flags)
-
-
-def _compile_all(jobs: Sequence[tuple[int, str]], workers: int) -> dict[tuple[int, str], Row]:
-    """The rows of (position in `_cases`, target); those that were not reached when a process died are missing."""
-    rows: dict[tuple[int, str], Row] = {}
+def _compile_all(jobs: Sequence[int], workers: int) -> dict[int, Row]:
+    """The rows of positions in `_variants`; those that were not reached when a process died are missing."""
+    rows: dict[int, Row] = {}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         pending = {}
         with contextlib.suppress(BrokenProcessPool):
             for job in jobs:
-                pending[pool.submit(_row, *job)] = job
+                pending[pool.submit(_row, job)] = job
         for done in as_completed(pending):
             with contextlib.suppress(BrokenProcessPool):
                 row = rows[pending[done]] = done.result()
@@ -131,32 +130,36 @@ def _compile_all(jobs: Sequence[tuple[int, str]], workers: int) -> dict[tuple[in
     return rows
 
 
-def _row(index: int, target: str, crashed: bool = False) -> Row:
-    case = _cases[index]
-    sizes = " ".join(f"{name.removeprefix('BLOCK_')}={size}" for name, size in case.config.blocks)
-    pointers = [kind[1:] for kind in case.signature.values() if kind.startswith("*")]
+def _row(index: int, crashed: bool = False) -> Row:
+    variant = _variants[index]
+    step = step_of(variant)
+    flags = ("G", "SLOTS", "GROUP")  # small numbers that say nothing of a tile
+    sizes = [f"{k}={v}" for k, v in variant.constexprs.items() if isinstance(v, int) and not isinstance(v, bool)]
+    pointers = [kind[1:] for kind in variant.source.signature.values() if kind.startswith("*")]
     row = Row(
-        kernel=case.name,
-        config=f"{sizes} w{case.config.num_warps} s{case.config.num_stages}",
+        kernel=str(variant),
+        config=" ".join(
+            [*(s for s in sizes if not s.startswith(flags)), f"w{variant.num_warps}", f"s{variant.num_stages}"]
+        ),
         dtypes="+".join(dict.fromkeys(kind for kind in pointers if kind.startswith(("bf", "fp")))) or "-",
-        target=target,
-        flops=case.flops,
-        bytes=case.bytes,
-        bits=operand_bits(case),
-        tensor_cores=case.tensor_cores,
+        target=variant.chip,
+        flops=step.flops,
+        bytes=step.bytes,
+        bits=operand_bits(variant),
+        tensor_cores=dots(variant),
         build=None,
     )
     if crashed:
         return replace(row, error="the compiler crashed")
     try:
-        return replace(row, build=build(case, target))
+        return replace(row, build=build(variant))
     except Exception as problem:
         # A compiler may raise anything; whatever it is belongs in the row, beside those that compiled.
         return replace(row, error=f"{type(problem).__name__}: {problem}")
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
-    """What no shipped kernel may have, one line for each."""
+    """What no kernel may have, one line for each."""
     return [f"{_what(row)}: {problem}" for row in rows for problem in _problems(row)]
 
 
@@ -231,10 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--target", default=",".join(CHIPS), help="chips, separated by commas; default: %(default)s")
-    parser.add_argument("--kernel", default="", help="only cases whose name contains this")
-    parser.add_argument("--first", action="store_true", help="of each variant of a kernel one size and dtype only")
+    parser.add_argument("--kernel", default="", help="only variants whose description contains this")
+    parser.add_argument("--quick", action="store_true", help="of each kernel and set of flags the largest tile only")
     parser.add_argument("--json", metavar="FILE", help="write the rows, and what is wrong, to FILE as well")
-    parser.add_argument("--module", action="append", help="take cases() of this module instead of the shipped ones")
+    parser.add_argument("--module", default=RECORDED, help="whose variants(chip) to compile; default: %(default)s")
     parser.add_argument("--roofline", action="store_true", help="print the floors of whole layers; compile nothing")
     options = parser.parse_args(arguments)
     if options.roofline:
@@ -246,9 +249,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("The report needs Triton's compiler; unset TRITON_INTERPRET, which replaces it.", file=sys.stderr)
         return 2
-    rows = report(collect(options.module or MODULES, options.kernel), targets, options.first)
+    rows = report(collect(targets, options.module, options.kernel, options.quick))
     if not rows:
-        print(f"No case for {', '.join(targets)} has {options.kernel!r} in its name.", file=sys.stderr)
+        print(f"No variant for {', '.join(targets)} has {options.kernel!r} in its description.", file=sys.stderr)
         return 2
     wrong, doubtful = failures(rows), warnings(rows)
     print(table(rows))

@@ -1,4 +1,4 @@
-"""Compile one `Case` for one chip, without having the chip, and read what the compiler made of it.
+"""Compile one `Variant`, without having its chip, and read what the compiler made of it.
 
 NVIDIA: registers, stack and instructions come from the binary (`cuobjdump`, in Triton's wheel), the bytes of spills and
 warnings from the log of `ptxas`. AMD: all of it from the assembly and the metadata at its end.
@@ -12,26 +12,25 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.cache import get_cache_manager
 
 from fastmask_kernels.assembly import Instruction, inner_loop, read_amdgcn, read_sass
-from fastmask_kernels.configs import Case
 from fastmask_kernels.limits import CHIPS, Chip
+from fastmask_kernels.recorder import Variant
 
-__all__ = ["Build", "build", "operand_bits"]
+__all__ = ["STEPS", "Build", "Step", "build", "dots", "operand_bits", "step_of"]
 
 
 @dataclass(frozen=True)
 class Build:
-    """What the compiler made of one case for one chip. Registers, stack and spills are those of one thread.
+    """What the compiler made of one variant. Registers, stack and spills are those of one thread.
 
     Attributes:
         registers: 32-bit registers (AMD: vector registers, accumulation registers included).
@@ -45,7 +44,7 @@ class Build:
         async_copies, loads: loads from global memory in the inner loop by their bits for one thread (or "tile" for a
             copy engine's): those that go straight to shared memory, and those that pass through registers.
         loop: every instruction of the inner loop, by the first part of its name.
-        steps: steps of the case's inner loop that one round of the compiled loop does, from the shape in the names of
+        steps: steps of the kernel's inner loop that one round of the compiled loop does, from the shape in the names of
             the tensor-core instructions; None where the names do not tell.
         warnings: what ptxas calls a potential performance loss, as when it runs tensor-core instructions one by one.
     """
@@ -65,29 +64,64 @@ class Build:
     warnings: list[str] = field(default_factory=list)
 
 
-def operand_bits(case: Case) -> int:
-    """16 if a pointer of the case is to a 16-bit float (its dots then have such operands), else 32."""
-    return 16 if any(kind in ("*bf16", "*fp16") for kind in case.signature.values()) else 32
+# ---- one step of a kernel's inner loop, as its source says
 
 
-def build(case: Case, target: str) -> Build:
-    """Compile `case` for `target`, a key of `CHIPS`; whatever Triton raises passes through.
+@dataclass(frozen=True)
+class Step:
+    """Multiply-adds times two, and bytes read from outside the multiprocessor, of one step of one program."""
 
-    ValueError: an unknown target, or a case that does not fit its kernel's arguments.
-    """
-    if target not in CHIPS:
-        raise ValueError(f"target must be one of {', '.join(CHIPS)}, given {target!r}")
-    chip = CHIPS[target]
-    source = ASTSource(case.kernel, *_arguments(case))
-    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    flops: int
+    bytes: int
+
+
+def _product(rows: int, columns: int, depth: int, row_bytes: int, column_bytes: int) -> Step:
+    return Step(2 * rows * columns * depth, (rows * row_bytes + columns * column_bytes) * depth)
+
+
+# By the kernel's name, from its constexprs and the bytes of an element by argument; kernels without dots have none.
+STEPS: dict[str, Callable[[dict[str, Any], dict[str, int]], Step]] = {
+    "row_matmul_kernel": lambda c, size: _product(c["BM"], c["BN"], c["BK"], size["x"], size["w0"]),
+    "row_matmul_t_kernel": lambda c, size: _product(c["BM"], c["BK"], c["BN"], size["x0"], size["w0"]),
+    "row_weight_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy0"], size["x"]),
+    "tile_matmul_kernel": lambda c, size: _product(c["OUT_TILE"], c["BM"], c["BK"], size["weight"], size["x"]),
+    "pair_matmul_kernel": lambda c, size: _product(2 * c["OUT_TILE"], c["BM"], c["BK"], size["weight"], size["x"]),
+    "tile_weight_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy"], size["x"]),
+    "pair_weight_grad_kernel": lambda c, size: _product(c["BN"], 2 * c["TK"], c["BM"], size["dy"], size["x"]),
+}
+_SIZES = {"*bf16": 2, "*fp16": 2, "*fp32": 4}
+
+
+def step_of(variant: Variant) -> Step:
+    """The work of one step; a mask's bits, at most a sixteenth of the weight's bytes, are not counted."""
+    work = STEPS.get(variant.source.fn.__name__)
+    sizes = {name: _SIZES[kind] for name, kind in variant.source.signature.items() if kind in _SIZES}
+    return Step(0, 0) if work is None else work(variant.constexprs, sizes)
+
+
+def operand_bits(variant: Variant) -> int:
+    """16 if a pointer of the variant is to a 16-bit float (its dots then have such operands), else 32."""
+    return 16 if any(kind in ("*bf16", "*fp16") for kind in variant.source.signature.values()) else 32
+
+
+def dots(variant: Variant) -> bool:
+    """Whether the inner loop should run on tensor cores: it multiplies, and not plain float32."""
+    exact = variant.constexprs.get("PRECISION") == "ieee" and operand_bits(variant) == 32
+    return variant.source.fn.__name__ in STEPS and not exact
+
+
+def build(variant: Variant) -> Build:
+    """Compile `variant` for its chip; whatever Triton raises passes through."""
+    chip = CHIPS[variant.chip]
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     gpu = GPUTarget(chip.backend, chip.arch, chip.warp_size)
     if chip.backend == "hip":
-        return _read_amd(triton.compile(source, target=gpu, options=options), case, chip)
-    compiled, log = _with_log(source, gpu, options)
-    return _read_nvidia(compiled, log, case, chip)
+        return _read_amd(triton.compile(variant.source, target=gpu, options=options), variant, chip)
+    compiled, log = _with_log(variant.source, gpu, options)
+    return _read_nvidia(compiled, log, variant, chip)
 
 
-def _with_log(source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> tuple[Any, str]:
+def _with_log(source: Any, gpu: GPUTarget, options: dict[str, int]) -> tuple[Any, str]:
     """The compiled kernel and what ptxas said, which Triton's cache forgets: it is put there as a file of its own."""
     file, knobs = "ptxas.log", triton.knobs
     for always in (False, True):
@@ -104,23 +138,7 @@ def _with_log(source: ASTSource, gpu: GPUTarget, options: dict[str, int]) -> tup
     raise RuntimeError(f"ptxas says nothing about spills: {log.getvalue()!r}; its format changed")
 
 
-def _arguments(case: Case) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """Signature, constexprs and attributes, as `ASTSource` takes them: every argument in order."""
-    names = list(case.kernel.arg_names)
-    given = set(case.signature) | set(case.constexprs)
-    if set(case.signature) & set(case.constexprs) or given != set(names):
-        raise ValueError(
-            f"{case.name}: the kernel takes {', '.join(names)}; signature and constexprs must name each once, "
-            f"missing {sorted(set(names) - given)}, unknown {sorted(given - set(names))}, "
-            f"twice {sorted(set(case.signature) & set(case.constexprs))}"
-        )
-    if unknown := set(case.aligned) - set(case.signature):
-        raise ValueError(f"{case.name}: aligned names {sorted(unknown)}, which are not in the signature")
-    signature = {name: case.signature.get(name, "constexpr") for name in names}
-    return signature, case.constexprs, {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
-
-
-def _read_nvidia(compiled: Any, log: str, case: Case, chip: Chip) -> Build:
+def _read_nvidia(compiled: Any, log: str, variant: Variant, chip: Chip) -> Build:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -129,7 +147,7 @@ def _read_nvidia(compiled: Any, log: str, case: Case, chip: Chip) -> Build:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if usage is None or spills is None:
-        raise RuntimeError(f"{case.name}: cuobjdump or ptxas report no register or spill counts; their format changed")
+        raise RuntimeError(f"{variant}: cuobjdump or ptxas report no register or spill counts; their format changed")
     code = read_sass(text)
     names, copies, loads = chip.tensor_16bit + chip.tensor_32bit, Counter[str](), Counter[str]()
     body = inner_loop(code, names)
@@ -151,7 +169,7 @@ def _read_nvidia(compiled: Any, log: str, case: Case, chip: Chip) -> Build:
         async_copies=dict(copies),
         loads=dict(loads),
         warnings=re.findall(r"Potential Performance Loss: (.*)", log),
-        **_loop_facts(body, names, case, chip),
+        **_loop_facts(body, names, variant, chip),
     )
 
 
@@ -160,13 +178,13 @@ def _narrow(opcode: str) -> str:
     return next((bits for bits in ("8", "16") if re.search(rf"\.[US]{bits}\b", opcode)), "32")
 
 
-def _read_amd(compiled: Any, case: Case, chip: Chip) -> Build:
+def _read_amd(compiled: Any, variant: Variant, chip: Chip) -> Build:
     text = compiled.asm["amdgcn"]
 
     def fact(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         if found is None:
-            raise RuntimeError(f"{case.name}: the assembly's metadata has no .{name}; its format changed")
+            raise RuntimeError(f"{variant}: the assembly's metadata has no .{name}; its format changed")
         return int(found[1])
 
     code = read_amdgcn(text)
@@ -189,20 +207,20 @@ def _read_amd(compiled: Any, case: Case, chip: Chip) -> Build:
         tensor_memory=0,
         async_copies=dict(copies),
         loads=dict(loads),
-        **_loop_facts(body, names, case, chip),
+        **_loop_facts(body, names, variant, chip),
     )
 
 
-def _loop_facts(body: Sequence[Instruction], names: tuple[str, ...], case: Case, chip: Chip) -> dict[str, Any]:
+def _loop_facts(body: Sequence[Instruction], names: tuple[str, ...], variant: Variant, chip: Chip) -> dict[str, Any]:
     tensor = [i.opcode for i in body if i.opcode.startswith(names)]
     flops = [_flops(opcode) for opcode in tensor]
     # A warp group, four warps, works on one HGMMA together; one warp on any other.
-    groups = case.config.num_warps / (4 if chip.target == "sm_90" and tensor and tensor[0].startswith("HGMMA") else 1)
-    known = bool(tensor) and case.flops > 0 and None not in flops
+    groups = variant.num_warps / (4 if chip.target == "sm_90" and tensor and tensor[0].startswith("HGMMA") else 1)
+    known = bool(tensor) and step_of(variant).flops > 0 and None not in flops
     return {
         "tensor": dict(Counter(re.sub(r"\.F(16|32).*", "", opcode) for opcode in tensor)),
         "loop": dict(Counter(i.opcode.split(".")[0] for i in body)),
-        "steps": sum(f for f in flops if f) * groups / case.flops if known else None,
+        "steps": sum(f for f in flops if f) * groups / step_of(variant).flops if known else None,
     }
 
 

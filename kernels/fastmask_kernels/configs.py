@@ -5,10 +5,9 @@ Never by what is in a mask: dynamic subnetworks change masks every few steps, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-__all__ = ["Case", "Config"]
+__all__ = ["Config"]
 
 
 @dataclass(frozen=True)
@@ -21,25 +20,3 @@ class Config:
 
     def __getitem__(self, name: str) -> int:
         return dict(self.blocks)[name]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel as it is shipped, in the form the compiler takes without a GPU.
-
-    `signature` maps each argument that is not constexpr to its type ("*bf16", "i32", ...), `constexprs` the others to
-    their value; `aligned` names the arguments (pointers and sizes) that are multiples of 16 where it matters.
-    `flops` and `bytes` are those of one step of the inner loop (one program): multiply-adds times two, and what the
-    step reads from outside the multiprocessor.
-    """
-
-    kernel: Any  # a triton JITFunction
-    name: str
-    config: Config
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    aligned: tuple[str, ...]
-    flops: int
-    bytes: int
-    tensor_cores: bool = True
-    targets: tuple[str, ...] = field(default=("sm_80", "sm_90", "sm_100", "gfx942"))

@@ -6,11 +6,21 @@ right for float32 and float16, and silently wrong for bfloat16 (errors of 1e10),
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-__all__ = ["check_runnable", "interpreting"]
+__all__ = ["check_runnable", "interpreter_problem", "interpreting", "runs_on"]
+
+recorded_device: str | None = None  # the type of device whose launches `recorder` records
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels can be launched on tensors of `device`."""
+    return device.type in ("cuda", recorded_device) or interpreting()
 
 
 def interpreting() -> bool:
@@ -18,17 +28,46 @@ def interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@triton.jit
+def _loop_kernel(out, n):
+    """As the kernels loop: up to a number that is computed. Grid: one program."""
+    for i in range(0, tl.cdiv(n, 2)):
+        tl.store(out + i, i)
+
+
+@cache
+def interpreter_problem() -> str | None:
+    """Why the interpreter cannot run the kernels; None if it can, or is off.
+
+    Triton 3.6 takes an array of one element for a number where a loop ends, which numpy 2.4 and later refuse.
+    """
+    if not interpreting():
+        return None
+    try:
+        _loop_kernel[(1,)](torch.zeros(2, dtype=torch.int32), 3)
+    except Exception as error:  # each version of Triton raises another
+        import numpy
+
+        return (
+            f"the interpreter of Triton {triton.__version__} cannot run loops with numpy {numpy.__version__}: "
+            f"it needs a numpy before 2.4, or a newer Triton ({error})"
+        )
+    return None
+
+
 def check_runnable(*tensors: Tensor | None) -> None:
     """See that kernels can run on these tensors here; None stands for an absent one.
 
     Raises:
         ValueError: a tensor that is not on a GPU, without the interpreter.
-        RuntimeError: a bfloat16 tensor with it.
+        RuntimeError: a bfloat16 tensor with it, or an interpreter that does not work with this numpy.
     """
     if not interpreting():
         for tensor in tensors:
-            if tensor is not None and not tensor.is_cuda:
+            if tensor is not None and not runs_on(tensor.device):
                 raise ValueError(f"Triton kernels run on a GPU, given a tensor on {tensor.device}")
+    elif problem := interpreter_problem():
+        raise RuntimeError(problem)
     elif any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise RuntimeError(
             "Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly; use float16 or float32 with it"

@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import check_activation, check_index
 
-__all__ = ["cases", "pack", "positions", "unpack"]
+__all__ = ["pack", "positions", "unpack"]
 
 CONFIG = Config((("BM", 8), ("BN", 256)), num_warps=4, num_stages=1)
 
@@ -134,33 +135,10 @@ def _gather(
     if config is None:
         config = CONFIG
     tiles = plan.tiles(config["BM"])
-    gather_columns_kernel[(tiles.shape[0], triton.cdiv(width, config["BN"]))](
+    launch(
+        gather_columns_kernel, (tiles.shape[0], triton.cdiv(width, config["BN"])), out,
         x, out, table, table if counts is None else counts, plan.token_rows, tiles, x.stride(0), out.stride(0),
         x.shape[1], width, table.shape[1],
         COUNTED=counts is not None, **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler."""
-    found = []
-    for act, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for counted in (True, False):
-            pointers = {"x": f"*{act}", "y": f"*{act}", "table": "*i64" if counted else "*i32", "counts": "*i64"}
-            pointers |= {"token_rows": "*i32", "tiles": "*i32"}
-            sizes = ("x_stride", "y_stride", "x_width", "y_width")
-            found.append(
-                Case(
-                    kernel=gather_columns_kernel,
-                    name=f"gather_columns_kernel, {'pack' if counted else 'unpack'}",
-                    config=CONFIG,
-                    signature=pointers | dict.fromkeys([*sizes, "entries"], "i32"),
-                    constexprs={"COUNTED": counted, **dict(CONFIG.blocks)},
-                    aligned=(*pointers, *sizes),
-                    flops=0,
-                    bytes=CONFIG["BM"] * CONFIG["BN"] * size,
-                    tensor_cores=False,
-                )
-            )
-    return found

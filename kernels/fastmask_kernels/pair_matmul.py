@@ -8,15 +8,14 @@ one row owns, d (1 - d) for each, are multiplied as before.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.tile_arguments import check_product
@@ -24,7 +23,7 @@ from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["block_sizes", "cases", "pair_matmul"]
+__all__ = ["block_sizes", "pair_matmul"]
 
 
 @triton.jit
@@ -50,7 +49,7 @@ def put_row(accumulator, bias, y_row, out, inside, HAS_BIAS: tl.constexpr):
     tl.store(y_row[:, None] + out[None, :], tl.trans(accumulator.to(y_row.dtype.element_ty)), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
+@triton.jit(do_not_specialize=["out_tiles", "in_tiles", "token_tiles_size"])
 def pair_matmul_kernel(
     x, weight, bias, y, token_rows, token_tiles, tiles, counts,
     x_stride, w_stride, y_stride, out_tiles, in_tiles, token_tiles_size,
@@ -141,7 +140,8 @@ def pair_matmul(
     if IN_TILE % BK or BK % 16:
         raise ValueError(f"BK = {BK} does not divide the tile's depth {IN_TILE} into steps that a product can take")
     n_token_tiles = plan.n_tiles(BM)
-    pair_matmul_kernel[(n_token_tiles * pairs[0].shape[1],)](
+    launch(
+        pair_matmul_kernel, (n_token_tiles * pairs[0].shape[1],), x,
         x, weight, bias, out, plan.token_rows, plan.tiles(BM), *pairs,
         x.stride(0), weight.stride(0), out.stride(0), out_tiles, in_tiles, n_token_tiles,
         TRANSPOSED=transposed, HAS_BIAS=bias is not None, OUT_TILE=OUT_TILE, IN_TILE=IN_TILE, BM=BM, BK=BK,
@@ -182,45 +182,3 @@ def _config(chip: str, size: int, weight_size: int, depth: int, bucket: int) -> 
     if chip in ("sm_90", "sm_100"):
         return Config((("BM", bucket), ("BK", BK)), 8 if bucket == 256 else 4, stages)
     return Config((("BM", min(bucket, 128)), ("BK", BK)), 8 if bucket >= 128 else 4, 2 if chip == "gfx942" else 3)
-
-
-_POINTERS = ("x", "weight", "bias", "y", "token_rows", "token_tiles", "tiles", "counts")
-_SIZES = ("x_stride", "w_stride", "y_stride", "out_tiles", "in_tiles", "token_tiles_size")
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler; a step is one of two rows that own the same tile."""
-    found = []
-    side = 64
-    for (dtype, size, w, w_size), transposed, bucket in itertools.product(
-        (("bf16", 2, "bf16", 2), ("bf16", 2, "fp32", 4), ("fp32", 4, "fp32", 4)), (False, True), (256, 128, 64)
-    ):
-        by_config: dict[Config, list[str]] = {}
-        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            config = _config(chip, size, w_size, side, bucket)
-            if bucket == 64 or config != _config(chip, size, w_size, side, bucket // 2):
-                by_config.setdefault(config, []).append(chip)
-        types = (dtype, w, w, dtype, "i32", "i32", "i16", "i32")
-        signature = dict.fromkeys(_SIZES, "i32")
-        signature |= {name: f"*{kind}" for name, kind in zip(_POINTERS, types, strict=True)}
-        for config, chips in by_config.items():
-            BM, BK = config["BM"], config["BK"]
-            constexprs = {
-                "TRANSPOSED": transposed, "HAS_BIAS": not transposed, "OUT_TILE": side, "IN_TILE": side, "BM": BM,
-                "BK": BK, "GROUP": _GROUP, "PRECISION": "ieee",
-            }  # fmt: skip
-            found.append(
-                Case(
-                    kernel=pair_matmul_kernel,
-                    name=f"pair_matmul{' transposed' * transposed} {side}x{side} {dtype}/{w}",
-                    config=config,
-                    signature=signature,
-                    constexprs=constexprs,
-                    aligned=(*_POINTERS, *_SIZES[:3]),
-                    flops=2 * 2 * side * BM * BK,
-                    bytes=(2 * side * w_size + BM * size) * BK,
-                    tensor_cores=size == 2,
-                    targets=tuple(chips),
-                )
-            )
-    return found

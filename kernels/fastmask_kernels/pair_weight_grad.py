@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.sum_buffer import clear, finish, several_segments
@@ -23,7 +24,7 @@ from fastmask_kernels.tile_arguments import check_gradient
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.turnstile import TURNSTILE_CHIPS, end_turn, put_tile, strips_together, turn_order, wait_for_turn
 
-__all__ = ["cases", "pair_weight_grad", "worth_pairing"]
+__all__ = ["pair_weight_grad", "worth_pairing"]
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def gathered_product(
         put_tile(out + n * out_stride + column, acc, live, BK, 0, ACCUMULATE, BN, BK, 4)
 
 
-@triton.jit(do_not_specialize=["n_slots", "first_slot", "together"])
+@triton.jit(do_not_specialize=["n_tiles", "n_strips", "n_slots", "first_slot", "together"])
 def pair_weight_grad_kernel(
     dy, x, out, buffer, turns, token_rows, starts, present, tiles, counts,
     dy_stride, x_stride, out_stride, buffer_stride, n_tiles, n_strips, n_slots, first_slot, together,
@@ -175,7 +176,8 @@ def _launch(
     takes_turns = n_slots > 1 and chip_of(x.device) in TURNSTILE_CHIPS
     in_one_launch = n_slots if takes_turns else 1
     for first_slot in range(0, n_slots, in_one_launch):
-        pair_weight_grad_kernel[(in_one_launch * chunks * n_strips,)](
+        launch(
+            pair_weight_grad_kernel, (in_one_launch * chunks * n_strips,), x,
             dy, x, out, buffer, turns, plan.token_rows, plan.starts, plan.present, *pairs,
             dy.stride(0), x.stride(0), out.stride(0), buffer.stride(0), n_tiles, n_strips,
             in_one_launch, first_slot, together,
@@ -213,43 +215,3 @@ def _config(chip: str, size: int, tile_rows: int) -> Config:
     else:
         BN, BM, warps, stages = 128, 64, 8, 2 if chip == "gfx942" else 3
     return Config((("BN", max(BN, tile_rows)), ("BM", BM)), warps, stages)
-
-
-_POINTERS = ("dy", "x", "out", "buffer", "turns", "token_rows", "starts", "present", "tiles", "counts")
-_SIZES = (
-    *("dy_stride", "x_stride", "out_stride", "buffer_stride"),  # these are multiples of 16, these not:
-    *("n_tiles", "n_strips", "n_slots", "first_slot", "together"),
-)
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler; a step is one of tiles that come in pairs."""
-    found = []
-    side = 64
-    for dtype, size in (("bf16", 2), ("fp32", 4)):
-        for alone in (True, False):
-            signature = dict.fromkeys(_SIZES, "i32")
-            types = (dtype, dtype, dtype, dtype if alone else "fp32", "i32", "i32", "i32", "i32", "i16", "i32")
-            signature |= {name: f"*{kind}" for name, kind in zip(_POINTERS, types, strict=True)}
-            for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-                config = _config(chip, size, side)
-                BN, BM = config["BN"], config["BM"]
-                constexprs = {
-                    "SLOTS": 1 if alone else 8, "ACCUMULATE": False, "TURNS": not alone and chip in TURNSTILE_CHIPS,
-                    "PRECISION": "ieee", "TN": side, "TK": side, "BN": BN, "BM": BM,
-                }  # fmt: skip
-                found.append(
-                    Case(
-                        kernel=pair_weight_grad_kernel,
-                        name=f"pair_weight_grad {side}x{side} {dtype}{', one language' * alone}",
-                        config=config,
-                        signature=signature,
-                        constexprs=constexprs,
-                        aligned=(*_POINTERS, *_SIZES[:4]),
-                        flops=2 * BN * 2 * side * BM,
-                        bytes=(BN + 2 * side) * BM * size,
-                        tensor_cores=size == 2,
-                        targets=(chip,),
-                    )
-                )
-    return found

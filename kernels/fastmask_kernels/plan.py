@@ -1,17 +1,92 @@
 """`Plan`: a batch sorted by language, on the device and without asking it anything.
 
 Kernels never move activations to sort them. A plan says in which row of the activations each token of a language lies,
-and a kernel follows it; results are written to the same rows.
+and a kernel follows it; results are written to the same rows. Making one takes two small launches.
 """
 
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from fastmask_kernels.interpreter import check_runnable
+from fastmask_kernels.launching import launch
 
 __all__ = ["FULL", "Plan"]
 
 FULL = -1  # the language id of the full, unmasked network
+_BLOCK = 256
+
+
+@triton.jit
+def segment_of(ids, example, inside, n_segments):
+    """The segments of examples, 0 for the full network; an id out of range, which `ok` reports, counts as the last."""
+    segment = tl.load(ids + example, mask=inside, other=-1) + 1
+    return tl.where((segment < 0) | (segment >= n_segments), n_segments - 1, segment).to(tl.int32)
+
+
+# Program b writes the rows of example b's tokens to their sorted place: behind those of all examples of lower segments,
+# and of its own segment's before it. The last program writes `starts`, `present` and `ok`. Grid: B + 1.
+@triton.jit(do_not_specialize=["n_examples", "tokens", "n_segments", "n_present"])
+def plan_kernel(
+    ids, token_rows, starts, present, ok, n_examples, tokens, n_segments, n_present,
+    SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    example = tl.program_id(0)
+    if example < n_examples:
+        own = segment_of(ids, example, True, n_segments)
+        before = tl.zeros([BLOCK], tl.int32)
+        for start in range(0, n_examples, BLOCK):
+            other = start + tl.arange(0, BLOCK)
+            segment = segment_of(ids, other, other < n_examples, n_segments)
+            earlier = (segment < own) | ((segment == own) & (other < example))
+            before += (earlier & (other < n_examples)).to(tl.int32)
+        place = token_rows + tl.sum(before).to(tl.int64) * tokens
+        for start in range(0, tokens, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            tl.store(place + token, example * tokens + token, mask=token < tokens)
+    else:
+        segments = tl.arange(0, SEGMENTS)
+        counts = tl.zeros([SEGMENTS], tl.int32)
+        wrong = tl.zeros([ROWS], tl.int32)
+        for start in range(0, n_examples, ROWS):
+            other = start + tl.arange(0, ROWS)
+            there = other < n_examples
+            segment = segment_of(ids, other, there, n_segments)
+            counts += tl.sum(((segment[:, None] == segments[None, :]) & there[:, None]).to(tl.int32), 0)
+            language = tl.load(ids + other, mask=there, other=0)
+            wrong += ((language < -1) | (language >= n_segments - 1)).to(tl.int32)
+        tl.store(ok, tl.where(tl.sum(wrong) == 0, 1, 0))
+        known = segments < n_segments
+        tl.store(starts, 0)
+        tl.store(starts + 1 + segments, tl.cumsum(counts, 0) * tokens, mask=known)
+        has_tokens = known & (counts * tokens > 0)
+        rank = tl.cumsum(has_tokens.to(tl.int32), 0)
+        tl.store(present + rank - 1, segments, mask=has_tokens)
+        tl.store(present + segments, -1, mask=(segments >= tl.sum(has_tokens.to(tl.int32))) & (segments < n_present))
+
+
+# One program writes BLOCK tiles. Grid: blocks of tiles.
+@triton.jit(do_not_specialize=["n_segments", "n_tiles", "size"])
+def tiles_kernel(starts, tiles, n_segments, n_tiles, size, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    segments = tl.arange(0, SEGMENTS)
+    known = segments < n_segments
+    begin = tl.load(starts + segments, mask=known, other=0)
+    needed = tl.cdiv(tl.load(starts + segments + 1, mask=known, other=0) - begin, size)
+    # Segments that end before a tile: how many they are is its segment, how many tiles they need, its place in that.
+    done = (tl.cumsum(needed, 0)[None, :] <= tile[:, None]) & known[None, :]
+    segment = tl.sum(done.to(tl.int32), 1)
+    used = segment < n_segments
+    inside = used & (tile < n_tiles)
+    place = tile - tl.sum(tl.where(done, needed[None, :], 0), 1)
+    first = tl.load(starts + segment, mask=inside, other=0) + place * size
+    last = tl.minimum(first + size, tl.load(starts + segment + 1, mask=inside, other=0))
+    tl.store(tiles + 3 * tile, tl.where(used, segment, -1), mask=tile < n_tiles)
+    tl.store(tiles + 3 * tile + 1, tl.where(used, first, 0), mask=tile < n_tiles)
+    tl.store(tiles + 3 * tile + 2, tl.where(used, last, 0), mask=tile < n_tiles)
 
 
 class Plan:
@@ -22,7 +97,8 @@ class Plan:
     that depend on the ids are bounds, and what is left over is marked.
 
     Args:
-        language_ids: int64 [B], -1 (the full network) to n_languages - 1; others are an error that is not checked here.
+        language_ids: int64 [B], -1 (the full network) to n_languages - 1. Others are an error that `ok` reports; no
+            kernel reads what is not the batch's or the mask's because of it.
         tokens: T, tokens of one example.
         n_languages: L.
 
@@ -30,20 +106,29 @@ class Plan:
         token_rows: int32 [M]; the row in which each token lies, sorted by segment, in order inside of one.
         starts: int32 [S + 1]; segment s is `token_rows[starts[s]:starts[s + 1]]`.
         present: int32 [min(S, B)]; the segments that have tokens, ascending, then -1.
+        ok: int32 []; 1 if every id is in range, else 0.
+
+    Raises:
+        ValueError: ids that are not on a GPU, without Triton's interpreter.
     """
 
     def __init__(self, language_ids: Tensor, tokens: int, n_languages: int) -> None:
+        check_runnable(language_ids)
         B, device = language_ids.shape[0], language_ids.device
         self.n_rows, self.n_languages, self.n_segments = B * tokens, n_languages, n_languages + 1
-        sorted_ids, order = torch.sort(language_ids, stable=True)
-        inside = torch.arange(tokens, device=device)
-        self.token_rows = (order[:, None] * tokens + inside).flatten().to(torch.int32)
-        bounds = torch.arange(-1, n_languages + 1, device=device)
-        self.starts = (torch.searchsorted(sorted_ids, bounds) * tokens).to(torch.int32)
-        has_tokens = self.starts.diff() > 0
-        present = torch.sort(has_tokens.to(torch.int8), descending=True, stable=True).indices
-        present = torch.where(has_tokens[present], present, -1)
-        self.present = present[: min(self.n_segments, B)].to(torch.int32)
+        n_present = min(self.n_segments, B)
+        sizes = (self.n_rows, self.n_segments + 1, n_present)
+        self.token_rows, self.starts, self.present = (
+            torch.empty(size, dtype=torch.int32, device=device) for size in sizes
+        )
+        self.ok = torch.empty((), dtype=torch.int32, device=device)
+        segments = triton.next_power_of_2(self.n_segments)
+        launch(
+            plan_kernel, (B + 1,), language_ids,
+            language_ids.contiguous(), self.token_rows, self.starts, self.present, self.ok,
+            B, tokens, self.n_segments, n_present,
+            SEGMENTS=segments, ROWS=max(1, 2048 // segments), BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
         self._tiles: dict[int, Tensor] = {}
 
     def n_tiles(self, size: int) -> int:
@@ -57,15 +142,12 @@ class Plan:
         that the batch does not need are (-1, 0, 0) and come last.
         """
         if size not in self._tiles:
-            starts = self.starts[:-1]
-            needed = (self.starts.diff() + size - 1) // size
-            ends = needed.cumsum(0)
-            tile = torch.arange(self.n_tiles(size), device=starts.device)
-            segment = torch.searchsorted(ends, tile, right=True)
-            spare = segment == self.n_segments
-            segment = segment.masked_fill(spare, 0)
-            first = starts[segment] + (tile - (ends - needed)[segment]) * size
-            last = torch.minimum(first + size, self.starts[segment + 1])
-            columns = (segment.masked_fill(spare, -1), first.masked_fill(spare, 0), last.masked_fill(spare, 0))
-            self._tiles[size] = torch.stack(columns, 1).to(torch.int32)
+            n_tiles, segments = self.n_tiles(size), triton.next_power_of_2(self.n_segments)
+            tiles = self._tiles[size] = torch.empty(n_tiles, 3, dtype=torch.int32, device=self.starts.device)
+            block = max(1, 2048 // segments)
+            if n_tiles:
+                launch(
+                    tiles_kernel, (triton.cdiv(n_tiles, block),), tiles,
+                    self.starts, tiles, self.n_segments, n_tiles, size, SEGMENTS=segments, BLOCK=block, num_warps=4,
+                )  # fmt: skip
         return self._tiles[size]

@@ -18,14 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
-from fastmask_kernels.row_cases import table_cases
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["cases", "row_matmul", "row_matmul_t"]
+__all__ = ["row_matmul", "row_matmul_t"]
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def live_count(counts, segment, N, width):
 
 # One program computes y_g of one tile of at most BM tokens of one language and BN packed rows. It sums over K in steps
 # of BK. Grid: (token tiles) x (blocks of BN packed rows of all weights), one-dimensional, ordered by `tile_and_column`.
-@triton.jit(do_not_specialize=["n_tiles", "most0", "most1", "most2"])
+@triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_kernel(
     x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2, token_rows, tiles,
     n_tiles, K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, y_stride0, y_stride1, y_stride2,
@@ -177,7 +177,7 @@ def add_live_rows(
 
 # One program computes y of one tile of at most BM tokens of one language and BK columns. It sums over the live rows of
 # each weight in turn, in steps of BN. Grid: (token tiles) x (blocks of BK columns), ordered by `tile_and_column`.
-@triton.jit(do_not_specialize=["n_tiles", "most0", "most1", "most2"])
+@triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_t_kernel(
     x0, x1, x2, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, bias, y, token_rows, tiles,
     n_tiles, K, y_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, x_stride0, x_stride1, x_stride2,
@@ -268,7 +268,8 @@ def row_matmul(
         )
     tiles = plan.tiles(config["BM"])
     columns = sum(triton.cdiv(width, config["BN"]) for width in widths)
-    row_matmul_kernel[(tiles.shape[0] * columns,)](
+    launch(
+        row_matmul_kernel, (tiles.shape[0] * columns,), x,
         x, *filled(weights), *filled(indices), *filled(counts), *filled(biases or weights), *filled(outs),
         plan.token_rows, tiles, tiles.shape[0], K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled(widths), *filled([out.stride(0) for out in outs]),
@@ -336,7 +337,8 @@ def row_matmul_t(
             aligned(*xs, *weights),
         )
     tiles = plan.tiles(config["BM"])
-    row_matmul_t_kernel[(tiles.shape[0] * triton.cdiv(K, config["BK"]),)](
+    launch(
+        row_matmul_t_kernel, (tiles.shape[0] * triton.cdiv(K, config["BK"]),), out,
         *filled(xs), *filled(weights), *filled(indices), *filled(counts), weights[0] if bias is None else bias, out,
         plan.token_rows, tiles, tiles.shape[0], K, out.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
@@ -367,11 +369,3 @@ def _check_outs(outs: Sequence[Tensor], widths: list[int], x: Tensor, plan: Plan
         check_activation(f"outs[{number}]", out, plan, width)
         if out.dtype != x.dtype or out.device != x.device:
             raise ValueError(f"outs[{number}]: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler."""
-    return [
-        *table_cases(row_matmul_kernel, ROW_MATMUL, ("BM BK", "BN BK"), "EVEN_K", {}),
-        *table_cases(row_matmul_t_kernel, ROW_MATMUL_T, ("BM BN", "BN BK"), "EVEN_K", {}),
-    ]

@@ -13,18 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled
-from fastmask_kernels.row_cases import table_cases
 from fastmask_kernels.row_configs import ROW_WEIGHT_GRAD, choose, kind_of
 from fastmask_kernels.row_matmul import live_count, pick
 from fastmask_kernels.tuning import tuned
 from fastmask_kernels.turnstile import TURNSTILE_CHIPS, end_turn, put_tile, strips_together, turn_order, wait_for_turn
 
-__all__ = ["cases", "row_weight_grad"]
-
-OPERANDS = ("BM BN", "BM BK")  # what a step reads: dY and X
+__all__ = ["row_weight_grad"]
 
 
 @triton.jit
@@ -39,16 +37,20 @@ def programs_before(slot, present, counts, N, width, SLOTS: tl.constexpr, BN: tl
 
 # One program computes what one segment (language) adds to BN of its live rows and BK columns of one dW: the product of
 # dY^T and X over the segment's tokens, in steps of BM. With a bias there is one strip more, whose programs compute what
-# the segment adds to BN elements of db. Grid, one-dimensional: slots (the batch's segments) x chunks of BN packed rows
-# of all weights x strips, in `turn_order`.
-@triton.jit(do_not_specialize=["most0", "most1", "most2", "n_present", "first_slot", "together"])
+# the segment adds to BN elements of db. With column sums there is one chunk more, whose programs sum a strip of X over
+# the tokens. Grid, one-dimensional: slots (the batch's segments) x chunks of BN packed rows of all weights x strips, in
+# `turn_order`.
+@triton.jit(
+    do_not_specialize=["N0", "N1", "N2", "most0", "most1", "most2", "n_present", "first_slot", "n_slots", "together"],
+)
 def row_weight_grad_kernel(
     dy0, dy1, dy2, x, index0, index1, index2, counts0, counts1, counts2, dw0, dw1, dw2, db0, db1, db2,
-    turns, token_rows, starts, present,
+    sums, sums_out, turns, token_rows, starts, present,
     K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, dy_stride0, dy_stride1, dy_stride2,
-    n_present, first_slot, together,
+    n_present, first_slot, n_slots, together,
     G: tl.constexpr, SLOTS: tl.constexpr, ALONE: tl.constexpr, TURNS: tl.constexpr, WITH_BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     chunks0 = tl.cdiv(width0, BN)
     n_chunks = chunks0
@@ -61,12 +63,38 @@ def row_weight_grad_kernel(
     n_strips = column_strips
     if WITH_BIAS:
         n_strips += 1
+    if COLUMN_SUMS:
+        n_chunks += 1
 
     slot, chunk, strip = turn_order(tl.program_id(0), n_present, n_chunks, n_strips, together)
     slot += first_slot
     segment = tl.load(present + slot)
     if segment < 0:
         return  # fewer segments have tokens than there are slots
+
+    i = tl.arange(0, BM)
+    if COLUMN_SUMS:  # noqa: SIM102 (known when the kernel is compiled)
+        if chunk == n_chunks - 1:
+            column = strip * BK + tl.arange(0, BK)
+            first = tl.load(starts + segment)
+            last = tl.load(starts + segment + 1)
+            total = tl.zeros([BM, BK], tl.float32)
+            for m in range(first, last, BM):
+                token = tl.load(token_rows + tl.minimum(m + i, last - 1)).to(tl.int64)
+                x_tile = x + token[:, None] * x_stride + column[None, :]
+                total += tl.load(x_tile, mask=(m + i < last)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)
+            part = tl.sum(total, 0)
+            if not ALONE:
+                # One program for each segment before this one; the last rounds the sum to its place.
+                if TURNS:
+                    wait_for_turn(turns + G * n_strips + strip, slot)
+                part += tl.load(sums + column, mask=column < K, other=0.0, cache_modifier=".cg")
+                tl.store(sums + column, part, mask=column < K)
+                if TURNS:
+                    end_turn(turns + G * n_strips + strip)
+            if tl.load(present + slot + 1, mask=slot + 1 < n_slots, other=-1) < 0:
+                tl.store(sums_out + column, part.to(sums_out.dtype.element_ty), mask=column < K)
+            return
 
     g = 0
     if G >= 2:
@@ -96,7 +124,6 @@ def row_weight_grad_kernel(
     row += tl.where(j < tl.where(segment == 0, count, 0), j, 0)
     first = tl.load(starts + segment)
     last = tl.load(starts + segment + 1)
-    i = tl.arange(0, BM)
 
     if WITH_BIAS:  # noqa: SIM102 (known when the kernel is compiled)
         if strip == column_strips:
@@ -156,12 +183,15 @@ def row_weight_grad(
     outs: Sequence[Tensor] | None = None,
     accumulate: bool = False,
     with_bias: bool = False,
+    transposed: bool = False,
+    column_sums: bool = False,
     config: Config | None = None,
     allow_tf32: bool = False,
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """dW_g[index_g[l, j]] = sum over the tokens m of each language l of dys_g[m, j] x[m], and db_g likewise.
 
-    Sums are float32, in an order that depends on nothing but the arguments: two runs give the same bits.
+    Sums are float32, in an order that depends on nothing but the arguments: two runs give the same bits. Fresh results
+    are parts of one tensor, which is zeroed and rounded at once.
 
     Args:
         dys: one to three packed gradients [M, width_g]; what lies behind a language's live units is never used. Widths
@@ -176,6 +206,10 @@ def row_weight_grad(
             None takes fresh memory.
         accumulate: add to `outs` instead of overwriting them; biases' gradients are always fresh.
         with_bias: also sum db.
+        transposed: return fresh dW_g as contiguous [K, N_g]: a mask over columns is one over the transposed weight's
+            rows.
+        column_sums: in the place of db, return the sum of x over all tokens, [K]: there x is the gradient of y, and
+            this the bias's. Not with `with_bias`.
         config: block sizes BM (tokens in one step), BN (packed rows) and BK (columns); None chooses.
         allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
 
@@ -199,58 +233,95 @@ def row_weight_grad(
     K = x.shape[1]
     if accumulate and outs is None:
         raise ValueError("accumulate: expected outs to add to, given None")
+    if with_bias and column_sums:
+        raise ValueError("column_sums are a bias's gradient in the place of db: expected one of with_bias, column_sums")
     if outs is not None:
         _check_outs(outs, n_rows, K, x)
 
-    # One segment alone writes its rows in their final dtype; several add up in float32.
-    alone = plan.present.shape[0] == 1 and not accumulate
+    # One segment alone writes its rows in their final dtype; several add up in float32, and take turns.
+    alone = plan.present.shape[0] <= 1 and not accumulate
     dtype = weight_dtype if alone and outs is None else torch.float32
-    if outs is None:
-        dW = [torch.zeros(n, K, dtype=dtype, device=x.device) for n in n_rows]
-    else:
-        dW = list(outs)
-        if not accumulate:
-            for out in dW:
-                out.zero_()
-    db = [torch.zeros(n, dtype=dtype, device=x.device) for n in n_rows] if with_bias else None
+    config = config or _config(dys, x, plan, allow_tf32)
+    strips = triton.cdiv(K, config["BK"]) + with_bias
+    sizes = [n * K for n in n_rows] if outs is None else []
+    sizes += [*n_rows] if with_bias else [K] if column_sums and not alone else []
+    arena, parts, turns = _arena(sizes, 0 if alone else (G + column_sums) * strips, dtype, x.device)
+    dW = list(outs) if outs is not None else [part.view(n, K) for part, n in zip(parts, n_rows, strict=False)]
+    db = parts[-G:] if with_bias else None
+    sums = torch.empty(K, dtype=weight_dtype, device=x.device) if column_sums else None
+    if outs is not None and not accumulate:
+        for out in outs:
+            out.zero_()
     if plan.n_rows > 0:
-        _launch(dys, x, indices, counts, plan, n_rows, dW, db, alone, config, allow_tf32)
-    if outs is None:
-        dW = [part.to(weight_dtype) for part in dW]
-    return dW, None if db is None else [part.to(weight_dtype) for part in db]
+        both = None if sums is None else (sums if alone else parts[-1], sums)  # where they add up, where they go
+        _launch(dys, x, indices, counts, plan, n_rows, dW, db, both, turns, alone, config, allow_tf32)
+    elif sums is not None:
+        sums.zero_()
+    if outs is None and transposed:
+        dW = [part.new_empty(part.shape[::-1], dtype=weight_dtype).copy_(part.t()) for part in dW]
+        db = None if db is None else [part.to(weight_dtype) for part in db]
+    elif dtype != weight_dtype:
+        rounded = _split(arena.to(weight_dtype), sizes)
+        dW = dW if outs is not None else [part.view(n, K) for part, n in zip(rounded, n_rows, strict=False)]
+        db = rounded[-G:] if with_bias else None
+    return dW, db if sums is None else [sums]
+
+
+_ALIGNED = 64  # elements: parts of one tensor begin where 16-byte copies can
+
+
+def _arena(
+    sizes: Sequence[int], n_turns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Zeros: room for parts of `sizes` elements, those parts, and int32 [n_turns] counters of turns."""
+    total = sum(triton.cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
+    room = torch.zeros(total + n_turns, dtype=dtype, device=device)
+    turns = room[total:].view(torch.int32) if n_turns else torch.empty(0, dtype=torch.int32, device=device)
+    return room[:total], _split(room, sizes), turns
+
+
+def _split(arena: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    parts, first = [], 0
+    for size in sizes:
+        parts.append(arena[first : first + size])
+        first += triton.cdiv(size, _ALIGNED) * _ALIGNED
+    return parts
+
+
+def _config(dys: Sequence[Tensor], x: Tensor, plan: Plan, allow_tf32: bool) -> Config:
+    K, n_present, widths = x.shape[1], max(1, plan.present.shape[0]), [dy.shape[1] for dy in dys]
+    return tuned("row_weight_grad", x, None, [*widths, K], plan, allow_tf32) or choose(
+        ROW_WEIGHT_GRAD[chip_of(x.device), kind_of(x, None, allow_tf32)],
+        {"BN": sum(widths), "BK": K},
+        n_present,
+        plan.n_rows // n_present,
+        aligned(x, *dys),
+    )
 
 
 def _launch(
     dys: Sequence[Tensor], x: Tensor, indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
-    n_rows: Sequence[int], dW: list[Tensor], db: list[Tensor] | None, alone: bool, config: Config | None,
-    allow_tf32: bool,
+    n_rows: Sequence[int], dW: list[Tensor], db: list[Tensor] | None, sums: tuple[Tensor, Tensor] | None,
+    turns: Tensor, alone: bool, config: Config, allow_tf32: bool,
 ) -> None:  # fmt: skip
     K, n_present = x.shape[1], plan.present.shape[0]
     widths = [dy.shape[1] for dy in dys]
-    config = config or tuned("row_weight_grad", x, None, [*widths, K], plan, allow_tf32)
-    if config is None:
-        config = choose(
-            ROW_WEIGHT_GRAD[chip_of(x.device), kind_of(x, None, allow_tf32)],
-            {"BN": sum(widths), "BK": K},
-            n_present,
-            plan.n_rows // n_present,
-            aligned(x, *dys),
-        )
     BN, BK = config["BN"], config["BK"]
-    chunks = sum(triton.cdiv(width, BN) for width in widths)
+    chunks = sum(triton.cdiv(width, BN) for width in widths) + (sums is not None)
     strips = triton.cdiv(K, BK) + (db is not None)
     together = strips_together(strips, chunks, 2)
-    turns = torch.zeros(len(dys) * strips, dtype=torch.int32, device=x.device)
     takes_turns = chip_of(x.device) in TURNSTILE_CHIPS and not alone
     in_one_launch = n_present if takes_turns else 1
     for first_slot in range(0, n_present, in_one_launch):
-        row_weight_grad_kernel[(in_one_launch * chunks * strips,)](
-            *filled(dys), x, *filled(indices), *filled(counts), *filled(dW), *filled(db or dW),
+        launch(
+            row_weight_grad_kernel, (in_one_launch * chunks * strips,), x,
+            *filled(dys), x, *filled(indices), *filled(counts), *filled(dW), *filled(db or dW), *(sums or (x, x)),
             turns, plan.token_rows, plan.starts, plan.present,
             K, x.stride(0), *filled(n_rows), *filled([index.shape[1] for index in indices]), *filled(widths),
-            *filled([dy.stride(0) for dy in dys]), in_one_launch, first_slot, together,
+            *filled([dy.stride(0) for dy in dys]), in_one_launch, first_slot, n_present, together,
             G=len(dys), SLOTS=triton.next_power_of_2(n_present), ALONE=alone, TURNS=takes_turns,
-            WITH_BIAS=db is not None, EVEN=K % BK == 0 and all(width % BN == 0 for width in widths),
+            WITH_BIAS=db is not None, COLUMN_SUMS=sums is not None,
+            EVEN=K % BK == 0 and all(width % BN == 0 for width in widths),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -270,16 +341,3 @@ def _check_outs(outs: Sequence[Tensor], n_rows: Sequence[int], K: int, x: Tensor
                 f"outs[{number}]: expected contiguous float32 {(n, K)} on {x.device}, "
                 f"given {out.dtype} {tuple(out.shape)} with strides {out.stride()} on {out.device}"
             )
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler."""
-    found = []
-    for (chip, kind), configs in ROW_WEIGHT_GRAD.items():
-        turns = {"SLOTS": 16, "ALONE": False, "TURNS": chip in TURNSTILE_CHIPS}
-        found += table_cases(row_weight_grad_kernel, {(chip, kind): configs}, OPERANDS, "EVEN", turns)
-        if kind == "half":
-            few = {(chip, kind): [configs[0], configs[-1]]}
-            alone = {"SLOTS": 1, "ALONE": True, "TURNS": False}
-            found += table_cases(row_weight_grad_kernel, few, OPERANDS, "EVEN", alone, ", one language")
-    return found

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 
-__all__ = ["cases", "clear", "finish", "several_segments"]
+__all__ = ["clear", "finish", "several_segments"]
 
 _BLOCK, _WARPS = 2048, 4
 
@@ -82,28 +82,8 @@ def finish(out: Tensor, buffer: Tensor, plan: Plan, accumulate: bool) -> None:
 
 
 def _launch(out: Tensor, buffer: Tensor, plan: Plan, accumulate: bool, at_the_end: bool) -> None:
-    sum_buffer_kernel[(out.shape[0], triton.cdiv(out.shape[1], _BLOCK))](
+    launch(
+        sum_buffer_kernel, (out.shape[0], triton.cdiv(out.shape[1], _BLOCK)), out,
         out, buffer, plan.present, out.shape[1], out.stride(0), SLOTS=triton.next_power_of_2(plan.present.shape[0]),
         ACCUMULATE=accumulate, FINISH=at_the_end, BLOCK=_BLOCK, num_warps=_WARPS,
     )  # fmt: skip
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler."""
-    config = Config((("BLOCK", _BLOCK),), _WARPS, 1)
-    signature = {"out": "*bf16", "buffer": "*fp32", "present": "*i32", "n_columns": "i32", "out_stride": "i32"}
-    return [
-        Case(
-            kernel=sum_buffer_kernel,
-            name=f"sum_buffer{' finish' * at_the_end}{' accumulate' * accumulate}",
-            config=config,
-            signature=signature,
-            constexprs={"SLOTS": 8, "ACCUMULATE": accumulate, "FINISH": at_the_end, "BLOCK": _BLOCK},
-            aligned=tuple(signature),
-            flops=0,
-            bytes=6 * _BLOCK,
-            tensor_cores=False,
-        )
-        for at_the_end in (False, True)
-        for accumulate in (False, True)
-    ]

@@ -60,6 +60,7 @@ class TileLayout:
         row_pair_counts: int32 [S, ceil(NT / 2), 3]; how many of each.
         column_pairs, column_pair_counts: int16 [S, ceil(KT / 2), NT], int32 [S, ceil(KT / 2), 3]; the same of columns.
         bits: int32 [L, N, ceil(K / 32)], weight k is bit k % 32 of word k // 32; None where no tile can be partial.
+        one_bit: int32 [32] beside bits; entry i has bit i set.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class TileLayout:
         self.shape, self.tile = (N, K), (TN, TK)
         self.block: tuple[int, int] | None = None
         self.bits: Tensor | None = None
+        self.one_bit: Tensor | None = None
         self.state = torch.full((S, NT, KT), FULL_TILE, dtype=torch.uint8, device=device)
         self.row_tiles = torch.empty(S, NT, KT, dtype=torch.int16, device=device)
         self.row_counts = torch.empty(S, NT, 2, dtype=torch.int32, device=device)
@@ -111,7 +113,7 @@ class TileLayout:
         if bits.ndim != 3 or bits.shape[1:] != (N, words):
             raise ValueError(f"expected bits [languages, {N}, {words}] for {N} x {K}, given {tuple(bits.shape)}")
         layout = cls(bits.shape[0], (N, K), tile or default_tile((1, 1), (N, K)), bits.device)
-        layout.bits = bits.contiguous()
+        layout._take_bits(bits.contiguous())
         layout._read_bits(0, layout.n_languages)
         layout._fill_lists(0, layout.n_languages + 1)
         return layout
@@ -140,7 +142,7 @@ class TileLayout:
         layout = cls(keep.shape[0], (N, K), tile, keep.device)
         layout.block = (bn, bk)
         if bn % tile[0] or bk % tile[1]:
-            layout.bits = torch.empty(layout.n_languages, N, -(-K // 32), dtype=torch.int32, device=keep.device)
+            layout._take_bits(torch.empty(layout.n_languages, N, -(-K // 32), dtype=torch.int32, device=keep.device))
         else:
             layout._make_pairs()
         layout._read_blocks(keep, 0)
@@ -216,6 +218,11 @@ class TileLayout:
         return f"TileLayout({self.n_languages} languages, {N} x {K}, tiles of {TN} x {TK}, {kind})"
 
     # ---- how it is filled
+
+    def _take_bits(self, bits: Tensor) -> None:
+        self.bits = bits
+        # Computed on the device: a copy from the host could not be made inside of a CUDA graph.
+        self.one_bit = 1 << torch.arange(32, dtype=torch.int32, device=bits.device)
 
     def _read_blocks(self, keep: Tensor, first: int) -> None:
         """State, and bits where there are any, of the languages from `first` on: `keep` bool [n, N / bn, K / bk]."""

@@ -9,16 +9,14 @@ Triton 3.9 masks in another layout and sends every tile through shared memory on
 
 from __future__ import annotations
 
-import itertools
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import launch
 from fastmask_kernels.pair_matmul import pair_matmul
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_arguments import check_product
@@ -26,10 +24,11 @@ from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped, load_tile
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["block_sizes", "cases", "single_bits", "tile_matmul"]
+__all__ = ["block_sizes", "tile_matmul"]
 
 
-@triton.jit(do_not_specialize=["token_tiles_size"])  # it differs from batch to batch
+# Sizes in elements are specialised: at an edge, what is a multiple of 16 can still be copied 16 bytes at a time.
+@triton.jit(do_not_specialize=["out_tiles", "in_tiles", "words", "token_tiles_size"])
 def tile_matmul_kernel(
     x, weight, bias, y, token_rows, token_tiles, tiles, counts, bits, one_bit,
     out_size, in_size, x_stride, w_stride, y_stride, out_tiles, in_tiles, words, token_tiles_size,
@@ -164,13 +163,15 @@ def tile_matmul(
     sizes = [int(transposed), *layout.shape, *layout.tile]
     config = config or tuned("tile_matmul", x, weight.dtype, sizes, plan, allow_tf32)
     if config is None:
-        config = _choose(chip_of(x.device), x.dtype, weight.dtype, (OUT_TILE, IN_TILE), plan)
+        even = layout.bits is None or (out_size % OUT_TILE == 0 and in_size % IN_TILE == 0)
+        config = _choose(chip_of(x.device), x.dtype, weight.dtype, (OUT_TILE, IN_TILE), plan, even)
     BM, BK = config["BM"], config["BK"]
     if IN_TILE % BK or BK % 16 or (layout.bits is not None and not transposed and BK % 32):
         raise ValueError(f"BK = {BK} does not divide the tile's depth {IN_TILE} into steps that a product can take")
     n_token_tiles = plan.n_tiles(BM)
-    tile_matmul_kernel[(n_token_tiles * out_tiles,)](
-        x, weight, bias, out, plan.token_rows, plan.tiles(BM), tiles, counts, layout.bits, single_bits(x.device),
+    launch(
+        tile_matmul_kernel, (n_token_tiles * out_tiles,), x,
+        x, weight, bias, out, plan.token_rows, plan.tiles(BM), tiles, counts, layout.bits, layout.one_bit,
         out_size, in_size, x.stride(0), weight.stride(0), out.stride(0), out_tiles, in_tiles,
         0 if layout.bits is None else layout.bits.shape[2], n_token_tiles,
         TRANSPOSED=transposed, HAS_BIAS=bias is not None, HAS_PARTIAL=layout.bits is not None,
@@ -181,19 +182,17 @@ def tile_matmul(
     return out
 
 
-@cache
-def single_bits(device: torch.device) -> Tensor:
-    """int32 [32]: entry i has bit i set, as the kernels read it; one for each device."""
-    return torch.tensor([1 << i for i in range(31)] + [-(1 << 31)], dtype=torch.int32, device=device)
-
-
 # ---- block sizes
 
 _GROUP = 8  # token tiles that go through the weight side by side
 
 
-def _choose(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int], plan: Plan) -> Config:
+def _choose(
+    chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int], plan: Plan, even: bool
+) -> Config:
     """Block sizes by what the host knows of a batch: how many tokens a language has at least on average."""
+    if not even:
+        return _edges(dtype, tile)
     tokens = plan.n_rows // plan.present.shape[0]
     bucket = 256 if tokens >= 256 else 128 if tokens >= 128 else 64
     return _config(chip, dtype.itemsize, weight_dtype.itemsize, tile, bucket)
@@ -202,6 +201,12 @@ def _choose(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tupl
 def block_sizes(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, tile: tuple[int, int]) -> list[Config]:
     """Every shipped config for a tile (out, in), for whoever measures them."""
     return [_config(chip, dtype.itemsize, weight_dtype.itemsize, tile, bucket) for bucket in (256, 128, 64)]
+
+
+def _edges(dtype: torch.dtype, tile: tuple[int, int]) -> Config:
+    """For bits at sizes that are no multiples of a tile: elements are loaded one by one, each with an address."""
+    BM = 16 if dtype == torch.float32 else 32
+    return Config((("BM", BM), ("BK", 32)), 8 if tile[0] >= 128 else 4, 2)
 
 
 def _config(chip: str, size: int, weight_size: int, tile: tuple[int, int], bucket: int) -> Config:
@@ -222,50 +227,3 @@ def _config(chip: str, size: int, weight_size: int, tile: tuple[int, int], bucke
     if chip in ("sm_90", "sm_100"):
         return Config((("BM", min(bucket, 256 if out_tile <= 128 else 128)), ("BK", BK)), warps, stages)
     return Config((("BM", min(bucket, 128)), ("BK", BK)), warps, 2 if chip == "gfx942" else 3)
-
-
-_POINTERS = ("x", "weight", "bias", "y", "token_rows", "token_tiles", "tiles", "counts", "bits", "one_bit")
-_SIZES = (
-    *("out_size", "in_size", "x_stride", "w_stride", "y_stride"),  # these are multiples of 16, these not:
-    *("out_tiles", "in_tiles", "words", "token_tiles_size"),
-)
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler: sides that are even, the layout's tiles square."""
-    found = []
-    for side, (dtype, size, w, w_size), transposed, partial, bucket in itertools.product(
-        (128, 64), (("bf16", 2, "bf16", 2), ("bf16", 2, "fp32", 4), ("fp32", 4, "fp32", 4)), (False, True),
-        (False, True), (256, 128, 64),
-    ):  # fmt: skip
-        by_config: dict[Config, list[str]] = {}
-        for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-            config = _config(chip, size, w_size, (side, side), bucket)
-            if bucket == 64 or config != _config(chip, size, w_size, (side, side), bucket // 2):
-                by_config.setdefault(config, []).append(chip)
-        types = (dtype, w, w, dtype, "i32", "i32", "i16", "i32", "i32", "i32")
-        signature = dict.fromkeys(_SIZES, "i32")
-        signature |= {name: f"*{kind}" for name, kind in zip(_POINTERS, types, strict=True)}
-        for config, chips in by_config.items():
-            BM, BK = config["BM"], config["BK"]
-            constexprs = {
-                "TRANSPOSED": transposed, "HAS_BIAS": not transposed, "HAS_PARTIAL": partial, "EVEN_OUT": True,
-                "EVEN_IN": True, "OUT_TILE": side, "IN_TILE": side, "BM": BM, "BK": BK, "GROUP": _GROUP,
-                "PRECISION": "ieee",
-            }  # fmt: skip
-            name = f"tile_matmul{' transposed' * transposed} {side}x{side} {dtype}/{w}{' bits' * partial}"
-            found.append(
-                Case(
-                    kernel=tile_matmul_kernel,
-                    name=name,
-                    config=config,
-                    signature=signature,
-                    constexprs=constexprs,
-                    aligned=(*_POINTERS, *_SIZES[:5]),
-                    flops=2 * side * BM * BK,
-                    bytes=(side * w_size + BM * size) * BK + side * BK // 8 * partial,
-                    tensor_cores=size == 2,
-                    targets=tuple(chips),
-                )
-            )
-    return found

@@ -13,18 +13,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import check_runnable
+from fastmask_kernels.launching import launch
 from fastmask_kernels.pair_weight_grad import pair_weight_grad, worth_pairing
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_arguments import check_gradient, check_operands, with_contiguous_rows
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped
 
-__all__ = ["cases", "tile_weight_grad"]
+__all__ = ["tile_weight_grad"]
 
 
-@triton.jit(do_not_specialize=["n_present"])  # it differs from batch to batch
+@triton.jit(do_not_specialize=["n_tiles", "k_tiles", "words", "n_present"])
 def tile_weight_grad_kernel(
     dy, x, grad, weight, scores, token_rows, starts, present, state, bits,
     N, K, dy_stride, x_stride, grad_row_stride, grad_column_stride, w_stride, n_tiles, k_tiles, words, n_present,
@@ -161,7 +162,8 @@ def tile_weight_grad(
         scores = torch.zeros(
             layout.n_languages + 1, n_tiles * parts[0], k_tiles * parts[1], dtype=torch.float32, device=x.device
         )
-    tile_weight_grad_kernel[(n_tiles * parts[0] * k_tiles * parts[1],)](
+    launch(
+        tile_weight_grad_kernel, (n_tiles * parts[0] * k_tiles * parts[1],), x,
         dy, x, out, weight, scores, plan.token_rows, plan.starts, plan.present, layout.state, layout.bits,
         N, K, dy.stride(0), x.stride(0), out.stride(0), out.stride(1), 0 if weight is None else weight.stride(0),
         n_tiles, k_tiles, 0 if layout.bits is None else layout.bits.shape[2], plan.present.shape[0],
@@ -195,50 +197,3 @@ def _config(chip: str, size: int, tile: tuple[int, int], scores: bool) -> Config
     if BN * BK <= 64 * 64 and not scores:
         warps = 4
     return Config((("BN", BN), ("BK", BK), ("BM", BM)), warps, stages)
-
-
-_POINTERS = ("dy", "x", "grad", "weight", "scores", "token_rows", "starts", "present", "state", "bits")
-_SIZES = (
-    *("N", "K", "dy_stride", "x_stride", "grad_row_stride", "w_stride"),  # these are multiples of 16, these not:
-    *("n_tiles", "k_tiles", "words", "n_present"),
-)
-
-
-def cases() -> list[Case]:
-    """Every variant that is shipped, for the compiler: sides that are even, and dW in a new tensor."""
-    found = []
-    for tile in ((128, 128), (64, 64)):
-        for dtype, size, grad, grad_size in (("bf16", 2, "bf16", 2), ("bf16", 2, "fp32", 4), ("fp32", 4, "fp32", 4)):
-            for partial, scores in ((False, False), (True, False), (False, True), (True, True)):
-                if grad_size != size and not scores and not partial:
-                    continue  # differs from its neighbour in the last store alone
-                by_config: dict[Config, list[str]] = {}
-                for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
-                    by_config.setdefault(_config(chip, size, tile, scores), []).append(chip)
-                signature = dict.fromkeys(_SIZES, "i32")
-                types = (dtype, dtype, grad, grad, "fp32", "i32", "i32", "i32", "u8", "i32")
-                signature |= {name: f"*{kind}" for name, kind in zip(_POINTERS, types, strict=True)}
-                for config, chips in by_config.items():
-                    BN, BK, BM = config["BN"], config["BK"], config["BM"]
-                    constexprs = {
-                        "grad_column_stride": 1, "HAS_PARTIAL": partial, "ACCUMULATE": False, "SCORES": scores,
-                        "EVEN_N": True, "EVEN_K": True, "TN": tile[0], "TK": tile[1], "BN": BN, "BK": BK, "BM": BM,
-                        "GROUP": _GROUP, "PRECISION": "ieee",
-                    }  # fmt: skip
-                    name = f"tile_weight_grad {tile[0]}x{tile[1]} {dtype}/{grad}"
-                    name += " bits" * partial + " scores" * scores
-                    found.append(
-                        Case(
-                            kernel=tile_weight_grad_kernel,
-                            name=name,
-                            config=config,
-                            signature=signature,
-                            constexprs=constexprs,
-                            aligned=(*_POINTERS, *_SIZES[:6]),
-                            flops=2 * BN * BK * BM,
-                            bytes=(BN + BK) * BM * size,
-                            tensor_cores=size == 2,
-                            targets=tuple(chips),
-                        )
-                    )
-    return found

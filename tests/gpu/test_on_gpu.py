@@ -25,36 +25,12 @@ from oracle import assert_close, random_mask
 import fastmask as fm
 from benchmarks.baselines import Task, loop
 from benchmarks.gpu.layers import gathered, spread
+from benchmarks.gpu.problems import CASES, DTYPES, KINDS, PACKED, PROJECTIONS, SHALLOW, sized, tiny_models
 from fastmask.functional import compute, compute_projections
 from fastmask.torch_path.naive import masked_linear_naive
 
 DEVICE = "cuda"
 ROOT = Path(__file__).parents[2]
-KINDS = {"rows": ("rows", 1), "columns": ("columns", 1), "blocks64": ("blocks", 64), "blocks16": ("blocks", 16)}
-KINDS["weights"] = ("weights", 1)
-DTYPES = {  # of activations, of the weight
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "fp32": (torch.float32, torch.float32),
-    "master": (torch.bfloat16, torch.float32),
-}
-MIXED = [2, 0, 0, -1, 1, 2, 0]  # scattered; 1 owns nothing, 2 everything
-# (languages, ids, tokens, N, K); blocks round N and K up to whole blocks
-CASES = {
-    "one of everything": (1, [0], 1, 1, 1),
-    "tiny": (3, MIXED, 5, 7, 33),
-    "narrow": (8, [7, 3, 3, 5, -1], 7, 33, 1),  # five languages are absent
-    "odd": (3, MIXED, 33, 130, 515),
-    "wide": (8, [6, 0, 7, 3, 0, 5, 4], 130, 515, 130),
-    "aligned": (8, [7, 6, 5, 4, 3, 0, 0, 1], 128, 3072, 768),
-    "alone": (1, [0, 0, 0, 0], 128, 768, 3072),
-}
-SHALLOW = ("one of everything", "tiny", "narrow")
-
-
-def sized(size: int, unit: int) -> int:
-    """The next multiple of a block's side."""
-    return -(-size // unit) * unit
 
 
 class Problem:
@@ -68,6 +44,7 @@ class Problem:
         self.mask = random_mask(kind, L, N, K, unit=unit).to(DEVICE)
         self.ids = torch.tensor(ids, dtype=torch.int64, device=DEVICE)
         act, own = DTYPES[dtypes]
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtypes == "tf32" else "ieee"
 
         def draw(dtype: torch.dtype, *shape: int) -> Tensor:
             if integers:  # -2, -1, 1, 2: no product is zero
@@ -105,6 +82,13 @@ class Problem:
         return self.results(lambda x, w, b: loop(x, w.to(x.dtype), task, b.to(x.dtype)))
 
 
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """TF32 is for the problems that ask for it."""
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
 def poison() -> None:
     """Fill memory that the allocator will hand out next with NaN: what a kernel does not write shows."""
     held = [torch.full((2**power,), torch.nan, device=DEVICE) for power in range(7, 24) for _ in range(2)]
@@ -124,14 +108,14 @@ NAMES = ("y", "dX", "dW", "db")
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer(kind, dtypes, case):
     """A layer or one of its gradients is less accurate on a GPU than plain PyTorch, or plainly wrong."""
-    if dtypes == "fp32" and (case not in SHALLOW or kind == "blocks64"):
-        pytest.skip("deep float32 sums: see test_sums_are_exact")
+    if dtypes == "tf32" or (dtypes == "fp32" and (case not in SHALLOW or kind == "blocks64")):
+        pytest.skip("TF32, and deep float32 sums: see test_sums_are_exact")
     problem = Problem(kind, case, dtypes)
     assert_all(NAMES, problem.ours(), problem.truth(), problem.plain())
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtypes", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_are_exact(kind, dtypes, case):
     """A product is left out, counted twice, or taken from another place: integers leave no room for rounding."""
@@ -162,7 +146,7 @@ def test_two_runs_give_the_same_bits(kind):
 
 
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "master"])
-@pytest.mark.parametrize("case", ["odd", "aligned"])
+@pytest.mark.parametrize("case", PACKED)
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 def test_packed(kind, case, dtypes):
     """An attached model's layers, whose live units lie in front, read or write another place."""
@@ -194,12 +178,12 @@ def test_packed(kind, case, dtypes):
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "master"])
 def test_projections(dtypes, n_weights):
     """Q, K and V (gate and up) in one launch get each other's weights, masks or gradients."""
-    p = Problem("rows", "wide", dtypes)
-    sizes = [515, 320, 77][:n_weights]
+    case, sizes, K = PROJECTIONS
+    p, sizes = Problem("rows", case, dtypes), sizes[:n_weights]
     generator = torch.Generator().manual_seed(1)
-    masks = [random_mask("rows", 8, n, 130, seed=seed).to(DEVICE) for seed, n in enumerate(sizes)]
+    masks = [random_mask("rows", 8, n, K, seed=seed).to(DEVICE) for seed, n in enumerate(sizes)]
     own, act = p.weight.dtype, p.x.dtype
-    weights = [torch.randn(n, 130, generator=generator).to(DEVICE, own) for n in sizes]
+    weights = [torch.randn(n, K, generator=generator).to(DEVICE, own) for n in sizes]
     biases = [torch.randn(n, generator=generator).to(DEVICE, own) for n in sizes]
     widths = [max(mask.live_counts()) for mask in masks]
     dys = [torch.randn(*p.x.shape[:2], n, generator=generator).to(DEVICE, act) for n in sizes]
@@ -331,29 +315,13 @@ def test_ids_out_of_range(mask, language):
     assert "illegal memory access" not in said
 
 
-def models() -> dict[str, object]:
-    """A BERT, and a Llama with grouped-query attention."""
-    from transformers import BertConfig, LlamaConfig
-
-    return {
-        "bert": BertConfig(
-            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        ),
-        "llama": LlamaConfig(
-            vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
-            head_dim=8, intermediate_size=40,
-        ),
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_attached_model(name, dtype, monkeypatch):
     """Through a whole model, heads and neurons packed, the GPU computes something else than the CPU."""
     from transformers import AutoModel
 
-    config = models()[name]
+    config = tiny_models()[name]
     torch.manual_seed(0)
     model = AutoModel.from_config(config).to(dtype)
     subnets = fm.Subnetworks.random(config, ["a", "b", "c"], 0.5, seed=0, units="both")
@@ -382,7 +350,7 @@ def test_masks_follow_their_weights(how):
     """However weights get to the GPU, their masks are there, with the values they had."""
     from transformers import AutoModel
 
-    config, ids = models()["llama"], torch.tensor([2, 0, 0, -1, 1])
+    config, ids = tiny_models()["llama"], torch.tensor([2, 0, 0, -1, 1])
     torch.manual_seed(0)
     plain = AutoModel.from_config(config).double()
     subnets = fm.Subnetworks.random(config, ["a", "b", "c"], 0.5, seed=0, units="both")

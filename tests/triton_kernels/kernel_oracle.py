@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from fastmask_kernels.interpreter import interpreter_problem
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# For tests that launch kernels.
+launches_kernels = pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 
 
 def assert_close(name: str, result: Tensor, truth: Tensor, plain: Tensor) -> None:

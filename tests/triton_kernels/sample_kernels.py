@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
-from fastmask_kernels.configs import Case, Config
+from fastmask_kernels.compiling import STEPS, Step
+from fastmask_kernels.recorder import Variant
+from triton.compiler import ASTSource
 
 
 @triton.jit
@@ -38,28 +40,32 @@ def row_sums(a, b, c, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.conste
     tl.store(c + rows, total.to(c.dtype.element_ty))
 
 
-def _case(name: str, kernel: object, bm: int, bn: int, bk: int, warps: int, stages: int, dtype: str = "bf16") -> Case:
-    pointers, size = {key: f"*{dtype}" for key in "abc"}, {"bf16": 2, "fp32": 4}[dtype]
-    return Case(
-        kernel=kernel,
-        name=name,
-        config=Config((("BM", bm), ("BN", bn), ("BK", bk)), warps, stages),
-        signature={**pointers, **dict.fromkeys("MNK", "i32")},
-        constexprs={"BM": bm, "BN": bn, "BK": bk},
-        aligned=tuple("abcMNK"),
-        flops=2 * bm * bn * bk,
-        bytes=(bm + bn) * bk * size,
-    )
+def _step(c: dict[str, Any], size: dict[str, int]) -> Step:
+    return Step(2 * c["BM"] * c["BN"] * c["BK"], (c["BM"] + c["BN"]) * c["BK"] * size["a"])
 
 
-def cases() -> list[Case]:
+STEPS |= {"product": _step, "row_sums": _step}
+
+
+def variants(chip: str) -> list[Variant]:
     """The kernels, in the form the report takes."""
-    good = _case("good", product, 128, 128, 64, 8, 3)
+
+    def made(
+        name: str, kernel: Any, bm: int, bn: int, bk: int, warps: int, stages: int, aligned: str = "abcMNK"
+    ) -> Variant:
+        sizes = {"BM": bm, "BN": bn, "BK": bk}
+        signature = {
+            key: "*bf16" if key in "abc" else "i32" if key in "MNK" else "constexpr" for key in kernel.arg_names
+        }
+        attrs = {(kernel.arg_names.index(key),): [["tt.divisibility", 16]] for key in aligned}
+        constants = {(kernel.arg_names.index(key),): size for key, size in sizes.items()}
+        return Variant(name, ASTSource(kernel, signature, constants, attrs), warps, stages, chip)
+
     return [
-        good,
-        replace(_case("unaligned", product, 64, 64, 32, 4, 2), aligned=()),
-        replace(good, name="misdescribed", constexprs={"BM": 128, "BN": 128}),
-        _case("spilling", product, 128, 256, 16, 4, 2),
-        _case("dotless", row_sums, 64, 1, 64, 4, 2),
-        _case("too_big", product, 128, 128, 128, 8, 4),
+        made("good", product, 128, 128, 64, 8, 3),
+        made("unaligned", product, 64, 64, 32, 4, 2, aligned=""),
+        made("misdescribed", product, 128, 128, 24, 8, 3),
+        made("spilling", product, 128, 256, 16, 4, 2),
+        made("dotless", row_sums, 64, 1, 64, 4, 2),
+        made("too_big", product, 128, 128, 128, 8, 4),
     ]

@@ -1,4 +1,4 @@
-"""What the compiler makes of the shipped kernels, and whether the report would notice what must not be.
+"""What the compiler makes of the kernels that are launched, and whether the report would notice what must not be.
 
 The report needs Triton's compiler, which these tests' process may have replaced by the interpreter: it runs in its own.
 """
@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import sample_kernels
+from fastmask_kernels import compile_report
 from fastmask_kernels.assembly import inner_loop, loops, read_amdgcn, read_sass
-from fastmask_kernels.compile_report import failures, report
+from fastmask_kernels.compile_report import collect, failures, report
 from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.recorder import Variant
 from fastmask_kernels.roofline import masked_linear, roofline, roofline_table
 
 HERE = Path(__file__).parent
@@ -37,9 +39,9 @@ def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--first", "--target", "sm_80,sm_90"), pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"]
+    "arguments", [("--quick", "--target", "sm_90"), pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"]
 )
-def test_shipped_kernels_compile_well(arguments: tuple[str, ...]) -> None:
+def test_launched_kernels_compile_well(arguments: tuple[str, ...]) -> None:
     """Broken: a launch in use spills registers, misses the tensor cores, or asks for more memory than the chip has."""
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,7 +95,7 @@ def test_the_inner_loop_is_read(samples: dict[str, Any]) -> None:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_narrow_loads_are_told_from_wide_ones(samples: dict[str, Any], target: str) -> None:
     """Broken: a kernel that lost its alignment hints, and copies two bytes at a time, looks like one that has them."""
-    made = row(samples, "unaligned", target)["build"]
+    made = row(samples, "unaligned, 3 odd sizes", target)["build"]
     assert made["async_copies"] == {}
     assert made["loads"] == {"16": 2 * 64 * 32 // (128 if target == "sm_90" else 256)}
 
@@ -136,35 +138,41 @@ def test_too_much_shared_memory_is_noticed(samples: dict[str, Any], target: str)
 def test_a_case_that_does_not_compile_is_a_failure(samples: dict[str, Any]) -> None:
     """Broken: one bad case hides all others, or goes unnoticed."""
     (line,) = failures_of(samples, "misdescribed")
-    assert "missing ['BK']" in line
+    assert "does not compile" in line
 
 
-class Crash:
-    """Stands for a kernel that takes the compiler down."""
+def stand_in(name: str, **constexprs: Any) -> Variant:
+    """A variant of no kernel: these tests' process may have no compiler."""
+    parameters = [SimpleNamespace(name=key, is_constexpr=True) for key in constexprs]
+    constants = {(place,): value for place, value in enumerate(constexprs.values())}
+    kernel = SimpleNamespace(__name__="row_matmul_kernel", params=[])
+    source = SimpleNamespace(fn=kernel, signature={"x": "*bf16", "w0": "*bf16"}, constants=constants, attrs={})
+    kernel.params = parameters
+    source.signature |= dict.fromkeys(constexprs, "constexpr")
+    return Variant(name, source, 4, 2, "sm_90")
 
-    @property
-    def arg_names(self) -> list[str]:
-        os._exit(1)
 
-
-def test_only_the_first_case_of_a_variant() -> None:
-    """Broken: the quick suite compiles everything, or leaves a variant of a kernel out."""
-    some, others = SimpleNamespace(arg_names=["a"]), SimpleNamespace(arg_names=["b"])
-    variants = [("1", some, False, 64), ("2", some, False, 32), ("3", some, True, 64), ("4", others, True, 64)]
-    case = sample_kernels.cases()[0]
-    cases = [
-        replace(case, name=name, kernel=kernel, constexprs={"BITS": bits, "BM": size})
-        for name, kernel, bits, size in variants
+def test_the_quick_form_takes_the_largest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken: the quick form leaves a variant of a kernel out, or compiles its small tiles alone, which never spill."""
+    tiles = [("a", False, 64), ("a", False, 128), ("a", True, 64), ("b", True, 32)]
+    variants = [stand_in(name, FLAG=flag, BM=size, BN=64, BK=64) for name, flag, size in tiles]
+    monkeypatch.setattr(sample_kernels, "variants", lambda chip: [replace(v, chip=chip) for v in variants])
+    found = collect(["sm_80", "sm_90"], "sample_kernels", quick=True)
+    assert [(v.chip, v.kernel, v.constexprs["FLAG"], v.constexprs["BM"]) for v in found] == [
+        (chip, *what) for chip in ("sm_80", "sm_90") for what in (("a", False, 128), ("a", True, 64), ("b", True, 32))
     ]
-    found = report(cases, ["sm_80", "sm_90"], only_first=True)
-    assert [(row.target, row.kernel) for row in found] == [(t, name) for t in ("sm_80", "sm_90") for name in "134"]
 
 
-def test_a_crashing_compiler_is_a_failure() -> None:
+def test_a_crashing_compiler_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Broken: an abort inside the compiler takes the whole report with it, without saying which kernel it was."""
-    wrong = replace(sample_kernels.cases()[0], kernel=SimpleNamespace(arg_names=["a"]))
-    cases = [wrong, replace(wrong, name="crash", kernel=Crash())] * 2
-    found = failures(report(cases, ["sm_90"]))
+
+    def build(variant: Variant) -> None:
+        if variant.kernel == "crash":
+            os._exit(1)
+        raise ValueError("wrong")
+
+    monkeypatch.setattr(compile_report, "build", build)
+    found = failures(report([stand_in(name, BM=64, BN=64, BK=64) for name in ("wrong", "crash")] * 2))
     assert ["crashed" in line for line in found] == [False, True] * 2
 
 

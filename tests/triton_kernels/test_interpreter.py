@@ -13,8 +13,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
     """A kernel reads memory that is not the GPU's."""
-    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     plan = fastmask_kernels.Plan(torch.tensor([0]), 4, 1)
+    monkeypatch.setattr(interpreter, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="run on a GPU, given a tensor on cpu"):
+        fastmask_kernels.Plan(torch.tensor([0]), 4, 1)
     index, counts = torch.arange(8)[None], torch.tensor([8])
     with pytest.raises(ValueError, match="run on a GPU, given a tensor on cpu"):
         row_matmul(torch.randn(4, 8), [torch.randn(8, 8)], [index], [counts], plan, [8])
@@ -27,6 +29,24 @@ def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
         )
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off on a GPU")
+def test_an_interpreter_that_cannot_loop_says_what_it_needs(monkeypatch):
+    """Every kernel fails inside of Triton with a TypeError of numpy."""
+
+    class Broken:
+        def __getitem__(self, grid):
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    monkeypatch.setattr(interpreter, "_loop_kernel", Broken())
+    interpreter.interpreter_problem.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"interpreter of Triton .* numpy .*: it needs a numpy before 2\.4"):
+            interpreter.check_runnable(torch.ones(1))
+    finally:
+        interpreter.interpreter_problem.cache_clear()
+
+
+@pytest.mark.skipif(interpreter.interpreter_problem() is not None, reason="it says so")
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off on a GPU")
 def test_bfloat16_in_the_interpreter():
     """The interpreter's wrong products are taken for results."""

@@ -9,8 +9,10 @@ from fastmask_kernels.naive_rows import naive_pack, naive_unpack
 from fastmask_kernels.packing import pack, positions, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE
+from kernel_oracle import DEVICE, launches_kernels
 from row_samples import sample
+
+pytestmark = launches_kernels
 
 SMALL = Config((("BM", 4), ("BN", 16)), num_warps=1, num_stages=1)
 SHAPES = {

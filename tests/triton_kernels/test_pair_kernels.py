@@ -20,9 +20,11 @@ from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE
+from kernel_oracle import DEVICE, launches_kernels
 from tile_samples import GRAD, Problem, results_start_as_nan  # noqa: F401 (a fixture)
 from torch import Tensor
+
+pytestmark = launches_kernels
 
 MATMUL = Config((("BM", 16), ("BK", 16)), 4, 2)  # two steps a tile
 CHUNKS = Config((("BN", 32), ("BM", 16)), 4, 2)  # two tiles of 16 rows a program

@@ -7,9 +7,13 @@ import itertools
 import pytest
 import torch
 from fastmask_kernels.plan import Plan
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE
+from kernel_oracle import DEVICE, launches_kernels
+
+pytestmark = launches_kernels
+
+slow_launches = settings(deadline=None, max_examples=40)
 
 BATCHES = st.integers(1, 6).flatmap(
     lambda L: st.tuples(st.lists(st.integers(-1, L - 1), max_size=12), st.integers(0, 9), st.just(L))
@@ -27,6 +31,7 @@ def segments(plan: Plan) -> list[list[int]]:
     return [rows[first:last] for first, last in itertools.pairwise(starts)]
 
 
+@slow_launches
 @given(BATCHES)
 def test_segments_hold_the_rows_of_their_language_in_order(batch: tuple[list[int], int, int]) -> None:
     """A token in another language's segment gets that language's subnetwork, and nothing says so."""
@@ -40,6 +45,7 @@ def test_segments_hold_the_rows_of_their_language_in_order(batch: tuple[list[int
     assert plan.starts[-1] == len(languages)
 
 
+@slow_launches
 @given(BATCHES)
 def test_present_lists_the_segments_that_have_tokens(batch: tuple[list[int], int, int]) -> None:
     """A segment that is left out gets no weight gradient; one listed twice gets it twice."""
@@ -50,6 +56,7 @@ def test_present_lists_the_segments_that_have_tokens(batch: tuple[list[int], int
     assert plan.present.tolist() == expected + [-1] * (len(plan.present) - len(expected))
 
 
+@slow_launches
 @given(BATCHES, st.integers(1, 16))
 def test_tiles_cut_the_segments_into_pieces(batch: tuple[list[int], int, int], size: int) -> None:
     """Tokens outside of all tiles are never computed; those in two tiles of different segments are overwritten."""
@@ -65,6 +72,33 @@ def test_tiles_cut_the_segments_into_pieces(batch: tuple[list[int], int, int], s
     assert needed == expected
 
 
+@slow_launches
+@given(BATCHES, st.sampled_from([-3, -2, 6, 10**9, -(2**40)]))
+def test_ids_out_of_range_are_reported(batch: tuple[list[int], int, int], wrong: int) -> None:
+    """A wrong id goes unnoticed, or a right one is reported; rows of the batch are all that is ever read."""
+    ids, tokens, L = batch
+    assert make(*batch).ok.item() == 1
+    plan = make([*ids, wrong], tokens, L)
+    assert plan.ok.item() == 0
+    assert sorted(plan.token_rows.tolist()) == list(range((len(ids) + 1) * tokens))
+
+
+@pytest.mark.parametrize("L", [1, 7, 8, 130, 1500])
+def test_many_languages_and_examples(L: int) -> None:
+    """More languages than a block of programs compares at once, more examples, more tokens than a program writes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-1, L, (300,), generator=generator).tolist()
+    plan = make(ids, 2, L)
+    expected = [[row for b, own in enumerate(ids) if own == s - 1 for row in (2 * b, 2 * b + 1)] for s in range(L + 1)]
+    assert segments(plan) == expected
+    needed = [tile for tile in plan.tiles(4).tolist() if tile[0] >= 0]
+    assert sum(last - first for _, first, last in needed) == 600
+    assert all(plan.starts[s] <= first < last <= plan.starts[s + 1] for s, first, last in needed)
+    long = make([0, 0], 700, L)
+    assert segments(long)[1] == list(range(1400))
+
+
+@slow_launches
 @given(BATCHES)
 def test_everything_is_int32_and_on_the_device_of_the_ids(batch: tuple[list[int], int, int]) -> None:
     """Kernels read these as 32-bit integers: another width reads other numbers."""

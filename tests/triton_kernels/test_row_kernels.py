@@ -14,8 +14,10 @@ from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, assert_close
+from kernel_oracle import DEVICE, assert_close, launches_kernels
 from row_samples import Sample, row_mask, sample
+
+pytestmark = launches_kernels
 
 # Small enough that small shapes have several tiles and several steps of every loop.
 SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), num_warps=4, num_stages=2)
@@ -252,23 +254,55 @@ def test_strips_are_walked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_chunk_takes_its_turn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs run one by one here and never have to wait; on a GPU a wrong count hangs, or lets two add at once."""
     s = sample([2, -1, 0, 1], 5, 3, [40, 17], 34)
-    zeros, counters = torch.zeros, []
+    arena, counters = row_weight_grad_module._arena, []
 
-    def recorded(*shape, **options):  # type: ignore[no-untyped-def]
-        out = zeros(*shape, **options)
-        if options.get("dtype") == torch.int32:
-            counters.append(out)
-        return out
+    def recorded(*arguments):  # type: ignore[no-untyped-def]
+        made = arena(*arguments)
+        counters.append(made[2])
+        return made
 
-    monkeypatch.setattr(torch, "zeros", recorded)
-    row_weight_grad(
-        s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float32, with_bias=True, config=SMALL_GRAD
-    )
-    expected = []
+    monkeypatch.setattr(row_weight_grad_module, "_arena", recorded)
+    options = {"weight_dtype": torch.float32, "config": SMALL_GRAD}
+    row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40, 17], with_bias=True, **options)
+    row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40, 17], column_sums=True, **options)
+    chunks = []
     for counts, N in zip(s.counts, [40, 17], strict=True):
         live = [N, *(int(counts[language]) for language in (0, 1, 2))]
-        expected += [sum(-(-own // 16) for own in live)] * 4  # three strips of 34 columns, and that of the bias
-    assert counters[0].tolist() == expected
+        chunks.append(sum(-(-own // 16) for own in live))
+    # Three strips of 34 columns, and that of the bias; or one program of each language more for each strip's sums.
+    assert counters[0].tolist() == [chunks[0]] * 4 + [chunks[1]] * 4
+    assert counters[1].tolist() == [chunks[0]] * 3 + [chunks[1]] * 3 + [4] * 3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["same", "master"])
+@pytest.mark.parametrize("ids", [[2, -1, 0, 2, 1], [1, 1], [0], [3, 0, 3]], ids=str)
+@pytest.mark.parametrize("turns", [True, False], ids=["turns", "launches"])
+def test_sums_of_columns(ids: list[int], dtype: torch.dtype, weight_dtype, turns, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The bias's gradient of a column mask: a token of any language left out, counted twice, or read past the end."""
+    if not turns:
+        monkeypatch.setattr(row_weight_grad_module, "TURNSTILE_CHIPS", ())
+    s = sample(ids, 7, 4, [40], 34, dtype=dtype)
+    own = weight_dtype or dtype
+    (dW,), (sums,) = row_weight_grad(
+        s.packed, s.x, *s.masks, s.plan, [40], weight_dtype=own, column_sums=True, transposed=True, config=SMALL_GRAD
+    )
+    assert sums.dtype == own
+    assert_close("sums", sums, s.x.double().sum(0), s.x.to(own).sum(0))
+    assert dW.is_contiguous()
+    plain, _ = row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40], weight_dtype=own, config=SMALL_GRAD)
+    assert torch.equal(dW, plain[0].t())
+
+
+def test_results_are_aligned_parts_of_one_tensor() -> None:
+    """Results are zeroed and rounded at once; one that does not begin at 16 bytes is copied element by element."""
+    s = sample([2, -1, 0, 1], 5, 3, [40, 17, 33], 34, dtype=torch.float16)
+    dW, db = row_weight_grad(
+        s.packed, s.x, *s.masks, s.plan, [40, 17, 33], weight_dtype=torch.float16, with_bias=True, config=SMALL_GRAD
+    )
+    every = [*dW, *(db or [])]
+    assert len({part.untyped_storage().data_ptr() for part in every}) == 1
+    assert all(part.storage_offset() % 64 == 0 and part.is_contiguous() for part in every)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -13,8 +13,10 @@ from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, assert_close
+from kernel_oracle import DEVICE, assert_close, launches_kernels
 from tile_samples import GRAD, MATMUL, Problem, results_start_as_nan  # noqa: F401 (a fixture)
+
+pytestmark = launches_kernels
 
 PIECES = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)  # four programs a tile
 

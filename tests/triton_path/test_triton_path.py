@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from fastmask_kernels.interpreter import interpreter_problem
 from transformers import AutoModel, BertConfig, LlamaConfig
 
 import fastmask as fm
@@ -15,6 +19,8 @@ from fastmask.operators import paths
 from fastmask.torch_path import layers as torch_layers
 from fastmask.triton_path import layers as triton_layers
 from fastmask.triton_path import layouts, plans
+
+pytestmark = pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L, N, K = 4, 32, 48
@@ -165,13 +171,76 @@ def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
     """What was made of a mask or of ids outlives them: memory grows with every batch."""
     monkeypatch.setattr(paths, "FORCED", "triton")
     gc.collect()
-    before = len(layouts._made), len(plans._made)
+    before = len(layouts._layouts), len(plans._made)
     for _ in range(3):
         mask, ids = mask_of("weights"), torch.tensor([0, 1], device=DEVICE)
         fm.masked_linear(torch.randn(2, K, device=DEVICE), torch.randn(N, K, device=DEVICE), mask, ids)
     del mask, ids
     gc.collect()
-    assert (len(layouts._made), len(plans._made)) == before
+    assert (len(layouts._layouts), len(plans._made)) == before
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+def test_ids_of_inference_mode_may_be_written_to(kind, monkeypatch):
+    """Tensors of inference mode do not count what is written to them: a batch gets its own languages all the same."""
+    mask, x, weight = mask_of(kind), torch.randn(2, 3, K, device=DEVICE), torch.randn(N, K, device=DEVICE)
+
+    def run():
+        results = []
+        with torch.inference_mode():
+            ids = torch.tensor([0, 2], device=DEVICE)
+            for new in ([0, 2], [2, 0], [-1, 1]):
+                ids.copy_(torch.tensor(new))
+                results.append(fm.masked_linear(x, weight, mask, ids))
+        return results
+
+    assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
+def test_a_model_in_inference_mode_makes_one_plan_for_each_pass(monkeypatch):
+    """A model hands its layers ids of the pass's own: they share one plan, and the next pass makes another."""
+    monkeypatch.setattr(paths, "FORCED", "triton")
+    model = AutoModel.from_config(MODELS["bert"]).to(DEVICE)
+    fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both"))
+    made, plan = [], plans.Plan
+    monkeypatch.setattr(plans, "Plan", lambda *arguments: made.append(1) or plan(*arguments))
+    tokens = torch.randint(0, 50, (2, 6), device=DEVICE)
+    with torch.inference_mode():
+        ids = torch.tensor([0, 1], device=DEVICE)
+        first = model(input_ids=tokens, language_ids=ids)[0]
+        ids.copy_(torch.tensor([1, 0]))
+        second = model(input_ids=tokens, language_ids=ids)[0]
+        again = model(input_ids=tokens, language_ids=torch.tensor([1, 0], device=DEVICE))[0]
+    assert len(made) == 3
+    assert torch.equal(second, again)
+    assert not torch.equal(first, second)
+
+
+SWITCHES = """
+import json, torch
+from fastmask.triton_path.layers import _tf32
+cuda, found = torch.backends.cuda.matmul, [_tf32()]
+for owner, name, values in (
+    (torch.backends, "fp32_precision", ["tf32", "ieee"]),
+    (cuda, "fp32_precision", ["tf32", "ieee"]),
+    (cuda, "allow_tf32", [True, False]),
+):
+    for value in values:
+        setattr(owner, name, value)
+        found.append(_tf32())
+for value in ("high", "highest", "medium"):
+    torch.set_float32_matmul_precision(value)
+    found.append(_tf32())
+cuda.fp32_precision = "tf32"
+print(json.dumps([*found, _tf32()]))
+"""
+
+
+def test_every_switch_for_tf32_is_heard():
+    """PyTorch has an old and a new switch, and some ways to read one raise after the other was used."""
+    done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [False, True, False, True, False, True, False, True, False, True, True]
 
 
 @pytest.mark.parametrize("ids", [[0, L], [-2, 0]])

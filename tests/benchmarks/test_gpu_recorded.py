@@ -1,0 +1,119 @@
+"""What a layer runs on a GPU: launches and operations are counted, and never become more."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastmask_kernels.limits import CHIPS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own: the recorder and Triton's interpreter exclude each other."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The table of `python -m benchmarks.gpu.recorded`."""
+    path = tmp_path_factory.mktemp("recorded") / "counts.json"
+    done = run("-m", "benchmarks.gpu.recorded", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(path.read_text())
+    assert all(name in done.stdout for name in found)
+    return found
+
+
+# (Triton launches, torch operations) of a forward and backward pass of the masked layers, at most; of the plan.
+MOST = {
+    "BERT layer 768, heads and neurons": ((12, 14), (2, 5)),
+    "rows 4096 x 4096, packed": ((3, 2), (3, 1)),
+    "rows 4096 x 4096": ((5, 2), (4, 1)),
+    "columns 4096 x 4096, packed": ((3, 3), (3, 1)),
+    "columns 4096 x 4096": ((6, 3), (4, 1)),
+    "blocks 4096 x 4096": ((5, 2), (2, 1)),
+    "weights 4096 x 4096": ((3, 1), (2, 1)),
+}
+
+
+def test_the_table_has_these_layers(counts: dict[str, Any]) -> None:
+    """A layer is counted that has no bound."""
+    assert counts.keys() == MOST.keys()
+
+
+@pytest.mark.parametrize("layer", MOST)
+def test_a_pass_launches_no_more_than_it_did(layer: str, counts: dict[str, Any]) -> None:
+    """The host spends longer on launching a layer; whoever lowers a count lowers the bound here."""
+    found = counts[layer]
+    masked = [sum(both) for both in zip(found["forward"], found["backward"], strict=True)]
+    assert (tuple(masked), tuple(found["plan"])) == MOST[layer]
+
+
+# ---- the gate
+
+# Prints what is shipped and not launched by the gate's problems: table entries, tile shapes, pairs and turns.
+NOT_LAUNCHED = """
+import json, sys, torch
+from benchmarks.gpu import recorded
+from fastmask_kernels import pair_matmul, row_configs, tile_matmul
+from fastmask_kernels.recorder import Recorder
+from fastmask_kernels.turnstile import TURNSTILE_CHIPS
+
+chip, launched, turns = sys.argv[1], set(), set()
+with recorded.forced():
+    for step in recorded.gate():
+        with Recorder(chip) as recorder:
+            step(recorder)
+        for variant in {launch.variant.key: launch.variant for launch in recorder.launches}.values():
+            known, kinds = variant.constexprs, set(variant.source.signature.values()) & {"*bf16", "*fp16", "*fp32"}
+            blocks = tuple(known.get(name) for name in ("BM", "BN", "BK", "OUT_TILE", "IN_TILE"))
+            wide = known.get("PRECISION") == "tf32" and "tf32" or "ieee"
+            kind = wide if kinds == {"*fp32"} else "half"
+            if kind == "half" and "*fp32" in (variant.source.signature.get(name) for name in ("w0", "weight")):
+                kind = "master"
+            launched.add((variant.kernel, kind, blocks, variant.num_warps, variant.num_stages))
+            turns.add((variant.kernel, known.get("TURNS"), kind == "half"))
+wanted = set()
+def want(kernel, kind, config, *tile):
+    sizes = dict(config.blocks)
+    blocks = (*(sizes.get(name) for name in ("BM", "BN", "BK")), *(tile or (None, None)))
+    wanted.add((kernel, kind, blocks, config.num_warps, config.num_stages))
+tables = {"row_matmul": row_configs.ROW_MATMUL, "row_matmul_t": row_configs.ROW_MATMUL_T}
+tables["row_weight_grad"] = row_configs.ROW_WEIGHT_GRAD
+for name, table in tables.items():
+    for (own, kind), configs in table.items():
+        for config in configs if own == chip else ():
+            want(f"{name}_kernel", kind, config)
+bf16, fp32 = torch.bfloat16, torch.float32
+for kind, dtypes in {"half": (bf16, bf16), "master": (bf16, fp32), "ieee": (fp32, fp32), "tf32": (fp32, fp32)}.items():
+    for config in pair_matmul.block_sizes(chip, *dtypes, 64):
+        want("pair_matmul_kernel", kind, config, 64, 64)
+    for side in (64, 128):
+        for config in tile_matmul.block_sizes(chip, *dtypes, (side, side)):
+            want("tile_matmul_kernel", kind, config, side, side)
+missing = sorted(map(str, wanted - launched))
+for kernel in ("row_weight_grad_kernel", "pair_weight_grad_kernel"):
+    if (kernel, chip in TURNSTILE_CHIPS, True) not in turns:
+        missing.append(f"{kernel} in turns")
+print(json.dumps([len(wanted), missing]))
+"""
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_gate_launches_everything_that_is_shipped(chip: str) -> None:
+    """Block sizes are timed, and used, that no test has ever run on a GPU."""
+    done = run("-c", NOT_LAUNCHED, chip)
+    assert done.returncode == 0, done.stderr
+    wanted, missing = json.loads(done.stdout)
+    assert wanted > 30
+    assert missing == []

@@ -1,0 +1,126 @@
+"""What is made of masks and ids is right on every stream and inside of CUDA graphs.
+
+Streams and captures are stood in for by numbers and flags: what counts is who may see what was made where.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastmask as fm
+from fastmask.masks import StoredMask
+from fastmask.models.routing import Route
+from fastmask.triton_path import kept, layouts, plans
+from fastmask.triton_path.kept import Kept
+
+CPU = torch.device("cpu")
+
+
+class Device:
+    """Which stream is current, and whether it is captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.capturing = 1, False
+        for module in (kept, plans):
+            monkeypatch.setattr(module, "stream_of", lambda device: self.stream)
+            monkeypatch.setattr(module, "is_capturing", lambda device: self.capturing)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device on which the test says what goes on."""
+    return Device(monkeypatch)
+
+
+def test_each_stream_makes_its_own(device: Device) -> None:
+    """Another stream may not have written yet what is handed out."""
+    made: Kept[list[int]] = Kept()
+    tensor = torch.ones(1)
+    first = made.of(tensor, lambda: [1])
+    assert made.of(tensor, lambda: [2]) is first
+    device.stream = 2
+    second = made.of(tensor, lambda: [2])
+    assert second == [2]
+    assert made.of(tensor, lambda: [3]) is second
+    device.stream = 1
+    assert made.of(tensor, lambda: [3]) is first
+    assert made.of(torch.ones(1), lambda: [4]) == [4]
+
+
+def test_what_a_capture_makes_is_not_kept(device: Device) -> None:
+    """A graph's memory holds nothing before a replay: it must not be handed out outside of the graph."""
+    made: Kept[list[int]] = Kept()
+    tensor = torch.ones(1)
+    device.capturing = True
+    assert made.of(tensor, lambda: [1]) == [1]
+    assert len(made) == 0
+    device.capturing = False
+    eager = made.of(tensor, lambda: [2])
+    assert eager == [2]
+    device.capturing, device.stream = True, 7
+    assert made.of(tensor, lambda: [3]) is eager, "what was ready before the capture is used in it"
+
+
+def test_nothing_outlives_its_tensor(device: Device) -> None:
+    """Memory grows with every mask."""
+    made: Kept[list[int]] = Kept()
+    tensor = torch.ones(1)
+    made.of(tensor, lambda: [1])
+    del tensor
+    assert len(made) == 0
+
+
+@pytest.mark.parametrize("kind", ["rows", "blocks", "weights"])
+def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
+    """A mask that is first used inside of a capture leaves a table behind that nobody has written."""
+    mask = {
+        "rows": lambda: fm.Mask.rows(torch.rand(2, 32) < 0.5, 16),
+        "blocks": lambda: fm.Mask.blocks(torch.rand(2, 2, 2) < 0.5, (16, 16)),
+        "weights": lambda: fm.Mask.weights(torch.rand(2, 32, 32) < 0.5),
+    }[kind]()
+    stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, -1)
+
+    def made() -> object:
+        return layouts.positions_of(stored, 32) if kind == "rows" else layouts.layout_of(stored, 32, 32)
+
+    device.capturing = True
+    captured = made()
+    device.capturing = False
+    eager = made()
+    assert eager is not captured
+    assert made() is eager
+
+
+# ---- plans
+
+
+def plan_of(ids: Tensor) -> object:
+    return plans.plan_of(ids, 4, 3, CPU)
+
+
+def test_plans_are_made_for_each_stream(device: Device) -> None:
+    """A layer on another stream reads a plan that is still being made."""
+    ids = torch.tensor([0, 1])
+    first = plan_of(ids)
+    device.stream = 2
+    second = plan_of(ids)
+    assert second is not first
+    assert plan_of(ids) is second
+
+
+def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
+    """A replay computes with the languages of the batch that was captured."""
+    ids = torch.tensor([0, 1])
+    eager = plan_of(ids)
+    device.capturing = True
+    captured = plan_of(ids)
+    assert captured is not eager
+    assert plan_of(ids) is not captured
+    device.capturing = False
+    assert plan_of(ids) is eager
+    # A model's ids are made inside of the capture, for one pass: its layers share a plan.
+    device.capturing = True
+    own = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
+    assert plan_of(own) is plan_of(own)

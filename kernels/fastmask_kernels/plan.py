@@ -18,6 +18,7 @@ __all__ = ["FULL", "Plan"]
 
 FULL = -1  # the language id of the full, unmasked network
 _BLOCK = 256
+_MANY = 2**14  # examples: to sort them takes less than to compare each with each
 
 
 @triton.jit
@@ -28,14 +29,14 @@ def segment_of(ids, example, inside, n_segments):
 
 
 # Program b writes the rows of example b's tokens to their sorted place: behind those of all examples of lower segments,
-# and of its own segment's before it. The last program writes `starts`, `present` and `ok`. Grid: B + 1.
+# and of its own segment's before it. The last program writes `starts`, `present` and `ok`. Grid: B + 1; or that alone.
 @triton.jit(do_not_specialize=["n_examples", "tokens", "n_segments", "n_present"])
 def plan_kernel(
     ids, token_rows, starts, present, ok, n_examples, tokens, n_segments, n_present,
     SEGMENTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     example = tl.program_id(0)
-    if example < n_examples:
+    if example < tl.num_programs(0) - 1:
         own = segment_of(ids, example, True, n_segments)
         before = tl.zeros([BLOCK], tl.int32)
         for start in range(0, n_examples, BLOCK):
@@ -123,8 +124,11 @@ class Plan:
         )
         self.ok = torch.empty((), dtype=torch.int32, device=device)
         segments = triton.next_power_of_2(self.n_segments)
+        if B > _MANY:
+            order = torch.sort(language_ids, stable=True).indices
+            self.token_rows.view(B, tokens).copy_(order[:, None] * tokens + torch.arange(tokens, device=device))
         launch(
-            plan_kernel, (B + 1,), language_ids,
+            plan_kernel, (1 if B > _MANY else B + 1,), language_ids,
             language_ids.contiguous(), self.token_rows, self.starts, self.present, self.ok,
             B, tokens, self.n_segments, n_present,
             SEGMENTS=segments, ROWS=max(1, 2048 // segments), BLOCK=_BLOCK, num_warps=4,

@@ -152,7 +152,8 @@ def tile_weight_grad(
         return out if weight is None else (out, torch.zeros(layout.state.shape, device=x.device))
     (N, K), (TN, TK), (n_tiles, k_tiles) = layout.shape, layout.tile, layout.n_tiles
     if config is None:
-        config = _config(chip_of(x.device), x.dtype.itemsize, layout.tile, weight is not None)
+        even = N % TN == 0 and K % TK == 0
+        config = _config(chip_of(x.device), x.dtype.itemsize, layout.tile, weight is not None, even)
     BN, BK, BM = config["BN"], config["BK"], config["BM"]
     if TN % BN or TK % BK or min(BN, BM) < 16 or BK < 32:
         raise ValueError(f"pieces of {BN} x {BK} do not divide a tile of {TN} x {TK}, or BM = {BM} is below 16")
@@ -183,13 +184,15 @@ def tile_weight_grad(
 _GROUP = 8  # rows of tiles that are walked side by side
 
 
-def _config(chip: str, size: int, tile: tuple[int, int], scores: bool) -> Config:
+def _config(chip: str, size: int, tile: tuple[int, int], scores: bool, even: bool) -> Config:
     """The table: `size` is bytes of an element of the activations; BN and BK divide the tile, or are it.
 
     Partial tiles and scores hold a second sum in registers, scores the weight too; the entries are the largest that the
     compiler fits into registers on every chip.
     """
-    if size == 4:  # plain float32 arithmetic
+    if size == 4 and not even:  # elements are loaded one by one, each with an address
+        BN, BK, BM, warps, stages = 32, 32, 16, 4, 2
+    elif size == 4:  # plain float32 arithmetic
         BN, BK, BM, warps, stages = 64, 64, 16 if scores and chip == "sm_80" else 32, 4, 2
     else:
         BN, BK, BM, warps, stages = 64 if scores else 128, 128, 64, 8, 2 if chip == "gfx942" else 3

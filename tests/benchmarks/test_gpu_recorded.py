@@ -15,10 +15,10 @@ from fastmask_kernels.limits import CHIPS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, packages: str = "") -> subprocess.CompletedProcess[str]:
     """A command in a process of its own: the recorder and Triton's interpreter exclude each other."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [packages, str(ROOT), str(ROOT / "kernels")]))
     command = [sys.executable, "-W", "ignore", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
@@ -117,3 +117,42 @@ def test_the_gate_launches_everything_that_is_shipped(chip: str) -> None:
     wanted, missing = json.loads(done.stdout)
     assert wanted > 30
     assert missing == []
+
+
+# ---- older packages
+
+OLDER = ("triton==3.6.0", "transformers==5.17.0")
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with older packages, found before those that are installed.
+
+    torch 2.11, which belongs to them, takes gigabytes: it is not tried here.
+    """
+    folder = str(tmp_path_factory.mktemp("older"))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *OLDER]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"{' and '.join(OLDER)} cannot be installed: {done.stderr[-300:]}")
+    return folder
+
+
+@pytest.mark.slow
+def test_older_packages_launch_the_same(older: str, counts: dict[str, Any], tmp_path: Path) -> None:
+    """A layer costs more launches, or none are seen, with the oldest Triton and transformers that are supported."""
+    path = tmp_path / "counts.json"
+    versions = run(
+        "-c", "import triton, transformers; print(triton.__version__, transformers.__version__)", packages=older
+    )
+    assert versions.stdout.split() == [package.partition("==")[2] for package in OLDER], versions.stderr
+    done = run("-m", "benchmarks.gpu.recorded", "--json", str(path), packages=older)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text()) == counts
+
+
+@pytest.mark.slow
+def test_older_triton_compiles_them_well(older: str) -> None:
+    """A launch in use spills registers or misses the tensor cores with the oldest Triton that is supported."""
+    done = run("-m", "fastmask_kernels.compile_report", "--quick", "--target", "sm_90", packages=older)
+    assert done.returncode == 0, done.stdout + done.stderr

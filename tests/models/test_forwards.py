@@ -11,7 +11,7 @@ import torch
 from accelerate.hooks import remove_hook_from_submodules
 from datasets import Dataset
 from tiny_models import batch, multiplied, tiny
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fastmask as fm
 
@@ -149,6 +149,18 @@ def test_hooks_of_accelerate_before_attach(inputs, masked):
     remove_hook_from_submodules(model)
     fm.attach(model, subnetworks(model))
     assert_close(model(**inputs, language_ids=IDS)[0], masked)
+
+
+def test_loaded_with_a_device_map(tmp_path):
+    """A model spread over two places has hooks that hide the forward of attach."""
+    tiny("llama", "causal").save_pretrained(tmp_path / "model")
+    places = {"lm_head": "cpu", "model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload")
+    )
+    with pytest.raises(ValueError, match=r"forward of this LlamaForCausalLM has been replaced, as .* device_map"):
+        fm.attach(model, subnetworks(model))
 
 
 def test_hooks_of_accelerate_on_masked_layers_only(inputs):

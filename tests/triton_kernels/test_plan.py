@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from fastmask_kernels import plan as plan_module
 from fastmask_kernels.plan import Plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,8 +85,11 @@ def test_ids_out_of_range_are_reported(batch: tuple[list[int], int, int], wrong:
 
 
 @pytest.mark.parametrize("L", [1, 7, 8, 130, 1500])
-def test_many_languages_and_examples(L: int) -> None:
+@pytest.mark.parametrize("sorts", [False, True])
+def test_many_languages_and_examples(L: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More languages than a block of programs compares at once, more examples, more tokens than a program writes."""
+    if sorts:
+        monkeypatch.setattr(plan_module, "_MANY", 1)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(-1, L, (300,), generator=generator).tolist()
     plan = make(ids, 2, L)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.masks import Mask
+from fastmask.models.caches import CacheArguments, packs_heads
 from fastmask.models.families import family_of, layer_parts
 from fastmask.models.layers import AttachedLinear, Siblings
-from fastmask.models.routing import Router, carried_through_checkpointing
+from fastmask.models.routing import Router
 from fastmask.subnetworks.geometry import Geometry
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.activations import NONE, name_of
@@ -42,8 +43,13 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     `language_ids` int64 [batch] (positions in `subnets.languages`, -1 for the full network), shown in its signature so
     that `transformers.Trainer` keeps the column. Batches may mix languages; they run fastest sorted by language.
     Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
-    those of the live heads, in order. Several threads may run the model at the same time, but not under gradient
-    checkpointing.
+    those of the live heads, in order. Several threads, and tasks of an event loop, may run the model at the same time,
+    each with languages of its own.
+
+    A cache of keys and values may be continued under other languages than it was filled under, the full network
+    included, and without some of its rows. No cache is made unless the call gives one or says `use_cache=True`, as
+    `generate` does; the attention of a call with a cache computes dead heads as zeros, unless the cache was new and the
+    batch of one language.
 
     Args:
         model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).
@@ -86,18 +92,24 @@ def detach(model: Model) -> Model:
 def language(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run every forward pass inside with one language for the whole batch; None is the full network.
 
-    It holds for the thread that enters it: others may run the model with other languages meanwhile.
+    It holds in the context that enters it, as `contextvars` has it: for one asyncio task and those that it starts
+    inside, for one thread (`asyncio.to_thread` takes it along, a thread pool does not). In a generator it holds while
+    the generator runs, not for whoever takes its items meanwhile; in one that `contextlib` or pytest run as a context
+    manager, for what runs inside of that. Masked layers that are reached around the model's own forward follow it, too.
+
+    Gradient checkpointing recomputes under the language of the forward pass. For that, `torch.utils.checkpoint` (or a
+    checkpoint written as an `autograd.Function`) may be entered inside, or enter it itself. Where neither tells, the
+    backward pass ends with an error: what was opened around `backward()` is not for what is recomputed.
+
+    Not detected: a generator that lets something else hold what it opened (an `ExitStack` that a function returned).
 
     Raises:
         KeyError: not a language of the attached subnetworks; the message names the nearest ones.
+        RuntimeError: on leaving it, if another one of the same model was entered later and is still open.
     """
-    router = attached(model).router
-    index = -1 if name is None else attached(model).subnets.index(name)
-    before, router.default = router.default, index
-    try:
+    state = attached(model)
+    with state.router.default.entered(-1 if name is None else state.subnets.index(name)):
         yield
-    finally:
-        router.default = before
 
 
 def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
@@ -195,18 +207,20 @@ def _unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict
     _check_geometry(model, subnets)
     layers: dict[str, nn.Module] = {}
 
-    def add(name: str, keep: Tensor, unit: int, side: str) -> AttachedLinear:
+    def add(name: str, keep: Tensor, unit: int, side: str, of_heads: bool = False) -> AttachedLinear:
         linear = _linear(model, name)
         wide = keep.repeat_interleave(unit, 1)
         build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
-        layer = AttachedLinear.from_linear(linear, build(wide, other), router=router, packed_unit=unit)
+        options = {"router": router, "packed_unit": unit, "of_heads": of_heads}
+        layer = AttachedLinear.from_linear(linear, build(wide, other), **options)
         layers[name] = layer
         return layer
 
     for index, parts in enumerate(layer_parts(model)):
         if subnets.heads is not None:
-            _join([add(name, subnets.heads[:, index], unit, "rows") for name, unit in parts.heads_rows.items()])
-            add(parts.heads_columns[0], subnets.heads[:, index], parts.heads_columns[1], "columns")
+            keep = subnets.heads[:, index]
+            _join([add(name, keep, unit, "rows", of_heads=True) for name, unit in parts.heads_rows.items()])
+            add(parts.heads_columns[0], keep, parts.heads_columns[1], "columns", of_heads=True)
         if subnets.neurons is not None:
             _join([add(name, subnets.neurons[:, index], 1, "rows") for name in parts.neurons_rows])
             down = add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
@@ -299,14 +313,18 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
                 "torch.nn.DataParallel copies modules but not what joins them, and cannot run subnetworks: use "
                 "torch.nn.parallel.DistributedDataParallel (start with torchrun or `accelerate launch`)"
             )
-        router: Router = self._fastmask.router
-        route = router.resolve(language_ids)
-        recomputes = self.training and not torch.compiler.is_compiling()
-        carrying = carried_through_checkpointing(self, router, route) if recomputes else nullcontext()
-        with carrying, router.using(route):
+        state: Attached = self._fastmask
+        route = state.router.resolve(language_ids)
+        cache = caching.cache(args, kwargs)
+        if cache is None and not caching.asks_for_one(args, kwargs):
+            args, kwargs = caching.without(args, kwargs)
+        elif state.subnets.heads is not None:
+            route.packs_heads = packs_heads(cache, state.subnets.heads, route.present)
+        with state.router.using(route):
             return plain.forward(self, *args, **kwargs)
 
     signature = inspect.signature(plain.forward)
+    caching = CacheArguments(signature)
     parameters = list(signature.parameters.values())
     extra = inspect.Parameter("language_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
     position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)

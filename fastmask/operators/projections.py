@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastmask.masks import StoredMask
+from fastmask.masks import UNPACKED, StoredMask
 from fastmask.operators.paths import as_examples, path_for, traced
 
 __all__ = ["run_projections"]
@@ -181,7 +181,10 @@ _forward_op.register_autograd(_gradients, setup_context=_setup_context)
 
 @_forward_op.register_fake
 def _(x, weights, biases, language_ids, indices, extents, units, n_languages, widths):  # type: ignore[no-untyped-def]
-    return [x.new_empty(*x.shape[:-1], width) for width in widths]
+    return [
+        x.new_empty(*x.shape[:-1], weight.shape[0] if width == UNPACKED else width)
+        for weight, width in zip(weights, widths, strict=True)
+    ]
 
 
 @_backward_op.register_fake

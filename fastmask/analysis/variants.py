@@ -129,7 +129,7 @@ def _all_units(maker: nn.Module, router: Router) -> Iterator[None]:
     """Let a projection compute the units of the full network."""
     assert isinstance(maker, AttachedLinear)
     own, full = maker.router, Router(router.languages)
-    full.route = Route(-1, (-1,))
+    full.running.route = Route(-1, (-1,))
     maker.router = full
     try:
         yield

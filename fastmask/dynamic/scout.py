@@ -84,7 +84,7 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
 def _all_units_computed(model: nn.Module) -> Iterator[None]:
     """Let the layers of heads and neurons run the full network; masks over single weights stay in force."""
     full = Router(attached(model).subnets.languages)
-    full.route = Route(-1, (-1,))
+    full.running.route = Route(-1, (-1,))
     layers = [m for m in model.modules() if isinstance(m, AttachedLinear) and m.packed_unit is not None]
     routers = [layer.router for layer in layers]
     for layer in layers:

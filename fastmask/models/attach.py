@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fastmask.masks import Mask
 from fastmask.models.building import unit_layers, weight_layers
+from fastmask.models.caches import CacheArguments, packs_heads
 from fastmask.models.families import layer_parts
 from fastmask.models.layers import AttachedLinear
 from fastmask.models.places import Places
 from fastmask.models.plain import check_model, check_shared, is_own, kind_of, leads_to
-from fastmask.models.routing import Router, carried_through_checkpointing
+from fastmask.models.routing import Router
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of", "set_subnetwork"]
@@ -44,8 +45,13 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     `language_ids` int64 [batch] (positions in `subnets.languages`, -1 for the full network), shown in its signature so
     that `transformers.Trainer` keeps the column. Batches may mix languages; they run fastest sorted by language.
     Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
-    those of the live heads, in order. Several threads may run the model at the same time, but not under gradient
-    checkpointing.
+    those of the live heads, in order. Several threads, and tasks of an event loop, may run the model at the same time,
+    each with languages of its own.
+
+    A cache of keys and values may be continued under other languages than it was filled under, the full network
+    included, and without some of its rows. No cache is made unless the call gives one or says `use_cache=True`, as
+    `generate` does; the attention of a call with a cache computes dead heads as zeros, unless the cache was new and the
+    batch of one language.
 
     Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
     adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
@@ -107,18 +113,24 @@ def detach(model: Model) -> Model:
 def language(model: nn.Module, name: str | None) -> Iterator[None]:
     """Run every forward pass inside with one language for the whole batch; None is the full network.
 
-    It holds for the thread that enters it: others may run the model with other languages meanwhile.
+    It holds in the context that enters it, as `contextvars` has it: for one asyncio task and those that it starts
+    inside, for one thread (`asyncio.to_thread` takes it along, a thread pool does not). In a generator it holds while
+    the generator runs, not for whoever takes its items meanwhile; in one that `contextlib` or pytest run as a context
+    manager, for what runs inside of that. Masked layers that are reached around the model's own forward follow it, too.
+
+    Gradient checkpointing recomputes under the language of the forward pass. For that, `torch.utils.checkpoint` (or a
+    checkpoint written as an `autograd.Function`) may be entered inside, or enter it itself. Where neither tells, the
+    backward pass ends with an error: what was opened around `backward()` is not for what is recomputed.
+
+    Not detected: a generator that lets something else hold what it opened (an `ExitStack` that a function returned).
 
     Raises:
         KeyError: not a language of the attached subnetworks; the message names the nearest ones.
+        RuntimeError: on leaving it, if another one of the same model was entered later and is still open.
     """
-    router = attached(model).router
-    index = -1 if name is None else attached(model).subnets.index(name)
-    before, router.default = router.default, index
-    try:
+    state = attached(model)
+    with state.router.default.entered(-1 if name is None else state.subnets.index(name)):
         yield
-    finally:
-        router.default = before
 
 
 def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
@@ -239,14 +251,17 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
                 "torch.nn.parallel.DistributedDataParallel (start with torchrun or `accelerate launch`)"
             )
         state.places.check()
-        router = state.router
-        route = router.resolve(language_ids)
-        recomputes = self.training and not torch.compiler.is_compiling()
-        carrying = carried_through_checkpointing(self, router, route) if recomputes else nullcontext()
-        with carrying, router.using(route):
+        route = state.router.resolve(language_ids)
+        cache = caching.cache(args, kwargs)
+        if cache is None and not caching.asks_for_one(args, kwargs):
+            args, kwargs = caching.without(args, kwargs)
+        elif state.subnets.heads is not None:
+            route.packs_heads = packs_heads(cache, state.subnets.heads, route.present)
+        with state.router.using(route):
             return plain.forward(self, *args, **kwargs)
 
     signature = inspect.signature(plain.forward)
+    caching = CacheArguments(signature)
     parameters = list(signature.parameters.values())
     extra = inspect.Parameter("language_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
     position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)

@@ -25,18 +25,20 @@ def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[
     _check_geometry(model, subnets)
     layers: dict[str, nn.Module] = {}
 
-    def add(name: str, keep: Tensor, unit: int, side: str) -> AttachedLinear:
+    def add(name: str, keep: Tensor, unit: int, side: str, of_heads: bool = False) -> AttachedLinear:
         linear = plain_linear(model, name)
         wide = keep.repeat_interleave(unit, 1)
         build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
-        layer = AttachedLinear.from_linear(linear, build(wide, other), router=router, packed_unit=unit)
+        options = {"router": router, "packed_unit": unit, "of_heads": of_heads}
+        layer = AttachedLinear.from_linear(linear, build(wide, other), **options)
         layers[name] = layer
         return layer
 
     for index, parts in enumerate(layer_parts(model)):
         if subnets.heads is not None:
-            _join([add(name, subnets.heads[:, index], unit, "rows") for name, unit in parts.heads_rows.items()])
-            add(parts.heads_columns[0], subnets.heads[:, index], parts.heads_columns[1], "columns")
+            keep = subnets.heads[:, index]
+            _join([add(name, keep, unit, "rows", of_heads=True) for name, unit in parts.heads_rows.items()])
+            add(parts.heads_columns[0], keep, parts.heads_columns[1], "columns", of_heads=True)
         if subnets.neurons is not None:
             _join([add(name, subnets.neurons[:, index], 1, "rows") for name in parts.neurons_rows])
             down = add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")

@@ -31,6 +31,7 @@ class AttachedLinear(MaskedLinear):
     Args:
         packed_unit: rows or columns of one head (or neuron); the packed width is a multiple of it and holds at least
             one unit, because attention code cannot reshape zero heads. None for a layer that is not packed.
+        of_heads: whether the units are heads, which a route may want unpacked.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class AttachedLinear(MaskedLinear):
         *,
         router: Router,
         packed_unit: int | None,
+        of_heads: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, mask, **options)
         self.router = router
         self.packed_unit = packed_unit
+        self.of_heads = of_heads
         self.activation = NONE  # applied to the input; set by `attach` where the model's own was taken out
         self.siblings: Siblings | None = None  # set by `attach`
         self._live_counts = mask.live_counts() if packed_unit is not None else []
@@ -53,20 +56,17 @@ class AttachedLinear(MaskedLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
-        if self.siblings is not None:
+        if self.siblings is not None and route.shared:
             return self.siblings.output_of(self, x, route)
-        language_ids = route.ids_for(x)
-        if self.packed_unit is None:
-            width = UNPACKED
-        elif self.mask.kind == "columns":
-            width = x.shape[-1]
-        else:
-            width = self.packed_width(route, x)
-        return compute(x, self.weight, self.mask, language_ids, self.bias, width, self.activation)
+        width = self.packed_width(route, x)
+        return compute(x, self.weight, self.mask, route.ids_for(x), self.bias, width, self.activation)
 
     def packed_width(self, route: Route, x: Tensor) -> int:
-        """Width of the packed output of a row mask: that of the widest language present, or of all if not known."""
-        assert self.packed_unit is not None
+        """Width of the packed side: that of the input, or of the widest language present, or of all if not known."""
+        if self.packed_unit is None or (self.of_heads and not route.packs_heads):
+            return UNPACKED
+        if self.mask.kind == "columns":
+            return x.shape[-1]
         if route.present is None:
             widest = max(self._live_counts)
         elif -1 in route.present:

@@ -113,7 +113,7 @@ def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids
         route = layer.router.current()
         if route.present is not None:
             return route.present
-        ids = route._language_ids
+        ids = route.language_ids
         return (ids,) if isinstance(ids, int) else ids.detach()
     ids = args[1] if len(args) > 1 else kwargs["language_ids"]
     return ids.detach() if ids.device.type != "cpu" else tuple(set(ids.tolist()))

@@ -58,5 +58,5 @@ def test_a_language_holds_for_the_thread_that_enters_it(model):
 
     for y, wanted in zip(in_threads(run, LANGUAGES), expected, strict=True):
         torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
-    with fm.language(model, "aa"), pytest.raises(ValueError, match="for the thread that enters it"):
+    with fm.language(model, "aa"), pytest.raises(ValueError, match="for the thread, task or generator that enters it"):
         in_threads(lambda _: model(**inputs), [None])

@@ -47,7 +47,7 @@ DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 def tiny(model_type: str, head: str = "bare", attention: str = "sdpa", **changes: object):  # type: ignore[no-untyped-def]
     """A randomly initialised model, in float64 and eval mode."""
     options = DISTIL if model_type == "distilbert" else DECODER if model_type in DECODERS else ENCODER
-    config = AutoConfig.for_model(model_type, **options, **changes)
+    config = AutoConfig.for_model(model_type, **{**options, **changes})
     if model_type == "electra":
         config.embedding_size = 24
     auto = {"bare": AutoModel, "tokens": AutoModelForTokenClassification, "causal": AutoModelForCausalLM}[head]

@@ -1,0 +1,196 @@
+"""What `fastmask.language` sets: the language of one model, in the task, thread or generator that enters it."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from types import FrameType
+from typing import Any
+
+import torch
+
+__all__ = ["ContextLanguage", "backward_pass"]
+
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_RUNNERS = (
+    "contextlib",
+    "_pytest.fixtures",
+)  # who runs a generator for what it opens, not for its items
+
+_numbers = itertools.count()
+_context: ContextVar[Any] = ContextVar("fastmask.language")  # one for all models: contexts never let go of a variable
+
+
+def backward_pass() -> int:
+    """A number for the backward pass that this thread is in, -1 outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+class _Entries:
+    """The entries of a context: an attribute for each model that has any.
+
+    `here` are those of the current context, or these if it has none. A property made of a builtin function is what
+    `torch.compile` takes for an attribute: it reads it while it traces, and compares it before every call of what it
+    compiled. It cannot trace `ContextVar.get`.
+    """
+
+    here = property(_context.get)
+
+    def __init__(self, entries: dict[str, _Entry]) -> None:
+        vars(self).update(entries)
+
+    def but(self, model: str, entry: _Entry | None) -> _Entries:
+        """The same with another entry of one model, or none."""
+        others = {name: of_another for name, of_another in vars(self).items() if name != model}
+        return _Entries(others if entry is None else {**others, model: entry})
+
+
+_none = _Entries({})
+
+
+class _Entry:
+    """One `with fastmask.language(...)` of one model."""
+
+    def __init__(self, language: int, before: _Entry | None, generator: FrameType | None) -> None:
+        self.language = language
+        self.before = before  # the entry that is in force again when this one is left
+        self.generator = generator  # whose it is, if it is one's
+        self.backward_pass = backward_pass()
+        self.left = False  # out of turn, or in another context: contexts may still hold it
+
+    def in_force(self) -> bool:
+        """Whether the calling code is inside.
+
+        While a generator is suspended, whoever resumes it is not inside what it opened. What was opened outside of a
+        backward pass does not hold inside: there, models run again what they ran under the languages of then.
+        """
+        if self.left or (self.generator is not None and not _is_running(self.generator)):
+            return False
+        return torch.compiler.is_compiling() or self.backward_pass == backward_pass()
+
+
+class _Traced(threading.local):
+    """Entered by code that `torch.compile` traces, which knows no contexts; it is left before that code ends."""
+
+    def __init__(self) -> None:
+        self.language: int | None = None
+
+
+class ContextLanguage:
+    """A language id of one model, or none, for each context."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self.number = next(_numbers)
+        self._model = f"model_{self.number}"
+        self._none, self._traced = _none, _Traced()
+
+    def get(self) -> int | None:
+        """The language id that the calling code is inside of; -1 is the full network."""
+        traced = self._traced.language
+        if traced is not None:
+            return traced
+        entry: _Entry | None = getattr(self._none.here, self._model, None)
+        while entry is not None:
+            if entry.in_force():
+                return entry.language
+            entry = entry.before
+        return None
+
+    @contextmanager
+    def entered(self, language: int) -> Iterator[None]:
+        """Set the language id for what runs inside.
+
+        Raises:
+            RuntimeError: it is left while another one, entered later, is still open.
+        """
+        if torch.compiler.is_compiling():
+            before, self._traced.language = self._traced.language, language
+            try:
+                yield
+            finally:
+                self._traced.language = before
+            return
+        before, traced = _none.here, self._traced.language
+        entry = _Entry(language, self._last_of(before), _iterated_generator())
+        mine = before.but(self._model, entry)
+        token, self._traced.language = _context.set(mine), None
+        try:
+            yield
+        finally:
+            self._traced.language = traced
+            later = self._leave(entry, mine, token)
+        if later is not None:
+            raise RuntimeError(
+                f"`with fastmask.language(model, {self._name(language)})` is left while {self._name(later.language)}, "
+                "entered after it, is still open: leave the last one entered first"
+            )
+
+    def _leave(self, entry: _Entry, mine: _Entries, token: Token[Any]) -> _Entry | None:
+        """Take an entry out of the context; returns the one that was entered after it and is still open, if any."""
+        now, later = _none.here, None
+        last = self._last_of(now)
+        try:
+            _context.reset(token)
+        except ValueError:  # left in another context than it was entered in: a generator that someone else closes
+            entry.left = True
+        else:
+            if last is not entry:
+                entry.left, later = True, last
+                _context.set(now)
+            elif now is not mine:  # other models' entries have come or gone since
+                _context.set(now.but(self._model, entry.before))
+        own = entry.generator is not None or (later is not None and later.generator is not None)
+        if entry.generator is not None:
+            entry.left, entry.generator = True, None  # contexts that were copied meanwhile need not hold its frame
+        now = _none.here
+        last = self._last_of(now)
+        if last is not getattr(now, self._model, None):
+            _context.set(now.but(self._model, last))
+        return None if own else later  # generators take turns
+
+    def _last_of(self, entries: _Entries) -> _Entry | None:
+        """The last entry of this model that was not left."""
+        entry: _Entry | None = getattr(entries, self._model, None)
+        while entry is not None and entry.left:
+            entry = entry.before
+        return entry
+
+    def _name(self, language: int) -> str:
+        return "None" if language < 0 else repr(self._names[language])
+
+
+# ---- generators, which share the context of whoever resumes them
+
+
+def _iterated_generator() -> FrameType | None:
+    """The generator that is entering a language, unless it is run as a context manager."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_back
+        if not _runs_generators(frame):
+            if not frame.f_code.co_flags & _GENERATOR:
+                return None
+            if caller is None or not _runs_generators(caller):
+                return frame
+        frame = caller
+    return None
+
+
+def _runs_generators(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") in _RUNNERS
+
+
+@torch.compiler.disable
+def _is_running(generator: FrameType) -> bool:
+    """Whether a generator's frame is on this thread's stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not generator:
+        frame = frame.f_back
+    return frame is generator

@@ -24,6 +24,7 @@ from fastmask.parsing.synthetic import SEEN
 from fastmask.parsing.treebanks import load_treebanks
 from fastmask.training.config import TrainConfig
 from fastmask.training.finished import load_run
+from fastmask.training.manifest import MANIFEST, files_in, read_origin, write_manifest
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
 TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
@@ -189,11 +190,17 @@ def test_discover_what_cannot_be_combined(run, data, capsys, tmp_path):
     """Runs of other languages or settings must be refused before anything is computed."""
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    settings = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(settings.replace("density: 0.4", "density: 0.3"))
+    settings, origin = (other / "config.yaml").read_text(), read_origin(other)
+    names = files_in(other, ["config.yaml", "masks.safetensors", "model"])
+
+    def trained_with(old, new):
+        (other / "config.yaml").write_text(settings.replace(old, new))
+        write_manifest(other / MANIFEST, origin, names)
+
+    trained_with("density: 0.4", "density: 0.3")
     arguments = ["discover", run, other, "--data", data, "--masks", tmp_path / "m"]
     assert "density is 0.4 in " in output_of(capsys, *arguments, code=1)
-    (other / "config.yaml").write_text(settings.replace("qaa,qac", "qac,qaa"))
+    trained_with("qaa,qac", "qac,qaa")
     assert "has the languages qaa, qac, " in output_of(capsys, *arguments, code=1)
     said = output_of(capsys, "discover", run, "--masks", tmp_path / "m", "--tau", "0.9", "--density", "0.5", code=1)
     assert "--tau and --density are both given" in said
@@ -338,7 +345,7 @@ class TestErrors:
     def test_truncated_masks(self, run, capsys, tmp_path):
         broken = tmp_path / "masks.safetensors"
         broken.write_bytes((run / "masks.safetensors").read_bytes()[:-20])
-        assert "not a masks file, or is truncated" in output_of(capsys, "masks", broken, code=1)
+        assert "is not a safetensors file, or is truncated" in output_of(capsys, "masks", broken, code=1)
 
     def test_predict_with_an_unknown_language(self, run, data, capsys, tmp_path):
         source = next(data.glob("UD_*/qac_toy-ud-test.conllu"))

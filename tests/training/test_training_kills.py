@@ -80,8 +80,17 @@ def assert_resumes(folder: Path, kind: str, unbroken: TrainResult) -> None:
         ours, theirs = load_file(folder / path.name), load_file(path)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    names = {path.relative_to(folder) for path in folder.rglob("*")}
-    assert names == {path.relative_to(unbroken.run) for path in unbroken.run.rglob("*")}
+    assert names_in(folder) == names_in(unbroken.run)
+    # Killed after its last checkpoint was there and before an older one was removed, it keeps that one.
+    kept, expected = ({path.name for path in (run / "checkpoints").iterdir()} for run in (folder, unbroken.run))
+    assert expected <= kept <= {*expected, "step-00000009", "step-00000010"}
+    for path in checkpoints.complete(folder):
+        checkpoints.check(path)
+
+
+def names_in(folder: Path) -> set[Path]:
+    """All files and folders but the checkpoints."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if "checkpoints" not in path.parts}
 
 
 def kill_at_call(folder: Path, kind: str, number: int) -> None:

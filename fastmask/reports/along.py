@@ -59,6 +59,7 @@ def along(study: Study, options: Options) -> Plan:
 
 
 def _at(run: Run, checkpoint: Path, treebanks: Any, languages: Any, options: Options) -> tuple[Run, pd.DataFrame]:
+    checkpoints.check(checkpoint)
     parser, subnets = parser_at(run.folder, checkpoint, options.device)
     result = conflict_of(parser, treebanks, languages, options)
     table = result.more["scopes"]

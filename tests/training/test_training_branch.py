@@ -1,5 +1,6 @@
 """Branching: a run that takes over the first steps of another one ends like one that took them itself."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,16 @@ def test_settings_of_the_shared_steps_must_agree(name: str, sources: dict[str, P
     value = {"batch_size": 9, "lr": 1e-3, "seed": 4, "eval_every": 7, "steps": 24}[name]
     with pytest.raises(ConfigError, match=rf"cannot branch off from .*: {name} is .* there and {value} here"):
         branch(sources["full"], toy_config(tmp_path / "b", method="random", **{name: value}))
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_damaged_start(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A branch does not start from a checkpoint that has changed since it was written."""
+    shutil.copytree(sources["full"], tmp_path / "source")
+    weights = checkpoints.folder_of(tmp_path / "source", 6) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(RuntimeError, match=rf"cannot branch off from a damaged checkpoint: {weights}: has other"):
+        branch(tmp_path / "source", toy_config(tmp_path / "b", method="random"))
     assert not (tmp_path / "b").exists()
 
 

@@ -18,8 +18,10 @@ from test_training_loop import halves, random_subnetworks
 from toy_run import assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
 
 from fastmask.training import checkpoints
+from fastmask.training.adaptations import held_for_new, save_adapted
 from fastmask.training.finished import load_run
 from fastmask.training.loop import TrainResult, train
+from fastmask.unseen import Choice, HeadDirection
 
 META = {"meta": "fomaml", "inner_steps": 1, "support_sentences": 2, "query_sentences": 2, "inner_lr": 0.05}
 KINDS: dict[str, dict[str, Any]] = {
@@ -78,8 +80,17 @@ def assert_resumes(folder: Path, kind: str, unbroken: TrainResult) -> None:
         ours, theirs = load_file(folder / path.name), load_file(path)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    names = {path.relative_to(folder) for path in folder.rglob("*")}
-    assert names == {path.relative_to(unbroken.run) for path in unbroken.run.rglob("*")}
+    assert names_in(folder) == names_in(unbroken.run)
+    # Killed after its last checkpoint was there and before an older one was removed, it keeps that one.
+    kept, expected = ({path.name for path in (run / "checkpoints").iterdir()} for run in (folder, unbroken.run))
+    assert expected <= kept <= {*expected, "step-00000009", "step-00000010"}
+    for path in checkpoints.complete(folder):
+        checkpoints.check(path)
+
+
+def names_in(folder: Path) -> set[Path]:
+    """All files and folders but the checkpoints."""
+    return {path.relative_to(folder) for path in folder.rglob("*") if "checkpoints" not in path.parts}
 
 
 def kill_at_call(folder: Path, kind: str, number: int) -> None:
@@ -129,3 +140,52 @@ def test_killed_at_random_moments(kind: str, unbroken: dict[str, TrainResult], t
             process.join()
             assert process.exitcode == -9
         assert_resumes(folder, kind, unbroken[kind])
+
+
+# ---- an adapted run
+
+
+def save_adaptation(source: str, folder: str, number: int | None, marker: str) -> None:
+    """What `fastmask adapt` does once it has adapted."""
+    loaded = load_run(source)
+    seen = die_before(number)
+    with held_for_new(Path(folder)):
+        choice, profile = Choice(0, loaded.subnetworks.languages[0]), HeadDirection({})
+        save_adapted(Path(folder), loaded, choice, {"language": "qzz"}, [], profile)
+    Path(marker).write_text("\n".join(seen))
+
+
+def kill_an_adaptation(number: int, source: Path, tmp_path: Path) -> None:
+    folder, marker = tmp_path / str(number) / "run", str(tmp_path / f"{number}.txt")
+    process = start_process(save_adaptation, str(source), str(folder), number, marker)
+    process.join()
+    assert process.exitcode == -9
+    if not (folder / "manifest.json").exists():  # else it was killed when all was done
+        process = start_process(save_adaptation, str(source), str(folder), None, marker)
+        process.join()
+        assert process.exitcode == 0
+    assert load_run(folder).subnetworks == load_run(tmp_path / "whole").subnetworks
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_an_adaptation_killed_at_some_calls(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """An adapted run is there whole or not at all, and what a killed process left does not stop the next one."""
+    calls = _counted(unbroken["static"].run, tmp_path)
+    for number in sorted(random.Random("adapt").sample(range(1, calls + 1), 3)):
+        kill_an_adaptation(number, unbroken["static"].run, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_adaptation_killed_at_every_call(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
+    """The same, at every rename, fsync and delete."""
+    for number in range(1, _counted(unbroken["static"].run, tmp_path) + 1):
+        kill_an_adaptation(number, unbroken["static"].run, tmp_path)
+
+
+def _counted(source: Path, tmp_path: Path) -> int:
+    """Adapt without a kill; how many calls that takes."""
+    process = start_process(save_adaptation, str(source), str(tmp_path / "whole"), None, str(tmp_path / "calls.txt"))
+    process.join()
+    assert process.exitcode == 0
+    return len(calls_of(tmp_path / "calls.txt"))

@@ -14,6 +14,7 @@ from processes_run import CASES, run
 from test_training_episodes import assert_close, first_moments
 from toy_run import metrics, toy_config, toy_parser
 
+from fastmask.files import held
 from fastmask.parsing.synthetic import write_treebanks
 from fastmask.training import checkpoints
 
@@ -37,7 +38,7 @@ def launched(*arguments: Any, succeeds: bool = True, launcher: str = "torchrun")
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout if succeeds else done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,16 @@ def test_two_processes_killed_in_an_episode(tmp_path: Path) -> None:
     launched(script, HERE, tmp_path / "killed", "finish")
     launched(script, HERE, tmp_path / "unbroken", "finish")
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "unbroken")
+
+
+def test_two_processes_where_another_one_trains(tmp_path: Path) -> None:
+    """Both end at once, with a message that names who is training there, and write nothing."""
+    script = tmp_path / "second.py"
+    script.write_text(KILLED)
+    with held(tmp_path / "run"):
+        said = launched(script, HERE, tmp_path / "run", "finish", succeeds=False)
+    assert said.count(f"is in use by process {os.getpid()} on ") >= 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:

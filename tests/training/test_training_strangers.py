@@ -153,18 +153,6 @@ def test_code_of_the_model(kind: str, finished: Path, tmp_path: Path, monkeypatc
     assert not mark.exists()
 
 
-def test_kernels_from_elsewhere(finished: Path, tmp_path: Path) -> None:
-    """An encoder whose configuration asks for compiled code from the Hub is refused by name."""
-    shutil.copytree(finished, tmp_path / "run")
-    file = tmp_path / "run" / "model" / "encoder" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "attn_implementation": "evil/kernels"}))
-    seal(tmp_path / "run")
-    with pytest.raises(
-        ValueError, match=r"config.json: attn_implementation is 'evil/kernels', which is code on the Hub"
-    ):
-        load_run(tmp_path / "run")
-
-
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_links_out_of_a_run(what: str, finished: Path, killed: Path, tmp_path: Path) -> None:
     """A link in a run or a checkpoint is not followed to weights somewhere else."""

@@ -198,4 +198,4 @@ def _support(parser: Parser, rows: Sequence[Mapping[str, Any]], language: str) -
     A word whose relation no training language has is left out of the label loss, not out of the sentence.
     """
     encoded = parser.features.encode(rows, parser.vocabulary)
-    return encoded.select(rows_that_fit(parser.features, encoded, f"support sentences of {language!r}"))
+    return encoded.select(rows_that_fit(parser.features, encoded, "support sentences", language))

@@ -27,13 +27,16 @@ def too_long(features: Features, encoded: Encoded, limit: int | None = None) -> 
     return np.flatnonzero(features.positions(encoded) > room)
 
 
-def rows_that_fit(features: Features, encoded: Encoded, what: str, limit: int | None = None) -> np.ndarray:
+def rows_that_fit(
+    features: Features, encoded: Encoded, what: str, language: str = "", limit: int | None = None
+) -> np.ndarray:
     """Return int64 [m]: the sentences to train on; a warning says how many are too long and left out.
 
     Args:
         features: of the encoder.
         encoded: N sentences.
-        what: they are, for messages: "training sentences of 'de'".
+        what: they are, for messages: "training sentences".
+        language: whose they are, for messages.
         limit: at most so many positions; what the encoder has if None.
 
     Raises:
@@ -42,11 +45,13 @@ def rows_that_fit(features: Features, encoded: Encoded, what: str, limit: int | 
     long = too_long(features, encoded, limit)
     fits = np.setdiff1d(np.flatnonzero(encoded.lengths > 0), long)
     room = features.max_positions if limit is None else min(limit, features.max_positions)
+    whose = f"{language}: " if language else ""
     if len(encoded) and not len(fits):
-        raise ValueError(f"none of the {len(encoded)} {what} fits into {room} positions")
+        raise ValueError(f"{whose}none of the {len(encoded)} {what} fits into {room} positions")
     if len(long):
         warnings.warn(
-            f"{len(long)} of {len(encoded)} {what} are left out: they need more than {room} positions", stacklevel=2
+            f"{whose}{len(long)} of {len(encoded)} {what} are left out: they need more than {room} positions",
+            stacklevel=2,
         )
     return fits
 

@@ -50,7 +50,7 @@ def encode_training_data(
     for language, splits in datasets.items():
         columns = splits["train"].select_columns(["words", "upos", "heads", "deprels"])
         every = parser.features.encode(columns, parser.vocabulary)
-        rows = rows_that_fit(parser.features, every, f"training sentences of {language!r}", max_length)
+        rows = rows_that_fit(parser.features, every, "training sentences", language, max_length)
         if not len(rows):
             raise ValueError(f"language {language!r} has no training sentences")
         encoded[language] = every.select(rows)

@@ -80,7 +80,7 @@ def test_a_long_sentence_ends_nothing(banks, capsys, tmp_path):
     arguments[arguments.index("--dev-sentences") + 1] = "0"
     assert main(["train", *map(str, arguments)]) == 0
     said = capsys.readouterr().err
-    assert "1 of 41 training sentences of 'qaa' are left out" in said
+    assert "qaa: 1 of 41 training sentences are left out" in said
     assert said.count("1 of 13 sentences do not fit into the encoder's 512 positions") >= 1  # test
     assert said.count("1 of 11 sentences do not fit") >= 1  # dev
     for row in json.loads((out / "results.json").read_text())["test"]:
@@ -114,7 +114,7 @@ def test_a_comparison_prepares_everything_first(banks, capsys, tmp_path):
     options = ["--data", banks, "--train", "qaa,qac", "--unseen", "qad", "--shots", "1", "--support-sets", "1"]
     options += ["--seeds", "1", "--methods", "full", "--metas", "none", "--steps", "2", *TINY]
     said = output_of(capsys, "compare", *options, "--out", tmp_path / "out", code=1)
-    assert "none of the 1 support sentences of 'qad' fits into 512 positions" in said
+    assert "qad: none of the 1 support sentences fits into 512 positions" in said
     assert not (tmp_path / "out").exists()
 
 

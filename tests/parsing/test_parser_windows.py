@@ -126,8 +126,8 @@ def test_sentences_to_learn_from_are_left_out_if_they_are_too_long() -> None:
     encoded = features.encode([sentence_of(["a"] * n) for n in (2, 4, 3, 5)], vocabulary)
     with pytest.warns(UserWarning, match="2 of 4 support sentences are left out: they need more than 4 positions"):
         assert rows_that_fit(features, encoded, "support sentences").tolist() == [0, 2]
-    with pytest.warns(UserWarning, match="3 of 4 .* 3 positions"):
-        assert rows_that_fit(features, encoded, "support sentences", 3).tolist() == [0]
+    with pytest.warns(UserWarning, match="de: 3 of 4 .* 3 positions"):
+        assert rows_that_fit(features, encoded, "support sentences", "de", 3).tolist() == [0]
     with pytest.raises(ValueError, match="none of the 2 support sentences fits into 4 positions"):
         rows_that_fit(features, encoded.select(np.array([1, 3])), "support sentences")
     assert len(rows_that_fit(features, encoded.select(np.array([], dtype=int)), "support sentences")) == 0

@@ -73,17 +73,16 @@ def is_tree(heads):
 
 
 def plainly(content, trees):
-    """Words, tags and, of trees, heads and labels, by splitting at line ends and tabs."""
+    """Lines, words, tags and, of trees, heads and labels, by splitting at line ends and tabs."""
     found = []
     for block in blocks_of(content):
         words = words_of(block)
-        names = [line for line in block if line.startswith("#") and line[1:].split("=")[0].strip() == "sent_id"]
-        sentence = [[row[1] for row in words], [row[3] or "_" for row in words]]
+        sentence = ["\n".join(block), [row[1] for row in words], [row[3] or "_" for row in words]]
         if trees:
             heads = [int(row[6]) for row in words]
             assert is_tree(heads)
             assert all(row[7] not in ("", "_") for row in words)
-            sentence += [heads, [row[7] for row in words], len(names)]
+            sentence += [heads, [row[7] for row in words]]
         found.append(sentence)
     return found
 
@@ -91,9 +90,9 @@ def plainly(content, trees):
 def read(path, trees):
     found = []
     for sentence in read_sentences(path, require_tree=trees):
-        row = [list(sentence.words), list(sentence.upos)]
+        row = [sentence.conllu, list(sentence.words), list(sentence.upos)]
         if trees:
-            row += [list(sentence.heads), list(sentence.deprels), sentence.conllu.count("sent_id =")]
+            row += [list(sentence.heads), list(sentence.deprels)]
         found.append(row)
     return found
 

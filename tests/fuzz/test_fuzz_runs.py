@@ -130,9 +130,10 @@ def stopped_run(small_data, tmp_path_factory):
             raise Stopped
         add(log, record)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsLog, "add", stop)
-        go(folder / "run")
+        with pytest.raises(Stopped):
+            go(folder / "run")
     return folder / "run", go, expected
 
 
@@ -162,7 +163,7 @@ class Outcome:
 def test_checkpoints(count, stopped_run, tmp_path):
     """1,000 runs with a damaged file, resumed: they end as the unbroken one does, or name the file or checkpoint."""
     source, go, expected = stopped_run
-    verdicts = Verdicts()
+    run, verdicts = tmp_path / "run", Verdicts()
     kept = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
     newest = [path for path in kept if path.parts[0] == "checkpoints" and path.parts[1].endswith("4")]
     others = [path for path in kept if path.parts[0] != "checkpoints" and path.suffix in (".yaml", ".safetensors")]
@@ -172,7 +173,6 @@ def test_checkpoints(count, stopped_run, tmp_path):
     for file in files:
         original = (source / file).read_bytes()
         for what, content in mutants(original, KIND.get(file.suffix, "bytes"), each, file):
-            run = tmp_path / "run"
             shutil.rmtree(run, ignore_errors=True)
             shutil.copytree(source, run)
             (run / file).write_bytes(content)

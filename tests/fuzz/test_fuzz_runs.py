@@ -104,6 +104,41 @@ def test_finished_runs(count, adapted_run, small_data, tmp_path):
 test_finished_runs.few = 40
 
 
+class Anything:
+    """Equal to whatever a command answers."""
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+def test_crafted_runs(count, adapted_run, small_data, tmp_path):
+    """1,000 runs whose checksums are right and whose content is not, as from a stranger: no bug, no hang."""
+    manifest = pytest.importorskip("fastmask.training.manifest")
+    run, verdicts = tmp_path / "run", Verdicts()
+    shutil.copytree(adapted_run, run)
+    commands = Commands(run, small_data, tmp_path)
+    readers = [commands.evaluate, commands.predict, commands.adapt]
+    sealed = (run / manifest.MANIFEST).read_bytes()
+    names, origin = json.loads(sealed)["files"], manifest.read_origin(run)
+    files = [file for file in files_of(run) if file.name != manifest.MANIFEST]
+    each = -(-count // len(files))
+    for file in files:
+        original = (run / file).read_bytes()
+        kind = KIND.get(file.suffix, "bytes")
+        for number, (what, content) in enumerate(mutants(original, kind, each, f"crafted {file}")):
+            read = readers[number % len(readers)]
+            (run / file).write_bytes(content)
+            manifest.write_manifest(run / manifest.MANIFEST, origin, names)
+            verdicts.reading(f"{file} {what} {read.__name__}", read, Anything)
+        (run / file).write_bytes(original)
+    verdicts.check(least=count // 8)
+
+
+test_crafted_runs.few = 30
+
+
 # ---- checkpoints
 
 

@@ -24,3 +24,8 @@ def failure_of(capsys: Any, *arguments: object) -> str:
     assert "unexpected" not in said
     assert "this is a bug" not in said
     return said[:-1]
+
+
+def errors_of(printed: str) -> list[str]:
+    """The lines of stderr, without the warnings and the progress of a command that goes well."""
+    return [line for line in printed.splitlines() if ": warning: " not in line]

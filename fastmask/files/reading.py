@@ -39,7 +39,9 @@ class FileError(ValueError):
     """A file that is damaged or not what was asked for; the message reads ``FILE: what is wrong (expected)``."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
-        """Build the message: one line, with nothing in it that a terminal would obey."""
+        """Build the message: one line of bounded length, with nothing in it that a terminal would obey."""
+        if len(problem) > 500:
+            problem = f"{problem[:400]} ... {problem[-90:]}"
         super().__init__(one_line(f"{os.fspath(path)}: {problem}"))
 
 

@@ -69,6 +69,13 @@ def test_lines(tmp_path):
         next(found)
 
 
+def test_messages_are_of_bounded_length():
+    """A file cannot fill the screen through what is said of it."""
+    message = str(files.FileError("a", "x" * 10_000 + "end"))
+    assert len(message) < 600
+    assert message.endswith("end")
+
+
 def test_a_message_is_one_line_that_no_terminal_obeys(tmp_path):
     """Names in a file cannot clear the screen or forge further lines of output."""
     path = written(tmp_path, r'{"x": 3, "\u001b[2J\nerror: pay": 4}')

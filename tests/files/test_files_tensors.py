@@ -50,7 +50,8 @@ def test_sealed_files_round_trip(tmp_path):
 def test_every_flipped_bit_is_seen(tmp_path):
     """A sealed file with one bit changed, anywhere, is refused (or reads the same, where JSON has white space)."""
     path = tmp_path / "a"
-    files.write_sealed(path, TENSORS, {"note": "x"})
+    tensors = {name: TENSORS[name] for name in ("bools", "bytes")}
+    files.write_sealed(path, tensors, {"note": "x"})
     content = path.read_bytes()
     accepted, complaints = 0, []
     for position in range(8 * len(content)):
@@ -64,7 +65,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
             continue
         accepted += 1
         assert header == {"note": "x"}
-        assert all(back[name].equal(tensor) for name, tensor in TENSORS.items())
+        assert all(back[name].equal(tensor) for name, tensor in tensors.items())
     assert accepted < 64
     assert all(complaint.startswith(f"{path}: ") for complaint in complaints)
 

@@ -271,7 +271,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
         latest = checkpoints.latest(tmp_path / "two")
         assert latest is not None
-        assert checkpoints.read_progress(latest)["processes"] == 2
+        assert checkpoints.check(latest).processes == 2
     parser = toy_parser(dropout=0.0)
     train(parser, toy_data(), toy_config(tmp_path / "one", method="random"), random_subnetworks, progress=False)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

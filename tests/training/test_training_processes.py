@@ -75,7 +75,7 @@ def test_two_processes_end_with_the_metrics_of_one(case: str, one: Path, two: Pa
     """If this fails, a run on two processes is another experiment than the same run on one."""
     latest = checkpoints.latest(two / case)
     assert latest is not None
-    assert checkpoints.read_progress(latest)["processes"] == 2
+    assert checkpoints.check(latest).processes == 2
     for ours, theirs in zip(metrics(two / case), metrics(one / case), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():

@@ -236,7 +236,7 @@ class TestErrors:
     def test_truncated_masks(self, run, capsys, tmp_path):
         broken = tmp_path / "masks.safetensors"
         broken.write_bytes((run / "masks.safetensors").read_bytes()[:-20])
-        assert "not a masks file, or is truncated" in output_of(capsys, "masks", broken, code=1)
+        assert "is not a safetensors file, or is truncated" in output_of(capsys, "masks", broken, code=1)
 
     def test_predict_with_an_unknown_language(self, run, data, capsys, tmp_path):
         source = next(data.glob("UD_*/qac_toy-ud-test.conllu"))

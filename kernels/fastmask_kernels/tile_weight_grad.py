@@ -169,7 +169,7 @@ def tile_weight_grad(
         N, K, dy.stride(0), x.stride(0), out.stride(0), out.stride(1), 0 if weight is None else weight.stride(0),
         n_tiles, k_tiles, 0 if layout.bits is None else layout.bits.shape[2], plan.present.shape[0],
         HAS_PARTIAL=layout.bits is not None, ACCUMULATE=accumulate, SCORES=weight is not None,
-        EVEN_N=N % BN == 0, EVEN_K=K % BK == 0, TN=TN, TK=TK, BN=BN, BK=BK, BM=BM, GROUP=_GROUP,
+        EVEN_N=N % TN == 0, EVEN_K=K % TK == 0, TN=TN, TK=TK, BN=BN, BK=BK, BM=BM, GROUP=_GROUP,
         PRECISION="tf32" if allow_tf32 else "ieee", num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if scores is None:

@@ -81,6 +81,21 @@ def test_pieces_of_a_tile() -> None:
         each.check_scores(PIECES)
 
 
+def test_pieces_of_the_last_tile_read_nothing_behind_the_edge() -> None:
+    """If this fails, a piece of a tile that lies wholly past the edge reads, and scores, what is not the gradient's."""
+    problem = Problem(IDS, 9, 3, 48, 96)  # one piece and a half of PIECES' tiles in both directions
+    for name, width in (("dy", 48), ("x", 96)):
+        room = torch.full((problem.plan.n_rows, width + 64), float("nan"), device=DEVICE)
+        room[:, :width] = getattr(problem, name)
+        setattr(problem, name, room[:, :width])
+    problem.check_grad(config=PIECES)
+    p = problem
+    _, scores = tile_weight_grad(
+        p.dy, p.x, p.layout, p.plan, weight_dtype=torch.float32, weight=p.weight, config=PIECES
+    )
+    assert not scores.isnan().any()
+
+
 def test_accumulate_into_any_strides() -> None:
     """If this fails, a gradient is lost when a second micro-batch adds to the first, or a neighbour is overwritten."""
     for block in ((1, 1), (32, 64)):

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from types import FrameType
@@ -17,19 +17,11 @@ import torch
 __all__ = ["ContextLanguage", "backward_pass"]
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-_RUNNERS = (
-    "contextlib",
-    "_pytest.fixtures",
-)  # who runs a generator for what it opens, not for its items
+_RUNNERS = ("contextlib", "_pytest.fixtures")  # they run a generator for what it opens, not for its items
 
 _numbers = itertools.count()
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id  # of this thread, a number; -1 outside of any
 _context: ContextVar[Any] = ContextVar("fastmask.language")  # one for all models: contexts never let go of a variable
-
-
-def backward_pass() -> int:
-    """A number for the backward pass that this thread is in, -1 outside of any."""
-    number: int = torch._C._current_graph_task_id()
-    return number
 
 
 class _Entries:

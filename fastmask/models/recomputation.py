@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -22,7 +23,8 @@ _FILE = inspect.unwrap(checkpoint).__code__.co_filename
 _NAME = "_fastmask_routes"
 _COMPILED = "torch._functorch._aot_autograd.runtime_wrappers"  # the function that `torch.compile` makes of a program
 
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+# What autograd would save goes through these functions, if there are any: those of a checkpoint, for one.
+_saving_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def may_recompute(began_with_grad: bool) -> bool:
@@ -30,7 +32,7 @@ def may_recompute(began_with_grad: bool) -> bool:
 
     A checkpoint catches what autograd would save, or turns gradients off and computes everything again.
     """
-    return _top_hooks(False) is not None or (began_with_grad and not torch.is_grad_enabled())
+    return _saving_hooks(False) is not None or (began_with_grad and not torch.is_grad_enabled())
 
 
 def remember(number: int, route: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastmask.models.contexts import ContextLanguage, backward_pass
 from fastmask.models.recomputation import may_recompute, recall, remember
@@ -43,7 +44,7 @@ class Route:
         self.present = present
         self.shared = self.packs_heads = shared
         self.model = model
-        tracing = torch.compiler.is_compiling()
+        tracing = is_compiling()
         self.backward_pass = -1 if tracing else backward_pass()
         self.with_grad = tracing or torch.is_grad_enabled()
         self.waiting: dict[Any, Any] = {}
@@ -63,10 +64,10 @@ class Route:
                 else type(language_ids).__name__
             )
             raise ValueError(f"expected language_ids as an int64 tensor [batch], given {given}")
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return cls(language_ids, None)
         if language_ids.device.type != "cpu":
-            inside = (language_ids.clamp(0, n_languages - 1) == language_ids).all()
+            inside = ((language_ids >= 0) & (language_ids < n_languages)).all()
             torch._assert_async(
                 inside,
                 f"language_ids on a GPU: expected 0 to {n_languages - 1} (the full network, -1, is asked for by ids on "
@@ -111,7 +112,7 @@ class Route:
         return made
 
     def _ids_of_one(self, x: Tensor, language: int) -> Tensor:
-        if self.model is None or not torch.compiler.is_compiling():
+        if self.model is None or not is_compiling():
             return torch.full((x.shape[0],), language, device=x.device)
         made: Tensor = torch.ops.fastmask.language_of_pass(x, language, self.model)
         return made
@@ -181,7 +182,7 @@ class Router:
             return Route.of(language_ids, len(self.languages))
         if default is not None:
             return self._remembered(Route(default, (default,), model=self.default.number))
-        if not torch.compiler.is_compiling() and backward_pass() >= 0:
+        if not is_compiling() and backward_pass() >= 0:
             then = recall(self.default.number)
             if then is None:
                 raise ValueError(f"this model is called in a backward pass, and no language was given: {_RECOMPUTED}")
@@ -200,15 +201,18 @@ class Router:
             RuntimeError: there is neither.
         """
         route = self.running.route
-        if torch.compiler.is_compiling():
-            if route is not None:
+        if route is not None:
+            if is_compiling():
                 return route
-        elif route is not None and route.backward_pass == backward_pass():
-            return self._remembered(route) if may_recompute(route.with_grad) else route
+            if route.backward_pass == backward_pass():
+                return self._remembered(route) if may_recompute(route.with_grad) else route
+        return self._around_the_forward()
+
+    def _around_the_forward(self) -> Route:
         default = self.default.get()
         if default is not None:
             return self._remembered(Route(default, (default,), shared=False, model=self.default.number))
-        if torch.compiler.is_compiling() or backward_pass() < 0:
+        if is_compiling() or backward_pass() < 0:
             raise RuntimeError(
                 "a masked layer was called outside the forward pass of the model it is attached to, and outside "
                 "`with fastmask.language(model, ...)`"
@@ -220,7 +224,7 @@ class Router:
 
     def _remembered(self, route: Route) -> Route:
         """The route, left with the checkpoint that may run what now runs again."""
-        if not torch.compiler.is_compiling() and may_recompute(began_with_grad=True):
+        if not is_compiling() and may_recompute(began_with_grad=True):
             remember(self.default.number, route)
         return route
 

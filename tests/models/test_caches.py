@@ -44,7 +44,7 @@ class Pair:
         return DynamicCache(config=self.model.config)
 
     def wanted(self, rows, *passes):
-        """Logits of the last pass; in each, each of some rows reads (language, from, to) with a cache of its own."""
+        """Logits of the last pass (languages of the rows, from, to); each row has a cache of its own."""
         logits = []
         for position, row in enumerate(rows):
             cache = self.cache()
@@ -218,7 +218,7 @@ def test_other_caches(llama, kind):
 
 
 def test_no_cache_unless_asked_for(llama):
-    """Every pass of a decoder, also in training, makes a cache that nobody reads, and computes dead heads for it."""
+    """Every pass, those of training too, makes a cache that nobody reads, and computes dead heads for it."""
     model, ids = llama.model, torch.tensor([0, 0])
     widths = []
     handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *a: widths.append(a[-1].shape[-1]))
@@ -285,13 +285,14 @@ def test_generate_for_a_mixed_batch(model_type, how):
 
 
 def test_generate_by_sampling(llama):
-    """The same seed gives another text than W * mask."""
+    """The same seed gives another text than W * mask, or dead heads are computed for one language."""
     options = {"max_new_tokens": 6, "do_sample": True, "pad_token_id": 0, "num_return_sequences": 2}
     with fm.language(llama.model, "wide"):
         torch.manual_seed(0)
-        found = llama.model.generate(TOKENS[:2, :4], **options)
+        found = llama.model.generate(TOKENS[:2, :4], return_dict_in_generate=True, **options)
     torch.manual_seed(0)
-    assert torch.equal(found, llama.dense[1].generate(TOKENS[:2, :4], **options))
+    assert torch.equal(found.sequences, llama.dense[1].generate(TOKENS[:2, :4], **options))
+    assert heads_in(found.past_key_values) == [2, 2]
 
 
 def test_generate_after_a_prefix(llama):

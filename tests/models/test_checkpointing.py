@@ -257,7 +257,7 @@ class TestLayers:
 class TestNothingToGoBy:
     def test_a_call_in_a_backward_pass(self):
         """What runs inside a backward pass takes the language from around it, which is not its own."""
-        model, errors = attached(), []
+        model, seen = attached(), []
         x = torch.ones(1, requires_grad=True)
 
         def hook(grad):
@@ -266,16 +266,37 @@ class TestNothingToGoBy:
                     (ValueError, RuntimeError), match="in a backward pass, and no language was given"
                 ) as e:
                     call()
-                errors.append(e.type)
+                seen.append(e.type)
             with fm.language(model, "aa"):
-                errors.append(model(**INPUTS).logits)
+                seen.append(model(**INPUTS).logits)
 
         x.register_hook(hook)
         with fm.language(model, "bb"):
             (x * 2).backward()
-        assert errors[:2] == [ValueError, RuntimeError]
+        assert seen[:2] == [ValueError, RuntimeError]
         with fm.language(model, "aa"):
-            assert torch.equal(errors[2], model(**INPUTS).logits)
+            assert torch.equal(seen[2], model(**INPUTS).logits)
+
+    def test_a_call_in_the_backward_pass_of_what_was_recomputed(self, way):
+        """What a hook runs takes the language of the checkpoint that its backward pass began in."""
+        model, seen = attached(), []
+
+        def ask(grad):
+            with pytest.raises(ValueError, match="in a backward pass, and no language was given"):
+                model(**INPUTS)
+            seen.append(grad)
+
+        def run(x):
+            y = loss(model, INPUTS)(x)
+            if y.requires_grad:
+                y.register_hook(ask)
+            return y
+
+        with fm.language(model, "aa"):
+            y = way(run, embedded(model, INPUTS))
+        backward_inside(model, "bb", y)
+        assert seen
+        assert_gradients_of(model, ("aa", INPUTS))
 
     def test_a_checkpoint_that_torch_has_changed(self, monkeypatch):
         """Where a checkpoint can no longer be found, a recomputed call runs in whatever language holds by then."""

@@ -87,6 +87,9 @@ def projections_step(masks: list[fm.Mask], ids: Tensor, tokens: int, act: torch.
 
 def model_step(model: nn.Module, batch: dict[str, Tensor], ids: Tensor | None) -> Step:
     """A whole model in training, on `DEVICE`."""
+    for layer in model.modules():
+        if isinstance(layer, fm.MaskedLinear):
+            layer.mask = layer.mask.to(DEVICE)  # masks do not follow weights that have no memory
 
     def step(recorder: Recorder) -> None:
         model.zero_grad(set_to_none=True)
@@ -288,7 +291,9 @@ def _tiny_model_step(config: object, dtype: torch.dtype) -> Step:
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both"))
     tokens = torch.zeros(5, 6, dtype=torch.int64, device=DEVICE)
     ids = torch.tensor([2, 0, 0, -1, 1])  # on the CPU, as in the tests: ids on a device may not ask for everything
-    return model_step(model.to(DEVICE), {"input_ids": tokens, "language_ids": ids}, None)
+    # Without an attention mask transformers looks at the positions, which waits for the device.
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "language_ids": ids}
+    return model_step(model.to(DEVICE), inputs, None)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -67,7 +67,7 @@ class Route:
         if is_compiling():
             return cls(language_ids, None)
         if language_ids.device.type != "cpu":
-            inside = ((language_ids >= 0) & (language_ids < n_languages)).all()
+            inside = (language_ids.clamp(0, n_languages - 1) == language_ids).all()
             torch._assert_async(
                 inside,
                 f"language_ids on a GPU: expected 0 to {n_languages - 1} (the full network, -1, is asked for by ids on "

@@ -26,6 +26,7 @@ CASES = {
     "aligned": (8, [7, 6, 5, 4, 3, 0, 0, 1], 128, 3072, 768),
     "alone": (1, [0, 0, 0, 0], 128, 768, 3072),
     # Large enough for every tile of the tables, and for what is only worth while where languages have many tokens.
+    "modest": (2, [1, 0], 128, 192, 256),
     "large and odd": (2, [1, 0], 300, 1701, 1301),
     "short": (8, [7, 6, 5, 4, 3, 0, 0, 1], 16, 3072, 768),
     "middling": (2, [1, 0], 64, 1152, 1152),

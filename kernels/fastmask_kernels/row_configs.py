@@ -52,7 +52,8 @@ ROW_MATMUL: Table = {
     ("gfx942", "half"): [_config(256, 128, 32, 8, 2), _config(64, 64, 64, 4, 2), _config(64, 64, 32, 4, 2)],
     ("gfx942", "master"): [_config(128, 128, 32, 8, 2), _config(64, 64, 32, 4, 2)],
     **{(chip, "tf32"): [_config(128, 64, 32, 8, 3), _config(64, 64, 32, 4, 2)] for chip in CHIPS},
-    **{(chip, "ieee"): [_config(64, 64, 16, 8, 2), _config(32, 32, 16, 4, 2)] for chip in CHIPS},
+    **{(chip, "ieee"): [_config(64, 64, 16, 8, 3), _config(32, 32, 16, 4, 2)] for chip in CHIPS},
+    ("gfx942", "ieee"): [_config(64, 64, 16, 8, 2), _config(32, 32, 16, 4, 2)],
 }
 
 ROW_MATMUL_T: Table = {

@@ -291,8 +291,8 @@ def _tiny_model_step(config: object, dtype: torch.dtype) -> Step:
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both"))
     tokens = torch.zeros(5, 6, dtype=torch.int64, device=DEVICE)
     ids = torch.tensor([2, 0, 0, -1, 1])  # on the CPU, as in the tests: ids on a device may not ask for everything
-    # Without an attention mask transformers looks at the positions, which waits for the device.
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "language_ids": ids}
+    # A whole mask, as transformers looks at positions or at a mask of tokens, which waits for the device.
+    inputs = {"input_ids": tokens, "attention_mask": randn(5, 1, 6, 6, dtype=dtype), "language_ids": ids}
     return model_step(model.to(DEVICE), inputs, None)
 
 

@@ -226,7 +226,7 @@ def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys):
                 for condition in CONDITIONS
                 for name, choice in zip(NAMES, reversed(NAMES), strict=True)
             ]
-            seconds = dict.fromkeys(("seconds", "training_seconds", "scoring_seconds", "tokens_per_second"), 1.0)
+            seconds = dict.fromkeys(("seconds", "training_seconds", "scoring_seconds", "words_per_second"), 1.0)
             counts = dict.fromkeys(("outer_steps", "gradient_passes", "sentences"), 1)
             nothing = {"resumed": False, "scouting_share": None, "density": None}
             write_result(plan, job, {**seconds, **counts, **nothing, "scores": rows})

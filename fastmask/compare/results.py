@@ -39,7 +39,7 @@ class CellResult(Record):
     outer_steps: Count
     gradient_passes: Count
     sentences: Count
-    tokens_per_second: Seconds
+    words_per_second: Seconds
     scouting_share: float | None
     density: dict[str, float] | None
     scores: list[Score]

@@ -21,7 +21,7 @@ SCORE = {
 }  # fmt: skip
 RESULT = {
     "seconds": 1.0, "resumed": False, "training_seconds": 1.0, "scoring_seconds": 1, "outer_steps": 4,
-    "gradient_passes": 4, "sentences": 8, "tokens_per_second": 10.5, "scouting_share": None,
+    "gradient_passes": 4, "sentences": 8, "words_per_second": 10.5, "scouting_share": None,
     "density": {"heads": 0.5}, "scores": [SCORE],
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ def changed(**changes):
         (changed(outer_steps=True), "outer_steps: Input should be a valid integer, given True"),
         (changed(seconds="1"), "seconds: Input should be a valid number, given '1'"),
         (changed(seconds=-1), "seconds: Input should be greater than or equal to 0"),
-        (changed(tokens_per_second=float("nan")), "tokens_per_second: Input should be"),
+        (changed(words_per_second=float("nan")), "tokens_per_second: Input should be"),
         (changed(density=[0.5]), "density: Input should be"),
         (changed(scores={}), "scores: Input should be a valid array"),
         (changed(scores=[{**SCORE, "las": 101.0}]), "scores.0.las: Input should be less than or equal to 100"),

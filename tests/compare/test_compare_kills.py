@@ -35,7 +35,7 @@ COMPARISON = {
     "train": "qaa,qab", "unseen": "qad", "seeds": 1, "methods": "static,dynamic", "metas": "none", "shots": 2,
     "support_sets": 1, "adapt_steps": 1, "adapt_lr": 1e-3, "adapt_encoder_lr": 1e-3, "test_sentences": 2,
 }  # fmt: skip
-TIMES = ("seconds", "training_seconds", "scoring_seconds", "tokens_per_second", "words_per_second", "resumed")
+TIMES = ("seconds", "training_seconds", "scoring_seconds", "words_per_second", "resumed")
 TIMES += ("scouting_share",)
 WAIT = 300  # seconds
 

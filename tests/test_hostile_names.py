@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.text import Text
+from whole_results import whole_result
 
 import fastmask as fm
 from fastmask.analysis import drawing
@@ -219,17 +220,11 @@ def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys):
     for job in plan.jobs:
         if job.method is not None:
             rows = [
-                {
-                    **{"condition": condition, "language": name, "las": 50.0, "uas": 50.0, "choice": choice},
-                    **{"subnetwork": choice, "support_set": None, "steps": 0, "words": 9},
-                }
+                {"condition": condition, "language": name, "las": 50.0, "choice": choice, "subnetwork": choice}
                 for condition in CONDITIONS
                 for name, choice in zip(NAMES, reversed(NAMES), strict=True)
             ]
-            seconds = dict.fromkeys(("seconds", "training_seconds", "scoring_seconds", "words_per_second"), 1.0)
-            counts = dict.fromkeys(("outer_steps", "gradient_passes", "sentences"), 1)
-            nothing = {"resumed": False, "scouting_share": None, "density": None}
-            write_result(plan, job, {**seconds, **counts, **nothing, "scores": rows})
+            write_result(plan, job, whole_result(rows))
     files = write_report(plan, "fastmask compare ``` | --out '[/b]'")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert all(path.parent == plan.out for path in files)

@@ -82,7 +82,7 @@ def changed(**changes):
         (changed(outer_steps=True), "outer_steps: Input should be a valid integer, given True"),
         (changed(seconds="1"), "seconds: Input should be a valid number, given '1'"),
         (changed(seconds=-1), "seconds: Input should be greater than or equal to 0"),
-        (changed(words_per_second=float("nan")), "tokens_per_second: Input should be"),
+        (changed(words_per_second=float("nan")), "words_per_second: Input should be"),
         (changed(density=[0.5]), "density: Input should be"),
         (changed(scores={}), "scores: Input should be a valid array"),
         (changed(scores=[{**SCORE, "las": 101.0}]), "scores.0.las: Input should be less than or equal to 100"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from whole_results import whole_result
 
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.plan import CompareConfig, Plan
@@ -96,7 +97,7 @@ def test_of_made_scores(tmp_path, lost):
             for place in range(12)
             if (number + place) % 11 or not lost
         ]
-        write_result(plan, cell, {"seconds": 1.0, "density": None, "scores": scores})
+        write_result(plan, cell, whole_result(scores))
         run = Run(plan.folder(cell), TrainConfig(method=cell.method, meta=cell.meta, seed=cell.seed), "")
         name = cell.method if cell.meta == "none" else f"{cell.method} + {NAMES[cell.meta]}"
         (run.folder / "model").mkdir(exist_ok=True)

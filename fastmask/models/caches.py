@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 __all__ = ["CacheArguments", "packs_heads"]
 
 _PACKED = "_fastmask_packed"  # of a cache: the live heads [layers][heads] that its layers hold, and nothing else
 _NAMES = ("cache", "past_key_values")  # of one argument, in newer and older releases of transformers
-
-_UNPACKABLE = (DynamicLayer, DynamicSlidingWindowLayer)
 
 LiveHeads = tuple[tuple[bool, ...], ...]
 
@@ -90,14 +86,20 @@ def _live(heads: Tensor) -> LiveHeads:
 
 def _is_new(cache: Any) -> bool:
     """Whether nothing was ever put into a cache whose layers can be unpacked."""
+    # Not at the top: whoever has a cache has imported it already.
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
     return (
         type(cache) is DynamicCache
         and not cache.offloading
-        and all(type(layer) in _UNPACKABLE and not layer.is_initialized for layer in cache.layers)
+        and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and not layer.is_initialized
+            for layer in cache.layers
+        )
     )
 
 
-def _unpack(cache: DynamicCache, packed: LiveHeads) -> None:
+def _unpack(cache: Any, packed: LiveHeads) -> None:
     """Put the heads of a packed cache into their slots."""
     for layer, live in zip(cache.layers, packed, strict=False):
         if layer.is_initialized and layer.keys.ndim == 4:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastmask.files import LOCK_FILES, held, is_leftover, remove_leftovers, write_folder
+from pydantic import Field
+
+from fastmask.files import LOCK_FILES, Record, check, held, is_leftover, read_json, remove_leftovers, write_folder
 from fastmask.parsing.synthetic import SEEN
 from fastmask.parsing.treebanks import find_treebanks, load_treebanks, select_treebanks
 from fastmask.training.config import ConfigError
@@ -30,6 +32,13 @@ __all__ = ["adaptations_of", "check_new", "check_new_folder", "held_for_new", "p
 RESULTS_FILE = "results.json"
 RECORDS = "adaptations"  # in it, oldest first
 PROFILE = "head_direction"  # in a record: relation -> [before, after], of the support sentences
+
+
+class _Record(Record):
+    """What is read again of the record of an added language."""
+
+    language: str
+    head_direction: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
 
 
 def check_new_folder(out: str | os.PathLike[str]) -> Path:
@@ -72,12 +81,20 @@ def _unlock(folder: Path) -> None:
 
 
 def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of the languages that were added to a run, oldest first."""
-    results = Path(run, RESULTS_FILE)
-    if not results.is_file():
+    """The records of the languages that were added to a run, oldest first.
+
+    Raises:
+        FileError: the file that holds them is damaged.
+    """
+    path = Path(run, RESULTS_FILE)
+    try:
+        content: dict[str, Any] = read_json(path)
+    except FileNotFoundError:
         return []
-    found: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8")).get(RECORDS, [])
-    return found
+    records: list[dict[str, Any]] = check(path, content.get(RECORDS, []), list[dict[str, Any]])
+    for record in records:
+        check(path, {name: record.get(name) for name in ("language", PROFILE)}, _Record)
+    return records
 
 
 def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from tiny_models import batch, multiplied, tiny
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -21,6 +22,14 @@ IDS = torch.tensor([1, 0])
 
 def subnetworks(model):
     return fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units="both")
+
+
+@pytest.fixture(autouse=True)
+def new_accelerators():
+    """Accelerators of one process must have one precision, and other tests have made theirs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fastmask.files import check_writable
-from fastmask.terminal import console_of
+from fastmask.terminal import console_of, say
 from fastmask.training.config import ConfigError
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _adapt(
         ],
     }
     save_adapted(out, loaded, choice, record, earlier, HeadDirection.of_rows(rows))
-    print(f"run: {out.resolve()}")
+    say(f"run: {out.resolve()}")
 
 
 def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, int]:
@@ -192,9 +192,7 @@ def _test(options: argparse.Namespace, parser: Parser, support: Rows) -> Prepare
         return None
     left = without_repeats(rows, support)
     if len(left) < len(rows):
-        print(
-            f"{len(rows) - len(left)} test sentences are left out: they stand in the support set, too", file=sys.stderr
-        )
+        say(f"{len(rows) - len(left)} test sentences are left out: they stand in the support set, too", file=sys.stderr)
     if not left:
         raise ConfigError("every test sentence is also a support sentence (expected others)")
     return prepare(parser, left)
@@ -252,7 +250,7 @@ def _print_choice(choice: Choice, language: str, by: str | None) -> None:
     """The table of candidates, best first, or one line where nothing was compared."""
     values = choice.losses or choice.similarities
     if values is None:
-        print(f"{language}: {_network(choice, choice.language_id)}")
+        say(f"{language}: {_network(choice, choice.language_id)}")
         return
     table = Table(title=f"which subnetwork for {language}")
     table.add_column("subnetwork")

@@ -175,7 +175,7 @@ class Plan:
             ]
             if differences:
                 raise ConfigError(
-                    f"the comparison in {self.out} has other settings: {', '.join(differences)} "
+                    f"{file} has other settings: {', '.join(differences)} "
                     "(expected the same to go on with it, or a new folder)"
                 )
             return

@@ -40,7 +40,7 @@ def check_out(config: TrainConfig) -> None:
         differences = TrainConfig.load(settings).differences(config)
         if differences:
             listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differences.items())
-            raise ConfigError(f"the run in {folder} has other settings: {listed} (expected the same to resume it)")
+            raise ConfigError(f"{settings} has other settings: {listed} (expected the same to resume the run)")
 
 
 def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import fastmask
-from fastmask.torch_path.products import by_onednn
+from fastmask.torch_path.gemm import by_onednn
 
 __all__ = ["ROOT", "commit_of", "described", "one_line", "processor"]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmask import bits
+from fastmask.kept import never_written
 
 __all__ = ["UNPACKED", "Mask", "StoredMask", "live_blocks"]
 
@@ -62,7 +63,7 @@ class Mask:
         self.n_languages, self.out_features, self.in_features = shape
         self.geometry = geometry
         self.live = _lasting(live)  # int64 [L]: how many weights each language owns
-        self.index, self.extents = _lasting(index), _lasting(extents)
+        self.index, self.extents = never_written(_lasting(index)), _lasting(extents)
 
     # ---- constructors
 
@@ -199,6 +200,10 @@ class Mask:
         """For copies and pickles: without the tables that products keep with the stored tensors."""
         tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
         return {**vars(self), **tensors}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        never_written(self.index)
 
     def __repr__(self) -> str:
         density = ", ".join(f"{d:.2f}" for d in self.density.tolist()[:8]) + (", ..." if self.n_languages > 8 else "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ if not torch.cuda.is_available():
     # Without a GPU Triton's interpreter runs the kernels; it must be asked for before they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-WAYS = ("looped", "gated", "batched")
+WAYS = ("looped", "gated")
 _BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
 
 
@@ -28,14 +27,11 @@ def ud_dir() -> Path:
 
 @pytest.fixture(params=WAYS)
 def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every batch runs this way where it is possible (`fastmask.torch_path.choice`), whatever it costs."""
-    from fastmask.torch_path import choice, layers  # not before Triton knows how to run
+    """Every batch runs this way where it is possible, whatever it costs."""
+    from fastmask.torch_path import layers  # not before Triton knows how to run
 
-    def choose(*batch: Any) -> str:
-        return request.param if request.param in choice.possible(*batch) else "looped"
-
-    monkeypatch.setattr(layers, "cheapest", choose)
-    return request.param
+    monkeypatch.setattr(layers, "is_cheaper", lambda *batch: request.param == "gated")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

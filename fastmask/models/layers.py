@@ -16,7 +16,6 @@ from fastmask.linear import MaskedLinear
 from fastmask.masks import UNPACKED, Mask
 from fastmask.models.routing import Route, Router
 from fastmask.torch_path.activations import NONE
-from fastmask.torch_path.products import by_onednn, padded
 
 __all__ = ["AttachedLinear", "Siblings"]
 
@@ -76,8 +75,6 @@ class AttachedLinear(MaskedLinear):
         if self.packed_unit == 1 and x.is_cuda:
             # Rows that begin at a multiple of 16 bytes are copied 16 bytes at a time.
             widest = min(-(-widest // 64) * 64, self.out_features)
-        elif self.packed_unit == 1 and not torch.compiler.is_compiling() and by_onednn(x):
-            widest = min(padded(widest), self.out_features)
         return max(widest, self.packed_unit)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from fastmask.kept import never_written
 from fastmask.models.contexts import ContextLanguage, backward_pass
 from fastmask.models.recomputation import may_recompute, recall, remember
 
@@ -107,8 +108,7 @@ class Route:
                 f"expected one language id for each of the {x.shape[0]} examples, "
                 f"given language_ids of shape {tuple(self.language_ids.shape)}"
             )
-        made._fastmask_of_one_pass = {}  # type: ignore[attr-defined]  # what layers make of it, for one another
-        self._made = made
+        self._made = never_written(made)  # what a layer makes of them serves the others
         return made
 
     def _ids_of_one(self, x: Tensor, language: int) -> Tensor:

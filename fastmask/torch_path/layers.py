@@ -1,24 +1,31 @@
-"""Running one batch: one masked layer, or several that share their input (Q, K and V; gate and up)."""
+"""Running one batch: one masked layer, or several that share their input (Q, K and V; gate and up).
+
+Languages come one after the other: the live part of each weight is gathered and multiplied with the language's tokens.
+Where that takes longer than the whole weight with gates (`gated`), every language is the full network in between.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fastmask.masks import UNPACKED, StoredMask, live_blocks
-from fastmask.torch_path import batched, gated, looped
+from fastmask.kept import Kept
+from fastmask.masks import UNPACKED, StoredMask
 from fastmask.torch_path.blocks import Blocks
-from fastmask.torch_path.choice import cheapest
-from fastmask.torch_path.columns import Columns
-from fastmask.torch_path.live_units import LiveUnits
-from fastmask.torch_path.rows import Rows
-from fastmask.torch_path.segments import FULL, Needs, Pieces, Split
+from fastmask.torch_path.gated import enter, is_cheaper, leave
+from fastmask.torch_path.gemm import cast
+from fastmask.torch_path.split import FULL, Split
+from fastmask.torch_path.units import Units
 from fastmask.torch_path.weights import Weights
 
 __all__ = ["backward", "forward"]
 
-_WAYS = {"looped": looped, "gated": gated, "batched": batched}
+Layer = Units | Blocks | Weights
+Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
+HALF = (torch.bfloat16, torch.float16)
 
 
 def forward(
@@ -32,20 +39,24 @@ def forward(
 ) -> list[Tensor]:
     """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out].
 
-    What had to be cast of the weights is put into `kept`, if it is a list: `backward` need not cast it again.
+    The weights as the products read them are put into `kept`, if it is a list: `backward` need not make them again.
 
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
-    split = Split.of(language_ids, n_languages)
-    layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
+    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
-    split = split.merged(layers)
-    ys, cast_weights = _WAYS[cheapest(layers, x, split)].forward(layers, x, weights, biases, split)
-    if kept is not None:
-        kept += cast_weights
-    return ys
+    widths = [
+        weight.shape[0] if mask.kind != "rows" or mask.packed_width == UNPACKED else mask.packed_width
+        for mask, weight in zip(masks, weights, strict=True)
+    ]
+    if not gated:
+        return _run(layers, x, weights, biases, widths, split, kept)
+    if not gated[0].of_rows:
+        return _run(layers, enter(x, gated[0], split), weights, biases, widths, split.full, kept)
+    ys = _run(layers, x, weights, biases, [layer.size for layer in gated], split.full, kept)
+    return [leave(y, layer, split, width) for y, layer, width in zip(ys, gated, widths, strict=True)]
 
 
 def backward(
@@ -59,53 +70,129 @@ def backward(
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
     kept: Sequence[Tensor] = (),
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+) -> Grads:
     """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
 
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
     to them.
     """
-    split = Split.of(language_ids, n_languages)
-    layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
-    split = split.merged(layers)
-    way, needs = _WAYS[cheapest(layers, x, split)], Needs(needs_x, needs_weight, needs_bias)
-    return way.backward(layers, dys, x, weights, split, needs, kept)
+    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
+    needs = (needs_x, needs_weight, needs_bias)
+    if not gated:
+        return _grads(layers, dys, x, weights, split, *needs, kept)
+    if gated[0].of_rows:
+        upstreams = [enter(dy, layer, split) for dy, layer in zip(dys, gated, strict=True)]
+        return _grads(layers, upstreams, x, weights, split.full, *needs, kept)
+    dx, dws, dbs = _grads(layers, dys, enter(x, gated[0], split), weights, split.full, *needs, kept)
+    return None if dx is None else leave(dx, gated[0], split, x.shape[2]), dws, dbs
 
 
-def _pieces_of(mask: StoredMask, weight: Tensor) -> Pieces:
-    """The mask of one weight in the form that is run; made once for a mask and a packed width."""
-    # Kept with the tensor that holds the mask, because operators receive tensors only; masks never change.
-    made: dict[int, Pieces] | None = getattr(mask.index, "_fastmask_pieces", None)
-    if made is None:
-        made = mask.index._fastmask_pieces = {}  # type: ignore[attr-defined]
-    pieces = made.get(mask.packed_width)
-    if pieces is None:
-        others = list(made.values())
-        pieces = made[mask.packed_width] = _made_from(mask, weight, others[0] if others else None)
-    return pieces
+def _run(
+    layers: Sequence[Layer],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    widths: Sequence[int],
+    split: Split,
+    kept: list[Tensor] | None,
+) -> list[Tensor]:
+    """One language after the other: y [B, T, width] of each layer."""
+    read, T = _read(layers, weights, x, split), x.shape[1]
+    if kept is not None:
+        kept += read
+    tokens = split.sorted(x)
+    ys = [tokens.new_empty(len(tokens), width) for width in widths]
+    for language, rows in split.rows(T):
+        of_language = tokens[rows]
+        for layer, w, bias, y in zip(layers, read, biases, ys, strict=True):
+            layer.forward(language, of_language, w, bias, y[rows])
+    return [split.unsorted(y, T) for y in ys]
 
 
-def _made_from(mask: StoredMask, weight: Tensor, of_another_width: Pieces | None) -> Pieces:
-    N, K = weight.shape
-    index = mask.index.detach()  # not the tensor that holds what is made here: they would hold each other
+def _grads(
+    layers: Sequence[Layer],
+    dys: Sequence[Tensor],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    split: Split,
+    needs_x: bool,
+    needs_weight: Sequence[bool],
+    needs_bias: Sequence[bool],
+    kept: Sequence[Tensor],
+) -> Grads:
+    """Gradients of `_run`."""
+    read, tokens, upstreams = (
+        kept or _read(layers, weights, x, split),
+        split.sorted(x),
+        [split.sorted(dy) for dy in dys],
+    )
+    dx = torch.empty_like(tokens) if needs_x else None
+    sums = [_dtype_of_sums(weight, split) for weight in weights]
+    grads = [
+        torch.empty_like(w, dtype=dtype) if needed else None
+        for w, dtype, needed in zip(read, sums, needs_weight, strict=True)
+    ]
+    fresh = True
+    for language, rows in split.rows(x.shape[1]):
+        of_language = tokens[rows]
+        for number, (layer, w, upstream, grad) in enumerate(zip(layers, read, upstreams, grads, strict=True)):
+            dy = upstream[rows]
+            if dx is not None:
+                layer.input_grad(language, dy, w, dx[rows], add=number > 0)
+            if grad is not None:
+                layer.add_weight_grad(language, dy, of_language, grad, fresh)
+        fresh = False
+    dws = [
+        None if grad is None else cast(layer.weight_of(grad.zero_() if fresh else grad), weight.dtype)
+        for layer, grad, weight in zip(layers, grads, weights, strict=True)
+    ]
+    dbs = [
+        cast(layer.bias_grad(dy, split, dtype), weight.dtype) if needed else None
+        for layer, dy, dtype, weight, needed in zip(layers, dys, sums, weights, needs_bias, strict=True)
+    ]
+    return None if dx is None else split.unsorted(dx, x.shape[1]), dws, dbs
+
+
+def _prepared(
+    masks: Sequence[StoredMask], x: Tensor, weights: Sequence[Tensor], language_ids: Tensor, n_languages: int
+) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
+    """The layers, the batch, and the layers once more if they are to be run with gates."""
+    layers = [
+        _layers.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
+        for mask, weight in zip(masks, weights, strict=True)
+    ]
+    split = Split.of(language_ids, n_languages).merged([layer.same_as for layer in layers])
+    units = [layer for layer in layers if isinstance(layer, Units)]
+    can = len(units) == len(layers) and (units[0].of_rows or len(units) == 1)
+    masked = can and any(not layer.whole(language) for layer in units for language, _, _ in split.parts)
+    return layers, split, units if masked and is_cheaper(units, x.shape[1], split) else ()
+
+
+_layers: Kept[Layer] = Kept()
+
+
+def _made(mask: StoredMask, weight: Tensor) -> Layer:
+    shape = (weight.shape[0], weight.shape[1])
     if mask.kind == "blocks":
-        keep = live_blocks(index, mask.extents, mask.geometry, (N, K))
-        return Blocks(keep, (mask.geometry[0], mask.geometry[1]), N, K)
-    if mask.kind == "weights":
-        return Weights(index, N, K)
-    of_rows, packed = mask.kind == "rows", None if mask.packed_width == UNPACKED else mask.packed_width
-    if isinstance(of_another_width, (Rows, Columns)):
-        live_units = of_another_width.live_units
-    else:
-        live_units = LiveUnits(index, mask.extents, mask.geometry[0], N if of_rows else K)
-    return Rows(live_units, K, packed) if of_rows else Columns(live_units, N, packed)
+        return Blocks(mask, shape)
+    return Weights(mask, shape) if mask.kind == "weights" else Units(mask, shape, mask.packed_width != UNPACKED)
 
 
-def _check_packed(mask: StoredMask, pieces: Pieces, split: Split) -> None:
-    if mask.packed_width == UNPACKED or not isinstance(pieces, (Rows, Columns)):
+def _read(layers: Sequence[Layer], weights: Sequence[Tensor], x: Tensor, split: Split) -> list[Tensor]:
+    return [layer.read(weight, x.dtype, len(split.parts)) for layer, weight in zip(layers, weights, strict=True)]
+
+
+def _dtype_of_sums(weight: Tensor, split: Split) -> torch.dtype:
+    """What the languages of a batch add up in."""
+    return torch.float32 if weight.dtype in HALF and len(split.parts) > 1 else weight.dtype
+
+
+def _check_packed(mask: StoredMask, layer: Layer, split: Split) -> None:
+    if mask.packed_width == UNPACKED or not isinstance(layer, Units):
         return
-    for language in split.positions:
-        live = pieces.live(language)
-        if live > mask.packed_width:
+    for language, _, _ in split.parts:
+        if layer.live[language] > mask.packed_width:
             name = "the full network (-1)" if language == FULL else f"language {language}"
-            raise ValueError(f"{name} has {live} live {mask.kind}, more than the packed width {mask.packed_width}")
+            raise ValueError(
+                f"{name} has {layer.live[language]} live {mask.kind}, more than the packed width {mask.packed_width}"
+            )

@@ -7,8 +7,8 @@ import torch
 from oracle import KINDS, check, random_mask
 
 from fastmask.masks import UNPACKED, Mask, StoredMask
-from fastmask.torch_path.layers import _pieces_of
-from fastmask.torch_path.segments import FULL, Split
+from fastmask.torch_path.layers import _made
+from fastmask.torch_path.split import FULL, Split
 
 
 def with_equal(mask: Mask, source: list[int]) -> Mask:
@@ -26,7 +26,7 @@ def with_equal(mask: Mask, source: list[int]) -> Mask:
 
 def pieces(mask: Mask):
     stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, UNPACKED)
-    return _pieces_of(stored, torch.empty(mask.out_features, mask.in_features))
+    return _made(stored, torch.empty(mask.out_features, mask.in_features))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,9 +43,9 @@ def test_equal_masks_make_one_part(kind):
     """Languages that agree would be multiplied one after the other."""
     layer = pieces(with_equal(random_mask(kind, 4, 8, 8, unit=2, extremes=False), [0, 1, 0, 1]))
     split = Split([0, 2, 0, 2, 1, 3])
-    merged = split.merged([layer])
-    assert [(language, where) for language, where in merged.parts] == [(0, slice(0, 4)), (1, slice(4, 6))]
-    assert split.merged([layer]) is merged
+    merged = split.merged([layer.same_as])
+    assert merged.parts == [(0, 0, 4), (1, 4, 6)]
+    assert split.merged([layer.same_as]) is merged
 
 
 def test_layers_must_all_agree():
@@ -53,17 +53,17 @@ def test_layers_must_all_agree():
     mask = random_mask("rows", 3, 8, 8, unit=2, extremes=False)
     same, other = pieces(with_equal(mask, [0, 0, 0])), pieces(with_equal(mask, [0, 0, 1]))
     split = Split([0, 1, 2])
-    assert len(split.merged([same]).parts) == 1
-    assert len(split.merged([same, other]).parts) == 2
+    assert len(split.merged([same.same_as]).parts) == 1
+    assert len(split.merged([same.same_as, other.same_as]).parts) == 2
 
 
 def test_a_language_that_owns_everything_is_the_full_network():
     """Masks of which nothing is left out would cost a product for each language."""
     layer = pieces(Mask.rows(torch.ones(3, 8, dtype=torch.bool), 4))
-    assert Split([0, 1, -1, 2]).merged([layer]).parts == [(FULL, slice(0, 4))]
+    assert Split([0, 1, -1, 2]).merged([layer.same_as]).parts == [(FULL, 0, 4)]
 
 
 def test_different_masks_stay_as_they_are():
     """Work would be done for nothing."""
     layer, split = pieces(Mask.rows(torch.eye(3, dtype=torch.bool), 4)), Split([0, 1, 2])
-    assert split.merged([layer]) is split
+    assert split.merged([layer.same_as]) is split

@@ -1,4 +1,4 @@
-"""Products by oneDNN are those of PyTorch, as exact, in every layout that the masked layers use."""
+"""Products with some rows of a weight, by PyTorch's own library and by oneDNN: right, and as exact as PyTorch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from transformers import BertConfig, BertModel
 
 import fastmask as fm
-from fastmask.torch_path import faster, products
+from fastmask.torch_path import faster, gemm
 
-pytestmark = pytest.mark.skipif(not products._works(), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not gemm._works(), reason="this PyTorch has no oneDNN")
 
-SHAPES = [(300, 768, 256), (96, 1500, 100), (1024, 257, 16), (64, 255, 130), (200, 3072, 40)]
+SHAPES = [(300, 768, 256), (96, 1500, 100), (1024, 257, 16), (64, 255, 130), (2200, 300, 40)]  # M, K, N
 
 
 @pytest.fixture
@@ -20,106 +20,115 @@ def ask_for(monkeypatch):
 
     def ask(library: str) -> None:
         monkeypatch.setenv("FASTMASK_PRODUCTS", library)
-        products._chosen.cache_clear()
+        gemm._chosen.cache_clear()
 
     yield ask
-    products._chosen.cache_clear()
+    gemm._chosen.cache_clear()
 
 
 @pytest.fixture
 def onednn(ask_for):
     """Every product that is large enough goes to oneDNN, whatever the processor."""
     ask_for("onednn")
-    assert products.by_onednn(torch.ones(1))
+    assert gemm.by_onednn(torch.ones(1))
 
 
-@pytest.fixture(params=["whole", "in pieces"])
-def results(request, monkeypatch):
-    """How results are made: in pieces, as large ones are, or not."""
-    if request.param == "in pieces":
-        monkeypatch.setattr(products, "LARGE_RESULT", 1)
-        monkeypatch.setattr(products, "PIECE_OF_RESULT", 2**14)
-        assert products._rows_of_results(300, 100, 2) == 160
-
-
-def matrices(M: int, K: int, N: int, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random a [M, K] and b [K, N], stored as the forward pass, dX and dW find theirs, or with gaps between rows."""
-    torch.manual_seed(0)
-    if layout == "forward":
-        return torch.randn(M, K), torch.randn(N, K).t()
-    if layout == "dx":
-        return torch.randn(M, K), torch.randn(K, N)
-    if layout == "dw":
-        return torch.randn(K, M).t(), torch.randn(K, N)
-    return torch.randn(M, K + 7)[:, 3:-4], torch.randn(K, N + 5)[:, :N]
-
-
-def error(found: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> float:
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     """Largest deviation from the product in float64."""
-    return (found - a.double() @ b.double()).abs().max().item()
+    return (found - exact).abs().max().item()
 
 
-@pytest.mark.parametrize("layout", ["forward", "dx", "dw", "gaps"])
+def of_rows(size: int, S: int, stored: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [size, S], whose rows or whose columns lie in one piece each, and an index of half of its rows."""
+    w = torch.randn(size, S) if stored == "rows" else torch.randn(S, size).t()
+    return w, torch.randperm(size)[: size // 2].sort().values
+
+
+@pytest.fixture(params=["onednn", "torch"])
+def library(request, ask_for):
+    """Both libraries; scratch memory is full of NaN before."""
+    ask_for(request.param)
+    for scratch in (gemm._ROWS, gemm._LEFT, gemm._PRODUCT):
+        scratch.memory = torch.full((2**24,), 255, dtype=torch.uint8)
+    return request.param
+
+
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("indexed", [True, False], ids=["some", "all"])
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_product_is_as_exact_as_pytorch(onednn, results, shape, layout):
-    """Long sums are rounded worse than by MKL, or a layout is misread."""
-    a, b = matrices(*shape, layout)
-    assert products._suits(*shape, a)
-    assert error(products.multiply(a, b), a, b) <= 2 * error(a @ b, a, b)
-
-
-@pytest.mark.parametrize("K", [200, 700])
-def test_bias_out_and_sum(onednn, results, K):
-    """A bias is added once for each part of the sum, `out` is left alone, or a strided one is overrun."""
-    a, b = matrices(328, K, 80, "forward")
-    bias, expected = torch.randn(80), a.double() @ b.double()
-    torch.testing.assert_close(products.multiply(a, b, bias).double(), expected + bias, rtol=1e-5, atol=1e-4)
-    wide = torch.full((328, 100), torch.nan)
-    assert products.multiply(a, b, bias, wide[:, :80]).data_ptr() == wide.data_ptr()
-    torch.testing.assert_close(wide[:, :80].double(), expected + bias, rtol=1e-5, atol=1e-4)
-    assert wide[:, 80:].isnan().all()
-    total = torch.ones(328, 80)
-    products.add_multiply(total, a, b)
-    torch.testing.assert_close(total.double(), expected + 1, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("M", "N", "K"), [(300, 130, 96), (256, 128, 64), (100, 257, 80), (1000, 40, 200), (600, 420, 70)]
-)
-@pytest.mark.parametrize("given", ["nothing", "a matrix", "columns of a matrix"])
-def test_products_over_tokens(onednn, results, M, N, K, given):
-    """Tokens beyond the last are added to a weight gradient, or live units beyond the last are written."""
+def test_products_with_rows(library, shape, stored, indexed, biased):
+    """Long sums are rounded worse than by MKL, a layout is misread, or what lies beside `out` is overrun."""
     torch.manual_seed(0)
-    dy, x = torch.randn(M, N + 3)[:, :N], torch.randn(M, K)
-    assert products._suits(M, N, K, dy)
-    for scratch in (products._LEFT, products._RIGHT):
-        scratch.memory.fill_(255)  # all NaN
-    wide = torch.full((N, K + 10), torch.nan)
-    out = {"nothing": None, "a matrix": torch.empty(N, K), "columns of a matrix": wide[:, :K]}[given]
-    found = products.over_tokens(dy, x, out)
-    assert found.shape == (N, K)
-    assert error(found, dy.t(), x) <= 2 * error(dy.t() @ x, dy.t(), x)
-    assert wide[:, K:].isnan().all()
+    M, S, n = shape
+    w, index = of_rows(2 * n, S, stored)
+    rows, index = (w[index], index) if indexed else (w, None)
+    a, bias, wide = torch.randn(M, S), torch.randn(2 * n), torch.full((M, 2 * n + 9), torch.nan)
+    assert gemm._suits(M, S, len(rows), a) == (library == "onednn")
+    gemm.products(a, w, index, bias if biased else None, wide[:, : len(rows)])
+    added = 0 if not biased else bias if index is None else bias[index]
+    exact = a.double() @ rows.double().t() + added
+    assert error(wide[:, : len(rows)], exact) <= 2 * error(a @ rows.t() + added, exact)
+    assert wide[:, len(rows) :].isnan().all()
+
+
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("indexed", [True, False], ids=["some", "all"])
+@pytest.mark.parametrize("how", ["written", "added", "bias"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_combinations_of_rows(library, shape, stored, indexed, how):
+    """The same, with live units in the sum; what was there is lost, or a bias is added once for each part."""
+    torch.manual_seed(0)
+    M, n, S = shape
+    w, index = of_rows(2 * n, S, stored)
+    rows, index = (w[index], index) if indexed else (w, None)
+    a, bias = torch.randn(M, len(rows) + 3)[:, : len(rows)], torch.randn(S)
+    out = torch.ones(M, S) if how == "added" else torch.full((M, S), torch.nan)
+    gemm.combined(a, w, index, out, add=how == "added", bias=bias if how == "bias" else None)
+    more = {"written": 0, "added": 1, "bias": bias}[how]
+    exact = a.double() @ rows.double() + more
+    assert error(out, exact) <= 2 * error(a @ rows + more, exact)
+
+
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+@pytest.mark.parametrize("indexed", [True, False], ids=["some", "all"])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "added"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outer_products(library, shape, stored, indexed, fresh):
+    """Tokens beyond the last are added to a weight gradient, or a dead row of it is written."""
+    torch.manual_seed(0)
+    S, M, n = shape
+    grad, index = of_rows(2 * n, S, stored)
+    before, index = grad.clone(), index if indexed else None
+    if fresh:
+        grad.fill_(torch.nan)
+    a, c = torch.randn(M, (n if indexed else 2 * n) + 3)[:, :-3], torch.randn(M, S)
+    gemm.add_outer(grad, index, a, c, fresh)
+    rows = slice(None) if index is None else index
+    exact, plain = (torch.zeros_like(w) if fresh else w.clone() for w in (before.double(), before))
+    exact[rows] += a.double().t() @ c.double()
+    plain[rows] += a.t() @ c
+    assert error(grad, exact) <= 2 * error(plain, exact)
 
 
 def test_sizes_are_rounded_up_to_few():
     """A size is rounded down, or to so many values that oneDNN compiles code for every batch."""
     sizes = range(1, 4097)
-    rounded = [products.padded(size) for size in sizes]
+    rounded = [gemm._padded(size) for size in sizes]
     assert all(size <= found <= size + max(31, size / 8) for size, found in zip(sizes, rounded, strict=True))
-    assert all(products.padded(found) == found for found in rounded)
+    assert all(gemm._padded(found) == found for found in rounded)
     assert len(set(rounded)) <= 50
 
 
 def test_batches_of_many_lengths_share_shapes(onednn, monkeypatch):
     """Every length of a batch has shapes of its own, and oneDNN compiles code for each of them."""
-    shapes, linear = set(), products._linear
+    shapes, linear = set(), gemm._linear
 
-    def recording(a, w, bias):
-        shapes.add((*a.shape, *w.shape, bias is None))
-        return linear(a, w, bias)
+    def recording(a, w):
+        shapes.add((*a.shape, *w.shape, w.stride(0) == 1))
+        return linear(a, w)
 
-    monkeypatch.setattr(products, "_linear", recording)
+    monkeypatch.setattr(gemm, "_linear", recording)
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=128, intermediate_size=512, num_attention_heads=4, num_hidden_layers=2, vocab_size=50
@@ -136,20 +145,22 @@ def test_batches_of_many_lengths_share_shapes(onednn, monkeypatch):
 @pytest.mark.parametrize(("shape", "dtype"), [((4, 8, 8), torch.float32), ((128, 768, 80), torch.float64)])
 def test_what_does_not_suit_stays_with_pytorch(onednn, shape, dtype):
     """float64 raises, or small products pay for a call that is longer than they are."""
-    a, b = (t.to(dtype) for t in matrices(*shape, "forward"))
-    assert torch.equal(products.multiply(a, b), a @ b)
+    M, K, N = shape
+    a, w, out = (torch.randn(size, dtype=dtype) for size in ((M, K), (N, K), (M, N)))
+    gemm.products(a, w, None, None, out)
+    assert torch.equal(out, a @ w.t())
 
 
 def test_the_choice_can_be_made_by_hand(ask_for, monkeypatch):
     """The environment variable is ignored, a misspelt one accepted, or oneDNN used where it is switched off."""
     ask_for("torch")
-    assert not products.by_onednn(torch.ones(1))
+    assert not gemm.by_onednn(torch.ones(1))
     ask_for("mkl")
     with pytest.raises(ValueError, match="'mkl'; expected torch or onednn"):
-        products.by_onednn(torch.ones(1))
+        gemm.by_onednn(torch.ones(1))
     ask_for("onednn")
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not products.by_onednn(torch.ones(1))
+    assert not gemm.by_onednn(torch.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])

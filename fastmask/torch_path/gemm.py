@@ -1,0 +1,231 @@
+"""Matrix products with some rows of a weight, which are gathered on the way: the only file that knows who multiplies.
+
+PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
+PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast,
+on a Zen 4 it is not. So it is measured (`faster`). Two things have to be seen to:
+
+- It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So
+  it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those of MKL.
+- It compiles code for every new shape, which takes longer than a small product, and keeps that of the last 1024.
+  Batches of sentences hardly ever repeat a shape. So sizes are rounded up to the few of `_padded`, and what is too much
+  is left out of the result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastmask.torch_path.faster import faster
+
+__all__ = ["add_outer", "by_onednn", "cast", "combined", "outer", "products"]
+
+MOST_TERMS = 256
+LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
+LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
+MOST_ROWS = 1024  # of a result at once: the parts of larger ones would not stay in the cache until they are added
+GRAIN = 32
+
+
+def products(a: Tensor, w: Tensor, index: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
+    """Write the products of a [M, S] with rows of w [size, S], a @ w[index].T + bias[index], into `out` [M, n].
+
+    Without an index all rows are meant. The rows of w or its columns lie in one piece each.
+    """
+    live_bias = None if bias is None else cast(bias if index is None else bias.index_select(0, index), a.dtype)
+    M, S = a.shape
+    n = w.shape[0] if index is None else len(index)
+    if not _suits(M, S, n, a):
+        rows = w if index is None else _gathered(w, index)
+        torch.mm(a, rows.t(), out=out) if live_bias is None else torch.addmm(live_bias, a, rows.t(), out=out)
+        return
+    for first in range(0, S, MOST_TERMS):
+        part = slice(first, min(first + MOST_TERMS, S))
+        rows = _padded_rows(w[:, part], index)
+        for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
+            _put(of_out, _linear(_padded_left(of_a[:, part]), rows), add=first > 0)
+    if live_bias is not None:
+        out += live_bias
+
+
+def combined(
+    a: Tensor, w: Tensor, index: Tensor | None, out: Tensor, add: bool = False, bias: Tensor | None = None
+) -> None:
+    """Write (or add) the combinations a @ w[index] (+ bias) of rows of w [size, S] by a [M, n] into `out` [M, S]."""
+    M, n = a.shape
+    bias = None if bias is None else cast(bias, a.dtype)
+    if not _suits(M, n, w.shape[1], a):
+        rows = w if index is None else _gathered(w, index)
+        if add:
+            out.addmm_(a, rows)
+        else:
+            torch.mm(a, rows, out=out) if bias is None else torch.addmm(bias, a, rows, out=out)
+        return
+    for first in range(0, n, MOST_TERMS):
+        part = slice(first, min(first + MOST_TERMS, n))
+        rows = w[part] if index is None else _gathered(w, index[part])
+        rows = _without_gaps(rows.t())
+        for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
+            _put(of_out, _linear(_padded_left(of_a[:, part]), rows), add=add or first > 0)
+    if bias is not None:
+        out += bias
+
+
+def add_outer(grad: Tensor, index: Tensor | None, a: Tensor, c: Tensor, fresh: bool = False) -> None:
+    """Add a.T @ c of a [M, n] and c [M, S] to rows of a gradient [size, S]; all of it is written if it is `fresh`."""
+    n, S = a.shape[1], c.shape[1]
+    whole = index is None and grad.dtype == a.dtype
+    if whole and not _suits(n, a.shape[0], S, a):
+        torch.mm(a.t(), c, out=grad) if fresh else grad.addmm_(a.t(), c)
+        return
+    part = outer(a, c)
+    if index is None:
+        grad.copy_(part) if fresh else grad.add_(part)
+        return
+    if fresh:
+        grad.zero_()
+    part = cast(part, grad.dtype)
+    if grad.stride(1) == 1:
+        grad.index_add_(0, index, part)
+    else:  # columns of a gradient [S, size]; `index_add_` would take one after the other
+        grad.t().scatter_add_(1, index.expand(S, n), part.t())
+
+
+def outer(a: Tensor, c: Tensor) -> Tensor:
+    """The transpose of a [M, n] times c [M, S], [n, S], in memory that the next call overwrites."""
+    (M, n), S = a.shape, c.shape[1]
+    out = _PRODUCT.take(n, S, c)
+    if not _suits(n, M, S, a):
+        return torch.mm(a.t(), c, out=out)
+    for number, (of_a, of_c) in enumerate(zip(a.split(MOST_TERMS), c.split(MOST_TERMS), strict=True)):
+        tokens = len(of_a)
+        left, right = _LEFT.take(_padded(n), _padded(tokens), a), of_c
+        left[:n, :tokens].copy_(of_a.t())
+        if left.shape[1] > tokens:
+            left[:, tokens:] = 0
+            right = _ROWS.take(left.shape[1], S, c)
+            right[:tokens].copy_(of_c)
+            right[tokens:] = 0
+        _put(out, _linear(left, _without_gaps(right.t())), add=number > 0)
+    return out
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _gathered(w: Tensor, index: Tensor) -> Tensor:
+    """The rows of w [size, S], in memory that the next call overwrites."""
+    if w.stride(1) == 1:
+        return torch.index_select(w, 0, index, out=_ROWS.take(len(index), w.shape[1], w))
+    out = _ROWS.take(w.shape[1], len(index), w)
+    return torch.gather(w.t(), 1, index.expand(w.shape[1], -1), out=out).t()
+
+
+class _Scratch(threading.local):
+    """A buffer that every call takes in turn, one for each thread: fresh memory costs more than what is copied into it.
+
+    The kernel clears each page of it at the first touch, and glibc gives large blocks back as soon as they are free.
+    What is kept is as large as the largest live part of one weight.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
+        if not like.is_cpu:
+            return like.new_empty(rows, columns)  # other devices have allocators that keep memory
+        size = rows * columns * like.element_size()
+        if len(self.memory) < size:
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory[:size].view(like.dtype).view(rows, columns)
+
+
+_ROWS, _LEFT, _PRODUCT = _Scratch(), _Scratch(), _Scratch()
+
+
+# ---- oneDNN
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether large products with x go to oneDNN.
+
+    They do where that is faster on this machine. `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides
+    otherwise, as it was when first asked.
+    """
+    return x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled) and _chosen()
+
+
+@cache
+def _chosen() -> bool:
+    asked = os.environ.get("FASTMASK_PRODUCTS", "")
+    if asked not in ("", "torch", "onednn"):
+        raise ValueError(f"FASTMASK_PRODUCTS is {asked!r}; expected torch or onednn")
+    if asked == "torch" or not (torch.backends.mkldnn.is_available() and _works()):
+        return False
+    if asked == "onednn":
+        return True
+    # Elsewhere PyTorch's products are not MKL's, or there is no AVX-512 that MKL could leave unused.
+    held_back = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return held_back and faster(lambda a, w: a @ w.t(), _linear)
+
+
+def _works() -> bool:
+    """Whether the operator, which PyTorch's compiler uses but does not document, is there and does what is expected."""
+    a, b = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(4, 2)
+    try:
+        return torch.equal(_linear(a, b.t()), a @ b)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _linear(a: Tensor, w: Tensor) -> Tensor:
+    """Multiply a [M, K] by the transpose of w [N, K]; gaps between the rows (or columns) of w make it very slow."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, w, None, "none", [], "")
+    return y
+
+
+def _suits(M: int, K: int, N: int, like: Tensor) -> bool:
+    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE and by_onednn(like)
+
+
+def _padded(size: int) -> int:
+    """A size rounded up to a multiple of an eighth of the power of 2 below it, and of `GRAIN`."""
+    grain = max(GRAIN, 1 << size.bit_length() >> 4)
+    return -(-size // grain) * grain
+
+
+def _padded_rows(w: Tensor, index: Tensor | None) -> Tensor:
+    """Rows of w as `_linear` takes them, and anything finite behind them."""
+    if index is None:
+        return _without_gaps(w)
+    more = _padded(len(index)) - len(index)
+    return _without_gaps(_gathered(w, torch.nn.functional.pad(index, (0, more)) if more else index))
+
+
+def _padded_left(a: Tensor) -> Tensor:
+    """A matrix [M, K] with anything behind its rows, so that M is one of few."""
+    M, K = a.shape
+    rows = _padded(M)
+    if rows == M and a.is_contiguous():
+        return a
+    memory = _LEFT.take(rows, K, a)
+    memory[:M].copy_(a)
+    return memory
+
+
+def _put(out: Tensor, product: Tensor, add: bool) -> None:
+    """Write or add what fits of a product."""
+    product = product[: out.shape[0], : out.shape[1]]
+    out.add_(product) if add else out.copy_(product)
+
+
+def _without_gaps(w: Tensor) -> Tensor:
+    """The matrix, its rows or its columns one after the other."""
+    return w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()

@@ -1,0 +1,105 @@
+"""Where the examples of each language are in a mixed-language batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fastmask.kept import Kept
+
+__all__ = ["FULL", "Split", "first_equals"]
+
+FULL = -1  # the language id of the full, unmasked network
+
+
+class Split:
+    """A batch with the examples of each language side by side.
+
+    Attributes:
+        languages: of each example, in the order of the batch.
+        parts: each language that occurs, and its examples, from first to before last, once they are `sorted`.
+    """
+
+    def __init__(self, languages: list[int]) -> None:
+        self.languages = languages
+        places: dict[int, list[int]] = {}
+        for place, language in enumerate(languages):
+            places.setdefault(language, []).append(place)
+        self.parts: list[tuple[int, int, int]] = []
+        order: list[int] = []
+        for language, where in places.items():
+            self.parts.append((language, len(order), len(order) + len(where)))
+            order += where
+        self._order = None if order == list(range(len(order))) else torch.tensor(order)
+        self._merged: dict[tuple[tuple[int, ...], ...], Split] = {}
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """The language of each example, int64 [B]."""
+        return torch.tensor(self.languages, dtype=torch.int64)
+
+    @cached_property
+    def full(self) -> Split:
+        """The same examples, all of the full network."""
+        return Split([FULL] * len(self.languages))
+
+    def rows(self, T: int) -> list[tuple[int, slice]]:
+        """Each language that occurs, and its tokens once they are `sorted`, with T tokens in each example."""
+        return [(language, slice(first * T, last * T)) for language, first, last in self.parts]
+
+    def sorted(self, x: Tensor) -> Tensor:
+        """The tokens [B * T, width] of x [B, T, width], examples of one language side by side."""
+        if self._order is not None:
+            x = x.index_select(0, self._order.to(x.device))
+        return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+    def unsorted(self, tokens: Tensor, T: int) -> Tensor:
+        """Undo `sorted`: [B * T, width] -> [B, T, width]."""
+        x = tokens.view(len(self.languages), T, tokens.shape[1])
+        return x if self._order is None else torch.empty_like(x).index_copy_(0, self._order.to(x.device), x)
+
+    def merged(self, same_as: Sequence[Sequence[int]]) -> Split:
+        """The same examples, with languages whose masks are equal in all layers (`first_equals` of each) as one.
+
+        Where languages agree (a mask that all share, a layer that none prunes), one product takes the tokens of all.
+        """
+        masks = {language: tuple([same[language] for same in same_as]) for language, _, _ in self.parts}
+        if len(set(masks.values())) == len(masks):
+            return self
+        key = tuple(masks.values())
+        if key not in self._merged:
+            firsts: dict[tuple[int, ...], int] = {}
+            for language, mask in masks.items():
+                firsts.setdefault(mask, FULL if set(mask) == {FULL} else language)
+            self._merged[key] = Split([firsts[masks[language]] for language in self.languages])
+        return self._merged[key]
+
+    @classmethod
+    def of(cls, language_ids: Tensor, n_languages: int) -> Split:
+        """The split of ids int64 [B].
+
+        Raises:
+            ValueError: an id that is not -1 to n_languages - 1.
+        """
+        split = _splits.of(language_ids, lambda: cls(language_ids.tolist()))
+        for language, first, _ in split.parts:
+            if not FULL <= language < n_languages:
+                position = first if split._order is None else int(split._order[first])
+                raise ValueError(
+                    f"language_ids[{position}] is {language}; expected 0 to {n_languages - 1}, "
+                    "or -1 for the full network"
+                )
+        return split
+
+
+_splits: Kept[Split] = Kept()
+
+
+def first_equals(masks: Sequence[Tensor], whole: Callable[[int], bool]) -> list[int]:
+    """For each language the first one with an equal mask, `FULL` for one that owns everything; last for `FULL`."""
+    firsts: dict[bytes, int] = {}
+    found = [firsts.setdefault(mask.cpu().numpy().tobytes(), language) for language, mask in enumerate(masks)]
+    return [FULL if whole(language) else language for language in found] + [FULL]

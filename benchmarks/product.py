@@ -18,8 +18,8 @@ import fastmask as fm
 from benchmarks.baselines import Baseline, Task, dense, loop, packed
 from benchmarks.checking import check_all, check_baseline
 from benchmarks.measure import Side
-from fastmask.functional import compute
 from fastmask.masks import UNPACKED
+from fastmask.operators import compute
 
 __all__ = ["PARTS", "Product", "gathered", "mixed_ids", "spread", "units_of"]
 

@@ -3,8 +3,7 @@
 from fastmask import analysis, unseen
 from fastmask.discovery import discover
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.functional import masked_linear
-from fastmask.linear import MaskedLinear
+from fastmask.linear import MaskedLinear, masked_linear
 from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
 from fastmask.models import attach, detach, language

@@ -1,18 +1,63 @@
-"""`MaskedLinear`: `nn.Linear` with one mask for each language."""
+"""`masked_linear`: one weight, many masks; and `MaskedLinear`: `nn.Linear` with one mask for each language."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from fastmask.functional import masked_linear
-from fastmask.masks import Mask
+from fastmask.masks import UNPACKED, Mask
+from fastmask.operators import autocast, compute
 
-__all__ = ["MaskedLinear"]
+__all__ = ["MaskedLinear", "masked_linear"]
 
 Self = TypeVar("Self", bound="MaskedLinear")
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    validate: bool = False,
+) -> Tensor:
+    """Apply one linear layer under a different mask for each example of the batch.
+
+    Example b of language l = language_ids[b] gets `F.linear(x[b], weight * M_l, bias)`, within rounding; what M_l
+    leaves out is not computed, forward or backward. A row mask gates the bias with its row; other masks leave it alone.
+
+    Args:
+        x: [B, ..., K], float; B examples.
+        weight: [N, K], the dtype of x, or wider (float32 master weights under half-precision x: only the live part is
+            cast, and the gradient comes back in the weight's dtype).
+        mask: masks of L languages over this weight.
+        language_ids: int64 [B], values 0..L-1, or -1 for the full, unmasked network. Examples of one language that lie
+            side by side are read in place; scattered ones are copied together first.
+        bias: [N] or None.
+        validate: look at ids that are on a GPU before anything is computed, which waits for the GPU. Without it an id
+            out of range is found by the GPU itself and ends the process with a device-side assertion, as with
+            `torch.nn.functional.embedding`. Ids on the CPU are always looked at.
+
+    Returns:
+        y [B, ..., N] in the dtype of x.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit, or a language id out of range.
+    """
+    x = autocast(x)
+    _check(x, weight, mask, language_ids, bias)
+    if validate and language_ids.numel():
+        low, high = torch.aminmax(language_ids)
+        if low < -1 or high >= mask.n_languages:
+            raise ValueError(
+                f"language_ids are from {int(low)} to {int(high)}; expected 0 to {mask.n_languages - 1}, "
+                "or -1 for the full network"
+            )
+    return compute(x, weight, mask, language_ids, bias, UNPACKED)
 
 
 class MaskedLinear(nn.Linear):
@@ -92,3 +137,30 @@ class MaskedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.mask!r}"
+
+
+def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None) -> None:
+    N, K = mask.out_features, mask.in_features
+    if tuple(weight.shape) != (N, K):
+        raise ValueError(f"the mask is for a weight of shape {(N, K)}, given a weight of shape {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"expected a bias of shape {(N,)}, given {tuple(bias.shape)}")
+    if x.ndim < 2:
+        raise ValueError(f"expected x [B, ..., {K}] and a language id for each of B examples, given {tuple(x.shape)}")
+    if x.shape[-1] != K:
+        raise ValueError(f"expected x with last size {K}, given x of shape {tuple(x.shape)}")
+    if language_ids.dtype != torch.int64:
+        raise ValueError(f"expected language_ids of dtype torch.int64, given {language_ids.dtype}")
+    if language_ids.ndim != 1 or language_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"expected one language id for each of the {x.shape[0]} examples of x, "
+            f"given language_ids of shape {tuple(language_ids.shape)}"
+        )
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"expected floating-point x and weight, given {x.dtype} and {weight.dtype}")
+    if torch.promote_types(x.dtype, weight.dtype) != weight.dtype:
+        raise ValueError(f"x of dtype {x.dtype} does not fit a weight of dtype {weight.dtype}: cast one of them")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"x is on {x.device}, bias on {bias.device}: expected one device")
+    if not x.device == weight.device == mask.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.device}, mask on {mask.device}: expected one device")

@@ -17,7 +17,7 @@ from benchmarks.measure import Side
 from benchmarks.memory import cache_bytes, peak_bytes
 from benchmarks.product import PARTS, Function, Product, units_of
 from benchmarks.setting import BLOCKS, DoesNotFitError, Setting, block_of
-from fastmask.functional import compute
+from fastmask.operators import compute
 
 __all__ = ["Layer", "Op"]
 

@@ -19,7 +19,7 @@ from benchmarks.measure import Side, captured, compare, on_gpu
 from benchmarks.memory import cache_bytes, peak_bytes
 from benchmarks.product import mixed_ids
 from benchmarks.variants import Variants, encoder_of
-from fastmask.operators import paths
+from fastmask import operators
 
 __all__ = ["Encoders", "bert", "compiled", "encoder"]
 
@@ -199,11 +199,11 @@ def _against(encoders: Callable[[], Encoders], name: str) -> Callable[[], list[R
 
 def _with_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:
     def wrapped() -> object:
-        before, paths.FORCED = paths.FORCED, name
+        before, operators.FORCED = operators.FORCED, name
         try:
             return run()
         finally:
-            paths.FORCED = before
+            operators.FORCED = before
 
     return wrapped
 

@@ -26,9 +26,9 @@ from benchmarks.gpu import problems
 from benchmarks.gpu.setup import REAL, Setup
 from benchmarks.product import mixed_ids, units_of
 from benchmarks.variants import encoder_of
-from fastmask.functional import compute, compute_projections
+from fastmask import operators
 from fastmask.masks import UNPACKED
-from fastmask.operators import paths
+from fastmask.operators import compute, compute_projections
 
 __all__ = ["Count", "counted", "encoder_step", "layer_step", "main", "origin", "record", "variants"]
 
@@ -128,13 +128,13 @@ def encoder_step(setup: Setup, layers: int, masked: bool = True, dtype: torch.dt
 @contextmanager
 def forced() -> Iterator[None]:
     """Masked layers take the Triton path, whatever the device."""
-    before, paths.FORCED = paths.FORCED, "triton"
-    paths._why_not_here.cache_clear()
+    before, operators.FORCED = operators.FORCED, "triton"
+    operators._why_not_here.cache_clear()
     try:
         yield
     finally:
-        paths.FORCED = before
-        paths._why_not_here.cache_clear()
+        operators.FORCED = before
+        operators._why_not_here.cache_clear()
 
 
 def record(step: Step, chip: str = "sm_90") -> Recorder:

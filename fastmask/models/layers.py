@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.functional import compute, compute_projections
 from fastmask.linear import MaskedLinear
 from fastmask.masks import UNPACKED, Mask
 from fastmask.models.routing import Route, Router
+from fastmask.operators import compute, compute_projections
 from fastmask.torch_path.activations import NONE
 
 __all__ = ["AttachedLinear", "Siblings"]

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from oracle import KINDS, assert_close, check, gradients, random_mask
 
 from fastmask import Mask, masked_linear
-from fastmask.functional import compute
-from fastmask.operators import Settings
+from fastmask.operators import Settings, compute
 from fastmask.torch_path.naive import masked_linear_naive
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from oracle import random_mask
 
-from fastmask.functional import compute, compute_projections
 from fastmask.masks import UNPACKED, Mask, StoredMask
-from fastmask.operators import Settings
+from fastmask.operators import Settings, compute, compute_projections
 from fastmask.torch_path import layers
 
 UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention

@@ -8,7 +8,7 @@ import torch
 from oracle import random_mask
 
 from fastmask import masked_linear
-from fastmask.functional import compute
+from fastmask.operators import compute
 
 L, N, K = 20, 256, 32
 

@@ -26,7 +26,7 @@ import fastmask as fm
 from benchmarks.baselines import Task, loop
 from benchmarks.gpu.layers import gathered, spread
 from benchmarks.gpu.problems import CASES, DTYPES, KINDS, PACKED, PROJECTIONS, SHALLOW, sized, tiny_models
-from fastmask.functional import compute, compute_projections
+from fastmask.operators import compute, compute_projections
 from fastmask.torch_path.naive import masked_linear_naive
 
 DEVICE = "cuda"
@@ -329,7 +329,7 @@ def test_attached_model(name, dtype, monkeypatch):
     upstream = torch.randn(5, 6, config.hidden_size).to(dtype)
 
     def run(backend: str, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        monkeypatch.setattr("fastmask.operators.paths.FORCED", backend)
+        monkeypatch.setattr("fastmask.operators.FORCED", backend)
         own = fm.attach(copy.deepcopy(model), subnets).to(device, dtype)
         y = own(input_ids=tokens.to(device), language_ids=ids)[0]
         y.backward(upstream.to(device, dtype))

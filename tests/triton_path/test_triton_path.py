@@ -14,8 +14,8 @@ from fastmask_kernels.interpreter import interpreter_problem
 from transformers import AutoModel, BertConfig, LlamaConfig
 
 import fastmask as fm
-from fastmask.functional import compute
-from fastmask.operators import paths
+from fastmask import operators
+from fastmask.operators import compute
 from fastmask.torch_path import layers as torch_layers
 from fastmask.triton_path import layers as triton_layers
 from fastmask.triton_path import layouts, plans
@@ -40,7 +40,7 @@ def mask_of(kind):
 
 
 def on(backend, monkeypatch, function):
-    monkeypatch.setattr(paths, "FORCED", backend)
+    monkeypatch.setattr(operators, "FORCED", backend)
     return function()
 
 
@@ -157,7 +157,7 @@ def test_attached_model(name, monkeypatch):
 
 def test_a_plan_is_made_once_and_again_for_other_ids(monkeypatch):
     """Every layer sorts the batch anew, or ids that were written in place are ignored."""
-    monkeypatch.setattr(paths, "FORCED", "triton")
+    monkeypatch.setattr(operators, "FORCED", "triton")
     ids = torch.tensor([0, 1, 0], device=DEVICE)
     device = torch.device(ids.device)
     plan = plans.plan_of(ids, 4, L, device)
@@ -169,7 +169,7 @@ def test_a_plan_is_made_once_and_again_for_other_ids(monkeypatch):
 
 def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
     """What was made of a mask or of ids outlives them: memory grows with every batch."""
-    monkeypatch.setattr(paths, "FORCED", "triton")
+    monkeypatch.setattr(operators, "FORCED", "triton")
     gc.collect()
     before = len(layouts._layouts), len(plans._made)
     for _ in range(3):
@@ -199,7 +199,7 @@ def test_ids_of_inference_mode_may_be_written_to(kind, monkeypatch):
 
 def test_a_model_in_inference_mode_makes_one_plan_for_each_pass(monkeypatch):
     """A model hands its layers ids of the pass's own: they share one plan, and the next pass makes another."""
-    monkeypatch.setattr(paths, "FORCED", "triton")
+    monkeypatch.setattr(operators, "FORCED", "triton")
     model = AutoModel.from_config(MODELS["bert"]).to(DEVICE)
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both"))
     made, plan = [], plans.Plan
@@ -246,7 +246,7 @@ def test_every_switch_for_tf32_is_heard():
 @pytest.mark.parametrize("ids", [[0, L], [-2, 0]])
 def test_ids_out_of_range(ids, monkeypatch):
     """An id that nobody owns reads someone else's memory."""
-    monkeypatch.setattr(paths, "FORCED", "triton")
+    monkeypatch.setattr(operators, "FORCED", "triton")
     x, weight = torch.randn(2, K, device=DEVICE), torch.randn(N, K, device=DEVICE)
     ids = torch.tensor(ids, device=DEVICE)
     with pytest.raises(ValueError, match=r"expected 0 to 3, or -1"):
@@ -259,40 +259,40 @@ def test_ids_out_of_range(ids, monkeypatch):
 class TestChoice:
     def test_forced(self, monkeypatch):
         x = torch.randn(2, K, device=DEVICE)
-        monkeypatch.setattr(paths, "FORCED", "triton")
-        assert paths.path_for(x, [x]) is triton_layers
-        monkeypatch.setattr(paths, "FORCED", "torch")
-        assert paths.path_for(x, [x]) is torch_layers
+        monkeypatch.setattr(operators, "FORCED", "triton")
+        assert operators._path_for(x, [x]) is triton_layers
+        monkeypatch.setattr(operators, "FORCED", "torch")
+        assert operators._path_for(x, [x]) is torch_layers
 
     def test_a_cpu_runs_plain_pytorch(self, monkeypatch):
-        monkeypatch.setattr(paths, "FORCED", "")
+        monkeypatch.setattr(operators, "FORCED", "")
         x = torch.randn(2, K)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert paths.path_for(x, [x]) is torch_layers
+            assert operators._path_for(x, [x]) is torch_layers
 
     def test_forced_on_what_it_cannot_run_says_why(self, monkeypatch):
-        monkeypatch.setattr(paths, "FORCED", "triton")
+        monkeypatch.setattr(operators, "FORCED", "triton")
         double = torch.randn(2, K, dtype=torch.float64, device=DEVICE)
         with pytest.raises(RuntimeError, match=r"not torch\.float64"):
-            paths.path_for(double, [double])
+            operators._path_for(double, [double])
         with pytest.raises(RuntimeError, match="activations' dtype"):
-            paths.path_for(double.float(), [double.half()])
+            operators._path_for(double.float(), [double.half()])
 
     def test_unknown_name(self, monkeypatch):
-        monkeypatch.setattr(paths, "FORCED", "cuda")
+        monkeypatch.setattr(operators, "FORCED", "cuda")
         with pytest.raises(ValueError, match="'torch' or 'triton', given 'cuda'"):
-            paths.path_for(torch.randn(2, K), [])
+            operators._path_for(torch.randn(2, K), [])
 
     def test_falls_back_with_one_warning(self, monkeypatch):
         """A dtype that the kernels cannot take fails on a GPU, or is warned of in every call."""
-        monkeypatch.setattr(paths, "FORCED", "")
-        paths._warn.cache_clear()
+        monkeypatch.setattr(operators, "FORCED", "")
+        operators._warn.cache_clear()
         gpu_like = torch.randn(2, K, dtype=torch.float64, device="meta")  # any device that is not a CPU
-        monkeypatch.setattr(paths, "_why_not_here", lambda device: None)
-        monkeypatch.setattr(paths, "_has_kernels", lambda device: True)
+        monkeypatch.setattr(operators, "_why_not_here", lambda device: None)
+        monkeypatch.setattr(operators, "_has_kernels", lambda device: True)
         with pytest.warns(UserWarning, match=r"plain PyTorch: .* not torch\.float64"):
-            assert paths.path_for(gpu_like, [gpu_like]) is torch_layers
+            assert operators._path_for(gpu_like, [gpu_like]) is torch_layers
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert paths.path_for(gpu_like, [gpu_like]) is torch_layers
+            assert operators._path_for(gpu_like, [gpu_like]) is torch_layers

@@ -2,23 +2,33 @@
 
 There is one operator, over lists; a single layer is a list of one. It exists twice, with one signature: as a custom
 operator for tracers, and as a plain `autograd.Function` for eager calls, which spares them the operator's Python
-wrapping: in a small layer that costs more than the layer.
+wrapping: in a small layer that costs more than the layer. Which path computes it is decided here too: Triton kernels on
+a GPU, plain PyTorch everywhere else.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+import warnings
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmask.masks import UNPACKED, StoredMask
-from fastmask.operators.paths import as_examples, path_for, traced
-from fastmask.torch_path.activations import activate, activation_grad
+from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.torch_path import layers as torch_layers
+from fastmask.torch_path.activations import NONE, activate, activation_grad
 
-__all__ = ["Settings", "run"]
+__all__ = ["Settings", "autocast", "compute", "compute_projections"]
+
+# The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
+FORCED = os.environ.get("FASTMASK_BACKEND", "")
 
 Grads = tuple[Tensor, list[Tensor], list[Tensor]]
 
@@ -45,22 +55,58 @@ class Settings(NamedTuple):
         ]
 
 
-def run(
+def compute(
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None,
+    packed_width: int,
+    activation: str = NONE,
+) -> Tensor:
+    """`masked_linear` without the checks, for layers that were checked once; packed unless `packed_width` is -1.
+
+    Packed, the masked side is compact: live units at the front of `packed_width`, zeros behind. A row mask makes
+    y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the
+    live units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
+    `activation`, a name of `torch_path.activations`, is applied to x first and computed again in the backward pass
+    instead of being kept.
+    """
+    biases = [] if bias is None else [bias]
+    return compute_projections(x, [weight], [mask], language_ids, biases, [packed_width], activation)[0]
+
+
+def compute_projections(
     x: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor],
+    masks: list[Mask],
     language_ids: Tensor,
-    indices: list[Tensor],
-    extents: list[Tensor],
-    settings: Settings,
+    biases: list[Tensor],
+    packed_widths: list[int],
+    activation: str = NONE,
 ) -> Sequence[Tensor]:
-    """y_g [B, ..., N_g or its packed width] of x [B, ..., K] for each of G weights; `biases` is empty or has all."""
-    if traced(x, *weights):
+    """`compute` for several masks of one kind over one input: y_g of each.
+
+    All weights have a bias, or none has: then `biases` is empty.
+    """
+    x, geometries = autocast(x), [n for mask in masks for n in (*mask.geometry, 0)[:2]]
+    indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
+    settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation)
+    # A tracer must be shown a custom operator; the tensors it passes are of types of its own.
+    if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights)):
         ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
             x, weights, biases, language_ids, indices, extents, *settings
         )
         return ys
     return _Eager.apply(settings, x, language_ids, *weights, *biases, *indices, *extents)
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Cast x as autocast would; the weight is cast inside, after its dead part has been left out."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x
 
 
 def _outputs(
@@ -73,9 +119,9 @@ def _outputs(
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Compute the layers; `kept` as in `torch_path.layers.forward`."""
-    examples = activate(as_examples(x), settings.activation)
+    examples = activate(_as_examples(x), settings.activation)
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
-    path = path_for(x, weights)
+    path = _path_for(x, weights)
     ys: list[Tensor] = path.forward(masks, examples, weights, given, language_ids, settings.n_languages, kept)
     return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
@@ -91,8 +137,8 @@ def _grads(
     kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """(dx, dW of each, db of each), each None unless it is needed."""
-    upstreams, examples = [as_examples(dy) for dy in dys], activate(as_examples(x), settings.activation)
-    backward = path_for(x, weights).backward
+    upstreams, examples = [_as_examples(dy) for dy in dys], activate(_as_examples(x), settings.activation)
+    backward = _path_for(x, weights).backward
     dx, dws, dbs = backward(masks, upstreams, examples, weights, language_ids, settings.n_languages, *needs, kept)
     return None if dx is None else activation_grad(dx.view(x.shape), x, settings.activation), dws, dbs
 
@@ -216,3 +262,80 @@ def _(  # type: ignore[no-untyped-def]
         [w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs_weight, strict=True)],
         [w.new_empty(w.shape[0] if need else 0) for w, need in zip(weights, needs_bias, strict=True)],
     )
+
+
+# ---- the path
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_OLDEST = (8, 0)  # compute capability of the oldest NVIDIA chip the kernels are compiled for
+
+
+def _path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
+    """`torch_path.layers` or `triton_path.layers`, for activations x and weights that are on one device.
+
+    What the kernels cannot run goes to PyTorch, with one warning that says why.
+    """
+    if FORCED not in ("", "torch", "triton"):
+        raise ValueError(f"FASTMASK_BACKEND must be 'torch' or 'triton', given {FORCED!r}")
+    if FORCED == "torch" or (not FORCED and not _has_kernels(x.device)):
+        return torch_layers
+    reason = _why_not(x, weights)
+    if reason is None:
+        return _triton_layers()
+    if FORCED == "triton":
+        raise RuntimeError(f"FASTMASK_BACKEND=triton, but {reason}")
+    _warn(reason)
+    return torch_layers
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda"  # NVIDIA, and AMD under ROCm
+
+
+def _why_not(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """What keeps the Triton kernels from running these, if anything does."""
+    missing = _why_not_here(x.device)
+    if missing is not None:
+        return missing
+    if x.dtype not in _DTYPES:
+        return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
+    if any(weight.dtype not in (x.dtype, torch.float32) or weight.dtype != weights[0].dtype for weight in weights):
+        given = ", ".join(sorted({str(weight.dtype) for weight in weights}))
+        return f"the kernels take weights of the activations' dtype ({x.dtype}) or float32, not {given}"
+    if x.numel() // max(1, x.shape[-1]) >= 2**31:
+        return f"the kernels take fewer than 2**31 tokens, not a batch of shape {tuple(x.shape)}"
+    return None
+
+
+@cache
+def _why_not_here(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        from fastmask_kernels.interpreter import runs_on
+
+        return None if runs_on(device) else f"there is no GPU behind {device}, and TRITON_INTERPRET=1 is not set"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
+        return f"the kernels need compute capability 8.0 or newer, not {torch.cuda.get_device_name(device)}"
+    return None
+
+
+@cache
+def _triton_layers() -> ModuleType:
+    return importlib.import_module("fastmask.triton_path.layers")
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Warn once for each reason."""
+    warnings.warn(f"fastmask runs masked layers in plain PyTorch: {reason}", stacklevel=2)
+
+
+def _as_examples(x: Tensor) -> Tensor:
+    """[B, ..., width] -> [B, T, width]; T is spelled out because -1 is ambiguous in an empty batch."""
+    if x.ndim == 3:
+        return x
+    tokens = 1
+    for size in x.shape[1:-1]:
+        tokens *= size
+    return x.reshape(x.shape[0], tokens, x.shape[-1])

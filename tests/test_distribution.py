@@ -12,7 +12,7 @@ import fastmask as fm
 from fastmask.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "cpu|tensorboard|typology|test"
+EXTRAS = "tensorboard|typology|test"
 
 
 def texts():

@@ -49,8 +49,8 @@ class LiveAdamW(torch.optim.AdamW):
     6.6 times as far (default betas, constant gradient) as a new parameter would, for some tens of steps. Slices that
     were trained before the subnetworks were attached, or that any language owns from the start, do not pay it.
 
-    On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does, which
-    knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do.
+    On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does,
+    which knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`; not all of them need be of `model`.

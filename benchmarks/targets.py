@@ -249,7 +249,7 @@ TARGETS: list[Target] = [
     ),
     Target("FOMAML episode, 2 languages", _EPISODE, "episode", "speed", 2.0),
     Target("the same: most memory at once", _EPISODE, "episode", "peak", 0.5),
-    Target("optimiser step, one language, 50%", Job(Setting("optimizer")), "step", "time", 0.7),
+    Target("optimiser step, one language, 50%", Job(Setting("optimizer")), "step", "time", 1.3),
     Target(
         "ablation of 32 heads, 8 languages",
         Job(Setting("ablation", shape="small", density=0.6, batch=16, tokens=20)),

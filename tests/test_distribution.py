@@ -12,7 +12,7 @@ import fastmask as fm
 from fastmask.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "cpu|tensorboard|typology|test"
+EXTRAS = "tensorboard|typology|test"
 
 
 def texts():
@@ -40,9 +40,9 @@ def installed(line):
 
 def test_what_counts_as_installing():
     """The search below must see a name with and without extras, quotes and options, and let paths pass."""
-    assert "fastmask[cpu]" in installed("makes it fast: `pip install -U 'fastmask[cpu]'`")
+    assert "fastmask[typology]" in installed("makes it fast: `pip install -U 'fastmask[typology]'`")
     assert "fastmask" in installed("pip3 install fastmask")
-    assert not any("fastmask" in word for word in installed("pip install -e '.[cpu]'"))
+    assert not any("fastmask" in word for word in installed("pip install -e '.[typology]'"))
 
 
 def test_nobody_is_told_to_install_a_package_of_other_people():

@@ -13,7 +13,7 @@ from benchmarks.cases.case import Case, WrongResultError
 from benchmarks.measure import Side
 from benchmarks.setting import Setting
 from benchmarks.variants import Variants, encoder_of
-from fastmask.optim.live import live_part, masked_parameters
+from fastmask.live import WHOLE, live_of, masked_parameters
 
 __all__ = ["Optimizer"]
 
@@ -58,18 +58,12 @@ class Optimizer(Case):
     def ideal(self) -> float:
         """All weights over those that a step has to move."""
         live = total = 0
-        layers = [module for module in self.model.modules() if isinstance(module, fm.MaskedLinear)]
-        masked = masked_parameters(self.model, layers)
-        present = frozenset(self.ids.tolist())
+        masked = masked_parameters(self.model)
         for parameter in self.model.parameters():
-            if parameter.grad is None:
-                continue
-            total += parameter.numel()
-            found = None
-            if parameter in masked:
-                layer, of_bias = masked[parameter]
-                found = live_part(layer.mask, present, of_bias)
-            live += parameter.numel() if found is None else int(found.keep().expand_as(parameter).sum())
+            if parameter.grad is not None:
+                total += parameter.numel()
+                own = live_of(masked[parameter].mask, self.ids.tolist()) if parameter in masked else WHOLE
+                live += round(parameter.numel() * own.share)
         return total / live
 
     def check(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from fastmask_kernels.live_adamw import DTYPES, Job, live_adamw
 from fastmask_kernels.recorder import DEVICE, Launch, Operation, Recorder, Variant
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from benchmarks.gpu.setup import REAL, Setup
 from benchmarks.product import mixed_ids, units_of
 from benchmarks.variants import encoder_of
 from fastmask import operators
+from fastmask.live import live_of
 from fastmask.masks import UNPACKED
 from fastmask.operators import compute, compute_projections
 
@@ -40,7 +42,7 @@ Step = Callable[[Recorder], object]  # a forward and backward pass that tells th
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor without memory."""
-    return torch.empty(*shape, dtype=dtype, device=DEVICE)
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
 
 
 def layer_step(
@@ -217,8 +219,20 @@ def gate() -> Iterator[Step]:
     masks = [_mask("rows", 1, L, n, K) for n in sizes]
     for (act, own), n in itertools.product(problems.DTYPES.values(), (2, 3)):
         yield projections_step(masks[:n], torch.tensor(ids), tokens, act, own)
+    yield from optimizer_steps()
     for config, dtype in itertools.product(problems.tiny_models().values(), (torch.float32, torch.bfloat16)):
         yield _tiny_model_step(config, dtype)
+
+
+def optimizer_steps() -> Iterator[Step]:
+    """Steps of the optimiser: on weights that live one by one, and on those that a vector instruction moves."""
+    options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    n = 64
+    for dtype, kind, lr in itertools.product(DTYPES, ("rows", "columns"), (1e-3, randn(dtype=torch.float32))):
+        live = live_of(_mask(kind, 1, 2, n, n), [0])
+        tensors = (randn(n, n, dtype=dtype) for _ in range(4))
+        job = Job(*tensors, randn(dtype=torch.float32), live.words.to(DEVICE), live.cell)
+        yield lambda _, job=job, lr=lr: live_adamw([job], lr=lr, **options)  # type: ignore[misc]
 
 
 def sections(setup: Setup) -> Iterator[Step]:

@@ -1,7 +1,7 @@
 """Meta-learning (FOMAML, Reptile) over subnetworks: the loop of an episode, and which sentences it sees.
 
-`live_slices` knows which part of a parameter a language may change, `fast_weights` changes it and puts it back,
-`inner_rates` says how fast, `learner` runs episodes, `episodes` draws support and query sentences.
+`fast_weights` changes what a language owns of a model (`fastmask.live`) and puts it back, `inner_rates` says how fast,
+`learner` runs episodes, `episodes` draws support and query sentences.
 """
 
 from fastmask.meta.episodes import Draw, EpisodeSampler

@@ -1,7 +1,7 @@
 """Fast weights in place: the parameters themselves are adapted, and put back bit for bit afterwards.
 
 Hooks, tied weights, attached layers and kernels all keep working, because the model is the same one. What a step is
-about to change is copied first, and only that: the live slices of a masked weight, the rows of an embedding that were
+about to change is copied first, and only that: the live part of a masked weight, the rows of an embedding that were
 looked up, all of any other parameter. A parameter that gets no gradient is neither copied nor changed.
 
 A step is taken parameter by parameter while the backward pass runs, as soon as a gradient is complete, and the gradient
@@ -17,11 +17,9 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from fastmask.meta.live_slices import Slices, slices_of
+from fastmask.live import WHOLE, Live, live_of, masked_parameters
 
 __all__ = ["FastWeights"]
-
-WHOLE = Slices()
 
 
 class FastWeights:
@@ -32,12 +30,12 @@ class FastWeights:
     Args:
         model: changed in place inside the context.
         rates: learning rate of each parameter to adapt; others stay as they are.
-        language: whose slices may change, -1 for all; read from the masks that the layers have now.
+        language: whose part may change, -1 for all; read from the masks that the layers have now.
     """
 
     def __init__(self, model: nn.Module, rates: Mapping[Tensor, float], language: int) -> None:
         self.model, self.rates = model, rates
-        self._slices = slices_of(model, language)
+        self._live = {p: live_of(layer.mask, (language,)) for p, layer in masked_parameters(model).items()}
         self._backups: dict[Tensor, _Backup] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._kept = False
@@ -107,7 +105,7 @@ class FastWeights:
     def _backup(self, parameter: Tensor) -> _Backup:
         backup = self._backups.get(parameter)
         if backup is None:
-            backup = self._backups[parameter] = _Backup(self._slices.get(parameter, WHOLE))
+            backup = self._backups[parameter] = _Backup(self._live.get(parameter, WHOLE))
         return backup
 
     def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:
@@ -140,10 +138,10 @@ class FastWeights:
 
 
 class _Backup:
-    """What one parameter held before it was changed: its live slices, or the rows that sparse gradients reached."""
+    """What one parameter held before it was changed: its live part, or the rows that sparse gradients reached."""
 
-    def __init__(self, slices: Slices) -> None:
-        self.slices = slices
+    def __init__(self, part: Live) -> None:
+        self.part = part
         self.live: Tensor | None = None
         self.rows: Tensor | None = None  # int64 [n]
         self.values: Tensor | None = None  # [n, ...]
@@ -155,10 +153,10 @@ class _Backup:
     def save_all(self, parameter: Tensor) -> None:
         """Copy all that may change; what `rows` already holds is older and is put back last."""
         if self.live is None:
-            self.live = self.slices.read(parameter.detach())
+            self.live = self.part.read(parameter.detach())
 
     def step(self, parameter: Tensor, gradient: Tensor, rate: float) -> None:
-        if gradient.is_sparse and self.slices is WHOLE:
+        if gradient.is_sparse and self.part is WHOLE:
             gradient = gradient.coalesce()
             rows = gradient.indices()[0]
             if self.live is None:
@@ -166,7 +164,8 @@ class _Backup:
             parameter.index_add_(0, rows, gradient.values().to(parameter.dtype), alpha=-rate)
         else:
             self.save_all(parameter)
-            self.slices.step(parameter, gradient.to_dense() if gradient.is_sparse else gradient, rate)
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            parameter.sub_(self.part.only(dense), alpha=rate)  # subtracting +0 changes no bit of what is dead
 
     def _save_rows(self, parameter: Tensor, rows: Tensor) -> None:
         if self.rows is None or self.values is None:
@@ -181,7 +180,7 @@ class _Backup:
 
     def restore(self, parameter: Tensor) -> None:
         if self.live is not None:
-            self.slices.write(parameter, self.live)
+            self.part.write(parameter, self.live)
         if self.rows is not None and self.values is not None:
             parameter.index_copy_(0, self.rows, self.values)
 
@@ -190,8 +189,8 @@ class _Backup:
             theta = self.live
             if self.rows is not None and self.values is not None:
                 theta = theta.index_copy(0, self.rows, self.values)
-            distance = theta - self.slices.read(parameter)
-            self.slices.write(grad, self.slices.read(grad).add_(distance, alpha=scale))
+            distance = theta - self.part.read(parameter)
+            self.part.write(grad, self.part.read(grad).add_(distance, alpha=scale))
         elif self.rows is not None and self.values is not None:
             grad.index_add_(0, self.rows, self.values - parameter.index_select(0, self.rows), alpha=scale)
 

@@ -90,7 +90,7 @@ class MetaLearner:
     optimisers take it as a gradient.
 
     Masks act in support and query alike, so a unit gets a meta-gradient only from languages that own it. Only what a
-    language may change is copied: live slices of masked weights, looked-up rows of embeddings, other parameters whole.
+    language may change is copied: live parts of masked weights, looked-up rows of embeddings, other parameters whole.
     Memory grows neither with K nor with the number of languages. Gradient checkpointing must be the kind with
     `use_reentrant=False`; torch says so otherwise.
 

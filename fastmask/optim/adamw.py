@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
+from fastmask.live import FULL, WHOLE, Live, live_of, masked_parameters
 from fastmask.masks import Mask
 from fastmask.models.attach import attached
-from fastmask.optim import compiled, plain
-from fastmask.optim.arrivals import Arrivals, Note
-from fastmask.optim.live import FULL, Live, live_part, masked_parameters
+from fastmask.optim.arrivals import Arrivals
+from fastmask.optim.step import Update, Views, take_step
 
 __all__ = ["LiveAdamW"]
 
@@ -50,21 +49,17 @@ class LiveAdamW(torch.optim.AdamW):
     6.6 times as far (default betas, constant gradient) as a new parameter would, for some tens of steps. Slices that
     were trained before the subnetworks were attached, or that any language owns from the start, do not pay it.
 
-    On a CPU, float32 and float64 parameters take their step in one compiled pass over the live part (numba, the extra
-    `cpu`; about a second of compiling in the first step of a process). Without numba, and for other dtypes
-    and devices, PyTorch takes the step, on a copy of each parameter that is partly dead: the same result, in several
-    times the time of `torch.optim.AdamW`.
+    On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does,
+    which knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`; not all of them need be of `model`.
         lr, betas, eps, weight_decay, maximize: as there.
         model: the model (or a part of it, or a wrapper around it) whose `MaskedLinear` layers say what is live.
             Subnetworks may be attached to it later.
-        use_compiled: False for PyTorch only, True for an error where numba is missing, None for what there is.
         process_group: of the processes that share their gradients; None: all.
 
     Raises:
-        ImportError: `use_compiled` without numba.
         TypeError: `model` is no module, or a parameter keeps its numbers in other tensors (sharded by FSDP, quantised).
     """
 
@@ -78,30 +73,21 @@ class LiveAdamW(torch.optim.AdamW):
         *,
         model: nn.Module,
         maximize: bool = False,
-        use_compiled: bool | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected the model as an nn.Module, given {type(model).__name__}")
-        if use_compiled and not compiled.installed():
-            raise ImportError("use_compiled=True needs numba: in a checkout of fastmask, pip install -e '.[cpu]'")
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
         self.model, self.process_group = model, process_group
-        self._use_compiled = compiled.installed() if use_compiled is None else use_compiled
-        if use_compiled is None and not compiled.installed():
-            hint = "in a checkout of fastmask, pip install -e '.[cpu]'"
-            warnings.warn(f"without numba, LiveAdamW is slow on a CPU: {hint}", stacklevel=2)
         self._announced: set[int] | None = None
         self._arrivals = Arrivals()
-        self._notes: list[Note] = []
-        # The model's modules, and its masked layers' parameters, when they were last looked at.
-        self._tree: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] | None = None
+        # The model's modules and masked layers when they were last looked at, and the parameters that have a mask.
+        self._seen: tuple[list[nn.Module], list[tuple[str, int, bool]]] = ([], [])
         self._layers: list[MaskedLinear] = []
-        self._parameters: list[dict[str, nn.Parameter | None]] = []
-        self._seen: list[tuple[int, bool]] = []
-        self._masked: dict[Tensor, tuple[MaskedLinear, bool]] = {}
-        # Languages, masks, and what is live for them: of the last step, as the next is often like it.
-        self._live_for: tuple[frozenset[int], list[Mask], dict[Tensor, Live]] | None = None
+        self._masked: dict[Tensor, MaskedLinear] = {}
+        # What lives of those for the languages and masks of the last step, as the next is often like it.
+        self._live_for: tuple[set[int], list[Mask], dict[Tensor, Live]] = (set(), [], {})
+        self._views: Views = {}
         self._look()
 
     # ---- the step
@@ -128,29 +114,23 @@ class LiveAdamW(torch.optim.AdamW):
         if any(gradient.is_sparse for of_group in moved for _, gradient in of_group):
             raise RuntimeError("LiveAdamW does not support sparse gradients: build the embedding without them")
         self._look()
-        live = self._live_parts(languages)
+        live = self._live(languages)
         for p, part in live.items():
-            if p.numel() != part.shape[0] * part.shape[1]:
+            whole = part.shape if p is self._masked[p].weight else part.shape[:1]
+            if part.kind != "whole" and tuple(p.shape) != whole:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} is not the whole weight {part.shape} that its mask is for: "
+                    f"a parameter of shape {tuple(p.shape)} is not the whole weight {whole} that its mask is for: "
                     "with parameters in shards (FSDP, ZeRO), use torch.optim.AdamW"
                 )
-        in_one_pass: dict[torch.dtype, list[compiled.Update]] = {}
         for group, of_group in zip(self.param_groups, moved, strict=True):
-            numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["maximize"])
-            options = tuple(map(float, numbers))  # lr and betas may be tensors
-            of_torch: list[compiled.Update] = []
+            updates = []
             for p, gradient in of_group:
                 state = self._state_of(p)
-                tensors = (p, gradient, state["exp_avg"], state["exp_avg_sq"])
-                update = compiled.Update(*tensors, state["step"], live.get(p), options)
-                if self._use_compiled and compiled.fits(*tensors):
-                    in_one_pass.setdefault(p.dtype, []).append(update)
-                else:
-                    of_torch.append(update)
-            plain.update_group(of_torch)
-        for updates in in_one_pass.values():
-            compiled.update_all(updates)
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                updates.append(Update(p, gradient, *moments, state["step"], live.get(p, WHOLE)))
+            options = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize")}
+            options |= zip(("beta1", "beta2"), map(float, group["betas"]), strict=True)
+            take_step(updates, options, self._views)
         self._announced = None
         return loss
 
@@ -167,14 +147,13 @@ class LiveAdamW(torch.optim.AdamW):
         """As in torch; gradients that are zero come from no language."""
         super().zero_grad(set_to_none)
         self._look()
-        for note in self._notes:
-            note.forget()
+        self._arrivals.forget()
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter, which is made at its first step, as torch does."""
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=_step_device(parameter))
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state
@@ -183,44 +162,36 @@ class LiveAdamW(torch.optim.AdamW):
 
     def _look(self) -> None:
         """Find the masked layers as they are now, and watch those that are new."""
-        if self._tree is not None and all(tuple(children.values()) == old for children, old in self._tree):
-            seen = [(id(p), p.requires_grad) for own in self._parameters for p in own.values() if p is not None]
-            if seen == self._seen:
-                return
-        self._layers = [module for module in self.model.modules() if isinstance(module, MaskedLinear)]
-        self._tree = [(module._modules, tuple(module._modules.values())) for module in self.model.modules()]
-        self._parameters = [layer._parameters for layer in self._layers]
-        self._seen = [(id(p), p.requires_grad) for own in self._parameters for p in own.values() if p is not None]
-        self._masked = masked_parameters(self.model, self._layers)
-        self._live_for = None
-        self._notes = self._arrivals.watch(self._layers)
+        modules = list(self.model.modules())
+        layers = [module for module in modules if isinstance(module, MaskedLinear)]
+        own = [(layer.mask.kind, p) for layer in layers for p in (layer.weight, layer.bias)]
+        seen = modules, [(kind, id(p), p is not None and p.requires_grad) for kind, p in own]
+        if seen != self._seen:
+            self._seen, self._layers, self._masked = seen, layers, masked_parameters(self.model)
+            self._live_for = (set(), [], {})
+            self._arrivals.watch(layers)
 
-    def _live_parts(self, languages: Languages | None) -> dict[Tensor, Live]:
-        """The live part of each parameter that is not live as a whole."""
-        if languages is not None:
-            ids = self._ids(languages)
-        elif self._announced is not None:
-            ids = self._announced
-        else:
-            ids = self._arrived()
-        union = frozenset(self._of_all_processes(ids))
+    def _live(self, languages: Languages | None) -> dict[Tensor, Live]:
+        """What lives of each parameter that has a mask."""
+        ids = self._announced if languages is None else self._ids(languages)
+        ids = self._of_all_processes(self._arrived() if ids is None else ids)
         masks = [layer.mask for layer in self._layers]
-        if self._live_for is None or self._live_for[:2] != (union, masks):
-            found = {p: live_part(layer.mask, union, of_bias) for p, (layer, of_bias) in self._masked.items()}
-            self._live_for = (union, masks, {p: live for p, live in found.items() if live is not None})
+        if self._live_for[:2] != (ids, masks):
+            self._live_for = (ids, masks, {p: live_of(layer.mask, ids) for p, layer in self._masked.items()})
+            self._views.clear()
         return self._live_for[2]
 
     def _arrived(self) -> set[int]:
         """The languages that the gradients of masked parameters came from."""
         ids: set[int] = set()
-        for layer, own, note in zip(self._layers, self._parameters, self._notes, strict=True):
-            if all(parameter is None or parameter.grad is None for parameter in own.values()):
+        for layer in self._layers:
+            if all(parameter is None or parameter.grad is None for parameter in (layer.weight, layer.bias)):
                 continue  # what arrived is gone
-            arrived = note.languages()
+            arrived = self._arrivals.languages(layer)
             if not arrived:
-                names = [name for name, module in self.model.named_modules() if module is layer]
+                name = next(name for name, module in self.model.named_modules() if module is layer)
                 raise RuntimeError(
-                    f"the gradient of {names[0]!r} came from no forward pass that was seen, so its languages are not "
+                    f"the gradient of {name!r} came from no forward pass that was seen, so its languages are not "
                     "known: call step(languages=...), or announce(...) before the step"
                 )
             ids |= arrived
@@ -231,43 +202,39 @@ class LiveAdamW(torch.optim.AdamW):
         if isinstance(languages, Tensor):
             if languages.dtype != torch.int64:
                 raise ValueError(f"expected languages as an int64 tensor, given {languages.dtype}")
-            given: list[int | str] = languages.flatten().tolist()
-        else:
-            given = [languages] if isinstance(languages, (int, str)) else list(languages)
-        if not given:
+            languages = languages.flatten().tolist()
+        ids = {self._id(i) for i in ([languages] if isinstance(languages, (int, str)) else languages)}
+        if not ids:
             raise ValueError("expected at least one language, given none (-1 is the full network)")
-        known = self._names()
-        limit = min([layer.mask.n_languages for layer, _ in self._masked.values()], default=None)
-        ids = set()
-        for language in given:
-            if isinstance(language, str):
-                if language not in known:
-                    raise unknown("language", language, known)
-                language = known.index(language)
-            elif isinstance(language, bool) or not isinstance(language, int):
-                raise ValueError(f"expected languages as names or ids, given {language!r}")
-            if limit is not None and not FULL <= language < limit:
-                raise ValueError(
-                    f"language id {language} is out of range: expected 0 to {limit - 1}, or -1 for the full network"
-                )
-            ids.add(language)
         return ids
 
-    def _names(self) -> tuple[str, ...]:
-        """The languages of the subnetworks that are attached."""
-        owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
-        names = {attached(owner).subnets.languages for owner in owners}
-        if len(names) > 1:
-            raise ValueError("parts of the model have subnetworks of different languages attached: give ids, not names")
-        return next(iter(names), ())
+    def _id(self, language: int | str) -> int:
+        if isinstance(language, str):
+            owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
+            names = {attached(owner).subnets.languages for owner in owners}
+            if len(names) > 1:
+                raise ValueError(
+                    "parts of the model have subnetworks of different languages attached: give ids, not names"
+                )
+            known = next(iter(names), ())
+            if language not in known:
+                raise unknown("language", language, known)
+            return known.index(language)
+        if isinstance(language, bool) or not isinstance(language, int):
+            raise ValueError(f"expected languages as names or ids, given {language!r}")
+        limit = min((layer.mask.n_languages for layer in self._layers), default=language + 1)
+        if not FULL <= language < limit:
+            raise ValueError(
+                f"language id {language} is out of range: expected 0 to {limit - 1}, or -1 for the full network"
+            )
+        return language
 
     def _of_all_processes(self, ids: set[int]) -> set[int]:
         """The union over the processes, which all take the same step."""
-        if not (distributed.is_available() and distributed.is_initialized()):
+        alone = not (distributed.is_available() and distributed.is_initialized())
+        if alone or not self._masked or distributed.get_world_size(self.process_group) == 1:
             return ids
-        if not self._masked or distributed.get_world_size(self.process_group) == 1:
-            return ids
-        parameter, (layer, _) = next(iter(self._masked.items()))
+        parameter, layer = next(iter(self._masked.items()))
         present = torch.zeros(layer.mask.n_languages + 1, dtype=torch.int32)
         present[[language + 1 for language in ids]] = 1
         present = present.to(parameter.device)
@@ -302,13 +269,18 @@ class LiveAdamW(torch.optim.AdamW):
         for group in state_dict["param_groups"]:
             _refuse(group)
         super().load_state_dict(dict(state_dict))
-        for state in self.state.values():
-            if "step" in state:
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()  # the fused form's is not
+        for p, state in self.state.items():
+            if "step" in state:  # a number in old states, and on the GPU or not by the form of torch's optimiser
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=_step_device(p))
         self._look()  # a run that resumes has attached its subnetworks just before
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
+
+
+def _step_device(parameter: Tensor) -> torch.device:
+    """Where the count of steps is: with a parameter on a GPU, whose kernels read it; as in torch's fused step."""
+    return parameter.device if parameter.is_cuda else torch.device("cpu")
 
 
 def _refuse(group: Mapping[str, Any]) -> None:

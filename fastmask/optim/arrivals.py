@@ -20,62 +20,64 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastmask.linear import MaskedLinear
 from fastmask.models.layers import AttachedLinear
 
-__all__ = ["Arrivals", "Note"]
+__all__ = ["Arrivals"]
 
 Ids = Sequence[int] | Tensor
 """Language ids; those on a GPU stay a tensor until somebody has to know them."""
 
 
 class Arrivals:
-    """Notes of all masked layers of a model; layers are watched from `watch` on.
+    """What has arrived at the masked layers of a model; layers are watched from `watch` on.
 
     A compiled graph shows none of its passes, and gradients that are put into `.grad` by hand come from nowhere.
     """
 
     def __init__(self) -> None:
-        self._notes: weakref.WeakKeyDictionary[nn.Module, Note] = weakref.WeakKeyDictionary()
+        self._notes: weakref.WeakKeyDictionary[nn.Module, _Note] = weakref.WeakKeyDictionary()
         self._hooked: Any = WeakIdKeyDictionary()
 
-    def watch(self, layers: Sequence[MaskedLinear]) -> list[Note]:
-        """The note of each layer; layers that are new (attached since), and parameters that are, get their hooks."""
+    def watch(self, layers: Sequence[MaskedLinear]) -> None:
+        """Hook layers that are new (attached since), and parameters that are."""
         for layer in layers:
-            note = self._notes.get(layer)
-            if note is None:
-                note = self._notes[layer] = Note()
-                layer.register_forward_hook(note.passed_forward, with_kwargs=True)
+            if layer not in self._notes:
+                self._notes[layer] = _Note()
+                layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True)
             carrier = _carrier(layer)
             if carrier is not None and carrier not in self._hooked:
+                note = self._notes[layer]
                 carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer)))
                 carrier.register_post_accumulate_grad_hook(note.gradient_has_come)
                 self._hooked[carrier] = True
-        return [self._notes[layer] for layer in layers]
+
+    def languages(self, layer: MaskedLinear) -> set[int]:
+        """Ids of the languages in the gradients of a layer; empty where nothing is known."""
+        note = self._notes[layer]
+        note.arrived.update(*(ids.tolist() for ids in note.unread))
+        note.unread = []
+        return note.arrived
+
+    def forget(self) -> None:
+        """All gradients were set to zero."""
+        for note in self._notes.values():
+            note.forget()
 
 
-class Note:
+class _Note:
     """What is known of one layer. It refers to no module and no tensor but ids: copies of a model stay light."""
 
     def __init__(self) -> None:
-        self._arrived: set[int] = set()
-        self._unread: list[Tensor] = []  # that have arrived too
+        self.arrived: set[int] = set()
+        self.unread: list[Tensor] = []  # ids on a GPU that have arrived, too
         self._pending: list[Ids] = []
         self._pass = -1  # which backward pass the pending ones are of
         self._begins = True
 
-    def languages(self) -> set[int]:
-        """Ids of the languages in the layer's gradients; empty where nothing is known."""
-        for ids in self._unread:
-            self._arrived.update(ids.tolist())
-        self._unread = []
-        return self._arrived
-
     def forget(self) -> None:
-        """The gradients were set to zero."""
-        self._arrived, self._unread = set(), []
+        self.arrived, self.unread = set(), []
 
     def passed_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if torch.compiler.is_compiling() or not output.requires_grad:
-            return
-        output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs)))
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs)))
 
     def _passed_backward(self, ids: Ids, _: Tensor) -> None:
         current = torch._C._current_graph_task_id()
@@ -94,18 +96,15 @@ class Note:
         if self._pass == torch._C._current_graph_task_id():
             for ids in self._pending:
                 if isinstance(ids, Tensor):
-                    self._unread.append(ids)
+                    self.unread.append(ids)
                 else:
-                    self._arrived.update(ids)
+                    self.arrived.update(ids)
         self._pending = []
 
 
 def _carrier(layer: nn.Module) -> Tensor | None:
     """The parameter whose gradient tells for the layer: the weight, or the bias where only that is trained."""
-    for parameter in (layer.weight, layer.bias):
-        if isinstance(parameter, Tensor) and parameter.requires_grad:
-            return parameter
-    return None
+    return next((p for p in (layer.weight, layer.bias) if isinstance(p, Tensor) and p.requires_grad), None)
 
 
 def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:

@@ -87,7 +87,7 @@ class TrainConfig(Settings):
     schedule: str = setting("cosine", "how the learning rate falls to the end", choices=SCHEDULES)
     optimizer: str = setting(
         "adamw",
-        "AdamW, or one that leaves alone what no language of a batch owns (live; fast on a CPU with the extra cpu)",
+        "AdamW, or one that leaves alone what no language of a batch owns (live)",
         choices=OPTIMIZERS,
     )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", low=0, high=1)

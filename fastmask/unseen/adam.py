@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmask.meta.fast_weights import WHOLE, FastWeights
+from fastmask.live import WHOLE
+from fastmask.meta.fast_weights import FastWeights
 
 __all__ = ["AdamWeights"]
 
@@ -29,7 +30,7 @@ class _Moments:
 class AdamWeights(FastWeights):
     """As `FastWeights`, with steps of `torch.optim.AdamW(weight_decay=0)` (Loshchilov and Hutter 2019).
 
-    Moments start at zero and cover only what may change: live slices of masked weights, looked-up rows of embeddings.
+    Moments start at zero and cover only what may change: live parts of masked weights, looked-up rows of embeddings.
     An embedding must look up the same rows in each step, as it does when each takes the same batch.
     """
 
@@ -51,7 +52,7 @@ class AdamWeights(FastWeights):
 
     def _take_step(self, parameter: Tensor, gradient: Tensor, rate: float) -> None:
         backup = self._backup(parameter)
-        if gradient.is_sparse and backup.slices is WHOLE:
+        if gradient.is_sparse and backup.part is WHOLE:
             gradient = gradient.coalesce()
             rows = gradient.indices()[0]
             if backup.live is None:
@@ -60,8 +61,8 @@ class AdamWeights(FastWeights):
         else:
             backup.save_all(parameter)
             dense = gradient.to_dense() if gradient.is_sparse else gradient
-            change = self._change(parameter, backup.slices.read(dense), rate, None)
-            backup.slices.write(parameter, backup.slices.read(parameter).add_(change))
+            change = self._change(parameter, backup.part.read(dense), rate, None)
+            backup.part.write(parameter, backup.part.read(parameter).add_(change))
 
     def _change(self, parameter: Tensor, gradient: Tensor, rate: float, rows: Tensor | None) -> Tensor:
         """What a step adds to the compact live part."""

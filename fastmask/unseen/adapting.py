@@ -54,7 +54,7 @@ def adapted(
 ) -> Iterator[Tensor]:
     """The parser after `steps` steps on `support`, inside the context; yields the support losses [steps].
 
-    Only what subnetwork `language_id` may change does: live slices of masked weights, and everything shared. On leaving
+    Only what subnetwork `language_id` may change does: live parts of masked weights, and everything shared. On leaving
     the context all is put back bit for bit, unless `keep` is set and no exception is on its way. Inside, the caller
     says which subnetwork runs, as always.
 

@@ -4,8 +4,9 @@
 `packing` moves activations between their full and their packed width. Blocks and single weights: `tile_layout` lists
 the live tiles of a mask; `tile_matmul` and `tile_weight_grad` walk them, under the names `masked_matmul` and
 `masked_weight_grad` below; `pair_matmul` and `pair_weight_grad` take two neighbouring tiles of 64 at once. `turnstile`
-lets programs add to one sum in a fixed order. `naive_rows` and `naive_tiles` define each in plain torch. `tuning`
-remembers block sizes; `recorder` sees, without a GPU, what would be launched, and `compile_report` compiles it.
+lets programs add to one sum in a fixed order. `naive_rows` and `naive_tiles` define each in plain torch. `live_adamw`
+takes an optimiser's step on the live part of many weights. `tuning` remembers block sizes; `recorder` sees, without a
+GPU, what would be launched, and `compile_report` compiles it.
 """
 
 from fastmask_kernels.packing import pack, unpack

@@ -110,17 +110,3 @@ def test_a_copy_is_refused(net):
     optimizer = trained(net, ours, 1)
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(optimizer)
-
-
-def test_going_on_without_the_compiled_pass():
-    """A run could not go on where numba is missing, or another result would come of it."""
-    torch.manual_seed(0)
-    for kind in ("rows", "columns"):
-        net = Net(kind)
-        twin = copy.deepcopy(net)
-        optimizer, other = ours(net), fm.LiveAdamW(twin.parameters(), lr=1e-2, model=twin, use_compiled=False)
-        for step in range(6):
-            optimizer._use_compiled = step % 3 != 2
-            for module, which in ((net, optimizer), (twin, other)):
-                take(module, which, 1, first=step)
-            torch.testing.assert_close(state_of(optimizer), state_of(other))

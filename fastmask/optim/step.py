@@ -1,0 +1,162 @@
+"""The step of AdamW where a part of the parameters is dead: PyTorch's fused step, and on a GPU a kernel.
+
+The fused step takes stretches of memory and cannot jump over what is dead in between. Whole parameters go to it, and
+stretches of live rows, all in one call. Anything else it steps with its dead part, whose old numbers are put aside
+before and put back afterwards, as bits: not even NaN leaves a trace.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Callable, MutableMapping, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from fastmask.live import INTEGERS, Live
+
+__all__ = ["Update", "Views", "take_step"]
+
+STRETCH = 1 << 10  # weights for each thread: shorter stretches take longer to hand over than to step
+PIECE = 1 << 15  # weights for each thread: with what is put aside, float32 fills half of a usual cache
+FEW = 1 / 64  # share of dead weights up to which they are put aside one by one
+
+Views = MutableMapping[Tensor, tuple[list[int], list[Sequence[Tensor]]]]
+"""Live stretches of a parameter and its moments, which take as long to make as to step, and where those three lie."""
+
+
+class Update(NamedTuple):
+    """One parameter's step: tensors of one shape on one device; how many steps it has taken, float32 []; what moves."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    live: Live
+
+    @property
+    def held(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the step changes."""
+        return self.parameter, self.exp_avg, self.exp_avg_sq
+
+
+def take_step(updates: Sequence[Update], options: dict[str, Any], views: Views) -> None:
+    """Take the step of parameters that share their options.
+
+    Args:
+        updates: of each parameter that has a gradient.
+        options: lr, a number or a tensor of one; beta1, beta2, eps, weight_decay, numbers; maximize.
+        views: kept from step to step while the same weights live.
+    """
+    given, updates = updates, []
+    for update in given:
+        if _fits(update):
+            updates.append(update)
+        else:
+            _put_back(update, partial(_plain, update, options))
+    if not updates:
+        return
+    torch._foreach_add_([update.step for update in updates], 1)
+    at_once: list[tuple[Tensor, ...]] = []
+    launched: list[Update] = []
+    for update in updates:
+        p, live = update.parameter, update.live
+        if live.kind == "whole":
+            at_once.append(update[:5])
+        elif _has_kernel(p):
+            launched.append(update)
+        elif live.kind == "rows" and p.numel() * live.share >= STRETCH * torch.get_num_threads() * len(live.runs) / 2:
+            at_once += _stretches(update, views)
+        elif p.is_cuda or live.share >= 1 - FEW:
+            _put_back(update, partial(_fused, [update[:5]], options))
+        else:
+            _by_pieces(update, options)
+    _fused(at_once, options)
+    if launched:
+        from fastmask_kernels.live_adamw import Job, live_adamw
+
+        jobs = [Job(*update[:5], update.live.words, update.live.cell) for update in launched]
+        live_adamw(jobs, **options | {"lr": _rate(options["lr"], jobs[0].parameter)})
+
+
+def _fits(update: Update) -> bool:
+    """Whether PyTorch's fused step can take the parameter, if all of it lives: it takes memory as it comes."""
+    p = update.parameter
+    return (
+        p.device.type in ("cpu", "cuda")
+        and p.is_floating_point()
+        and all(tensor.dtype == p.dtype and tensor.is_contiguous() for tensor in update[:4])
+    )
+
+
+def _has_kernel(p: Tensor) -> bool:
+    return p.is_cuda and p.dtype != torch.float64 and _runs_kernels(p.device)
+
+
+@cache
+def _runs_kernels(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _fused(updates: Sequence[tuple[Tensor, ...]], options: dict[str, Any]) -> None:
+    """The step of whole tensors (parameter, gradient, exp_avg, exp_avg_sq, and step, which has been counted)."""
+    groups: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, ...]]] = {}
+    for update in updates:
+        groups.setdefault((update[0].device, update[0].dtype), []).append(update)
+    for group in groups.values():
+        p, g, m, v, steps = map(list, zip(*group, strict=True))
+        lr = _rate(options["lr"], p[0])
+        torch._fused_adamw_(p, g, m, v, [], steps, amsgrad=False, **options | {"lr": lr})
+
+
+def _rate(lr: float | Tensor, parameter: Tensor) -> float | Tensor:
+    """A learning rate on a GPU stays there, so that nothing waits for it."""
+    return lr.to(parameter.device) if isinstance(lr, Tensor) and lr.is_cuda and parameter.is_cuda else float(lr)
+
+
+def _plain(update: Update, options: dict[str, Any]) -> None:
+    """The step of a whole parameter that the fused step does not take; it counts, too."""
+    p, g, m, v, steps = ([tensor] for tensor in update[:5])
+    adamw(p, g, m, v, [], steps, False, fused=False, amsgrad=False, has_complex=p[0].is_complex(), **options)
+
+
+def _put_back(update: Update, step: Callable[[], None]) -> None:
+    """The step of a whole parameter, and what is dead of it as it was before."""
+    held = () if update.live.kind == "whole" else update.held
+    old = [update.live.dead.read(tensor) for tensor in held]
+    step()
+    for tensor, values in zip(held, old, strict=True):
+        update.live.dead.write(tensor, values)
+
+
+def _stretches(update: Update, views: Views) -> list[tuple[Tensor, ...]]:
+    """The update of each run of live rows."""
+    addresses = [tensor.data_ptr() for tensor in update.held]
+    made = views.get(update.parameter)
+    if made is None or made[0] != addresses:
+        made = addresses, [tensor.detach().split(update.live.runs)[1::2] for tensor in update.held]
+        views[update.parameter] = made
+    p, m, v = made[1]
+    return list(zip(p, update.gradient.split(update.live.runs)[1::2], m, v, itertools.repeat(update.step)))
+
+
+def _by_pieces(update: Update, options: dict[str, Any]) -> None:
+    """The step of one group of rows after the other, while what was put aside of it is still in a cache."""
+    p, *_, step, live = update
+    kind, options = INTEGERS[p.element_size()], options | {"lr": _rate(options["lr"], p)}
+    rows = max(1, PIECE * torch.get_num_threads() * len(p) // p.numel())
+    own = live.keep(p).to(kind)  # 1 and 0
+    owns = own.split(rows) if len(own) == len(p) else itertools.repeat(own)
+    aside = torch.empty(3, *p[:rows].shape, dtype=kind)
+    for own, p, g, m, v in zip(owns, *(tensor.split(rows) for tensor in update[:4]), strict=False):
+        dead = own - 1  # no bits and all bits
+        held = p.view(kind), m.view(kind), v.view(kind)
+        old = [torch.bitwise_and(now, dead, out=there[: len(now)]) for now, there in zip(held, aside, strict=True)]
+        torch._fused_adamw_([p], [g], [m], [v], [], [step], amsgrad=False, **options)
+        for now, before in zip(held, old, strict=True):
+            torch.addcmul(before, now, own, out=now)  # in one pass; `where` takes five times as long

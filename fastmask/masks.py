@@ -6,7 +6,8 @@ Dimension letters, here and everywhere: L languages, B examples, T tokens, N out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ class Mask:
         return cls("columns", shape, (unit,), counts * out_features, index, counts)
 
     @classmethod
-    def blocks(cls, keep: Tensor, block: tuple[int, int]) -> Mask:
+    def blocks(cls, keep: Tensor, block: Sequence[int]) -> Mask:
         """Blocks of (bn, bk) weights: `keep` bool [L, N / bn, K / bk]."""
         keep = _checked(keep, 3, "keep [languages, out_features / bn, in_features / bk]")
         if len(block) != 2:
@@ -134,15 +135,66 @@ class Mask:
             return bits.unpack(self.index, K)
         if self.kind == "blocks":
             bn, bk = self.geometry
-            return (
-                live_blocks(self.index, self.extents, self.geometry, (N, K))
-                .repeat_interleave(bn, 1)
-                .repeat_interleave(bk, 2)
-            )
+            return self._blocks().repeat_interleave(bn, 1).repeat_interleave(bk, 2)
         keep = torch.zeros(L, N if self.kind == "rows" else K, dtype=torch.bool, device=self.device)
         for language, count in enumerate(self.live_counts()):
             keep[language, self.index[language, :count]] = True
         return keep[:, :, None].expand(L, N, K) if self.kind == "rows" else keep[:, None, :].expand(L, N, K)
+
+    def _blocks(self) -> Tensor:
+        return live_blocks(self.index, self.extents, self.geometry, (self.out_features, self.in_features))
+
+    def _checked_id(self, language: int) -> int:
+        if not 0 <= operator.index(language) < self.n_languages:
+            raise ValueError(f"language id {language} is out of range: expected 0 to {self.n_languages - 1}")
+        return operator.index(language)
+
+    def select(self, languages: Iterable[int]) -> Mask:
+        """A new mask of the languages with these ids, in this order; an id may come more than once.
+
+        Raises:
+            ValueError: no id, or one out of range.
+            TypeError: an id that is no integer.
+        """
+        ids = [self._checked_id(language) for language in languages]
+        if not ids:
+            raise ValueError("expected at least one language id, given none")
+        return Mask._joined([self], ids)
+
+    @classmethod
+    def stack(cls, masks: Iterable[Mask]) -> Mask:
+        """The languages of several masks of one kind over weights of one shape, one after the other.
+
+        Raises:
+            ValueError: no mask, or masks of another kind, shape, block size or device.
+        """
+        masks = list(masks)
+        if not masks:
+            raise ValueError("no masks to stack")
+        described = [
+            f"{mask.kind}{f' of {mask.geometry}' if mask.kind == 'blocks' else ''} over {mask.out_features} x "
+            f"{mask.in_features} on {mask.device}"
+            for mask in masks
+        ]
+        for other in described:
+            if other != described[0]:
+                raise ValueError(f"cannot stack masks of {described[0]} and of {other}")
+        return cls._joined(masks, range(sum(mask.n_languages for mask in masks)))
+
+    @classmethod
+    def _joined(cls, masks: Sequence[Mask], ids: Sequence[int]) -> Mask:
+        """The languages `ids`, counted through all masks."""
+        first = masks[0]
+        rows = torch.tensor(ids, device=first.device)
+        if first.kind == "blocks":
+            return cls.blocks(torch.cat([mask._blocks() for mask in masks]).index_select(0, rows), first.geometry)
+        live, extents = (torch.cat([getattr(mask, name) for mask in masks])[rows] for name in ("live", "extents"))
+        width = first.index.shape[-1] if first.kind == "weights" else max(1, int(extents.max()))
+        index = [torch.nn.functional.pad(mask.index, (0, width - mask.index.shape[-1])) for mask in masks]
+        # Runs of a common divisor describe the languages of all masks.
+        geometry = tuple(math.gcd(*units) for units in zip(*(mask.geometry for mask in masks), strict=True))
+        shape = (len(ids), first.out_features, first.in_features)
+        return cls(first.kind, shape, geometry, live, torch.cat(index).index_select(0, rows), extents)
 
     def replaced(self, language: int, keep: Tensor) -> Mask:
         """A new mask in which one language owns something else; what the others own is as it was.
@@ -156,36 +208,20 @@ class Mask:
             ValueError: an id out of range, or another shape.
             TypeError: not a bool tensor.
         """
-        if not 0 <= language < self.n_languages:
-            raise ValueError(f"language id {language} is out of range: expected 0 to {self.n_languages - 1}")
-        N, K = self.out_features, self.in_features
-        shape = {"rows": (N,), "columns": (K,), "weights": (N, K)}.get(self.kind)
-        if shape is None:
-            shape = (N // self.geometry[0], K // self.geometry[1])
+        ids = list(range(self.n_languages))
+        ids[self._checked_id(language)] = self.n_languages
+        N, K, bn, bk = self.out_features, self.in_features, self.geometry[0], self.geometry[-1]
+        made: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Mask]]] = {
+            "rows": ((N,), lambda own: Mask.rows(own, K)),
+            "columns": ((K,), lambda own: Mask.columns(own, N)),
+            "blocks": ((N // bn, K // bk), lambda own: Mask.blocks(own, (bn, bk))),
+            "weights": ((N, K), Mask.weights),
+        }
+        shape, make = made[self.kind]
         keep = _checked(keep, len(shape), f"keep {list(shape)} of a mask of {self.kind}").to(self.device)
         if tuple(keep.shape) != shape:
             raise ValueError(f"expected keep {list(shape)} of a mask of {self.kind}, given shape {tuple(keep.shape)}")
-        if self.kind == "blocks":
-            blocks = live_blocks(self.index, self.extents, self.geometry, (N, K))
-            blocks[language] = keep
-            return Mask.blocks(blocks, (self.geometry[0], self.geometry[1]))
-        if self.kind == "weights":
-            index, extents, geometry = self.index.clone(), self.extents.clone(), self.geometry
-            index[language], extents[language] = bits.pack(keep[None])[0], keep.sum()
-            live = extents
-        else:
-            unit, own, count = _live_units(keep[None])
-            extents = self.extents.clone()
-            extents[language] = count[0]
-            most = max(1, int(extents.max()))
-            index = self.index.new_zeros(self.n_languages, most)
-            held = min(most, self.index.shape[1])
-            index[:, :held] = self.index[:, :held]
-            index[language] = torch.nn.functional.pad(own[0], (0, most - own.shape[1]))
-            # Runs of a common divisor describe the other languages as well as this one.
-            geometry = (math.gcd(self.geometry[0], unit),)
-            live = extents * (K if self.kind == "rows" else N)
-        return Mask(self.kind, (self.n_languages, N, K), geometry, live, index, extents)
+        return Mask._joined([self, make(keep[None])], ids)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
         """The same mask with `function` applied to each stored tensor (to move it between devices)."""

@@ -121,6 +121,45 @@ def test_masks_file_of_a_stranger(tmp_path, capsys):
             masks([name, "x"])
 
 
+HOSTILE = "e\x1b[31mn\x07\u202e"
+
+
+def said_of(capsys, *arguments, code=0):
+    """What a command printed, in which nothing may be a command to the terminal."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    said = "".join(capsys.readouterr())
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", said), said
+    return said
+
+
+def test_folders_of_a_stranger(tmp_path, small_run, small_data, capsys):
+    """Where `train`, `predict` and `compare` write, and what they read, is said without escape codes."""
+    folder = tmp_path / HOSTILE
+    written = re.escape(printable(HOSTILE))
+    said = said_of(capsys, "train", "--out", folder / "embedded", "--density", "0.0001", code=1)
+    assert re.search(rf"no --data given: .*{written}/embedded", said)
+    source = next(small_data.glob("UD_*/qaa_toy-ud-test.conllu"))
+    said = said_of(capsys, "predict", small_run, source, folder / "out.conllu")
+    assert re.search(rf"3 sentences written to .*{written}/out\.conllu", said)
+    options = {"train": "qaa,qac", "unseen": "qad", "methods": "full", "metas": "none", "seeds": 1, "shots": 2}
+    plan = Plan(folder / "compared", str(small_data), CompareConfig(**options), {})
+    plan.open()
+    scored = {"language": "qad", "las": 50.0, "choice": "full", "subnetwork": "full"}
+    for job in plan.jobs:
+        write_result(plan, job, whole_result([{"condition": condition, **scored} for condition in CONDITIONS]))
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    said = said_of(capsys, "compare", "--data", small_data, "--out", plan.out, "--workers", "1", *given)
+    assert re.search(rf"comparison: .*{written}/compared", said)
+
+
+def test_lines_of_the_commands():
+    """No module may print what is not its own words but through `say`."""
+    for path in sorted((ROOT / "fastmask").rglob("*.py")):
+        if path.name != "terminal.py":
+            assert not re.search(r'(?<![\w.])print\((?!")', path.read_text(encoding="utf-8")), path
+
+
 def test_one_console_and_one_figure():
     """No module may make a console that reads markup, or a figure that reads mathematics."""
     for folder in ("fastmask", "benchmarks"):

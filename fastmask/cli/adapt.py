@@ -115,7 +115,7 @@ def _adapt(
     with adapted(parser, support, choice.language_id, steps=steps, keep=True, **how_fast) as losses:
         pass
     if steps:
-        print(f"training loss {losses[0]:.3f} before the first of {steps} steps, {losses[-1]:.3f} before the last")
+        say(f"training loss {losses[0]:.3f} before the first of {steps} steps, {losses[-1]:.3f} before the last")
         if losses[-1] > losses[0]:
             print("it rose: lower --lr and --encoder-lr", file=sys.stderr)
         if test:

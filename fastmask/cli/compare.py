@@ -14,7 +14,7 @@ from fastmask.cli.options import given_settings
 from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
 from fastmask.compare.report import print_tables, write_report
 from fastmask.files import check_writable
-from fastmask.terminal import LiteralConsole, console_of
+from fastmask.terminal import LiteralConsole, console_of, say
 
 __all__ = ["run"]
 
@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
     run_all(plan, options.workers, threads, progress.show)
     print_tables(plan, console_of(sys.stdout))
     files = write_report(plan, options.command_line)
-    print(f"comparison: {plan.out.resolve()}")
-    print(f"            {', '.join(file.name for file in files)}")
+    say(f"comparison: {plan.out.resolve()}")
+    say(f"            {', '.join(file.name for file in files)}")
 
 
 class _Progress:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from fastmask.files import check_writable, descriptor_of
+from fastmask.terminal import say
 
 __all__ = ["run"]
 
@@ -25,4 +26,4 @@ def run(options: argparse.Namespace) -> None:
     loaded.parser.to(device_of(options.device))
     count = predict_file(loaded.parser, source, target, options.language)
     to_stdout = descriptor_of(target) == 1
-    print(f"{count} sentences written to {options.output}", file=sys.stderr if to_stdout else sys.stdout)
+    say(f"{count} sentences written to {options.output}", sys.stderr if to_stdout else sys.stdout)

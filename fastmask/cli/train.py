@@ -13,6 +13,7 @@ from typing import Any
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import print_scores, print_summary, round_printer, scored
 from fastmask.files import check_writable, write_text
+from fastmask.terminal import say
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out
 
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     data, languages = data_of_run(config, config.out)
     first = os.environ.get("RANK", "0") == "0"
     if config.data is None and first:
-        print(f"no --data given: training on the embedded artificial languages ({data})", file=sys.stderr)
+        say(f"no --data given: training on the embedded artificial languages ({data})", sys.stderr)
     datasets = load_training_data(data, languages)
     parser = build_parser(config, datasets)
     check_subnetworks(parser, config, datasets)

@@ -8,7 +8,7 @@ by its loss on the examples that units are scored on, which is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,26 +37,7 @@ class Round:
     kept: bool
 
 
-@dataclass
-class _Masks:
-    heads: Tensor | None  # bool [layers, heads]
-    neurons: Tensor | None  # bool [layers, ffn]
-
-    def parts(self) -> list[Tensor]:
-        return [keep for keep in (self.heads, self.neurons) if keep is not None]
-
-    def counts(self) -> tuple[int | None, int | None]:
-        return (
-            None if self.heads is None else int(self.heads.sum()),
-            None if self.neurons is None else int(self.neurons.sum()),
-        )
-
-    def subnetworks(self, name: str) -> Subnetworks:
-        return Subnetworks(
-            [name],
-            None if self.heads is None else self.heads[None],
-            None if self.neurons is None else self.neurons[None],
-        )
+_Masks = dict[str, Tensor]  # "heads", "neurons" or both -> bool [layers, units]
 
 
 def discover(
@@ -114,15 +95,11 @@ def discover(
     found = []
     for name, scoring in batches.items():
         pruner = _Pruner(model, name, scoring, loss, metric, units, drop, on_round)
-        found.append(pruner.to_density(density) if density is not None else pruner.to_tau(tau))
+        masks = pruner.to_density(density) if density is not None else pruner.to_tau(tau)
+        found.append(pruner.subnetworks(masks))
         if on_scores is not None:
             on_scores(name, Importance(pruner.scores.get("heads"), pruner.scores.get("neurons")))
-    heads, neurons = [m.heads for m in found], [m.neurons for m in found]
-    return Subnetworks(
-        list(batches),
-        None if heads[0] is None else torch.stack([keep for keep in heads if keep is not None]),
-        None if neurons[0] is None else torch.stack([keep for keep in neurons if keep is not None]),
-    )
+    return Subnetworks.stack(found)
 
 
 def live_units(density: float, layers: int, units: int) -> int:
@@ -147,15 +124,16 @@ class _Pruner:
         geometry = Geometry.of(model.config)
         self.model, self.name, self.batches, self.loss, self.metric = model, name, batches, loss, metric
         self.drop, self.on_round = drop, on_round
-        self.masks = _Masks(
-            torch.ones(geometry.layers, geometry.heads, dtype=torch.bool) if units in ("heads", "both") else None,
-            torch.ones(geometry.layers, geometry.neurons, dtype=torch.bool) if units in ("neurons", "both") else None,
-        )
-        self.scores = {
-            kind: torch.zeros(keep.shape)
-            for kind, keep in (("heads", self.masks.heads), ("neurons", self.masks.neurons))
-            if keep is not None
+        self.masks: _Masks = {
+            kind: torch.ones(geometry.layers, size, dtype=torch.bool)
+            for kind, size in (("heads", geometry.heads), ("neurons", geometry.neurons))
+            if units in (kind, "both")
         }
+        self.scores = {kind: torch.zeros(keep.shape) for kind, keep in self.masks.items()}
+
+    def subnetworks(self, masks: _Masks) -> Subnetworks:
+        own = {kind: keep[None] for kind, keep in masks.items()}
+        return Subnetworks([self.name], own.get("heads"), own.get("neurons"))
 
     def to_tau(self, tau: float) -> _Masks:
         full = self._measure(self.masks)
@@ -163,8 +141,8 @@ class _Pruner:
         number = 0
         while True:
             number += 1
-            smaller = self._pruned([max(1, int(self.drop * keep.numel())) for keep in self.masks.parts()])
-            if smaller.counts() == self.masks.counts():
+            smaller = self._pruned(self._steps())
+            if _counts(smaller) == _counts(self.masks):
                 return self.masks  # one unit left in every layer
             value = self._measure(smaller)
             kept = value.keeps(tau, full)
@@ -176,43 +154,48 @@ class _Pruner:
     def to_density(self, density: float) -> _Masks:
         number = 0
         while True:
-            surplus = [int(keep.sum()) - live_units(density, *keep.shape) for keep in self.masks.parts()]
-            if max(surplus) <= 0:
+            surplus = {kind: int(keep.sum()) - live_units(density, *keep.shape) for kind, keep in self.masks.items()}
+            if max(surplus.values()) <= 0:
                 return self.masks
             number += 1
-            steps = [max(1, int(self.drop * keep.numel())) for keep in self.masks.parts()]
-            self.masks = self._pruned([max(0, min(s, most)) for s, most in zip(steps, surplus, strict=True)])
+            self.masks = self._pruned({kind: max(0, min(s, surplus[kind])) for kind, s in self._steps().items()})
             self._report(number, self.masks, Quality(), True)
 
-    def _pruned(self, drops: Sequence[int]) -> _Masks:
+    def _steps(self) -> dict[str, int]:
+        return {kind: max(1, int(self.drop * keep.numel())) for kind, keep in self.masks.items()}
+
+    def _pruned(self, drops: Mapping[str, int]) -> _Masks:
         """The current masks without the `drops` least important units of each kind."""
-        with attached_to(self.model, self.masks.subnetworks(self.name)):
+        with attached_to(self.model, self.subnetworks(self.masks)):
             scores = importance(self.model, self.batches, self.loss, self.name)
-        for kind, last in self.scores.items():
-            self.scores[kind] = torch.where(getattr(self.masks, kind), getattr(scores, kind), last)
-        return _drop_lowest(self.masks, scores, drops)
+        smaller = {}
+        for kind, keep in self.masks.items():
+            score: Tensor = getattr(scores, kind)
+            self.scores[kind] = torch.where(keep, score, self.scores[kind])
+            smaller[kind] = _without_lowest(keep, score, drops[kind])
+        return smaller
 
     def _measure(self, masks: _Masks) -> Quality:
-        return measure(self.model, masks.subnetworks(self.name), self.name, self.batches, self.loss, self.metric)
+        return measure(self.model, self.subnetworks(masks), self.name, self.batches, self.loss, self.metric)
 
     def _report(self, number: int, masks: _Masks, value: Quality, kept: bool) -> None:
         if self.on_round is not None:
-            self.on_round(Round(self.name, number, *masks.counts(), value, kept))
+            counts = _counts(masks)
+            self.on_round(Round(self.name, number, counts.get("heads"), counts.get("neurons"), value, kept))
 
 
-def _drop_lowest(masks: _Masks, scores: Importance, drops: Sequence[int]) -> _Masks:
-    parts = []
-    ranked = [score for score in (scores.heads, scores.neurons) if score is not None]
-    for keep, score, count in zip(masks.parts(), ranked, drops, strict=True):
-        candidates = score.masked_fill(~keep, float("inf"))
-        # The best unit of each layer stays, whatever the others of the network score.
-        best = score.masked_fill(~keep, -1).argmax(1, keepdim=True)
-        candidates.scatter_(1, best, float("inf"))
-        order = candidates.flatten().argsort(stable=True)[:count]
-        order = order[torch.isfinite(candidates.flatten()[order])]
-        smaller = keep.flatten().clone()
-        smaller[order] = False
-        parts.append(smaller.view_as(keep))
-    return _Masks(
-        parts.pop(0) if masks.heads is not None else None, parts.pop(0) if masks.neurons is not None else None
-    )
+def _counts(masks: _Masks) -> dict[str, int]:
+    return {kind: int(keep.sum()) for kind, keep in masks.items()}
+
+
+def _without_lowest(keep: Tensor, score: Tensor, count: int) -> Tensor:
+    """The mask without its `count` least important units."""
+    candidates = score.masked_fill(~keep, float("inf"))
+    # The best unit of each layer stays, whatever the others of the network score.
+    best = score.masked_fill(~keep, -1).argmax(1, keepdim=True)
+    candidates.scatter_(1, best, float("inf"))
+    order = candidates.flatten().argsort(stable=True)[:count]
+    order = order[torch.isfinite(candidates.flatten()[order])]
+    smaller = keep.flatten().clone()
+    smaller[order] = False
+    return smaller.view_as(keep)

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 import fastmask as fm
 from fastmask.models import attach
@@ -134,7 +132,9 @@ def cross_values(parser: Any, subnets: Subnetworks, rows: Mapping[str, Sequence[
         seed: of the random masks.
     """
     L = len(subnets.languages)
-    attach(parser.encoder, _with_controls(subnets, random_like(subnets, mask_seed(seed))))
+    controls = random_like(subnets, mask_seed(seed))
+    named = controls.map(lambda keep: keep, [f"{RANDOM} {name}" for name in subnets.languages])
+    attach(parser.encoder, Subnetworks.stack([subnets, named]))
     values: Values = {}
     for place, (language, given) in enumerate(rows.items()):
         prepared = {language: prepare(parser, given)}
@@ -148,18 +148,3 @@ def cross_values(parser: Any, subnets: Subnetworks, rows: Mapping[str, Sequence[
 def mask_seed(seed: int) -> int:
     """The seed of the random masks: not `seed` itself, by which a run of method random may have drawn its own."""
     return int(np.random.default_rng([seed, zlib.crc32(b"cross-evaluation")]).integers(2**31))
-
-
-def _with_controls(subnets: Subnetworks, controls: Subnetworks) -> Subnetworks:
-    """Both in one: first the languages' subnetworks, then as many controls, called "random" and the language."""
-
-    def joined(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-        return None if mine is None or theirs is None else torch.cat([mine, theirs])
-
-    mine, theirs = subnets.weights or {}, controls.weights or {}
-    return Subnetworks(
-        [*subnets.languages, *(f"{RANDOM} {name}" for name in subnets.languages)],
-        joined(subnets.heads, controls.heads),
-        joined(subnets.neurons, controls.neurons),
-        {name: torch.cat([keep, theirs[name]]) for name, keep in mine.items()},
-    )

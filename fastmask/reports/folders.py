@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -115,7 +117,7 @@ def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
             without a finished cell.
     """
     studies, runs = [], []
-    for folder in dict.fromkeys(Path(given) for given in folders):
+    for folder in {os.path.realpath(given): Path(given) for given in folders}.values():
         if (folder / SETTINGS_FILE).is_file():
             studies.append(_comparison(folder))
         elif (folder / CONFIG_FILE).is_file():
@@ -136,15 +138,25 @@ def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
 def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
     """A study of runs that were trained one by one."""
     runs = []
-    for folder, config in given:
+    labels = _labels([folder for folder, _ in given])
+    for (folder, config), label in zip(given, labels, strict=True):
         name = variant_name(config.method, config.meta)
         alike = [other for where, other in given if where != folder and variant_name(other.method, other.meta) == name]
         if any(other.seed == config.seed or _differ(config, other) for other in alike):
-            name = f"{name} ({folder.resolve().name})"
+            name = f"{name} ({label})"
         runs.append(Run(folder, config, name))
-    title = ", ".join(run.folder.resolve().name for run in runs)
     unseen = ",".join(UNSEEN) if all(run.config.data is None for run in runs) else ""
-    return Study(title, tuple(runs), unseen=unseen)
+    return Study(", ".join(labels), tuple(runs), unseen=unseen)
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The name of each folder, with as many of those above it as tell it from the others."""
+    ends = [
+        [Path(*parts[-n:]).as_posix() for n in range(1, len(parts) + 1)]
+        for parts in (folder.resolve().parts for folder in folders)
+    ]
+    known = Counter(end for of_one in ends for end in of_one)
+    return [next(end for end in of_one if known[end] == 1) for of_one in ends]
 
 
 def _differ(one: TrainConfig, other: TrainConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -134,14 +134,71 @@ class Subnetworks:
         either = sizes[:, None] + sizes[None, :] - both
         return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both))
 
-    def map(self, function: Any) -> Subnetworks:
-        """The same languages with `function` applied to every mask tensor."""
-        return Subnetworks(
-            self.languages,
-            None if self.heads is None else function(self.heads),
-            None if self.neurons is None else function(self.neurons),
-            None if self.weights is None else {name: function(keep) for name, keep in self.weights.items()},
-        )
+    # ---- making others of them
+
+    def map(self, function: Callable[[Tensor], Tensor], languages: Sequence[str] | None = None) -> Subnetworks:
+        """New subnetworks of `function` of every mask tensor, bool [L, ...].
+
+        Args:
+            function: returns bool [L', ...].
+            languages: the L' names of what it returns; those of these subnetworks if not given.
+        """
+        return self._like({name: function(keep) for name, keep in self._tensors().items()}, languages)
+
+    def _like(self, tensors: Mapping[str, Tensor], languages: Sequence[str] | None) -> Subnetworks:
+        weights = {name: tensors[f"weights[{name!r}]"] for name in self.weights or {}}
+        names = self.languages if languages is None else languages
+        return Subnetworks(names, tensors.get("heads"), tensors.get("neurons"), weights)
+
+    def select(self, languages: Iterable[str]) -> Subnetworks:
+        """The subnetworks of these languages, in this order. Nothing is copied where they are neighbours here.
+
+        Raises:
+            KeyError: an unknown language; the message names the nearest ones.
+            ValueError: no language, one more than once, a single name, or a set, which has no order.
+        """
+        names = _distinct_names(languages)
+        rows = self.ids(names)
+        first, last = int(rows[0]), int(rows[-1])
+        if rows.tolist() == list(range(first, last + 1)):
+            return self.map(lambda keep: keep[first : last + 1], names)
+        return self.map(lambda keep: keep[rows], names)
+
+    def append(self, name: str, subnet: Subnetworks) -> Subnetworks:
+        """These languages and a last one called `name`, with the masks that `subnet` has for its only language.
+
+        Raises:
+            ValueError: there is a language of that name, `subnet` has several, or it does not fit (see `stack`).
+        """
+        if name in self.languages:
+            raise ValueError(f"language {name!r} has a subnetwork already (languages: {', '.join(self.languages)})")
+        if not isinstance(subnet, Subnetworks) or len(subnet.languages) != 1:
+            raise ValueError(f"expected the Subnetworks of one language to append as {name!r}, given {subnet!r}")
+        return Subnetworks.stack([self, subnet.map(lambda keep: keep, [name])])
+
+    @classmethod
+    def stack(cls, parts: Iterable[Subnetworks]) -> Subnetworks:
+        """All languages of several subnetworks of one model, one after the other.
+
+        Raises:
+            ValueError: no part, a language in two of them, or parts that mask other units, modules or sizes, or lie on
+                other devices; the message names both.
+        """
+        parts = list(parts)
+        wrong = [type(part).__name__ for part in parts if not isinstance(part, Subnetworks)]
+        if wrong or not parts:
+            raise ValueError(f"expected Subnetworks to stack, given {', '.join(wrong) or 'none'}")
+        tensors = [part._tensors() for part in parts]
+        for part, own in zip(parts, tensors, strict=True):
+            for name in tensors[0] | own:
+                sizes = [
+                    f"{tuple(of[name].shape[1:])} on {of[name].device}" if name in of else "not masked"
+                    for of in (tensors[0], own)
+                ]
+                if sizes[0] != sizes[1]:
+                    raise ValueError(f"cannot stack {parts[0]!r} and {part!r}: {name} is {sizes[0]} and {sizes[1]}")
+        joined = {name: torch.cat([own[name] for own in tensors]) for name in tensors[0]}
+        return parts[0]._like(joined, [language for part in parts for language in part.languages])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Subnetworks) or self.languages != other.languages:

@@ -36,7 +36,7 @@ def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None 
     """
     config = point.config
     if config.masks is not None:
-        found = _chosen(Subnetworks.load(config.masks), point.train)
+        found = Subnetworks.load(config.masks).select(point.train)
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
         found = discover_for_parser(point.parser, point.train, dev, config, config.seed, on_round)
@@ -58,7 +58,7 @@ def check_subnetworks(parser: Parser, config: TrainConfig, languages: Iterable[s
     if config.masks is None:
         _check_density(parser, config)
         return
-    attach(parser.encoder, _trained(_chosen(Subnetworks.load(config.masks), languages), config))
+    attach(parser.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))
     try:
         if config.method == "dynamic":
             DynamicSubnetworks(parser.encoder, config.strategy)
@@ -90,18 +90,6 @@ def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
     if config.method == "shared":
         return shared_like(found)
     return found
-
-
-def _chosen(subnets: Subnetworks, languages: Iterable[str]) -> Subnetworks:
-    """The masks of `languages`, in that order."""
-    languages = list(languages)
-    rows = torch.tensor([subnets.index(language) for language in languages])
-    return Subnetworks(
-        languages,
-        None if subnets.heads is None else subnets.heads[rows],
-        None if subnets.neurons is None else subnets.neurons[rows],
-        None if subnets.weights is None else {name: keep[rows] for name, keep in subnets.weights.items()},
-    )
 
 
 def discover_for_parser(

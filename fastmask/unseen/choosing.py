@@ -66,9 +66,7 @@ def with_union(subnets: Subnetworks) -> Subnetworks:
     Raises:
         ValueError: a language is called "union".
     """
-    if UNION in subnets.languages:
-        raise ValueError(f"a language is called {UNION!r} already (languages: {', '.join(subnets.languages)})")
-    return _appended(subnets, UNION, lambda keep: keep.any(0))
+    return subnets.append(UNION, subnets.map(lambda keep: keep.any(0, keepdim=True), [UNION]))
 
 
 def with_language(subnets: Subnetworks, name: str, choice: Choice) -> Subnetworks:
@@ -80,26 +78,10 @@ def with_language(subnets: Subnetworks, name: str, choice: Choice) -> Subnetwork
         ValueError: there is a language of that name.
         KeyError: the chosen language is none of `subnets`.
     """
-    if name in subnets.languages:
-        raise ValueError(f"language {name!r} has a subnetwork already (languages: {', '.join(subnets.languages)})")
     if choice.language_id == FULL:
-        return _appended(subnets, name, lambda keep: torch.ones_like(keep[0]))
-    if choice.name == UNION and UNION not in subnets.languages:
-        return _appended(subnets, name, lambda keep: keep.any(0))
-    row = subnets.index(choice.name)
-    return _appended(subnets, name, lambda keep: keep[row])
-
-
-def _appended(subnets: Subnetworks, name: str, mask_of: Callable[[Tensor], Tensor]) -> Subnetworks:
-    def longer(keep: Tensor) -> Tensor:
-        return torch.cat([keep, mask_of(keep)[None]])
-
-    return Subnetworks(
-        [*subnets.languages, name],
-        None if subnets.heads is None else longer(subnets.heads),
-        None if subnets.neurons is None else longer(subnets.neurons),
-        None if subnets.weights is None else {module: longer(keep) for module, keep in subnets.weights.items()},
-    )
+        return subnets.append(name, subnets.map(lambda keep: torch.ones_like(keep[:1]), [name]))
+    known = with_union(subnets) if choice.name == UNION and UNION not in subnets.languages else subnets
+    return subnets.append(name, known.select([choice.name]))
 
 
 def support_losses(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import KINDS, check, random_mask
 
-from fastmask import Mask, bits
+from fastmask import Mask, bits, masked_linear
 
 
 @settings(max_examples=50, deadline=None)
@@ -77,5 +78,120 @@ def test_weights_cost_one_bit_each():
 )
 def test_bad_masks(build, error, message):
     """A wrong mask is accepted and fails later, far from its cause."""
+    with pytest.raises(error, match=message):
+        build()
+
+
+L, N, K = 5, 12, 70
+
+
+@pytest.fixture(params=KINDS)
+def masked(request):
+    """A mask of each kind, the second language empty and the third full, with its dense form; units of 2."""
+    mask = random_mask(request.param, L, N, K, unit=2)
+    return mask, mask.to_dense().clone()
+
+
+def stored(mask):
+    return [tensor.clone() for tensor in (mask.live, mask.index, mask.extents)]
+
+
+def assert_made_anew(mask, dense):
+    """The mask is that of `dense`, stored as a constructor stores it, and computes what float64 products say."""
+    makers = {
+        "rows": lambda: Mask.rows(dense[:, :, 0], K),
+        "columns": lambda: Mask.columns(dense[:, 0], N),
+        "blocks": lambda: Mask.blocks(dense[:, ::2, ::2], (2, 2)),
+        "weights": lambda: Mask.weights(dense),
+    }
+    expected = makers[mask.kind]()
+    assert (mask.n_languages, mask.out_features, mask.in_features) == dense.shape
+    for mine, fresh in zip(stored(mask), stored(expected), strict=True):
+        assert mine.equal(fresh)
+        assert mine.dtype == fresh.dtype
+    assert all(whole % unit == 0 for whole, unit in zip(expected.geometry, mask.geometry, strict=True))
+    assert mask.to_dense().equal(dense)
+    ids = torch.arange(-1, len(dense))
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((len(ids), 3, K), (N, K)))
+    check(x, weight, torch.randn(N, generator=generator), mask, ids)
+    whole = torch.cat([torch.ones(1, N, K), dense]).double()
+    y = masked_linear(x.double(), weight.double(), mask, ids)
+    torch.testing.assert_close(y, x.double() @ (whole * weight.double()).transpose(1, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ids", [[0], [1], [1, 1], [4, 2, 0], [3, 3, 1, 3], [0, 1, 2, 3, 4]], ids=str)
+def test_select(masked, ids):
+    """A language gets the mask of another, or padding that was cut off was not padding."""
+    mask, dense = masked
+    before = stored(mask)
+    assert_made_anew(mask.select(ids), dense[ids])
+    assert_made_anew(mask.select(torch.tensor(ids)), dense[ids])
+    with torch.device("meta"):
+        found = mask.select(iter(ids))
+    assert_made_anew(found, dense[ids])
+    assert all(map(torch.equal, before, stored(mask)))
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[1], [2], [1]], [[3, 0], [2, 4, 1]], [[1, 1], [0]]], ids=str)
+def test_stack(masked, parts):
+    """Languages of a later mask are shifted, or read from tables that are too narrow."""
+    mask, dense = masked
+    pieces = [mask.select(ids) for ids in parts]
+    before = [stored(piece) for piece in pieces]
+    with torch.device("meta"):
+        found = Mask.stack(iter(pieces))
+    assert_made_anew(found, dense[[language for ids in parts for language in ids]])
+    for piece, old in zip(pieces, before, strict=True):
+        assert all(map(torch.equal, old, stored(piece)))
+
+
+def test_units_of_stacked_masks():
+    """Heads of one mask and neurons of another would be copied in runs that are too long, or one by one."""
+    coarse = Mask.rows(torch.tensor([[True, False]]).repeat_interleave(12, 1), 3)
+    fine = Mask.rows(torch.tensor([[True, False, False]]).repeat_interleave(8, 1), 3)
+    assert Mask.stack([coarse, coarse]).geometry == (12,)
+    assert Mask.stack([coarse, fine]).geometry == (4,)
+
+
+def test_masks_of_inference_mode(masked):
+    """Training could not use what was selected or stacked while nothing was trained."""
+    mask, dense = masked
+    with torch.inference_mode():
+        found = Mask.stack([mask.select([4, 1]), mask])
+    assert_made_anew(found, dense[[4, 1, 0, 1, 2, 3, 4]])
+
+
+ROWS, ON = Mask.rows(torch.ones(2, 6, dtype=torch.bool), 4), torch.ones(1, 2, 3, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: ROWS.select([]), ValueError, "at least one language id, given none"),
+        (lambda: ROWS.select([0, 2]), ValueError, "language id 2 is out of range: expected 0 to 1"),
+        (lambda: ROWS.select([-1]), ValueError, "language id -1 is out of range"),
+        (lambda: ROWS.select([0.5]), TypeError, "float"),
+        (lambda: Mask.stack([]), ValueError, "no masks to stack"),
+        (
+            lambda: Mask.stack([ROWS, ROWS, Mask.columns(torch.ones(1, 4, dtype=torch.bool), 6)]),
+            ValueError,
+            "cannot stack masks of rows over 6 x 4 on cpu and of columns over 6 x 4 on cpu",
+        ),
+        (
+            lambda: Mask.stack([ROWS, Mask.rows(torch.ones(2, 5, dtype=torch.bool), 4)]),
+            ValueError,
+            "rows over 6 x 4 on cpu and of rows over 5 x 4 on cpu",
+        ),
+        (
+            lambda: Mask.stack([Mask.blocks(ON, (3, 2)), Mask.blocks(torch.ones(1, 3, 2, dtype=torch.bool), (2, 3))]),
+            ValueError,
+            r"blocks of \(3, 2\) over 6 x 6 on cpu and of blocks of \(2, 3\) over 6 x 6 on cpu",
+        ),
+        (lambda: Mask.stack([ROWS, ROWS.to("meta")]), ValueError, "on cpu and of rows over 6 x 4 on meta"),
+    ],
+)
+def test_what_cannot_be_selected_or_stacked(build, error, message):
+    """Languages of chance, or masks over different weights, would be one mask."""
     with pytest.raises(error, match=message):
         build()

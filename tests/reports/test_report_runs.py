@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -64,6 +65,32 @@ def test_runs_of_one_method_are_told_apart(static_run, tmp_path):
     (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 5"))
     (study,) = studies_of([static_run, other])
     assert [run.config.seed for run in study.variants["static"]] == [0, 5]
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": "5", "lr": "0.5"}], ids=["same seed", "other settings"])
+def test_folders_of_one_name(static_run, tmp_path, changes):
+    """If this fails, two runs whose folders are called alike become seeds of one variant."""
+    folders = [tmp_path / name for name in ("a/runs/x", "b/runs/x", "other")]
+    for folder in folders:
+        shutil.copytree(static_run, folder)
+    text = (folders[1] / "config.yaml").read_text()
+    for name, value in changes.items():
+        text = re.sub(rf"^{name}: .*$", f"{name}: {value}", text, flags=re.MULTILINE)
+    (folders[1] / "config.yaml").write_text(text)
+    (tmp_path / "link").symlink_to(folders[0])
+    (study,) = studies_of([*folders, tmp_path / "link", tmp_path / "b" / ".." / "other"])
+    assert list(study.variants) == ["static (a/runs/x)", "static (b/runs/x)", "static (other)"]
+    assert [run.folder.resolve() for (run,) in study.variants.values()] == folders
+    assert study.title == "a/runs/x, b/runs/x, other"
+
+
+def test_folders_of_one_name_in_a_report(static_run, tmp_path):
+    """If this fails, the report shows one of two runs whose folders are called alike, and not the other."""
+    folders = [shutil.copytree(static_run, tmp_path / name / "x") for name in "ab"]
+    made = make_report(folders, ["conflict"], tmp_path / "out", FEW)
+    assert {"conflict-static-a-x.csv", "conflict-static-b-x.csv"} <= {
+        path.name for path in made.report.parent.iterdir()
+    }
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class TestUnion:
 
     def test_a_language_of_that_name(self):
         subnets = fm.Subnetworks(["union"], heads=torch.ones(1, 1, 2, dtype=torch.bool))
-        with pytest.raises(ValueError, match="called 'union' already"):
+        with pytest.raises(ValueError, match="'union' has a subnetwork already"):
             with_union(subnets)
 
     def test_one_more_language(self):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fastmask import bits
+from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
 from fastmask.masks import Mask
 
@@ -136,7 +136,7 @@ class Live:
 WHOLE = Live("whole", (0, 0), (0, 0), torch.zeros(0, 0, dtype=torch.int32))
 """All of any parameter."""
 
-_made: MutableMapping[Mask, dict[frozenset[int], Live]] = WeakKeyDictionary()
+_made: Kept[dict[frozenset[int], Live]] = Kept()
 _MOST = 32  # sets of languages that are remembered for one mask: batches of many languages come in many sets
 
 
@@ -148,7 +148,7 @@ def live_of(mask: Mask, languages: Iterable[int]) -> Live:
     Raises:
         ValueError: an id out of range.
     """
-    made, languages = _made.setdefault(mask, {}), frozenset(languages)
+    made, languages = _made.of(mask.index, dict), frozenset(languages)
     if languages not in made:
         for language in languages:
             if not FULL <= language < mask.n_languages:

@@ -29,6 +29,7 @@ LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes 
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
 MOST_ROWS = 1024  # of a result at once: the parts of larger ones would not stay in the cache until they are added
 GRAIN = 32
+MOST_VIEWS = 256  # one for each size that was asked for
 
 
 def products(a: Tensor, w: Tensor, index: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
@@ -38,7 +39,7 @@ def products(a: Tensor, w: Tensor, index: Tensor | None, bias: Tensor | None, ou
     """
     live_bias = None if bias is None else cast(bias if index is None else bias.index_select(0, index), a.dtype)
     M, S = a.shape
-    n = w.shape[0] if index is None else len(index)
+    n = w.shape[0] if index is None else index.shape[0]
     if not _suits(M, S, n, a):
         rows = w if index is None else _gathered(w, index)
         torch.mm(a, rows.t(), out=out) if live_bias is None else torch.addmm(live_bias, a, rows.t(), out=out)
@@ -122,8 +123,8 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _gathered(w: Tensor, index: Tensor) -> Tensor:
     """The rows of w [size, S], in memory that the next call overwrites."""
     if w.stride(1) == 1:
-        return torch.index_select(w, 0, index, out=_ROWS.take(len(index), w.shape[1], w))
-    out = _ROWS.take(w.shape[1], len(index), w)
+        return torch.index_select(w, 0, index, out=_ROWS.take(index.shape[0], w.shape[1], w))
+    out = _ROWS.take(w.shape[1], index.shape[0], w)
     return torch.gather(w.t(), 1, index.expand(w.shape[1], -1), out=out).t()
 
 
@@ -136,15 +137,21 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
+        self.views: dict[tuple[int, int, torch.dtype], Tensor] = {}  # making one anew costs several calls
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
         if not like.is_cpu:
             return like.new_empty(rows, columns)  # other devices have allocators that keep memory
-        size = rows * columns * like.element_size()
-        if len(self.memory) < size:
-            self.memory = torch.empty(size, dtype=torch.uint8)
-        return self.memory[:size].view(like.dtype).view(rows, columns)
+        key = (rows, columns, like.dtype)
+        if key not in self.views:
+            size = rows * columns * like.element_size()
+            if len(self.memory) < size or len(self.views) >= MOST_VIEWS:
+                self.views.clear()
+            if len(self.memory) < size:
+                self.memory = torch.empty(size, dtype=torch.uint8)
+            self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
+        return self.views[key]
 
 
 _ROWS, _LEFT, _PRODUCT = _Scratch(), _Scratch(), _Scratch()
@@ -205,7 +212,7 @@ def _padded_rows(w: Tensor, index: Tensor | None) -> Tensor:
     """Rows of w as `_linear` takes them, and anything finite behind them."""
     if index is None:
         return _without_gaps(w)
-    more = _padded(len(index)) - len(index)
+    more = _padded(index.shape[0]) - index.shape[0]
     return _without_gaps(_gathered(w, torch.nn.functional.pad(index, (0, more)) if more else index))
 
 

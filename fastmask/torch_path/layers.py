@@ -101,11 +101,11 @@ def _run(
     if kept is not None:
         kept += read
     tokens = split.sorted(x)
-    ys = [tokens.new_empty(len(tokens), width) for width in widths]
-    for language, rows in split.rows(T):
-        of_language = tokens[rows]
-        for layer, w, bias, y in zip(layers, read, biases, ys, strict=True):
-            layer.forward(language, of_language, w, bias, y[rows])
+    ys = [tokens.new_empty(tokens.shape[0], width) for width in widths]
+    of_languages, outs = split.pieces(tokens, T), [split.pieces(y, T) for y in ys]
+    for place, (language, _, _) in enumerate(split.parts):
+        for layer, w, bias, out in zip(layers, read, biases, outs, strict=True):
+            layer.forward(language, of_languages[place], w, bias, out[place])
     return [split.unsorted(y, T) for y in ys]
 
 
@@ -121,36 +121,31 @@ def _grads(
     kept: Sequence[Tensor],
 ) -> Grads:
     """Gradients of `_run`."""
-    read, tokens, upstreams = (
-        kept or _read(layers, weights, x, split),
-        split.sorted(x),
-        [split.sorted(dy) for dy in dys],
-    )
+    T, tokens = x.shape[1], split.sorted(x)
+    read = kept or _read(layers, weights, x, split)
     dx = torch.empty_like(tokens) if needs_x else None
     sums = [_dtype_of_sums(weight, split) for weight in weights]
     grads = [
         torch.empty_like(w, dtype=dtype) if needed else None
         for w, dtype, needed in zip(read, sums, needs_weight, strict=True)
     ]
-    fresh = True
-    for language, rows in split.rows(x.shape[1]):
-        of_language = tokens[rows]
+    of_languages, upstreams = split.pieces(tokens, T), [split.pieces(split.sorted(dy), T) for dy in dys]
+    outs = None if dx is None else split.pieces(dx, T)
+    for place, (language, _, _) in enumerate(split.parts):
         for number, (layer, w, upstream, grad) in enumerate(zip(layers, read, upstreams, grads, strict=True)):
-            dy = upstream[rows]
-            if dx is not None:
-                layer.input_grad(language, dy, w, dx[rows], add=number > 0)
+            if outs is not None:
+                layer.input_grad(language, upstream[place], w, outs[place], add=number > 0)
             if grad is not None:
-                layer.add_weight_grad(language, dy, of_language, grad, fresh)
-        fresh = False
+                layer.add_weight_grad(language, upstream[place], of_languages[place], grad, fresh=place == 0)
     dws = [
-        None if grad is None else cast(layer.weight_of(grad.zero_() if fresh else grad), weight.dtype)
+        None if grad is None else cast(layer.weight_of(grad if split.parts else grad.zero_()), weight.dtype)
         for layer, grad, weight in zip(layers, grads, weights, strict=True)
     ]
     dbs = [
         cast(layer.bias_grad(dy, split, dtype), weight.dtype) if needed else None
         for layer, dy, dtype, weight, needed in zip(layers, dys, sums, weights, needs_bias, strict=True)
     ]
-    return None if dx is None else split.unsorted(dx, x.shape[1]), dws, dbs
+    return None if dx is None else split.unsorted(dx, T), dws, dbs
 
 
 def _prepared(
@@ -161,11 +156,16 @@ def _prepared(
         _layers.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
         for mask, weight in zip(masks, weights, strict=True)
     ]
-    split = Split.of(language_ids, n_languages).merged([layer.same_as for layer in layers])
+    split, T = Split.of(language_ids, n_languages), x.shape[1]
+    return split.once((T, *layers), lambda: _planned(layers, split, T))
+
+
+def _planned(layers: Sequence[Layer], split: Split, T: int) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
+    split = split.merged([layer.same_as for layer in layers])
     units = [layer for layer in layers if isinstance(layer, Units)]
     can = len(units) == len(layers) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not layer.whole(language) for layer in units for language, _, _ in split.parts)
-    return layers, split, units if masked and is_cheaper(units, x.shape[1], split) else ()
+    return layers, split, units if masked and is_cheaper(units, T, split) else ()
 
 
 _layers: Kept[Layer] = Kept()

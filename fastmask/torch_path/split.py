@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from fastmask.kept import Kept
 
 __all__ = ["FULL", "Split", "first_equals"]
+
+Made = TypeVar("Made")
 
 FULL = -1  # the language id of the full, unmasked network
 
@@ -34,7 +37,7 @@ class Split:
             self.parts.append((language, len(order), len(order) + len(where)))
             order += where
         self._order = None if order == list(range(len(order))) else torch.tensor(order)
-        self._merged: dict[tuple[tuple[int, ...], ...], Split] = {}
+        self._made: dict[tuple[Hashable, ...], Any] = {}
 
     @cached_property
     def ids(self) -> Tensor:
@@ -46,9 +49,16 @@ class Split:
         """The same examples, all of the full network."""
         return Split([FULL] * len(self.languages))
 
-    def rows(self, T: int) -> list[tuple[int, slice]]:
-        """Each language that occurs, and its tokens once they are `sorted`, with T tokens in each example."""
-        return [(language, slice(first * T, last * T)) for language, first, last in self.parts]
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], Made]) -> Made:
+        """What `make` makes for this batch: made in the forward pass, and handed to the backward pass."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def pieces(self, tokens: Tensor, T: int) -> Sequence[Tensor]:
+        """What belongs to each part of `sorted` tokens [B * T, width]."""
+        return tokens.split_with_sizes([(last - first) * T for _, first, last in self.parts]) if self.parts else ()
 
     def sorted(self, x: Tensor) -> Tensor:
         """The tokens [B * T, width] of x [B, T, width], examples of one language side by side."""
@@ -69,13 +79,10 @@ class Split:
         masks = {language: tuple([same[language] for same in same_as]) for language, _, _ in self.parts}
         if len(set(masks.values())) == len(masks):
             return self
-        key = tuple(masks.values())
-        if key not in self._merged:
-            firsts: dict[tuple[int, ...], int] = {}
-            for language, mask in masks.items():
-                firsts.setdefault(mask, FULL if set(mask) == {FULL} else language)
-            self._merged[key] = Split([firsts[masks[language]] for language in self.languages])
-        return self._merged[key]
+        firsts: dict[tuple[int, ...], int] = {}
+        for language, mask in masks.items():
+            firsts.setdefault(mask, FULL if set(mask) == {FULL} else language)
+        return self.once(tuple(masks.values()), lambda: Split([firsts[masks[language]] for language in self.languages]))
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Split:

@@ -95,9 +95,9 @@ class Units:
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
         """The db [N] of dy [B, T, N or packed width], summed in `dtype`: a row mask gates the bias with its row."""
+        if not self.of_rows or all(self.whole(language) for language, _, _ in split.parts):
+            return dy.sum((0, 1), dtype=dtype)
         sums = dy.sum(1, dtype=dtype)
-        if not self.of_rows:
-            return sums.sum(0)
         slots = self.slots[split.ids, : dy.shape[2]]
         grad = torch.zeros(self.size + 1, dtype=dtype, device=dy.device).index_add_(0, slots.flatten(), sums.flatten())
         return grad[: self.size].clone()
@@ -119,6 +119,6 @@ class Units:
             if live < out.shape[1]:
                 out[:, live:] = 0
         else:
-            part = out.new_empty(len(out), live)
+            part = out.new_empty(out.shape[0], live)
             products(a, w, index, bias, part)
             out.zero_().index_copy_(1, index, part)

@@ -49,7 +49,7 @@ def library(request, ask_for):
     """Both libraries; scratch memory is full of NaN before."""
     ask_for(request.param)
     for scratch in (gemm._ROWS, gemm._LEFT, gemm._PRODUCT):
-        scratch.memory = torch.full((2**24,), 255, dtype=torch.uint8)
+        scratch.memory, scratch.views = torch.full((2**24,), 255, dtype=torch.uint8), {}
     return request.param
 
 

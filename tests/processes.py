@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -26,6 +28,18 @@ def run_into(stdout: int, target: Any, *args: Any) -> None:
         process = start_process(_redirected, stream, target, *args)
     process.join()
     assert process.exitcode == 0
+
+
+def run_script(path: Path, folder: Path) -> None:
+    """Run a Python script in a process whose working directory is `folder`; it must end well."""
+    process = start_process(_script, path, folder)
+    process.join()
+    assert process.exitcode == 0, "its traceback is in what was captured of standard error"
+
+
+def _script(path: Path, folder: Path) -> None:
+    os.chdir(folder)
+    runpy.run_path(str(path), run_name="__main__")
 
 
 def _redirected(stream: Connection, target: Any, *args: Any) -> None:

@@ -46,7 +46,7 @@ def test_several_workers_do_each_job_once(tmp_path):
     plan = plan_in(tmp_path)
     workers = [start_process(be_a_worker, plan) for _ in range(3)]
     for worker in workers:
-        worker.join(120)
+        worker.join(300)
         assert worker.exitcode == 0
     names = [job.name for job in plan.jobs]
     assert sorted((tmp_path / "log").read_text().split()) == sorted(names)

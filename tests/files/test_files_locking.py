@@ -21,7 +21,7 @@ def test_the_other_is_named(tmp_path):
     """A folder that another process holds is refused with that process's number, and free when it has ended."""
     mine = FORKSERVER.Event()
     other = start_process(hold, tmp_path, mine)
-    assert mine.wait(120)
+    assert mine.wait(300)
     with pytest.raises(files.HeldError, match=f"is in use by process {other.pid} on "), files.held(tmp_path):
         pass
     other.kill()

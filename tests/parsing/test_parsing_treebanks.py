@@ -198,7 +198,7 @@ def test_two_processes_at_once_read_the_same(data: Path, tmp_path: Path) -> None
     """If this fails, two runs started together spoil each other's cache."""
     queue = FORKSERVER.Queue()
     processes = [start_process(load_in_process, data, tmp_path / "cache", queue) for _ in range(2)]
-    results = [queue.get(timeout=120) for _ in processes]
+    results = [queue.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
         assert process.exitcode == 0

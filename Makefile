@@ -8,13 +8,14 @@ RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)
 train: .venv/installed
 	$(BIN)/fastmask train --out $(RUN)
 
+# On all cores; one file: .venv/bin/python -m pytest tests/core/test_masks.py
 test: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The long tests: whole runs, several processes.
+# The long forms of what `make test` covers, and what needs several processes; on all cores, too.
 slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
 

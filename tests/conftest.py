@@ -1,4 +1,4 @@
-"""What several test folders share: the real treebanks, how Triton kernels are run, the ways to run a batch on a CPU."""
+"""What several test folders share: workers, the real treebanks, how Triton kernels are run, the ways to run a batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ from pathlib import Path
 import pytest
 import torch
 
+IN_A_WORKER = "PYTEST_XDIST_WORKER_COUNT" in os.environ
+if IN_A_WORKER:
+    # Workers share the cores, and so do the processes that they start.
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
+
 if not torch.cuda.is_available():
     # Without a GPU Triton's interpreter runs the kernels; it must be asked for before they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WAYS = ("looped", "gated")
 _BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs on all cores; tests that are named run in this process, where `-s` and `--pdb` work.
+
+    Here and not in `addopts`: `make gpu` runs tests on machines without pytest-xdist. Each worker starts with a run of
+    neighbouring tests, so nearly all fixtures of modules are made once; one that has ended takes over half of
+    another's rest.
+    """
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not IN_A_WORKER
+    if whole and config.pluginmanager.has_plugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = "auto", "worksteal"
 
 
 @pytest.fixture(scope="session")

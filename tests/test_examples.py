@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -15,13 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_readme_python_example(tmp_path):
     """The first thing a reader copies does not run."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    run_script(tmp_path / "example.py", tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_examples_run(name, tmp_path):
     """An example script does not run."""
-    subprocess.run([sys.executable, ROOT / "examples" / name], cwd=tmp_path, check=True, capture_output=True)
+    run_script(ROOT / "examples" / name, tmp_path)
 
 
 def test_readme_commands_exist():

@@ -6,7 +6,6 @@ The long form (``-m slow``) kills at every one of these calls; the short one at 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import sys
 from pathlib import Path
@@ -19,7 +18,9 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from kills import die_before
-from toy_run import metrics, start_process
+from processes import FORKSERVER, start_process
+from tiny_encoder import tiny_encoder
+from toy_run import metrics
 
 from fastmask.compare.cells import Runner
 from fastmask.compare.plan import CompareConfig, Plan
@@ -55,7 +56,7 @@ def be_a_worker(plan: Plan, number: int | None, count: Any) -> None:
 
 def two_workers(plan: Plan, number: int | None = None) -> int:
     """Let two processes do a comparison; if one is killed the other is stopped, as `run_all` does. How many calls."""
-    count = multiprocessing.get_context("forkserver").Value("i", 0)
+    count = FORKSERVER.Value("i", 0)
     workers = [start_process(be_a_worker, plan, number, count) for _ in range(2)]
     for worker in workers:
         while worker.is_alive() and not any(other.exitcode not in (None, 0) for other in workers):
@@ -77,25 +78,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_treebanks(folder, sentences={"train": 12, "dev": 4, "test": 6})
     tiny_encoder(folder.parent / "encoder", "".join(path.read_text() for path in folder.glob("UD_*/*.conllu")))
     return folder
-
-
-def tiny_encoder(folder: Path, text: str) -> None:
-    """A BERT of two layers that reads letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    letters = sorted({letter for letter in text if letter.isalpha()})
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
-    tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(names), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=300, pad_token_id=0,
-    )  # fmt: skip
-    BertModel(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

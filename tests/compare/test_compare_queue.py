@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
 
+from processes import start_process
+
 from fastmask.compare.plan import CompareConfig, Job, Plan
 from fastmask.compare.queue import is_done, read_result, work, write_result
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def plan_in(out) -> Plan:
@@ -45,11 +44,9 @@ def hang_in(plan: Plan, name: str) -> None:
 def test_several_workers_do_each_job_once(tmp_path):
     """Two processes train the same cell, or a cell starts before the run that it goes on from is there."""
     plan = plan_in(tmp_path)
-    workers = [SPAWN.Process(target=be_a_worker, args=(plan,)) for _ in range(3)]
+    workers = [start_process(be_a_worker, plan) for _ in range(3)]
     for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
+        worker.join(300)
         assert worker.exitcode == 0
     names = [job.name for job in plan.jobs]
     assert sorted((tmp_path / "log").read_text().split()) == sorted(names)
@@ -60,8 +57,7 @@ def test_a_killed_workers_job_is_done_by_the_next(tmp_path):
     """A job whose worker was killed stays claimed for ever, and the comparison never ends."""
     plan = plan_in(tmp_path)
     name = "seed-0/static-none"
-    killed = SPAWN.Process(target=hang_in, args=(plan, name))
-    killed.start()
+    killed = start_process(hang_in, plan, name)
     deadline = time.monotonic() + 120
     while not (plan.folder(name) / "begun").exists():
         assert time.monotonic() < deadline

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import time
 
 import pytest
+from processes import FORKSERVER, start_process
 
 import fastmask.files as files
 
-HOLD = (
-    "import sys\nfrom fastmask.files import held\nwith held(sys.argv[1]):\n    print('mine', flush=True)\n    input()"
-)
+
+def hold(folder, mine):
+    with files.held(folder):
+        mine.set()
+        time.sleep(600)
 
 
 def test_the_other_is_named(tmp_path):
     """A folder that another process holds is refused with that process's number, and free when it has ended."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "mine\n"
+    mine = FORKSERVER.Event()
+    other = start_process(hold, tmp_path, mine)
+    assert mine.wait(300)
     with pytest.raises(files.HeldError, match=f"is in use by process {other.pid} on "), files.held(tmp_path):
         pass
     other.kill()
-    other.communicate()
+    other.join()
     with files.held(tmp_path):
         pass
     with files.held(tmp_path):  # and it lets go

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import piped, run_into
 
 from fastmask.files import check_writable, descriptor_of, replace_file, write_text
+
+
+def write_between(name: str) -> None:
+    print("printed")
+    write_text(name, "written\n")
+    print("after")
 
 
 # Links, and a folder that nothing can be put into: a fault must not cost the machine its /dev/stdout.
@@ -25,16 +30,12 @@ def test_what_is_open_is_written_into_and_never_replaced(tmp_path: Path, name: s
         name = str(tmp_path / "link")
     target = tmp_path / "log"
     target.write_text("before\n")
-    code = (
-        f"print('printed'); from fastmask.files import write_text; write_text({name!r}, 'written\\n'); print('after')"
-    )
     with open(target, "a") as file:
         inode = os.fstat(file.fileno()).st_ino
-        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+        run_into(file.fileno(), write_between, name)
     assert target.read_text() == "before\nprinted\nwritten\nafter\n"
     assert target.stat().st_ino == inode
-    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True)
-    assert piped.stdout == "printed\nwritten\nafter\n"
+    assert piped(write_between, name) == b"printed\nwritten\nafter\n"
 
 
 def test_names_of_open_files(tmp_path: Path) -> None:

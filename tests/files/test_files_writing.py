@@ -6,12 +6,11 @@ import errno
 import os
 import pty
 import stat
-import subprocess
-import sys
 import threading
 
 import pytest
 from hang import no_hang
+from processes import piped, run_into
 
 import fastmask.files as files
 
@@ -243,17 +242,17 @@ class TestStreams:
         assert names(tmp_path) == []
 
 
-WRITE = "from fastmask.files import write_text; print('before'); write_text('{}', 'text\\n'); print('after')"
+def write_between(target):
+    print("before")
+    files.write_text(target, "text\n")
+    print("after")
 
 
 class TestStandardOutput:
     """What goes to standard output comes after what was printed before, wherever that is directed to."""
 
-    def run(self, target, **streams):
-        return subprocess.run([sys.executable, "-c", WRITE.format(target)], check=True, **streams)
-
     def test_a_pipe(self):
-        assert self.run("/dev/stdout", stdout=subprocess.PIPE).stdout == b"before\ntext\nafter\n"
+        assert piped(write_between, "/dev/stdout") == b"before\ntext\nafter\n"
 
     @pytest.mark.parametrize("target", ["/dev/stdout", "{}"])
     def test_appended_to_a_file(self, tmp_path, target):
@@ -261,7 +260,7 @@ class TestStandardOutput:
         log = tmp_path / "log"
         log.write_text("kept\n")
         with open(log, "ab") as stream:
-            self.run(target.format(log), stdout=stream)
+            run_into(stream.fileno(), write_between, target.format(log))
         assert log.read_text() == "kept\nbefore\ntext\nafter\n"
         assert names(tmp_path) == ["log"]
 

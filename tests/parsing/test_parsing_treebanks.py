@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
+from processes import FORKSERVER, start_process
 
 from fastmask.errors import FastmaskKeyError
 from fastmask.parsing.conllu import ConlluError
@@ -188,19 +189,16 @@ def test_loading_leaves_the_settings_of_datasets_alone(
     assert capfd.readouterr() == ("", "")
 
 
-def load_in_process(data: Path, cache: Path, queue: multiprocessing.Queue) -> None:
+def load_in_process(data: Path, cache: Path, queue: Any) -> None:
     loaded = load_treebanks(data, "cs,en", cache_dir=cache)
     queue.put({(code, split): ids(rows) for code, splits in loaded.items() for split, rows in splits.items()})
 
 
 def test_two_processes_at_once_read_the_same(data: Path, tmp_path: Path) -> None:
     """If this fails, two runs started together spoil each other's cache."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=load_in_process, args=(data, tmp_path / "cache", queue)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=60) for _ in processes]
+    queue = FORKSERVER.Queue()
+    processes = [start_process(load_in_process, data, tmp_path / "cache", queue) for _ in range(2)]
+    results = [queue.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
         assert process.exitcode == 0

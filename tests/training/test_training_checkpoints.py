@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from toy_run import start_process, toy_config
+from processes import start_process
+from toy_run import toy_config
 
 from fastmask.files import FileError, remove_leftovers, replace_file
 from fastmask.training import checkpoints, state

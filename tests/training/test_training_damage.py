@@ -35,6 +35,16 @@ def run(folder: Path, hook: Any = None, data: Any = None, **changes: Any) -> Tra
     return train(toy_parser(), data or toy_data(), config, discover, hook, progress=False)
 
 
+def begin(folder: Path) -> None:
+    """Go on with a run, for one step: all that it reads of its folder it has read by then."""
+
+    def stop(step: int) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run(folder, stop, resume=True)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return run(tmp_path_factory.mktemp("unbroken") / "run")
@@ -74,18 +84,37 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
+def damage(how: str, name: str, killed: Path, folder: Path) -> str:
+    """A copy of the run whose newest checkpoint has one damaged file; the pattern of the warning that names it."""
+    shutil.copytree(killed, folder)
+    damaged = checkpoints.folder_of(folder, 9) / name
+    DAMAGES[how](damaged)
+    return rf"going back to .*step-00000006: {damaged}: "
+
+
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_is_gone_back_beyond(
-    how: str, killed: Path, unbroken: TrainResult, tmp_path: Path
-) -> None:
-    """Whichever file of the newest checkpoint is damaged: it is named, and the run ends as an unbroken one."""
+def test_a_damaged_checkpoint_is_gone_back_beyond(how: str, killed: Path, tmp_path: Path) -> None:
+    """Whichever file of the newest checkpoint is damaged: it is named, and the one before is gone on from."""
     for name in names_of(killed):
         folder = tmp_path / name
-        shutil.copytree(killed, folder)
-        damaged = checkpoints.folder_of(folder, 9) / name
-        DAMAGES[how](damaged)
+        with pytest.warns(UserWarning, match=damage(how, name, killed, folder)):
+            newest = checkpoints.newest_whole(folder, toy_config(folder, **SETTINGS))
+        assert newest is not None
+        assert newest[0] == checkpoints.folder_of(folder, 6)
+        assert newest[1].step == 6
+
+
+@pytest.mark.parametrize("which", ["one", pytest.param("every", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_run_with_a_damaged_checkpoint_ends_like_the_unbroken_one(
+    how: str, which: str, killed: Path, unbroken: TrainResult, tmp_path: Path
+) -> None:
+    """What is left of the damaged checkpoint changes nothing; each damage befalls another file, or every one."""
+    names = names_of(killed)
+    for name in names if which == "every" else [names[list(DAMAGES).index(how)]]:
+        folder = tmp_path / name
         steps: list[int] = []
-        with pytest.warns(UserWarning, match=rf"going back to .*step-00000006: {damaged}: "):
+        with pytest.warns(UserWarning, match=damage(how, name, killed, folder)):
             resumed = run(folder, steps.append, resume=True)
         assert steps[0] > 6
         assert_same_weights(resumed.parser, unbroken.parser)
@@ -100,11 +129,11 @@ def test_a_checkpoint_without_its_episodes_or_with_too_much(killed: Path, tmp_pa
     shutil.copytree(killed, tmp_path / "less")
     lose_the_episodes(checkpoints.folder_of(tmp_path / "less", 9))
     with pytest.warns(UserWarning, match=r"going back to .*step-00000006: .*progress.json"):
-        run(tmp_path / "less", resume=True)
+        begin(tmp_path / "less")
     shutil.copytree(killed, tmp_path / "more")
     (checkpoints.folder_of(tmp_path / "more", 9) / "custom_checkpoint_0.pkl").write_bytes(b"pickle")
     with pytest.warns(UserWarning, match=r"step-00000006: .*custom_checkpoint_0.pkl: does not belong there"):
-        run(tmp_path / "more", resume=True)
+        begin(tmp_path / "more")
 
 
 def test_never_from_the_start_if_there_was_a_checkpoint(killed: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from kills import calls_of, die_after, die_before
+from processes import start_process
 from safetensors.torch import load_file
 from test_training_loop import halves, random_subnetworks
-from toy_run import assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+from toy_run import assert_same_weights, metrics, toy_config, toy_data, toy_parser
 
 from fastmask.training import checkpoints
 from fastmask.training.adaptations import held_for_new, save_adapted

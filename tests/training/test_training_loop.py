@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import start_process
 from safetensors.torch import load_file
-from toy_run import LANGUAGES, assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
 
 import fastmask as fm
 from fastmask.errors import FastmaskKeyError
@@ -263,7 +264,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     """If this fails, splitting a batch over processes changes what is trained, or such a run cannot be resumed."""
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29611", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     for ending, succeeds in (("kill", False), ("finish", True)):
         arguments = [str(Path(__file__).parent), str(tmp_path / "two"), ending]

@@ -1,6 +1,5 @@
 """Several processes: the gradients and metrics of one process with the same global batch, plain and in episodes."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -21,18 +20,16 @@ from fastmask.training import checkpoints
 pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).parent
-PORTS = itertools.count(29641)
 
 
 def launched(*arguments: Any, succeeds: bool = True, launcher: str = "torchrun") -> str:
     """Run a Python script or module in two processes; returns what they said."""
-    port = str(next(PORTS))
     if launcher == "torchrun":
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     else:
         command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
         command += ["--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        command += ["--main_process_port", port]
+        command += ["--main_process_port=0"]  # any that is free
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import start_process
 from safetensors.torch import load_file
 from test_training_loop import Killed, kill_at, random_subnetworks
-from toy_run import LANGUAGES, assert_same_weights, metrics, start_process, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
 
 import fastmask as fm
 from fastmask.files import HeldError, held

@@ -1,10 +1,9 @@
-"""A tiny run on the synthetic treebanks, and a process to kill, for the tests of this folder."""
+"""A tiny run on the synthetic treebanks, for the tests of this folder."""
 
 from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from fastmask.parsing.vocabulary import Vocabulary
 from fastmask.training.config import TrainConfig
 
 LANGUAGES = list(SEEN)[:3]
-PRELOADED = ["accelerate", "datasets", "fastmask.compare.cells", "fastmask.training.loop", "torch._dynamo"]
-PRELOADED += ["transformers.models.auto", "transformers.models.bert.modeling_bert"]
 
 
 @functools.cache
@@ -73,12 +70,3 @@ def assert_same_weights(first: Parser, second: Parser) -> None:
     others = second.state_dict()
     for name, value in first.state_dict().items():
         assert torch.equal(value, others[name]), name
-
-
-def start_process(target: Any, *args: Any) -> Any:
-    """Start a real process, to be killed; the modules it needs are imported once, in the server it is forked from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process

@@ -1,0 +1,59 @@
+"""Real processes for tests, in which what takes seconds to import is there at once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+PRELOADED = ["accelerate", "datasets", "fastmask.compare.cells", "fastmask.training.loop", "torch._dynamo"]
+PRELOADED += ["transformers.models.auto", "transformers.models.bert.modeling_bert"]
+
+
+def start_process(target: Any, *args: Any) -> Any:
+    """Start a process that may be killed; the modules it needs are imported once, in the server it is forked from."""
+    FORKSERVER.set_forkserver_preload(PRELOADED)
+    process = FORKSERVER.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
+def run_into(stdout: int, target: Any, *args: Any) -> None:
+    """Call `target` in a process whose standard output is the open file of that number, as a shell redirects it."""
+    with Connection(os.dup(stdout), readable=False) as stream:  # these can be sent to a process
+        process = start_process(_redirected, stream, target, *args)
+    process.join()
+    assert process.exitcode == 0
+
+
+def run_script(path: Path, folder: Path) -> None:
+    """Run a Python script in a process whose working directory is `folder`; it must end well."""
+    process = start_process(_script, path, folder)
+    process.join()
+    assert process.exitcode == 0, "its traceback is in what was captured of standard error"
+
+
+def _script(path: Path, folder: Path) -> None:
+    os.chdir(folder)
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def _redirected(stream: Connection, target: Any, *args: Any) -> None:
+    os.dup2(stream.fileno(), 1)
+    stream.close()
+    target(*args)
+
+
+def piped(target: Any, *args: Any) -> bytes:
+    """What `target` writes to standard output in a process where that is a pipe; no more than a pipe holds."""
+    read, write = os.pipe()
+    with open(read, "rb") as reader:
+        try:
+            run_into(write, target, *args)
+        finally:
+            os.close(write)
+        return reader.read()

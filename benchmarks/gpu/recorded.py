@@ -29,6 +29,7 @@ from benchmarks.variants import encoder_of
 from fastmask.functional import compute, compute_projections
 from fastmask.masks import UNPACKED
 from fastmask.operators import paths
+from fastmask.torch_path.activations import NONE
 
 __all__ = ["Count", "counted", "encoder_step", "layer_step", "main", "origin", "record", "variants"]
 
@@ -44,8 +45,9 @@ def randn(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def layer_step(
-    mask: fm.Mask, ids: Tensor, tokens: int, act: torch.dtype, own: torch.dtype, packed: bool = False
-) -> Step:
+    mask: fm.Mask, ids: Tensor, tokens: int, act: torch.dtype, own: torch.dtype, packed: bool = False,
+    activation: str = NONE,
+) -> Step:  # fmt: skip
     """One masked layer on a batch of `tokens` tokens for each of `ids` [B]; `packed` as in an attached model."""
     B, N, K = len(ids), mask.out_features, mask.in_features
     width = UNPACKED
@@ -60,7 +62,7 @@ def layer_step(
     def step(recorder: Recorder) -> None:
         device_ids = _next_batch(recorder, ids, [weight, bias])
         recorder.phase = "forward"
-        y = compute(x, weight, on_device, device_ids, bias, width)
+        y = compute(x, weight, on_device, device_ids, bias, width, activation)
         recorder.phase = "backward"
         torch.autograd.grad(y, [x, weight, bias], dy)
 
@@ -212,6 +214,12 @@ def gate() -> Iterator[Step]:
         mask = _mask(kind, unit, L, N, K)
         for packed in (False, True) if name in problems.PACKED and kind in ("rows", "columns") else (False,):
             yield _with_tf32(dtypes == "tf32", layer_step(mask, torch.tensor(ids), tokens, act, own, packed))
+    for name, (dtypes, (act, own)), activation in itertools.product(
+        problems.PACKED, problems.DTYPES.items(), problems.ACTIVATIONS
+    ):
+        L, ids, tokens, N, K = problems.CASES[name]
+        step = layer_step(_mask("columns", 1, L, N, K), torch.tensor(ids), tokens, act, own, True, activation)
+        yield _with_tf32(dtypes == "tf32", step)
     case, sizes, K = problems.PROJECTIONS
     L, ids, tokens, _, _ = problems.CASES[case]
     masks = [_mask("rows", 1, L, n, K) for n in sizes]

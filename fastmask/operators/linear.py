@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.masks import UNPACKED, StoredMask
 from fastmask.operators.paths import as_examples, path_for, traced
-from fastmask.torch_path.activations import activate, activation_grad
 
 __all__ = ["Settings", "run"]
 
@@ -73,10 +72,10 @@ def _outputs(
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Compute the layers; `kept` as in `torch_path.layers.forward`."""
-    examples = activate(as_examples(x), settings.activation)
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
     path = path_for(x, weights)
-    ys: list[Tensor] = path.forward(masks, examples, weights, given, language_ids, settings.n_languages, kept)
+    rest = (language_ids, settings.n_languages, settings.activation, kept)
+    ys: list[Tensor] = path.forward(masks, as_examples(x), weights, given, *rest)
     return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
@@ -91,10 +90,10 @@ def _grads(
     kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """(dx, dW of each, db of each), each None unless it is needed."""
-    upstreams, examples = [as_examples(dy) for dy in dys], activate(as_examples(x), settings.activation)
-    backward = path_for(x, weights).backward
-    dx, dws, dbs = backward(masks, upstreams, examples, weights, language_ids, settings.n_languages, *needs, kept)
-    return None if dx is None else activation_grad(dx.view(x.shape), x, settings.activation), dws, dbs
+    upstreams, examples = [as_examples(dy) for dy in dys], as_examples(x)
+    rest = (language_ids, settings.n_languages, settings.activation, *needs, kept)
+    dx, dws, dbs = path_for(x, weights).backward(masks, upstreams, examples, weights, *rest)
+    return None if dx is None else dx.view(x.shape), dws, dbs
 
 
 # ---- eager: autograd.Function takes no lists, so the tensors come one after the other

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastmask.masks import UNPACKED, StoredMask, live_blocks
 from fastmask.torch_path import batched, gated, looped
+from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.choice import cheapest
 from fastmask.torch_path.columns import Columns
@@ -28,15 +29,17 @@ def forward(
     biases: Sequence[Tensor | None],
     language_ids: Tensor,
     n_languages: int,
+    activation: str = NONE,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out].
+    """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
 
     What had to be cast of the weights is put into `kept`, if it is a list: `backward` need not cast it again.
 
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
+    x = activate(x, activation)
     split = Split.of(language_ids, n_languages)
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
     for mask, layer in zip(masks, layers, strict=True):
@@ -55,6 +58,7 @@ def backward(
     weights: Sequence[Tensor],
     language_ids: Tensor,
     n_languages: int,
+    activation: str,
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
@@ -69,7 +73,8 @@ def backward(
     layers = [_pieces_of(mask, weight) for mask, weight in zip(masks, weights, strict=True)]
     split = split.merged(layers)
     way, needs = _WAYS[cheapest(layers, x, split)], Needs(needs_x, needs_weight, needs_bias)
-    return way.backward(layers, dys, x, weights, split, needs, kept)
+    dx, dws, dbs = way.backward(layers, dys, activate(x, activation), weights, split, needs, kept)
+    return None if dx is None else activation_grad(dx, x, activation), dws, dbs
 
 
 def _pieces_of(mask: StoredMask, weight: Tensor) -> Pieces:

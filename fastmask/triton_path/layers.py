@@ -19,6 +19,7 @@ from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from torch import Tensor
 
 from fastmask.masks import UNPACKED, StoredMask
+from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.triton_path.layouts import layout_of, positions_of
 from fastmask.triton_path.plans import plan_of
 
@@ -32,12 +33,13 @@ def forward(
     biases: Sequence[Tensor | None],
     language_ids: Tensor,
     n_languages: int,
+    activation: str = NONE,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
     B, T, width = x.shape
     plan = plan_of(language_ids, T, n_languages, x.device)
-    rows = x.reshape(B * T, width).contiguous()
+    rows = activate(x.reshape(B * T, width).contiguous(), activation)
     if masks[0].kind == "rows":
         ys = _rows_forward(masks, rows, weights, biases, plan)
     elif masks[0].kind == "columns":
@@ -60,6 +62,7 @@ def backward(
     weights: Sequence[Tensor],
     language_ids: Tensor,
     n_languages: int,
+    activation: str,
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
@@ -68,19 +71,26 @@ def backward(
     """As `torch_path.layers.backward`."""
     B, T, width = x.shape
     plan = plan_of(language_ids, T, n_languages, x.device)
-    rows = x.reshape(B * T, width).contiguous()
+    before = x.reshape(B * T, width).contiguous()
     upstreams = [dy.reshape(B * T, dy.shape[-1]).contiguous() for dy in dys]
+    # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.
+    fused = activation != NONE and needs_x and masks[0].kind == "columns" and masks[0].packed_width != UNPACKED
+    rows = before if fused else activate(before, activation)
     if masks[0].kind == "rows":
         dx, dws, dbs = _rows_backward(masks, upstreams, rows, weights, plan, needs_x, needs_weight, needs_bias)
     else:
         needs, db = (needs_x, needs_weight[0], needs_bias[0]), None
         if masks[0].kind == "columns":
-            dx, dw, db = _columns_backward(masks[0], upstreams[0], rows, weights[0], plan, *needs, kept)
+            dx, dw, db = _columns_backward(
+                masks[0], upstreams[0], rows, weights[0], plan, activation if fused else NONE, *needs, kept
+            )
         else:
             dx, dw = _tiles_backward(masks[0], upstreams[0], rows, weights[0], plan, *needs[:2])
         if needs_bias[0] and db is None:
             db = upstreams[0].sum(0, dtype=weights[0].dtype)
         dws, dbs = [dw], [db]
+    if dx is not None and not fused:
+        dx = activation_grad(dx, before, activation)
     return None if dx is None else dx.view(x.shape), dws, dbs
 
 
@@ -161,6 +171,7 @@ def _columns_backward(
     x: Tensor,
     weight: Tensor,
     plan: Plan,
+    activation: str,
     needs_x: bool,
     needs_weight: bool,
     needs_bias: bool,
@@ -171,8 +182,13 @@ def _columns_backward(
     dx = dw = db = None
     if needs_x:
         width, transposed = _packed_width(mask, K), kept[0] if kept else _transposed(weight, dy)
-        (dx,) = row_matmul(dy, [transposed], index, counts, plan, [width], allow_tf32=_tf32())
+        before, active = (x, torch.empty_like(x) if needs_weight else None) if activation != NONE else (None, None)
+        (dx,) = row_matmul(
+            dy, [transposed], index, counts, plan, [width], activation=activation, before=before, active=active,
+            allow_tf32=_tf32(),
+        )  # fmt: skip
         dx = _spread(dx, mask, plan, K) if unpacked else dx
+        x = x if active is None else active
     if needs_weight:
         x = pack(x, mask.index, mask.extents, plan, K) if unpacked else x
         options = {"weight_dtype": weight.dtype, "transposed": True, "allow_tf32": _tf32()}

@@ -48,7 +48,8 @@ def gradients_of(function, *leaves):
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     y = function(*leaves)
     torch.manual_seed(1)
-    return [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+    upstream = torch.randn(y.shape, device=y.device).half().to(y.dtype)  # the same in every dtype
+    return [y, *torch.autograd.grad(y, leaves, upstream)]
 
 
 def assert_equal(ours, theirs):
@@ -71,9 +72,8 @@ def test_masked_linear(kind, ids, shape, monkeypatch):
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-def test_packed_with_an_activation(kind, monkeypatch):
-    """A packed projection, or the activation that it recomputes, differs between the paths."""
+def packed_problem(kind, dtype=torch.float32, weight_dtype=torch.float32):
+    """(mask, ids, packed width, x, weight, bias) as a packed projection gets them."""
     mask, ids = mask_of(kind), torch.tensor([2, 0, 0, 1, 2], device=DEVICE)
     width = max(mask.live_counts())
     x = torch.randn(5, 3, K if kind == "rows" else width, device=DEVICE)
@@ -81,11 +81,54 @@ def test_packed_with_an_activation(kind, monkeypatch):
         for b, language in enumerate(ids.tolist()):
             x[b, :, mask.live_counts()[language] :] = 0
     weight, bias = torch.randn(N, K, device=DEVICE), torch.randn(N, device=DEVICE)
+    return mask, ids, width, x.to(dtype), weight.to(weight_dtype), bias.to(weight_dtype)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_packed_with_an_activation(kind, activation, monkeypatch):
+    """A packed projection, or the activation that it recomputes, differs between the paths."""
+    mask, ids, width, *leaves = packed_problem(kind)
 
     def run():
-        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, "gelu"), x, weight, bias)
+        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, activation), *leaves)
 
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["same", "master"])
+def test_an_activation_in_half_precision(kind, activation, weight_dtype, monkeypatch):
+    """y, dX, dW or db of a layer that applies its input's activation is further from float64 than plain PyTorch's."""
+    mask, ids, width, *leaves = packed_problem(kind, torch.float16, weight_dtype)
+
+    def run(*leaves):
+        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, activation), *leaves)
+
+    ours, plain = (on(path, monkeypatch, lambda: run(*leaves)) for path in ("triton", "torch"))
+    truth = on("torch", monkeypatch, lambda: run(*[leaf.double() for leaf in leaves]))
+    for name, a, exact, b in zip(("y", "dX", "dW", "db"), ours, truth, plain, strict=True):
+        assert a.dtype == b.dtype
+        error, allowed = (a.double() - exact).norm(), 2 * (b.double() - exact).norm()
+        assert error <= allowed + torch.finfo(a.dtype).eps * exact.norm(), name
+
+
+@pytest.mark.parametrize("trained", [("x",), ("weight",), ("bias",), ("x", "bias")], ids=" and ".join)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_an_activation_before_a_frozen_layer(trained, activation, monkeypatch):
+    """What is not asked for is left out, and with it what the rest needs of the activation."""
+    mask, ids, width, *leaves = packed_problem("columns")
+    tensors = dict(zip(("x", "weight", "bias"), leaves, strict=True))
+    for name in trained:
+        tensors[name].requires_grad_()
+
+    def run():
+        y = compute(tensors["x"], tensors["weight"], mask, ids, tensors["bias"], width, activation)
+        return torch.autograd.grad(y.square().sum(), [tensors[name] for name in trained])
+
+    for ours, theirs in zip(on("triton", monkeypatch, run), on("torch", monkeypatch, run), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])

@@ -92,18 +92,8 @@ def compute_projections(
 
     All weights have a bias, or none has: then `biases` is empty.
     """
-    sizes = [(*mask.geometry, 0)[:2] for mask in masks]
-    return operators.run(
-        _autocast(x),
-        weights,
-        biases,
-        language_ids,
-        [mask.index for mask in masks],
-        [mask.extents for mask in masks],
-        operators.Settings(
-            masks[0].kind, [n for size in sizes for n in size], masks[0].n_languages, packed_widths, activation
-        ),
-    )
+    stored = [mask.stored(width) for mask, width in zip(masks, packed_widths, strict=True)]
+    return operators.run(_autocast(x), weights, biases, language_ids, stored, masks[0].n_languages, activation)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Mask:
         self.geometry = geometry
         self.live = _lasting(live)  # int64 [L]: how many weights each language owns
         self.index, self.extents = _lasting(index), _lasting(extents)
+        self._stored: dict[int, StoredMask] = {}
 
     # ---- constructors
 
@@ -186,6 +187,14 @@ class Mask:
             live = extents * (K if self.kind == "rows" else N)
         return Mask(self.kind, (self.n_languages, N, K), geometry, live, index, extents)
 
+    def stored(self, packed_width: int) -> StoredMask:
+        """As operators receive it; made once for each width."""
+        made = self._stored.get(packed_width)
+        if made is None:
+            made = StoredMask(self.kind, self.geometry, self.index, self.extents, packed_width)
+            self._stored[packed_width] = made
+        return made
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
         """The same mask with `function` applied to each stored tensor (to move it between devices)."""
         shape = (self.n_languages, self.out_features, self.in_features)
@@ -198,7 +207,7 @@ class Mask:
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the tables that products keep with the stored tensors."""
         tensors = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return {**vars(self), **tensors}
+        return {**vars(self), **tensors, "_stored": {}}
 
     def __repr__(self) -> str:
         density = ", ".join(f"{d:.2f}" for d in self.density.tolist()[:8]) + (", ..." if self.n_languages > 8 else "")

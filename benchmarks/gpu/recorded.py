@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import fastmask as fm
 from benchmarks.gpu import problems
+from benchmarks.gpu.host import host_time
 from benchmarks.gpu.setup import REAL, Setup
 from benchmarks.product import mixed_ids, units_of
 from benchmarks.variants import encoder_of
@@ -308,8 +309,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.recorded", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the counts to this file as well")
+    parser.add_argument("--host-time", action="store_true", help="time the host's part of a layer instead; see host.py")
     options = parser.parse_args(arguments)
     setup = replace(REAL, device=torch.device(DEVICE))
+    if options.host_time:
+        with forced():
+            found = host_time()
+        print(
+            f"host time of a BERT layer, forward + backward: "
+            f"{1 / found.median:.2f} times nn.Linear's ({1 / found.high:.2f} to {1 / found.low:.2f}), "
+            f"{found.ours_ms:.3f} ms and {found.baseline_ms:.3f} ms, {found.pairs} pairs"
+        )
+        return 0
     counts = [counted(name, record(step)) for name, step in layers(setup)]
     print(f"{setup.languages} languages; Triton launches + torch operations of one pass")
     print(f"{'':<44}{'forward':>10}{'backward':>10}{'masked':>8}{'plan':>9}")

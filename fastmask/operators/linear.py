@@ -8,6 +8,7 @@ wrapping: in a small layer that costs more than the layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,23 +44,31 @@ class Settings(NamedTuple):
             for size, index, extent, width in zip(sizes, indices, extents, self.packed_widths, strict=True)
         ]
 
+    @classmethod
+    def of(cls, masks: Sequence[StoredMask], n_languages: int, activation: str) -> Settings:
+        """The settings of layers with these masks."""
+        geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
+        return cls(masks[0].kind, geometries, n_languages, [mask.packed_width for mask in masks], activation)
+
 
 def run(
     x: Tensor,
     weights: list[Tensor],
     biases: list[Tensor],
     language_ids: Tensor,
-    indices: list[Tensor],
-    extents: list[Tensor],
-    settings: Settings,
+    masks: list[StoredMask],
+    n_languages: int,
+    activation: str,
 ) -> Sequence[Tensor]:
     """y_g [B, ..., N_g or its packed width] of x [B, ..., K] for each of G weights; `biases` is empty or has all."""
     if traced(x, *weights):
+        indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
+        settings = Settings.of(masks, n_languages, activation)
         ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
             x, weights, biases, language_ids, indices, extents, *settings
         )
         return ys
-    return _Eager.apply(settings, x, language_ids, *weights, *biases, *indices, *extents)
+    return _Eager.apply(masks, n_languages, activation, x, language_ids, *weights, *biases)
 
 
 def _outputs(
@@ -68,14 +77,14 @@ def _outputs(
     biases: Sequence[Tensor],
     language_ids: Tensor,
     masks: list[StoredMask],
-    settings: Settings,
+    n_languages: int,
+    activation: str,
+    path: ModuleType,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Compute the layers; `kept` as in `torch_path.layers.forward`."""
     given: Sequence[Tensor | None] = biases or [None] * len(weights)
-    path = path_for(x, weights)
-    rest = (language_ids, settings.n_languages, settings.activation, kept)
-    ys: list[Tensor] = path.forward(masks, as_examples(x), weights, given, *rest)
+    ys: list[Tensor] = path.forward(masks, as_examples(x), weights, given, language_ids, n_languages, activation, kept)
     return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
@@ -85,15 +94,16 @@ def _grads(
     weights: Sequence[Tensor],
     language_ids: Tensor,
     masks: list[StoredMask],
-    settings: Settings,
+    n_languages: int,
+    activation: str,
+    path: ModuleType,
     needs: tuple[bool, list[bool], list[bool]],
     kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """(dx, dW of each, db of each), each None unless it is needed."""
-    upstreams, examples = [as_examples(dy) for dy in dys], as_examples(x)
-    rest = (language_ids, settings.n_languages, settings.activation, *needs, kept)
-    dx, dws, dbs = path_for(x, weights).backward(masks, upstreams, examples, weights, *rest)
-    return None if dx is None else dx.view(x.shape), dws, dbs
+    upstreams, rest = [as_examples(dy) for dy in dys], (language_ids, n_languages, activation, *needs, kept)
+    dx, dws, dbs = path.backward(masks, upstreams, as_examples(x), weights, *rest)
+    return dx if dx is None or x.ndim == 3 else dx.view(x.shape), dws, dbs
 
 
 # ---- eager: autograd.Function takes no lists, so the tensors come one after the other
@@ -101,26 +111,30 @@ def _grads(
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: Settings, x: Tensor, language_ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        G = len(settings.packed_widths)
-        weights, biases, stored = tensors[:G], tensors[G : -2 * G], tensors[-2 * G :]
-        ctx.masks = settings.masks(stored[:G], stored[G:])
-        ctx.settings, ctx.has_bias = settings, bool(biases)
-        kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
-        ys = _outputs(x, weights, biases, language_ids, ctx.masks, settings, kept)
-        ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
+    def forward(
+        ctx: Any, masks: list[StoredMask], n_languages: int, activation: str, x: Tensor, ids: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        G = len(masks)
+        weights, biases = tensors[:G], tensors[G:]
+        # What the forward pass keeps is for the same path's backward pass.
+        path = path_for(x, weights)
+        ctx.settings, ctx.has_bias = (masks, n_languages, activation, path), bool(biases)
+        kept: list[Tensor] | None = [] if ctx.needs_input_grad[3] else None
+        ys = _outputs(x, weights, biases, ids, masks, n_languages, activation, path, kept)
+        ctx.save_for_backward(x, ids, *weights, *(kept or ()))
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        G = len(ctx.masks)
-        x, language_ids, *tensors = ctx.saved_tensors
-        needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        needs_bias = list(needs[G : 2 * G]) if ctx.has_bias else [False] * G
+        masks, n_languages, activation, path = ctx.settings
+        x, ids, *tensors = ctx.saved_tensors
+        G = len(masks)
+        needs_x, needs = ctx.needs_input_grad[3], ctx.needs_input_grad[5:]
+        needs_bias = list(needs[G:]) if ctx.has_bias else [False] * G
         wanted = (needs_x, list(needs[:G]), needs_bias)
-        found = _grads(dys, x, tensors[:G], language_ids, ctx.masks, ctx.settings, wanted, tensors[G:])
-        return None, found[0], None, *found[1], *(found[2] if ctx.has_bias else []), *[None] * (2 * G)
+        found = _grads(dys, x, tensors[:G], ids, masks, n_languages, activation, path, wanted, tensors[G:])
+        return None, None, None, found[0], None, *found[1], *(found[2] if ctx.has_bias else [])
 
 
 # ---- custom operators, which keep nothing but their inputs
@@ -140,7 +154,8 @@ def _forward(
     activation: str,
 ) -> list[Tensor]:
     settings = Settings(kind, geometries, n_languages, packed_widths, activation)
-    return _outputs(x, weights, biases, language_ids, settings.masks(indices, extents), settings)
+    masks, path = settings.masks(indices, extents), path_for(x, weights)
+    return _outputs(x, weights, biases, language_ids, masks, n_languages, activation, path)
 
 
 def _backward(
@@ -161,7 +176,8 @@ def _backward(
 ) -> Grads:
     settings = Settings(kind, geometries, n_languages, packed_widths, activation)
     masks, needs = settings.masks(indices, extents), (needs_x, needs_weight, needs_bias)
-    dx, dws, dbs = _grads(dys, x, weights, language_ids, masks, settings, needs)
+    path = path_for(x, weights)
+    dx, dws, dbs = _grads(dys, x, weights, language_ids, masks, n_languages, activation, path, needs)
     # An operator cannot return None: what was not asked for comes back empty.
     return (
         x.new_empty(0) if dx is None else dx,

@@ -54,7 +54,8 @@ def _why_not(x: Tensor, weights: Sequence[Tensor]) -> str | None:
         return missing
     if x.dtype not in _DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
-    if any(weight.dtype not in (x.dtype, torch.float32) or weight.dtype != weights[0].dtype for weight in weights):
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         given = ", ".join(sorted({str(weight.dtype) for weight in weights}))
         return f"the kernels take weights of the activations' dtype ({x.dtype}) or float32, not {given}"
     if x.numel() // max(1, x.shape[-1]) >= 2**31:

@@ -150,7 +150,7 @@ class Split:
             ValueError: an id that is not -1 to n_languages - 1.
         """
         of_one_pass: dict[str, Split] | None = getattr(language_ids, "_fastmask_of_one_pass", None)
-        if of_one_pass:
+        if of_one_pass is not None and "split" in of_one_pass:
             return of_one_pass["split"]
         ids: list[int] = language_ids.tolist()
         for position, language in enumerate(ids):

@@ -32,15 +32,19 @@ def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.d
     """
     # Ids that live for one pass only (`models.routing`) do not change. Of others it is not known: a graph's replays
     # read new ids from the same memory, and tensors of inference mode do not count what is written to them.
-    changes = not hasattr(language_ids, "_fastmask_of_one_pass")
-    if changes and (is_capturing(device) or language_ids.is_inference()):
+    of_one_pass = getattr(language_ids, "_fastmask_of_one_pass", None)
+    key = (tokens, n_languages, device, stream_of(device))
+    if of_one_pass is not None:
+        plan: Plan | None = of_one_pass.get(key)
+        if plan is None:
+            plan = of_one_pass[key] = _plan(language_ids, tokens, n_languages, device)
+        return plan
+    if is_capturing(device) or language_ids.is_inference():
         return _plan(language_ids, tokens, n_languages, device)
     plans = _made.setdefault(language_ids, {})
-    key = (tokens, n_languages, device, stream_of(device))
     made = plans.get(key)
-    version = 0 if language_ids.is_inference() else language_ids._version
-    if made is None or made.version != version:
-        made = plans[key] = _Made(_plan(language_ids, tokens, n_languages, device), version)
+    if made is None or made.version != language_ids._version:
+        made = plans[key] = _Made(_plan(language_ids, tokens, n_languages, device), language_ids._version)
     return made.plan
 
 

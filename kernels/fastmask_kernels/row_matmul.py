@@ -11,6 +11,7 @@ activation on the unmasked side (Q, K and V) go in one launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -19,9 +20,16 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
-from fastmask_kernels.launching import launch
+from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
+from fastmask_kernels.row_arguments import (
+    aligned,
+    check_activation,
+    check_rows,
+    check_weights,
+    filled,
+    positions,
+)
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
 from fastmask_kernels.tuning import tuned
 
@@ -318,19 +326,55 @@ def row_matmul(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    key = (
+        "row_matmul", described(x, *weights), described_masks(indices), described_masks(counts), plan.sizes,
+        tuple(widths), biases and described(*biases), outs and described(*outs), activation,
+        None if before is None else described(before), None if active is None else described(active),
+        config, allow_tf32,
+    )  # fmt: skip
+    prepare = partial(
+        _prepare,
+        x,
+        weights,
+        indices,
+        counts,
+        plan,
+        widths,
+        biases,
+        outs,
+        activation,
+        before,
+        active,
+        config,
+        allow_tf32,
+    )
+    BM, run = prepared(key, prepare)
+    if outs is None:
+        outs = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
+    if run is not None:
+        more = [tensor for tensor in (before, active) if tensor is not None]
+        run(x, *weights, *indices, *counts, *(biases or ()), *outs, *more, plan.token_rows, plan.tiles(BM))
+    return list(outs)
+
+
+def _prepare(
+    x: Tensor, weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
+    widths: Sequence[int], biases: Sequence[Tensor] | None, outs: Sequence[Tensor] | None, activation: str,
+    before: Tensor | None, active: Tensor | None, config: Config | None, allow_tf32: bool,
+) -> tuple[int, Prepared | None]:  # fmt: skip
+    """Check the arguments of `row_matmul`; the tokens of a tile, and the launch, None for an empty batch."""
     check_activation("x", x, plan)
     K, G = x.shape[1], len(weights)
     check_rows(indices, counts, G, plan, x.device)
     check_weights(weights, x, K)
     if len(widths) != G or min(widths) < 1:
         raise ValueError(f"widths: expected {G} positive integers, given {list(widths)}")
-    if outs is None:
-        outs = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
     _check_vectors("biases", biases, [weight.shape[0] for weight in weights], x)
-    _check_outs(outs, list(widths), x, plan)
+    if outs is not None:
+        _check_outs(outs, list(widths), x, plan)
     _check_activation_function(activation, before, active, list(widths), x, plan)
     if plan.n_rows == 0:
-        return list(outs)
+        return 0, None
     config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
     if config is None:
         config = choose(
@@ -338,21 +382,24 @@ def row_matmul(
             {"BM": plan.n_rows, "BN": sum(widths)},
             1,
             plan.n_rows // plan.present.shape[0],
-            aligned(x, *weights, *([] if before is None else [before, *outs])),
+            aligned(x, *weights) and (before is None or (aligned(before) and all(width % 16 == 0 for width in widths))),
         )
-    tiles = plan.tiles(config["BM"])
+    xs, ws, lists, sizes, bs, ys, befores, actives, batch = positions(
+        1, G, G, G, 0 if biases is None else G, G, before is not None, active is not None, 2
+    )
+    places = [*xs, *filled(ws), *filled(lists), *filled(sizes), *filled(bs or ws), *filled(ys)]
+    n_tiles = plan.n_tiles(config["BM"])
     columns = sum(triton.cdiv(width, config["BN"]) for width in widths)
-    launch(
-        row_matmul_kernel, (tiles.shape[0] * columns,), x,
-        x, *filled(weights), *filled(indices), *filled(counts), *filled(biases or weights), *filled(outs),
-        x if before is None else before, x if active is None else active, plan.token_rows, tiles, tiles.shape[0], K,
-        x.stride(0), *filled([weight.shape[0] for weight in weights]), *filled([index.shape[1] for index in indices]),
-        *filled(widths), *filled([out.stride(0) for out in outs]), 0 if before is None else before.stride(0),
+    return config["BM"], Prepared(
+        row_matmul_kernel, (n_tiles * columns,), [*places, *(befores or xs), *(actives or xs), *batch],
+        n_tiles, K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
+        *filled([index.shape[1] for index in indices]), *filled(widths),
+        *filled(list(widths) if outs is None else [out.stride(0) for out in outs]),
+        0 if before is None else before.stride(0),
         G=G, HAS_BIAS=biases is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         ACTIVATION=activation, ACTIVE=active is not None,
         **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return list(outs)
 
 
 def row_matmul_t(
@@ -386,6 +433,24 @@ def row_matmul_t(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    key = (
+        "row_matmul_t", described(*xs), described(*weights), described_masks(indices), described_masks(counts),
+        plan.sizes, bias is not None and described(bias), out is not None and described(out), config, allow_tf32,
+    )  # fmt: skip
+    BM, run = prepared(key, partial(_prepare_t, xs, weights, indices, counts, plan, bias, out, config, allow_tf32))
+    if out is None:
+        out = torch.empty(plan.n_rows, weights[0].shape[1], dtype=xs[0].dtype, device=xs[0].device)
+    if run is not None:
+        given = () if bias is None else (bias,)
+        run(*xs, *weights, *indices, *counts, *given, out, plan.token_rows, plan.tiles(BM))
+    return out
+
+
+def _prepare_t(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
+    bias: Tensor | None, out: Tensor | None, config: Config | None, allow_tf32: bool,
+) -> tuple[int, Prepared | None]:  # fmt: skip
+    """Check the arguments of `row_matmul_t`; the tokens of a tile, and the launch, None for an empty batch."""
     G = len(weights)
     if not xs or len(xs) != G:
         raise ValueError(f"expected as many activations as weights, given {len(xs)} and {G}")
@@ -396,12 +461,11 @@ def row_matmul_t(
     x, K = xs[0], weights[0].shape[-1]
     check_rows(indices, counts, G, plan, x.device)
     check_weights(weights, x, K)
-    if out is None:
-        out = torch.empty(plan.n_rows, K, dtype=x.dtype, device=x.device)
     _check_vectors("bias", None if bias is None else [bias], [K], x)
-    _check_outs([out], [K], x, plan)
+    if out is not None:
+        _check_outs([out], [K], x, plan)
     if plan.n_rows == 0:
-        return out
+        return 0, None
     sizes = [*[given.shape[1] for given in xs], K]
     config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
     if config is None:
@@ -412,17 +476,17 @@ def row_matmul_t(
             plan.n_rows // plan.present.shape[0],
             aligned(*xs, *weights),
         )
-    tiles = plan.tiles(config["BM"])
-    launch(
-        row_matmul_t_kernel, (tiles.shape[0] * triton.cdiv(K, config["BK"]),), out,
-        *filled(xs), *filled(weights), *filled(indices), *filled(counts), weights[0] if bias is None else bias, out,
-        plan.token_rows, tiles, tiles.shape[0], K, out.stride(0), *filled([weight.shape[0] for weight in weights]),
+    acts, ws, lists, lengths, bs, batch = positions(G, G, G, G, bias is not None, 3)
+    n_tiles = plan.n_tiles(config["BM"])
+    return config["BM"], Prepared(
+        row_matmul_t_kernel, (n_tiles * triton.cdiv(K, config["BK"]),),
+        [*filled(acts), *filled(ws), *filled(lists), *filled(lengths), *(bs or ws[:1]), *batch],
+        n_tiles, K, K if out is None else out.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
         *filled([x.stride(0) for x in xs]),
         G=G, HAS_BIAS=bias is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out
 
 
 def _check_activation_function(

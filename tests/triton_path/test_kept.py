@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastmask_kernels.interpreter import interpreter_problem
 from torch import Tensor
 
 import fastmask as fm
-from fastmask.masks import StoredMask
+from fastmask.functional import compute
+from fastmask.masks import UNPACKED, StoredMask
 from fastmask.models.routing import Route
+from fastmask.operators import paths
+from fastmask.torch_path.segments import Split
 from fastmask.triton_path import kept, layouts, plans
 from fastmask.triton_path.kept import Kept
 
@@ -124,3 +128,39 @@ def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
     device.capturing = True
     own = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
     assert plan_of(own) is plan_of(own)
+
+
+def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
+    """A layer that the kernels cannot run takes the plan of one that they can for its own list, or the reverse."""
+    ids = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
+    plan, split = plan_of(ids), Split.of(ids, 3)
+    assert plan_of(ids) is plan
+    assert Split.of(ids, 3) is split
+
+
+@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("of_one_pass", [False, True])
+def test_a_backward_pass_on_another_stream(
+    kind: str, of_one_pass: bool, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward pass reads a plan, or a table, that another stream may still be making."""
+    monkeypatch.setattr(paths, "FORCED", "triton")
+    keep, make = torch.rand(3, 32) < 0.5, (fm.Mask.rows if kind == "rows" else fm.Mask.columns)
+    mask, ids = make(keep, 32), torch.tensor([0, 2])
+    if of_one_pass:
+        ids = Route(ids, None).ids_for(torch.ones(2, 1))
+    plan, table, made = plans.Plan, layouts.positions, []
+    monkeypatch.setattr(plans, "Plan", lambda *arguments: made.append(("plan", device.stream)) or plan(*arguments))
+    monkeypatch.setattr(layouts, "positions", lambda *given: made.append(("table", device.stream)) or table(*given))
+    x, weight = torch.randn(2, 3, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
+    y, again = (compute(x, weight, mask, ids, None, UNPACKED) for _ in range(2))
+    expected = torch.autograd.grad(again.sum(), [x, weight])
+    one = set(made)
+    device.stream = 2
+    results = torch.autograd.grad(y.sum(), [x, weight])
+    assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
+    assert one == {("plan", 1), ("table", 1)}
+    # The table spreads y of rows, and dx of columns.
+    assert set(made) - one == ({("plan", 2)} if kind == "rows" else {("plan", 2), ("table", 2)})
+    assert len(made) == len(set(made))

@@ -88,7 +88,7 @@ class Prepared:
 def _watched() -> bool:
     """Whether a profiler asks for every launch: it is told by Triton's own way only."""
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
 
 
 def described(*tensors: Tensor) -> tuple[Hashable, ...]:
@@ -108,9 +108,8 @@ def described_masks(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
 
 def prepared(key: Hashable, make: Callable[[], T]) -> T:
     """What `make` makes of arguments that are described by `key`; kept, but not under Triton's interpreter."""
-    try:
-        found: T = _found[key]
-    except KeyError:
+    found: T | None = _found.get(key)
+    if found is None:
         found = make()
         if not triton.knobs.runtime.interpret:
             if len(_found) >= _MOST:

@@ -208,7 +208,7 @@ def row_matmul_kernel(
     else:
         put_through_activation(
             y, y_stride, before, before_stride, active, acc, token_rows, first, last, j, live, width,
-            ACTIVATION, ACTIVE, BM, BN, BM // 16,
+            ACTIVATION, ACTIVE, BM, BN, BM // (16 if EVEN_K else 8),
         )  # fmt: skip
 
 

@@ -131,12 +131,11 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch 2.11, which belongs to them, comes with gigabytes of CUDA: it is not tried here.
     """
     folder = str(tmp_path_factory.mktemp("older"))
-    # httpx: what that transformers needs besides what is installed for the newest.
-    for packages in (["--no-deps", *OLDER], ["httpx<1"]):
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, *packages]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            pytest.skip(f"{' and '.join(packages)} cannot be installed: {done.stderr[-300:]}")
+    # With what that transformers needs, which is older too; Triton needs nothing.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, *OLDER]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"{' and '.join(OLDER)} cannot be installed: {done.stderr[-300:]}")
     return folder
 
 

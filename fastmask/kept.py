@@ -36,10 +36,14 @@ class Kept(Generic[T]):
     # Not as an attribute, which copies and pickles of other people's tensors would take along.
     _of_others: MutableMapping[Tensor, _Places] = WeakIdKeyDictionary()
 
-    def of(self, tensor: Tensor, make: Callable[[], T], key: Hashable = None) -> T:
-        """What `make` makes of a tensor; it must not hold the tensor itself, or neither would ever be freed."""
+    def of(self, tensor: Tensor, make: Callable[[], T], key: Hashable = None, on: torch.device | None = None) -> T:
+        """What `make` makes of a tensor on a device, by default its own.
+
+        It must not hold the tensor itself, or neither would ever be freed.
+        """
+        device = on or tensor.device
         places: _Places
-        own, version, capturing = getattr(tensor, _NAME, None), 0, is_capturing(tensor.device)
+        own, version, capturing = getattr(tensor, _NAME, None), 0, is_capturing(device)
         if own is not None:
             places, captured = own
         elif capturing or tensor.is_inference():
@@ -49,7 +53,7 @@ class Kept(Generic[T]):
         if capturing and not captured:
             found: list[T] = [made for place, (_, made) in places.items() if place[:2] == (self, key)]
             return found[0] if found else make()
-        place = (self, key, _stream(tensor.device))
+        place = (self, key, stream_of(device))
         if place not in places or places[place][0] != version:
             places[place] = version, make()
         made: T = places[place][1]
@@ -61,6 +65,6 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _stream(device: torch.device) -> int:
+def stream_of(device: torch.device) -> int:
     """A number for the stream that `device` works on now; 0 where there are none."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -23,14 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from fastmask.masks import UNPACKED, Mask, StoredMask
 from fastmask.torch_path import layers as torch_layers
-from fastmask.torch_path.activations import NONE, activate, activation_grad
+from fastmask.torch_path.activations import NONE
 
 __all__ = ["Settings", "autocast", "compute", "compute_projections"]
 
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
-
-Grads = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
 class Settings(NamedTuple):
@@ -46,13 +44,42 @@ class Settings(NamedTuple):
     packed_widths: list[int]
     activation: str
 
-    def masks(self, indices: Sequence[Tensor], extents: Sequence[Tensor]) -> list[StoredMask]:
-        """The masks whose tensors these are."""
-        sizes = zip(self.geometries[::2], self.geometries[1::2], strict=True)
-        return [
-            StoredMask(self.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
-            for size, index, extent, width in zip(sizes, indices, extents, self.packed_widths, strict=True)
-        ]
+
+class _Layers(NamedTuple):
+    """G masked layers over one input, and the path that computes them, forward and backward."""
+
+    masks: list[StoredMask]
+    n_languages: int
+    activation: str
+    path: ModuleType
+
+    def forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        language_ids: Tensor,
+        kept: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Y of each, for x [B, ..., K]; `kept` as in `torch_path.layers.forward`."""
+        given: Sequence[Tensor | None] = biases or [None] * len(weights)
+        about = (language_ids, self.n_languages, self.activation)
+        ys: list[Tensor] = self.path.forward(self.masks, _as_examples(x), weights, given, *about, kept)
+        return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
+
+    def backward(
+        self,
+        dys: Sequence[Tensor],
+        x: Tensor,
+        weights: Sequence[Tensor],
+        language_ids: Tensor,
+        needs: tuple[bool, Sequence[bool], Sequence[bool]],
+        kept: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """(dx, dW of each, db of each), each None unless it is needed."""
+        upstreams, about = [_as_examples(dy) for dy in dys], (language_ids, self.n_languages, self.activation)
+        dx, dws, dbs = self.path.backward(self.masks, upstreams, _as_examples(x), weights, *about, *needs, kept)
+        return dx if dx is None or x.ndim == 3 else dx.view(x.shape), dws, dbs
 
 
 def compute(
@@ -89,16 +116,23 @@ def compute_projections(
 
     All weights have a bias, or none has: then `biases` is empty.
     """
-    x, geometries = autocast(x), [n for mask in masks for n in (*mask.geometry, 0)[:2]]
-    indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
-    settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation)
+    x = autocast(x)
     # A tracer must be shown a custom operator; the tensors it passes are of types of its own.
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights)):
+        geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
+        indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
+        settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation)
         ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
             x, weights, biases, language_ids, indices, extents, *settings
         )
         return ys
-    return _Eager.apply(settings, x, language_ids, *weights, *biases, *indices, *extents)
+    stored = [
+        StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, width)
+        for mask, width in zip(masks, packed_widths, strict=True)
+    ]
+    # What the forward pass keeps is for the same path's backward pass.
+    layers = _Layers(stored, masks[0].n_languages, activation, _path_for(x, weights))
+    return _Eager.apply(layers, x, language_ids, *weights, *biases)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -109,68 +143,44 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _outputs(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    language_ids: Tensor,
-    masks: list[StoredMask],
-    settings: Settings,
-    kept: list[Tensor] | None = None,
-) -> list[Tensor]:
-    """Compute the layers; `kept` as in `torch_path.layers.forward`."""
-    examples = activate(_as_examples(x), settings.activation)
-    given: Sequence[Tensor | None] = biases or [None] * len(weights)
-    path = _path_for(x, weights)
-    ys: list[Tensor] = path.forward(masks, examples, weights, given, language_ids, settings.n_languages, kept)
-    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
-
-
-def _grads(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    language_ids: Tensor,
-    masks: list[StoredMask],
-    settings: Settings,
-    needs: tuple[bool, list[bool], list[bool]],
-    kept: Sequence[Tensor] = (),
-) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """(dx, dW of each, db of each), each None unless it is needed."""
-    upstreams, examples = [_as_examples(dy) for dy in dys], activate(_as_examples(x), settings.activation)
-    backward = _path_for(x, weights).backward
-    dx, dws, dbs = backward(masks, upstreams, examples, weights, language_ids, settings.n_languages, *needs, kept)
-    return None if dx is None else activation_grad(dx.view(x.shape), x, settings.activation), dws, dbs
-
-
 # ---- eager: autograd.Function takes no lists, so the tensors come one after the other
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: Settings, x: Tensor, language_ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        G = len(settings.packed_widths)
-        weights, biases, stored = tensors[:G], tensors[G : -2 * G], tensors[-2 * G :]
-        ctx.masks = settings.masks(stored[:G], stored[G:])
-        ctx.settings, ctx.has_bias = settings, bool(biases)
+    def forward(ctx: Any, layers: _Layers, x: Tensor, language_ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        G = len(layers.masks)
+        weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
-        ys = _outputs(x, weights, biases, language_ids, ctx.masks, settings, kept)
+        ys = layers.forward(x, weights, biases, language_ids, kept)
+        ctx.layers, ctx.has_bias = layers, bool(biases)
         ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
-        G = len(ctx.masks)
+        G = len(ctx.layers.masks)
         x, language_ids, *tensors = ctx.saved_tensors
         needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        needs_bias = list(needs[G : 2 * G]) if ctx.has_bias else [False] * G
-        wanted = (needs_x, list(needs[:G]), needs_bias)
-        found = _grads(dys, x, tensors[:G], language_ids, ctx.masks, ctx.settings, wanted, tensors[G:])
-        return None, found[0], None, *found[1], *(found[2] if ctx.has_bias else []), *[None] * (2 * G)
+        wanted = (needs_x, needs[:G], needs[G:] if ctx.has_bias else [False] * G)
+        dx, dws, dbs = ctx.layers.backward(dys, x, tensors[:G], language_ids, wanted, tensors[G:])
+        return None, dx, None, *dws, *(dbs if ctx.has_bias else ())
 
 
 # ---- custom operators, which keep nothing but their inputs
+
+
+def _traced(
+    x: Tensor, weights: Sequence[Tensor], indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings
+) -> _Layers:
+    """The layers of an operator's arguments."""
+    sizes = zip(settings.geometries[::2], settings.geometries[1::2], strict=True)
+    masks = [
+        StoredMask(settings.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
+        for size, index, extent, width in zip(sizes, indices, extents, settings.packed_widths, strict=True)
+    ]
+    return _Layers(masks, settings.n_languages, settings.activation, _path_for(x, weights))
 
 
 def _forward(
@@ -187,7 +197,7 @@ def _forward(
     activation: str,
 ) -> list[Tensor]:
     settings = Settings(kind, geometries, n_languages, packed_widths, activation)
-    return _outputs(x, weights, biases, language_ids, settings.masks(indices, extents), settings)
+    return _traced(x, weights, indices, extents, settings).forward(x, weights, biases, language_ids)
 
 
 def _backward(
@@ -205,10 +215,10 @@ def _backward(
     needs_x: bool,
     needs_weight: list[bool],
     needs_bias: list[bool],
-) -> Grads:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     settings = Settings(kind, geometries, n_languages, packed_widths, activation)
-    masks, needs = settings.masks(indices, extents), (needs_x, needs_weight, needs_bias)
-    dx, dws, dbs = _grads(dys, x, weights, language_ids, masks, settings, needs)
+    layers, needs = _traced(x, weights, indices, extents, settings), (needs_x, needs_weight, needs_bias)
+    dx, dws, dbs = layers.backward(dys, x, weights, language_ids, needs)
     # An operator cannot return None: what was not asked for comes back empty.
     return (
         x.new_empty(0) if dx is None else dx,
@@ -299,7 +309,8 @@ def _why_not(x: Tensor, weights: Sequence[Tensor]) -> str | None:
         return missing
     if x.dtype not in _DTYPES:
         return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
-    if any(weight.dtype not in (x.dtype, torch.float32) or weight.dtype != weights[0].dtype for weight in weights):
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         given = ", ".join(sorted({str(weight.dtype) for weight in weights}))
         return f"the kernels take weights of the activations' dtype ({x.dtype}) or float32, not {given}"
     if x.numel() // max(1, x.shape[-1]) >= 2**31:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CASES", "DTYPES", "KINDS", "PACKED", "PROJECTIONS", "SHALLOW", "sized", "tiny_models"]
+__all__ = ["ACTIVATIONS", "CASES", "DTYPES", "KINDS", "PACKED", "PROJECTIONS", "SHALLOW", "sized", "tiny_models"]
 
 KINDS = {"rows": ("rows", 1), "columns": ("columns", 1), "blocks64": ("blocks", 64), "blocks16": ("blocks", 16)}
 KINDS["weights"] = ("weights", 1)
@@ -36,6 +36,7 @@ CASES = {
 }
 SHALLOW = ("one of everything", "tiny", "narrow")
 PACKED = ("odd", "aligned")  # those that also run packed
+ACTIVATIONS = ("gelu", "relu")  # of the input of packed columns
 PROJECTIONS = ("wide", (515, 320, 77), 130)  # a case's batch, rows of up to three weights, their columns
 
 

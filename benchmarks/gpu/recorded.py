@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import fastmask as fm
 from benchmarks.gpu import problems
+from benchmarks.gpu.host import host_time
 from benchmarks.gpu.setup import REAL, Setup
 from benchmarks.product import mixed_ids, units_of
 from benchmarks.variants import encoder_of
@@ -31,6 +32,7 @@ from fastmask import operators
 from fastmask.live import live_of
 from fastmask.masks import UNPACKED
 from fastmask.operators import compute, compute_projections
+from fastmask.torch_path.activations import NONE
 
 __all__ = ["Count", "counted", "encoder_step", "layer_step", "main", "origin", "record", "variants"]
 
@@ -46,8 +48,9 @@ def randn(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def layer_step(
-    mask: fm.Mask, ids: Tensor, tokens: int, act: torch.dtype, own: torch.dtype, packed: bool = False
-) -> Step:
+    mask: fm.Mask, ids: Tensor, tokens: int, act: torch.dtype, own: torch.dtype, packed: bool = False,
+    activation: str = NONE,
+) -> Step:  # fmt: skip
     """One masked layer on a batch of `tokens` tokens for each of `ids` [B]; `packed` as in an attached model."""
     B, N, K = len(ids), mask.out_features, mask.in_features
     width = UNPACKED
@@ -62,7 +65,7 @@ def layer_step(
     def step(recorder: Recorder) -> None:
         device_ids = _next_batch(recorder, ids, [weight, bias])
         recorder.phase = "forward"
-        y = compute(x, weight, on_device, device_ids, bias, width)
+        y = compute(x, weight, on_device, device_ids, bias, width, activation)
         recorder.phase = "backward"
         torch.autograd.grad(y, [x, weight, bias], dy)
 
@@ -172,7 +175,7 @@ def origin(event: Launch | Operation) -> str:
     ours = list(itertools.takewhile(lambda name: name.split(".")[0] in ("fastmask", "fastmask_kernels"), event.callers))
     if not ours:
         return "other"
-    return "plan" if any(name.rpartition(".")[2] in ("plan", "plans", "routing") for name in ours) else "masked"
+    return "plan" if any(name.rpartition(".")[2] in ("plan", "tables", "routing") for name in ours) else "masked"
 
 
 def counted(what: str, recorder: Recorder) -> Count:
@@ -214,6 +217,12 @@ def gate() -> Iterator[Step]:
         mask = _mask(kind, unit, L, N, K)
         for packed in (False, True) if name in problems.PACKED and kind in ("rows", "columns") else (False,):
             yield _with_tf32(dtypes == "tf32", layer_step(mask, torch.tensor(ids), tokens, act, own, packed))
+    for name, (dtypes, (act, own)), activation in itertools.product(
+        problems.PACKED, problems.DTYPES.items(), problems.ACTIVATIONS
+    ):
+        L, ids, tokens, N, K = problems.CASES[name]
+        step = layer_step(_mask("columns", 1, L, N, K), torch.tensor(ids), tokens, act, own, True, activation)
+        yield _with_tf32(dtypes == "tf32", step)
     case, sizes, K = problems.PROJECTIONS
     L, ids, tokens, _, _ = problems.CASES[case]
     masks = [_mask("rows", 1, L, n, K) for n in sizes]
@@ -314,8 +323,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.recorded", description=__doc__)
     parser.add_argument("--json", type=Path, help="write the counts to this file as well")
+    parser.add_argument("--host-time", action="store_true", help="time the host's part of a layer instead; see host.py")
     options = parser.parse_args(arguments)
     setup = replace(REAL, device=torch.device(DEVICE))
+    if options.host_time:
+        with forced():
+            found = host_time()
+        print(
+            f"host time of a BERT layer, forward + backward: "
+            f"{1 / found.median:.2f} times nn.Linear's ({1 / found.high:.2f} to {1 / found.low:.2f}), "
+            f"{found.ours_ms:.3f} ms and {found.baseline_ms:.3f} ms, {found.pairs} pairs"
+        )
+        return 0
     counts = [counted(name, record(step)) for name, step in layers(setup)]
     print(f"{setup.languages} languages; Triton launches + torch operations of one pass")
     print(f"{'':<44}{'forward':>10}{'backward':>10}{'masked':>8}{'plan':>9}")

@@ -57,14 +57,14 @@ class AttachedLinear(MaskedLinear):
         route = self.router.current()
         if self.siblings is not None and route.shared:
             return self.siblings.output_of(self, x, route)
-        width = self.packed_width(route, x)
-        return compute(x, self.weight, self.mask, route.ids_for(x), self.bias, width, self.activation)
+        mask, width = self.mask, self.packed_width(route, x)
+        return compute(x, self.weight, mask, route.ids_for(x), self.bias, width, self.activation)
 
     def packed_width(self, route: Route, x: Tensor) -> int:
         """Width of the packed side: that of the input, or of the widest language present, or of all if not known."""
         if self.packed_unit is None or (self.of_heads and not route.packs_heads):
             return UNPACKED
-        if self.mask.kind == "columns":
+        if self._mask.kind == "columns":
             return x.shape[-1]
         if route.present is None:
             widest = max(self._live_counts)

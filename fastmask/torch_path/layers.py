@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmask.kept import Kept
 from fastmask.masks import UNPACKED, StoredMask
+from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.gated import enter, is_cheaper, leave
 from fastmask.torch_path.gemm import cast
@@ -35,15 +36,17 @@ def forward(
     biases: Sequence[Tensor | None],
     language_ids: Tensor,
     n_languages: int,
+    activation: str = NONE,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
-    """Run x [B, T, K_in] through each masked weight -> y of each, [B, T, its N_out].
+    """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
 
     The weights as the products read them are put into `kept`, if it is a list: `backward` need not make them again.
 
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
+    x = activate(x, activation)
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
@@ -66,6 +69,7 @@ def backward(
     weights: Sequence[Tensor],
     language_ids: Tensor,
     n_languages: int,
+    activation: str,
     needs_x: bool,
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
@@ -77,14 +81,17 @@ def backward(
     to them.
     """
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
+    before, x = x, activate(x, activation)
     needs = (needs_x, needs_weight, needs_bias)
     if not gated:
-        return _grads(layers, dys, x, weights, split, *needs, kept)
-    if gated[0].of_rows:
+        dx, dws, dbs = _grads(layers, dys, x, weights, split, *needs, kept)
+    elif gated[0].of_rows:
         upstreams = [enter(dy, layer, split) for dy, layer in zip(dys, gated, strict=True)]
-        return _grads(layers, upstreams, x, weights, split.full, *needs, kept)
-    dx, dws, dbs = _grads(layers, dys, enter(x, gated[0], split), weights, split.full, *needs, kept)
-    return None if dx is None else leave(dx, gated[0], split, x.shape[2]), dws, dbs
+        dx, dws, dbs = _grads(layers, upstreams, x, weights, split.full, *needs, kept)
+    else:
+        dx, dws, dbs = _grads(layers, dys, enter(x, gated[0], split), weights, split.full, *needs, kept)
+        dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
+    return None if dx is None else activation_grad(dx, before, activation), dws, dbs
 
 
 def _run(

@@ -108,6 +108,7 @@ class Plan:
         starts: int32 [S + 1]; segment s is `token_rows[starts[s]:starts[s + 1]]`.
         present: int32 [min(S, B)]; the segments that have tokens, ascending, then -1.
         ok: int32 []; 1 if every id is in range, else 0.
+        sizes: all that the host may look at: M, L, entries of `present`, and the device.
 
     Raises:
         ValueError: ids that are not on a GPU, without Triton's interpreter.
@@ -133,6 +134,7 @@ class Plan:
             B, tokens, self.n_segments, n_present,
             SEGMENTS=segments, ROWS=max(1, 2048 // segments), BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
+        self.sizes = (self.n_rows, n_languages, n_present, device)
         self._tiles: dict[int, Tensor] = {}
 
     def n_tiles(self, size: int) -> int:
@@ -145,13 +147,14 @@ class Plan:
         int32 [n_tiles, 3]: the segment, the position in `token_rows` of the first token, and that past the last; tiles
         that the batch does not need are (-1, 0, 0) and come last.
         """
-        if size not in self._tiles:
+        made = self._tiles.get(size)
+        if made is None:
             n_tiles, segments = self.n_tiles(size), triton.next_power_of_2(self.n_segments)
-            tiles = self._tiles[size] = torch.empty(n_tiles, 3, dtype=torch.int32, device=self.starts.device)
+            made = self._tiles[size] = torch.empty(n_tiles, 3, dtype=torch.int32, device=self.starts.device)
             block = max(1, 2048 // segments)
             if n_tiles:
                 launch(
-                    tiles_kernel, (triton.cdiv(n_tiles, block),), tiles,
-                    self.starts, tiles, self.n_segments, n_tiles, size, SEGMENTS=segments, BLOCK=block, num_warps=4,
+                    tiles_kernel, (triton.cdiv(n_tiles, block),), made,
+                    self.starts, made, self.n_segments, n_tiles, size, SEGMENTS=segments, BLOCK=block, num_warps=4,
                 )  # fmt: skip
-        return self._tiles[size]
+        return made

@@ -13,6 +13,7 @@ value to return and raises, as nothing in a pass may.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -25,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime import driver as drivers
 
-from fastmask_kernels import chips, interpreter
+from fastmask_kernels import chips, interpreter, launching
 from fastmask_kernels.limits import CHIPS
 
-__all__ = ["Launch", "Operation", "Recorder", "Variant"]
+__all__ = ["Launch", "Operation", "Recorder", "Stub", "Variant"]
 
 DEVICE = "meta"
 # Of those that are not views: they make or describe tensors and leave the memory alone.
@@ -107,23 +108,18 @@ class Operation:
     callers: tuple[str, ...]
 
 
-class Recorder(TorchDispatchMode):
-    """Inside of `with`, records what runs on `DEVICE`; one at a time in a process, and not under Triton's interpreter.
+class Stub:
+    """Inside of `with`, Triton's own launch path ends at a driver that launches nothing; one at a time in a process.
 
     Args:
         chip: whose block sizes are chosen; a key of `limits.CHIPS`.
-
-    Attributes:
-        launches, operations: what ran, in order; `events` holds both together.
-        phase: a name that events are marked with; set it to what begins.
+        device: the type of device whose tensors kernels accept.
     """
 
-    def __init__(self, chip: str = "sm_90") -> None:
-        super().__init__()
+    def __init__(self, chip: str = "sm_90", device: str = DEVICE) -> None:
         if interpreting := triton.knobs.runtime.interpret:
             raise RuntimeError(f"the recorder needs Triton's launch path; TRITON_INTERPRET is {interpreting}")
-        self.chip, self.phase = chip, ""
-        self.events: list[Launch | Operation] = []
+        self.chip, self.device = chip, device
         target = CHIPS[chip]
         self._device = f"recorded {chip}"  # Triton keeps what it compiled by device
         self._driver = SimpleNamespace(
@@ -134,6 +130,60 @@ class Recorder(TorchDispatchMode):
         self._seen: set[JITFunction[Any]] = set()
         self._before: list[tuple[Any, str, Any]] = []
 
+    def __enter__(self) -> Stub:
+        patches = [
+            (drivers, "_active", self._driver),
+            (triton.compiler, "compile", self._compile),
+            (chips, "stand_in", self.chip),
+            (interpreter, "recorded_device", self.device),
+            (torch, "is_autocast_enabled", _is_autocast_enabled),
+        ]
+        if self.device != DEVICE:
+            patches.append((torch, "_assert_async", lambda *_: None))  # of what a kernel would have written
+        for owner, name, value in patches:
+            self._before.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, value)
+        launching.forget()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        while self._before:
+            setattr(*self._before.pop())
+        launching.forget()
+        for kernel in self._seen:
+            kernel.device_caches.pop(self._device, None)
+            kernel.compile = triton.compiler.compile
+        self._seen.clear()
+
+    def _compile(self, source: Any, target: Any, options: dict[str, Any]) -> Any:
+        """In the place of `triton.compile`: a kernel that is not there."""
+        self._seen.add(source.fn)
+        variant = Variant(source.fn.__name__, source, options["num_warps"], options["num_stages"], self.chip)
+        run = self._runner(variant)
+        return SimpleNamespace(run=run, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
+
+    def _runner(self, variant: Variant) -> Callable[..., None]:
+        """What is called, with the grid first, for each launch of a variant."""
+        return lambda *_: None
+
+
+class Recorder(Stub, TorchDispatchMode):
+    """Inside of `with`, records what runs on `DEVICE`; one at a time in a process, and not under Triton's interpreter.
+
+    Args:
+        chip: as for `Stub`.
+
+    Attributes:
+        launches, operations: what ran, in order; `events` holds both together.
+        phase: a name that events are marked with; set it to what begins.
+    """
+
+    def __init__(self, chip: str = "sm_90") -> None:
+        TorchDispatchMode.__init__(self)
+        Stub.__init__(self, chip)
+        self.phase = ""
+        self.events: list[Launch | Operation] = []
+
     @property
     def launches(self) -> list[Launch]:
         return [event for event in self.events if isinstance(event, Launch)]
@@ -142,39 +192,22 @@ class Recorder(TorchDispatchMode):
     def operations(self) -> list[Operation]:
         return [event for event in self.events if isinstance(event, Operation)]
 
-    # ---- Triton
-
     def __enter__(self) -> Recorder:
-        for owner, name, value in (
-            (drivers, "_active", self._driver),
-            (triton.compiler, "compile", self._compile),
-            (chips, "stand_in", self.chip),
-            (interpreter, "recorded_device", DEVICE),
-            (torch, "is_autocast_enabled", _is_autocast_enabled),
-        ):
-            self._before.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, value)
-        super().__enter__()
+        Stub.__enter__(self)
+        TorchDispatchMode.__enter__(self)
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
-        while self._before:
-            setattr(*self._before.pop())
-        for kernel in self._seen:
-            kernel.device_caches.pop(self._device, None)
-            kernel.compile = triton.compiler.compile
-        self._seen.clear()
+        TorchDispatchMode.__exit__(self, *raised)
+        Stub.__exit__(self)
 
-    def _compile(self, source: Any, target: Any, options: dict[str, Any]) -> Any:
-        """In the place of `triton.compile`: a kernel whose launch is recorded."""
-        self._seen.add(source.fn)
-        variant = Variant(source.fn.__name__, source, options["num_warps"], options["num_stages"], self.chip)
+    # ---- Triton
 
+    def _runner(self, variant: Variant) -> Callable[..., None]:
         def run(x: int, y: int, z: int, *_: Any) -> None:
             self.events.append(Launch(variant, (x, y, z), self.phase, _callers(sys._getframe(1))))
 
-        return SimpleNamespace(run=run, launch_metadata=lambda *_: None, function=None, packed_metadata=None)
+        return run
 
     # ---- torch
 

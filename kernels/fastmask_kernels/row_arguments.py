@@ -6,6 +6,7 @@ The checks read shapes, dtypes and strides only, so that they never wait for the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.plan import Plan
 
-__all__ = ["aligned", "check_activation", "check_index", "check_rows", "check_weights", "filled"]
+__all__ = ["aligned", "check_activation", "check_index", "check_rows", "check_weights", "filled", "positions"]
 
 MOST_GROUPS = 3  # Q, K and V
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,6 +26,12 @@ T = TypeVar("T")
 def filled(items: Sequence[T]) -> list[T]:
     """One to three items as exactly three: a kernel has arguments for three and never reads the spare ones."""
     return [*items, *[items[0]] * (MOST_GROUPS - len(items))]
+
+
+def positions(*sizes: int) -> list[list[int]]:
+    """Where groups of so many things lie if they stand one behind the other."""
+    ends = list(accumulate(sizes))
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
 
 
 def aligned(*tensors: Tensor) -> bool:

@@ -11,6 +11,7 @@ activation on the unmasked side (Q, K and V) go in one launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -19,13 +20,22 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
-from fastmask_kernels.launching import launch
+from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, check_weights, filled
+from fastmask_kernels.row_arguments import (
+    aligned,
+    check_activation,
+    check_rows,
+    check_weights,
+    filled,
+    positions,
+)
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["row_matmul", "row_matmul_t"]
+__all__ = ["ACTIVATIONS", "row_matmul", "row_matmul_t"]
+
+ACTIVATIONS = ("", "gelu", "relu")
 
 
 @triton.jit
@@ -60,13 +70,64 @@ def live_count(counts, segment, N, width):
     return tl.minimum(count, width)  # a buffer that is too narrow must not become an access past its end
 
 
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """What an activation function, GELU (by the error function) or ReLU, makes of z."""
+    if ACTIVATION == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def through_activation(dy, z, ACTIVATION: tl.constexpr):
+    """The gradient at z for an upstream gradient."""
+    if ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * z * z) * 0.3989422804014327
+        return dy * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
+    return tl.where(z <= 0, 0.0, dy)
+
+
+@triton.jit
+def put_through_activation(
+    y, y_stride, before, before_stride, active, acc, token_rows, first, last, j, live, width,
+    ACTIVATION: tl.constexpr, ACTIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Writes acc [BN, BM] as the gradient of `before`, in PIECES of its tokens: registers hold no second tile."""
+    if PIECES > 1:
+        halves = tl.permute(tl.reshape(acc, (BN, 2, BM // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        put_through_activation(
+            y, y_stride, before, before_stride, active, left, token_rows, first, last, j, live, width,
+            ACTIVATION, ACTIVE, BM // 2, BN, PIECES // 2,
+        )  # fmt: skip
+        put_through_activation(
+            y, y_stride, before, before_stride, active, right, token_rows, first + BM // 2, last, j, live, width,
+            ACTIVATION, ACTIVE, BM // 2, BN, PIECES // 2,
+        )  # fmt: skip
+    else:
+        m = first + tl.arange(0, BM)
+        token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)
+        stored = (m < last)[None, :] & (j < width)[:, None]
+        place = token[None, :] * before_stride + j[:, None]
+        z = tl.load(before + place, mask=stored & live[:, None], other=0.0).to(tl.float32)
+        result = through_activation(acc, z, ACTIVATION).to(y.dtype.element_ty)
+        tl.store(y + token[None, :] * y_stride + j[:, None], tl.where(live[:, None], result, 0.0), mask=stored)
+        if ACTIVE:
+            there = active + token[None, :] * width + j[:, None]
+            tl.store(there, activated(z, ACTIVATION).to(active.dtype.element_ty), mask=stored)  # 0 is mapped to 0
+
+
 # One program computes y_g of one tile of at most BM tokens of one language and BN packed rows. It sums over K in steps
-# of BK. Grid: (token tiles) x (blocks of BN packed rows of all weights), one-dimensional, ordered by `tile_and_column`.
+# of BK. With an activation, y is the gradient of an activation function's output, and is turned into that of its input
+# `before`; the output itself is computed again beside it, each element once. Grid: (token tiles) x (blocks of BN packed
+# rows of all weights), one-dimensional, ordered by `tile_and_column`.
 @triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_kernel(
-    x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2, token_rows, tiles,
+    x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2,
+    before, active, token_rows, tiles,
     n_tiles, K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, y_stride0, y_stride1, y_stride2,
-    G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    before_stride, G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, ACTIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     blocks0 = tl.cdiv(width0, BN)
@@ -104,8 +165,12 @@ def row_matmul_kernel(
     j = column * BN + tl.arange(0, BN)
     y_tile = y + token[None, :] * y_stride + j[:, None]
     stored = (m < last)[None, :] & (j < width)[:, None]
+    if ACTIVE:
+        active_tile = active + token[None, :] * width + j[:, None]
     if column * BN >= count:
         tl.store(y_tile, tl.zeros([BN, BM], y.dtype.element_ty), mask=stored)
+        if ACTIVE:
+            tl.store(active_tile, tl.zeros([BN, BM], active.dtype.element_ty), mask=stored)
         return
 
     # A row behind the live ones is row 0 of the weight: it is there to be read, and its product is not used.
@@ -137,8 +202,14 @@ def row_matmul_kernel(
         acc += tl.load(pick(g, b0, b1, b2, G) + row).to(tl.float32)[:, None]
     else:
         acc += 0.0  # without an addition after the loop, ptxas (sm_90) runs the products in it one by one
-    result = acc.to(y.dtype.element_ty)
-    tl.store(y_tile, tl.where(live[:, None], result, 0.0), mask=stored)
+    if ACTIVATION == "":
+        result = acc.to(y.dtype.element_ty)
+        tl.store(y_tile, tl.where(live[:, None], result, 0.0), mask=stored)
+    else:
+        put_through_activation(
+            y, y_stride, before, before_stride, active, acc, token_rows, first, last, j, live, width,
+            ACTIVATION, ACTIVE, BM, BN, BM // (16 if EVEN_K else 8),
+        )  # fmt: skip
 
 
 @triton.jit
@@ -221,10 +292,16 @@ def row_matmul(
     biases: Sequence[Tensor] | None = None,
     *,
     outs: Sequence[Tensor] | None = None,
+    activation: str = "",
+    before: Tensor | None = None,
+    active: Tensor | None = None,
     config: Config | None = None,
     allow_tf32: bool = False,
 ) -> list[Tensor]:
     """y_g[m, j] = x[m] . W_g[index_g[l, j]] (+ bias) for j < counts_g[l], exactly 0 behind; l is the language of row m.
+
+    With an activation f the result is multiplied by f' at `before`: where x is the gradient of what a column mask's
+    layer made of f(before), it becomes the gradient of `before`, in one launch.
 
     Args:
         x: [M, K], float16, bfloat16 or float32.
@@ -236,6 +313,10 @@ def row_matmul(
             of 16 or the copies are slow.
         biases: [N_g] of each weight, or None.
         outs: where to write, [M, width_g] of x's dtype; may be slices of one buffer. None takes fresh memory.
+        activation: "gelu" (by the error function), "relu" or "" for none; with one weight only.
+        before: [M, width_0] of x's dtype, the activation's input; what lies behind the live units is never used.
+        active: where to write f(before), exactly 0 behind the live units; contiguous and of x's dtype. None: not
+            wanted.
         config: block sizes BM (tokens), BN (packed rows), BK and GROUP; None chooses.
         allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
 
@@ -245,18 +326,55 @@ def row_matmul(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    key = (
+        "row_matmul", described(x, *weights), described_masks(indices), described_masks(counts), plan.sizes,
+        tuple(widths), biases and described(*biases), outs and described(*outs), activation,
+        None if before is None else described(before), None if active is None else described(active),
+        config, allow_tf32,
+    )  # fmt: skip
+    prepare = partial(
+        _prepare,
+        x,
+        weights,
+        indices,
+        counts,
+        plan,
+        widths,
+        biases,
+        outs,
+        activation,
+        before,
+        active,
+        config,
+        allow_tf32,
+    )
+    BM, run = prepared(key, prepare)
+    if outs is None:
+        outs = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
+    if run is not None:
+        more = [tensor for tensor in (before, active) if tensor is not None]
+        run(x, *weights, *indices, *counts, *(biases or ()), *outs, *more, plan.token_rows, plan.tiles(BM))
+    return list(outs)
+
+
+def _prepare(
+    x: Tensor, weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
+    widths: Sequence[int], biases: Sequence[Tensor] | None, outs: Sequence[Tensor] | None, activation: str,
+    before: Tensor | None, active: Tensor | None, config: Config | None, allow_tf32: bool,
+) -> tuple[int, Prepared | None]:  # fmt: skip
+    """Check the arguments of `row_matmul`; the tokens of a tile, and the launch, None for an empty batch."""
     check_activation("x", x, plan)
     K, G = x.shape[1], len(weights)
     check_rows(indices, counts, G, plan, x.device)
     check_weights(weights, x, K)
     if len(widths) != G or min(widths) < 1:
         raise ValueError(f"widths: expected {G} positive integers, given {list(widths)}")
-    if outs is None:
-        outs = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
     _check_vectors("biases", biases, [weight.shape[0] for weight in weights], x)
-    _check_outs(outs, list(widths), x, plan)
+    if outs is not None:
+        _check_outs(outs, list(widths), x, plan)
+    _check_activation_function(activation, before, active, list(widths), x, plan)
     if plan.n_rows == 0:
-        return list(outs)
+        return 0, None
     config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
     if config is None:
         config = choose(
@@ -264,19 +382,24 @@ def row_matmul(
             {"BM": plan.n_rows, "BN": sum(widths)},
             1,
             plan.n_rows // plan.present.shape[0],
-            aligned(x, *weights),
+            aligned(x, *weights) and (before is None or (aligned(before) and all(width % 16 == 0 for width in widths))),
         )
-    tiles = plan.tiles(config["BM"])
+    xs, ws, lists, sizes, bs, ys, befores, actives, batch = positions(
+        1, G, G, G, 0 if biases is None else G, G, before is not None, active is not None, 2
+    )
+    places = [*xs, *filled(ws), *filled(lists), *filled(sizes), *filled(bs or ws), *filled(ys)]
+    n_tiles = plan.n_tiles(config["BM"])
     columns = sum(triton.cdiv(width, config["BN"]) for width in widths)
-    launch(
-        row_matmul_kernel, (tiles.shape[0] * columns,), x,
-        x, *filled(weights), *filled(indices), *filled(counts), *filled(biases or weights), *filled(outs),
-        plan.token_rows, tiles, tiles.shape[0], K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
-        *filled([index.shape[1] for index in indices]), *filled(widths), *filled([out.stride(0) for out in outs]),
+    return config["BM"], Prepared(
+        row_matmul_kernel, (n_tiles * columns,), [*places, *(befores or xs), *(actives or xs), *batch],
+        n_tiles, K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
+        *filled([index.shape[1] for index in indices]), *filled(widths),
+        *filled(list(widths) if outs is None else [out.stride(0) for out in outs]),
+        0 if before is None else before.stride(0),
         G=G, HAS_BIAS=biases is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
+        ACTIVATION=activation, ACTIVE=active is not None,
         **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return list(outs)
 
 
 def row_matmul_t(
@@ -310,6 +433,24 @@ def row_matmul_t(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    key = (
+        "row_matmul_t", described(*xs), described(*weights), described_masks(indices), described_masks(counts),
+        plan.sizes, bias is not None and described(bias), out is not None and described(out), config, allow_tf32,
+    )  # fmt: skip
+    BM, run = prepared(key, partial(_prepare_t, xs, weights, indices, counts, plan, bias, out, config, allow_tf32))
+    if out is None:
+        out = torch.empty(plan.n_rows, weights[0].shape[1], dtype=xs[0].dtype, device=xs[0].device)
+    if run is not None:
+        given = () if bias is None else (bias,)
+        run(*xs, *weights, *indices, *counts, *given, out, plan.token_rows, plan.tiles(BM))
+    return out
+
+
+def _prepare_t(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
+    bias: Tensor | None, out: Tensor | None, config: Config | None, allow_tf32: bool,
+) -> tuple[int, Prepared | None]:  # fmt: skip
+    """Check the arguments of `row_matmul_t`; the tokens of a tile, and the launch, None for an empty batch."""
     G = len(weights)
     if not xs or len(xs) != G:
         raise ValueError(f"expected as many activations as weights, given {len(xs)} and {G}")
@@ -320,12 +461,11 @@ def row_matmul_t(
     x, K = xs[0], weights[0].shape[-1]
     check_rows(indices, counts, G, plan, x.device)
     check_weights(weights, x, K)
-    if out is None:
-        out = torch.empty(plan.n_rows, K, dtype=x.dtype, device=x.device)
     _check_vectors("bias", None if bias is None else [bias], [K], x)
-    _check_outs([out], [K], x, plan)
+    if out is not None:
+        _check_outs([out], [K], x, plan)
     if plan.n_rows == 0:
-        return out
+        return 0, None
     sizes = [*[given.shape[1] for given in xs], K]
     config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
     if config is None:
@@ -336,17 +476,38 @@ def row_matmul_t(
             plan.n_rows // plan.present.shape[0],
             aligned(*xs, *weights),
         )
-    tiles = plan.tiles(config["BM"])
-    launch(
-        row_matmul_t_kernel, (tiles.shape[0] * triton.cdiv(K, config["BK"]),), out,
-        *filled(xs), *filled(weights), *filled(indices), *filled(counts), weights[0] if bias is None else bias, out,
-        plan.token_rows, tiles, tiles.shape[0], K, out.stride(0), *filled([weight.shape[0] for weight in weights]),
+    acts, ws, lists, lengths, bs, batch = positions(G, G, G, G, bias is not None, 3)
+    n_tiles = plan.n_tiles(config["BM"])
+    return config["BM"], Prepared(
+        row_matmul_t_kernel, (n_tiles * triton.cdiv(K, config["BK"]),),
+        [*filled(acts), *filled(ws), *filled(lists), *filled(lengths), *(bs or ws[:1]), *batch],
+        n_tiles, K, K if out is None else out.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
         *filled([x.stride(0) for x in xs]),
         G=G, HAS_BIAS=bias is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    return out
+
+
+def _check_activation_function(
+    name: str, before: Tensor | None, active: Tensor | None, widths: list[int], x: Tensor, plan: Plan
+) -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, given {name!r}")
+    if name == "":
+        if before is not None or active is not None:
+            raise ValueError("before and active are an activation's input and output: expected an activation")
+        return
+    if len(widths) != 1 or before is None:
+        raise ValueError(f"activation {name!r}: expected one weight and `before`, given {len(widths)} and {before}")
+    for what, tensor in (("before", before), ("active", active)):
+        if tensor is not None:
+            check_activation(what, tensor, plan, widths[0])
+            if tensor.dtype != x.dtype or tensor.device != x.device:
+                given = f"{tensor.dtype} on {tensor.device}"
+                raise ValueError(f"{what}: expected {x.dtype} on {x.device}, given {given}")
+    if active is not None and not active.is_contiguous():
+        raise ValueError(f"active: expected contiguous rows, given strides {active.stride()}")
 
 
 def _check_vectors(name: str, vectors: Sequence[Tensor] | None, sizes: list[int], x: Tensor) -> None:

@@ -6,6 +6,8 @@ The rows of two languages overlap, so their sums meet in the same rows of dW; th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,9 +16,9 @@ from torch import Tensor
 
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
-from fastmask_kernels.launching import launch
+from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled
+from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled, positions
 from fastmask_kernels.row_configs import ROW_WEIGHT_GRAD, choose, kind_of
 from fastmask_kernels.row_matmul import live_count, pick
 from fastmask_kernels.tuning import tuned
@@ -219,6 +221,54 @@ def row_weight_grad(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    key = (
+        "row_weight_grad", described(x, *dys), described_masks(indices), described_masks(counts), plan.sizes,
+        tuple(n_rows), weight_dtype, outs and described(*outs), accumulate, with_bias, transposed, column_sums, config,
+        allow_tf32,
+    )  # fmt: skip
+    prepare = partial(
+        _prepare, dys, x, indices, counts, plan, n_rows, weight_dtype, outs, accumulate, with_bias, column_sums, config,
+        allow_tf32,
+    )  # fmt: skip
+    runs, alone, dtype, sizes, n_turns = prepared(key, prepare)
+    K = x.shape[1]
+    arena, turns = _arena(sizes, n_turns, dtype, x.device)
+    dW, db, total = _parts(arena, n_rows, K, outs, with_bias)
+    sums = torch.empty(K, dtype=weight_dtype, device=x.device) if column_sums else None
+    if outs is not None and not accumulate:
+        for out in outs:
+            out.zero_()
+    if runs:
+        # Where the sums of columns add up, and where they go.
+        both = (x, x) if sums is None else (sums if alone else arena[total:], sums)
+        for run in runs:
+            run(x, *dys, *indices, *counts, *dW, *(db or ()), *both, turns, plan.token_rows, plan.starts, plan.present)
+    elif sums is not None:
+        sums.zero_()
+    if outs is None and transposed:
+        dW = [part.new_empty(part.shape[::-1], dtype=weight_dtype).copy_(part.t()) for part in dW]
+        db = None if db is None else [part.to(weight_dtype) for part in db]
+    elif dtype != weight_dtype and total:
+        dW, db, _ = _parts(arena[:total].to(weight_dtype), n_rows, K, outs, with_bias)
+    return dW, db if sums is None else [sums]
+
+
+class _Decided(NamedTuple):
+    """What a call needs: its launches, none for an empty batch, and the tensor that they write to."""
+
+    runs: list[Prepared]
+    alone: bool  # one segment alone writes its rows in their final dtype; several add up in float32, and take turns
+    dtype: torch.dtype
+    sizes: list[int]  # elements of the tensor's parts
+    n_turns: int
+
+
+def _prepare(
+    dys: Sequence[Tensor], x: Tensor, indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
+    n_rows: Sequence[int], weight_dtype: torch.dtype, outs: Sequence[Tensor] | None, accumulate: bool, with_bias: bool,
+    column_sums: bool, config: Config | None, allow_tf32: bool,
+) -> _Decided:  # fmt: skip
+    """Check the arguments of `row_weight_grad`, and decide all that does not depend on where its tensors lie."""
     G = len(dys)
     check_activation("x", x, plan)
     check_rows(indices, counts, G, plan, x.device)
@@ -238,54 +288,51 @@ def row_weight_grad(
     if outs is not None:
         _check_outs(outs, n_rows, K, x)
 
-    # One segment alone writes its rows in their final dtype; several add up in float32, and take turns.
     alone = plan.present.shape[0] <= 1 and not accumulate
     dtype = weight_dtype if alone and outs is None else torch.float32
     config = config or _config(dys, x, plan, allow_tf32)
     strips = triton.cdiv(K, config["BK"]) + with_bias
     sizes = [n * K for n in n_rows] if outs is None else []
     sizes += [*n_rows] if with_bias else [K] if column_sums and not alone else []
-    arena, parts, turns = _arena(sizes, 0 if alone else (G + column_sums) * strips, dtype, x.device)
-    dW = list(outs) if outs is not None else [part.view(n, K) for part, n in zip(parts, n_rows, strict=False)]
-    db = parts[-G:] if with_bias else None
-    sums = torch.empty(K, dtype=weight_dtype, device=x.device) if column_sums else None
-    if outs is not None and not accumulate:
-        for out in outs:
-            out.zero_()
-    if plan.n_rows > 0:
-        both = None if sums is None else (sums if alone else parts[-1], sums)  # where they add up, where they go
-        _launch(dys, x, indices, counts, plan, n_rows, dW, db, both, turns, alone, config, allow_tf32)
-    elif sums is not None:
-        sums.zero_()
-    if outs is None and transposed:
-        dW = [part.new_empty(part.shape[::-1], dtype=weight_dtype).copy_(part.t()) for part in dW]
-        db = None if db is None else [part.to(weight_dtype) for part in db]
-    elif dtype != weight_dtype:
-        rounded = _split(arena.to(weight_dtype), sizes)
-        dW = dW if outs is not None else [part.view(n, K) for part, n in zip(rounded, n_rows, strict=False)]
-        db = rounded[-G:] if with_bias else None
-    return dW, db if sums is None else [sums]
+    n_turns = 0 if alone else (G + column_sums) * strips
+    runs = (
+        []
+        if plan.n_rows == 0
+        else _launches(dys, x, indices, plan, n_rows, alone, with_bias, column_sums, config, allow_tf32)
+    )
+    return _Decided(runs, alone, dtype, sizes, n_turns)
 
 
 _ALIGNED = 64  # elements: parts of one tensor begin where 16-byte copies can
 
 
-def _arena(
-    sizes: Sequence[int], n_turns: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Zeros: room for parts of `sizes` elements, those parts, and int32 [n_turns] counters of turns."""
-    total = sum(triton.cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
-    room = torch.zeros(total + n_turns, dtype=dtype, device=device)
-    turns = room[total:].view(torch.int32) if n_turns else torch.empty(0, dtype=torch.int32, device=device)
-    return room[:total], _split(room, sizes), turns
+def _arena(sizes: Sequence[int], n_turns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Zeros: room for parts of `sizes` elements, and int32 [n_turns] counters of turns."""
+    total = sum([_room(size) for size in sizes])
+    arena = torch.zeros(total + n_turns, dtype=dtype, device=device)
+    turns = arena[total:].view(torch.int32) if n_turns else torch.empty(0, dtype=torch.int32, device=device)
+    return arena, turns
 
 
-def _split(arena: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    parts, first = [], 0
-    for size in sizes:
-        parts.append(arena[first : first + size])
-        first += triton.cdiv(size, _ALIGNED) * _ALIGNED
-    return parts
+def _room(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
+
+
+def _parts(
+    arena: Tensor, n_rows: Sequence[int], K: int, outs: Sequence[Tensor] | None, with_bias: bool
+) -> tuple[list[Tensor], list[Tensor] | None, int]:
+    """What lies in front in an arena: each dW (or `outs`) and each db (or None); and the elements that they take."""
+    first, dW, db = 0, [] if outs is None else list(outs), None
+    if outs is None:
+        for n in n_rows:
+            dW.append(arena.as_strided((n, K), (K, 1), first))
+            first += _room(n * K)
+    if with_bias:
+        db = []
+        for n in n_rows:
+            db.append(arena.as_strided((n,), (1,), first))
+            first += _room(n)
+    return dW, db, first
 
 
 def _config(dys: Sequence[Tensor], x: Tensor, plan: Plan, allow_tf32: bool) -> Config:
@@ -299,32 +346,34 @@ def _config(dys: Sequence[Tensor], x: Tensor, plan: Plan, allow_tf32: bool) -> C
     )
 
 
-def _launch(
-    dys: Sequence[Tensor], x: Tensor, indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
-    n_rows: Sequence[int], dW: list[Tensor], db: list[Tensor] | None, sums: tuple[Tensor, Tensor] | None,
-    turns: Tensor, alone: bool, config: Config, allow_tf32: bool,
-) -> None:  # fmt: skip
+def _launches(
+    dys: Sequence[Tensor], x: Tensor, indices: Sequence[Tensor], plan: Plan, n_rows: Sequence[int], alone: bool,
+    with_bias: bool, column_sums: bool, config: Config, allow_tf32: bool,
+) -> list[Prepared]:  # fmt: skip
+    """One launch; without turns one for each segment that the batch may have."""
     K, n_present = x.shape[1], plan.present.shape[0]
     widths = [dy.shape[1] for dy in dys]
     BN, BK = config["BN"], config["BK"]
-    chunks = sum(triton.cdiv(width, BN) for width in widths) + (sums is not None)
-    strips = triton.cdiv(K, BK) + (db is not None)
+    chunks = sum(triton.cdiv(width, BN) for width in widths) + column_sums
+    strips = triton.cdiv(K, BK) + with_bias
     together = strips_together(strips, chunks, 2)
     takes_turns = chip_of(x.device) in TURNSTILE_CHIPS and not alone
-    in_one_launch = n_present if takes_turns else 1
-    for first_slot in range(0, n_present, in_one_launch):
-        launch(
-            row_weight_grad_kernel, (in_one_launch * chunks * strips,), x,
-            *filled(dys), x, *filled(indices), *filled(counts), *filled(dW), *filled(db or dW), *(sums or (x, x)),
-            turns, plan.token_rows, plan.starts, plan.present,
+    in_one_launch, G = n_present if takes_turns else 1, len(dys)
+    xs, acts, lists, lengths, dws, dbs, rest = positions(1, G, G, G, G, G * with_bias, 6)
+    places = [*filled(acts), *xs, *filled(lists), *filled(lengths), *filled(dws), *filled(dbs or dws), *rest]
+    return [
+        Prepared(
+            row_weight_grad_kernel, (in_one_launch * chunks * strips,), places,
             K, x.stride(0), *filled(n_rows), *filled([index.shape[1] for index in indices]), *filled(widths),
             *filled([dy.stride(0) for dy in dys]), in_one_launch, first_slot, n_present, together,
-            G=len(dys), SLOTS=triton.next_power_of_2(n_present), ALONE=alone, TURNS=takes_turns,
-            WITH_BIAS=db is not None, COLUMN_SUMS=sums is not None,
+            G=G, SLOTS=triton.next_power_of_2(n_present), ALONE=alone, TURNS=takes_turns,
+            WITH_BIAS=with_bias, COLUMN_SUMS=column_sums,
             EVEN=K % BK == 0 and all(width % BN == 0 for width in widths),
             PRECISION="tf32" if allow_tf32 else "ieee",
             **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        )
+        for first_slot in range(0, n_present, in_one_launch)
+    ]  # fmt: skip
 
 
 def _check_outs(outs: Sequence[Tensor], n_rows: Sequence[int], K: int, x: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import forget
 from fastmask_kernels.plan import Plan
 
 __all__ = ["cache_file", "problem", "remember", "tuned"]
@@ -67,6 +68,7 @@ def remember(name: str, config: Config) -> None:
     finally:
         Path(file.name).unlink(missing_ok=True)
     _remembered.cache_clear()
+    forget()
 
 
 def _checksum(rows: object) -> str:

@@ -36,7 +36,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 # (Triton launches, torch operations) of a forward and backward pass of the masked layers, at most; of the plan.
 MOST = {
-    "BERT layer 768, heads and neurons": ((12, 14), (2, 5)),
+    "BERT layer 768, heads and neurons": ((12, 12), (2, 5)),
     "rows 4096 x 4096, packed": ((3, 2), (3, 1)),
     "rows 4096 x 4096": ((5, 2), (4, 1)),
     "columns 4096 x 4096, packed": ((3, 3), (3, 1)),
@@ -147,10 +147,11 @@ OLDER = ("triton==3.6.0", "transformers==5.17.0")
 def older(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with older packages, found before those that are installed.
 
-    torch 2.11, which belongs to them, takes gigabytes: it is not tried here.
+    torch 2.11, which belongs to them, comes with gigabytes of CUDA: it is not tried here.
     """
     folder = str(tmp_path_factory.mktemp("older"))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, *OLDER]
+    # With what that transformers needs, which is older too; Triton needs nothing.
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", folder, *OLDER]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         pytest.skip(f"{' and '.join(OLDER)} cannot be installed: {done.stderr[-300:]}")

@@ -25,8 +25,9 @@ from oracle import assert_close, random_mask
 import fastmask as fm
 from benchmarks.baselines import Task, loop
 from benchmarks.gpu.layers import gathered, spread
-from benchmarks.gpu.problems import CASES, DTYPES, KINDS, PACKED, PROJECTIONS, SHALLOW, sized, tiny_models
+from benchmarks.gpu.problems import ACTIVATIONS, CASES, DTYPES, KINDS, PACKED, PROJECTIONS, SHALLOW, sized, tiny_models
 from fastmask.operators import compute, compute_projections
+from fastmask.torch_path.activations import activate
 from fastmask.torch_path.naive import masked_linear_naive
 
 DEVICE = "cuda"
@@ -172,6 +173,31 @@ def test_packed(kind, case, dtypes):
     poison()
     y = compute(leaves[0], leaves[1], p.mask, p.ids, leaves[2], width)
     assert_all(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)], truth, plain)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("dtypes", ["bf16", "fp16", "fp32", "master"])
+def test_activation(dtypes, case, activation):
+    """A packed layer applies its input's activation, or the derivative, to another unit, or less accurately."""
+    p = Problem("columns", case, dtypes)
+    width = max(p.mask.live_counts()) + 16
+    x = gathered(p.x, p.mask, p.ids, width)
+    p.x = spread(x, p.mask, p.ids, p.mask.in_features)
+    task = Task(p.mask, p.ids)
+
+    def plainly(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return loop(activate(x, activation), w.to(x.dtype), task, b.to(x.dtype))
+
+    truth = p.results(lambda x, w, b: masked_linear_naive(activate(x, activation), w, p.mask, p.ids, b), torch.float64)
+    plain = p.results(plainly)
+    for results in (truth, plain):
+        results[1] = gathered(results[1], p.mask, p.ids, width)
+    leaves = p.leaves()
+    leaves[0] = x.requires_grad_()
+    poison()
+    y = compute(leaves[0], leaves[1], p.mask, p.ids, leaves[2], width, activation)
+    assert_all(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, p.dy)], truth, plain)
 
 
 @pytest.mark.parametrize("n_weights", [2, 3])

@@ -258,7 +258,7 @@ def test_every_chunk_takes_its_turn_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def recorded(*arguments):  # type: ignore[no-untyped-def]
         made = arena(*arguments)
-        counters.append(made[2])
+        counters.append(made[1])
         return made
 
     monkeypatch.setattr(row_weight_grad_module, "_arena", recorded)

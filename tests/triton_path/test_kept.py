@@ -5,15 +5,22 @@ Streams and captures are stood in for by numbers and flags: what counts is who m
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from fastmask_kernels.interpreter import interpreter_problem
 from torch import Tensor
 
 import fastmask as fm
-from fastmask.masks import StoredMask
+from fastmask import kept, operators
+from fastmask.kept import Kept, never_written
+from fastmask.masks import UNPACKED, StoredMask
 from fastmask.models.routing import Route
-from fastmask.triton_path import kept, layouts, plans
-from fastmask.triton_path.kept import Kept
+from fastmask.operators import compute
+from fastmask.torch_path.split import Split
+from fastmask.triton_path import tables
 
 CPU = torch.device("cpu")
 
@@ -23,9 +30,8 @@ class Device:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stream, self.capturing = 1, False
-        for module in (kept, plans):
-            monkeypatch.setattr(module, "stream_of", lambda device: self.stream)
-            monkeypatch.setattr(module, "is_capturing", lambda device: self.capturing)
+        monkeypatch.setattr(kept, "stream_of", lambda device: self.stream)
+        monkeypatch.setattr(kept, "is_capturing", lambda device: self.capturing)
 
 
 @pytest.fixture
@@ -52,24 +58,56 @@ def test_each_stream_makes_its_own(device: Device) -> None:
 def test_what_a_capture_makes_is_not_kept(device: Device) -> None:
     """A graph's memory holds nothing before a replay: it must not be handed out outside of the graph."""
     made: Kept[list[int]] = Kept()
-    tensor = torch.ones(1)
+    tensor, of_others = never_written(torch.ones(1)), torch.ones(1)
     device.capturing = True
     assert made.of(tensor, lambda: [1]) == [1]
-    assert len(made) == 0
     device.capturing = False
-    eager = made.of(tensor, lambda: [2])
-    assert eager == [2]
+    eager, theirs = made.of(tensor, lambda: [2]), made.of(of_others, lambda: [2])
+    assert eager == theirs == [2]
     device.capturing, device.stream = True, 7
     assert made.of(tensor, lambda: [3]) is eager, "what was ready before the capture is used in it"
+    assert made.of(of_others, lambda: [3]) == [3], "a replay reads what lies in the tensor then"
+
+
+def test_what_was_written_is_made_again() -> None:
+    """A batch runs with the languages of the one before, whose ids lay in the same tensor."""
+    made: Kept[int] = Kept()
+    tensor = torch.zeros(1)
+    assert [made.of(tensor, lambda: 1), made.of(tensor, lambda: 2)] == [1, 1]
+    tensor.fill_(1)
+    assert made.of(tensor, lambda: 3) == 3
+    with torch.inference_mode():
+        tensor = torch.zeros(1)
+        assert [made.of(tensor, lambda: 1), made.of(tensor, lambda: 2)] == [1, 2]
+
+
+def test_each_key_and_each_user_has_its_own() -> None:
+    """One table is handed out for another."""
+    first: Kept[int] = Kept()
+    second: Kept[int] = Kept()
+    for tensor in (torch.ones(1), never_written(torch.ones(1))):
+        assert [first.of(tensor, lambda: 1), second.of(tensor, lambda: 2)] == [1, 2]
+        assert [first.of(tensor, lambda: 3, key) for key in (None, 4, 5)] == [1, 3, 3]
+
+
+def test_tensors_of_others_stay_as_they_are() -> None:
+    """Ids that a user saves or copies take along what was made of them."""
+    made: Kept[int] = Kept()
+    tensor = torch.ones(1)
+    made.of(tensor, lambda: 1)
+    assert not vars(tensor)
 
 
 def test_nothing_outlives_its_tensor(device: Device) -> None:
     """Memory grows with every mask."""
-    made: Kept[list[int]] = Kept()
-    tensor = torch.ones(1)
-    made.of(tensor, lambda: [1])
-    del tensor
-    assert len(made) == 0
+    made: Kept[Tensor] = Kept()
+    for prepared in (lambda tensor: tensor, never_written):
+        tensor = prepared(torch.ones(1))
+        watched = weakref.ref(made.of(tensor, lambda: torch.zeros(1)))
+        assert watched() is not None
+        del tensor
+        gc.collect()
+        assert watched() is None
 
 
 @pytest.mark.parametrize("kind", ["rows", "blocks", "weights"])
@@ -83,7 +121,7 @@ def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
     stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, -1)
 
     def made() -> object:
-        return layouts.positions_of(stored, 32) if kind == "rows" else layouts.layout_of(stored, 32, 32)
+        return tables.positions_of(stored, 32) if kind == "rows" else tables.layout_of(stored, 32, 32)
 
     device.capturing = True
     captured = made()
@@ -97,7 +135,7 @@ def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
 
 
 def plan_of(ids: Tensor) -> object:
-    return plans.plan_of(ids, 4, 3, CPU)
+    return tables.plan_of(ids, 4, 3, CPU)
 
 
 def test_plans_are_made_for_each_stream(device: Device) -> None:
@@ -124,3 +162,39 @@ def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
     device.capturing = True
     own = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
     assert plan_of(own) is plan_of(own)
+
+
+def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
+    """A layer that the kernels cannot run takes the plan of one that they can for its own list, or the reverse."""
+    ids = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
+    plan, split = plan_of(ids), Split.of(ids, 3)
+    assert plan_of(ids) is plan
+    assert Split.of(ids, 3) is split
+
+
+@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("of_one_pass", [False, True])
+def test_a_backward_pass_on_another_stream(
+    kind: str, of_one_pass: bool, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The backward pass reads a plan, or a table, that another stream may still be making."""
+    monkeypatch.setattr(operators, "FORCED", "triton")
+    keep, make = torch.rand(3, 32) < 0.5, (fm.Mask.rows if kind == "rows" else fm.Mask.columns)
+    mask, ids = make(keep, 32), torch.tensor([0, 2])
+    if of_one_pass:
+        ids = Route(ids, None).ids_for(torch.ones(2, 1))
+    plan, table, made = tables.Plan, tables.positions, []
+    monkeypatch.setattr(tables, "Plan", lambda *arguments: made.append(("plan", device.stream)) or plan(*arguments))
+    monkeypatch.setattr(tables, "positions", lambda *given: made.append(("table", device.stream)) or table(*given))
+    x, weight = torch.randn(2, 3, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
+    y, again = (compute(x, weight, mask, ids, None, UNPACKED) for _ in range(2))
+    expected = torch.autograd.grad(again.sum(), [x, weight])
+    one = set(made)
+    device.stream = 2
+    results = torch.autograd.grad(y.sum(), [x, weight])
+    assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
+    assert one == {("plan", 1), ("table", 1)}
+    # The table spreads y of rows, and dx of columns.
+    assert set(made) - one == ({("plan", 2)} if kind == "rows" else {("plan", 2), ("table", 2)})
+    assert len(made) == len(set(made))

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from fastmask import operators
 from fastmask.operators import compute
 from fastmask.torch_path import layers as torch_layers
 from fastmask.triton_path import layers as triton_layers
-from fastmask.triton_path import layouts, plans
+from fastmask.triton_path import tables
 
 pytestmark = pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 
@@ -48,7 +49,8 @@ def gradients_of(function, *leaves):
     leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     y = function(*leaves)
     torch.manual_seed(1)
-    return [y, *torch.autograd.grad(y, leaves, torch.randn_like(y))]
+    upstream = torch.randn(y.shape, device=y.device).half().to(y.dtype)  # the same in every dtype
+    return [y, *torch.autograd.grad(y, leaves, upstream)]
 
 
 def assert_equal(ours, theirs):
@@ -71,9 +73,8 @@ def test_masked_linear(kind, ids, shape, monkeypatch):
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-def test_packed_with_an_activation(kind, monkeypatch):
-    """A packed projection, or the activation that it recomputes, differs between the paths."""
+def packed_problem(kind, dtype=torch.float32, weight_dtype=torch.float32):
+    """(mask, ids, packed width, x, weight, bias) as a packed projection gets them."""
     mask, ids = mask_of(kind), torch.tensor([2, 0, 0, 1, 2], device=DEVICE)
     width = max(mask.live_counts())
     x = torch.randn(5, 3, K if kind == "rows" else width, device=DEVICE)
@@ -81,11 +82,54 @@ def test_packed_with_an_activation(kind, monkeypatch):
         for b, language in enumerate(ids.tolist()):
             x[b, :, mask.live_counts()[language] :] = 0
     weight, bias = torch.randn(N, K, device=DEVICE), torch.randn(N, device=DEVICE)
+    return mask, ids, width, x.to(dtype), weight.to(weight_dtype), bias.to(weight_dtype)
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_packed_with_an_activation(kind, activation, monkeypatch):
+    """A packed projection, or the activation that it recomputes, differs between the paths."""
+    mask, ids, width, *leaves = packed_problem(kind)
 
     def run():
-        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, "gelu"), x, weight, bias)
+        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, activation), *leaves)
 
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["same", "master"])
+def test_an_activation_in_half_precision(kind, activation, weight_dtype, monkeypatch):
+    """y, dX, dW or db of a layer that applies its input's activation is further from float64 than plain PyTorch's."""
+    mask, ids, width, *leaves = packed_problem(kind, torch.float16, weight_dtype)
+
+    def run(*leaves):
+        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, activation), *leaves)
+
+    ours, plain = (on(path, monkeypatch, lambda: run(*leaves)) for path in ("triton", "torch"))
+    truth = on("torch", monkeypatch, lambda: run(*[leaf.double() for leaf in leaves]))
+    for name, a, exact, b in zip(("y", "dX", "dW", "db"), ours, truth, plain, strict=True):
+        assert a.dtype == b.dtype
+        error, allowed = (a.double() - exact).norm(), 2 * (b.double() - exact).norm()
+        assert error <= allowed + torch.finfo(a.dtype).eps * exact.norm(), name
+
+
+@pytest.mark.parametrize("trained", [("x",), ("weight",), ("bias",), ("x", "bias")], ids=" and ".join)
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_an_activation_before_a_frozen_layer(trained, activation, monkeypatch):
+    """What is not asked for is left out, and with it what the rest needs of the activation."""
+    mask, ids, width, *leaves = packed_problem("columns")
+    tensors = dict(zip(("x", "weight", "bias"), leaves, strict=True))
+    for name in trained:
+        tensors[name].requires_grad_()
+
+    def run():
+        y = compute(tensors["x"], tensors["weight"], mask, ids, tensors["bias"], width, activation)
+        return torch.autograd.grad(y.square().sum(), [tensors[name] for name in trained])
+
+    for ours, theirs in zip(on("triton", monkeypatch, run), on("torch", monkeypatch, run), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
@@ -160,24 +204,38 @@ def test_a_plan_is_made_once_and_again_for_other_ids(monkeypatch):
     monkeypatch.setattr(operators, "FORCED", "triton")
     ids = torch.tensor([0, 1, 0], device=DEVICE)
     device = torch.device(ids.device)
-    plan = plans.plan_of(ids, 4, L, device)
-    assert plans.plan_of(ids, 4, L, device) is plan
-    assert plans.plan_of(ids, 5, L, device) is not plan
+    plan = tables.plan_of(ids, 4, L, device)
+    assert tables.plan_of(ids, 4, L, device) is plan
+    assert tables.plan_of(ids, 5, L, device) is not plan
     ids[0] = 2
-    assert plans.plan_of(ids, 4, L, device) is not plan
+    assert tables.plan_of(ids, 4, L, device) is not plan
 
 
 def test_nothing_is_kept_of_masks_and_ids_that_are_gone(monkeypatch):
     """What was made of a mask or of ids outlives them: memory grows with every batch."""
     monkeypatch.setattr(operators, "FORCED", "triton")
-    gc.collect()
-    before = len(layouts._layouts), len(plans._made)
-    for _ in range(3):
-        mask, ids = mask_of("weights"), torch.tensor([0, 1], device=DEVICE)
+    made = []
+    for name in ("Plan", "TileLayout"):
+        found = getattr(tables, name)
+        monkeypatch.setattr(found, "__init__", watched(found.__init__, made))
+    mask, ids = mask_of("weights"), torch.tensor([0, 1], device=DEVICE)
+    for _ in range(2):
         fm.masked_linear(torch.randn(2, K, device=DEVICE), torch.randn(N, K, device=DEVICE), mask, ids)
+    gc.collect()
+    assert [made_of() is not None for made_of in made] == [True, True]
     del mask, ids
     gc.collect()
-    assert (len(layouts._layouts), len(plans._made)) == before
+    assert [made_of() is not None for made_of in made] == [False, False]
+
+
+def watched(init, made):
+    """An `__init__` that leaves a weak reference to what it makes."""
+
+    def watching(self, *args, **kwargs):
+        made.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    return watching
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
@@ -202,8 +260,8 @@ def test_a_model_in_inference_mode_makes_one_plan_for_each_pass(monkeypatch):
     monkeypatch.setattr(operators, "FORCED", "triton")
     model = AutoModel.from_config(MODELS["bert"]).to(DEVICE)
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both"))
-    made, plan = [], plans.Plan
-    monkeypatch.setattr(plans, "Plan", lambda *arguments: made.append(1) or plan(*arguments))
+    made, plan = [], tables.Plan
+    monkeypatch.setattr(tables, "Plan", lambda *arguments: made.append(1) or plan(*arguments))
     tokens = torch.randint(0, 50, (2, 6), device=DEVICE)
     with torch.inference_mode():
         ids = torch.tensor([0, 1], device=DEVICE)
@@ -219,7 +277,8 @@ def test_a_model_in_inference_mode_makes_one_plan_for_each_pass(monkeypatch):
 SWITCHES = """
 import json, torch
 from fastmask.triton_path.layers import _tf32
-cuda, found = torch.backends.cuda.matmul, [_tf32()]
+x = torch.zeros(1)
+cuda, found = torch.backends.cuda.matmul, [_tf32(x)]
 for owner, name, values in (
     (torch.backends, "fp32_precision", ["tf32", "ieee"]),
     (cuda, "fp32_precision", ["tf32", "ieee"]),
@@ -227,12 +286,12 @@ for owner, name, values in (
 ):
     for value in values:
         setattr(owner, name, value)
-        found.append(_tf32())
+        found.append(_tf32(x))
 for value in ("high", "highest", "medium"):
     torch.set_float32_matmul_precision(value)
-    found.append(_tf32())
+    found.append(_tf32(x))
 cuda.fp32_precision = "tf32"
-print(json.dumps([*found, _tf32()]))
+print(json.dumps([*found, _tf32(x), _tf32(x.half())]))
 """
 
 
@@ -240,7 +299,7 @@ def test_every_switch_for_tf32_is_heard():
     """PyTorch has an old and a new switch, and some ways to read one raise after the other was used."""
     done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [False, True, False, True, False, True, False, True, False, True, True]
+    assert json.loads(done.stdout) == [False, True, False, True, False, True, False, True, False, True, True, False]
 
 
 @pytest.mark.parametrize("ids", [[0, L], [-2, 0]])

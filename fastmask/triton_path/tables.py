@@ -1,0 +1,50 @@
+"""What the kernels read of a mask and of a batch, made once for all layers and passes that need it."""
+
+from __future__ import annotations
+
+import torch
+from fastmask_kernels.packing import positions
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.tile_layout import TileLayout
+from torch import Tensor
+
+from fastmask.kept import Kept
+from fastmask.masks import StoredMask, live_blocks
+
+__all__ = ["layout_of", "plan_of", "positions_of"]
+
+_layouts: Kept[TileLayout] = Kept()
+_positions: Kept[Tensor] = Kept()
+_plans: Kept[Plan] = Kept()
+
+
+def layout_of(mask: StoredMask, N: int, K: int) -> TileLayout:
+    """The tile layout of a block or weight mask over [N, K]."""
+
+    def make() -> TileLayout:
+        if mask.kind == "blocks":
+            keep = live_blocks(mask.index, mask.extents, mask.geometry, (N, K))
+            return TileLayout.from_blocks(keep, (mask.geometry[0], mask.geometry[1]))
+        return TileLayout.from_bits(mask.index.detach(), N, K)  # not the tensor that this is kept with
+
+    return _layouts.of(mask.index, make)
+
+
+def positions_of(mask: StoredMask, size: int) -> Tensor:
+    """Where each of `size` rows (or columns) lies in the packed form: int32 [L, size], -1 where it is dead."""
+    return _positions.of(mask.index, lambda: positions(mask.index, mask.extents, size))
+
+
+def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.device) -> Plan:
+    """The plan of a batch of examples of `tokens` tokens each, on `device`.
+
+    Ids out of range are found on the device, without waiting for it: as with an index of `torch.embedding`, the next
+    call that does wait raises a device-side assertion.
+    """
+
+    def make() -> Plan:
+        plan = Plan(language_ids.to(device, non_blocking=True), tokens, n_languages)
+        torch._assert_async(plan.ok, f"language_ids out of range: expected -1 to {n_languages - 1}")
+        return plan
+
+    return _plans.of(language_ids, make, (tokens, n_languages, device), device)

@@ -1,0 +1,195 @@
+"""A launch that goes past Triton's binder hands the driver what the binder would have handed it.
+
+The driver is the recorder's stub, in a process of its own; tensors lie on the CPU, and have addresses.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fastmask_kernels import launching, tuning
+from fastmask_kernels.configs import Config
+from fastmask_kernels.launching import Prepared
+from test_recorder import recorded
+
+
+def prepared(code: str) -> Any:
+    return recorded(f"from prepared_launches import *\n{code}")
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_driver_gets_the_same(chip: str) -> None:
+    """A kernel reads a number or a tensor in another's place, or is the variant of other dtypes or sizes."""
+    seen, turns, kept, after = prepared(f"""
+with Driver({chip!r}) as driver:
+    seen = {{}}
+    for name, call in calls().items():
+        driver.given.clear()
+        for _ in range(3):
+            call()
+        seen[name] = driver.given[:]
+    kept = len(launching._found)
+print(json.dumps([seen, TURNS, kept, len(launching._found)]))
+""")
+    assert len(seen) == kept == 33
+    assert after == 0, "variants of a stub stay behind"
+    for name, given in seen.items():
+        assert len(given) % 3 == 0
+        bound, *others = (given[i : i + len(given) // 3] for i in range(0, len(given), len(given) // 3))
+        for direct in others:
+            for (variant, grid, arguments), (variant2, grid2, arguments2) in zip(bound, direct, strict=True):
+                assert (variant, grid, len(arguments)) == (variant2, grid2, len(arguments2)), name
+                pairs = enumerate(zip(arguments, arguments2, strict=True))
+                differing = {place for place, (one, other) in pairs if one != other}
+                # The counters of turns are fresh memory in each call.
+                assert differing <= ({turns} if "row_weight_grad" in name else set()), name
+
+
+def test_addresses_that_are_no_multiple_of_16() -> None:
+    """A variant that copies 16 bytes at a time runs on addresses that do not allow it: the GPU reports an error."""
+    keys = prepared("""
+memory = torch.zeros(80, dtype=torch.bfloat16)
+run = Prepared(scale, (3,), (0, 1), 48, 7, 1, FLAG=True, BLOCK=64, num_warps=4)
+with Driver() as driver:
+    for first in (1, 1, 0, 0, 2, 0, 8):
+        run(memory[first : first + 64], memory)
+print(json.dumps([key for key, _, _ in driver.given]))
+""")
+    odd, odd_again, whole, straight, other, back, eight = keys
+    assert odd == odd_again == other != whole
+    assert whole == straight == back == eight
+
+
+def test_unaligned_activations_get_their_own_block_sizes() -> None:
+    """Block sizes are kept for a shape, and those of aligned rows spill where rows are not."""
+    found = prepared("""
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_matmul import row_matmul
+memory = torch.zeros(512 * 64 + 8, dtype=torch.bfloat16)
+weight, index, counts = torch.zeros(64, 64, dtype=torch.bfloat16), torch.zeros(1, 64).long(), torch.zeros(1).long()
+with Driver() as driver:
+    plan = Plan(torch.tensor([0, 0]), 256, 1)
+    for first in (0, 0, 1, 1, 8, 0):
+        row_matmul(memory[first:][: 512 * 64].view(512, 64), [weight], [index], [counts], plan, [64])
+print(json.dumps([key for key, _, _ in driver.given]))
+""")
+    assert found[0] == found[1] == found[4] == found[5]
+    assert found[2] == found[3] != found[0]
+
+
+def test_a_profiler_sees_every_launch() -> None:
+    """Launches that go past Triton's own way are missing from a profile."""
+    found = prepared("""
+import triton
+memory, runtime = torch.zeros(64), triton.knobs.runtime
+run = Prepared(scale, (3,), (0, 0), 48, 7, 1, FLAG=True, BLOCK=64)
+with Driver() as driver:
+    for _ in range(2):
+        run(memory)
+    runtime.launch_enter_hook.add(print)
+    run(memory)
+    runtime.launch_enter_hook.remove(print)
+    run(memory)
+print(json.dumps([driver.hooks, driver.given[0] == driver.given[1] == driver.given[2] == driver.given[3]]))
+""")
+    assert found == [[True, False, True, False], True]
+
+
+def test_wrong_use_is_named_after_right_use() -> None:
+    """What was checked once is taken for what was never checked."""
+    found = prepared("""
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_matmul import row_matmul
+with Driver() as driver:
+    plan = Plan(torch.tensor([0, 0]), 4, 1)
+    x, index, counts = torch.zeros(8, 64), torch.zeros(1, 64).long(), torch.zeros(1).long()
+    right = {"x": x, "weights": [torch.zeros(64, 64)], "indices": [index], "counts": [counts], "widths": [64]}
+    right["plan"] = plan
+    wrong = [
+        {"x": x.double()}, {"x": x[:7]}, {"x": x[:, :63]}, {"weights": [torch.zeros(64, 64).half()]}, {"widths": [0]},
+        {"weights": [torch.zeros(64, 64).t()[:, :]]}, {"weights": [torch.zeros(64, 128)[:, ::2]]},
+        {"indices": [index.int()]}, {"counts": [counts[:0]]}, {"plan": Plan(torch.tensor([0]), 4, 1)},
+        {"biases": [torch.zeros(63)]}, {"outs": [torch.zeros(8, 63)]}, {"activation": "gelu"}, {"before": x},
+    ]
+    errors = []
+    for change in wrong:
+        for _ in range(2):
+            row_matmul(**right)
+        before = len(driver.given)
+        try:
+            row_matmul(**(right | change))
+        except (TypeError, ValueError) as error:
+            errors.append(len(driver.given) - before)
+print(json.dumps([len(wrong), errors]))
+""")
+    assert found == [14, [0] * 14]
+
+
+def test_measured_block_sizes_are_used_at_once(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Block sizes are measured and remembered, and those of before are used until the process ends."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    launching._found["a launch"] = 1
+    try:
+        tuning.remember("a problem", Config((("BM", 16),), 4, 2))
+        assert not launching._found
+    finally:
+        launching.forget()
+        tuning._remembered.cache_clear()
+
+
+def test_shapes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new number of tokens leaves something behind for ever."""
+    monkeypatch.setattr(launching, "_MOST", 3)
+    monkeypatch.setattr(launching, "_found", {})
+    monkeypatch.setattr(launching.triton.knobs.runtime, "interpret", False)
+    for n in range(20):
+        assert launching.prepared(n, lambda n=n: [n]) is launching.prepared(n, lambda: None)
+        assert len(launching._found) <= 3
+
+
+class Kernel:
+    """Says which device is current when it, or what it was compiled to, is launched."""
+
+    arg_names = ("x", "y", "n", "SIZE")
+    function = packed_metadata = None
+
+    def __init__(self, current: list[int]) -> None:
+        self.current, self.launches = current, []
+
+    def __getitem__(self, grid):  # type: ignore[no-untyped-def]
+        def bound(*arguments, **options):  # type: ignore[no-untyped-def]
+            self.launches.append(("bound", grid, arguments, options, self.current[0]))
+            return self
+
+        return bound
+
+    def run(self, x, y, z, stream, *more):  # type: ignore[no-untyped-def]
+        self.launches.append(("direct", (x, y, z), stream, more[5:], self.current[0]))
+
+
+def test_the_tensors_device_and_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch that goes past the binder goes to another device, or another stream, than the tensors' current one."""
+    current = [0]
+
+    def exchange(index: int) -> int:
+        before = current[0]
+        if index >= 0:
+            current[0] = index
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 70 + device)
+    monkeypatch.setattr(launching.drivers, "_active", driver)
+    kernel = Kernel(current)
+    tensor = SimpleNamespace(is_cuda=True, get_device=lambda: 1, data_ptr=lambda: 32)
+    run = Prepared(kernel, (2,), (0, 0), 5, SIZE=3, num_warps=4)
+    run(tensor)
+    run(tensor)
+    current[0] = 1
+    run(tensor)
+    assert kernel.launches[0] == ("bound", (2,), (tensor, tensor, 5), {"SIZE": 3, "num_warps": 4}, 1)
+    assert kernel.launches[1:] == [("direct", (2, 1, 1), 71, (32, 32, 5, 3), 1)] * 2

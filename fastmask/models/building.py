@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastmask.errors import unknown
@@ -25,39 +28,30 @@ def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[
     _check_geometry(model, subnets)
     layers: dict[str, nn.Module] = {}
 
-    def add(name: str, keep: Tensor, unit: int, side: str, of_heads: bool = False) -> AttachedLinear:
-        linear = plain_linear(model, name)
-        wide = keep.repeat_interleave(unit, 1)
-        build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
-        options = {"router": router, "packed_unit": unit, "of_heads": of_heads}
-        layer = AttachedLinear.from_linear(linear, build(wide, other), **options)
-        layers[name] = layer
-        return layer
+    def add(side: str, units: Mapping[str, int], keep: Tensor, **options: Any) -> None:
+        linears = {name: plain_linear(model, name) for name in units}
+        if len(linears) > 1 and len({linear.bias is not None for linear in linears.values()}) == 1:
+            options["siblings"] = Siblings()  # they read the same input, and are computed together
+        for name, linear in linears.items():
+            build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
+            mask = build(keep.repeat_interleave(units[name], 1), other)
+            layers[name] = AttachedLinear.from_linear(linear, mask, router=router, packed_unit=units[name], **options)
 
     for index, parts in enumerate(layer_parts(model)):
         if subnets.heads is not None:
-            keep = subnets.heads[:, index]
-            _join([add(name, keep, unit, "rows", of_heads=True) for name, unit in parts.heads_rows.items()])
-            add(parts.heads_columns[0], keep, parts.heads_columns[1], "columns", of_heads=True)
+            add("rows", parts.heads_rows, subnets.heads[:, index], of_heads=True)
+            add("columns", dict([parts.heads_columns]), subnets.heads[:, index], of_heads=True)
         if subnets.neurons is not None:
-            _join([add(name, subnets.neurons[:, index], 1, "rows") for name in parts.neurons_rows])
-            down = add(parts.neurons_columns, subnets.neurons[:, index], 1, "columns")
+            activation = NONE
             if parts.activation is not None:
-                down.activation = name_of(model.get_submodule(parts.activation))
-                if down.activation != NONE:
+                activation = name_of(model.get_submodule(parts.activation))
+                if activation != NONE:
                     if why := obstacle(model.get_submodule(parts.activation)):
                         raise ValueError(f"cannot compute {parts.activation!r} in the layer behind it: {why}")
                     layers[parts.activation] = nn.Identity()
+            add("rows", dict.fromkeys(parts.neurons_rows, 1), subnets.neurons[:, index])
+            add("columns", {parts.neurons_columns: 1}, subnets.neurons[:, index], activation=activation)
     return layers
-
-
-def _join(layers: list[AttachedLinear]) -> None:
-    """Let layers that read the same input be computed together."""
-    with_bias = {layer.bias is not None for layer in layers}
-    if len(layers) > 1 and len(with_bias) == 1:
-        siblings = Siblings(layers)
-        for layer in layers:
-            layer.siblings = siblings
 
 
 def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:

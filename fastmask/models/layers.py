@@ -31,6 +31,8 @@ class AttachedLinear(MaskedLinear):
         packed_unit: rows or columns of one head (or neuron); the packed width is a multiple of it and holds at least
             one unit, because attention code cannot reshape zero heads. None for a layer that is not packed.
         of_heads: whether the units are heads, which a route may want unpacked.
+        activation: a name of `torch_path.activations`, applied to the input in place of the model's own.
+        siblings: the layers that read the same input, to which this one is added.
     """
 
     def __init__(
@@ -42,14 +44,18 @@ class AttachedLinear(MaskedLinear):
         router: Router,
         packed_unit: int | None,
         of_heads: bool = False,
+        activation: str = NONE,
+        siblings: Siblings | None = None,
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, mask, **options)
         self.router = router
         self.packed_unit = packed_unit
         self.of_heads = of_heads
-        self.activation = NONE  # applied to the input; set by `attach` where the model's own was taken out
-        self.siblings: Siblings | None = None  # set by `attach`
+        self.activation = activation
+        self.siblings = siblings
+        if siblings is not None:
+            siblings.layers.append(self)
         self._live_counts = mask.live_counts() if packed_unit is not None else []
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -100,8 +106,8 @@ class Siblings:
     for the very tensor, the route and the gradient mode it was computed for; anything else is computed afresh.
     """
 
-    def __init__(self, layers: list[AttachedLinear]) -> None:
-        self.layers = layers
+    def __init__(self) -> None:
+        self.layers: list[AttachedLinear] = []
 
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""

@@ -6,6 +6,7 @@ the dead blocks are zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -46,36 +47,54 @@ class Blocks:
     def weight_of(self, w: Tensor) -> Tensor:
         return w
 
-    def forward(self, language: int, x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
+        for language, x, out in zip(languages, xs, outs, strict=True):
+            self._forward(language, x, w, out)
+
+    def input_grad(
+        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
+    ) -> None:
+        for language, dy, out in zip(languages, dys, outs, strict=True):
+            self._input_grad(language, dy, w, out, add)
+
+    def weight_grad(self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], grad: Tensor) -> None:
+        grad.zero_()
+        for language, dy, x in zip(languages, dys, xs, strict=True):
+            self._add_weight_grad(language, dy, x, grad)
+
+    def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
+        y += bias
+
+    def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
+        return dy.sum((0, 1), dtype=dtype)
+
+    def _forward(self, language: int, x: Tensor, w: Tensor, out: Tensor) -> None:
         if self._is_whole(language, x):
-            products(x, self._masked(language, w), None, bias, out)
+            products([x], self._masked(language, w), None, [out])
             return
         inputs, blocks = _grouped(x, self.bk), self._blocks(w)
         for n, live in enumerate(_places(self._rows, language, self.keep)):
             rows = slice(n * self.bn, (n + 1) * self.bn)
-            of_bias = None if bias is None else bias[rows]
             if len(live):
                 w_live = blocks[n].index_select(1, live).flatten(1)
-                products(inputs.index_select(1, live).flatten(1), w_live, None, of_bias, out[:, rows])
+                products([inputs.index_select(1, live).flatten(1)], w_live, None, [out[:, rows]])
             else:
-                out[:, rows] = 0 if of_bias is None else of_bias
+                out[:, rows] = 0
 
-    def input_grad(self, language: int, dy: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
+    def _input_grad(self, language: int, dy: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
         if self._is_whole(language, dy):
-            combined(dy, self._masked(language, w), None, out, add)
+            combined([dy], self._masked(language, w), None, [out], add)
             return
         upstream, blocks = _grouped(dy, self.bn), self._blocks(w)
         for k, live in enumerate(_places(self._columns, language, self.keep.transpose(1, 2))):
             columns = slice(k * self.bk, (k + 1) * self.bk)
             if len(live):
                 w_live = blocks[:, :, k].index_select(0, live).flatten(0, 1)
-                combined(upstream.index_select(1, live).flatten(1), w_live, None, out[:, columns], add)
+                combined([upstream.index_select(1, live).flatten(1)], w_live, None, [out[:, columns]], add)
             elif not add:
                 out[:, columns] = 0
 
-    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor, fresh: bool) -> None:
-        if fresh:
-            grad.zero_()
+    def _add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
         if self._is_whole(language, x, SCATTERING_ONEDNN):
             part = outer(dy, x)
             grad += part if self.whole(language) else self._without_dead(language, part)
@@ -85,9 +104,6 @@ class Blocks:
             if len(live):
                 part = outer(dy[:, n * self.bn : (n + 1) * self.bn], inputs.index_select(1, live).flatten(1))
                 blocks[n].index_add_(1, live, cast(part, grad.dtype).view(self.bn, -1, self.bk))
-
-    def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
-        return dy.sum((0, 1), dtype=dtype)
 
     def _is_whole(self, language: int, x: Tensor, of_onednn: int = GATHERING_ONEDNN) -> bool:
         """Whether the whole weight is multiplied, dead blocks as zeros."""

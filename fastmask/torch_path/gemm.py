@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmask.torch_path.faster import faster
 
-__all__ = ["add_outer", "by_onednn", "cast", "combined", "outer", "products"]
+__all__ = ["Live", "add_outer", "by_onednn", "cast", "combined", "outer", "products"]
 
 MOST_TERMS = 256
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
@@ -32,78 +34,84 @@ GRAIN = 32
 MOST_VIEWS = 256  # one for each size that was asked for
 
 
-def products(a: Tensor, w: Tensor, index: Tensor | None, bias: Tensor | None, out: Tensor) -> None:
-    """Write the products of a [M, S] with rows of w [size, S], a @ w[index].T + bias[index], into `out` [M, n].
+class Live(NamedTuple):
+    """Rows of a weight: indices of all languages' own ones, one language after the other, and how many each has."""
 
-    Without an index all rows are meant. The rows of w or its columns lie in one piece each.
+    rows: Tensor
+    counts: list[int]
+
+
+def products(activations: Sequence[Tensor], w: Tensor, live: Live | None, outs: Sequence[Tensor]) -> None:
+    """Write products with each language's own rows of w [size, S] into its out [M, n]: a [M, S] @ w[index].T.
+
+    Without `live` all rows are meant. The rows of w, or its columns, lie in one piece each.
     """
-    live_bias = None if bias is None else cast(bias if index is None else bias.index_select(0, index), a.dtype)
-    M, S = a.shape
-    n = w.shape[0] if index is None else index.shape[0]
-    if not _suits(M, S, n, a):
-        rows = w if index is None else _gathered(w, index)
-        torch.mm(a, rows.t(), out=out) if live_bias is None else torch.addmm(live_bias, a, rows.t(), out=out)
+    if not by_onednn(w):
+        for a, rows, out in zip(activations, _gathered(w, live, len(outs)), outs, strict=True):
+            torch.mm(a, rows.t(), out=out)
         return
-    for first in range(0, S, MOST_TERMS):
-        part = slice(first, min(first + MOST_TERMS, S))
-        rows = _padded_rows(w[:, part], index)
-        for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
-            _put(of_out, _linear(_padded_left(of_a[:, part]), rows), add=first > 0)
-    if live_bias is not None:
-        out += live_bias
+    for a, index, out in zip(activations, _indices(live, len(outs)), outs, strict=True):
+        if not _suits(out.shape[0], out.shape[1], w.shape[1]):
+            torch.mm(a, _gather(w, index).t(), out=out)
+            continue
+        for first in range(0, w.shape[1], MOST_TERMS):
+            part = slice(first, first + MOST_TERMS)
+            _add(out, a[:, part], _padded_rows(w[:, part], index), add=first > 0)
 
 
 def combined(
-    a: Tensor, w: Tensor, index: Tensor | None, out: Tensor, add: bool = False, bias: Tensor | None = None
+    activations: Sequence[Tensor], w: Tensor, live: Live | None, outs: Sequence[Tensor], add: bool = False
 ) -> None:
-    """Write (or add) the combinations a @ w[index] (+ bias) of rows of w [size, S] by a [M, n] into `out` [M, S]."""
-    M, n = a.shape
-    bias = None if bias is None else cast(bias, a.dtype)
-    if not _suits(M, n, w.shape[1], a):
-        rows = w if index is None else _gathered(w, index)
-        if add:
-            out.addmm_(a, rows)
-        else:
-            torch.mm(a, rows, out=out) if bias is None else torch.addmm(bias, a, rows, out=out)
+    """Write (or add) combinations of each language's own rows of w [size, S] into its out [M, S]: a @ w[index]."""
+    if not by_onednn(w):
+        for a, rows, out in zip(activations, _gathered(w, live, len(outs)), outs, strict=True):
+            out.addmm_(a, rows) if add else torch.mm(a, rows, out=out)
         return
-    for first in range(0, n, MOST_TERMS):
-        part = slice(first, min(first + MOST_TERMS, n))
-        rows = w[part] if index is None else _gathered(w, index[part])
-        rows = _without_gaps(rows.t())
-        for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
-            _put(of_out, _linear(_padded_left(of_a[:, part]), rows), add=add or first > 0)
-    if bias is not None:
-        out += bias
+    for a, index, out in zip(activations, _indices(live, len(outs)), outs, strict=True):
+        if not _suits(out.shape[0], out.shape[1], a.shape[1]):
+            out.addmm_(a, _gather(w, index)) if add else torch.mm(a, _gather(w, index), out=out)
+            continue
+        for first in range(0, a.shape[1], MOST_TERMS):
+            part = slice(first, first + MOST_TERMS)
+            rows = w[part] if index is None else _gather(w, index[part])
+            _add(out, a[:, part], rows.t(), add=add or first > 0)
 
 
-def add_outer(grad: Tensor, index: Tensor | None, a: Tensor, c: Tensor, fresh: bool = False) -> None:
-    """Add a.T @ c of a [M, n] and c [M, S] to rows of a gradient [size, S]; all of it is written if it is `fresh`."""
-    n, S = a.shape[1], c.shape[1]
-    whole = index is None and grad.dtype == a.dtype
-    if whole and not _suits(n, a.shape[0], S, a):
-        torch.mm(a.t(), c, out=grad) if fresh else grad.addmm_(a.t(), c)
+def add_outer(
+    grad: Tensor, live: Live | None, activations: Sequence[Tensor], others: Sequence[Tensor], fresh: bool = False
+) -> None:
+    """Add a.T @ c to each language's own rows of a gradient [size, S], for its a [M, n] and c [M, S].
+
+    All of the gradient is written if it is `fresh`.
+    """
+    if live is None:
+        for a, c in zip(activations, others, strict=True):
+            if grad.dtype == a.dtype and not by_onednn(a):
+                torch.mm(a.t(), c, out=grad) if fresh else grad.addmm_(a.t(), c)
+            else:
+                grad.copy_(outer(a, c)) if fresh else grad.add_(outer(a, c))
+            fresh = False
         return
-    part = outer(a, c)
-    if index is None:
-        grad.copy_(part) if fresh else grad.add_(part)
-        return
+    parts = _PRODUCT.take(live.rows.shape[0], grad.shape[1], activations[0])
+    for a, c, part in zip(activations, others, parts.split_with_sizes(live.counts), strict=True):
+        outer(a, c, part)
     if fresh:
         grad.zero_()
-    part = cast(part, grad.dtype)
+    parts = cast(parts, grad.dtype)
     if grad.stride(1) == 1:
-        grad.index_add_(0, index, part)
+        grad.index_add_(0, live.rows, parts)
     else:  # columns of a gradient [S, size]; `index_add_` would take one after the other
-        grad.t().scatter_add_(1, index.expand(S, n), part.t())
+        grad.t().scatter_add_(1, live.rows.expand(grad.shape[1], -1), parts.t())
 
 
-def outer(a: Tensor, c: Tensor) -> Tensor:
-    """The transpose of a [M, n] times c [M, S], [n, S], in memory that the next call overwrites."""
+def outer(a: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
+    """The transpose of a [M, n] times c [M, S], [n, S]; without `out` in memory that the next call overwrites."""
     (M, n), S = a.shape, c.shape[1]
-    out = _PRODUCT.take(n, S, c)
-    if not _suits(n, M, S, a):
+    out = _PRODUCT.take(n, S, c) if out is None else out
+    if not by_onednn(a) or not _suits(n, S, M):
         return torch.mm(a.t(), c, out=out)
     for number, (of_a, of_c) in enumerate(zip(a.split(MOST_TERMS), c.split(MOST_TERMS), strict=True)):
-        tokens = len(of_a)
+        tokens = of_a.shape[0]
         left, right = _LEFT.take(_padded(n), _padded(tokens), a), of_c
         left[:n, :tokens].copy_(of_a.t())
         if left.shape[1] > tokens:
@@ -120,8 +128,15 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _gathered(w: Tensor, index: Tensor) -> Tensor:
-    """The rows of w [size, S], in memory that the next call overwrites."""
+def _gathered(w: Tensor, live: Live | None, languages: int) -> Sequence[Tensor]:
+    """The rows of w [size, S] of each language."""
+    return [w] * languages if live is None else _gather(w, live.rows).split_with_sizes(live.counts)
+
+
+def _gather(w: Tensor, index: Tensor | None) -> Tensor:
+    """Rows of w [size, S], in memory that the next call overwrites."""
+    if index is None:
+        return w
     if w.stride(1) == 1:
         return torch.index_select(w, 0, index, out=_ROWS.take(index.shape[0], w.shape[1], w))
     out = _ROWS.take(w.shape[1], index.shape[0], w)
@@ -166,7 +181,7 @@ def by_onednn(x: Tensor) -> bool:
     They do where that is faster on this machine. `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides
     otherwise, as it was when first asked.
     """
-    return x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled) and _chosen()
+    return _chosen() and x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled)
 
 
 @cache
@@ -198,8 +213,13 @@ def _linear(a: Tensor, w: Tensor) -> Tensor:
     return y
 
 
-def _suits(M: int, K: int, N: int, like: Tensor) -> bool:
-    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE and by_onednn(like)
+def _suits(M: int, N: int, K: int) -> bool:
+    """Whether a product [M, N] of K terms is worth it."""
+    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE
+
+
+def _indices(live: Live | None, languages: int) -> Sequence[Tensor | None]:
+    return [None] * languages if live is None else live.rows.split_with_sizes(live.counts)
 
 
 def _padded(size: int) -> int:
@@ -209,11 +229,17 @@ def _padded(size: int) -> int:
 
 
 def _padded_rows(w: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of w as `_linear` takes them, and anything finite behind them."""
+    """Rows of w, and anything finite behind them, so that there is one of few numbers of them."""
     if index is None:
-        return _without_gaps(w)
-    more = _padded(index.shape[0]) - index.shape[0]
-    return _without_gaps(_gathered(w, torch.nn.functional.pad(index, (0, more)) if more else index))
+        return w
+    return _gather(w, torch.nn.functional.pad(index, (0, _padded(index.shape[0]) - index.shape[0])))
+
+
+def _add(out: Tensor, a: Tensor, w: Tensor, add: bool) -> None:
+    """Write or add the products of a [M, K] with rows of w [N or more, K] into out [M, N]."""
+    w = _without_gaps(w)
+    for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
+        _put(of_out, _linear(_padded_left(of_a), w), add)
 
 
 def _padded_left(a: Tensor) -> Tensor:

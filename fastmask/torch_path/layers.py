@@ -103,17 +103,20 @@ def _run(
     split: Split,
     kept: list[Tensor] | None,
 ) -> list[Tensor]:
-    """One language after the other: y [B, T, width] of each layer."""
+    """All languages, each with its own part of the weights: y [B, T, width] of each layer."""
     read, T = _read(layers, weights, x, split), x.shape[1]
     if kept is not None:
         kept += read
     tokens = split.sorted(x)
     ys = [tokens.new_empty(tokens.shape[0], width) for width in widths]
-    of_languages, outs = split.pieces(tokens, T), [split.pieces(y, T) for y in ys]
-    for place, (language, _, _) in enumerate(split.parts):
-        for layer, w, bias, out in zip(layers, read, biases, outs, strict=True):
-            layer.forward(language, of_languages[place], w, bias, out[place])
-    return [split.unsorted(y, T) for y in ys]
+    pieces = split.pieces(tokens, T)
+    for layer, w, y in zip(layers, read, ys, strict=True):
+        layer.forward(split.present, pieces, w, split.pieces(y, T))
+    found = [split.unsorted(y, T) for y in ys]
+    for layer, y, bias in zip(layers, found, biases, strict=True):
+        if bias is not None:
+            layer.add_bias(y, bias, split)
+    return found
 
 
 def _grads(
@@ -136,14 +139,13 @@ def _grads(
         torch.empty_like(w, dtype=dtype) if needed else None
         for w, dtype, needed in zip(read, sums, needs_weight, strict=True)
     ]
-    of_languages, upstreams = split.pieces(tokens, T), [split.pieces(split.sorted(dy), T) for dy in dys]
-    outs = None if dx is None else split.pieces(dx, T)
-    for place, (language, _, _) in enumerate(split.parts):
-        for number, (layer, w, upstream, grad) in enumerate(zip(layers, read, upstreams, grads, strict=True)):
-            if outs is not None:
-                layer.input_grad(language, upstream[place], w, outs[place], add=number > 0)
-            if grad is not None:
-                layer.add_weight_grad(language, upstream[place], of_languages[place], grad, fresh=place == 0)
+    pieces, of_dx = split.pieces(tokens, T), None if dx is None else split.pieces(dx, T)
+    for number, (layer, w, dy, grad) in enumerate(zip(layers, read, dys, grads, strict=True)):
+        upstreams = split.pieces(split.sorted(dy), T)
+        if of_dx is not None:
+            layer.input_grad(split.present, upstreams, w, of_dx, add=number > 0)
+        if grad is not None:
+            layer.weight_grad(split.present, upstreams, pieces, grad)
     dws = [
         None if grad is None else cast(layer.weight_of(grad if split.parts else grad.zero_()), weight.dtype)
         for layer, grad, weight in zip(layers, grads, weights, strict=True)

@@ -40,6 +40,11 @@ class Split:
         self._made: dict[tuple[Hashable, ...], Any] = {}
 
     @cached_property
+    def present(self) -> tuple[int, ...]:
+        """The languages that occur, in the order of `parts`."""
+        return tuple(language for language, _, _ in self.parts)
+
+    @cached_property
     def ids(self) -> Tensor:
         """The language of each example, int64 [B]."""
         return torch.tensor(self.languages, dtype=torch.int64)
@@ -76,13 +81,14 @@ class Split:
 
         Where languages agree (a mask that all share, a layer that none prunes), one product takes the tokens of all.
         """
-        masks = {language: tuple([same[language] for same in same_as]) for language, _, _ in self.parts}
-        if len(set(masks.values())) == len(masks):
-            return self
+        key = tuple([tuple([same[language] for same in same_as]) for language in self.present])
         firsts: dict[tuple[int, ...], int] = {}
-        for language, mask in masks.items():
+        for language, mask in zip(self.present, key, strict=True):
             firsts.setdefault(mask, FULL if set(mask) == {FULL} else language)
-        return self.once(tuple(masks.values()), lambda: Split([firsts[masks[language]] for language in self.languages]))
+        names = {language: firsts[mask] for language, mask in zip(self.present, key, strict=True)}
+        if all(language == name for language, name in names.items()):
+            return self
+        return self.once(key, lambda: Split([names[language] for language in self.languages]))
 
     @classmethod
     def of(cls, language_ids: Tensor, n_languages: int) -> Split:

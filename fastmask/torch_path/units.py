@@ -8,31 +8,35 @@ that makes them to the projection that consumes them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastmask.masks import StoredMask
-from fastmask.torch_path.gemm import add_outer, cast, combined, products
-from fastmask.torch_path.split import Split, first_equals
+from fastmask.torch_path.gemm import Live, add_outer, cast, combined, products
+from fastmask.torch_path.split import FULL, Split, first_equals
 
 __all__ = ["Units"]
 
 LEAST_TO_TRANSPOSE = 4  # languages in a batch
+MOST_GATHERED = 2**19  # weights of several languages: those of one may be more
 
 
 class Units:
-    """Tables of one mask over rows or columns, and what its layers compute for M tokens of one language."""
+    """Tables of one mask over rows or columns, and what its layers compute for the tokens of each language.
+
+    A batch's languages are a tuple of ids, in the order of their activations; only one of them may own all of the
+    weight (`Split.merged`), which is called `FULL` then.
+    """
 
     def __init__(self, mask: StoredMask, shape: tuple[int, int], packed: bool) -> None:
         self.of_rows, self.packed, self.unit = mask.kind == "rows", packed, mask.geometry[0]
         self.size, self.other = shape if self.of_rows else (shape[1], shape[0])
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
-        self._indices: list[Tensor | None] = [
-            None if n == self.size else self.index[language, :n] for language, n in enumerate(self.live[:-1])
-        ] + [None]
+        self._grouped: tuple[tuple[int, ...], list[tuple[slice, Live | None]]] | None = None
 
     @cached_property
     def same_as(self) -> list[int]:
@@ -42,7 +46,7 @@ class Units:
 
     def whole(self, language: int) -> bool:
         """Whether a language owns all of the weight."""
-        return self._indices[language] is None
+        return self.live[language] == self.size
 
     @cached_property
     def slots(self) -> Tensor:
@@ -70,55 +74,101 @@ class Units:
         """A gradient [N, K] of one that is stored as `read` stores weights."""
         return w if self.of_rows else w.t().contiguous()
 
-    def forward(self, language: int, x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Write y [M, N or packed width] of x [M, K or packed width] into `out`."""
-        if self.of_rows:
-            self._onto(language, x, w, bias, out)
-        else:
-            combined(self._live(language, x), w, self._indices[language], out, bias=bias)
+    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
+        """Write each language's y [M, N or packed width] of its x [M, K or packed width], without the bias."""
+        (self._onto if self.of_rows else self._from)(languages, xs, w, outs)
 
-    def input_grad(self, language: int, dy: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
-        """Write (or add) dx of dy into `out`; shapes as in `forward`."""
+    def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
+        """Add the bias [N] to y [B, T, N or packed width] of all languages: a row mask gates it with its row."""
+        if self.of_rows and split.present != (FULL,):
+            bias = torch.nn.functional.pad(bias, (0, 1))[self.slots[split.ids, None, : y.shape[2]]]
+        y += bias
+
+    def input_grad(
+        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
+    ) -> None:
+        """Write (or add) each language's dx of its dy; shapes as in `forward`."""
         if self.of_rows:
-            combined(self._live(language, dy), w, self._indices[language], out, add)
+            self._from(languages, dys, w, outs, add)
         elif not add:
-            self._onto(language, dy, w, None, out)
+            self._onto(languages, dys, w, outs)
         else:
-            part = torch.empty_like(out)
-            self._onto(language, dy, w, None, part)
-            out += part
+            parts = [torch.empty_like(out) for out in outs]
+            self._onto(languages, dys, w, parts)
+            torch._foreach_add_(list(outs), parts)
 
-    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor, fresh: bool) -> None:
-        """Add dW to a gradient that is stored as `read` stores weights; all of it is written if it is `fresh`."""
-        masked, other = (dy, x) if self.of_rows else (x, dy)
-        add_outer(grad, self._indices[language], self._live(language, masked), other, fresh)
+    def weight_grad(self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], grad: Tensor) -> None:
+        """Write the dW of all languages into a gradient that is stored as `read` stores weights."""
+        masked, others = (dys, xs) if self.of_rows else (xs, dys)
+        for number, (group, live) in enumerate(self._groups(languages)):
+            add_outer(grad, live, self._narrow(languages[group], masked[group]), others[group], fresh=number == 0)
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
-        """The db [N] of dy [B, T, N or packed width], summed in `dtype`: a row mask gates the bias with its row."""
-        if not self.of_rows or all(self.whole(language) for language, _, _ in split.parts):
+        """The db [N] of dy [B, T, N or packed width], summed in `dtype`."""
+        if not self.of_rows or split.present == (FULL,):
             return dy.sum((0, 1), dtype=dtype)
-        sums = dy.sum(1, dtype=dtype)
-        slots = self.slots[split.ids, : dy.shape[2]]
+        sums, slots = dy.sum(1, dtype=dtype), self.slots[split.ids, : dy.shape[2]]
         grad = torch.zeros(self.size + 1, dtype=dtype, device=dy.device).index_add_(0, slots.flatten(), sums.flatten())
         return grad[: self.size].clone()
 
     # ----
 
-    def _live(self, language: int, activation: Tensor) -> Tensor:
-        """The live part [M, live] of an activation [M, width] on the masked side."""
-        index = self._indices[language]
-        if self.packed or index is None:
-            return activation[:, : self.live[language]]
-        return activation.index_select(1, index)
+    def _groups(self, languages: Sequence[int]) -> list[tuple[slice, Live | None]]:
+        """Languages whose live rows are gathered at once, and those rows; None for all of the weight's."""
+        made = self._grouped  # read once: another thread may ask for other languages meanwhile
+        if made is None or made[0] != languages:
+            groups: list[tuple[slice, Live | None]] = []
+            for place, language in enumerate(languages):
+                index = None if self.whole(language) else self.index[language, : self.live[language]]
+                group, live = groups[-1] if groups else (slice(0), None)
+                if index is None:
+                    groups.append((slice(place, place + 1), None))
+                elif live is None or (live.rows.shape[0] + len(index)) * self.other > MOST_GATHERED:
+                    groups.append((slice(place, place + 1), Live(index, [len(index)])))
+                else:
+                    together = Live(torch.cat([live.rows, index]), [*live.counts, len(index)])
+                    groups[-1] = (slice(group.start, place + 1), together)
+            made = self._grouped = tuple(languages), groups
+        return made[1]
 
-    def _onto(self, language: int, a: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Write products with the live rows into their places of `out` [M, width], and zero elsewhere."""
-        live, index = self.live[language], self._indices[language]
-        if self.packed or index is None:
-            products(a, w, index, bias, out[:, :live])
-            if live < out.shape[1]:
-                out[:, live:] = 0
-        else:
-            part = out.new_empty(out.shape[0], live)
-            products(a, w, index, bias, part)
-            out.zero_().index_copy_(1, index, part)
+    def _narrow(self, languages: Sequence[int], activations: Sequence[Tensor]) -> list[Tensor]:
+        """The live part [M, live] of each language's activation [M, width] on the masked side."""
+        narrow = []
+        for language, activation in zip(languages, activations, strict=True):
+            live = self.live[language]
+            if activation.shape[1] != live:
+                if self.packed:
+                    activation = activation[:, :live]
+                else:
+                    activation = activation.index_select(1, self.index[language, :live])
+            narrow.append(activation)
+        return narrow
+
+    def _from(
+        self,
+        languages: Sequence[int],
+        activations: Sequence[Tensor],
+        w: Tensor,
+        outs: Sequence[Tensor],
+        add: bool = False,
+    ) -> None:
+        """Write (or add) combinations of live rows."""
+        for group, live in self._groups(languages):
+            combined(self._narrow(languages[group], activations[group]), w, live, outs[group], add)
+
+    def _onto(self, languages: Sequence[int], activations: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
+        """Write products with live rows into their places of each out [M, width], and zero elsewhere."""
+        for group, live in self._groups(languages):
+            places = []
+            for language, out in zip(languages[group], outs[group], strict=True):
+                rows, place = self.live[language], out
+                if rows < out.shape[1] and self.packed:
+                    place = out[:, :rows]
+                    out[:, rows:] = 0
+                elif rows < out.shape[1]:
+                    place = out.new_empty(out.shape[0], rows)
+                places.append(place)
+            products(activations[group], w, live, places)
+            for language, place, out in zip(languages[group], places, outs[group], strict=True):
+                if place.shape != out.shape and not self.packed:
+                    out.zero_().index_copy_(1, self.index[language, : self.live[language]], place)

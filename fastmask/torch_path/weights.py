@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
@@ -34,15 +35,23 @@ class Weights:
     def weight_of(self, w: Tensor) -> Tensor:
         return w
 
-    def forward(self, language: int, x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        products(x, self._masked(language, w), None, bias, out)
+    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
+        for language, x, out in zip(languages, xs, outs, strict=True):
+            products([x], self._masked(language, w), None, [out])
 
-    def input_grad(self, language: int, dy: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
-        combined(dy, self._masked(language, w), None, out, add)
+    def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
+        y += bias
 
-    def add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor, fresh: bool) -> None:
-        part = self._masked(language, outer(dy, x))
-        grad.copy_(part) if fresh else grad.add_(part)
+    def input_grad(
+        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
+    ) -> None:
+        for language, dy, out in zip(languages, dys, outs, strict=True):
+            combined([dy], self._masked(language, w), None, [out], add)
+
+    def weight_grad(self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], grad: Tensor) -> None:
+        for number, (language, dy, x) in enumerate(zip(languages, dys, xs, strict=True)):
+            part = self._masked(language, outer(dy, x))
+            grad.add_(part) if number else grad.copy_(part)
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
         return dy.sum((0, 1), dtype=dtype)

@@ -44,9 +44,6 @@ class Blocks:
     def read(self, weight: Tensor, dtype: torch.dtype, languages: int) -> Tensor:
         return cast(weight, dtype)
 
-    def weight_of(self, w: Tensor) -> Tensor:
-        return w
-
     def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
         for language, x, out in zip(languages, xs, outs, strict=True):
             self._forward(language, x, w, out)
@@ -57,10 +54,13 @@ class Blocks:
         for language, dy, out in zip(languages, dys, outs, strict=True):
             self._input_grad(language, dy, w, out, add)
 
-    def weight_grad(self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], grad: Tensor) -> None:
-        grad.zero_()
+    def weight_grad(
+        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        grad = weight.new_zeros(weight.shape, dtype=dtype)
         for language, dy, x in zip(languages, dys, xs, strict=True):
             self._add_weight_grad(language, dy, x, grad)
+        return grad
 
     def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
         y += bias

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,19 +47,22 @@ def forward(
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
-    x = activate(x, activation)
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
+    active, parts = activate(x, activation), (split.full if gated else split).parts
+    read = [layer.read(weight, x.dtype, len(parts)) for layer, weight in zip(layers, weights, strict=True)]
+    if kept is not None:
+        kept += read
     widths = [
         weight.shape[0] if mask.kind != "rows" or mask.packed_width == UNPACKED else mask.packed_width
         for mask, weight in zip(masks, weights, strict=True)
     ]
     if not gated:
-        return _run(layers, x, weights, biases, widths, split, kept)
+        return _run(layers, active, read, biases, widths, split)
     if not gated[0].of_rows:
-        return _run(layers, enter(x, gated[0], split), weights, biases, widths, split.full, kept)
-    ys = _run(layers, x, weights, biases, [layer.size for layer in gated], split.full, kept)
+        return _run(layers, enter(active, gated[0], split), read, biases, widths, split.full)
+    ys = _run(layers, active, read, biases, [layer.size for layer in gated], split.full)
     return [leave(y, layer, split, width) for y, layer, width in zip(ys, gated, widths, strict=True)]
 
 
@@ -81,42 +85,48 @@ def backward(
     to them.
     """
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
-    before, x = x, activate(x, activation)
-    needs = (needs_x, needs_weight, needs_bias)
+    active, parts = activate(x, activation), (split.full if gated else split).parts
+    read = kept or [layer.read(w, x.dtype, len(parts)) for layer, w in zip(layers, weights, strict=True)]
+    needs = _Needs(needs_x, needs_weight, needs_bias)
     if not gated:
-        dx, dws, dbs = _grads(layers, dys, x, weights, split, *needs, kept)
+        dx, dws, dbs = _grads(layers, dys, active, weights, read, split, needs)
     elif gated[0].of_rows:
         upstreams = [enter(dy, layer, split) for dy, layer in zip(dys, gated, strict=True)]
-        dx, dws, dbs = _grads(layers, upstreams, x, weights, split.full, *needs, kept)
+        dx, dws, dbs = _grads(layers, upstreams, active, weights, read, split.full, needs)
     else:
-        dx, dws, dbs = _grads(layers, dys, enter(x, gated[0], split), weights, split.full, *needs, kept)
+        wide = enter(active, gated[0], split)
+        dx, dws, dbs = _grads(layers, dys, wide, weights, read, split.full, needs)
         dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
-    return None if dx is None else activation_grad(dx, before, activation), dws, dbs
+    return None if dx is None else activation_grad(dx, x, activation), dws, dbs
 
 
 def _run(
     layers: Sequence[Layer],
     x: Tensor,
-    weights: Sequence[Tensor],
+    read: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     widths: Sequence[int],
     split: Split,
-    kept: list[Tensor] | None,
 ) -> list[Tensor]:
-    """All languages, each with its own part of the weights: y [B, T, width] of each layer."""
-    read, T = _read(layers, weights, x, split), x.shape[1]
-    if kept is not None:
-        kept += read
-    tokens = split.sorted(x)
-    ys = [tokens.new_empty(tokens.shape[0], width) for width in widths]
-    pieces = split.pieces(tokens, T)
-    for layer, w, y in zip(layers, read, ys, strict=True):
+    """All languages, each with its own part of the weights `read`: y [B, T, width] of each layer."""
+    T, tokens = x.shape[1], split.sorted(x)
+    pieces, found = split.pieces(tokens, T), []
+    for layer, w, bias, width in zip(layers, read, biases, widths, strict=True):
+        y = tokens.new_empty(tokens.shape[0], width)
         layer.forward(split.present, pieces, w, split.pieces(y, T))
-    found = [split.unsorted(y, T) for y in ys]
-    for layer, y, bias in zip(layers, found, biases, strict=True):
+        y = split.unsorted(y, T)
         if bias is not None:
             layer.add_bias(y, bias, split)
+        found.append(y)
     return found
+
+
+class _Needs(NamedTuple):
+    """Which gradients are needed: of the input, and of each layer's weight and bias."""
+
+    x: bool
+    weights: Sequence[bool]
+    biases: Sequence[bool]
 
 
 def _grads(
@@ -124,36 +134,27 @@ def _grads(
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
+    read: Sequence[Tensor],
     split: Split,
-    needs_x: bool,
-    needs_weight: Sequence[bool],
-    needs_bias: Sequence[bool],
-    kept: Sequence[Tensor],
+    needs: _Needs,
 ) -> Grads:
-    """Gradients of `_run`."""
+    """Gradients of `_run`, those of weights and biases in the dtype of `weights`."""
     T, tokens = x.shape[1], split.sorted(x)
-    read = kept or _read(layers, weights, x, split)
-    dx = torch.empty_like(tokens) if needs_x else None
-    sums = [_dtype_of_sums(weight, split) for weight in weights]
-    grads = [
-        torch.empty_like(w, dtype=dtype) if needed else None
-        for w, dtype, needed in zip(read, sums, needs_weight, strict=True)
-    ]
+    dx = torch.empty_like(tokens) if needs.x else None
     pieces, of_dx = split.pieces(tokens, T), None if dx is None else split.pieces(dx, T)
-    for number, (layer, w, dy, grad) in enumerate(zip(layers, read, dys, grads, strict=True)):
+    dws: list[Tensor | None] = [None] * len(layers)
+    dbs: list[Tensor | None] = [None] * len(layers)
+    for g, (layer, dy, weight) in enumerate(zip(layers, dys, weights, strict=True)):
+        # What the languages of a batch add up in.
+        dtype = torch.float32 if weight.dtype in HALF and len(split.parts) > 1 else weight.dtype
         upstreams = split.pieces(split.sorted(dy), T)
         if of_dx is not None:
-            layer.input_grad(split.present, upstreams, w, of_dx, add=number > 0)
-        if grad is not None:
-            layer.weight_grad(split.present, upstreams, pieces, grad)
-    dws = [
-        None if grad is None else cast(layer.weight_of(grad if split.parts else grad.zero_()), weight.dtype)
-        for layer, grad, weight in zip(layers, grads, weights, strict=True)
-    ]
-    dbs = [
-        cast(layer.bias_grad(dy, split, dtype), weight.dtype) if needed else None
-        for layer, dy, dtype, weight, needed in zip(layers, dys, sums, weights, needs_bias, strict=True)
-    ]
+            layer.input_grad(split.present, upstreams, read[g], of_dx, add=g > 0)
+        if needs.weights[g]:
+            dw = layer.weight_grad(split.present, upstreams, pieces, weight, dtype)
+            dws[g] = cast(dw if split.parts else dw.zero_(), weight.dtype)
+        if needs.biases[g]:
+            dbs[g] = cast(layer.bias_grad(dy, split, dtype), weight.dtype)
     return None if dx is None else split.unsorted(dx, T), dws, dbs
 
 
@@ -185,15 +186,6 @@ def _made(mask: StoredMask, weight: Tensor) -> Layer:
     if mask.kind == "blocks":
         return Blocks(mask, shape)
     return Weights(mask, shape) if mask.kind == "weights" else Units(mask, shape, mask.packed_width != UNPACKED)
-
-
-def _read(layers: Sequence[Layer], weights: Sequence[Tensor], x: Tensor, split: Split) -> list[Tensor]:
-    return [layer.read(weight, x.dtype, len(split.parts)) for layer, weight in zip(layers, weights, strict=True)]
-
-
-def _dtype_of_sums(weight: Tensor, split: Split) -> torch.dtype:
-    """What the languages of a batch add up in."""
-    return torch.float32 if weight.dtype in HALF and len(split.parts) > 1 else weight.dtype
 
 
 def _check_packed(mask: StoredMask, layer: Layer, split: Split) -> None:

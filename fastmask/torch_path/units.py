@@ -20,7 +20,7 @@ from fastmask.torch_path.split import FULL, Split, first_equals
 
 __all__ = ["Units"]
 
-LEAST_TO_TRANSPOSE = 4  # languages in a batch
+LEAST_TO_TRANSPOSE = 4  # languages in a batch: single columns are gathered faster if each lies in one piece of memory
 MOST_GATHERED = 2**19  # weights of several languages: those of one may be more
 
 
@@ -65,14 +65,12 @@ class Units:
     # ---- what `layers` asks of every mask kind
 
     def read(self, weight: Tensor, dtype: torch.dtype, languages: int) -> Tensor:
-        """The weight [N, K] as the products of a batch of so many languages read it: w [size, S] in `dtype`."""
-        w = cast(weight if self.of_rows else weight.t(), dtype)
-        # Single columns are gathered and added at a fraction of the time where each lies in one piece of memory.
-        return w.contiguous() if not self.of_rows and self.unit == 1 and languages >= LEAST_TO_TRANSPOSE else w
+        """A weight [N, K] as the products of a batch of so many languages read it: w [size, S] in `dtype`."""
+        w = cast(weight, dtype) if self.of_rows else cast(weight, dtype).t()
+        return w.contiguous() if self._transposes(languages) else w
 
-    def weight_of(self, w: Tensor) -> Tensor:
-        """A gradient [N, K] of one that is stored as `read` stores weights."""
-        return w if self.of_rows else w.t().contiguous()
+    def _transposes(self, languages: int) -> bool:
+        return not self.of_rows and self.unit == 1 and languages >= LEAST_TO_TRANSPOSE
 
     def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
         """Write each language's y [M, N or packed width] of its x [M, K or packed width], without the bias."""
@@ -97,11 +95,18 @@ class Units:
             self._onto(languages, dys, w, parts)
             torch._foreach_add_(list(outs), parts)
 
-    def weight_grad(self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], grad: Tensor) -> None:
-        """Write the dW of all languages into a gradient that is stored as `read` stores weights."""
+    def weight_grad(
+        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """The dW [N, K] of all languages, summed in `dtype`."""
         masked, others = (dys, xs) if self.of_rows else (xs, dys)
+        if self._transposes(len(languages)):
+            grad = weight.new_empty(self.size, self.other, dtype=dtype)
+        else:
+            grad = torch.empty_like(weight if self.of_rows else weight.t(), dtype=dtype)
         for number, (group, live) in enumerate(self._groups(languages)):
             add_outer(grad, live, self._narrow(languages[group], masked[group]), others[group], fresh=number == 0)
+        return grad if self.of_rows else grad.t().contiguous()
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
         """The db [N] of dy [B, T, N or packed width], summed in `dtype`."""

@@ -32,9 +32,6 @@ class Weights:
     def read(self, weight: Tensor, dtype: torch.dtype, languages: int) -> Tensor:
         return cast(weight, dtype)
 
-    def weight_of(self, w: Tensor) -> Tensor:
-        return w
-
     def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
         for language, x, out in zip(languages, xs, outs, strict=True):
             products([x], self._masked(language, w), None, [out])
@@ -48,10 +45,14 @@ class Weights:
         for language, dy, out in zip(languages, dys, outs, strict=True):
             combined([dy], self._masked(language, w), None, [out], add)
 
-    def weight_grad(self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], grad: Tensor) -> None:
+    def weight_grad(
+        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        grad = weight.new_empty(weight.shape, dtype=dtype)
         for number, (language, dy, x) in enumerate(zip(languages, dys, xs, strict=True)):
             part = self._masked(language, outer(dy, x))
             grad.add_(part) if number else grad.copy_(part)
+        return grad
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
         return dy.sum((0, 1), dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not IN_A_WORKER
     if whole and config.pluginmanager.has_plugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = "auto", "worksteal"
+        # Sets in the parameters of tests must have one order in all workers, which compare what they have collected.
+        os.environ.setdefault("PYTHONHASHSEED", str(random.randrange(2**32)))
 
 
 @pytest.fixture(scope="session")

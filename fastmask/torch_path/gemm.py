@@ -86,10 +86,12 @@ def add_outer(
     """
     if live is None:
         for a, c in zip(activations, others, strict=True):
-            if grad.dtype == a.dtype and not by_onednn(a):
-                torch.mm(a.t(), c, out=grad) if fresh else grad.addmm_(a.t(), c)
+            if fresh and grad.dtype == a.dtype:
+                outer(a, c, grad)
+            elif fresh:
+                grad.copy_(outer(a, c))
             else:
-                grad.copy_(outer(a, c)) if fresh else grad.add_(outer(a, c))
+                grad.add_(outer(a, c))
             fresh = False
         return
     parts = _PRODUCT.take(live.rows.shape[0], grad.shape[1], activations[0])
@@ -163,9 +165,10 @@ class _Scratch(threading.local):
             size = rows * columns * like.element_size()
             if len(self.memory) < size or len(self.views) >= MOST_VIEWS:
                 self.views.clear()
-            if len(self.memory) < size:
-                self.memory = torch.empty(size, dtype=torch.uint8)
-            self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
+            with torch.inference_mode(False):  # what is made in inference mode could not be written to after it
+                if len(self.memory) < size:
+                    self.memory = torch.empty(size, dtype=torch.uint8)
+                self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
         return self.views[key]
 
 

@@ -112,6 +112,26 @@ def test_outer_products(library, shape, stored, indexed, fresh):
     assert error(grad, exact) <= 2 * error(plain, exact)
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+def test_training_after_inference_mode(library, kind):
+    """What products keep between calls was made in inference mode, and training may not write to it."""
+    mask = {
+        "rows": lambda: fm.Mask.rows(torch.rand(3, 64) < 0.5, 40),
+        "columns": lambda: fm.Mask.columns(torch.rand(3, 40) < 0.5, 64),
+        "blocks": lambda: fm.Mask.blocks(torch.rand(3, 4, 5) < 0.5, (16, 8)),
+        "weights": lambda: fm.Mask.weights(torch.rand(3, 64, 40) < 0.5),
+    }[kind]()
+    for scratch in (gemm._ROWS, gemm._LEFT, gemm._PRODUCT):
+        scratch.memory, scratch.views = torch.empty(0, dtype=torch.uint8), {}
+    x, weight, ids = torch.randn(4, 301, 40), torch.randn(64, 40, requires_grad=True), torch.tensor([0, 1, 2, -1])
+    with torch.inference_mode():
+        expected = fm.masked_linear(x, weight, mask, ids)
+    y = fm.masked_linear(x, weight, mask, ids)
+    y.sum().backward()
+    assert torch.equal(y.detach(), expected.clone())
+    assert weight.grad.any()
+
+
 def test_sizes_are_rounded_up_to_few():
     """A size is rounded down, or to so many values that oneDNN compiles code for every batch."""
     sizes = range(1, 4097)

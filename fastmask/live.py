@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from fastmask import bits
 from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
-from fastmask.masks import Mask
+from fastmask.masks import FULL, Mask
 
-__all__ = ["FULL", "INTEGERS", "WHOLE", "Live", "live_of", "masked_parameters"]
+__all__ = ["INTEGERS", "WHOLE", "Live", "live_of", "masked_parameters"]
 
-FULL = -1
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the bits of a floating-point number are read as, by its bytes."""
 

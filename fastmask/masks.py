@@ -17,9 +17,10 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import never_written
 
-__all__ = ["UNPACKED", "Mask", "StoredMask", "live_blocks"]
+__all__ = ["FULL", "UNPACKED", "Mask", "StoredMask", "live_blocks"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
+FULL = -1  # the language id of the full, unmasked network
 UNPACKED = -1
 
 

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
+from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.inner_rates import InnerRates, rates_of, reusable
 from fastmask.models.attach import attached
@@ -28,7 +29,6 @@ from fastmask.models.attach import language as run_with
 __all__ = ["ALGORITHMS", "Adapted", "MetaLearner", "Task", "TaskResult"]
 
 ALGORITHMS = ("fomaml", "reptile")
-FULL = -1
 
 Language = str | int | None
 """Whose subnetwork: a language of the attached subnetworks, its number (-1: full network), or None: full network."""

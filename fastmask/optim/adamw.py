@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
-from fastmask.live import FULL, WHOLE, Live, live_of, masked_parameters
-from fastmask.masks import Mask
+from fastmask.live import WHOLE, Live, live_of, masked_parameters
+from fastmask.masks import FULL, Mask
 from fastmask.models.attach import attached
 from fastmask.optim.arrivals import Arrivals
 from fastmask.optim.step import Update, Views, take_step

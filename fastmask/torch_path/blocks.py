@@ -6,15 +6,14 @@ the dead blocks are zeros.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
-from fastmask.masks import StoredMask, live_blocks
+from fastmask.masks import FULL, StoredMask, live_blocks
 from fastmask.torch_path.gemm import by_onednn, cast, combined, outer, products
-from fastmask.torch_path.split import FULL, Split, first_equals
+from fastmask.torch_path.split import first_equals
+from fastmask.torch_path.tiles import Tiles
 
 __all__ = ["Blocks"]
 
@@ -23,8 +22,8 @@ GATHERING, GATHERING_ONEDNN = 16, 128
 SCATTERING_ONEDNN = 400  # the same of dW, whose blocks are put back one block row at a time
 
 
-class Blocks:
-    """Masks over (bn, bk) blocks of a weight [N, K], and what its layers compute; methods as those of `Units`."""
+class Blocks(Tiles):
+    """Masks over (bn, bk) blocks of a weight [N, K], and what its layers compute."""
 
     def __init__(self, mask: StoredMask, shape: tuple[int, int]) -> None:
         self.bn, self.bk = mask.geometry
@@ -40,33 +39,6 @@ class Blocks:
 
     def whole(self, language: int) -> bool:
         return self.density[language] == 1
-
-    def read(self, weight: Tensor, dtype: torch.dtype, languages: int) -> Tensor:
-        return cast(weight, dtype)
-
-    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
-        for language, x, out in zip(languages, xs, outs, strict=True):
-            self._forward(language, x, w, out)
-
-    def input_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
-    ) -> None:
-        for language, dy, out in zip(languages, dys, outs, strict=True):
-            self._input_grad(language, dy, w, out, add)
-
-    def weight_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        grad = weight.new_zeros(weight.shape, dtype=dtype)
-        for language, dy, x in zip(languages, dys, xs, strict=True):
-            self._add_weight_grad(language, dy, x, grad)
-        return grad
-
-    def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
-        y += bias
-
-    def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
-        return dy.sum((0, 1), dtype=dtype)
 
     def _forward(self, language: int, x: Tensor, w: Tensor, out: Tensor) -> None:
         if self._is_whole(language, x):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastmask.kept import Kept
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import FULL, UNPACKED, StoredMask
 from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.gated import enter, is_cheaper, leave
 from fastmask.torch_path.gemm import cast
-from fastmask.torch_path.split import FULL, Split
+from fastmask.torch_path.split import Split
 from fastmask.torch_path.units import Units
 from fastmask.torch_path.weights import Weights
 
@@ -50,8 +50,7 @@ def forward(
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
-    active, parts = activate(x, activation), (split.full if gated else split).parts
-    read = [layer.read(weight, x.dtype, len(parts)) for layer, weight in zip(layers, weights, strict=True)]
+    active, read = activate(x, activation), _read(layers, weights, x, split.full if gated else split)
     if kept is not None:
         kept += read
     widths = [
@@ -85,8 +84,8 @@ def backward(
     to them.
     """
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
-    active, parts = activate(x, activation), (split.full if gated else split).parts
-    read = kept or [layer.read(w, x.dtype, len(parts)) for layer, w in zip(layers, weights, strict=True)]
+    active = activate(x, activation)
+    read = kept or _read(layers, weights, x, split.full if gated else split)
     needs = _Needs(needs_x, needs_weight, needs_bias)
     if not gated:
         dx, dws, dbs = _grads(layers, dys, active, weights, read, split, needs)
@@ -98,6 +97,10 @@ def backward(
         dx, dws, dbs = _grads(layers, dys, wide, weights, read, split.full, needs)
         dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
     return None if dx is None else activation_grad(dx, x, activation), dws, dbs
+
+
+def _read(layers: Sequence[Layer], weights: Sequence[Tensor], x: Tensor, split: Split) -> list[Tensor]:
+    return [layer.read(weight, x.dtype, len(split.parts)) for layer, weight in zip(layers, weights, strict=True)]
 
 
 def _run(

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from fastmask.kept import Kept
+from fastmask.masks import FULL
 
-__all__ = ["FULL", "Split", "first_equals"]
+__all__ = ["Split", "first_equals"]
 
 Made = TypeVar("Made")
-
-FULL = -1  # the language id of the full, unmasked network
 
 
 class Split:

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fastmask.masks import StoredMask
+from fastmask.masks import FULL, StoredMask
 from fastmask.torch_path.gemm import Live, add_outer, cast, combined, products
-from fastmask.torch_path.split import FULL, Split, first_equals
+from fastmask.torch_path.split import Split, first_equals
 
 __all__ = ["Units"]
 

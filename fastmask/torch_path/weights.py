@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from fastmask import bits
-from fastmask.masks import StoredMask
-from fastmask.torch_path.gemm import cast, combined, outer, products
-from fastmask.torch_path.split import FULL, Split, first_equals
+from fastmask.masks import FULL, StoredMask
+from fastmask.torch_path.gemm import combined, outer, products
+from fastmask.torch_path.split import first_equals
+from fastmask.torch_path.tiles import Tiles
 
 __all__ = ["Weights"]
 
 
-class Weights:
-    """Masks over single weights of [N, K], and what its layers compute; methods as those of `Units`."""
+class Weights(Tiles):
+    """Masks over single weights of [N, K], and what its layers compute."""
 
     def __init__(self, mask: StoredMask, shape: tuple[int, int]) -> None:
         self.words, self.K = mask.index.detach(), shape[1]
@@ -29,33 +28,14 @@ class Weights:
     def whole(self, language: int) -> bool:
         return language == FULL
 
-    def read(self, weight: Tensor, dtype: torch.dtype, languages: int) -> Tensor:
-        return cast(weight, dtype)
+    def _forward(self, language: int, x: Tensor, w: Tensor, out: Tensor) -> None:
+        products([x], self._masked(language, w), None, [out])
 
-    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
-        for language, x, out in zip(languages, xs, outs, strict=True):
-            products([x], self._masked(language, w), None, [out])
+    def _input_grad(self, language: int, dy: Tensor, w: Tensor, out: Tensor, add: bool) -> None:
+        combined([dy], self._masked(language, w), None, [out], add)
 
-    def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
-        y += bias
-
-    def input_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
-    ) -> None:
-        for language, dy, out in zip(languages, dys, outs, strict=True):
-            combined([dy], self._masked(language, w), None, [out], add)
-
-    def weight_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        grad = weight.new_empty(weight.shape, dtype=dtype)
-        for number, (language, dy, x) in enumerate(zip(languages, dys, xs, strict=True)):
-            part = self._masked(language, outer(dy, x))
-            grad.add_(part) if number else grad.copy_(part)
-        return grad
-
-    def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
-        return dy.sum((0, 1), dtype=dtype)
+    def _add_weight_grad(self, language: int, dy: Tensor, x: Tensor, grad: Tensor) -> None:
+        grad += self._masked(language, outer(dy, x))
 
     def _masked(self, language: int, weight: Tensor) -> Tensor:
         return weight if language == FULL else weight * bits.unpack(self.words[language], self.K)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.errors import unknown
+from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.inner_rates import rates_of
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
 from fastmask.parsing.batch import Encoded
 from fastmask.unseen.adam import AdamWeights
-from fastmask.unseen.choosing import FULL, evaluating
+from fastmask.unseen.choosing import evaluating
 
 if TYPE_CHECKING:
     from fastmask.parsing.parser import Parser

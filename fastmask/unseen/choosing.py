@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
+from fastmask.masks import FULL
 from fastmask.models.attach import attached
 from fastmask.parsing.batch import Batch, Encoded
 from fastmask.subnetworks import Subnetworks
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHOICES",
-    "FULL",
     "FULL_CHOICE",
     "UNION",
     "Choice",
@@ -37,7 +37,6 @@ __all__ = [
 
 CHOICES = ("nearest", "best", "union", "full")
 UNION = "union"
-FULL = -1
 
 
 @dataclass(frozen=True)

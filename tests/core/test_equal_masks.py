@@ -6,9 +6,9 @@ import pytest
 import torch
 from oracle import KINDS, check, random_mask
 
-from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.masks import FULL, UNPACKED, Mask, StoredMask
 from fastmask.torch_path.layers import _made
-from fastmask.torch_path.split import FULL, Split
+from fastmask.torch_path.split import Split
 
 
 def with_equal(mask: Mask, source: list[int]) -> Mask:

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fastmask_kernels
-import pytest
 import torch
 from fastmask_kernels.launching import launch
 
@@ -22,18 +21,8 @@ class Kernel:
         return lambda *arguments, **options: self.launches.append((grid, arguments, options, self.current[0]))
 
 
-def test_the_tensors_device_is_current_during_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensors_device_is_current_during_a_launch(current: list[int]) -> None:
     """Triton launches on another device than the tensors': the kernel cannot read them."""
-    current = [0]
-
-    def exchange(index: int) -> int:
-        before = current[0]
-        if index >= 0:
-            current[0] = index
-        return before
-
-    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
-    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     kernel = Kernel(current)
     on_second = SimpleNamespace(is_cuda=True, get_device=lambda: 1)
     launch(kernel, (2,), on_second, "x", SIZE=3)

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from fastmask_kernels import launching, tuning
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import Prepared
@@ -170,18 +169,8 @@ class Kernel:
         self.launches.append(("direct", (x, y, z), stream, more[5:], self.current[0]))
 
 
-def test_the_tensors_device_and_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensors_device_and_its_stream(current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch that goes past the binder goes to another device, or another stream, than the tensors' current one."""
-    current = [0]
-
-    def exchange(index: int) -> int:
-        before = current[0]
-        if index >= 0:
-            current[0] = index
-        return before
-
-    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
-    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
     driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 70 + device)
     monkeypatch.setattr(launching.drivers, "_active", driver)
     kernel = Kernel(current)

@@ -6,7 +6,7 @@ from fastmask.dynamic import DynamicSubnetworks
 from fastmask.linear import MaskedLinear, masked_linear
 from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
-from fastmask.models import attach, detach, language
+from fastmask.models import Family, Projections, attach, detach, language, register_family
 from fastmask.optim import LiveAdamW
 from fastmask.subnetworks import Subnetworks
 
@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DynamicSubnetworks",
+    "Family",
     "LiveAdamW",
     "Mask",
     "MaskedLinear",
     "MetaLearner",
+    "Projections",
     "Subnetworks",
     "analysis",
     "attach",
@@ -25,5 +27,6 @@ __all__ = [
     "discover",
     "language",
     "masked_linear",
+    "register_family",
     "unseen",
 ]

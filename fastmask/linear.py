@@ -72,6 +72,8 @@ class MaskedLinear(nn.Linear):
         mask: a `Mask` over [out_features, in_features].
     """
 
+    transposed = False  # whether the weight is stored [in, out]
+
     def __init__(
         self,
         in_features: int,

@@ -193,12 +193,12 @@ def masked_parameters(model: nn.Module) -> dict[Tensor, MaskedLinear]:
     """The layer of each parameter of the model that has a mask: of weights, and of biases below a row mask.
 
     A parameter that also stands somewhere else in the model (tied weights) may change anywhere: it has no entry, like
-    all others that are not masked.
+    all others that are not masked. Neither has a weight that is stored transposed (GPT-2's), nor its bias.
     """
     places: Counter[Tensor] = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[Tensor, MaskedLinear] = {}
     for layer in model.modules():
-        if isinstance(layer, MaskedLinear):
+        if isinstance(layer, MaskedLinear) and not layer.transposed:
             for parameter in (layer.weight, layer.bias if layer.mask.kind == "rows" else None):
                 if parameter is not None and places[parameter] == 1:
                     found[parameter] = layer

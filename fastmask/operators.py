@@ -155,7 +155,8 @@ class _Eager(torch.autograd.Function):
         ys = layers.forward(x, weights, biases, language_ids, kept)
         ctx.layers, ctx.has_bias = layers, bool(biases)
         ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
-        return tuple(ys)
+        # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
+        return tuple(y.data if y._is_view() else y for y in ys)
 
     @staticmethod
     @once_differentiable

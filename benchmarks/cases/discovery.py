@@ -20,7 +20,7 @@ from benchmarks.cases.case import Case, WrongResultError
 from benchmarks.measure import Side
 from benchmarks.parser_bed import ParserBed
 from benchmarks.setting import Setting
-from fastmask.models.families import layer_parts
+from fastmask.models.structure import structure_of
 from fastmask.parsing.batch import Batch
 
 __all__ = ["Discovery", "MultiplyByZero"]
@@ -41,11 +41,11 @@ class MultiplyByZero:
 
     def __init__(self, model: nn.Module, loss: Callable[[Batch], Tensor], every_gradient: bool) -> None:
         self.model, self.loss, self.every_gradient = model, loss, every_gradient
-        parts = layer_parts(model)
-        config: Any = model.config
+        structure = structure_of(model)
         # The modules that consume heads, then those that consume neurons, of all layers.
-        self.consumers = [[part.heads_columns[0] for part in parts], [part.neurons_columns for part in parts]]
-        self.sizes = [config.num_attention_heads, config.intermediate_size]
+        groups = [structure.attentions, structure.ffns]
+        self.consumers = [[group.columns[0] for group in of_kind] for of_kind in groups]
+        self.sizes = [of_kind[0].units for of_kind in groups]
 
     def found(self, batches: dict[str, list[Batch]], density: float) -> fm.Subnetworks:
         """The subnetwork of each language, down to `density`."""

@@ -17,7 +17,7 @@ from fastmask.analysis.lockstep import gradients_in_lockstep
 from fastmask.analysis.products import Products, cosines_of, masks_of
 from fastmask.analysis.result import Result
 from fastmask.models.attach import attached, is_attached, language, owner_of
-from fastmask.models.families import family_of
+from fastmask.models.structure import layers_of, structure_of
 
 __all__ = ["gradient_conflict"]
 
@@ -152,10 +152,9 @@ class _Scopes:
     def __init__(self, model: nn.Module, whole: nn.Module, cuts: Sequence[str] | None) -> None:
         owner = owner_of(model)
         encoder: nn.Module = cast(Any, owner).base_model if hasattr(owner, "base_model") else owner
+        layers = [owner.get_submodule(name) for name in cuts or ()]
         if cuts is None:
-            layers = list(cast(nn.ModuleList, encoder.get_submodule(family_of(owner).layers)))
-        else:
-            layers = [owner.get_submodule(name) for name in cuts]
+            layers = layers_of(owner, structure_of(owner))
         self.cuts = layers
         inside = {id(parameter) for parameter in encoder.parameters()}
         number = {id(parameter): at for at, layer in enumerate(layers) for parameter in layer.parameters()}

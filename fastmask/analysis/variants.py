@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastmask.models.attach import attached, language, owner_of
-from fastmask.models.families import family_of, layer_parts
 from fastmask.models.layers import AttachedLinear
 from fastmask.models.routing import Route, Router
+from fastmask.models.structure import layers_of
 from fastmask.torch_path.activations import activate
 
 __all__ = ["flipped_losses", "repeated"]
@@ -58,38 +58,30 @@ def flipped_losses(
     """
     state, owner = attached(model), owner_of(model)
     own = getattr(state.subnets, units)[state.subnets.index(language_name), layer]
-    parts = layer_parts(owner)[layer]
-    attention = owner.get_submodule(next(iter(parts.heads_rows)).rpartition(".")[0])
-    makers, consumer = (
-        (tuple(parts.heads_rows), parts.heads_columns[0])
-        if units == "heads"
-        else (parts.neurons_rows, parts.neurons_columns)
-    )
+    group, layers = state.structure.groups(units)[layer], layers_of(owner, state.structure)
+    if not len(layers) == len(state.structure.attentions) == len(state.structure.ffns):
+        raise ValueError("expected a model of one stack of layers, each with one attention and one FFN")
+    attention = owner.get_submodule(next(iter(state.structure.attentions[layer].rows)).rpartition(".")[0])
     times = len(which)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(language(model, language_name))
-        for below in _layers(owner)[:layer]:
+        for below in layers[:layer]:
             stack.enter_context(_on_one_copy(below, examples, times))
         # Heads: from here to the consumer there is one copy only. Neurons: the attention before them does not differ.
         stack.enter_context(_on_one_copy(attention, examples, times, again=units == "neurons"))
-        for name in makers:
+        for name in group.rows:
             maker = owner.get_submodule(name)
             stack.enter_context(_all_units(maker, state.router))
             if units == "neurons":
                 stack.enter_context(_on_one_copy(maker, examples, times, again=False))
-        stack.enter_context(_varied(owner.get_submodule(consumer), own, which))
+        stack.enter_context(_varied(owner.get_submodule(group.columns[0]), own[: group.units], which))
         losses = loss(repeat(batch, times))
     if losses.shape != (times * examples,):
         raise ValueError(
             f"the loss of a batch of {examples} examples repeated {times} times has shape {tuple(losses.shape)}"
         )
     return losses.view(times, examples)
-
-
-def _layers(owner: nn.Module) -> list[nn.Module]:
-    base: nn.Module = cast(Any, owner).base_model
-    return list(cast(nn.ModuleList, base.get_submodule(family_of(owner).layers)))
 
 
 @contextmanager
@@ -147,9 +139,9 @@ def _varied(consumer: nn.Module, own: Tensor, which: list[int]) -> Iterator[None
         x = activate(x, consumer.activation)
         of_units = x.unflatten(-1, (len(own), -1))
         keep = own.to(x.device)
-        base = F.linear((of_units * keep[:, None]).flatten(-2), consumer.weight, consumer.bias)
+        base = F.linear((of_units * keep[:, None]).flatten(-2), consumer.matrix, consumer.bias)
         rows = of_units[..., flipped, :].movedim(-2, 0).flatten(1, -2)  # [variants, B * ..., size]
-        columns = consumer.weight.unflatten(1, (len(own), -1))[:, flipped].permute(1, 2, 0)  # [variants, size, N]
+        columns = consumer.matrix.unflatten(1, (len(own), -1))[:, flipped].permute(1, 2, 0)  # [variants, size, N]
         makes = torch.bmm(rows, columns).unflatten(1, base.shape[:-1])
         sign = torch.where(keep[flipped], -1, 1).to(makes.dtype).view(-1, *[1] * base.ndim)
         return makes.mul_(sign).add_(base).flatten(0, 1)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.models.attach import attached, owner_of
-from fastmask.models.families import layer_parts
 from fastmask.models.layers import AttachedLinear
 from fastmask.torch_path.activations import NONE, activate
 
@@ -27,33 +26,32 @@ __all__ = ["Probe", "frozen", "gate_gradients", "gated", "probes_of"]
 class Probe:
     """One layer's units of one kind ("heads" or "neurons"), gated at the module that consumes them.
 
-    `unit` is how many of the consumer's inputs belong to one unit.
+    `unit` is how many of the consumer's inputs belong to one unit, `units` how many there are in the full network.
     """
 
     kind: str
     layer: int
     consumer: AttachedLinear
     unit: int
+    units: int
 
 
 def probes_of(model: nn.Module) -> list[Probe]:
-    """Where the masked units of an attached model are gated, in the order in which a forward pass gets there."""
-    subnets, owner = attached(model).subnets, owner_of(model)
-    probes: list[Probe] = []
-    if subnets.heads is None and subnets.neurons is None:
-        return probes  # masks over weights: the model need not be of a known family
+    """Where the masked units of an attached model are gated, in the order of its modules."""
+    state, owner = attached(model), owner_of(model)
+    kinds = [kind for kind in ("heads", "neurons") if getattr(state.subnets, kind) is not None]
+    found: dict[str, Probe] = {}
+    for kind in kinds:
+        for index, group in enumerate(state.structure.groups(kind)):
+            name, unit = group.columns
+            consumer = owner.get_submodule(name)
+            assert isinstance(consumer, AttachedLinear)
+            found[name] = Probe(kind, index, consumer, unit, group.units)
+    return [found[name] for name, _ in owner.named_modules() if name in found]
 
-    def add(kind: str, layer: int, name: str, unit: int) -> None:
-        consumer = owner.get_submodule(name)
-        assert isinstance(consumer, AttachedLinear)
-        probes.append(Probe(kind, layer, consumer, unit))
 
-    for index, parts in enumerate(layer_parts(owner)):
-        if subnets.heads is not None:
-            add("heads", index, *parts.heads_columns)
-        if subnets.neurons is not None:
-            add("neurons", index, parts.neurons_columns, 1)
-    return probes
+Gates = list[tuple[int, Tensor]]
+"""Gates [B, units], each with the number of its probe, in the order in which a forward pass got there."""
 
 
 class _Gate(torch.autograd.Function):
@@ -84,17 +82,21 @@ def _scaled(x: Tensor, gates: Tensor, unit: int) -> Tensor:
 
 
 @contextmanager
-def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> Iterator[list[Tensor]]:
+def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> Iterator[Gates]:
     """Gate the input of every consumer; yields the list that each forward pass fills with its gates [B, units].
+
+    Each stands there with the number of its probe: a model calls its modules in an order of its own.
 
     Args:
         probes: of `probes_of`.
         values: the gates of each probe, bool or float [units]; None opens all gates of whatever arrives.
     """
-    gates: list[Tensor] = []
+    gates: Gates = []
     activations = {probe.consumer: probe.consumer.activation for probe in probes}
 
-    def hook(probe: Probe, value: Tensor | None) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(
+        number: int, probe: Probe, value: Tensor | None
+    ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def gate(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             # The gate stands behind the activation, also where the module computes it: it is taken out meanwhile.
             x = activate(inputs[0], activations[probe.consumer])
@@ -103,7 +105,7 @@ def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> It
             own = torch.ones(shape, dtype=dtype, device=x.device)
             if value is not None:
                 own *= value.to(x.device)
-            gates.append(own.requires_grad_())
+            gates.append((number, own.requires_grad_()))
             return (_Gate.apply(x, own, probe.unit, value is None), *inputs[1:])
 
         return gate
@@ -112,8 +114,8 @@ def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> It
         consumer.activation = NONE
     all_open: list[Tensor | None] = [None] * len(probes)
     handles = [
-        probe.consumer.register_forward_pre_hook(hook(probe, value))
-        for probe, value in zip(probes, all_open if values is None else values, strict=True)
+        probe.consumer.register_forward_pre_hook(hook(number, probe, value))
+        for number, (probe, value) in enumerate(zip(probes, all_open if values is None else values, strict=True))
     ]
     try:
         yield gates
@@ -124,7 +126,7 @@ def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> It
             consumer.activation = activation
 
 
-def gate_gradients(losses: Tensor, gates: Sequence[Tensor], probes: Sequence[Probe]) -> tuple[Tensor, ...]:
+def gate_gradients(losses: Tensor, gates: Gates, probes: Sequence[Probe]) -> tuple[Tensor, ...]:
     """The derivative of each example's loss with respect to its gates: [B, units] of each probe.
 
     Args:
@@ -137,11 +139,12 @@ def gate_gradients(losses: Tensor, gates: Sequence[Tensor], probes: Sequence[Pro
     """
     if losses.ndim != 1:
         raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
-    if len(gates) != len(probes):
+    if sorted(number for number, _ in gates) != list(range(len(probes))):
         raise ValueError(f"loss(batch) must run the model once, it ran it {len(gates) / len(probes):g} times")
-    if gates[0].shape[0] != losses.shape[0]:
-        raise ValueError(f"loss(batch) gave {losses.shape[0]} losses, its model {gates[0].shape[0]} examples")
-    return torch.autograd.grad(losses.sum(), gates)
+    of_probes = [gate for _, gate in sorted(gates, key=lambda numbered: numbered[0])]
+    if of_probes[0].shape[0] != losses.shape[0]:
+        raise ValueError(f"loss(batch) gave {losses.shape[0]} losses, its model {of_probes[0].shape[0]} examples")
+    return torch.autograd.grad(losses.sum(), of_probes)
 
 
 @contextmanager

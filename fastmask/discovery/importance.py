@@ -74,7 +74,7 @@ def importance(
     }
     for probe, total in zip(probes, totals, strict=True):
         live = getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu()
-        # Slot j of the packed activation is the j-th live unit; slots behind them belong to no unit.
-        mean = total[: len(live)].float() / sentences
+        # Slot j of a packed activation is the j-th live unit; slots behind them belong to no unit.
+        mean = (total[: len(live)] if probe.consumer.packs else total[live]).float() / sentences
         scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)  # type: ignore[index]
     return Importance(scores["heads"], scores["neurons"])

@@ -19,7 +19,7 @@ from fastmask.discovery.importance import Importance, importance
 from fastmask.discovery.quality import Quality, attached_to, measure
 from fastmask.errors import unknown
 from fastmask.models.attach import is_attached
-from fastmask.subnetworks.geometry import Geometry
+from fastmask.models.structure import Geometry
 from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
 
 __all__ = ["Round", "discover", "live_units"]
@@ -121,12 +121,12 @@ class _Pruner:
         drop: float,
         on_round: Callable[[Round], None] | None,
     ) -> None:
-        geometry = Geometry.of(model.config)
+        geometry = Geometry.of(model)
         self.model, self.name, self.batches, self.loss, self.metric = model, name, batches, loss, metric
         self.drop, self.on_round = drop, on_round
         self.masks: _Masks = {
-            kind: torch.ones(geometry.layers, size, dtype=torch.bool)
-            for kind, size in (("heads", geometry.heads), ("neurons", geometry.neurons))
+            kind: torch.arange(max(geometry.sizes(kind)))[None, :] < torch.tensor(geometry.sizes(kind))[:, None]
+            for kind in ("heads", "neurons")
             if units in (kind, "both")
         }
         self.scores = {kind: torch.zeros(keep.shape) for kind, keep in self.masks.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmask.discovery.gates import Probe, frozen, gate_gradients, gated, probes_of
@@ -59,7 +60,7 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
     probes = probes_of(model)
     if not probes:
         raise ValueError("a scout needs subnetworks over heads or neurons; these have only weights")
-    values = [getattr(subnets, probe.kind)[row, probe.layer] for probe in probes]
+    values = [getattr(subnets, probe.kind)[row, probe.layer, : probe.units] for probe in probes]
     with (
         frozen(model),
         language(model, language_name),
@@ -85,7 +86,7 @@ def _all_units_computed(model: nn.Module) -> Iterator[None]:
     """Let the layers of heads and neurons run the full network; masks over single weights stay in force."""
     full = Router(attached(model).subnets.languages)
     full.running.route = Route(-1, (-1,))
-    layers = [m for m in model.modules() if isinstance(m, AttachedLinear) and m.packed_unit is not None]
+    layers = [m for m in model.modules() if isinstance(m, AttachedLinear) and m.unit is not None]
     routers = [layer.router for layer in layers]
     for layer in layers:
         layer.router = full
@@ -101,4 +102,8 @@ def _by_kind(probes: Sequence[Probe], sums: Sequence[Tensor]) -> dict[str, Tenso
     layers: dict[str, list[Tensor]] = {}
     for probe, of_layer in zip(probes, sums, strict=True):
         layers.setdefault(probe.kind, []).append(of_layer)
-    return {kind: torch.stack(of_kind).cpu() for kind, of_kind in layers.items()}
+    most = {kind: max(map(len, of_kind)) for kind, of_kind in layers.items()}
+    return {
+        kind: torch.stack([F.pad(of_layer, (0, most[kind] - len(of_layer))) for of_layer in of_kind]).cpu()
+        for kind, of_kind in layers.items()
+    }

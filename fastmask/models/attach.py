@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copyreg
 import inspect
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.masks import Mask
-from fastmask.models.building import unit_layers, weight_layers
+from fastmask.models.building import kept_of, unit_layers, weight_layers
 from fastmask.models.caches import CacheArguments, packs_heads
-from fastmask.models.families import layer_parts
+from fastmask.models.families import Family
 from fastmask.models.layers import AttachedLinear
 from fastmask.models.places import Places
 from fastmask.models.plain import check_model, check_shared, is_own, kind_of, leads_to
+from fastmask.models.proof import Found, Inputs, try_layers
 from fastmask.models.routing import Router
+from fastmask.models.structure import Structure, structure_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of", "set_subnetwork"]
@@ -36,9 +39,18 @@ class Attached:
     places: Places
     plain_modules: dict[str, nn.Module]
     plain_class: type[nn.Module]
+    structure: Structure
+    unpacked: Mapping[str, str]  # places whose units are not packed, and why
 
 
-def attach(model: Model, subnets: Subnetworks) -> Model:
+def attach(
+    model: Model,
+    subnets: Subnetworks,
+    *,
+    family: Family | None = None,
+    example: Inputs | None = None,
+    verify: bool = True,
+) -> Model:
     """Give each language of `subnets` its subnetwork of `model`; the model is changed in place and returned.
 
     Parameters, state dict keys and `save_pretrained` stay as they were. The forward pass takes one more argument,
@@ -56,13 +68,22 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
     adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
 
+    Heads and neurons are found by the names and shapes of modules, not by the model's type. Before anything is changed
+    a tiny batch runs through the layers that are about to be put in, and through weights multiplied by masks. Where
+    packing units gives something else (relative position biases, norms over all heads), those units are not packed:
+    dead ones are zeros in their slots, and cost what is between the projections. A warning says which and why.
+
     Args:
-        model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).
+        model: a Hugging Face model, bare or under a task head (any module, for weight masks).
         subnets: masks for the model's geometry.
+        family: where heads and neurons are, if the model's layout is not a known one (see also `register_family`).
+        example: the arguments of a forward pass of three examples, for the proof; made from the config if not given.
+        verify: False: take it as proven, and pack everything.
 
     Raises:
-        ValueError: an unsupported model, a model that has subnetworks attached, masks of another geometry; a model or
-            a module to be masked that is wrapped, hooked, parametrized, pruned, quantised or sharded already.
+        ValueError: a model of no known layout, a model that has subnetworks attached, masks of another geometry; a
+            model or a module to be masked that is wrapped, hooked, parametrized, pruned, quantised or sharded already;
+            a model that does not compute what weights times masks would.
         KeyError: `subnets.weights` names a module that does not exist.
     """
     if is_attached(model):
@@ -72,7 +93,14 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     check_model(model, attached_class.forward)
     router = Router(subnets.languages)
     # Everything that can fail comes before the first change to the model.
-    masked = {**unit_layers(model, subnets, router), **weight_layers(model, subnets, router)}
+    kinds = tuple(kind for kind in ("heads", "neurons") if getattr(subnets, kind) is not None)
+    structure = structure_of(model, family) if kinds else Structure((), ())
+    of_units = unit_layers(model, subnets, router, structure)
+    check_shared(model, of_units)
+    found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
+    _say(model, found.unpacked)
+    of_units = unit_layers(model, subnets, router, structure, found.unpacked, found.apart)
+    masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
     plain = {name: model.get_submodule(name) for name in masked}
     if is_own(vars(model).get("forward"), model):  # left behind by hooks that were taken off
@@ -82,8 +110,20 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
         # One dictionary for both: loading and sharding replace Parameters, and old ones must not live on in here.
         plain[name]._parameters = layer._parameters
     model.__class__ = attached_class  # type: ignore[assignment]
-    model._fastmask = Attached(subnets, router, Places(model, masked), plain, plain_class)  # type: ignore[assignment]
+    model._fastmask = Attached(  # type: ignore[assignment]
+        subnets, router, Places(model, masked), plain, plain_class, structure, found.unpacked
+    )
     return model
+
+
+def _say(model: nn.Module, unpacked: Mapping[str, str]) -> None:
+    for place, why in unpacked.items():
+        between = "attention" if place.startswith("heads") else "what lies between the projections"
+        warnings.warn(
+            f"{type(model).__name__}: the {place} are not packed ({why}). Results are right, dead units are not "
+            f"computed by the projections, and {between} costs what it does in the full network",
+            stacklevel=3,
+        )
 
 
 def detach(model: Model) -> Model:
@@ -160,25 +200,24 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
         _check_one(what, keep, getattr(state.subnets, what), language)
     # Everything that can fail comes before the first change to the model.
     changed: list[tuple[AttachedLinear, Mask]] = []
-    for index, parts in enumerate(layer_parts(owner)):
-        for what, keep in given.items():
+    for what, keep in given.items():
+        for index, group in enumerate(state.structure.groups(what)):
+            own = keep[index, : group.units]
+            if keep[index, group.units :].any():
+                raise ValueError(f"layer {index} has {group.units} {what}, given masks that own one behind those")
             if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
                 continue
-            units = {**parts.heads_rows, parts.heads_columns[0]: parts.heads_columns[1]}
-            if what == "neurons":
-                units = dict.fromkeys((*parts.neurons_rows, parts.neurons_columns), 1)
-            for module_name, unit in units.items():
+            for module_name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
                 layer = owner.get_submodule(module_name)
                 assert isinstance(layer, AttachedLinear)
-                changed.append((layer, layer.mask.replaced(row, keep[index].repeat_interleave(unit))))
+                changed.append((layer, layer.mask.replaced(row, kept_of(own, unit))))
     wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
     for what, keep in given.items():
         wide[what] = wide[what].clone()
         wide[what][row] = keep
     subnets = Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide)
-    counts = [mask.live_counts() for _, mask in changed]
-    for (layer, mask), live in zip(changed, counts, strict=True):
-        layer.mask, layer._live_counts = mask, live
+    for layer, mask in changed:
+        layer.mask = mask
     state.subnets = subnets
 
 
@@ -256,7 +295,8 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         if cache is None and not caching.asks_for_one(args, kwargs):
             args, kwargs = caching.without(args, kwargs)
         elif state.subnets.heads is not None:
-            route.packs_heads = packs_heads(cache, state.subnets.heads, route.present)
+            one_stack = state.structure.one_stack and not state.unpacked
+            route.packs_heads = one_stack and packs_heads(cache, state.subnets.heads, route.present)
         with state.router.using(route):
             return plain.forward(self, *args, **kwargs)
 

@@ -2,95 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.masks import Mask
-from fastmask.models.families import family_of, layer_parts
-from fastmask.models.layers import AttachedLinear, Siblings
+from fastmask.models.layers import AttachedConv1D, AttachedLinear, Siblings
 from fastmask.models.plain import obstacle, plain_linear
 from fastmask.models.routing import Router
-from fastmask.subnetworks.geometry import Geometry
+from fastmask.models.structure import Structure, UnitGroup, is_conv1d
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.activations import NONE, name_of
 
-__all__ = ["unit_layers", "weight_layers"]
+__all__ = ["kept_of", "unit_layers", "weight_layers"]
 
 
-def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, nn.Module]:
-    """The packed layers of heads and neurons, by module name, and identities for activations that they take over."""
-    if subnets.heads is None and subnets.neurons is None:
-        return {}
-    family_of(model)  # an unsupported model gets an error that names the supported ones, not a missing attribute
-    _check_geometry(model, subnets)
+def unit_layers(
+    model: nn.Module,
+    subnets: Subnetworks,
+    router: Router,
+    structure: Structure,
+    unpacked: Collection[str] = (),
+    apart: Collection[str] = (),
+) -> dict[str, nn.Module]:
+    """The layers of heads and neurons, by module name, and identities for activations that they take over.
+
+    Args:
+        model: plain.
+        subnets: masks for its geometry.
+        router: where the layers will look up their languages.
+        structure: of the model.
+        unpacked: places (`UnitGroup.place`) whose units stay in their slots.
+        apart: places whose projections do not read the same input.
+    """
     layers: dict[str, nn.Module] = {}
-
-    def add(side: str, units: Mapping[str, int], keep: Tensor, **options: Any) -> None:
-        linears = {name: plain_linear(model, name) for name in units}
-        if len(linears) > 1 and len({linear.bias is not None for linear in linears.values()}) == 1:
-            options["siblings"] = Siblings()  # they read the same input, and are computed together
-        for name, linear in linears.items():
-            build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
-            mask = build(keep.repeat_interleave(units[name], 1), other)
-            layers[name] = AttachedLinear.from_linear(linear, mask, router=router, packed_unit=units[name], **options)
-
-    for index, parts in enumerate(layer_parts(model)):
-        if subnets.heads is not None:
-            add("rows", parts.heads_rows, subnets.heads[:, index], of_heads=True)
-            add("columns", dict([parts.heads_columns]), subnets.heads[:, index], of_heads=True)
-        if subnets.neurons is not None:
-            activation = NONE
-            if parts.activation is not None:
-                activation = name_of(model.get_submodule(parts.activation))
-                if activation != NONE:
-                    if why := obstacle(model.get_submodule(parts.activation)):
-                        raise ValueError(f"cannot compute {parts.activation!r} in the layer behind it: {why}")
-                    layers[parts.activation] = nn.Identity()
-            add("rows", dict.fromkeys(parts.neurons_rows, 1), subnets.neurons[:, index])
-            add("columns", {parts.neurons_columns: 1}, subnets.neurons[:, index], activation=activation)
+    for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+        if keep is None:
+            continue
+        groups = structure.groups(kind)
+        _check_geometry(model, keep, groups, kind)
+        for index, group in enumerate(groups):
+            how = {"router": router, "packs": group.place not in unpacked, "of_heads": kind == "heads"}
+            layers |= _of_group(model, group, keep[:, index, : group.units], group.place not in apart, how)
     return layers
 
 
-def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, AttachedLinear]:
-    """The layers with a mask over single weights, by module name."""
+def _of_group(
+    model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
+    layers: dict[str, nn.Module] = {}
+    linears = {name: plain_linear(model, name) for name in group.rows}
+    fused = any(len(unit) > 1 for unit in group.rows.values())
+    alike = len({(linear.bias is not None, _width(linear)) for linear in linears.values()}) == 1
+    siblings = Siblings() if together and len(linears) > 1 and alike and not fused else None
+    for name, unit in group.rows.items():
+        mask = Mask.rows(kept_of(keep, unit), _width(linears[name]))
+        parts = [(of_part * group.units, of_part) for of_part in unit] if len(unit) > 1 else []
+        layers[name] = _layer(linears[name], mask, unit=sum(unit), parts=parts, siblings=siblings, **options)
+    name, of_unit = group.columns
+    linear, activation = plain_linear(model, name), NONE
+    if group.activation is not None:
+        activation = name_of(model.get_submodule(group.activation))
+        if activation != NONE:
+            if why := obstacle(model.get_submodule(group.activation)):
+                raise ValueError(f"cannot compute {group.activation!r} in the layer behind it: {why}")
+            layers[group.activation] = nn.Identity()
+    mask = Mask.columns(keep.repeat_interleave(of_unit, 1), _height(linear))
+    layers[name] = _layer(linear, mask, unit=of_unit, activation=activation, **options)
+    return layers
+
+
+def kept_of(keep: Tensor, unit: tuple[int, ...]) -> Tensor:
+    """Flags of a projection's output rows, bool [..., out], from those of units, [..., units]."""
+    return torch.cat([keep.repeat_interleave(of_part, -1) for of_part in unit], -1)
+
+
+def _layer(linear: nn.Module, mask: Mask, **options: Any) -> AttachedLinear:
+    kind = AttachedConv1D if is_conv1d(linear) else AttachedLinear
+    return kind.from_linear(linear, mask, **options)  # type: ignore[arg-type]
+
+
+def _width(linear: nn.Module) -> int:
+    return linear.nx if is_conv1d(linear) else linear.in_features  # type: ignore[return-value]
+
+
+def _height(linear: nn.Module) -> int:
+    return linear.nf if is_conv1d(linear) else linear.out_features  # type: ignore[return-value]
+
+
+def weight_layers(
+    model: nn.Module, subnets: Subnetworks, router: Router, taken: Collection[str]
+) -> dict[str, AttachedLinear]:
+    """The layers with a mask over single weights, by module name.
+
+    Args:
+        model: plain.
+        subnets: the masks.
+        router: where the layers will look up their languages.
+        taken: the modules with a mask over heads or neurons.
+    """
     layers = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, keep in (subnets.weights or {}).items():
         if name not in modules:
             raise unknown("linear layer", name, [n for n, module in modules.items() if isinstance(module, nn.Linear)])
         linear = plain_linear(model, name)
-        expected = (len(subnets.languages), linear.out_features, linear.in_features)
+        expected = (len(subnets.languages), _height(linear), _width(linear))
         if tuple(keep.shape) != expected:
             raise ValueError(f"the mask of {name!r} has shape {tuple(keep.shape)}, expected {expected}")
-        layers[name] = AttachedLinear.from_linear(linear, Mask.weights(keep), router=router, packed_unit=None)
-    if subnets.heads is not None or subnets.neurons is not None:
-        taken = [name for name in layers if name in _unit_names(model, subnets)]
-        if taken:
-            raise ValueError(f"{taken[0]!r} has a mask over weights and one over heads or neurons: give one of the two")
+        if name in taken:
+            raise ValueError(f"{name!r} has a mask over weights and one over heads or neurons: give one of the two")
+        layers[name] = _layer(linear, Mask.weights(keep), router=router, unit=None)
     return layers
 
 
-def _unit_names(model: nn.Module, subnets: Subnetworks) -> set[str]:
-    names: set[str] = set()
-    for parts in layer_parts(model):
-        if subnets.heads is not None:
-            names |= {*parts.heads_rows, parts.heads_columns[0]}
-        if subnets.neurons is not None:
-            names |= {*parts.neurons_rows, parts.neurons_columns}
-    return names
-
-
-def _check_geometry(model: nn.Module, subnets: Subnetworks) -> None:
-    geometry = Geometry.of(model.config)
-    for what, keep, size in (
-        ("heads", subnets.heads, geometry.heads),
-        ("neurons", subnets.neurons, geometry.neurons),
-    ):
-        if keep is not None and tuple(keep.shape[1:]) != (geometry.layers, size):
+def _check_geometry(model: nn.Module, keep: Tensor, groups: tuple[UnitGroup, ...], kind: str) -> None:
+    sizes = [group.units for group in groups]
+    what = f"this {type(model).__name__} has"
+    if not sizes:
+        raise ValueError(f"the masks are for {kind}, and {what} none that fastmask knows how to mask")
+    if tuple(keep.shape[1:]) != (len(sizes), max(sizes)):
+        raise ValueError(
+            f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {kind}, "
+            f"{what} {len(sizes)} layers of {max(sizes)} {kind}"
+        )
+    for index, group in enumerate(groups):
+        if keep[:, index, group.units :].any():
             raise ValueError(
-                f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {what}, "
-                f"this {type(model).__name__} has {geometry.layers} layers of {size} {what}"
+                f"the masks own {kind} of layer {index} that do not exist: {what} {group.units} there ({group.name})"
             )

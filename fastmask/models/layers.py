@@ -1,15 +1,17 @@
 """The masked layer inside a Hugging Face model: it reads its languages from the model's router.
 
 Layers that share their input (Q, K and V; gate and up) are `Siblings`: whichever the model calls first computes all.
+One layer that holds several projections (fused QKV, gate-up) computes them side by side: its `parts`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmask.linear import MaskedLinear
 from fastmask.masks import UNPACKED, Mask
@@ -17,20 +19,22 @@ from fastmask.models.routing import Route, Router
 from fastmask.operators import compute, compute_projections
 from fastmask.torch_path.activations import NONE
 
-__all__ = ["AttachedLinear", "Siblings"]
+__all__ = ["AttachedConv1D", "AttachedLinear", "Siblings"]
 
 
 class AttachedLinear(MaskedLinear):
     """A `MaskedLinear` that looks like the `nn.Linear` it replaces.
 
-    With `packed_unit` it works packed: a row mask puts each example's live heads (or neurons) at the front of an output
+    With `packs` it works packed: a row mask puts each example's live heads (or neurons) at the front of an output
     as wide as the widest language of the batch, and a column mask reads such an input. The attention code in between
     reshapes with -1 heads and so needs no change; a slot that is left over is a head of zeros, which adds nothing.
 
     Args:
-        packed_unit: rows or columns of one head (or neuron); the packed width is a multiple of it and holds at least
-            one unit, because attention code cannot reshape zero heads. None for a layer that is not packed.
+        unit: rows or columns of one head (or neuron); the packed width is a multiple of it and holds at least one unit,
+            because attention code cannot reshape zero heads. None for a mask that is not over units.
+        packs: whether live units are packed; otherwise each stays in its slot, and dead ones are zeros.
         of_heads: whether the units are heads, which a route may want unpacked.
+        parts: output rows of each of several projections that the weight holds, and of a unit in each; () for one.
         activation: a name of `torch_path.activations`, applied to the input in place of the model's own.
         siblings: the layers that read the same input, to which this one is added.
     """
@@ -42,46 +46,108 @@ class AttachedLinear(MaskedLinear):
         mask: Mask,
         *,
         router: Router,
-        packed_unit: int | None,
+        unit: int | None,
+        packs: bool = True,
         of_heads: bool = False,
+        parts: Sequence[tuple[int, int]] = (),
         activation: str = NONE,
         siblings: Siblings | None = None,
         **options: Any,
     ) -> None:
+        self.parts = tuple(parts)
         super().__init__(in_features, out_features, mask, **options)
         self.router = router
-        self.packed_unit = packed_unit
+        self.unit = unit
+        self.packs = packs and unit is not None
         self.of_heads = of_heads
         self.activation = activation
         self.siblings = siblings
         if siblings is not None:
             siblings.layers.append(self)
-        self._live_counts = mask.live_counts() if packed_unit is not None else []
+
+    @MaskedLinear.mask.setter  # type: ignore[attr-defined]
+    def mask(self, mask: Mask) -> None:
+        """Count what lives, once: a tracer cannot, and on a GPU it waits."""
+        MaskedLinear.mask.fset(self, mask)  # type: ignore[attr-defined]
+        self._counts = [] if mask.kind not in ("rows", "columns") else mask.live_counts()
+        self._of_parts: list[tuple[Mask, list[int]]] = []
+        if self.parts:
+            keep = self._mask.to_dense()[:, :, 0].split([size for size, _ in self.parts], 1)
+            masks = [Mask.rows(of_part, self.in_features) for of_part in keep]
+            self._of_parts = [(of_part, of_part.live_counts()) for of_part in masks]
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in]."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
         if self.siblings is not None and route.shared:
             return self.siblings.output_of(self, x, route)
+        if self.parts and self.packs_in(route):
+            return self._parts_side_by_side(x, route)
         mask, width = self.mask, self.packed_width(route, x)
-        return compute(x, self.weight, mask, route.ids_for(x), self.bias, width, self.activation)
+        return compute(x, self.matrix, mask, route.ids_for(x), self.bias, width, self.activation)
+
+    def packs_in(self, route: Route) -> bool:
+        """Whether live units travel packed in a pass."""
+        return self.packs and (route.packs_heads or not self.of_heads)
 
     def packed_width(self, route: Route, x: Tensor) -> int:
         """Width of the packed side: that of the input, or of the widest language present, or of all if not known."""
-        if self.packed_unit is None or (self.of_heads and not route.packs_heads):
+        if not self.packs_in(route):
             return UNPACKED
         if self._mask.kind == "columns":
             return x.shape[-1]
+        assert self.unit is not None
+        return self._widest(self._counts, route, x, self.out_features, self.unit)
+
+    @staticmethod
+    def _widest(counts: list[int], route: Route, x: Tensor, full: int, unit: int) -> int:
         if route.present is None:
-            widest = max(self._live_counts)
+            widest = max(counts)
         elif -1 in route.present:
-            return self.out_features
+            return full
         else:
-            widest = max([0, *[self._live_counts[language] for language in route.present]])
-        if self.packed_unit == 1 and x.is_cuda:
+            widest = max([0, *[counts[language] for language in route.present]])
+        if unit == 1 and x.is_cuda:
             # Rows that begin at a multiple of 16 bytes are copied 16 bytes at a time.
-            widest = min(-(-widest // 64) * 64, self.out_features)
-        return max(widest, self.packed_unit)
+            widest = min(-(-widest // 64) * 64, full)
+        return max(widest, unit)
+
+    def _parts_side_by_side(self, x: Tensor, route: Route) -> Tensor:
+        """Each part packed by itself: [queries | keys | values] with as many units of each."""
+        sizes = [size for size, _ in self.parts]
+        masks = [self._beside_weight(mask) for mask, _ in self._of_parts]
+        widths = [
+            self._widest(counts, route, x, size, unit)
+            for (_, counts), (size, unit) in zip(self._of_parts, self.parts, strict=True)
+        ]
+        biases = [] if self.bias is None else list(self.bias.split(sizes))
+        weights = list(self.matrix.split(sizes))
+        return torch.cat(list(compute_projections(x, weights, masks, route.ids_for(x), biases, widths)), -1)
+
+
+class AttachedConv1D(AttachedLinear):
+    """An `AttachedLinear` in the place of GPT-2's `Conv1D`, whose weight is stored transposed, [in, out]."""
+
+    transposed = True
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, mask: Mask, **options: Any) -> AttachedConv1D:
+        """A masked layer that shares the Parameters of a `Conv1D`."""
+        layer = cls(mask.in_features, mask.out_features, mask=mask, device="meta", **options)
+        layer._parameters.update(linear._parameters)
+        layer.mask = mask
+        return layer.train(linear.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in]."""
+        # The kernels read rows that lie together.
+        return self.weight.t().contiguous() if self.weight.is_cuda else self.weight.t()
 
 
 @dataclass
@@ -116,7 +182,7 @@ class Siblings:
         if outputs is None or not outputs.fit(me, x):
             ys = compute_projections(
                 x,
-                [sibling.weight for sibling in layers],
+                [sibling.matrix for sibling in layers],
                 [sibling.mask for sibling in layers],
                 route.ids_for(x),
                 [sibling.bias for sibling in layers if sibling.bias is not None],

@@ -32,9 +32,7 @@ class Places:
             self._leaves[name] = (model.get_submodule(parent)._modules, child, module)
         self._kinds = {name: type(module) for name, module in modules.items()}
         self._linears = [
-            (name, module, (module.out_features, module.in_features))
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear)
+            (name, module, _stored_shape(module)) for name, module in modules.items() if isinstance(module, nn.Linear)
         ]
         self._steps = self._steps_down()
 
@@ -114,6 +112,11 @@ class Places:
         self._steps = steps
 
 
+def _stored_shape(layer: nn.Linear) -> tuple[int, int]:
+    shape = layer.out_features, layer.in_features
+    return shape[::-1] if getattr(layer, "transposed", False) else shape
+
+
 def _judge(name: str, layer: nn.Module, now: nn.Module | None) -> None:
     """Refuse what stands in the place of a masked layer, unless it calls it as it was."""
     if now is None:
@@ -151,7 +154,7 @@ def _judge_weight(name: str, layer: nn.Linear, weight: Tensor | None, shape: tup
             f"the masks of {name!r} are for a weight of shape {shape}, and its weight now has shape "
             f"{tuple(weight.shape)}: call fastmask.detach(model), then attach masks of that shape"
         )
-    elif weight.is_meta and "_hf_hook" in vars(layer) and getattr(layer, "packed_unit", None) is not None:
+    elif weight.is_meta and "_hf_hook" in vars(layer) and getattr(layer, "unit", None) is not None:
         raise ValueError(
             f"the weight of the masked layer {name!r} is offloaded by accelerate, which brings back one layer at a "
             "time, but projections are computed together: keep the masked layers in memory"

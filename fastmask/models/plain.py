@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmask.models.structure import is_conv1d
+
 __all__ = ["check_model", "check_shared", "is_foreign", "is_own", "kind_of", "leads_to", "obstacle", "plain_linear"]
 
 # By name: importing them takes seconds, and some belong to libraries that need not be there.
@@ -76,14 +78,16 @@ def leads_to(forward: Any, function: Any) -> bool:
     return forward is not None
 
 
-def plain_linear(model: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of that name, if it can be masked.
+def plain_linear(model: nn.Module, name: str) -> Any:
+    """The linear layer (or `Conv1D`) of that name, if it can be masked.
 
     Raises:
         ValueError: it is wrapped, quantised, sharded, hooked, parametrized or pruned; says which, and what to do.
     """
     module = model.get_submodule(name)
-    if type(module) is not nn.Linear:
+    # Some models have linear layers of their own (Falcon): `attach` tries whether they do what they should.
+    own = isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models.")
+    if type(module) is not nn.Linear and not own and not is_conv1d(module):
         if hasattr(module, "base_layer"):
             advice = "merge the adapter first (PEFT: `merge_and_unload()`), an adapter and a mask cannot share a module"
         elif hasattr(module, "parametrizations"):
@@ -117,7 +121,7 @@ def check_shared(model: nn.Module, masked: Collection[str]) -> None:
 
 def obstacle(module: nn.Module) -> str | None:
     """What others have made of a module, or hung on it, and would be lost with it."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or is_conv1d(module):
         weight = module._parameters.get("weight")
         if weight is None or not module._parameters.keys() <= {"weight", "bias"}:
             return (
@@ -144,8 +148,9 @@ def _others(hooks: Mapping[int, Any]) -> bool:
     return not all(str(getattr(hook, "__module__", "")).startswith("fastmask.") for hook in hooks.values())
 
 
-def _weight_obstacle(linear: nn.Linear) -> str | None:
-    weight, expected = linear.weight, (linear.out_features, linear.in_features)
+def _weight_obstacle(linear: Any) -> str | None:
+    weight: Any = linear.weight
+    expected = (linear.nx, linear.nf) if is_conv1d(linear) else (linear.out_features, linear.in_features)
     if is_foreign(weight) or not weight.is_floating_point():
         return f"its weight is {kind_of(weight)} of {weight.dtype}, and quantised layers cannot be masked"
     if tuple(weight.shape) != expected:

@@ -93,6 +93,8 @@ class Route:
     def ids_for(self, x: Tensor) -> Tensor:
         """A language id for each example of x [B, ...], on its device; one tensor for all layers of a pass.
 
+        Models flatten examples and tokens (experts, choices): then every example has as many rows, one after the other.
+
         Raises:
             ValueError: x has another number of examples.
         """
@@ -101,8 +103,10 @@ class Route:
             return made
         if isinstance(self.language_ids, int):
             made = self._ids_of_one(x, self.language_ids)
-        elif self.language_ids.shape[0] == x.shape[0]:
+        elif x.shape[0] % max(1, self.language_ids.shape[0]) == 0:
             made = self.language_ids.detach().to(x.device, non_blocking=True)
+            if x.shape[0] != made.shape[0]:
+                return made.repeat_interleave(x.shape[0] // made.shape[0])
         else:
             raise ValueError(
                 f"expected one language id for each of the {x.shape[0]} examples, "

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fastmask.errors import unknown
 from fastmask.literal import is_plain
-from fastmask.subnetworks.geometry import Geometry
 
 __all__ = ["UNITS", "Subnetworks"]
 
@@ -58,8 +57,6 @@ class Subnetworks:
                 raise ValueError(f"expected {name} with values, given a tensor on the meta device, which has none")
             if keep.shape[0] != len(self.languages):
                 raise ValueError(f"{name} has masks for {keep.shape[0]} languages, expected {len(self.languages)}")
-        if self.heads is not None and self.neurons is not None and self.heads.shape[1] != self.neurons.shape[1]:
-            raise ValueError(f"heads cover {self.heads.shape[1]} layers, neurons {self.neurons.shape[1]}")
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"heads": self.heads, "neurons": self.neurons}
@@ -69,30 +66,47 @@ class Subnetworks:
     # ---- making some
 
     @classmethod
-    def full(cls, config: Any, languages: Sequence[str], units: str = "heads") -> Subnetworks:
-        """Every language owns everything. `config`: of a Hugging Face model; `units`: heads, neurons or both."""
-        return cls.random(config, languages, density=1.0, seed=0, units=units)
+    def full(cls, model: Any, languages: Sequence[str], units: str = "heads") -> Subnetworks:
+        """Every language owns everything. `model`: a model or its config; `units`: heads, neurons or both."""
+        return cls.random(model, languages, density=1.0, seed=0, units=units)
 
     @classmethod
     def random(
-        cls, config: Any, languages: Sequence[str], density: float, seed: int, units: str = "heads"
+        cls, model: Any, languages: Sequence[str], density: float, seed: int, units: str = "heads"
     ) -> Subnetworks:
-        """Every language owns a random `density` of each layer's units, at least one a layer; same seed, same masks."""
+        """Every language owns a random `density` of each layer's units, at least one a layer; same seed, same masks.
+
+        Args:
+            model: the model, or its Hugging Face config: says how many units there are (`models.structure.Geometry`).
+            languages: their names.
+            density: above 0 and at most 1.
+            seed: of the drawing.
+            units: "heads", "neurons" or "both".
+        """
         names = _distinct_names(languages)
         if not 0 < density <= 1:
             raise ValueError(f"density must be above 0 and at most 1, given {density}")
         if units not in UNITS:
             raise unknown("kind of unit", units, UNITS)
-        geometry, generator = Geometry.of(config), torch.Generator().manual_seed(seed)
+        from fastmask.models.structure import Geometry  # which imports this module
 
-        def draw(size: int) -> Tensor:
-            sizes = torch.full((len(names), geometry.layers), max(1, round(density * size)), device="cpu")
-            return random_of_sizes(sizes, size, generator)
+        geometry, generator = Geometry.of(model), torch.Generator().manual_seed(seed)
+
+        def draw(kind: str) -> Tensor:
+            there = geometry.sizes(kind)
+            most = max(there)
+            sizes = torch.tensor([max(1, round(density * size)) for size in there], device="cpu").repeat(len(names), 1)
+            if min(there) == most:
+                return random_of_sizes(sizes, most, generator)
+            keep = torch.zeros(len(names), len(there), most, dtype=torch.bool, device="cpu")
+            for layer, size in enumerate(there):
+                keep[:, layer, :size] = random_of_sizes(sizes[:, layer : layer + 1], size, generator)[:, 0]
+            return keep
 
         return cls(
             names,
-            heads=draw(geometry.heads) if units in ("heads", "both") else None,
-            neurons=draw(geometry.neurons) if units in ("neurons", "both") else None,
+            heads=draw("heads") if units in ("heads", "both") else None,
+            neurons=draw("neurons") if units in ("neurons", "both") else None,
         )
 
     # ---- looking inside

@@ -13,12 +13,12 @@ import torch
 from fastmask.discovery import Importance, Quality, Round, discover, measure
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.models import attach, detach
+from fastmask.models.structure import Geometry
 from fastmask.parsing.batch import Batch, Encoded
 from fastmask.parsing.evaluation import Prepared, evaluate, prepare
 from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like, shared_like, shuffled
-from fastmask.subnetworks.geometry import Geometry
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import SwitchPoint
 
@@ -70,14 +70,16 @@ def _check_density(parser: Parser, config: TrainConfig) -> None:
     """A subnetwork needs a unit in every layer; a density that asks for less cannot be kept."""
     if config.density is None:
         return
-    geometry = Geometry.of(parser.encoder.config)
-    for kind, size in (("heads", geometry.heads), ("neurons", geometry.neurons)):
-        total = geometry.layers * size
-        kept = round(config.density * total)
-        if config.units in (kind, "both") and kept < geometry.layers:
+    geometry = Geometry.of(parser.encoder)
+    for kind in ("heads", "neurons"):
+        if config.units not in (kind, "both"):
+            continue
+        sizes = geometry.sizes(kind)
+        kept = round(config.density * sum(sizes))
+        if kept < len(sizes):
             raise ValueError(
-                f"density is {config.density}: that is {kept} of the {total} {kind}, which would kill a layer "
-                f"(expected at least {1 / size:g}: one in each of the {geometry.layers} layers)"
+                f"density is {config.density}: that is {kept} of the {sum(sizes)} {kind}, which would kill a layer "
+                f"(expected at least {len(sizes) / sum(sizes):g}: one in each of the {len(sizes)} layers)"
             )
 
 

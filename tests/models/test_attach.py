@@ -336,13 +336,17 @@ class TestBadInput:
             fm.detach(tiny("bert"))
 
     def test_unsupported_model(self):
-        from transformers import T5Config, T5Model
+        from transformers import MambaConfig, MambaModel
 
-        model = T5Model(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=10))
+        model = MambaModel(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=10, state_size=2))
         heads = torch.ones(1, 1, 2, dtype=torch.bool)
-        with pytest.raises(ValueError, match=r"cannot attach to T5Model .*supported model types: bert, camembert"):
+        with pytest.raises(
+            ValueError, match=r"cannot attach to MambaModel \(model type 'mamba'\): it has no attention"
+        ):
             fm.attach(model, fm.Subnetworks(["a"], heads))
-        with pytest.raises(ValueError, match="cannot attach to Linear, which has no config"):
+        with pytest.raises(
+            ValueError, match="cannot attach to Linear: it has no attention and no FFN of a known layout"
+        ):
             fm.attach(nn.Linear(2, 2), fm.Subnetworks(["a"], heads))
 
     def test_masks_of_another_model_leave_it_untouched(self):

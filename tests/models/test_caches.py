@@ -233,7 +233,7 @@ def test_no_cache_unless_asked_for(llama):
 def test_heads_of_size_one():
     """Heads of one feature are taken for neurons, and go into the cache packed."""
     pair = Pair("bert", is_decoder=True, hidden_size=4)
-    assert pair.model.bert.encoder.layer[0].attention.self.key.packed_unit == 1
+    assert pair.model.bert.encoder.layer[0].attention.self.key.unit == 1
     cache = pair.cache()
     pair.run(cache, [0, 1], range(2), 0, 4, use_cache=True)
     logits = pair.run(cache, [2, 0], range(2), 4, 6, use_cache=True)

@@ -1,0 +1,410 @@
+"""`attach` proves itself: a tiny batch through the layers it is about to give out, against weights times masks.
+
+Packed units need attention code that takes any number of heads, and nothing but products and element-wise functions
+between the projections of an FFN. Relative position biases, one number for each head, norms over all heads or neurons
+break that, in ways that no list of models can foresee. So it is tried: a few examples of two made-up languages run
+through the model with packed layers, and with plain ones whose weights were multiplied by masks, and the outputs of
+every attention and FFN are compared. What differs works unpacked: each unit in its slot, dead ones zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from fastmask.models.building import kept_of, unit_layers
+from fastmask.models.routing import Route, Router
+from fastmask.models.structure import Structure, UnitGroup, is_conv1d
+from fastmask.subnetworks.subnetworks import Subnetworks
+
+__all__ = ["Found", "Inputs", "ProofError", "tiny_batch", "try_layers"]
+
+Inputs = Mapping[str, Any]
+Recorded = dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What trying showed, by place (`UnitGroup.place`).
+
+    Attributes:
+        unpacked: where units cannot be packed, and why not.
+        apart: where the projections do not read the same input, so that there is nothing to compute together.
+    """
+
+    unpacked: Mapping[str, str]
+    apart: frozenset[str] = frozenset()
+
+
+_IDS = [0, 1, 0]  # the languages of the examples: not sorted, and not equally many of each
+_TOKENS = 7
+# Of the largest output; many models compute norms in float32, whatever their dtype.
+_TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
+_USUAL = 1e-4
+
+_known: dict[str, Found] = {}
+
+
+class ProofError(ValueError):
+    """The model does not compute what its weights times masks would, or cannot be run to see it."""
+
+
+def try_layers(model: nn.Module, structure: Structure, kinds: tuple[str, ...], example: Inputs | None = None) -> Found:
+    """Run a tiny batch through the layers that `attach` would put in, and through weights times masks.
+
+    Args:
+        model: plain; it is as it was afterwards.
+        structure: of the model.
+        kinds: which units are masked: "heads", "neurons" or both.
+        example: the arguments of a forward pass of three examples; made from the model's config if not given.
+
+    Raises:
+        ProofError: even unpacked layers give something else than weights times masks, or the model reads weights
+            without calling the layers that hold them.
+    """
+    groups = [group for kind in kinds for group in structure.groups(kind)]
+    places = dict.fromkeys(group.place for group in groups)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return Found(dict.fromkeys(places, "the model has no weights yet that it could be tried with"))
+    key = _key(model, structure, kinds) if example is None else None
+    if key is not None and key in _known:
+        return _known[key]
+    with _undisturbed(model):
+        found = _tried(model, structure, groups, list(places), kinds, example)
+    if key is not None:
+        _known[key] = found
+    return found
+
+
+def _tried(
+    model: nn.Module,
+    structure: Structure,
+    groups: list[UnitGroup],
+    places: list[str],
+    kinds: tuple[str, ...],
+    example: Inputs | None,
+) -> Found:
+    inputs, failure = _working_inputs(model, example)
+    if inputs is None:
+        return Found(dict.fromkeys(places, f"no tiny batch could be run ({failure}); give attach(..., example=inputs)"))
+    subnets = _made_up(structure, kinds)
+    wanted = [_reference(model, groups, subnets, inputs, language) for language in (0, 1)]
+    calls = wanted[0].inputs
+    _check_called(model, groups, calls, inputs)
+    apart = frozenset(group.place for group in groups if len({calls.get(name) for name in group.rows}) > 1)
+    unpacked = {
+        place: "the tiny batch does not reach it; give attach(..., example=inputs)"
+        for place in places
+        if not any(group.columns[0] in calls for group in groups if group.place == place)
+    }
+
+    def differs(unpacked: Collection[str]) -> str | None:
+        try:
+            got = _attached(model, structure, subnets, inputs, Found(dict.fromkeys(unpacked, ""), apart))
+        except Exception as error:  # whatever the model's own code raises for fewer heads
+            return _short(error)
+        return _difference(got, [reference.outputs for reference in wanted])
+
+    if (why := differs(unpacked)) is None:
+        return Found(unpacked, apart)
+    candidates = [place for place in places if place not in unpacked]
+    if (still := differs(places)) is not None:
+        raise ProofError(
+            f"cannot attach to {type(model).__name__}: its layers do not give what weights multiplied by masks would "
+            f"({still})"
+        )
+    for place in candidates:
+        if (alone := differs(set(places) - {place})) is not None:
+            unpacked[place] = alone
+    if differs(unpacked) is not None:
+        unpacked |= dict.fromkeys((place for place in candidates if place not in unpacked), f"together: {why}")
+    return Found(unpacked, apart)
+
+
+def _check_called(model: nn.Module, groups: list[UnitGroup], calls: Mapping[str, Any], inputs: Inputs) -> None:
+    """Refuse a model that reads weights without calling their layers: masks would have no effect.
+
+    A layer that was not called may be one that this batch does not need; then its weight does not matter, either.
+    """
+    silent = {name: group.place for group in groups for name in (*group.rows, group.columns[0]) if name not in calls}
+    if not silent:
+        return
+    before = _leaves(model(**inputs))
+    weights: list[Any] = [model.get_submodule(name).weight for name in silent]
+    data = [weight.data for weight in weights]
+    for weight in weights:
+        weight.data = weight.data.new_zeros(()).expand(weight.shape)
+    try:
+        after = _leaves(model(**inputs))
+    except Exception as error:
+        raise ProofError(f"cannot attach to {type(model).__name__}: {_short(error)} without weights") from error
+    finally:
+        for weight, own in zip(weights, data, strict=True):
+            weight.data = own
+    if any(not torch.equal(x, y) for x, y in zip(before, after, strict=True)):
+        raise ProofError(
+            f"cannot attach to {type(model).__name__}: it reads the weights of {next(iter(silent))!r} without calling "
+            "that layer, and would leave masks out"
+        )
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    return [leaf.nan_to_num() for leaf in tree_leaves(dict(output)) if isinstance(leaf, Tensor)]
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def _key(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> str | None:
+    """What a result holds for: one class of models with one config."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return None
+    first = next(iter(model.parameters()))
+    about = [type(model).__module__, type(model).__qualname__, kinds, str(first.dtype), first.device.type]
+    try:
+        settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    except TypeError:
+        return None
+    return repr([about, getattr(config, "_attn_implementation", None), settings, structure])
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, everything put back afterwards; random numbers go on as if nothing was."""
+    training = [module for module in model.modules() if module.training]
+    cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+# ---- the masks and the runs
+
+
+def _made_up(structure: Structure, kinds: tuple[str, ...]) -> Subnetworks:
+    """Two languages whose subnetworks differ in every group that has two units, and in size where it has three."""
+    generator = torch.Generator().manual_seed(0)
+    keeps: dict[str, Tensor] = {}
+    for kind in kinds:
+        groups = structure.groups(kind)
+        if not groups:
+            continue
+        keep = torch.zeros(2, len(groups), max(group.units for group in groups), dtype=torch.bool, device="cpu")
+        for index, group in enumerate(groups):
+            order = torch.randperm(group.units, generator=generator)
+            first = max(1, group.units // 2)
+            keep[0, index, order[:first]] = True
+            keep[1, index, order[first:] if group.units > 1 else order] = True
+            if group.units == 4:  # halves would be equally wide
+                keep[1, index, order[0]] = True
+        keeps[kind] = keep
+    return Subnetworks(["a", "b"], keeps.get("heads"), keeps.get("neurons"))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The outputs of every `columns` projection, and which tensor each projection read first."""
+
+    outputs: Recorded
+    inputs: dict[str, int]
+
+
+class _Multiplied(nn.Module):
+    """A linear layer whose parameters are multiplied by a mask, and which remembers what it was called with."""
+
+    def __init__(self, linear: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
+        super().__init__()
+        self.linear, self.rows, self.columns = linear, rows, columns
+        self.inputs: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at the weight of a layer (its dtype), or at its sizes.
+        return super().__getattr__(name) if name == "linear" else getattr(self.linear, name)
+
+    def forward(self, x: Tensor) -> Any:
+        self.inputs.append(x)
+        layer: Any = self.linear
+        parameters = {"weight": layer.weight}
+        keep = (self.rows if self.columns is None else self.columns).to(layer.weight.device)  # type: ignore[union-attr]
+        of_rows = self.columns is None
+        parameters["weight"] = layer.weight * (keep[:, None] if of_rows != is_conv1d(layer) else keep)
+        if of_rows and layer.bias is not None:
+            parameters["bias"] = layer.bias * keep
+        return functional_call(layer, parameters, (x,))
+
+
+def _reference(
+    model: nn.Module, groups: list[UnitGroup], subnets: Subnetworks, inputs: Inputs, language: int
+) -> _Reference:
+    """A run of the examples of one language, with weights times its masks."""
+    modules: dict[str, _Multiplied] = {}
+    indices = {"heads": 0, "neurons": 0}
+    for group in groups:
+        index = indices[group.kind]
+        indices[group.kind] += 1
+        keep = getattr(subnets, group.kind)[language, index, : group.units]
+        for name, unit in group.rows.items():
+            modules[name] = _Multiplied(model.get_submodule(name), kept_of(keep, unit), None)
+        name, of_unit = group.columns
+        modules[name] = _Multiplied(model.get_submodule(name), None, keep.repeat_interleave(of_unit))
+    rows = [row for row, own in enumerate(_IDS) if own == language]
+    outputs = _run(model, modules, [group.columns[0] for group in groups], _some(inputs, rows))
+    # Kept until here, so that no two inputs had the same id.
+    return _Reference(outputs, {name: id(layer.inputs[0]) for name, layer in modules.items() if layer.inputs})
+
+
+def _attached(model: nn.Module, structure: Structure, subnets: Subnetworks, inputs: Inputs, found: Found) -> Recorded:
+    """A run of all examples, with the layers that `attach` would put in."""
+    router = Router(subnets.languages)
+    modules = unit_layers(model, subnets, router, structure, found.unpacked, found.apart)
+    columns = [
+        group.columns[0]
+        for kind in ("heads", "neurons")
+        if getattr(subnets, kind) is not None
+        for group in structure.groups(kind)
+    ]
+    with router.using(Route.of(torch.tensor(_IDS, device="cpu"), 2)):
+        return _run(model, modules, columns, inputs)
+
+
+def _run(model: nn.Module, modules: Mapping[str, nn.Module], recorded: list[str], inputs: Inputs) -> Recorded:
+    found: Recorded = {}
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda module, args, output: found.setdefault(name, []).append(output)
+
+    with _replaced(model, modules):
+        handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in recorded]
+        try:
+            model(**inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+@contextmanager
+def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    before = {name: model.get_submodule(name) for name in modules}
+
+    def put(these: Mapping[str, nn.Module]) -> None:
+        for name, module in these.items():
+            parent, _, child = name.rpartition(".")
+            model.get_submodule(parent)._modules[child] = module
+
+    put(modules)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def _difference(got: Recorded, wanted: list[Recorded]) -> str | None:
+    """Where the outputs of a mixed batch are not those of its languages alone."""
+    for name, outputs in got.items():
+        for language, expected in enumerate(wanted):
+            rows = [row for row, own in enumerate(_IDS) if own == language]
+            calls = expected.get(name, [])
+            if len(calls) != len(outputs):
+                return f"{name!r} runs {len(outputs)} times, expected {len(calls)}"
+            for output, right in zip(outputs, calls, strict=True):
+                if output.shape[0] % len(_IDS) or output.shape[1:] != right.shape[1:]:
+                    return f"{name!r} gives the shape {tuple(output.shape)}, for {len(rows)} of it {tuple(right.shape)}"
+                mine = output.unflatten(0, (len(_IDS), -1))[rows].flatten(0, 1)
+                if mine.shape != right.shape:
+                    return f"{name!r} gives the shape {tuple(mine.shape)}, expected {tuple(right.shape)}"
+                error = float((mine - right).abs().max()) if right.numel() else 0.0
+                scale = float(right.abs().max()) if right.numel() else 0.0
+                if not error <= _TOLERANCE.get(right.dtype, _USUAL) * max(scale, 1e-30):
+                    return f"{name!r} gives other numbers (off by {error:.1e} of {scale:.1e})"
+    return None
+
+
+# ---- the tiny batch
+
+
+def _some(inputs: Inputs, rows: list[int]) -> dict[str, Any]:
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (len(_IDS),) else value
+        for name, value in inputs.items()
+    }
+
+
+def _working_inputs(model: nn.Module, example: Inputs | None) -> tuple[dict[str, Any] | None, str]:
+    """Arguments that the plain model runs with, or None and what it said."""
+    forward = inspect.signature(model.forward).parameters
+    without_cache = {"use_cache": False} if "use_cache" in forward else {}
+    failure = "no input that is known"
+    for inputs in tiny_batch(model) if example is None else [dict(example)]:
+        try:
+            model(**inputs, **without_cache)
+        except Exception as error:  # whatever a model's own code raises for an input it does not take
+            failure = _short(error)
+        else:
+            return {**inputs, **without_cache}, ""
+    return None, failure
+
+
+def tiny_batch(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Arguments for a forward pass of three examples that the model may take, most likely ones first."""
+    config: Any = getattr(model, "config", None)
+    first = next(iter(model.parameters()))
+    device, dtype = first.device, first.dtype
+    generator = torch.Generator().manual_seed(1)
+
+    def tokens(length: int) -> Tensor:
+        get: Any = getattr(model, "get_input_embeddings", None)
+        embeddings: Any = None
+        with contextlib.suppress(NotImplementedError):  # speech models have none
+            embeddings = get() if get is not None else None
+        size = getattr(embeddings, "num_embeddings", 0) or _setting(config, "vocab_size") or 16
+        ids = torch.randint(min(4, size - 1), size, (len(_IDS), length), generator=generator)
+        end = _setting(config, "eos_token_id")
+        if 0 < end < size:
+            ids[:, -1] = end  # classifiers of some models read there
+        return ids.to(device)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(len(_IDS), *shape, generator=generator).to(device, dtype)
+
+    extra = {"decoder_input_ids": tokens(_TOKENS - 2)} if getattr(config, "is_encoder_decoder", False) else {}
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_values":
+        yield {main: numbers(4000), **extra}
+    elif main == "input_features":
+        sizes = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
+        frames = 2 * _setting(config, "max_source_positions") or 64
+        for size in filter(None, (_setting(config, name) for name in sizes)):
+            yield {main: numbers(size, frames), **extra}
+            yield {main: numbers(64, size), **extra}
+    else:
+        ids = tokens(_TOKENS)
+        yield {"input_ids": ids, **extra}
+        yield {"input_ids": ids}
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
+
+
+def _setting(config: Any, name: str) -> int:
+    """A number of a config, or of one of the configs in it; 0 if there is none."""
+    places = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
+    for place in places:
+        value = getattr(place, name, None)
+        if type(value) is int and value > 0:
+            return value
+    return 0

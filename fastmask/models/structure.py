@@ -1,0 +1,261 @@
+"""The heads and neurons of a model, found by the names and shapes of its modules.
+
+The order is that of the modules in the model: an encoder-decoder has the attentions of its encoder first, then each
+decoder layer's own attention and its attention to the encoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastmask.models.families import Family, Projections, family_of
+
+__all__ = ["Geometry", "Structure", "UnitGroup", "geometry_of", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
+
+# Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
+# tokens inside of one expert have lost which example they belong to.
+_NOT_OURS = re.compile(r"(^|\.)(router\w*|gate|experts\.\d+|\w*norm\w*|\w*adapter\w*|\w*projector)(\.|$)")
+_HEAD_SIZES = (
+    "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head", "attn_head_size", "d_head",
+    "dim_head",
+)  # fmt: skip
+_HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "heads")
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """The heads of one attention, or the neurons of one FFN.
+
+    Attributes:
+        kind: "heads" or "neurons".
+        name: of the module that holds the projections.
+        units: how many there are. Query heads that read one key/value head are one unit.
+        rows: how many output rows of each projection one unit takes. Several numbers are of a projection that computes
+            several things one after the other (all queries, all keys, all values).
+        columns: the projection that reads the units, and how many input columns one unit takes.
+        activation: the module between, if it stands alone.
+    """
+
+    kind: str
+    name: str
+    units: int
+    rows: dict[str, tuple[int, ...]]
+    columns: tuple[str, int]
+    activation: str | None = None
+
+    @property
+    def place(self) -> str:
+        """What groups of one sort have in common: the kind, and the name without numbers."""
+        return f"{self.kind} of {re.sub(r'[.][0-9]+(?=[.]|$)', '.*', self.name)}"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How many units a model has: the heads of each attention and the neurons of each FFN, in order.
+
+    They are the trailing sizes of `Subnetworks.heads` and `.neurons`: [L, attentions, most heads]. `heads` counts what
+    can be switched off on its own: attention heads, or key/value groups under grouped-query attention (a key head and
+    all query heads that read it). Where an attention has fewer than another, the last units do not exist, and no
+    language owns them.
+    """
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: Any) -> Geometry:
+        """Of a model, or of a Hugging Face config (then the bare model is built, without memory).
+
+        Raises:
+            ValueError: no heads and no neurons are found.
+        """
+        return geometry_of(structure_of(model if isinstance(model, nn.Module) else _model_of(model)))
+
+    def sizes(self, kind: str) -> tuple[int, ...]:
+        """Units of each attention ("heads") or FFN ("neurons")."""
+        sizes: tuple[int, ...] = getattr(self, kind)
+        if not sizes:
+            raise ValueError(f"this model has no {kind} that fastmask knows how to mask")
+        return sizes
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All attentions and FFNs of a model whose units can be masked."""
+
+    attentions: tuple[UnitGroup, ...]
+    ffns: tuple[UnitGroup, ...]
+
+    @cached_property
+    def one_stack(self) -> bool:
+        """Whether it is one stack of layers with an attention each, all of as many heads: a cache then has a layer
+        for each of them.
+        """
+        return len({(group.place, group.units) for group in self.attentions}) == 1
+
+    def groups(self, kind: str) -> tuple[UnitGroup, ...]:
+        """Those of "heads" or of "neurons"."""
+        return self.attentions if kind == "heads" else self.ffns
+
+
+def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
+    """Find the attentions and FFNs of a model, plain or with subnetworks attached.
+
+    Args:
+        model: any module with attentions and FFNs of a known layout, or of `family`'s.
+        family: the layouts to look for; those that are registered and known if not given.
+
+    Raises:
+        ValueError: neither heads nor neurons are found, or an attention does not say how many heads it has.
+    """
+    looked_for = family_of(model) if family is None else family
+    attentions = tuple(_found(model, looked_for.attention, "heads", _heads))
+    ffns = tuple(_found(model, looked_for.ffn, "neurons", _neurons))
+    if not attentions and not ffns:
+        config = getattr(model, "config", None)
+        model_type = getattr(config, "model_type", None)
+        kind = f" (model type {model_type!r})" if model_type else ""
+        raise ValueError(
+            f"cannot attach to {type(model).__name__}{kind}: it has no attention and no FFN of a known layout. Say "
+            "where they are: attach(model, subnets, family=fastmask.Family(...))"
+        )
+    return Structure(attentions, ffns)
+
+
+def geometry_of(structure: Structure) -> Geometry:
+    """The sizes of a structure."""
+    return Geometry(
+        tuple(group.units for group in structure.attentions), tuple(group.units for group in structure.ffns)
+    )
+
+
+def layers_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
+    """The Transformer layers that hold the attentions, in order; one list for all stacks."""
+    names = [re.match(r".*?[.][0-9]+(?=[.]|$)", group.name) for group in structure.attentions or structure.ffns]
+    return [model.get_submodule(name) for name in dict.fromkeys(found[0] for found in names if found)]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is stored [in, out]. By name, as importing it takes seconds."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
+    """(out_features, in_features) of anything that works as a linear layer; None for anything else."""
+    if is_conv1d(linear):
+        weight: Any = linear.weight
+        return weight.shape[1], weight.shape[0]
+    sizes = getattr(linear, "out_features", None), getattr(linear, "in_features", None)
+    return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
+
+
+# ---- looking for them
+
+_Measure = Callable[[nn.Module, nn.Module, Projections, list[int], int], tuple[int, list[tuple[int, ...]]] | None]
+
+
+def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure: _Measure) -> Iterator[UnitGroup]:
+    taken: set[str] = set()
+    for name, module in model.named_modules():
+        # Units are those of a stack of layers: a task head may have projections of the same names.
+        layer = re.search(r"[.][0-9]+(?=[.]|$)", name)
+        if layer is None or _NOT_OURS.search(name[layer.end() :]):
+            continue
+        for layout in layouts:
+            sizes = [_sizes_below(module, part) for part in (*layout.rows, layout.columns)]
+            names = [f"{name}.{part}" for part in layout.rows]
+            if None in sizes or taken.intersection(names):
+                continue
+            outs = [out for out, _ in sizes[:-1]]  # type: ignore[misc]
+            width = sizes[-1][1]  # type: ignore[index]
+            measured = measure(model, module, layout, outs, width)
+            if measured is None:
+                continue
+            units, rows = measured
+            taken.update(names)
+            own = layout.activation
+            yield UnitGroup(
+                kind,
+                name,
+                units,
+                dict(zip(names, rows, strict=True)),
+                (f"{name}.{layout.columns}", width // units),
+                f"{name}.{own}" if own is not None and _below(module, own) is not None else None,
+            )
+            break
+
+
+def _below(module: nn.Module, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = found._modules.get(part) if isinstance(found, nn.Module) else None
+    return found
+
+
+def _sizes_below(module: nn.Module, name: str) -> tuple[int, int] | None:
+    found = _below(module, name)
+    return None if found is None else sizes_of(found)
+
+
+def _neurons(
+    model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int
+) -> tuple[int, list[tuple[int, ...]]] | None:
+    if all(out == width for out in outs):
+        return width, [(1,)] * len(outs)
+    return (width, [(1, 1)]) if outs == [2 * width] else None  # gate and up in one
+
+
+def _heads(
+    model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int
+) -> tuple[int, list[tuple[int, ...]]] | None:
+    size, count = _number(model, holder, _HEAD_SIZES), _number(model, holder, _HEAD_COUNTS)
+    if any(isinstance(child, nn.Conv1d) for child in holder.children()):
+        return None  # linear attention over a state, whose heads are no units of these projections
+    if len(outs) == 2:  # latent attention: every head has keys and values of its own
+        units = count
+    else:
+        if not size and count:
+            size = width // count
+        if not size:
+            raise ValueError(
+                f"a {type(holder).__name__} does not say how many heads it has: expected an attribute "
+                f"{', '.join(_HEAD_SIZES[:3])} or {', '.join(_HEAD_COUNTS[:2])} of it or of its config"
+            )
+        # Several query heads may read one key: those are one unit.
+        units = outs[1] // size if len(outs) == 3 else (outs[0] // size - width // size) // 2
+    if not units or any(out % units for out in outs) or width % units:
+        return None
+    if layout.fused == "parts":
+        key = (outs[0] - width) // 2
+        return (units, [(width // units, key // units, key // units)]) if key > 0 and key % units == 0 else None
+    return units, [(out // units,) for out in outs]
+
+
+def _number(model: nn.Module, holder: nn.Module, names: Sequence[str]) -> int:
+    """The first of some attributes that is a number: of the attention, of what is in it, of a config."""
+    places = [*holder.modules(), getattr(holder, "config", None), getattr(model, "config", None)]
+    for place in places:
+        for name in names:
+            value = getattr(place, name, None)
+            if type(value) is int and value > 0:
+                return value
+    return 0
+
+
+def _model_of(config: Any) -> nn.Module:
+    """The bare model of a config, on the meta device."""
+    if not hasattr(config, "model_type"):
+        raise ValueError(f"expected a model or its Hugging Face config, given {type(config).__name__}")
+    # Not at the top: whoever has a config has imported it already.
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModel.from_config(config)
+    return model

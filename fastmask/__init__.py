@@ -6,7 +6,21 @@ from fastmask.dynamic import DynamicSubnetworks
 from fastmask.linear import MaskedLinear, masked_linear
 from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
-from fastmask.models import Family, Projections, attach, detach, language, register_family
+from fastmask.models import (
+    Family,
+    Projections,
+    add_language,
+    attach,
+    detach,
+    extract,
+    from_pretrained,
+    language,
+    merge,
+    register_family,
+    remove_language,
+    save_pretrained,
+    summary,
+)
 from fastmask.optim import LiveAdamW
 from fastmask.subnetworks import Subnetworks
 
@@ -21,12 +35,19 @@ __all__ = [
     "MetaLearner",
     "Projections",
     "Subnetworks",
+    "add_language",
     "analysis",
     "attach",
     "detach",
     "discover",
+    "extract",
+    "from_pretrained",
     "language",
     "masked_linear",
+    "merge",
     "register_family",
+    "remove_language",
+    "save_pretrained",
+    "summary",
     "unseen",
 ]

@@ -19,7 +19,8 @@ from benchmarks.cases.case import Case, WrongResultError
 from benchmarks.measure import Side
 from benchmarks.setting import Setting
 from fastmask.analysis.variants import flipped_losses, repeated
-from fastmask.models.attach import attached, set_subnetwork
+from fastmask.models.attach import attached
+from fastmask.models.editing import set_subnetwork
 
 __all__ = ["Ablation", "Bed", "Sizes"]
 

@@ -15,7 +15,8 @@ from fastmask.dynamic.learned import Learned
 from fastmask.dynamic.scout import scout
 from fastmask.dynamic.swap import Swap
 from fastmask.errors import unknown
-from fastmask.models.attach import attached, owner_of, set_subnetwork
+from fastmask.models.attach import attached, owner_of
+from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["STRATEGIES", "DynamicSubnetworks"]

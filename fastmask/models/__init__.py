@@ -6,6 +6,24 @@ languages of a batch to them, `attach` puts all together.
 """
 
 from fastmask.models.attach import attach, detach, language
+from fastmask.models.editing import add_language, remove_language
+from fastmask.models.exporting import extract, merge
 from fastmask.models.families import Family, Projections, register_family
+from fastmask.models.saving import from_pretrained, save_pretrained
+from fastmask.models.summary import summary
 
-__all__ = ["Family", "Projections", "attach", "detach", "language", "register_family"]
+__all__ = [
+    "Family",
+    "Projections",
+    "add_language",
+    "attach",
+    "detach",
+    "extract",
+    "from_pretrained",
+    "language",
+    "merge",
+    "register_family",
+    "remove_language",
+    "save_pretrained",
+    "summary",
+]

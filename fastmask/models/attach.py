@@ -10,14 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from fastmask.masks import Mask
-from fastmask.models.building import kept_of, unit_layers, weight_layers
+from fastmask.models.building import unit_layers, weight_layers
 from fastmask.models.caches import CacheArguments, packs_heads
 from fastmask.models.families import Family
-from fastmask.models.layers import AttachedLinear
 from fastmask.models.places import Places
 from fastmask.models.plain import check_model, check_shared, is_own, kind_of, leads_to
 from fastmask.models.proof import Found, Inputs, try_layers
@@ -25,9 +22,13 @@ from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of", "set_subnetwork"]
+__all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of"]
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+UNLOADED = "fastmask.masks_were_not_loaded.use_fastmask_from_pretrained"
+"""A name among saved weights that plain `from_pretrained` warns of: without masks the model is another one."""
 
 
 @dataclass
@@ -173,66 +174,6 @@ def language(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
 
 
-def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
-    """Give one language of an attached model another subnetwork; those of the other languages stay as they are.
-
-    Only layers where the language's units really change get new masks. `attached(model).subnets` becomes a new object;
-    whoever held the old one still has the old masks. Call it between a backward pass and the next forward pass (one
-    that was begun before ends with the masks it began with, unless gradient checkpointing recomputes it). A compiled
-    model may compile again.
-
-    Args:
-        model: a model with subnetworks attached.
-        language: one of their languages.
-        heads: bool [layers, heads], or None to leave them.
-        neurons: bool [layers, ffn], or None to leave them.
-
-    Raises:
-        KeyError: not a language of the attached subnetworks.
-        ValueError: a kind of unit that is not masked, another shape or dtype, or a layer left without a live unit.
-    """
-    state, owner = attached(model), owner_of(model)
-    row = state.subnets.index(language)
-    given = {what: keep for what, keep in (("heads", heads), ("neurons", neurons)) if keep is not None}
-    if not given:
-        raise ValueError("nothing to set: give heads, neurons or both")
-    for what, keep in given.items():
-        _check_one(what, keep, getattr(state.subnets, what), language)
-    # Everything that can fail comes before the first change to the model.
-    changed: list[tuple[AttachedLinear, Mask]] = []
-    for what, keep in given.items():
-        for index, group in enumerate(state.structure.groups(what)):
-            own = keep[index, : group.units]
-            if keep[index, group.units :].any():
-                raise ValueError(f"layer {index} has {group.units} {what}, given masks that own one behind those")
-            if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
-                continue
-            for module_name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
-                layer = owner.get_submodule(module_name)
-                assert isinstance(layer, AttachedLinear)
-                changed.append((layer, layer.mask.replaced(row, kept_of(own, unit))))
-    wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
-    for what, keep in given.items():
-        wide[what] = wide[what].clone()
-        wide[what][row] = keep
-    subnets = Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide)
-    for layer, mask in changed:
-        layer.mask = mask
-    state.subnets = subnets
-
-
-def _check_one(what: str, keep: Tensor, before: Tensor | None, name: str) -> None:
-    """Refuse what cannot be one language's units."""
-    if before is None:
-        raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
-        given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise ValueError(f"expected {what} of {name!r} as a bool tensor {tuple(before.shape[1:])}, given {given}")
-    dead = (~keep.any(1)).nonzero().flatten().tolist()
-    if dead:
-        raise ValueError(f"this would leave {name!r} without live {what} in layer {dead[0]}: keep at least one")
-
-
 def is_attached(model: nn.Module) -> bool:
     """Whether subnetworks are attached to a model (also below DistributedDataParallel or torch.compile)."""
     return hasattr(owner_of(model), "_fastmask")
@@ -327,14 +268,33 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
             return how
         return (_empty, (plain,), *how[2:])
 
+    kind: Any = plain
+
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if "_fastmask" not in vars(self):
+            kind.save_pretrained(self, save_directory, *args, **kwargs)
+        else:
+            from fastmask.models.saving import save_pretrained as save  # which imports this module
+
+            names = list(inspect.signature(kind.save_pretrained).parameters)[2:]
+            save(self, save_directory, **dict(zip(names, args, strict=False)), **kwargs)
+
+    def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.pop(prefix + UNLOADED, None)
+        plain._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
     namespace = {
         "forward": forward,
+        "_load_from_state_dict": load_from_state_dict,
         "__setattr__": set_attribute,
         "__reduce_ex__": reduce,
         "__module__": plain.__module__,
         "__doc__": plain.__doc__,
         "_plain_class": plain,
     }
+    if hasattr(plain, "save_pretrained"):  # a Hugging Face model
+        save_pretrained.__doc__ = kind.save_pretrained.__doc__
+        namespace["save_pretrained"] = save_pretrained
     attached_class = _CLASSES.setdefault(plain, type(plain.__name__, (plain,), namespace))
     return attached_class
 

@@ -78,7 +78,7 @@ class ContextLanguage:
     """A language id of one model, or none, for each context."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
-        self._names = names
+        self.names = names
         self.number = next(_numbers)
         self._model = f"model_{self.number}"
         self._none, self._traced = _none, _Traced()
@@ -155,7 +155,7 @@ class ContextLanguage:
         return entry
 
     def _name(self, language: int) -> str:
-        return "None" if language < 0 else repr(self._names[language])
+        return "None" if language < 0 else repr(self.names[language])
 
 
 # ---- generators, which share the context of whoever resumes them

@@ -160,6 +160,10 @@ class Router:
         self.default = ContextLanguage(languages)  # what `fastmask.language` sets
         self.running = _Running()
 
+    def rename(self, languages: tuple[str, ...]) -> None:
+        """Go on with other languages; blocks of `fastmask.language` that are open keep their ids."""
+        self.languages = self.default.names = languages
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles begin without a language."""
         return Router, (self.languages,)

@@ -190,6 +190,17 @@ class Subnetworks:
             raise ValueError(f"expected the Subnetworks of one language to append as {name!r}, given {subnet!r}")
         return Subnetworks.stack([self, subnet.map(lambda keep: keep, [name])])
 
+    def rename(self, names: Mapping[str, str]) -> Subnetworks:
+        """The same subnetworks under other names: {old: new}; languages that are not mentioned keep theirs.
+
+        Raises:
+            KeyError: an unknown language; the message names the nearest ones.
+            ValueError: two languages would have one name.
+        """
+        for old in names:
+            self.index(old)
+        return self.map(lambda keep: keep, [names.get(language, language) for language in self.languages])
+
     @classmethod
     def stack(cls, parts: Iterable[Subnetworks]) -> Subnetworks:
         """All languages of several subnetworks of one model, one after the other.

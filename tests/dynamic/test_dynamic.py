@@ -22,7 +22,8 @@ from fastmask.discovery import importance
 from fastmask.dynamic import scout
 from fastmask.dynamic.learned import Learned, strongest
 from fastmask.dynamic.swap import layer_scores, swapped
-from fastmask.models.attach import attached, set_subnetwork
+from fastmask.models.attach import attached
+from fastmask.models.editing import set_subnetwork
 from fastmask.models.layers import AttachedLinear
 
 LANGUAGES = ["aa", "bb", "cc"]

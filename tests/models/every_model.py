@@ -204,11 +204,11 @@ def verdict(model_type: str, class_name: str) -> Verdict:
         structure = structure_of(model)
         units = "both" if structure.attentions and structure.ffns else "heads" if structure.attentions else "neurons"
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units=units)
-        fm.attach(copy.deepcopy(model), subnets)
+        fm.detach(fm.attach(model, subnets))
     except ProofError as error:
         return Verdict("refused", str(error).split(": ", 1)[1])
     except ValueError as error:
-        return Verdict("refused", str(error).split(". Say where")[0])
+        return Verdict("refused", str(error).split(". Say where")[0].split("): ")[-1].split(": quantised")[0])
     expected = multiplied(model, subnets, inputs, IDS)
     generator = torch.Generator().manual_seed(2)
     upstream = [torch.randn(e.shape, generator=generator, dtype=e.dtype) for e in expected]
@@ -217,7 +217,7 @@ def verdict(model_type: str, class_name: str) -> Verdict:
     model.zero_grad(set_to_none=True)
     fm.attach(model, subnets)
     got = first_of(model(**inputs, language_ids=torch.tensor(IDS)))
-    got = got.view(len(IDS), -1)
+    got = got.reshape(len(IDS), -1)
     rows = [e.reshape(-1) for e in expected]
     (got * torch.stack([u.reshape(-1) for u in upstream])).sum().backward()
     error = max(float((g - r).abs().max() / r.abs().max()) for g, r in zip(got, rows, strict=True))
@@ -271,19 +271,20 @@ def _counts(words: list[str]) -> dict[str, int]:
 
 PAGE = """# Models
 
-`fastmask.attach` finds heads and neurons by the names and shapes of modules, and proves with a tiny batch that the layers
-it puts in give what weights multiplied by masks would. This page is generated (`python tests/models/every_model.py >
-docs/models.md`): for every language and speech model type of transformers {version}, a tiny random model, a batch of three
-languages (the full network among them), the output and the gradient of every parameter.
+`fastmask.attach` finds heads and neurons by the names and shapes of modules, and proves with a tiny batch that the
+layers it puts in give what weights multiplied by masks would. This page is generated (`python
+tests/models/every_model.py > docs/models.md`): for every language and speech model type of transformers {version}, a
+tiny random model, a batch of three languages (the full network among them), the output and the gradient of every
+parameter.
 
 - **packed** ({packed}): dead heads and neurons are computed nowhere.
-- **partly packed** ({partly_packed}): some places are not packed, mostly attention code that insists on its number of heads.
-  There dead units are not computed by the projections, and are zeros in between; results are just as right.
+- **partly packed** ({partly_packed}): some places are not packed, mostly attention code that insists on its number of
+  heads. There dead units are not computed by the projections, and are zeros in between; results are just as right.
 - **unpacked** ({unpacked}): nothing is packed.
 - **refused** ({refused}): `attach` says why. **Wrong: {wrong}.** Crashed: {crash}.
 
-{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. Experts' neurons
-are not masked; shared experts are.
+{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. Experts'
+neurons are not masked; shared experts are.
 
 | model type | as | units | what |
 |---|---|---|---|"""

@@ -10,7 +10,7 @@ from tiny_models import tiny, unit_masks
 from transformers import DynamicCache, StaticCache
 
 import fastmask as fm
-from fastmask.models.attach import set_subnetwork
+from fastmask.models.editing import set_subnetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 

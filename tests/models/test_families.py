@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import fastmask as fm
 from fastmask.discovery import importance
 from fastmask.models import families
-from fastmask.models.attach import attached, set_subnetwork
+from fastmask.models.attach import attached
 from fastmask.models.building import kept_of
+from fastmask.models.editing import set_subnetwork
 from fastmask.models.structure import Geometry, is_conv1d, structure_of
 
 RIGHT = ("packed", "partly packed", "unpacked")

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 import fastmask as fm
 from fastmask.meta import Task
-from fastmask.models.attach import set_subnetwork
+from fastmask.models.editing import set_subnetwork
 
 
 def moved(net, optimizer, **options):

@@ -1,0 +1,144 @@
+"""Changing the subnetworks of an attached model: another one for a language, a language more, or one less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.masks import Mask
+from fastmask.models.attach import attached, owner_of
+from fastmask.models.building import kept_of
+from fastmask.models.layers import AttachedLinear
+from fastmask.subnetworks.subnetworks import Subnetworks
+
+__all__ = ["add_language", "remove_language", "set_subnetwork"]
+
+
+def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
+    """Give one language of an attached model another subnetwork; those of the other languages stay as they are.
+
+    Only layers where the language's units really change get new masks. `attached(model).subnets` becomes a new object;
+    whoever held the old one still has the old masks. Call it between a backward pass and the next forward pass (one
+    that was begun before ends with the masks it began with, unless gradient checkpointing recomputes it). A compiled
+    model may compile again.
+
+    Args:
+        model: a model with subnetworks attached.
+        language: one of their languages.
+        heads: bool [layers, heads], or None to leave them.
+        neurons: bool [layers, ffn], or None to leave them.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks.
+        ValueError: a kind of unit that is not masked, another shape or dtype, or a layer left without a live unit.
+    """
+    state, owner = attached(model), owner_of(model)
+    row = state.subnets.index(language)
+    given = {what: keep for what, keep in (("heads", heads), ("neurons", neurons)) if keep is not None}
+    if not given:
+        raise ValueError("nothing to set: give heads, neurons or both")
+    for what, keep in given.items():
+        _check_one(what, keep, getattr(state.subnets, what), language)
+    # Everything that can fail comes before the first change to the model.
+    changed: list[tuple[AttachedLinear, Mask]] = []
+    for what, keep in given.items():
+        for index, group in enumerate(state.structure.groups(what)):
+            own = keep[index, : group.units]
+            if keep[index, group.units :].any():
+                raise ValueError(f"layer {index} has {group.units} {what}, given masks that own one behind those")
+            if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
+                continue
+            for module_name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
+                layer = owner.get_submodule(module_name)
+                assert isinstance(layer, AttachedLinear)
+                changed.append((layer, layer.mask.replaced(row, kept_of(own, unit))))
+    wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
+    for what, keep in given.items():
+        wide[what] = wide[what].clone()
+        wide[what][row] = keep
+    subnets = Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide)
+    for layer, mask in changed:
+        layer.mask = mask
+    state.subnets = subnets
+
+
+def _check_one(what: str, keep: Tensor, before: Tensor | None, name: str) -> None:
+    """Refuse what cannot be one language's units."""
+    if before is None:
+        raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
+        given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"expected {what} of {name!r} as a bool tensor {tuple(before.shape[1:])}, given {given}")
+    dead = (~keep.any(1)).nonzero().flatten().tolist()
+    if dead:
+        raise ValueError(f"this would leave {name!r} without live {what} in layer {dead[0]}: keep at least one")
+
+
+def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:
+    """Give an attached model one language more, behind the others; their ids and masks stay as they are.
+
+    Args:
+        model: a model with subnetworks attached.
+        name: of the new language.
+        subnet: the masks of its only language, over what the others mask.
+
+    Raises:
+        ValueError: a language of that name is there, `subnet` has several, or masks something else; nothing has
+            changed then.
+    """
+    state = attached(model)
+    own = subnet.map(lambda keep: keep.cpu()) if isinstance(subnet, Subnetworks) else subnet
+    there = state.subnets.map(lambda keep: keep.cpu())
+    _change(model, there.append(name, own), lambda mask, new: Mask.stack([mask, new]), name)
+
+
+def remove_language(model: nn.Module, name: str) -> None:
+    """Take one language off an attached model. The ids of those behind it become one less.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks.
+        ValueError: it is the only one (see `detach`).
+    """
+    state = attached(model)
+    gone = state.subnets.index(name)
+    if state.router.default.get() is not None:
+        raise ValueError("cannot remove a language inside `with fastmask.language(...)`: ids of others would change")
+    rest = [language for language in state.subnets.languages if language != name]
+    if not rest:
+        raise ValueError(f"{name!r} is the only language: fastmask.detach(model) takes the subnetworks off")
+    ids = [row for row in range(len(rest) + 1) if row != gone]
+    _change(model, state.subnets.select(rest), lambda mask, _: mask.select(ids), None)
+
+
+def _change(model: nn.Module, subnets: Subnetworks, change: Callable[[Mask, Mask], Mask], new: str | None) -> None:
+    """Put other masks into every masked layer; `change` gets a layer's mask and that of the new language alone."""
+    state, owner = attached(model), owner_of(model)
+    masks: list[tuple[AttachedLinear, Mask]] = []
+    of_new = _masks_of(owner, subnets.select([new])) if new is not None else {}
+    for name, layer in owner.named_modules():
+        if isinstance(layer, AttachedLinear):
+            mask = layer.mask
+            masks.append((layer, change(mask, of_new[name].to(mask.device) if new is not None else mask)))
+    for layer, mask in masks:
+        layer.mask = mask
+    state.subnets = subnets
+    state.router.rename(subnets.languages)
+
+
+def _masks_of(owner: nn.Module, subnets: Subnetworks) -> dict[str, Mask]:
+    """The masks that `attach` would make, by module name."""
+    state = attached(owner)
+    found: dict[str, Mask] = {}
+    for kind in ("heads", "neurons"):
+        keeps = getattr(subnets, kind)
+        for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
+            keep = keeps[:, index, : group.units]
+            for name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
+                layer = owner.get_submodule(name)
+                assert isinstance(layer, AttachedLinear)
+                flags = kept_of(keep, unit)
+                rows = layer.mask.kind == "rows"
+                found[name] = Mask.rows(flags, layer.in_features) if rows else Mask.columns(flags, layer.out_features)
+    return found | {name: Mask.weights(keep) for name, keep in (subnets.weights or {}).items()}

@@ -1,0 +1,167 @@
+"""One language's network as a plain model: `merge` multiplies its masks in, `extract` also leaves out what is dead."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.models.attach import attached, detach, owner_of
+from fastmask.models.building import kept_of
+from fastmask.models.layers import AttachedLinear
+from fastmask.models.structure import is_conv1d
+
+__all__ = ["SIZES", "extract", "merge", "shrink"]
+
+SIZES = "_fastmask_sizes"  # of an extracted model: {module name: (out_features, in_features)}
+_HEADS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
+_NEURONS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim", "n_inner")
+
+
+@torch.no_grad()
+def merge(model: nn.Module, language: str) -> Any:
+    """A plain copy of an attached model whose weights are multiplied by one language's masks.
+
+    It is a model of the same class and config, which loads anywhere and gives what the attached one does in that
+    language, at dense cost. The attached model stays as it is.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks.
+        ValueError: no subnetworks are attached, or a masked weight is shared with a module without that mask (tied
+            embeddings), which would change, too.
+    """
+    state, owner = attached(model), owner_of(model)
+    row = state.subnets.index(language)
+    merged = copy.deepcopy(owner)
+    uses: Counter[Tensor] = Counter(parameter for _, parameter in merged.named_parameters(remove_duplicate=False))
+    for name, layer in merged.named_modules():
+        if not isinstance(layer, AttachedLinear):
+            continue
+        if uses[layer.weight] > 1:
+            raise ValueError(f"cannot merge: the weight of {name!r} is tied to another module's, which has no mask")
+        keep = layer.mask.select([row]).to_dense()[0]
+        layer.weight.mul_(keep.t() if layer.transposed else keep)
+        if layer.mask.kind == "rows" and layer.bias is not None:
+            layer.bias.mul_(keep[:, 0])
+    return detach(merged)
+
+
+@torch.no_grad()
+def extract(model: nn.Module, language: str) -> Any:
+    """One language's subnetwork as a plain, physically smaller model.
+
+    Heads and neurons that are dead are gone from its weights, so it is as small and fast as its density says, needs no
+    fastmask to run, and gives what the attached model does in that language. Where every layer keeps equally many, and
+    the config can say so, it is an ordinary Hugging Face model with a config of its own. Otherwise its layers have
+    sizes of their own: `fastmask.save_pretrained` and `from_pretrained` know how to keep them. Units that cannot be
+    packed in this model (see `attach`) and single weights are zeros instead. A layer without live units keeps one,
+    which is zero.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks.
+        ValueError: as for `merge`.
+    """
+    state = attached(model)
+    row, small = state.subnets.index(language), merge(model, language)
+    sizes: dict[str, tuple[int, int]] = {}
+    for kind in ("heads", "neurons"):
+        keeps = getattr(state.subnets, kind)
+        for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
+            if group.place in state.unpacked:
+                continue
+            keep = keeps[row, index, : group.units].clone()
+            keep[0] |= ~keep.any()
+            for name, unit in group.rows.items():
+                sizes[name] = _cut(small, name, kept_of(keep, unit), 0)
+            name, of_unit = group.columns
+            sizes[name] = _cut(small, name, keep.repeat_interleave(of_unit), 1)
+    ordinary = _ordinary(small, {kind: _live(state, kind, row) for kind in ("heads", "neurons")})
+    if ordinary is not None:
+        return ordinary
+    setattr(small, SIZES, sizes)
+    return small
+
+
+def shrink(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
+    """Give linear layers of a plain model other sizes, with empty weights to be loaded.
+
+    Raises:
+        KeyError: a module that the model does not have.
+        ValueError: a module that is no linear layer.
+    """
+    for name, (out, width) in sizes.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise KeyError(f"this {type(model).__name__} has no module {name!r}") from None
+        if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
+            raise ValueError(f"expected a linear layer at {name!r}, found {type(linear).__name__}")
+        bias = linear.bias.new_empty(out) if linear.bias is not None else None  # type: ignore[operator]
+        weight: Any = linear.weight
+        _resize(linear, weight.new_empty((width, out) if is_conv1d(linear) else (out, width)), bias)
+
+
+def _cut(model: nn.Module, name: str, keep: Tensor, dim: int) -> tuple[int, int]:
+    linear: Any = model.get_submodule(name)
+    index = keep.nonzero().flatten().to(linear.weight.device)
+    weight = linear.weight.index_select(1 - dim if is_conv1d(linear) else dim, index)
+    bias = linear.bias
+    if bias is not None and dim == 0:
+        bias = bias.index_select(0, index)
+    _resize(linear, weight, bias)
+    return weight.shape[::-1] if is_conv1d(linear) else tuple(weight.shape)
+
+
+def _resize(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
+    trained = linear.weight.requires_grad
+    linear.weight = nn.Parameter(weight, requires_grad=trained)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=linear.bias.requires_grad)
+    if is_conv1d(linear):
+        linear.nx, linear.nf = weight.shape
+    else:
+        linear.out_features, linear.in_features = weight.shape
+
+
+def _live(state: Any, kind: str, row: int) -> tuple[int, int] | None:
+    """(units, live units) where every group of a kind has the same; None otherwise, or where none is cut."""
+    keeps, groups = getattr(state.subnets, kind), state.structure.groups(kind)
+    if keeps is None or any(group.place in state.unpacked for group in groups):
+        return None
+    found = {(group.units, max(1, int(keeps[row, index].sum()))) for index, group in enumerate(groups)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _ordinary(small: Any, live: dict[str, tuple[int, int] | None]) -> Any:
+    """The same model under a config that says its sizes, or None if there is no such config."""
+    config = copy.deepcopy(getattr(small, "config", None))
+    if not hasattr(config, "to_dict"):
+        return None
+    # Attention code that computes a head's size from the number of heads would compute another one.
+    if live["heads"] is not None and getattr(config, "head_dim", None) is not None:
+        units, left = live["heads"]
+        for name in _HEADS:
+            if isinstance(heads := getattr(config, name, None), int):
+                setattr(config, name, heads * left // units)
+    if live["neurons"] is not None:
+        for name in _NEURONS:
+            if getattr(config, name, None) == live["neurons"][0]:
+                setattr(config, name, live["neurons"][1])
+    wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
+    try:
+        with torch.device("meta"):
+            given = {name: tensor.shape for name, tensor in type(small)(config).state_dict().items()}
+        if given != wanted:
+            return None
+        model = type(small)(config)
+    except Exception:  # a config that its model refuses
+        return None
+    first = next(small.parameters())
+    model.load_state_dict(small.state_dict(), assign=True)
+    model.tie_weights()
+    for own, other in zip(model.parameters(), small.parameters(), strict=True):
+        own.requires_grad_(other.requires_grad)
+    return model.to(first.device).train(small.training)

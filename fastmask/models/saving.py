@@ -1,0 +1,215 @@
+"""A model with its subnetworks in one folder, as Hugging Face keeps models: saved, shared and loaded again.
+
+    fm.save_pretrained(model, "folder")        # weights and config as ever; masks, a card and fastmask.json beside them
+    model = fm.from_pretrained("folder")       # or a repository of the Hub
+
+`model.save_pretrained`, and so `transformers.Trainer` and `model.push_to_hub`, do the same for an attached model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fastmask.files import FileError, Record, read_json, sha256_of, write_text
+from fastmask.models.attach import UNLOADED, attach, attached, is_attached, owner_of
+from fastmask.models.exporting import SIZES, shrink
+from fastmask.subnetworks.subnetworks import Subnetworks
+
+__all__ = ["from_pretrained", "save_pretrained"]
+
+ABOUT, MASKS, CARD = "fastmask.json", "subnetworks.safetensors", "README.md"
+_MARK = "<!-- made by fastmask -->"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=1)]
+
+
+class About(Record):
+    """What `fastmask.json` says of a folder.
+
+    Attributes:
+        kind: a model with subnetworks, or one that was extracted (then `sizes` are those of its linear layers).
+        model_class: of `transformers`.
+        base, revision: the model that it came from, as `transformers` knows it.
+        files: SHA-256 of the masks and the weights.
+        weights: whether they are here, or those of `base`.
+    """
+
+    version: Literal[1] = 1
+    kind: Literal["subnetworks", "extracted"]
+    model_class: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+    base: str | None = None
+    revision: str | None = None
+    weights: bool = True
+    files: dict[str, Sha256] = Field(default_factory=dict)
+    sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    *,
+    weights: bool = True,
+    licence: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    **options: Any,
+) -> None:
+    """Write a model and its subnetworks into a folder, from which `from_pretrained` makes it again.
+
+    Args:
+        model: with subnetworks attached, or an extracted one.
+        folder: where to; made if it is not there.
+        weights: False: only the masks (some kilobytes), and the name of the model that they are for. Its weights must
+            be unchanged then, or be trained elsewhere.
+        licence: an identifier for the card ("apache-2.0").
+        metadata: how the subnetworks were found, as names and texts; kept in the masks file and shown on the card.
+        options: as for `model.save_pretrained` of `transformers`.
+
+    Raises:
+        ValueError: neither subnetworks nor an extracted model; weights are left out of a model without a name.
+        OSError: it cannot be written.
+    """
+    owner: Any = owner_of(model)
+    sizes = getattr(owner, SIZES, {})
+    if not is_attached(owner) and not sizes:
+        raise ValueError(f"this {type(owner).__name__} has no subnetworks attached: model.save_pretrained saves it")
+    config = getattr(owner, "config", None)
+    if config is None or not hasattr(owner, "save_pretrained"):
+        raise ValueError(f"expected a Hugging Face model, given {type(owner).__name__}")
+    base, revision = getattr(config, "_name_or_path", "") or None, getattr(config, "_commit_hash", None)
+    if not weights and (sizes or base is None):
+        raise ValueError("weights=False keeps only masks, for a model that was loaded by name with from_pretrained")
+    folder = Path(folder)
+    plain_class = getattr(type(owner), "_plain_class", type(owner))
+    if weights:
+        state = dict(options.pop("state_dict", None) or owner.state_dict())
+        if not sizes:
+            state[UNLOADED] = torch.zeros(1)
+        plain_class.save_pretrained(owner, folder, state_dict=state, **options)
+    if options.get("is_main_process", True):
+        folder.mkdir(parents=True, exist_ok=True)
+        kind: Any = "extracted" if sizes else "subnetworks"
+        if not sizes:
+            attached(owner).subnets.save(folder / MASKS, metadata)
+        files = [folder / MASKS] if not sizes else []
+        files += sorted(folder.glob("*.safetensors")) if weights else []
+        about = About(
+            kind=kind,
+            model_class=plain_class.__name__,
+            base=base,
+            revision=revision,
+            weights=weights,
+            files={path.name: sha256_of(path) for path in files},
+            sizes=sizes,
+        )
+        _write_card(folder / CARD, owner, about, licence, metadata or {})
+        write_text(folder / ABOUT, about.model_dump_json(indent=1) + "\n")
+
+
+def from_pretrained(
+    name: str | PathLike[str],
+    *,
+    model_class: Any = None,
+    revision: str | None = None,
+    **options: Any,
+) -> Any:
+    """Load what `save_pretrained` wrote: a model with its subnetworks attached, or an extracted one.
+
+    Args:
+        name: a folder, or a repository of the Hugging Face Hub (from its cache where there is no network).
+        model_class: of `transformers`, or one of its auto classes; the one that was saved if not given.
+        revision: of the repository.
+        options: as for `from_pretrained` of `transformers` (`dtype`, `device_map`, ...).
+
+    Raises:
+        FileNotFoundError: no such folder, or nothing of fastmask in it.
+        FileError: a ValueError; a file is damaged, is not the one that was saved, or is of another version.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(_downloaded(str(name), revision))
+    if not (folder / ABOUT).exists():
+        raise FileNotFoundError(f"{folder}: has no {ABOUT}, so it was not saved by fastmask.save_pretrained")
+    about: About = read_json(folder / ABOUT, About)
+    for file, sha in about.files.items():
+        if "/" in file or sha256_of(folder / file) != sha:
+            raise FileError(folder / file, "is not the file that was saved with the subnetworks (SHA-256 differs)")
+    if model_class is None:
+        model_class = getattr(importlib.import_module("transformers"), about.model_class, None)
+        if model_class is None:
+            raise FileError(folder / ABOUT, f"names {about.model_class!r}, which is no model of this transformers")
+    if about.kind == "extracted":
+        model = _loaded(model_class, folder, about, options)
+        setattr(model, SIZES, dict(about.sizes))
+        return model
+    subnets = Subnetworks.load(folder / MASKS)
+    if about.weights:
+        model = _loaded(model_class, folder, about, options)
+    elif about.base is None:
+        raise FileError(folder / ABOUT, "has neither weights nor the name of a base model")
+    else:
+        model = model_class.from_pretrained(about.base, revision=about.revision, **options)
+    return attach(model, subnets)
+
+
+def _loaded(model_class: Any, folder: Path, about: About, options: dict[str, Any]) -> Any:
+    """The plain model, loaded as transformers loads it, by a class that knows what is special about the folder."""
+    if not hasattr(model_class, "_keys_to_ignore_on_load_unexpected"):  # an auto class
+        config = options.get("config") or importlib.import_module("transformers").AutoConfig.from_pretrained(folder)
+        model_class = model_class._model_mapping[type(config)]
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        shrink(self, about.sizes)
+
+    ignored = [*(model_class._keys_to_ignore_on_load_unexpected or ()), UNLOADED]
+    space = {"_keys_to_ignore_on_load_unexpected": ignored, "__init__": init, "__module__": model_class.__module__}
+    knowing: Any = type(model_class.__name__, (model_class,), space)
+    model = knowing.from_pretrained(folder, **options)
+    model.__class__ = model_class
+    return model
+
+
+def _downloaded(name: str, revision: str | None) -> str:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"no such folder: {name} (and no huggingface_hub to look for it on the Hub)") from None
+    try:
+        found: str = snapshot_download(name, revision=revision)
+    except Exception as error:
+        if isinstance(error, ValueError) or type(error).__module__.startswith(("huggingface_hub", "httpx")):
+            said = str(error).splitlines()[0]
+            raise FileNotFoundError(f"{name}: no such folder, and not on the Hub: {said}") from error
+        raise
+    return found
+
+
+def _write_card(path: Path, owner: Any, about: About, licence: str | None, metadata: Mapping[str, str]) -> None:
+    """A model card; one that somebody else wrote is left alone."""
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return
+    lines = ["---", "library_name: fastmask", "tags: [fastmask, subnetworks]"]
+    lines += [f"base_model: {about.base}"] if about.base and not Path(about.base).exists() else []
+    lines += [f"license: {licence}"] if licence else []
+    lines += ["---", _MARK, "", f"# {about.model_class} with subnetworks", ""]
+    if about.kind == "subnetworks":
+        subnets = attached(owner).subnets
+        lines += ["| language | " + " | ".join(subnets.density) + " |", "|---" * (1 + len(subnets.density)) + "|"]
+        for row, language in enumerate(subnets.languages):
+            shares = [f"{float(share[row]):.0%}" for share in subnets.density.values()]
+            lines.append(f"| {language} | " + " | ".join(shares) + " |")
+        lines += ["", "Shares of heads, neurons or weights that each language owns.", ""]
+        lines += [f"- {name}: {text}" for name, text in metadata.items()]
+    else:
+        lines += ["One language's subnetwork, cut out: its layers have sizes of their own.", ""]
+    lines += ["", "```python", "import fastmask as fm", "", 'model = fm.from_pretrained("...")', "```", ""]
+    write_text(path, "\n".join(lines))

@@ -45,7 +45,8 @@ def probes_of(model: nn.Module) -> list[Probe]:
         for index, group in enumerate(state.structure.groups(kind)):
             name, unit = group.columns
             consumer = owner.get_submodule(name)
-            assert isinstance(consumer, AttachedLinear)
+            if not isinstance(consumer, AttachedLinear):
+                raise ValueError(f"units cannot be scored through {name!r}, an adapter or a quantised layer")
             found[name] = Probe(kind, index, consumer, unit, group.units)
     return [found[name] for name, _ in owner.named_modules() if name in found]
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastmask.models.building import unit_layers, weight_layers
+from fastmask.models.around import Around
+from fastmask.models.building import unit_layers, weight_layers, wrapped_in
 from fastmask.models.caches import CacheArguments, packs_heads
 from fastmask.models.families import Family
 from fastmask.models.places import Places
@@ -40,6 +41,7 @@ class Attached:
     places: Places
     plain_modules: dict[str, nn.Module]
     plain_class: type[nn.Module]
+    around: dict[str, Around]  # by the name of the module that each is put around
     structure: Structure
     unpacked: Mapping[str, str]  # places whose units are not packed, and why
 
@@ -68,6 +70,8 @@ def attach(
 
     Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
     adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
+    Adapters of PEFT and quantised layers that are there before run as they are, with masks around them: W + BA is
+    masked, at the cost of the full network.
 
     Heads and neurons are found by the names and shapes of modules, not by the model's type. Before anything is changed
     a tiny batch runs through the layers that are about to be put in, and through weights multiplied by masks. Where
@@ -99,22 +103,36 @@ def attach(
     of_units = unit_layers(model, subnets, router, structure)
     check_shared(model, of_units)
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
-    _say(model, found.unpacked)
-    of_units = unit_layers(model, subnets, router, structure, found.unpacked, found.apart)
+    unpacked = {**found.unpacked, **_wrapped(model, structure, kinds)}
+    _say(model, unpacked)
+    of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
     masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
-    plain = {name: model.get_submodule(name) for name in masked}
+    around = {name: layer for name, layer in masked.items() if isinstance(layer, Around)}
+    modules = {name: layer for name, layer in masked.items() if isinstance(layer, nn.Module)}
+    plain = {name: model.get_submodule(name) for name in modules}
     if is_own(vars(model).get("forward"), model):  # left behind by hooks that were taken off
         del model.forward
-    for name, layer in masked.items():
+    for name, mask in around.items():
+        mask.put(model.get_submodule(name))
+    for name, layer in modules.items():
         _replace(model, name, layer)
         # One dictionary for both: loading and sharding replace Parameters, and old ones must not live on in here.
         plain[name]._parameters = layer._parameters
     model.__class__ = attached_class  # type: ignore[assignment]
     model._fastmask = Attached(  # type: ignore[assignment]
-        subnets, router, Places(model, masked), plain, plain_class, structure, found.unpacked
+        subnets, router, Places(model, modules, around), plain, plain_class, around, structure, unpacked
     )
     return model
+
+
+def _wrapped(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Places where masks are put around adapters or quantised layers."""
+    found: dict[str, str] = {}
+    for group in (group for kind in kinds for group in structure.groups(kind)):
+        if (name := wrapped_in(model, group)) is not None:
+            found.setdefault(group.place, f"masks are put around {name!r}, a {kind_of(model.get_submodule(name))}")
+    return found
 
 
 def _say(model: nn.Module, unpacked: Mapping[str, str]) -> None:
@@ -145,6 +163,8 @@ def detach(model: Model) -> Model:
             # Embeddings that were resized have put another weight into a tied output layer.
             module.out_features, module.in_features = module.weight.shape
         parent[child] = module.train(layer.training)
+    for mask in state.around.values():
+        mask.take_off()
     owner.__class__ = state.plain_class
     del owner._fastmask
     return model

@@ -10,14 +10,18 @@ from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.masks import Mask
+from fastmask.models.around import Around, is_wrapped
 from fastmask.models.layers import AttachedConv1D, AttachedLinear, Siblings
 from fastmask.models.plain import obstacle, plain_linear
 from fastmask.models.routing import Router
-from fastmask.models.structure import Structure, UnitGroup, is_conv1d
+from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.activations import NONE, name_of
 
-__all__ = ["kept_of", "unit_layers", "weight_layers"]
+__all__ = ["Layers", "kept_of", "unit_layers", "weight_layers", "wrapped_in"]
+
+Layers = dict[str, nn.Module | Around]
+"""What `attach` puts into a model, by the name of the module whose place it takes, or around which it is put."""
 
 
 def unit_layers(
@@ -27,8 +31,10 @@ def unit_layers(
     structure: Structure,
     unpacked: Collection[str] = (),
     apart: Collection[str] = (),
-) -> dict[str, nn.Module]:
+) -> Layers:
     """The layers of heads and neurons, by module name, and identities for activations that they take over.
+
+    Adapters and quantised layers stay where they are, with masks around them.
 
     Args:
         model: plain.
@@ -38,7 +44,7 @@ def unit_layers(
         unpacked: places (`UnitGroup.place`) whose units stay in their slots.
         apart: places whose projections do not read the same input.
     """
-    layers: dict[str, nn.Module] = {}
+    layers: Layers = {}
     for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
         if keep is None:
             continue
@@ -50,22 +56,23 @@ def unit_layers(
     return layers
 
 
-def _of_group(
-    model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]
-) -> dict[str, nn.Module]:
+def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Layers:
     """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
-    layers: dict[str, nn.Module] = {}
-    linears = {name: plain_linear(model, name) for name in group.rows}
+    layers: Layers = {}
+    if wrapped_in(model, group):
+        options = {**options, "packs": False}
+    linears = {name: _linear(model, name) for name in group.rows}
     fused = any(len(unit) > 1 for unit in group.rows.values())
-    alike = len({(linear.bias is not None, _width(linear)) for linear in linears.values()}) == 1
+    alike = len({(getattr(linear, "bias", None) is not None, _width(linear)) for linear in linears.values()}) == 1
+    alike = alike and not any(is_wrapped(linear) for linear in linears.values())
     siblings = Siblings() if together and len(linears) > 1 and alike and not fused else None
     for name, unit in group.rows.items():
         mask = Mask.rows(kept_of(keep, unit), _width(linears[name]))
         parts = [(of_part * group.units, of_part) for of_part in unit] if len(unit) > 1 else []
         layers[name] = _layer(linears[name], mask, unit=sum(unit), parts=parts, siblings=siblings, **options)
     name, of_unit = group.columns
-    linear, activation = plain_linear(model, name), NONE
-    if group.activation is not None:
+    linear, activation = _linear(model, name), NONE
+    if group.activation is not None and not is_wrapped(linear):
         activation = name_of(model.get_submodule(group.activation))
         if activation != NONE:
             if why := obstacle(model.get_submodule(group.activation)):
@@ -81,22 +88,33 @@ def kept_of(keep: Tensor, unit: tuple[int, ...]) -> Tensor:
     return torch.cat([keep.repeat_interleave(of_part, -1) for of_part in unit], -1)
 
 
-def _layer(linear: nn.Module, mask: Mask, **options: Any) -> AttachedLinear:
+def wrapped_in(model: nn.Module, group: UnitGroup) -> str | None:
+    """The first projection of a group that is an adapter or quantised, if one is."""
+    names = (*group.rows, group.columns[0])
+    return next((name for name in names if is_wrapped(model.get_submodule(name))), None)
+
+
+def _linear(model: nn.Module, name: str) -> Any:
+    module = model.get_submodule(name)
+    return module if is_wrapped(module) else plain_linear(model, name)
+
+
+def _layer(linear: nn.Module, mask: Mask, **options: Any) -> AttachedLinear | Around:
+    if is_wrapped(linear):
+        return Around(mask, options["router"])
     kind = AttachedConv1D if is_conv1d(linear) else AttachedLinear
     return kind.from_linear(linear, mask, **options)  # type: ignore[arg-type]
 
 
 def _width(linear: nn.Module) -> int:
-    return linear.nx if is_conv1d(linear) else linear.in_features  # type: ignore[return-value]
+    return sizes_of(linear)[1]  # type: ignore[index]
 
 
 def _height(linear: nn.Module) -> int:
-    return linear.nf if is_conv1d(linear) else linear.out_features  # type: ignore[return-value]
+    return sizes_of(linear)[0]  # type: ignore[index]
 
 
-def weight_layers(
-    model: nn.Module, subnets: Subnetworks, router: Router, taken: Collection[str]
-) -> dict[str, AttachedLinear]:
+def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router, taken: Collection[str]) -> Layers:
     """The layers with a mask over single weights, by module name.
 
     Args:
@@ -105,7 +123,7 @@ def weight_layers(
         router: where the layers will look up their languages.
         taken: the modules with a mask over heads or neurons.
     """
-    layers = {}
+    layers: Layers = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, keep in (subnets.weights or {}).items():
         if name not in modules:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.masks import Mask
+from fastmask.models.around import Around
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.building import kept_of
 from fastmask.models.layers import AttachedLinear
@@ -42,7 +43,7 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
     for what, keep in given.items():
         _check_one(what, keep, getattr(state.subnets, what), language)
     # Everything that can fail comes before the first change to the model.
-    changed: list[tuple[AttachedLinear, Mask]] = []
+    changed: list[tuple[AttachedLinear | Around, Mask]] = []
     for what, keep in given.items():
         for index, group in enumerate(state.structure.groups(what)):
             own = keep[index, : group.units]
@@ -51,8 +52,7 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
             if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
                 continue
             for module_name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
-                layer = owner.get_submodule(module_name)
-                assert isinstance(layer, AttachedLinear)
+                layer = _masked(owner, module_name)
                 changed.append((layer, layer.mask.replaced(row, kept_of(own, unit))))
     wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
     for what, keep in given.items():
@@ -115,16 +115,23 @@ def remove_language(model: nn.Module, name: str) -> None:
 def _change(model: nn.Module, subnets: Subnetworks, change: Callable[[Mask, Mask], Mask], new: str | None) -> None:
     """Put other masks into every masked layer; `change` gets a layer's mask and that of the new language alone."""
     state, owner = attached(model), owner_of(model)
-    masks: list[tuple[AttachedLinear, Mask]] = []
+    masks: list[tuple[AttachedLinear | Around, Mask]] = []
     of_new = _masks_of(owner, subnets.select([new])) if new is not None else {}
-    for name, layer in owner.named_modules():
-        if isinstance(layer, AttachedLinear):
-            mask = layer.mask
-            masks.append((layer, change(mask, of_new[name].to(mask.device) if new is not None else mask)))
+    for name in [name for name, layer in owner.named_modules() if isinstance(layer, AttachedLinear)] + [*state.around]:
+        layer = _masked(owner, name)
+        mask = layer.mask
+        masks.append((layer, change(mask, of_new[name].to(mask.device) if new is not None else mask)))
     for layer, mask in masks:
         layer.mask = mask
     state.subnets = subnets
     state.router.rename(subnets.languages)
+
+
+def _masked(owner: nn.Module, name: str) -> AttachedLinear | Around:
+    """What holds the mask of a module."""
+    layer = attached(owner).around.get(name) or owner.get_submodule(name)
+    assert isinstance(layer, AttachedLinear | Around)
+    return layer
 
 
 def _masks_of(owner: nn.Module, subnets: Subnetworks) -> dict[str, Mask]:
@@ -136,9 +143,7 @@ def _masks_of(owner: nn.Module, subnets: Subnetworks) -> dict[str, Mask]:
         for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
             keep = keeps[:, index, : group.units]
             for name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
-                layer = owner.get_submodule(name)
-                assert isinstance(layer, AttachedLinear)
-                flags = kept_of(keep, unit)
-                rows = layer.mask.kind == "rows"
-                found[name] = Mask.rows(flags, layer.in_features) if rows else Mask.columns(flags, layer.out_features)
+                mask, flags = _masked(owner, name).mask, kept_of(keep, unit)
+                rows = mask.kind == "rows"
+                found[name] = Mask.rows(flags, mask.in_features) if rows else Mask.columns(flags, mask.out_features)
     return found | {name: Mask.weights(keep) for name, keep in (subnets.weights or {}).items()}

@@ -35,6 +35,11 @@ def merge(model: nn.Module, language: str) -> Any:
     """
     state, owner = attached(model), owner_of(model)
     row = state.subnets.index(language)
+    if state.around:
+        raise ValueError(
+            f"cannot multiply a mask into {next(iter(state.around))!r}, an adapter or a quantised layer: merge "
+            "adapters before attach (`merge_and_unload()`), or attach to a model that is not quantised"
+        )
     merged = copy.deepcopy(owner)
     uses: Counter[Tensor] = Counter(parameter for _, parameter in merged.named_parameters(remove_duplicate=False))
     for name, layer in merged.named_modules():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,9 +22,12 @@ class Places:
     Args:
         model: the model that they were put into.
         modules: they, by name.
+        around: names of modules that stay, with masks around them.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], around: Collection[str] = ()) -> None:
+        self._around = frozenset(around)
+        modules = {**modules, **{name: model.get_submodule(name) for name in around}}
         self._root = model._modules  # not the model: a circle would keep its memory until garbage is collected
         self._leaves: dict[str, tuple[Modules, str, nn.Module]] = {}
         for name, module in modules.items():
@@ -32,7 +35,9 @@ class Places:
             self._leaves[name] = (model.get_submodule(parent)._modules, child, module)
         self._kinds = {name: type(module) for name, module in modules.items()}
         self._linears = [
-            (name, module, _stored_shape(module)) for name, module in modules.items() if isinstance(module, nn.Linear)
+            (name, module, _stored_shape(module))
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear) and name not in self._around
         ]
         self._steps = self._steps_down()
 
@@ -67,6 +72,8 @@ class Places:
         found = {}
         for name, (modules, child, layer) in self._leaves.items():
             now = modules.get(child)
+            if name in self._around:
+                continue
             if now is layer:
                 if type(layer) is not self._kinds[name]:
                     raise ValueError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from fastmask.models.around import Around, is_wrapped
 from fastmask.models.building import kept_of, unit_layers
 from fastmask.models.routing import Route, Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d
@@ -140,7 +141,8 @@ def _check_called(model: nn.Module, groups: list[UnitGroup], calls: Mapping[str,
     if not silent:
         return
     before = _leaves(model(**inputs))
-    weights: list[Any] = [model.get_submodule(name).weight for name in silent]
+    modules: list[Any] = [model.get_submodule(name) for name in silent]
+    weights = [module.weight for module in modules if not is_wrapped(module)]
     data = [weight.data for weight in weights]
     for weight in weights:
         weight.data = weight.data.new_zeros(()).expand(weight.shape)
@@ -240,9 +242,11 @@ class _Multiplied(nn.Module):
     def forward(self, x: Tensor) -> Any:
         self.inputs.append(x)
         layer: Any = self.linear
-        parameters = {"weight": layer.weight}
-        keep = (self.rows if self.columns is None else self.columns).to(layer.weight.device)  # type: ignore[union-attr]
         of_rows = self.columns is None
+        keep = (self.rows if of_rows else self.columns).to(x.device)  # type: ignore[union-attr]
+        if is_wrapped(layer):  # its weight is nowhere as such
+            return layer(x) * keep if of_rows else layer(x * keep)
+        parameters = {"weight": layer.weight}
         parameters["weight"] = layer.weight * (keep[:, None] if of_rows != is_conv1d(layer) else keep)
         if of_rows and layer.bias is not None:
             parameters["bias"] = layer.bias * keep
@@ -283,7 +287,7 @@ def _attached(model: nn.Module, structure: Structure, subnets: Subnetworks, inpu
         return _run(model, modules, columns, inputs)
 
 
-def _run(model: nn.Module, modules: Mapping[str, nn.Module], recorded: list[str], inputs: Inputs) -> Recorded:
+def _run(model: nn.Module, modules: Mapping[str, nn.Module | Around], recorded: list[str], inputs: Inputs) -> Recorded:
     found: Recorded = {}
 
     def record(name: str) -> Callable[..., None]:
@@ -300,7 +304,9 @@ def _run(model: nn.Module, modules: Mapping[str, nn.Module], recorded: list[str]
 
 
 @contextmanager
-def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def _replaced(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Iterator[None]:
+    around = {name: layer for name, layer in layers.items() if isinstance(layer, Around)}
+    modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
     before = {name: model.get_submodule(name) for name in modules}
 
     def put(these: Mapping[str, nn.Module]) -> None:
@@ -309,10 +315,14 @@ def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[No
             model.get_submodule(parent)._modules[child] = module
 
     put(modules)
+    for name, layer in around.items():
+        layer.put(model.get_submodule(name))
     try:
         yield
     finally:
         put(before)
+        for layer in around.values():
+            layer.take_off()
 
 
 def _difference(got: Recorded, wanted: list[Recorded]) -> str | None:

@@ -152,6 +152,9 @@ def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(linear):
         weight: Any = linear.weight
         return weight.shape[1], weight.shape[0]
+    linear = getattr(linear, "base_layer", linear)  # below an adapter
+    if is_conv1d(linear):
+        return sizes_of(linear)
     sizes = getattr(linear, "out_features", None), getattr(linear, "in_features", None)
     return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
 

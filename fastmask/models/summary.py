@@ -76,9 +76,11 @@ def summary(model: nn.Module) -> Summary:
         model: with subnetworks attached.
 
     Raises:
-        ValueError: no subnetworks are attached.
+        ValueError: no subnetworks are attached, or masks are put around adapters or quantised layers.
     """
     state, owner = attached(model), owner_of(model)
+    if state.around:
+        raise ValueError(f"cannot count what is live in {next(iter(state.around))!r}, an adapter or a quantised layer")
     layers: dict[str, dict[str, Part]] = {}
     masked: set[int] = set()
     for name, layer in owner.named_modules():

@@ -10,6 +10,7 @@ from tiny_models import batch, multiplied, tiny
 from torch import nn
 
 import fastmask as fm
+from fastmask.models.editing import set_subnetwork
 
 peft = pytest.importorskip("peft")
 
@@ -97,17 +98,62 @@ def test_detach_under_adapters(how):
 
 
 def test_attach_to_what_peft_has_wrapped():
-    """The wrapper is refused by name, and so is its model where a module to be masked has an adapter."""
+    """The wrapper is refused by name; its model can be had, with masks around the adapters."""
     wrapped = with_lora(tiny("bert", "tokens"), "query", "value")
     subnets = subnetworks(tiny("bert"))
     with pytest.raises(ValueError, match=r"given PeftModel of PEFT: attach to the model inside, `peft_model\.get_base"):
         fm.attach(wrapped, subnets)
     with pytest.raises(ValueError, match="given LoraModel of PEFT"):
         fm.attach(wrapped.base_model, subnets)
-    with pytest.raises(ValueError, match=rf"nn\.Linear at '{QUERY}', found peft\.tuners\.lora\.layer\.Linear: merge"):
+    wanted = multiplied(merged("query", "value"), subnets, batch(len(IDS)), IDS)
+    with pytest.warns(UserWarning, match=rf"masks are put around '{QUERY}', a peft\.tuners\.lora\.layer\.Linear"):
         fm.attach(wrapped.get_base_model(), subnets)
+    assert_equal(run(wrapped), wanted)
+    fm.detach(wrapped)
     plain = wrapped.merge_and_unload()
-    assert_equal(run(fm.attach(plain, subnets)), multiplied(merged("query", "value"), subnets, batch(len(IDS)), IDS))
+    assert_equal(run(fm.attach(plain, subnets)), wanted)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("targets", [("query", "value"), ("attention.output.dense",), ("intermediate.dense", "key")])
+def test_masks_around_adapters(targets):
+    """W + BA is masked: forward, the adapters' gradients, another subnetwork, one more, and none."""
+    wrapped, reference = with_lora(tiny("bert", "tokens"), *targets), with_lora(tiny("bert", "tokens"), *targets)
+    subnets = subnetworks(tiny("bert"))
+    fm.attach(wrapped.get_base_model(), subnets)
+    assert_equal(run(wrapped), multiplied(merged(*targets), subnets, batch(len(IDS)), IDS))
+    with fm.language(wrapped, "bb"):
+        wrapped(**batch(2)).logits.square().sum().backward()
+    row, base = 1, reference.get_base_model()
+    for layer in range(2):
+        stem = f"bert.encoder.layer.{layer}."
+        heads, neurons = (keep[row, layer].double() for keep in (subnets.heads, subnets.neurons))
+        for name in ("query", "key", "value"):
+            base.get_submodule(f"{stem}attention.self.{name}").register_forward_hook(
+                lambda module, args, y, keep=heads: y * keep.repeat_interleave(6)
+            )
+        base.get_submodule(f"{stem}attention.output.dense").register_forward_pre_hook(
+            lambda module, args, keep=heads: (args[0] * keep.repeat_interleave(6),)
+        )
+        base.get_submodule(f"{stem}intermediate.dense").register_forward_hook(
+            lambda module, args, y, keep=neurons: y * keep
+        )
+    reference(**batch(2)).logits.square().sum().backward()
+    wanted = dict(reference.named_parameters())
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, msg=lambda m, n=name: f"{n}: {m}")
+    set_subnetwork(wrapped, "aa", heads=subnets.heads[2], neurons=subnets.neurons[2])
+    fm.add_language(wrapped, "dd", subnets.select(["bb"]))
+    assert_equal(run(wrapped, [0, 3]), multiplied(merged(*targets), subnets, batch(2), [2, 1]))
+    assert_equal(run(copy.deepcopy(wrapped), [0, 3]), run(wrapped, [0, 3]))
+    with pytest.raises(ValueError, match="cannot multiply a mask into"):
+        fm.merge(wrapped, "aa")
+    with pytest.raises(ValueError, match="was replaced by torch"):
+        run(copy.deepcopy(wrapped).merge_and_unload())
+    fm.detach(wrapped)
+    assert_equal(wrapped(**batch(2)).logits, merged(*targets)(**batch(2)).logits)
+    assert not any(module._forward_hooks for module in wrapped.modules())
 
 
 def test_adapters_without_a_wrapper_around_the_model():

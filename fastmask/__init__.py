@@ -1,6 +1,7 @@
 """fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part."""
 
 from fastmask import analysis, unseen
+from fastmask.decomposed import decompositions
 from fastmask.discovery import discover
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.linear import MaskedLinear, masked_linear
@@ -38,6 +39,7 @@ __all__ = [
     "add_language",
     "analysis",
     "attach",
+    "decompositions",
     "detach",
     "discover",
     "extract",

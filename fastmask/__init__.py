@@ -3,10 +3,10 @@
 from fastmask import analysis, unseen
 from fastmask.discovery import discover
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.linear import MaskedLinear, masked_linear
+from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
 from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
-from fastmask.models import attach, detach, language
+from fastmask.models import attach, detach, freeze_unmasked, language
 from fastmask.optim import LiveAdamW
 from fastmask.subnetworks import Subnetworks
 
@@ -23,7 +23,9 @@ __all__ = [
     "attach",
     "detach",
     "discover",
+    "freeze_unmasked",
     "language",
     "masked_linear",
+    "sparse_update_linear",
     "unseen",
 ]

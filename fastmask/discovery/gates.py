@@ -37,8 +37,18 @@ class Probe:
 
 
 def probes_of(model: nn.Module) -> list[Probe]:
-    """Where the masked units of an attached model are gated, in the order in which a forward pass gets there."""
-    subnets, owner = attached(model).subnets, owner_of(model)
+    """Where the masked units of an attached model are gated, in the order in which a forward pass gets there.
+
+    Raises:
+        ValueError: the masks leave no unit out of the forward pass.
+    """
+    state, owner = attached(model), owner_of(model)
+    subnets = state.subnets
+    if state.router.full_forward:
+        raise ValueError(
+            'these subnetworks were attached with forward="full", under which every unit runs for every language: what '
+            'a unit is worth to a subnetwork is found under forward="masked"'
+        )
     probes: list[Probe] = []
     if subnets.heads is None and subnets.neurons is None:
         return probes  # masks over weights: the model need not be of a known family

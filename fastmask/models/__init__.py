@@ -4,6 +4,6 @@
 the layers, `layers` is the masked layer that reads them there, `attach` puts the three together.
 """
 
-from fastmask.models.attach import attach, detach, language
+from fastmask.models.attach import attach, detach, freeze_unmasked, language
 
-__all__ = ["attach", "detach", "language"]
+__all__ = ["attach", "detach", "freeze_unmasked", "language"]

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastmask.linear import checked_forward
+from fastmask.live import masked_parameters
 from fastmask.masks import Mask
 from fastmask.models.building import unit_layers, weight_layers
 from fastmask.models.caches import CacheArguments, packs_heads
@@ -22,7 +24,7 @@ from fastmask.models.plain import check_model, check_shared, is_own, kind_of, le
 from fastmask.models.routing import Router
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of", "set_subnetwork"]
+__all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of", "set_subnetwork"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,7 +40,7 @@ class Attached:
     plain_class: type[nn.Module]
 
 
-def attach(model: Model, subnets: Subnetworks) -> Model:
+def attach(model: Model, subnets: Subnetworks, forward: str = "masked") -> Model:
     """Give each language of `subnets` its subnetwork of `model`; the model is changed in place and returned.
 
     Parameters, state dict keys and `save_pretrained` stay as they were. The forward pass takes one more argument,
@@ -53,24 +55,32 @@ def attach(model: Model, subnets: Subnetworks) -> Model:
     `generate` does; the attention of a call with a cache computes dead heads as zeros, unless the cache was new and the
     batch of one language.
 
+    With `forward="full"` masks restrict only what may learn: the forward pass and the gradients of activations are
+    those of the full network, and each example's gradients reach what its language owns (sparse fine-tuning,
+    language-specific neurons). Nothing is packed; a pass without gradients needs no languages. What no mask touches
+    (embeddings, norms) trains as ever: `fastmask.freeze_unmasked(model)` stops that. `fastmask.Delta` holds what a
+    language has learnt.
+
     Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
     adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
 
     Args:
         model: a Hugging Face model of a supported family, bare or under a task head (any module, for weight masks).
         subnets: masks for the model's geometry.
+        forward: "masked" (each language runs its subnetwork) or "full".
 
     Raises:
         ValueError: an unsupported model, a model that has subnetworks attached, masks of another geometry; a model or
             a module to be masked that is wrapped, hooked, parametrized, pruned, quantised or sharded already.
-        KeyError: `subnets.weights` names a module that does not exist.
+        KeyError: `subnets.weights` names a module that does not exist; an unknown `forward`.
     """
+    full_forward = checked_forward(forward) == "full"
     if is_attached(model):
         raise ValueError("this model has subnetworks attached already: call fastmask.detach(model) first")
     plain_class = getattr(type(model), "_plain_class", type(model))  # a model may be made by type(attached)(config)
     attached_class = _attached_class(plain_class)
     check_model(model, attached_class.forward)
-    router = Router(subnets.languages)
+    router = Router(subnets.languages, full_forward)
     # Everything that can fail comes before the first change to the model.
     masked = {**unit_layers(model, subnets, router), **weight_layers(model, subnets, router)}
     check_shared(model, masked)
@@ -106,6 +116,25 @@ def detach(model: Model) -> Model:
         parent[child] = module.train(layer.training)
     owner.__class__ = state.plain_class
     del owner._fastmask
+    return model
+
+
+def freeze_unmasked(model: Model) -> Model:
+    """Let only what masks touch learn: every parameter without a mask gets `requires_grad=False`; returns the model.
+
+    Masks touch the weights of masked layers, and their biases below row masks (of query, key, value and the first
+    projection of an FFN). Call it on the whole model, before the optimiser is made; a head that is to be trained for
+    the task gets its `requires_grad_()` back afterwards.
+
+    Raises:
+        ValueError: nothing in the model has a mask.
+    """
+    masked = masked_parameters(model)
+    if not masked:
+        raise ValueError(f"nothing in this {type(model).__name__} has a mask: call fastmask.attach first")
+    for parameter in model.parameters():
+        if parameter not in masked:
+            parameter.requires_grad_(False)
     return model
 
 
@@ -253,7 +282,9 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         state.places.check()
         route = state.router.resolve(language_ids)
         cache = caching.cache(args, kwargs)
-        if cache is None and not caching.asks_for_one(args, kwargs):
+        if state.router.full_forward:
+            pass  # keys and values are those of all heads
+        elif cache is None and not caching.asks_for_one(args, kwargs):
             args, kwargs = caching.without(args, kwargs)
         elif state.subnets.heads is not None:
             route.packs_heads = packs_heads(cache, state.subnets.heads, route.present)

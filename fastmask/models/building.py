@@ -21,7 +21,10 @@ __all__ = ["unit_layers", "weight_layers"]
 
 
 def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, nn.Module]:
-    """The packed layers of heads and neurons, by module name, and identities for activations that they take over."""
+    """The layers of heads and neurons, by module name, and identities for activations that they take over.
+
+    They are packed, unless the router says that the forward pass is that of the full network.
+    """
     if subnets.heads is None and subnets.neurons is None:
         return {}
     family_of(model)  # an unsupported model gets an error that names the supported ones, not a missing attribute
@@ -35,7 +38,8 @@ def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[
         for name, linear in linears.items():
             build, other = (Mask.rows, linear.in_features) if side == "rows" else (Mask.columns, linear.out_features)
             mask = build(keep.repeat_interleave(units[name], 1), other)
-            layers[name] = AttachedLinear.from_linear(linear, mask, router=router, packed_unit=units[name], **options)
+            unit = None if router.full_forward else units[name]
+            layers[name] = AttachedLinear.from_linear(linear, mask, router=router, packed_unit=unit, **options)
 
     for index, parts in enumerate(layer_parts(model)):
         if subnets.heads is not None:

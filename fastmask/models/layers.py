@@ -48,7 +48,9 @@ class AttachedLinear(MaskedLinear):
         siblings: Siblings | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(in_features, out_features, mask, **options)
+        super().__init__(
+            in_features, out_features, mask, forward="full" if router.full_forward else "masked", **options
+        )
         self.router = router
         self.packed_unit = packed_unit
         self.of_heads = of_heads
@@ -64,7 +66,7 @@ class AttachedLinear(MaskedLinear):
         if self.siblings is not None and route.shared:
             return self.siblings.output_of(self, x, route)
         mask, width = self.mask, self.packed_width(route, x)
-        return compute(x, self.weight, mask, route.ids_for(x), self.bias, width, self.activation)
+        return compute(x, self.weight, mask, route.ids_for(x), self.bias, width, self.activation, self.full_forward)
 
     def packed_width(self, route: Route, x: Tensor) -> int:
         """Width of the packed side: that of the input, or of the widest language present, or of all if not known."""
@@ -121,6 +123,8 @@ class Siblings:
                 route.ids_for(x),
                 [sibling.bias for sibling in layers if sibling.bias is not None],
                 [sibling.packed_width(route, x) for sibling in layers],
+                NONE,
+                layer.full_forward,
             )
             outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(ys)))
             route.waiting[self] = outputs

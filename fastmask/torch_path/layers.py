@@ -39,10 +39,12 @@ def forward(
     n_languages: int,
     activation: str = NONE,
     kept: list[Tensor] | None = None,
+    full_forward: bool = False,
 ) -> list[Tensor]:
     """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
 
     The weights as the products read them are put into `kept`, if it is a list: `backward` need not make them again.
+    With `full_forward` all examples go through the whole weights, whatever their languages.
 
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
@@ -50,6 +52,8 @@ def forward(
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
+    if full_forward:
+        split, gated = split.full, ()
     active, read = activate(x, activation), _read(layers, weights, x, split.full if gated else split)
     if kept is not None:
         kept += read
@@ -77,16 +81,21 @@ def backward(
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
     kept: Sequence[Tensor] = (),
+    full_forward: bool = False,
 ) -> Grads:
     """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
 
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
-    to them.
+    to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
     active = activate(x, activation)
-    read = kept or _read(layers, weights, x, split.full if gated else split)
+    read = kept or _read(layers, weights, x, split.full if gated or full_forward else split)
     needs = _Needs(needs_x, needs_weight, needs_bias)
+    if full_forward:
+        nothing = [False] * len(layers)
+        full_dx, _, _ = _grads(layers, dys, active, weights, read, split.full, _Needs(needs_x, nothing, nothing))
+        needs = needs._replace(x=False)
     if not gated:
         dx, dws, dbs = _grads(layers, dys, active, weights, read, split, needs)
     elif gated[0].of_rows:
@@ -96,6 +105,7 @@ def backward(
         wide = enter(active, gated[0], split)
         dx, dws, dbs = _grads(layers, dys, wide, weights, read, split.full, needs)
         dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
+    dx = full_dx if full_forward else dx
     return None if dx is None else activation_grad(dx, x, activation), dws, dbs
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
@@ -34,12 +35,15 @@ def forward(
     n_languages: int,
     activation: str = NONE,
     kept: list[Tensor] | None = None,
+    full_forward: bool = False,
 ) -> list[Tensor]:
     """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
     B, T, _ = x.shape
     plan, tf32 = plan_of(language_ids, T, n_languages, x.device), _tf32(x)
     rows = activate(_rows(x), activation)
-    if masks[0].kind == "rows":
+    if full_forward:  # no kernel of ours is faster than the library's where nothing is left out
+        ys = [F.linear(rows, w.to(x.dtype), _as(bias, x)) for w, bias in zip(weights, biases, strict=True)]
+    elif masks[0].kind == "rows":
         ys = _rows_forward(masks, rows, weights, biases, plan, tf32)
     elif masks[0].kind == "columns":
         transposed = _transposed(weights[0], rows)
@@ -64,8 +68,13 @@ def backward(
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
     kept: Sequence[Tensor] = (),
+    full_forward: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """As `torch_path.layers.backward`."""
+    if full_forward:
+        dx = _full_input_grad(dys, x, weights, activation) if needs_x else None
+        about = (language_ids, n_languages, activation)
+        return dx, *backward(masks, dys, x, weights, *about, False, needs_weight, needs_bias)[1:]
     plan, tf32 = plan_of(language_ids, x.shape[1], n_languages, x.device), _tf32(x)
     before, upstreams = _rows(x), [_rows(dy) for dy in dys]
     # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.
@@ -87,6 +96,15 @@ def backward(
     if dx is not None and not fused:
         dx = activation_grad(dx, before, activation)
     return None if dx is None else dx.view(x.shape), dws, dbs
+
+
+def _full_input_grad(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], activation: str) -> Tensor:
+    """The gradient of x through the whole weights."""
+    first, *others = [(_rows(dy), weight.to(x.dtype)) for dy, weight in zip(dys, weights, strict=True)]
+    dx = torch.mm(*first)
+    for dy, weight in others:
+        dx.addmm_(dy, weight)
+    return activation_grad(dx, _rows(x), activation).view(x.shape)
 
 
 # ---- rows

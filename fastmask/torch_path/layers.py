@@ -49,7 +49,7 @@ def forward(
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
-    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
+    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
     if full_forward:
@@ -88,7 +88,7 @@ def backward(
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
     to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
-    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
+    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
     active = activate(x, activation)
     read = kept or _read(layers, weights, x, split.full if gated or full_forward else split)
     needs = _Needs(needs_x, needs_weight, needs_bias)
@@ -172,7 +172,12 @@ def _grads(
 
 
 def _prepared(
-    masks: Sequence[StoredMask], x: Tensor, weights: Sequence[Tensor], language_ids: Tensor, n_languages: int
+    masks: Sequence[StoredMask],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    language_ids: Tensor,
+    n_languages: int,
+    full_forward: bool,
 ) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
     """The layers, the batch, and the layers once more if they are to be run with gates."""
     layers = [
@@ -180,15 +185,17 @@ def _prepared(
         for mask, weight in zip(masks, weights, strict=True)
     ]
     split, T = Split.of(language_ids, n_languages), x.shape[1]
-    return split.once((T, *layers), lambda: _planned(layers, split, T))
+    return split.once((T, full_forward, *layers), lambda: _planned(layers, split, T, full_forward))
 
 
-def _planned(layers: Sequence[Layer], split: Split, T: int) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
+def _planned(
+    layers: Sequence[Layer], split: Split, T: int, full_forward: bool
+) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
     split = split.merged([layer.same_as for layer in layers])
     units = [layer for layer in layers if isinstance(layer, Units)]
     can = len(units) == len(layers) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not layer.whole(language) for layer in units for language, _, _ in split.parts)
-    return layers, split, units if masked and is_cheaper(units, T, split) else ()
+    return layers, split, units if masked and is_cheaper(units, T, split, full_forward) else ()
 
 
 _layers: Kept[Layer] = Kept()

@@ -1,6 +1,7 @@
 """fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part."""
 
 from fastmask import analysis, unseen
+from fastmask.deltas import Delta
 from fastmask.discovery import discover
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
@@ -13,6 +14,7 @@ from fastmask.subnetworks import Subnetworks
 __version__ = "0.1.0"
 
 __all__ = [
+    "Delta",
     "DynamicSubnetworks",
     "LiveAdamW",
     "Mask",

@@ -47,10 +47,11 @@ class LiveAdamW(torch.optim.AdamW):
     sixteenth), and no batch was of the full network, moments are kept of that part alone; the state dict says of which
     part under "held", and `torch.optim.AdamW` does not load it. `step`, which the bias correction reads, counts the
     steps in which the *parameter* had a gradient, not those in which a slice was live: all slices of a parameter share
-    one correction, as the rows of an embedding do in `torch.optim.SparseAdam`. The moments of a slice decay only in the steps that move it. The price: moments that are
-    still zero after many steps are corrected too little, so a slice that is live for the first time late moves up to
-    6.6 times as far (default betas, constant gradient) as a new parameter would, for some tens of steps. Slices that
-    were trained before the subnetworks were attached, or that any language owns from the start, do not pay it.
+    one correction, as the rows of an embedding do in `torch.optim.SparseAdam`. The moments of a slice decay only in the
+    steps that move it. The price: moments that are still zero after many steps are corrected too little, so a slice
+    that is live for the first time late moves up to 6.6 times as far (default betas, constant gradient) as a new
+    parameter would, for some tens of steps. Slices that were trained before the subnetworks were attached, or that any
+    language owns from the start, do not pay it.
 
     On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does,
     which knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do,

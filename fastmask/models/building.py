@@ -23,7 +23,8 @@ __all__ = ["unit_layers", "weight_layers"]
 def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[str, nn.Module]:
     """The layers of heads and neurons, by module name, and identities for activations that they take over.
 
-    They are packed, unless the router says that the forward pass is that of the full network.
+    They are packed, unless the router says that the forward pass is that of the full network: that computes activations
+    as the plain model does, once.
     """
     if subnets.heads is None and subnets.neurons is None:
         return {}
@@ -47,7 +48,7 @@ def unit_layers(model: nn.Module, subnets: Subnetworks, router: Router) -> dict[
             add("columns", dict([parts.heads_columns]), subnets.heads[:, index], of_heads=True)
         if subnets.neurons is not None:
             activation = NONE
-            if parts.activation is not None:
+            if parts.activation is not None and not router.full_forward:
                 activation = name_of(model.get_submodule(parts.activation))
                 if activation != NONE:
                     if why := obstacle(model.get_submodule(parts.activation)):

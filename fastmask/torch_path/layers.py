@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, StoredMask
+from fastmask.torch_path import full
 from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.gated import enter, is_cheaper, leave
@@ -52,11 +53,15 @@ def forward(
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
+    active = activate(x, activation)
     if full_forward:
-        split, gated = split.full, ()
-    active, read = activate(x, activation), _read(layers, weights, x, split.full if gated else split)
+        read = [cast(weight, x.dtype) for weight in weights]
+    else:
+        read = _read(layers, weights, x, split.full if gated else split)
     if kept is not None:
         kept += read
+    if full_forward:
+        return full.full_forward(active, read, biases)
     widths = [
         weight.shape[0] if mask.kind != "rows" or mask.packed_width == UNPACKED else mask.packed_width
         for mask, weight in zip(masks, weights, strict=True)
@@ -90,12 +95,11 @@ def backward(
     """
     layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
     active = activate(x, activation)
-    read = kept or _read(layers, weights, x, split.full if gated or full_forward else split)
-    needs = _Needs(needs_x, needs_weight, needs_bias)
+    needs = _Needs(needs_x and not full_forward, needs_weight, needs_bias)
     if full_forward:
-        nothing = [False] * len(layers)
-        full_dx, _, _ = _grads(layers, dys, active, weights, read, split.full, _Needs(needs_x, nothing, nothing))
-        needs = needs._replace(x=False)
+        read = kept or [cast(weight, x.dtype) for weight in weights]
+    else:
+        read = kept or _read(layers, weights, x, split.full if gated else split)
     if not gated:
         dx, dws, dbs = _grads(layers, dys, active, weights, read, split, needs)
     elif gated[0].of_rows:
@@ -105,7 +109,8 @@ def backward(
         wide = enter(active, gated[0], split)
         dx, dws, dbs = _grads(layers, dys, wide, weights, read, split.full, needs)
         dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
-    dx = full_dx if full_forward else dx
+    if full_forward and needs_x:
+        dx = full.full_input_grad(dys, read)
     return None if dx is None else activation_grad(dx, x, activation), dws, dbs
 
 

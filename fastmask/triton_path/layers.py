@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
@@ -20,6 +19,7 @@ from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from torch import Tensor
 
 from fastmask.masks import UNPACKED, StoredMask
+from fastmask.torch_path import full
 from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.triton_path.tables import layout_of, plan_of, positions_of
 
@@ -42,8 +42,8 @@ def forward(
     plan, tf32 = plan_of(language_ids, T, n_languages, x.device), _tf32(x)
     rows = activate(_rows(x), activation)
     if full_forward:  # no kernel of ours is faster than the library's where nothing is left out
-        ys = [F.linear(rows, w.to(x.dtype), _as(bias, x)) for w, bias in zip(weights, biases, strict=True)]
-    elif masks[0].kind == "rows":
+        return full.full_forward(rows.view(B, T, rows.shape[1]), [w.to(x.dtype) for w in weights], biases)
+    if masks[0].kind == "rows":
         ys = _rows_forward(masks, rows, weights, biases, plan, tf32)
     elif masks[0].kind == "columns":
         transposed = _transposed(weights[0], rows)
@@ -72,7 +72,8 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """As `torch_path.layers.backward`."""
     if full_forward:
-        dx = _full_input_grad(dys, x, weights, activation) if needs_x else None
+        dx = full.full_input_grad(dys, [weight.to(x.dtype) for weight in weights]) if needs_x else None
+        dx = None if dx is None else activation_grad(dx, x, activation)
         about = (language_ids, n_languages, activation)
         return dx, *backward(masks, dys, x, weights, *about, False, needs_weight, needs_bias)[1:]
     plan, tf32 = plan_of(language_ids, x.shape[1], n_languages, x.device), _tf32(x)
@@ -96,15 +97,6 @@ def backward(
     if dx is not None and not fused:
         dx = activation_grad(dx, before, activation)
     return None if dx is None else dx.view(x.shape), dws, dbs
-
-
-def _full_input_grad(dys: Sequence[Tensor], x: Tensor, weights: Sequence[Tensor], activation: str) -> Tensor:
-    """The gradient of x through the whole weights."""
-    first, *others = [(_rows(dy), weight.to(x.dtype)) for dy, weight in zip(dys, weights, strict=True)]
-    dx = torch.mm(*first)
-    for dy, weight in others:
-        dx.addmm_(dy, weight)
-    return activation_grad(dx, _rows(x), activation).view(x.shape)
 
 
 # ---- rows

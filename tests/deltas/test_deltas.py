@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fastmask as fm
 from fastmask.deltas.part import Part
-from fastmask.files import FileError
+from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.live import live_of
 from fastmask.models.attach import attached
 from tests.core.oracle import KINDS, random_mask
@@ -293,3 +293,29 @@ def test_files_that_are_damaged_or_of_another_kind(plain, deltas, tmp_path):
             fm.Delta.load(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         fm.Delta.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t, k: t.update({f"{k}.difference": t[f"{k}.difference"][:-1]}), "differences of a live part"),
+        (lambda t, k: t.update({f"{k}.values": t[f"{k}.values"].double()}), "one float dtype"),
+        (lambda t, k: t.update({f"{k}.places": torch.tensor([1 << 40]), f"{k}.values": torch.ones(1)}), "places below"),
+        (lambda t, k: t[f"{k}.difference"].fill_(torch.inf), "NaN or infinity"),
+        (lambda t, k: t.update({f"{k}.live": torch.ones(3)}), "uint8"),
+        (lambda t, k: t.pop(f"{k}.live"), "has no tensor"),
+        (lambda t, k: t.update(more=torch.ones(3)), "also holds more"),
+    ],
+)
+def test_files_that_hold_something_else(plain, deltas, tmp_path, damage, message):
+    """A sealed file whose tensors do not go together is refused, and names what is wrong."""
+    (de, _), _ = deltas
+    de.save(tmp_path / "de")
+    tensors, header = read_sealed(tmp_path / "de")
+    damage(tensors, next(key for key in tensors if key.endswith("dense.weight.live")).removesuffix(".live"))
+    write_sealed(tmp_path / "de", tensors, header)
+    with pytest.raises(FileError, match=message):
+        fm.Delta.load(tmp_path / "de")
+    write_sealed(tmp_path / "de", tensors, {**header, "version": "2"})
+    with pytest.raises(FileError, match="has format version 2"):
+        fm.Delta.load(tmp_path / "de")

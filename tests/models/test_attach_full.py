@@ -185,6 +185,21 @@ def test_checkpointing():
     torch.testing.assert_close(*found)
 
 
+def test_an_episode():
+    """Inner steps of meta-learning through the full network move what the language owns, and are taken back."""
+    model, inputs = tiny("bert"), batch(2)
+    subnets = subnetworks(model)
+    fm.attach(model, subnets, forward="full")
+    before, owned = copy.deepcopy(model.state_dict()), unit_masks(model, subnets, 1)
+    learner = fm.MetaLearner(model, lambda b: model(**b)[0].square().mean(), inner_learning_rate=0.1)
+    with learner.adapt("bb", [inputs]):
+        for name, keep in owned.items():
+            moved = model.get_parameter(name) != before[name]
+            assert moved.any() or name.endswith("key.bias")  # whose true gradient is 0
+            assert not moved[~keep.bool().expand_as(moved)].any()
+    assert all(torch.equal(now, before[name]) for name, now in model.state_dict().items())
+
+
 def test_freeze_unmasked():
     """What no mask touches stays as it is, under a task head too; a model without masks is refused."""
     model = tiny("bert", "tokens")

@@ -203,6 +203,12 @@ _MIXED: dict[str, Any] = {"present": 8, "batch": 16}
 _OF_32 = Job(Setting("encoder", languages=32, present=32, batch=32), ("dense", "fastmask", "loop", "gating"))
 _STEP = Job(Setting("step", languages=8, present=8, batch=32, tokens=24), ("dense", "fastmask", "full", "data"))
 _EPISODE = Job(Setting("episode", languages=2, present=2, batch=20, tokens=32), peaks=True)
+_FINETUNED: dict[str, dict[str, Any]] = {
+    "10% of heads and neurons, one language": {"density": 0.1},
+    "10% of heads and neurons, 8 languages": {"density": 0.1, **_MIXED},
+    "5% of single weights, one language": {"unit": "weights", "density": 0.05},
+    "5% of single weights, 8 languages": {"unit": "weights", "density": 0.05, **_MIXED},
+}
 _MIXED_BITS = op("weights", 0.5, 8, (BOTH_WAYS,), peaks=True)
 
 TARGETS: list[Target] = [
@@ -249,6 +255,10 @@ TARGETS: list[Target] = [
     ),
     Target("FOMAML episode, 2 languages", _EPISODE, "episode", "speed", 2.0),
     Target("the same: most memory at once", _EPISODE, "episode", "peak", 0.5),
+    *(
+        Target(f"step of sparse fine-tuning, {what}", Job(Setting("finetune", **sizes)), "step", "speed", 1.25)
+        for what, sizes in _FINETUNED.items()
+    ),
     Target("optimiser step, one language, 50%", Job(Setting("optimizer")), "step", "time", 1.3),
     Target(
         "ablation of 32 heads, 8 languages",

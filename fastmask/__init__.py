@@ -2,9 +2,10 @@
 
 from fastmask import analysis, unseen
 from fastmask.decomposed import decompositions
+from fastmask.deltas import Delta
 from fastmask.discovery import discover
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.linear import MaskedLinear, masked_linear
+from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
 from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
 from fastmask.models import (
@@ -14,6 +15,7 @@ from fastmask.models import (
     attach,
     detach,
     extract,
+    freeze_unmasked,
     from_pretrained,
     language,
     merge,
@@ -28,6 +30,7 @@ from fastmask.subnetworks import Subnetworks
 __version__ = "0.1.0"
 
 __all__ = [
+    "Delta",
     "DynamicSubnetworks",
     "Family",
     "LiveAdamW",
@@ -43,6 +46,7 @@ __all__ = [
     "detach",
     "discover",
     "extract",
+    "freeze_unmasked",
     "from_pretrained",
     "language",
     "masked_linear",
@@ -50,6 +54,7 @@ __all__ = [
     "register_family",
     "remove_language",
     "save_pretrained",
+    "sparse_update_linear",
     "summary",
     "unseen",
 ]

@@ -41,13 +41,16 @@ def _masked_linear(
     n_languages: int,
     packed_widths: list[int],
     activation: str,
+    full_forward: bool,
 ) -> list[Tensor]:
     x = activate(x, activation)
     found = []
     for g, weight in enumerate(weights):
         w, bias = weight.to(x.dtype), biases[g].to(x.dtype) if biases else None
         width = packed_widths[g]
-        if kind in ("rows", "columns"):
+        if full_forward:
+            found.append(F.linear(x, w, bias))
+        elif kind in ("rows", "columns"):
             size = weight.shape[0] if kind == "rows" else weight.shape[1]
             slots, live = _slots(indices[g], extents[g], language_ids, size)
             if kind == "rows":

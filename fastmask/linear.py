@@ -1,4 +1,7 @@
-"""`masked_linear`: one weight, many masks; and `MaskedLinear`: `nn.Linear` with one mask for each language."""
+"""`masked_linear`: one weight, many masks; and `MaskedLinear`: `nn.Linear` with one mask for each language.
+
+`sparse_update_linear` uses the masks for learning only: the forward pass is that of the whole weight.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastmask.errors import unknown
 from fastmask.masks import UNPACKED, Mask
 from fastmask.operators import autocast, compute
 
-__all__ = ["MaskedLinear", "masked_linear"]
+__all__ = ["FORWARDS", "MaskedLinear", "checked_forward", "masked_linear", "sparse_update_linear"]
+
+FORWARDS = ("masked", "full")
 
 Self = TypeVar("Self", bound="MaskedLinear")
 
@@ -48,6 +54,48 @@ def masked_linear(
     Raises:
         ValueError: a shape, dtype or device that does not fit, or a language id out of range.
     """
+    return _checked_compute(x, weight, mask, language_ids, bias, validate, full_forward=False)
+
+
+def sparse_update_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    validate: bool = False,
+) -> Tensor:
+    """Apply one linear layer whole, and let each example change only what its language's mask leaves.
+
+    All examples get `F.linear(x, weight, bias)`, and dx = dy @ weight. The gradient of the weight is the sum over
+    languages of M_l * (dy_l.T @ x_l), of which only the live part is computed; it is dense, in the weight's dtype, and
+    0 where no language of the batch owns anything. The gradient of the bias is gated with the rows of a row mask; other
+    masks leave it alone. -1 is a language that owns everything. Sparse fine-tuning by masks is that of Ansell et al.
+    2022, "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", and Sung et al. 2021, "Training Neural Networks
+    with Fixed Sparse Masks".
+
+    Args, returns, raises: as `masked_linear`.
+    """
+    return _checked_compute(x, weight, mask, language_ids, bias, validate, full_forward=True)
+
+
+def checked_forward(forward: str) -> str:
+    """`forward`, if it is one of `FORWARDS`; raises KeyError if not."""
+    if forward not in FORWARDS:
+        raise unknown("forward", forward, FORWARDS)
+    return forward
+
+
+def _checked_compute(
+    x: Tensor,
+    weight: Tensor,
+    mask: Mask,
+    language_ids: Tensor,
+    bias: Tensor | None,
+    validate: bool,
+    full_forward: bool,
+) -> Tensor:
     x = autocast(x)
     _check(x, weight, mask, language_ids, bias)
     if validate and language_ids.numel():
@@ -57,7 +105,7 @@ def masked_linear(
                 f"language_ids are from {int(low)} to {int(high)}; expected 0 to {mask.n_languages - 1}, "
                 "or -1 for the full network"
             )
-    return compute(x, weight, mask, language_ids, bias, UNPACKED)
+    return compute(x, weight, mask, language_ids, bias, UNPACKED, full_forward=full_forward)
 
 
 class MaskedLinear(nn.Linear):
@@ -70,6 +118,7 @@ class MaskedLinear(nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
         mask: a `Mask` over [out_features, in_features].
+        forward: "masked", or "full" if masks restrict only what may learn (`fastmask.sparse_update_linear`).
     """
 
     transposed = False  # whether the weight is stored [in, out]
@@ -82,13 +131,16 @@ class MaskedLinear(nn.Linear):
         bias: bool = True,
         device: Any = None,
         dtype: Any = None,
+        forward: str = "masked",
     ) -> None:
+        full_forward = checked_forward(forward) == "full"
         if (mask.out_features, mask.in_features) != (out_features, in_features):
             raise ValueError(
                 f"the mask is for {mask.in_features} -> {mask.out_features} features, "
                 f"the layer is {in_features} -> {out_features}"
             )
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.full_forward = full_forward
         self._mask: Mask
         self.mask = mask
 
@@ -108,8 +160,9 @@ class MaskedLinear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x: Tensor, language_ids: Tensor) -> Tensor:  # type: ignore[override]
-        """[B, ..., in], int64 [B] -> [B, ..., out]; see `fastmask.masked_linear`."""
-        return masked_linear(x, self.weight, self.mask, language_ids, self.bias)
+        """[B, ..., in], int64 [B] -> [B, ..., out]; see `fastmask.masked_linear`, or `sparse_update_linear`."""
+        function = sparse_update_linear if self.full_forward else masked_linear
+        return function(x, self.weight, self.mask, language_ids, self.bias)
 
     @property
     def mask(self) -> Mask:
@@ -138,7 +191,8 @@ class MaskedLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, mask={self.mask!r}"
+        forward = ", forward='full'" if self.full_forward else ""
+        return f"{super().extra_repr()}, mask={self.mask!r}{forward}"
 
 
 def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the bits of a floating-point number are read as, by its bytes."""
 
 
+_KINDS = ("rows", "columns", "blocks", "weights")
+
+
 class Live:
     """Live cells of a weight [N, K]; those of a row mask say the same of its bias [N]. Immutable.
 
@@ -39,6 +43,11 @@ class Live:
     def __init__(self, kind: str, shape: tuple[int, int], cell: tuple[int, int], words: Tensor) -> None:
         self.kind, self.shape, self.cell, self.words = kind, shape, cell, words
         self._kept: Tensor | None = None
+
+    @property
+    def _grid(self) -> tuple[Any, ...]:
+        """How the weight is divided into cells."""
+        return self.kind, self.shape, self.cell
 
     # ---- what lives
 
@@ -68,12 +77,67 @@ class Live:
             cells = cells.repeat_interleave(bn, 0)
         return cells if bk == 1 else cells.repeat_interleave(bk, 1)
 
+    def joined(self, other: Live) -> Live:
+        """What lives in either; `WHOLE` if that is everything, or if they divide the weight into different cells."""
+        if self._grid != other._grid:
+            return WHOLE
+        live = Live(self.kind, self.shape, self.cell, self.words | other.words)
+        return WHOLE if live.share == 1 else live
+
+    def within(self, outer: Live, parameter: Tensor) -> Live | None:
+        """The same as a part of what `outer.read` returns, flattened to [1, live]; None if some of it lies elsewhere.
+
+        Args:
+            outer: another part of the same parameter.
+            parameter: it, or anything of its shape.
+        """
+        if self._grid != outer._grid or bool((self.words & ~outer.words).any()):
+            return None
+        if torch.equal(self.words, outer.words):
+            return WHOLE
+        flags = outer.read(self.keep(parameter).expand(parameter.shape)).reshape(1, -1)
+        return Live("weights", (1, flags.shape[1]), (1, 1), bits.pack(flags))
+
     @cached_property
     def runs(self) -> list[int]:
         """Of row masks: how many rows are dead, live, dead, live and so on; the first may be 0."""
         flags = torch.nn.functional.pad(self.cells()[:, 0], (1, 0))  # a dead row in front
         edges = [0, *(flags[1:] != flags[:-1]).nonzero().flatten().tolist(), len(flags) - 1]
         return [last - first for first, last in itertools.pairwise(edges)]
+
+    # ---- as bytes, in files
+
+    def encoded(self) -> Tensor:
+        """Kind, cell and flags as uint8 [bytes] on the CPU; not of `WHOLE`."""
+        head = torch.tensor([_KINDS.index(self.kind), *self.cell], dtype=torch.int32)
+        return torch.cat([head, self.words.cpu().flatten()]).view(torch.uint8)
+
+    @classmethod
+    def decoded(cls, code: Tensor, shape: Sequence[int], device: torch.device | None = None) -> Live:
+        """What `encoded` was called on, as a part of a weight [N, K], or of a bias [N] of which K is then unknown.
+
+        Raises:
+            ValueError: not such bytes, or of a weight of another shape.
+        """
+        if code.dtype != torch.uint8 or code.ndim != 1 or len(code) < 12 or len(code) % 4:
+            raise ValueError(f"expected a part of a weight as uint8 [bytes], given {code.dtype} {tuple(code.shape)}")
+        words = code.clone().view(torch.int32)[3:]
+        number, bn, bk = code[:12].clone().view(torch.int32).tolist()
+        kind = _KINDS[number] if 0 <= number < len(_KINDS) else f"kind {number}"
+        N, K = (*shape, bk)[:2]
+        cells = {"rows": (1, K), "columns": (N, bk), "blocks": (bn, bk), "weights": (1, 1)}
+        fits = len(shape) == 2 or (len(shape) == 1 and kind == "rows")
+        if not fits or cells.get(kind) != (bn, bk) or bn < 1 or bk < 1 or N % bn or K % bk:
+            raise ValueError(f"this is no part of a weight of shape {tuple(shape)}: {kind} of {bn} x {bk}")
+        across = -(-(K // bk) // 32)
+        if len(words) != N // bn * across:
+            raise ValueError(
+                f"expected {N // bn * across} words of flags for a weight of shape {tuple(shape)}, given {len(words)}"
+            )
+        live = cls(kind, (N, K), (bn, bk), words.view(N // bn, across).to(device or code.device))
+        if not torch.equal(bits.pack(live.cells()), live.words):
+            raise ValueError(f"this part has flags beyond a weight of shape {tuple(shape)}")
+        return live
 
     # ---- the live part of a tensor of the parameter's shape
 
@@ -87,7 +151,7 @@ class Live:
             view, row, column = self._blocks(parameter)
             return view[row, :, column]
         if self.kind == "weights":  # `masked_select` takes four times as long as finding and gathering
-            return parameter.reshape(-1).gather(0, self._units)
+            return parameter.reshape(-1).index_select(0, self._units)
         return parameter.clone(memory_format=torch.preserve_format)
 
     def write(self, parameter: Tensor, live: Tensor) -> None:

@@ -1,5 +1,7 @@
 """`fastmask::masked_linear` and its backward: one masked layer, or several that share their input (Q, K and V).
 
+The same operator computes `sparse_update_linear`: forward and dX of the full network, and masks on dW and db alone.
+
 There is one operator, over lists; a single layer is a list of one. It exists twice, with one signature: as a custom
 operator for tracers, and as a plain `autograd.Function` for eager calls, which spares them the operator's Python
 wrapping: in a small layer that costs more than the layer. Which path computes it is decided here too: Triton kernels on
@@ -36,6 +38,7 @@ class Settings(NamedTuple):
 
     kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
     packed_widths: of each, or -1. activation: a name of `torch_path.activations` that is applied to the input first.
+    full_forward: whether the forward pass is that of the full network, and masks say only what may learn.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Settings(NamedTuple):
     n_languages: int
     packed_widths: list[int]
     activation: str
+    full_forward: bool = False
 
 
 class _Layers(NamedTuple):
@@ -51,6 +55,7 @@ class _Layers(NamedTuple):
     masks: list[StoredMask]
     n_languages: int
     activation: str
+    full_forward: bool
     path: ModuleType
 
     def forward(
@@ -64,7 +69,9 @@ class _Layers(NamedTuple):
         """Y of each, for x [B, ..., K]; `kept` as in `torch_path.layers.forward`."""
         given: Sequence[Tensor | None] = biases or [None] * len(weights)
         about = (language_ids, self.n_languages, self.activation)
-        ys: list[Tensor] = self.path.forward(self.masks, _as_examples(x), weights, given, *about, kept)
+        ys: list[Tensor] = self.path.forward(
+            self.masks, _as_examples(x), weights, given, *about, kept, self.full_forward
+        )
         return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
     def backward(
@@ -78,7 +85,8 @@ class _Layers(NamedTuple):
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
         """(dx, dW of each, db of each), each None unless it is needed."""
         upstreams, about = [_as_examples(dy) for dy in dys], (language_ids, self.n_languages, self.activation)
-        dx, dws, dbs = self.path.backward(self.masks, upstreams, _as_examples(x), weights, *about, *needs, kept)
+        given = (self.masks, upstreams, _as_examples(x), weights, *about, *needs, kept, self.full_forward)
+        dx, dws, dbs = self.path.backward(*given)
         return dx if dx is None or x.ndim == 3 else dx.view(x.shape), dws, dbs
 
 
@@ -90,6 +98,7 @@ def compute(
     bias: Tensor | None,
     packed_width: int,
     activation: str = NONE,
+    full_forward: bool = False,
 ) -> Tensor:
     """`masked_linear` without the checks, for layers that were checked once; packed unless `packed_width` is -1.
 
@@ -97,10 +106,10 @@ def compute(
     y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the
     live units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
     `activation`, a name of `torch_path.activations`, is applied to x first and computed again in the backward pass
-    instead of being kept.
+    instead of being kept. With `full_forward`, `sparse_update_linear` without the checks: nothing is packed.
     """
     biases = [] if bias is None else [bias]
-    return compute_projections(x, [weight], [mask], language_ids, biases, [packed_width], activation)[0]
+    return compute_projections(x, [weight], [mask], language_ids, biases, [packed_width], activation, full_forward)[0]
 
 
 def compute_projections(
@@ -111,6 +120,7 @@ def compute_projections(
     biases: list[Tensor],
     packed_widths: list[int],
     activation: str = NONE,
+    full_forward: bool = False,
 ) -> Sequence[Tensor]:
     """`compute` for several masks of one kind over one input: y_g of each.
 
@@ -121,7 +131,7 @@ def compute_projections(
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights)):
         geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
         indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
-        settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation)
+        settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation, full_forward)
         ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
             x, weights, biases, language_ids, indices, extents, *settings
         )
@@ -131,7 +141,7 @@ def compute_projections(
         for mask, width in zip(masks, packed_widths, strict=True)
     ]
     # What the forward pass keeps is for the same path's backward pass.
-    layers = _Layers(stored, masks[0].n_languages, activation, _path_for(x, weights))
+    layers = _Layers(stored, masks[0].n_languages, activation, full_forward, _path_for(x, weights))
     return _Eager.apply(layers, x, language_ids, *weights, *biases)
 
 
@@ -181,7 +191,7 @@ def _traced(
         StoredMask(settings.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
         for size, index, extent, width in zip(sizes, indices, extents, settings.packed_widths, strict=True)
     ]
-    return _Layers(masks, settings.n_languages, settings.activation, _path_for(x, weights))
+    return _Layers(masks, settings.n_languages, settings.activation, settings.full_forward, _path_for(x, weights))
 
 
 def _forward(
@@ -196,8 +206,9 @@ def _forward(
     n_languages: int,
     packed_widths: list[int],
     activation: str,
+    full_forward: bool,
 ) -> list[Tensor]:
-    settings = Settings(kind, geometries, n_languages, packed_widths, activation)
+    settings = Settings(kind, geometries, n_languages, packed_widths, activation, full_forward)
     return _traced(x, weights, indices, extents, settings).forward(x, weights, biases, language_ids)
 
 
@@ -213,11 +224,12 @@ def _backward(
     n_languages: int,
     packed_widths: list[int],
     activation: str,
+    full_forward: bool,
     needs_x: bool,
     needs_weight: list[bool],
     needs_bias: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    settings = Settings(kind, geometries, n_languages, packed_widths, activation)
+    settings = Settings(kind, geometries, n_languages, packed_widths, activation, full_forward)
     layers, needs = _traced(x, weights, indices, extents, settings), (needs_x, needs_weight, needs_bias)
     dx, dws, dbs = layers.backward(dys, x, weights, language_ids, needs)
     # An operator cannot return None: what was not asked for comes back empty.
@@ -244,7 +256,7 @@ def _gradients(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
         dys, x, weights, language_ids, indices, extents, *ctx.settings, needs_x, needs_weight, needs_bias
     )
     grads = (dx if needs_x else None, _asked(dws, needs_weight), _asked(dbs, needs_bias) if ctx.has_bias else [])
-    return *grads, None, [None] * G, [None] * G, *[None] * 5
+    return *grads, None, [None] * G, [None] * G, *[None] * 6
 
 
 def _asked(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
@@ -257,7 +269,10 @@ _forward_op.register_autograd(_gradients, setup_context=_setup_context)
 
 
 @_forward_op.register_fake
-def _(x, weights, biases, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    x, weights, biases, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation,
+    full_forward,
+):  # fmt: skip
     packed = [kind == "rows" and width != UNPACKED for width in packed_widths]
     widths = [p if is_packed else w.shape[0] for w, p, is_packed in zip(weights, packed_widths, packed, strict=True)]
     return [x.new_empty(*x.shape[:-1], width) for width in widths]
@@ -266,7 +281,7 @@ def _(x, weights, biases, ids, indices, extents, kind, geometries, n_languages, 
 @_backward_op.register_fake
 def _(  # type: ignore[no-untyped-def]
     dys, x, weights, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation,
-    needs_x, needs_weight, needs_bias,
+    full_forward, needs_x, needs_weight, needs_bias,
 ):  # fmt: skip
     return (
         x.new_empty(x.shape if needs_x else 0),

@@ -7,6 +7,7 @@ from benchmarks.cases.case import Case
 from benchmarks.cases.discovery import Discovery
 from benchmarks.cases.encoder import Attention, Encoder, Inference
 from benchmarks.cases.episode import Episode
+from benchmarks.cases.finetune import Finetune
 from benchmarks.cases.op import Layer, Op
 from benchmarks.cases.optimizer import Optimizer
 from benchmarks.cases.step import Step
@@ -16,7 +17,7 @@ __all__ = ["CASES", "Case", "case_of"]
 
 CASES: dict[str, type[Case]] = {
     case.name: case
-    for case in (Op, Layer, Attention, Encoder, Inference, Step, Episode, Discovery, Optimizer, Ablation)
+    for case in (Op, Layer, Attention, Encoder, Inference, Step, Finetune, Episode, Discovery, Optimizer, Ablation)
 }
 
 

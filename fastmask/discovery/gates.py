@@ -37,8 +37,17 @@ class Probe:
 
 
 def probes_of(model: nn.Module) -> list[Probe]:
-    """Where the masked units of an attached model are gated, in the order of its modules."""
+    """Where the masked units of an attached model are gated, in the order of its modules.
+
+    Raises:
+        ValueError: the masks leave no unit out of the forward pass, or stand around an adapter or a quantised layer.
+    """
     state, owner = attached(model), owner_of(model)
+    if state.router.full_forward:
+        raise ValueError(
+            'these subnetworks were attached with forward="full", under which every unit runs for every language: what '
+            'a unit is worth to a subnetwork is found under forward="masked"'
+        )
     kinds = [kind for kind in ("heads", "neurons") if getattr(state.subnets, kind) is not None]
     found: dict[str, Probe] = {}
     for kind in kinds:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.discovery.gates import probes_of
 from fastmask.dynamic.history import History
 from fastmask.dynamic.learned import Learned
 from fastmask.dynamic.scout import scout
@@ -62,7 +63,7 @@ class DynamicSubnetworks:
     Raises:
         KeyError: an unknown strategy or optimizer; the message names the nearest.
         ValueError: an option out of range, nothing attached, masks over weights only, masks that leave a layer without
-            a live unit, or none in which anything could change.
+            a live unit, or none in which anything could change; subnetworks attached with `forward="full"`.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class DynamicSubnetworks:
         if strategy not in STRATEGIES:
             raise unknown("strategy", strategy, STRATEGIES)
         _check_options(every, swaps, margin, decay, learning_rate)
+        probes_of(model)  # sees that there are units to score
         subnets = attached(model).subnets
         masks = _masks_of(subnets)
         _check_masks(subnets.languages, masks)

@@ -5,7 +5,7 @@ masked layer, `building` makes those of a model, `proof` tries them before they 
 languages of a batch to them, `attach` puts all together.
 """
 
-from fastmask.models.attach import attach, detach, language
+from fastmask.models.attach import attach, detach, freeze_unmasked, language
 from fastmask.models.editing import add_language, remove_language
 from fastmask.models.exporting import extract, merge
 from fastmask.models.families import Family, Projections, register_family
@@ -19,6 +19,7 @@ __all__ = [
     "attach",
     "detach",
     "extract",
+    "freeze_unmasked",
     "from_pretrained",
     "language",
     "merge",

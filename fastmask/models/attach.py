@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fastmask.linear import checked_forward
+from fastmask.live import masked_parameters
 from fastmask.models.around import Around
 from fastmask.models.building import unit_layers, weight_layers, wrapped_in
 from fastmask.models.caches import CacheArguments, packs_heads
@@ -23,7 +25,7 @@ from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["attach", "attached", "detach", "is_attached", "language", "owner_of"]
+__all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,6 +51,7 @@ class Attached:
 def attach(
     model: Model,
     subnets: Subnetworks,
+    forward: str = "masked",
     *,
     family: Family | None = None,
     example: Inputs | None = None,
@@ -68,6 +71,12 @@ def attach(
     `generate` does; the attention of a call with a cache computes dead heads as zeros, unless the cache was new and the
     batch of one language.
 
+    With `forward="full"` masks restrict only what may learn: the forward pass and the gradients of activations are
+    those of the full network, and each example's gradients reach what its language owns (sparse fine-tuning,
+    language-specific neurons). Nothing is packed; a pass without gradients needs no languages. What no mask touches
+    (embeddings, norms) trains as ever: `fastmask.freeze_unmasked(model)` stops that. `fastmask.Delta` holds what a
+    language has learnt.
+
     Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
     adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
     Adapters of PEFT and quantised layers that are there before run as they are, with masks around them: W + BA is
@@ -81,6 +90,7 @@ def attach(
     Args:
         model: a Hugging Face model, bare or under a task head (any module, for weight masks).
         subnets: masks for the model's geometry.
+        forward: "masked" (each language runs its subnetwork) or "full".
         family: where heads and neurons are, if the model's layout is not a known one (see also `register_family`).
         example: the arguments of a forward pass of three examples, for the proof; made from the config if not given.
         verify: False: take it as proven, and pack everything.
@@ -89,14 +99,15 @@ def attach(
         ValueError: a model of no known layout, a model that has subnetworks attached, masks of another geometry; a
             model or a module to be masked that is wrapped, hooked, parametrized, pruned, quantised or sharded already;
             a model that does not compute what weights times masks would.
-        KeyError: `subnets.weights` names a module that does not exist.
+        KeyError: `subnets.weights` names a module that does not exist; an unknown `forward`.
     """
+    full_forward = checked_forward(forward) == "full"
     if is_attached(model):
         raise ValueError("this model has subnetworks attached already: call fastmask.detach(model) first")
     plain_class = getattr(type(model), "_plain_class", type(model))  # a model may be made by type(attached)(config)
     attached_class = _attached_class(plain_class)
     check_model(model, attached_class.forward)
-    router = Router(subnets.languages)
+    router = Router(subnets.languages, full_forward)
     # Everything that can fail comes before the first change to the model.
     kinds = tuple(kind for kind in ("heads", "neurons") if getattr(subnets, kind) is not None)
     structure = structure_of(model, family) if kinds else Structure((), ())
@@ -104,7 +115,8 @@ def attach(
     check_shared(model, of_units)
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
     unpacked = {**found.unpacked, **_wrapped(model, structure, kinds)}
-    _say(model, unpacked)
+    if not full_forward:
+        _say(model, unpacked)
     of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
     masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
@@ -167,6 +179,25 @@ def detach(model: Model) -> Model:
         mask.take_off()
     owner.__class__ = state.plain_class
     del owner._fastmask
+    return model
+
+
+def freeze_unmasked(model: Model) -> Model:
+    """Let only what masks touch learn: every parameter without a mask gets `requires_grad=False`; returns the model.
+
+    Masks touch the weights of masked layers, and their biases below row masks (of query, key, value and the first
+    projection of an FFN). Call it on the whole model, before the optimiser is made; a head that is to be trained for
+    the task gets its `requires_grad_()` back afterwards.
+
+    Raises:
+        ValueError: nothing in the model has a mask.
+    """
+    masked = masked_parameters(model)
+    if not masked:
+        raise ValueError(f"nothing in this {type(model).__name__} has a mask: call fastmask.attach first")
+    for parameter in model.parameters():
+        if parameter not in masked:
+            parameter.requires_grad_(False)
     return model
 
 
@@ -253,7 +284,9 @@ def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         state.places.check()
         route = state.router.resolve(language_ids)
         cache = caching.cache(args, kwargs)
-        if cache is None and not caching.asks_for_one(args, kwargs):
+        if state.router.full_forward:
+            pass  # keys and values are those of all heads
+        elif cache is None and not caching.asks_for_one(args, kwargs):
             args, kwargs = caching.without(args, kwargs)
         elif state.subnets.heads is not None:
             one_stack = state.structure.one_stack and not state.unpacked

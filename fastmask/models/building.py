@@ -59,7 +59,13 @@ def unit_layers(
 def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Layers:
     """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
     layers: Layers = {}
-    if wrapped_in(model, group):
+    full, wrapped = options["router"].full_forward, wrapped_in(model, group)
+    if full and wrapped:
+        raise ValueError(
+            f'forward="full" needs the weights that learn, and {wrapped!r} is an adapter or a quantised layer: merge '
+            "adapters first (`merge_and_unload()`)"
+        )
+    if full or wrapped:
         options = {**options, "packs": False}
     linears = {name: _linear(model, name) for name in group.rows}
     fused = any(len(unit) > 1 for unit in group.rows.values())
@@ -72,7 +78,8 @@ def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, 
         layers[name] = _layer(linears[name], mask, unit=sum(unit), parts=parts, siblings=siblings, **options)
     name, of_unit = group.columns
     linear, activation = _linear(model, name), NONE
-    if group.activation is not None and not is_wrapped(linear):
+    # Where the full network runs, the model computes activations itself, once.
+    if group.activation is not None and not full and not is_wrapped(linear):
         activation = name_of(model.get_submodule(group.activation))
         if activation != NONE:
             if why := obstacle(model.get_submodule(group.activation)):

@@ -30,11 +30,13 @@ def merge(model: nn.Module, language: str) -> Any:
 
     Raises:
         KeyError: not a language of the attached subnetworks.
-        ValueError: no subnetworks are attached, or a masked weight is shared with a module without that mask (tied
-            embeddings), which would change, too.
+        ValueError: no subnetworks are attached, or with `forward="full"`; a masked weight is shared with a module
+            without that mask (tied embeddings), which would change, too.
     """
     state, owner = attached(model), owner_of(model)
     row = state.subnets.index(language)
+    if state.router.full_forward:
+        raise ValueError('attached with forward="full", every language runs the full network: fastmask.detach has it')
     if state.around:
         raise ValueError(
             f"cannot multiply a mask into {next(iter(state.around))!r}, an adapter or a quantised layer: merge "

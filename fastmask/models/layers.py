@@ -55,7 +55,9 @@ class AttachedLinear(MaskedLinear):
         **options: Any,
     ) -> None:
         self.parts = tuple(parts)
-        super().__init__(in_features, out_features, mask, **options)
+        super().__init__(
+            in_features, out_features, mask, forward="full" if router.full_forward else "masked", **options
+        )
         self.router = router
         self.unit = unit
         self.packs = packs and unit is not None
@@ -89,7 +91,7 @@ class AttachedLinear(MaskedLinear):
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
         mask, width = self.mask, self.packed_width(route, x)
-        return compute(x, self.matrix, mask, route.ids_for(x), self.bias, width, self.activation)
+        return compute(x, self.matrix, mask, route.ids_for(x), self.bias, width, self.activation, self.full_forward)
 
     def packs_in(self, route: Route) -> bool:
         """Whether live units travel packed in a pass."""
@@ -187,6 +189,8 @@ class Siblings:
                 route.ids_for(x),
                 [sibling.bias for sibling in layers if sibling.bias is not None],
                 [sibling.packed_width(route, x) for sibling in layers],
+                NONE,
+                layer.full_forward,
             )
             outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(ys)))
             route.waiting[self] = outputs

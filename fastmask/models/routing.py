@@ -152,11 +152,12 @@ class _Running(threading.local):
 class Router:
     """Where the masked layers of one model look up the languages of the pass that they are called in.
 
-    Threads may run one model at the same time, and tasks may take turns, each with languages of its own.
+    Threads may run one model at the same time, and tasks may take turns, each with languages of its own. Where all run
+    the full network (`full_forward`), languages say what learns, and a pass without gradients needs none.
     """
 
-    def __init__(self, languages: tuple[str, ...]) -> None:
-        self.languages = languages
+    def __init__(self, languages: tuple[str, ...], full_forward: bool = False) -> None:
+        self.languages, self.full_forward = languages, full_forward
         self.default = ContextLanguage(languages)  # what `fastmask.language` sets
         self.running = _Running()
 
@@ -166,7 +167,7 @@ class Router:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles begin without a language."""
-        return Router, (self.languages,)
+        return Router, (self.languages, self.full_forward)
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
@@ -195,6 +196,8 @@ class Router:
             if then is None:
                 raise ValueError(f"this model is called in a backward pass, and no language was given: {_RECOMPUTED}")
             return Route(then.language_ids, then.present)
+        if self.full_forward and not torch.is_grad_enabled():
+            return Route(-1, (-1,))
         raise ValueError(
             "this model has subnetworks attached and no language was given: pass language_ids=... (int64 [batch]; "
             f"{', '.join(f'{i} = {name}' for i, name in enumerate(self.languages[:10]))}"
@@ -220,6 +223,8 @@ class Router:
         default = self.default.get()
         if default is not None:
             return self._remembered(Route(default, (default,), shared=False, model=self.default.number))
+        if self.full_forward and not torch.is_grad_enabled():
+            return Route(-1, (-1,), shared=False)
         if is_compiling() or backward_pass() < 0:
             raise RuntimeError(
                 "a masked layer was called outside the forward pass of the model it is attached to, and outside "

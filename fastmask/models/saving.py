@@ -21,6 +21,7 @@ from torch import nn
 from fastmask.files import FileError, Record, read_json, sha256_of, write_text
 from fastmask.models.attach import UNLOADED, attach, attached, is_attached, owner_of
 from fastmask.models.exporting import SIZES, shrink
+from fastmask.models.families import Family
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["from_pretrained", "save_pretrained"]
@@ -38,6 +39,7 @@ class About(Record):
     Attributes:
         kind: a model with subnetworks, or one that was extracted (then `sizes` are those of its linear layers).
         model_class: of `transformers`.
+        forward: as for `attach`.
         base, revision: the model that it came from, as `transformers` knows it.
         files: SHA-256 of the masks and the weights.
         weights: whether they are here, or those of `base`.
@@ -46,6 +48,7 @@ class About(Record):
     version: Literal[1] = 1
     kind: Literal["subnetworks", "extracted"]
     model_class: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+    forward: Literal["masked", "full"] = "masked"
     base: str | None = None
     revision: str | None = None
     weights: bool = True
@@ -87,11 +90,11 @@ def save_pretrained(
     base, revision = getattr(config, "_name_or_path", "") or None, getattr(config, "_commit_hash", None)
     if not weights and (sizes or base is None):
         raise ValueError("weights=False keeps only masks, for a model that was loaded by name with from_pretrained")
-    folder = Path(folder)
+    folder, full = Path(folder), not sizes and attached(owner).router.full_forward
     plain_class = getattr(type(owner), "_plain_class", type(owner))
     if weights:
         state = dict(options.pop("state_dict", None) or owner.state_dict())
-        if not sizes:
+        if not sizes and not full:
             state[UNLOADED] = torch.zeros(1)
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
@@ -104,6 +107,7 @@ def save_pretrained(
         about = About(
             kind=kind,
             model_class=plain_class.__name__,
+            forward="full" if full else "masked",
             base=base,
             revision=revision,
             weights=weights,
@@ -119,6 +123,7 @@ def from_pretrained(
     *,
     model_class: Any = None,
     revision: str | None = None,
+    family: Family | None = None,
     **options: Any,
 ) -> Any:
     """Load what `save_pretrained` wrote: a model with its subnetworks attached, or an extracted one.
@@ -127,6 +132,7 @@ def from_pretrained(
         name: a folder, or a repository of the Hugging Face Hub (from its cache where there is no network).
         model_class: of `transformers`, or one of its auto classes; the one that was saved if not given.
         revision: of the repository.
+        family: as for `attach`.
         options: as for `from_pretrained` of `transformers` (`dtype`, `device_map`, ...).
 
     Raises:
@@ -157,7 +163,7 @@ def from_pretrained(
         raise FileError(folder / ABOUT, "has neither weights nor the name of a base model")
     else:
         model = model_class.from_pretrained(about.base, revision=about.revision, **options)
-    return attach(model, subnets)
+    return attach(model, subnets, about.forward, family=family)
 
 
 def _loaded(model_class: Any, folder: Path, about: About, options: dict[str, Any]) -> Any:

@@ -25,13 +25,17 @@ READ = 64  # what reading the whole weight and writing its gradient cost, in tok
 GATE = 192  # what a gate on an activation costs
 
 
-def is_cheaper(layers: Sequence[Units], tokens: int, split: Split) -> bool:
-    """Whether layers that share an input of so many tokens an example are run faster whole, with gates."""
+def is_cheaper(layers: Sequence[Units], tokens: int, split: Split, full_forward: bool = False) -> bool:
+    """Whether layers that share an input of so many tokens an example are run faster whole, with gates.
+
+    With `full_forward` that is asked of weight gradients alone; the whole weight is read in any case.
+    """
     looped = gated = 0.0
+    read = 0 if full_forward else READ
     for layer in layers:
         work = sum(layer.live[language] * ((last - first) * tokens + GATHERED) for language, first, last in split.parts)
         looped += work * layer.other + len(split.parts) * CALLS
-        gated += layer.size * (len(split.languages) * tokens * (layer.other + GATE) + READ * layer.other)
+        gated += layer.size * (len(split.languages) * tokens * (layer.other + GATE) + read * layer.other)
     return gated < looped
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -24,13 +25,14 @@ from torch import Tensor
 
 from fastmask.torch_path.faster import faster
 
-__all__ = ["Live", "add_outer", "by_onednn", "cast", "combined", "outer", "products"]
+__all__ = ["Live", "add_outer", "add_sampled", "by_onednn", "cast", "combined", "outer", "products", "samples"]
 
 MOST_TERMS = 256
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
 MOST_ROWS = 1024  # of a result at once: the parts of larger ones would not stay in the cache until they are added
 GRAIN = 32
+SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
 MOST_VIEWS = 256  # one for each size that was asked for
 
 
@@ -123,6 +125,28 @@ def outer(a: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
             right[tokens:] = 0
         _put(out, _linear(left, _without_gaps(right.t())), add=number > 0)
     return out
+
+
+def samples(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Where flags [n, S] are set, as compressed rows: where each row's begin, int32 [n + 1], and columns, int32."""
+    starts = torch.nn.functional.pad(keep.sum(1), (1, 0)).cumsum(0)
+    return starts.int(), keep.nonzero()[:, 1].int()
+
+
+def add_sampled(grad: Tensor, where: tuple[Tensor, Tensor], a: Tensor, c: Tensor) -> None:
+    """Add the elements of a.T @ c that `samples` names to a gradient [n, S], for a [M, n] and c [M, S] on a CPU."""
+    starts, columns = where
+    values = torch.zeros(columns.shape, dtype=c.dtype)
+    sums = _compressed_rows(starts, columns, values, grad.shape)
+    for of_a, of_c in zip(a.split(SAMPLED_TOKENS), c.split(SAMPLED_TOKENS), strict=True):
+        torch.sparse.sampled_addmm(sums, of_a.t(), of_c, out=sums)
+    grad.add_(sums)
+
+
+def _compressed_rows(starts: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, StoredMask
+from fastmask.torch_path import full
 from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.torch_path.blocks import Blocks
 from fastmask.torch_path.gated import enter, is_cheaper, leave
@@ -39,20 +40,28 @@ def forward(
     n_languages: int,
     activation: str = NONE,
     kept: list[Tensor] | None = None,
+    full_forward: bool = False,
 ) -> list[Tensor]:
     """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
 
     The weights as the products read them are put into `kept`, if it is a list: `backward` need not make them again.
+    With `full_forward` all examples go through the whole weights, whatever their languages.
 
     Raises:
         ValueError: an id out of range, or a language with more live units than the packed side holds.
     """
-    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
+    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
     for mask, layer in zip(masks, layers, strict=True):
         _check_packed(mask, layer, split)
-    active, read = activate(x, activation), _read(layers, weights, x, split.full if gated else split)
+    active = activate(x, activation)
+    if full_forward:
+        read = [cast(weight, x.dtype) for weight in weights]
+    else:
+        read = _read(layers, weights, x, split.full if gated else split)
     if kept is not None:
         kept += read
+    if full_forward:
+        return full.full_forward(active, read, biases)
     widths = [
         weight.shape[0] if mask.kind != "rows" or mask.packed_width == UNPACKED else mask.packed_width
         for mask, weight in zip(masks, weights, strict=True)
@@ -77,16 +86,20 @@ def backward(
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
     kept: Sequence[Tensor] = (),
+    full_forward: bool = False,
 ) -> Grads:
     """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
 
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
-    to them.
+    to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
-    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages)
+    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
     active = activate(x, activation)
-    read = kept or _read(layers, weights, x, split.full if gated else split)
-    needs = _Needs(needs_x, needs_weight, needs_bias)
+    needs = _Needs(needs_x and not full_forward, needs_weight, needs_bias)
+    if full_forward:
+        read = kept or [cast(weight, x.dtype) for weight in weights]
+    else:
+        read = kept or _read(layers, weights, x, split.full if gated else split)
     if not gated:
         dx, dws, dbs = _grads(layers, dys, active, weights, read, split, needs)
     elif gated[0].of_rows:
@@ -96,6 +109,8 @@ def backward(
         wide = enter(active, gated[0], split)
         dx, dws, dbs = _grads(layers, dys, wide, weights, read, split.full, needs)
         dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
+    if full_forward and needs_x:
+        dx = full.full_input_grad(dys, read)
     return None if dx is None else activation_grad(dx, x, activation), dws, dbs
 
 
@@ -162,7 +177,12 @@ def _grads(
 
 
 def _prepared(
-    masks: Sequence[StoredMask], x: Tensor, weights: Sequence[Tensor], language_ids: Tensor, n_languages: int
+    masks: Sequence[StoredMask],
+    x: Tensor,
+    weights: Sequence[Tensor],
+    language_ids: Tensor,
+    n_languages: int,
+    full_forward: bool,
 ) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
     """The layers, the batch, and the layers once more if they are to be run with gates."""
     layers = [
@@ -170,15 +190,17 @@ def _prepared(
         for mask, weight in zip(masks, weights, strict=True)
     ]
     split, T = Split.of(language_ids, n_languages), x.shape[1]
-    return split.once((T, *layers), lambda: _planned(layers, split, T))
+    return split.once((T, full_forward, *layers), lambda: _planned(layers, split, T, full_forward))
 
 
-def _planned(layers: Sequence[Layer], split: Split, T: int) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
+def _planned(
+    layers: Sequence[Layer], split: Split, T: int, full_forward: bool
+) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
     split = split.merged([layer.same_as for layer in layers])
     units = [layer for layer in layers if isinstance(layer, Units)]
     can = len(units) == len(layers) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not layer.whole(language) for layer in units for language, _, _ in split.parts)
-    return layers, split, units if masked and is_cheaper(units, T, split) else ()
+    return layers, split, units if masked and is_cheaper(units, T, split, full_forward) else ()
 
 
 _layers: Kept[Layer] = Kept()

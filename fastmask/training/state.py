@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastmask.files import FileError, read_tensors
+from fastmask.optim import LiveAdamW
+from fastmask.optim.compact import HELD
 from fastmask.training.random_state import RandomState, set_random_state
 
 __all__ = [
@@ -71,7 +73,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
             number, _, name = key.partition(".")
             shape = parameters[int(number)].shape
             # torch takes any: a moment of the wrong shape would be noticed in the next step, or not at all.
-            if tensor.numel() != 1 and tensor.shape != shape:
+            compact = f"{number}.{HELD}" in tensors and isinstance(
+                getattr(optimizer, "optimizer", optimizer), LiveAdamW
+            )  # which sees for itself what fits
+            if tensor.numel() != 1 and tensor.shape != shape and not compact:
                 raise ValueError(f"{key} has the shape {tuple(tensor.shape)} (expected {tuple(shape)})")
             state.setdefault(int(number), {})[name] = tensor
         groups = [

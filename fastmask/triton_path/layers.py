@@ -19,6 +19,7 @@ from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from torch import Tensor
 
 from fastmask.masks import UNPACKED, StoredMask
+from fastmask.torch_path import full
 from fastmask.torch_path.activations import NONE, activate, activation_grad
 from fastmask.triton_path.tables import layout_of, plan_of, positions_of
 
@@ -34,11 +35,14 @@ def forward(
     n_languages: int,
     activation: str = NONE,
     kept: list[Tensor] | None = None,
+    full_forward: bool = False,
 ) -> list[Tensor]:
     """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
     B, T, _ = x.shape
     plan, tf32 = plan_of(language_ids, T, n_languages, x.device), _tf32(x)
     rows = activate(_rows(x), activation)
+    if full_forward:  # no kernel of ours is faster than the library's where nothing is left out
+        return full.full_forward(rows.view(B, T, rows.shape[1]), [w.to(x.dtype) for w in weights], biases)
     if masks[0].kind == "rows":
         ys = _rows_forward(masks, rows, weights, biases, plan, tf32)
     elif masks[0].kind == "columns":
@@ -64,8 +68,14 @@ def backward(
     needs_weight: Sequence[bool],
     needs_bias: Sequence[bool],
     kept: Sequence[Tensor] = (),
+    full_forward: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """As `torch_path.layers.backward`."""
+    if full_forward:
+        dx = full.full_input_grad(dys, [weight.to(x.dtype) for weight in weights]) if needs_x else None
+        dx = None if dx is None else activation_grad(dx, x, activation)
+        about = (language_ids, n_languages, activation)
+        return dx, *backward(masks, dys, x, weights, *about, False, needs_weight, needs_bias)[1:]
     plan, tf32 = plan_of(language_ids, x.shape[1], n_languages, x.device), _tf32(x)
     before, upstreams = _rows(x), [_rows(dy) for dy in dys]
     # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.

@@ -411,6 +411,20 @@ class TestSummary:
         assert "not packed: heads of transformer.h.*.self_attention" in str(fm.summary(fm.attach(model, subnets)))
 
 
+def test_sparse_fine_tuning(tmp_path):
+    """The full network runs: plain loading is right, and there is nothing to merge."""
+    model, subnets, inputs = made()
+    want = first_of(model(**inputs))
+    fm.attach(model, subnets, forward="full").save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = fm.from_pretrained(tmp_path).eval()
+        assert torch.equal(first_of(again(**inputs)), want)
+    assert attached(again).router.full_forward
+    for call in (fm.merge, fm.extract):
+        with pytest.raises(ValueError, match='attached with forward="full"'):
+            call(model, "aa")
+
+
 def test_rename():
     subnets = fm.Subnetworks(["a", "b"], heads=torch.ones(2, 1, 2, dtype=torch.bool))
     assert subnets.rename({"b": "c"}).languages == ("a", "c")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmask as fm
+from fastmask.live import Live
 from tests.core.oracle import random_mask
 
 L = 4
@@ -41,10 +42,12 @@ class Literal:
 class Net(nn.Module):
     """A masked layer between two that are not; K = 40 leaves a rest behind whole vectors of 16."""
 
-    def __init__(self, kind: str, N: int = 32, K: int = 40, unit: int = 4) -> None:
+    def __init__(
+        self, kind: str, N: int = 32, K: int = 40, unit: int = 4, density: float = 0.5, extremes: bool = True
+    ) -> None:
         super().__init__()
         self.before = nn.Linear(6, K)
-        self.masked = fm.MaskedLinear(K, N, random_mask(kind, L, N, K, unit=unit))
+        self.masked = fm.MaskedLinear(K, N, random_mask(kind, L, N, K, density, unit, extremes=extremes))
         self.after = nn.Linear(N, 3)
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
@@ -70,10 +73,16 @@ def random_gradients(net: nn.Module, seed: int) -> None:
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Each parameter and its moments and step, from the state dict."""
+    """Each parameter and its moments and step, from the state dict; moments that are not kept are zero."""
     states = optimizer.state_dict()["state"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = []
     for number, p in enumerate(parameters):
-        found += [p.detach(), *(states[number][key] for key in ("exp_avg", "exp_avg_sq", "step"))]
+        moments = [states[number][key] for key in ("exp_avg", "exp_avg_sq")]
+        if "held" in states[number]:
+            held = Live.decoded(states[number]["held"], p.shape)
+            for place, compact in enumerate(moments):
+                moments[place] = torch.zeros_like(p)
+                held.write(moments[place], compact)
+        found += [p.detach(), *moments, states[number]["step"]]
     return [tensor.clone() for tensor in found]

@@ -73,6 +73,46 @@ def test_masked_linear(kind, ids, shape, monkeypatch):
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+@pytest.mark.parametrize("ids", [MIXED, [0, 0], [1, 1], [-1], []], ids=["mixed", "one", "dead", "full", "empty"])
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["tokens", "two_axes"])
+def test_sparse_update_linear(kind, ids, shape, monkeypatch):
+    """A layer that runs whole, and learns under masks, is the same on a GPU as on a CPU."""
+    mask, ids = mask_of(kind), torch.tensor(ids, dtype=torch.int64, device=DEVICE)
+    x, weight, bias = (torch.randn(*s, device=DEVICE) for s in ((len(ids), *shape, K), (N, K), (N,)))
+
+    def run():
+        return gradients_of(lambda x, w, b: fm.sparse_update_linear(x, w, mask, ids, b), x, weight, bias)
+
+    assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
+@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+def test_sparse_updates_in_half_precision(kind, trained, monkeypatch):
+    """With float32 weights, half-precision y, dX, dW and db are as close to float64 as those of plain PyTorch."""
+    mask, ids = mask_of(kind), torch.tensor(MIXED, device=DEVICE)
+    leaves = [torch.randn(*size, device=DEVICE) for size in ((len(MIXED), 5, K), (N, K), (N,))]
+    leaves[0] = leaves[0].half()
+    leaves = [leaf.requires_grad_(name == trained) for name, leaf in zip(("x", "weight", "bias"), leaves, strict=True)]
+    place = ("x", "weight", "bias").index(trained)
+
+    def run(leaves):
+        x, w, b = leaves
+        y = fm.sparse_update_linear(x, w, mask, ids, b)
+        torch.manual_seed(1)
+        upstream = torch.randn(y.shape, device=y.device).half().to(y.dtype)
+        return y.detach(), torch.autograd.grad(y, leaves[place], upstream)[0]
+
+    exact = [leaf.detach().double().requires_grad_(leaf.requires_grad) for leaf in leaves]
+    ours, plain = (on(path, monkeypatch, lambda: run(leaves)) for path in ("triton", "torch"))
+    truth = on("torch", monkeypatch, lambda: run(exact))
+    for name, a, wanted, b in zip(("y", trained), ours, truth, plain, strict=True):
+        assert a.dtype == b.dtype
+        error, allowed = (a.double() - wanted).norm(), 2 * (b.double() - wanted).norm()
+        assert error <= allowed + torch.finfo(a.dtype).eps * wanted.norm(), name
+
+
 def packed_problem(kind, dtype=torch.float32, weight_dtype=torch.float32):
     """(mask, ids, packed width, x, weight, bias) as a packed projection gets them."""
     mask, ids = mask_of(kind), torch.tensor([2, 0, 0, 1, 2], device=DEVICE)

@@ -6,7 +6,7 @@ from fastmask.dynamic import DynamicSubnetworks
 from fastmask.linear import MaskedLinear, masked_linear
 from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
-from fastmask.models import attach, detach, language
+from fastmask.models import LanguageCollator, attach, detach, language, set_language
 from fastmask.optim import LiveAdamW
 from fastmask.subnetworks import Subnetworks
 
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DynamicSubnetworks",
+    "LanguageCollator",
     "LiveAdamW",
     "Mask",
     "MaskedLinear",
@@ -25,5 +26,6 @@ __all__ = [
     "discover",
     "language",
     "masked_linear",
+    "set_language",
     "unseen",
 ]

@@ -61,10 +61,11 @@ class AttachedLinear(MaskedLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
-        if self.siblings is not None and route.shared:
+        if self.siblings is not None and route.shared and not self.siblings.come_one_by_one():
             return self.siblings.output_of(self, x, route)
         mask, width = self.mask, self.packed_width(route, x)
-        return compute(x, self.weight, mask, route.ids_for(x), self.bias, width, self.activation)
+        examples, ids = route.examples(x)
+        return route.joined(compute(examples, self.weight, mask, ids, self.bias, width, self.activation))
 
     def packed_width(self, route: Route, x: Tensor) -> int:
         """Width of the packed side: that of the input, or of the widest language present, or of all if not known."""
@@ -109,20 +110,26 @@ class Siblings:
     def __init__(self) -> None:
         self.layers: list[AttachedLinear] = []
 
+    def come_one_by_one(self) -> bool:
+        """Whether accelerate offloads their weights, and brings back only that of the layer that is called."""
+        weights = [layer._parameters.get("weight") for layer in self.layers]
+        return any(weight is not None and weight.is_meta for weight in weights)
+
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""
         me, layers = self.layers.index(layer), self.layers
         outputs: _Outputs | None = route.waiting.get(self)
         if outputs is None or not outputs.fit(me, x):
+            examples, ids = route.examples(x)
             ys = compute_projections(
-                x,
+                examples,
                 [sibling.weight for sibling in layers],
                 [sibling.mask for sibling in layers],
-                route.ids_for(x),
+                ids,
                 [sibling.bias for sibling in layers if sibling.bias is not None],
                 [sibling.packed_width(route, x) for sibling in layers],
             )
-            outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(ys)))
+            outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(map(route.joined, ys))))
             route.waiting[self] = outputs
         y = outputs.left.pop(me)
         if not outputs.left:

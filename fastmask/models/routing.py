@@ -171,8 +171,8 @@ def _present(ids: Tensor | int, n_languages: int, counts: Tensor | None) -> tupl
     inside = (ids.clamp(0, n_languages - 1) == ids).all()
     torch._assert_async(
         inside,
-        f"language_ids on a GPU: expected 0 to {n_languages - 1} (-1, the full network, is asked for by ids on the CPU, "
-        "by what a `fastmask.LanguageCollator` makes, or by `with fastmask.language(model, None)`)",
+        f"language_ids on a GPU: expected 0 to {n_languages - 1} (-1, the full network, is asked for by ids on the "
+        "CPU, those of a `fastmask.LanguageCollator`, or by `with fastmask.language(model, None)`)",
     )
     return None
 

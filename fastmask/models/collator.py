@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastmask.errors import unknown
 from fastmask.models.attach import attached
@@ -28,6 +29,7 @@ class LanguageCollator:
         collator: makes a batch (a mapping) of a list of examples (mappings) without the column.
         languages: the subnetworks, or a model that has some attached.
         column: of names, ids or None (the full network, as is -1).
+        times: how often the batch has all examples, one time after the other: 2 for pairs of TRL's preferences.
 
     Raises:
         ValueError: no model with subnetworks; examples or batches that are no mappings, or another id.
@@ -39,14 +41,16 @@ class LanguageCollator:
         collator: Callable[[list[dict[str, Any]]], Any],
         languages: Subnetworks | torch.nn.Module,
         column: str = "language",
+        times: int = 1,
     ) -> None:
         subnets = languages if isinstance(languages, Subnetworks) else attached(languages).subnets
-        self.collator, self.languages, self.column = collator, subnets.languages, column
+        self.collator, self.languages, self.column, self.times = collator, subnets.languages, column, times
 
     def __call__(self, examples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """The batch of the other collator, its `language_ids` and its `language_counts`.
 
-        A batch of several texts each, as sentence-transformers makes them, has `<text>_language_ids` for each, too.
+        A batch of several texts each, as sentence-transformers makes them, has `<text>_language_ids` for each. Where
+        all examples stand in one row (`DataCollatorWithFlattening`), there is an id for each token, [1, T].
         """
         ids = [self._id(example) for example in examples]
         rest = [{name: value for name, value in example.items() if name != self.column} for example in examples]
@@ -55,11 +59,19 @@ class LanguageCollator:
             raise ValueError(
                 f"expected a collator that makes a mapping, {self.collator!r} made a {type(batch).__name__}"
             )
-        language_ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
+        language_ids = torch.tensor(ids * self.times, dtype=torch.int64, device="cpu")
+        tokens, lengths = batch.get("input_ids"), [len(example.get("input_ids", ())) for example in rest]
+        if isinstance(tokens, Tensor) and len(ids) > 1 and tokens.shape == (1, sum(lengths)):
+            language_ids = language_ids.repeat_interleave(torch.tensor(lengths, device="cpu"))[None]
         added = {"language_ids": language_ids, "language_counts": LanguageCounts.of(language_ids, len(self.languages))}
         texts = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
         batch.update({text + name: value for text in texts or [""] for name, value in added.items()})
         return batch
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "collator":  # while it is being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.collator, name)  # trainers ask collators for settings
 
     def _id(self, example: Any) -> int:
         if not isinstance(example, Mapping):

@@ -107,6 +107,19 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
             return plain_generate(self, *args, **names, **kwargs)
 
         namespace["generate"] = generate
+    if callable(plain_batch := getattr(plain, "generate_batch", None)):
+
+        @functools.wraps(plain_batch)
+        def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            state: Attached | None = getattr(self, OUTER, None) or getattr(self, INNER, None)
+            if state is not None and (arguments.taken(kwargs) or state.router.default.get() is not None):
+                raise ValueError(
+                    "continuous batching joins requests in one row, in a thread of its own, and tells no languages: it "
+                    "runs in that of `fastmask.set_language(model, ...)` only. Use `generate` for several"
+                )
+            return plain_batch(self, *args, **kwargs)
+
+        namespace["generate_batch"] = generate_batch
     made = _CLASSES.setdefault(plain, type(plain.__name__, (plain,), namespace))
     return made
 

@@ -14,7 +14,12 @@ __all__ = ["follow_class", "hook_of", "move_hook", "unhook_if_alone"]
 def hook_of(module: nn.Module) -> Any:
     """The hook that aligns a module's devices, or None; other hooks are not known to work on another module."""
     hook = vars(module).get("_hf_hook")
-    return hook if type(hook).__name__ == "AlignDevicesHook" else None
+    return hook if all(type(part).__name__ == "AlignDevicesHook" for part in _parts(hook)) else None
+
+
+def _parts(hook: Any) -> tuple[Any, ...]:
+    """Several that were joined by accelerate's `SequentialHook`, or the one."""
+    return tuple(vars(hook)["hooks"]) if type(hook).__name__ == "SequentialHook" else (hook,)
 
 
 def move_hook(module: nn.Module, layer: nn.Module) -> None:
@@ -24,10 +29,11 @@ def move_hook(module: nn.Module, layer: nn.Module) -> None:
         return
     from accelerate.hooks import add_hook_to_module  # not at the top: it takes a second, and is rarely needed
 
-    before = vars(hook).get("original_devices")
+    before = [vars(part).get("original_devices") for part in _parts(hook)]
     add_hook_to_module(layer, hook)
-    if before is not None:  # it has looked at weights that are offloaded, and would leave them there when taken off
-        hook.original_devices = before
+    for part, devices in zip(_parts(hook), before, strict=True):
+        if devices is not None:  # it has looked at weights that are offloaded, and would leave them so when taken off
+            part.original_devices = devices
 
 
 def unhook_if_alone(module: nn.Module, layer: nn.Module) -> None:

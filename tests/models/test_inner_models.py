@@ -208,16 +208,19 @@ def test_continuous_batching():
     model.float()
     prompts = [[5, 6, 7], [8, 9]]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = {}
+    small = pytest.importorskip("transformers", "5.20").ContinuousBatchingConfig(
+        num_blocks=8, block_size=8, max_batch_tokens=16
+    )
+    options, found = {"generation_config": config, "continuous_batching_config": small, "warmup": False}, {}
     for name in ("fi", None):
         fm.set_language(model, name)
-        made = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+        made = model.generate_batch(prompts, **options)
         found[name] = [one.generated_tokens for one in made.values()]
         for prompt, tokens in zip(prompts, found[name], strict=True):
             alone = model.generate(torch.tensor([prompt]), generation_config=config, language=name)
             assert alone[0, len(prompt) :].tolist() == tokens
     assert found["fi"] != found[None]
     with pytest.raises(ValueError, match=r"continuous batching .* runs in that of `fastmask\.set_language"):
-        model.generate_batch(prompts, generation_config=config, languages=["fi", "de"])
+        model.generate_batch(prompts, **options, languages=["fi", "de"])
     with fm.language(model, "fi"), pytest.raises(ValueError, match="continuous batching"):
-        model.generate_batch(prompts, generation_config=config)
+        model.generate_batch(prompts, **options)

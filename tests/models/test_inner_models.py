@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from tiny_models import batch, multiplied, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
@@ -208,9 +209,9 @@ def test_continuous_batching():
     model.float()
     prompts = [[5, 6, 7], [8, 9]]
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    small = pytest.importorskip("transformers", "5.20").ContinuousBatchingConfig(
-        num_blocks=8, block_size=8, max_batch_tokens=16
-    )
+    if (config_class := getattr(transformers, "ContinuousBatchingConfig", None)) is None:
+        pytest.skip("this version of transformers has no ContinuousBatchingConfig")
+    small = config_class(num_blocks=8, block_size=8, max_batch_tokens=16)
     options, found = {"generation_config": config, "continuous_batching_config": small, "warmup": False}, {}
     for name in ("fi", None):
         fm.set_language(model, name)

@@ -1,4 +1,4 @@
-"""Other people's trainers and evaluators, which are not among the requirements: skipped where they are not installed."""
+"""Other people's trainers and evaluators, which are no requirements: skipped where they are not installed."""
 
 from __future__ import annotations
 
@@ -107,7 +107,8 @@ def test_sft_with_a_column(sft, decoder, monkeypatch):
     trainer = sft(remove_unused_columns=False)
     trainer.data_collator = fm.LanguageCollator(trainer.data_collator, decoder)
     trainer.train()
-    assert [sorted(ids) for ids in found] == [[0, 1], [0, 1]] or all(set(ids) <= {0, 1} for ids in found)
+    assert [len(ids) for ids in found] == [2, 2]
+    assert {language for ids in found for language in ids} <= {0, 1}
     name = "model.layers.0.mlp.up_proj.weight"
     moved = (decoder.state_dict()[name] != before[name]).any(1)
     neurons = attached(decoder).subnets.neurons

@@ -224,6 +224,16 @@ def test_trainer(tmp_path, tokenizer):
     assert not torch.equal(full["loss"], wanted["loss"])
 
 
+def test_trainer_that_compiles(tmp_path, tokenizer):
+    """What the collator makes goes into a compiled model, too."""
+    torch._dynamo.reset()
+    names = ["fi", "sw", "de", "sw"]
+    wanted = trained(tmp_path, "language", names, tokenizer)
+    found = trained(tmp_path, "language", names, tokenizer, torch_compile=True, torch_compile_backend="aot_eager")
+    for name, value in found.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_trainer_drops_a_column_of_another_name(tmp_path, tokenizer):
     """Then the collator says which columns are left."""
     with pytest.raises(KeyError, match=r"unknown column 'lang'.*Known: input_ids, labels"):

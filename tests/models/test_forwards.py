@@ -136,6 +136,21 @@ def test_prepared_first(inputs, masked):
     assert_close(unwrapped(**inputs, language_ids=IDS)[0], masked, 1e-4)
 
 
+def test_generating_with_a_model_that_was_prepared_first():
+    """Its forward shows the old signature, by which `generate` judges arguments; a language around it is none."""
+    model = tiny("llama", "causal").float()
+    prompt, options = batch(2)["input_ids"], {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    attached = fm.attach(copy.deepcopy(model), subnetworks(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = attached.generate(prompt, language="bb", **options)
+    prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    fm.attach(prepared, subnetworks(model))
+    with fm.language(prepared, "bb"):
+        assert torch.equal(prepared.generate(prompt, **options), expected)
+    with pytest.raises(ValueError, match=r"not used by the model.*language"):
+        prepared.generate(prompt, language="bb", **options)
+
+
 def test_a_model_that_trainer_trained_in_half_precision(tmp_path):
     """After the Trainer, detach gives the plain model with the weights of training."""
     model = tiny("bert", "tokens").float()

@@ -10,7 +10,14 @@ import torch
 import transformers
 from tiny_models import batch, multiplied, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import fastmask as fm
 from fastmask.models.attach import attached, is_attached
@@ -225,3 +232,41 @@ def test_continuous_batching():
         model.generate_batch(prompts, **options, languages=["fi", "de"])
     with fm.language(model, "fi"), pytest.raises(ValueError, match="continuous batching"):
         model.generate_batch(prompts, **options)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "m2m_100"])
+def test_generating_with_an_encoder_and_a_decoder(model_type):
+    """`generate` calls the encoder by itself, with the languages of the call; each row is as if it were alone."""
+    sizes = {"d_model": 16, "vocab_size": 40, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 39}
+    if model_type == "t5":
+        config = AutoConfig.for_model("t5", d_kv=4, d_ff=12, num_layers=2, num_heads=4, **sizes)
+        names = ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.1.layer.1.EncDecAttention.k"]
+    else:
+        shape = {"layers": 2, "attention_heads": 4, "ffn_dim": 12}
+        both = {f"{stack}_{name}": size for stack in ("encoder", "decoder") for name, size in shape.items()}
+        config = AutoConfig.for_model("m2m_100", max_position_embeddings=40, **both, **sizes)
+        names = ["model.encoder.layers.0.self_attn.q_proj", "model.decoder.layers.1.encoder_attn.k_proj"]
+    torch.manual_seed(0)
+    plain = AutoModelForSeq2SeqLM.from_config(config)
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    plain = plain.double().eval()
+    keep = {name: torch.rand(3, *plain.get_submodule(name).weight.shape) > 0.7 for name in names}
+    model = fm.attach(copy.deepcopy(plain), fm.Subnetworks(LANGUAGES, weights=keep))
+    prompts, options = torch.randint(3, 39, (3, 6)), {"max_new_tokens": 5, "do_sample": False}
+    for more in ({}, {"num_beams": 2, "num_return_sequences": 2}):
+        wanted = []
+        for prompt, language in zip(prompts, IDS, strict=True):
+            alone = copy.deepcopy(plain)
+            for name in names if language >= 0 else []:
+                alone.get_submodule(name).weight.data.mul_(keep[name][language])
+            found = alone.generate(prompt[None], **options, **more)
+            wanted.append(torch.nn.functional.pad(found, (0, 6 - found.shape[1])))
+        found = model.generate(prompts, languages=["fi", None, "de"], **options, **more)
+        assert torch.equal(torch.nn.functional.pad(found, (0, 6 - found.shape[1])), torch.cat(wanted))
+    states = model.get_encoder()(prompts, languages=["fi", None, "de"])[0]
+    for row, (prompt, language) in enumerate(zip(prompts, IDS, strict=True)):
+        alone = copy.deepcopy(plain)
+        for name in names if language >= 0 else []:
+            alone.get_submodule(name).weight.data.mul_(keep[name][language])
+        assert_close(states[row : row + 1], alone.get_encoder()(prompt[None])[0])

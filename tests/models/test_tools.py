@@ -120,6 +120,18 @@ def test_sft_with_a_column(sft, decoder, monkeypatch):
         trainer.train()
 
 
+def test_sft_that_packs(sft, decoder, in_finnish, monkeypatch):
+    """Rows that are packed have lost the column, and say so; one language goes on."""
+    packed = {"packing": True, "packing_strategy": "wrapped", "remove_unused_columns": False}
+    trainer = sft(**packed)
+    trainer.data_collator = fm.LanguageCollator(trainer.data_collator, decoder)
+    with pytest.raises(KeyError, match="unknown column 'language'"):
+        trainer.train()
+    found = languages_of_calls(decoder, monkeypatch)
+    in_finnish(decoder, sft(**packed).train)
+    assert set(found) == {1}
+
+
 def test_sft_in_one_language(sft, decoder, in_finnish, monkeypatch):
     found = languages_of_calls(decoder, monkeypatch)
     in_finnish(decoder, lambda: sft().train())

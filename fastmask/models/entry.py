@@ -49,8 +49,8 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
                     f"no subnetworks are attached to this {plain.__name__}, but {next(iter(given))} was given"
                 )
             return function(self, *args, **kwargs)
-        route = state.router.running.route
-        if not given and route is not None and route.awaits_forward:
+        route, by_itself = state.router.running.route, function is plain.forward
+        if by_itself and not given and route is not None and route.awaits_forward:
             route.awaits_forward = False
             return function(self, *args, **kwargs)
         if getattr(self, "_is_replica", False):
@@ -66,7 +66,7 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
             args, kwargs = caching.without(args, kwargs)
         elif state.subnets.heads is not None:
             route.packs_heads = packs_heads(cache, state.subnets.heads, route.present)
-        route.awaits_forward = function is not plain.forward
+        route.awaits_forward = not by_itself and of_outer is None
         with state.router.using(route):
             return function(self, *args, **kwargs)
 

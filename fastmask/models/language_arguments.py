@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastmask.errors import unknown
 
-__all__ = ["NAMES", "LanguageArguments", "LanguageCounts", "id_of", "ids_of", "leading_sizes"]
+__all__ = ["LanguageArguments", "LanguageCounts", "id_of", "ids_of", "leading_sizes"]
 
-NAMES = ("language", "languages", "language_ids", "language_counts")
+_NAMES = ("language", "languages", "language_ids", "language_counts")
 _TYPES: dict[str, Any] = {"language": str | None, "languages": Sequence[str | None] | None}
 _TYPES |= {"language_ids": Tensor | Sequence[int] | None, "language_counts": Tensor | None}
 
@@ -57,7 +57,7 @@ class LanguageArguments:
     """
 
     def __init__(self, signature: inspect.Signature) -> None:
-        self._own = tuple(name for name in NAMES if name not in signature.parameters)
+        self._own = tuple(name for name in _NAMES if name not in signature.parameters)
         self._plain = signature
 
     def signature(self) -> inspect.Signature:

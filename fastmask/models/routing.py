@@ -29,6 +29,7 @@ class Route:
         shared: whether all layers of the pass see this very route, and may compute for one another. A layer that is
             reached around the model's forward makes one for itself.
         tokens: (B, T) where each token has an id, and `language_ids` are those of all tokens, one after the other.
+        choices: how many examples of a layer may belong to one of the batch, side by side (multiple choice).
         packs_heads: whether heads travel packed. Not where they may go into a cache of keys and values: what continues
             it may have other languages, so each head keeps its slot (`caches`). Nor where tokens of one row have
             several languages: attention joins the same head of all of them.
@@ -45,11 +46,12 @@ class Route:
         shared: bool = True,
         model: int | None = None,
         tokens: tuple[int, int] | None = None,
+        choices: int = 1,
     ) -> None:
         self.language_ids = language_ids
         self.present = present
         self.shared = shared
-        self.tokens = tokens
+        self.tokens, self.choices = tokens, choices
         self.packs_heads = shared and tokens is None
         self.model = model
         self.awaits_forward = False
@@ -78,14 +80,14 @@ class Route:
         present = _present(ids, n_languages, counts)
         if isinstance(ids, int):
             return cls(ids, (ids,))
-        if sizes is not None and len(sizes) == 3:  # choices are examples of their own inside the model
-            if ids.shape == sizes[:1]:
-                ids = ids.repeat_interleave(sizes[1])
-            elif ids.shape in (sizes[:2], sizes):
+        choices = 1
+        if sizes is not None and len(sizes) == 3:
+            choices = sizes[1]
+            if ids.shape in (sizes[:2], sizes):
                 ids = ids.flatten(0, 1)
-            sizes = (sizes[0] * sizes[1], sizes[2])
+            sizes = (sizes[0] * choices, sizes[2])
         if ids.ndim == 1:
-            return cls(ids, present)
+            return cls(ids, present, choices=choices)
         if ids.ndim != 2 or (sizes is not None and ids.shape != sizes):
             raise ValueError(
                 "expected a language id for each example, or for each token"
@@ -134,6 +136,8 @@ class Route:
             made = self._ids_of_one(x, self.language_ids)
         elif self.language_ids.shape[0] == x.shape[0]:
             made = self.language_ids.detach().to(x.device, non_blocking=True)
+        elif self.language_ids.shape[0] * self.choices == x.shape[0]:
+            made = self.language_ids.detach().to(x.device, non_blocking=True).repeat_interleave(self.choices)
         else:
             raise ValueError(
                 f"expected one language id for each of the {x.shape[0]} examples, "
@@ -248,7 +252,7 @@ class Router:
             then = recall(self.default.number)
             if then is None:
                 raise ValueError(f"this model is called in a backward pass, and no language was given: {_RECOMPUTED}")
-            return Route(then.language_ids, then.present, tokens=then.tokens)
+            return Route(then.language_ids, then.present, tokens=then.tokens, choices=then.choices)
         if self.standing is not None:
             return self._of_default(self.standing)
         raise ValueError(

@@ -215,3 +215,37 @@ def test_ids_that_fit_nothing():
         model(**batch(3), language_ids=TOKENS.T)
     with pytest.raises(ValueError, match=r"given language_ids of shape \[3, 7, 1\]"):
         model(**batch(3), language_ids=TOKENS[..., None])
+
+
+def test_choices_under_gradient_checkpointing():
+    """Choices that are recomputed have the language of their question."""
+    model = multiple_choice("bert").train()
+    fm.attach(model, subnetworks(model))
+    inputs = {name: value.view(2, 3, -1) for name, value in batch(6).items()}
+
+    def found():
+        return gradients(model, model(**inputs, language_ids=torch.tensor([2, 0])).logits)
+
+    wanted = found()
+    for use_reentrant in (True, False):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        assert_all_close(found(), wanted)
+
+
+def test_three_dimensions_that_are_no_choices():
+    """Tokens of several codebooks, [B, T, codebooks], are one example each: ids stay as they are."""
+
+    class Codebooks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.dense = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, input_ids):
+            return self.dense(self.embed(input_ids).sum(2))
+
+    model, tokens = Codebooks(), torch.arange(24).view(2, 4, 3) % 9
+    keep = torch.rand(3, 8, 8) > 0.5
+    states, linear = model.embed(tokens).sum(2), model.dense
+    wanted = [functional.linear(x, linear.weight * keep[i], linear.bias) for x, i in zip(states, [2, 0], strict=True)]
+    fm.attach(model, fm.Subnetworks(LANGUAGES, weights={"dense": keep}))
+    torch.testing.assert_close(model(tokens, language_ids=[2, 0]), torch.stack(wanted))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastmask.kept import never_written
+from fastmask.kept import is_capturing, never_written
 from fastmask.models.contexts import ContextLanguage, backward_pass
 from fastmask.models.language_arguments import LanguageCounts
 from fastmask.models.recomputation import may_recompute, recall, remember
@@ -168,7 +168,8 @@ def _present(ids: Tensor | int, n_languages: int, counts: Tensor | None) -> tupl
                     "or -1 for the full network"
                 )
         return present
-    if isinstance(counts, LanguageCounts) and counts.shape == (n_languages + 1,):
+    # Not for a CUDA graph, which is replayed for batches of other languages.
+    if isinstance(counts, LanguageCounts) and counts.shape == (n_languages + 1,) and not is_capturing(ids.device):
         there = (counts.as_subclass(Tensor) > 0).to(ids.device, non_blocking=True)
         torch._assert_async(there[ids].all(), "language_ids on a GPU: there are others than in language_counts")
         return counts.present()

@@ -24,8 +24,8 @@ class Route:
 
     Attributes:
         present: which languages occur, so that layers pack to the widest of them. None where the ids are not known:
-            while `torch.compile` traces, and for ids on a GPU, which nobody waits for. Layers then pack to the widest
-            of all languages, and the full network (-1) does not fit.
+            while `torch.compile` traces, and for ids on a GPU without `LanguageCounts`, which nobody waits for. Layers
+            then pack to the widest of all languages, and the full network (-1) does not fit.
         shared: whether all layers of the pass see this very route, and may compute for one another. A layer that is
             reached around the model's forward makes one for itself.
         tokens: (B, T) where each token has an id, and `language_ids` are those of all tokens, one after the other.

@@ -61,7 +61,7 @@ class AttachedLinear(MaskedLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
-        if self.siblings is not None and route.shared and not self.siblings.come_one_by_one():
+        if self.siblings is not None and route.shared and not self.siblings.come_one_by_one(x):
             return self.siblings.output_of(self, x, route)
         mask, width = self.mask, self.packed_width(route, x)
         examples, ids = route.examples(x)
@@ -110,8 +110,10 @@ class Siblings:
     def __init__(self) -> None:
         self.layers: list[AttachedLinear] = []
 
-    def come_one_by_one(self) -> bool:
+    def come_one_by_one(self, x: Tensor) -> bool:
         """Whether accelerate offloads their weights, and brings back only that of the layer that is called."""
+        if x.is_meta:
+            return False
         weights = [layer._parameters.get("weight") for layer in self.layers]
         return any(weight is not None and weight.is_meta for weight in weights)
 

@@ -1,8 +1,8 @@
-"""`transformers.Trainer` on a model with subnetworks: the `language_ids` column is all it needs."""
+"""`transformers.Trainer` on a model with subnetworks: a `language` column and a collator are all it needs."""
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForTokenClassification, BertConfig, Trainer, TrainingArguments
+from transformers import AutoModelForTokenClassification, BertConfig, Trainer, TrainingArguments, default_data_collator
 
 import fastmask as fm
 
@@ -17,8 +17,9 @@ data = Dataset.from_dict(
     {
         "input_ids": tokens.tolist(),
         "labels": (tokens % 2).tolist(),
-        "language_ids": subnets.ids(["de", "fi"] * 32).tolist(),
+        "language": ["de", "fi"] * 32,
     }
 )
 arguments = TrainingArguments("trainer-run", num_train_epochs=2, report_to=[], use_cpu=True, logging_steps=4)
-Trainer(model, arguments, train_dataset=data).train()
+collator = fm.LanguageCollator(default_data_collator, subnets)
+Trainer(model, arguments, train_dataset=data, data_collator=collator).train()

@@ -10,6 +10,7 @@ from fastmask.masks import Mask
 from fastmask.meta import MetaLearner
 from fastmask.models import (
     Family,
+    LanguageCollator,
     Projections,
     add_language,
     attach,
@@ -22,6 +23,7 @@ from fastmask.models import (
     register_family,
     remove_language,
     save_pretrained,
+    set_language,
     summary,
 )
 from fastmask.optim import LiveAdamW
@@ -33,6 +35,7 @@ __all__ = [
     "Delta",
     "DynamicSubnetworks",
     "Family",
+    "LanguageCollator",
     "LiveAdamW",
     "Mask",
     "MaskedLinear",
@@ -54,6 +57,7 @@ __all__ = [
     "register_family",
     "remove_language",
     "save_pretrained",
+    "set_language",
     "sparse_update_linear",
     "summary",
     "unseen",

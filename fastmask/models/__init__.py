@@ -1,11 +1,13 @@
 """Putting subnetworks on Hugging Face models: `attach`, `detach`, `language`.
 
 `families` knows how projections are called, `structure` finds a model's heads and neurons by that, `layers` is the
-masked layer, `building` makes those of a model, `proof` tries them before they are put in, `routing` carries the
-languages of a batch to them, `attach` puts all together.
+masked layer, `building` makes those of a model, `proof` tries them before they are put in. `language_arguments` knows
+what a call says about languages, `entry` takes that from calls, `routing` carries it to the layers. `attach` puts all
+together.
 """
 
-from fastmask.models.attach import attach, detach, freeze_unmasked, language
+from fastmask.models.attach import attach, detach, freeze_unmasked, language, set_language
+from fastmask.models.collator import LanguageCollator
 from fastmask.models.editing import add_language, remove_language
 from fastmask.models.exporting import extract, merge
 from fastmask.models.families import Family, Projections, register_family
@@ -14,6 +16,7 @@ from fastmask.models.summary import summary
 
 __all__ = [
     "Family",
+    "LanguageCollator",
     "Projections",
     "add_language",
     "attach",
@@ -26,5 +29,6 @@ __all__ = [
     "register_family",
     "remove_language",
     "save_pretrained",
+    "set_language",
     "summary",
 ]

@@ -71,5 +71,7 @@ class Around:
     def _masked(self, x: Tensor) -> Tensor:
         if self._dead.device != x.device:
             self._dead = self._dead.to(x.device)
-        dead = self._dead[self.router.current().ids_for(x)]
-        return x.masked_fill(dead.view(x.shape[0], *[1] * (x.ndim - 2), -1), 0)
+        route = self.router.current()
+        examples, ids = route.examples(x)
+        dead = self._dead[ids].view(examples.shape[0], *[1] * (examples.ndim - 2), -1)
+        return route.joined(examples.masked_fill(dead, 0))

@@ -1,37 +1,33 @@
-"""`attach`, `detach` and `language`: subnetworks on a Hugging Face model, in place and reversible."""
+"""`attach`, `detach`, `language`, `set_language`: subnetworks on a Hugging Face model, in place and reversible."""
 
 from __future__ import annotations
 
-import copyreg
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastmask.linear import checked_forward
 from fastmask.live import masked_parameters
 from fastmask.models.around import Around
 from fastmask.models.building import unit_layers, weight_layers, wrapped_in
-from fastmask.models.caches import CacheArguments, packs_heads
+from fastmask.models.entry import INNER, OUTER, attached_class, inner_models, plain_class_of
 from fastmask.models.families import Family
+from fastmask.models.language_arguments import id_of
+from fastmask.models.offloading import follow_class, move_hook, unhook_if_alone
 from fastmask.models.places import Places
-from fastmask.models.plain import check_model, check_shared, is_own, kind_of, leads_to
+from fastmask.models.plain import check_model, check_shared, is_own, kind_of
 from fastmask.models.proof import Found, Inputs, try_layers
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of"]
+__all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of", "set_language"]
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-UNLOADED = "fastmask.masks_were_not_loaded.use_fastmask_from_pretrained"
-"""A name among saved weights that plain `from_pretrained` warns of: without masks the model is another one."""
 
 
 @dataclass
@@ -42,7 +38,6 @@ class Attached:
     router: Router
     places: Places
     plain_modules: dict[str, nn.Module]
-    plain_class: type[nn.Module]
     around: dict[str, Around]  # by the name of the module that each is put around
     structure: Structure
     unpacked: Mapping[str, str]  # places whose units are not packed, and why
@@ -59,9 +54,14 @@ def attach(
 ) -> Model:
     """Give each language of `subnets` its subnetwork of `model`; the model is changed in place and returned.
 
-    Parameters, state dict keys and `save_pretrained` stay as they were. The forward pass takes one more argument,
-    `language_ids` int64 [batch] (positions in `subnets.languages`, -1 for the full network), shown in its signature so
-    that `transformers.Trainer` keeps the column. Batches may mix languages; they run fastest sorted by language.
+    Parameters, state dict keys and `save_pretrained` stay as they were. The forward pass takes one more argument, which
+    is one of three: `language="fi"` for the whole batch, `languages=["fi", "de", None]`, or `language_ids`, int64
+    [batch] (int32 and lists of ints, too): positions in `subnets.languages`, -1 for the full network, as is None among
+    names. They are in its signature, so that `transformers.Trainer` keeps the columns. `generate`, and models inside
+    that are called by themselves (`model.base_model(...)`), take them, too. Where a model takes [batch, choices,
+    tokens], ids are [batch], or one for each choice; ids [batch, tokens] are those of single tokens, for packed rows of
+    several languages. Without any of these, `language(...)` and then `set_language` say it.
+    Batches may mix languages; they run fastest sorted by language.
     Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
     those of the live heads, in order. Several threads, and tasks of an event loop, may run the model at the same time,
     each with languages of its own.
@@ -78,9 +78,9 @@ def attach(
     language has learnt.
 
     Wrap the model afterwards (`torch.compile`, DistributedDataParallel, `fully_shard`, `Accelerator.prepare`, PEFT with
-    adapters on modules without masks). Each forward pass looks whether the masked layers are still where they were put.
-    Adapters of PEFT and quantised layers that are there before run as they are, with masks around them: W + BA is
-    masked, at the cost of the full network.
+    adapters on modules without masks); hooks of accelerate (`device_map`, offload) may also come before. Each forward
+    pass looks whether the masked layers are still where they were put. Adapters of PEFT and quantised layers that are
+    there before run as they are, with masks around them: W + BA is masked, at the cost of the full network.
 
     Heads and neurons are found by the names and shapes of modules, not by the model's type. Before anything is changed
     a tiny batch runs through the layers that are about to be put in, and through weights multiplied by masks. Where
@@ -97,16 +97,14 @@ def attach(
 
     Raises:
         ValueError: a model of no known layout, a model that has subnetworks attached, masks of another geometry; a
-            model or a module to be masked that is wrapped, hooked, parametrized, pruned, quantised or sharded already;
+            model or a module to be masked that is wrapped, hooked (but by accelerate), parametrized, pruned or sharded;
             a model that does not compute what weights times masks would.
         KeyError: `subnets.weights` names a module that does not exist; an unknown `forward`.
     """
     full_forward = checked_forward(forward) == "full"
     if is_attached(model):
         raise ValueError("this model has subnetworks attached already: call fastmask.detach(model) first")
-    plain_class = getattr(type(model), "_plain_class", type(model))  # a model may be made by type(attached)(config)
-    attached_class = _attached_class(plain_class)
-    check_model(model, attached_class.forward)
+    check_model(model)
     router = Router(subnets.languages, full_forward)
     # Everything that can fail comes before the first change to the model.
     kinds = tuple(kind for kind in ("heads", "neurons") if getattr(subnets, kind) is not None)
@@ -123,18 +121,23 @@ def attach(
     around = {name: layer for name, layer in masked.items() if isinstance(layer, Around)}
     modules = {name: layer for name, layer in masked.items() if isinstance(layer, nn.Module)}
     plain = {name: model.get_submodule(name) for name in modules}
-    if is_own(vars(model).get("forward"), model):  # left behind by hooks that were taken off
-        del model.forward
+    inner = list(inner_models(model, masked))
     for name, mask in around.items():
         mask.put(model.get_submodule(name))
     for name, layer in modules.items():
         _replace(model, name, layer)
         # One dictionary for both: loading and sharding replace Parameters, and old ones must not live on in here.
         plain[name]._parameters = layer._parameters
-    model.__class__ = attached_class  # type: ignore[assignment]
-    model._fastmask = Attached(  # type: ignore[assignment]
-        subnets, router, Places(model, modules, around), plain, plain_class, around, structure, unpacked
-    )
+        move_hook(plain[name], layer)
+    places = Places(model, modules, around)
+    state = Attached(subnets, router, places, plain, around, structure, unpacked)
+    models: list[nn.Module] = [model, *inner]
+    for module in models:
+        if is_own(vars(module).get("forward"), module):  # left behind by hooks that were taken off
+            del module.forward
+        module.__class__ = attached_class(plain_class_of(module))
+        follow_class(module)
+        setattr(module, OUTER if module is model else INNER, state)
     return model
 
 
@@ -167,18 +170,25 @@ def detach(model: Model) -> Model:
             to a masked layer (adapters, hooks, parametrizations, shards). The model is then as it was.
     """
     state, owner = attached(model), owner_of(model)
-    if type(owner) is not _attached_class(state.plain_class):
-        raise ValueError(f"cannot detach: the model has become a {kind_of(owner)} since (fully_shard does so)")
-    for name, (parent, child, layer) in state.places.removable().items():
+    if OUTER not in vars(owner):
+        raise ValueError(f"cannot detach this {type(owner).__name__}: it is inside of the model that is to be detached")
+    models = [owner, *(module for module in owner.modules() if INNER in vars(module))]
+    for module in models:
+        if type(module) is not attached_class(plain_class_of(module)):
+            raise ValueError(f"cannot detach: the model has become a {kind_of(module)} since (fully_shard does so)")
+    for name, (parent, child, layer) in state.places.removable(state.plain_modules).items():
         module = state.plain_modules[name]
         if isinstance(module, nn.Linear):
             # Embeddings that were resized have put another weight into a tied output layer.
             module.out_features, module.in_features = module.weight.shape
+        unhook_if_alone(module, layer)
         parent[child] = module.train(layer.training)
     for mask in state.around.values():
         mask.take_off()
-    owner.__class__ = state.plain_class
-    del owner._fastmask
+    for module in models:
+        module.__class__ = plain_class_of(module)
+        follow_class(module)
+        delattr(module, OUTER if module is owner else INNER)
     return model
 
 
@@ -220,27 +230,46 @@ def language(model: nn.Module, name: str | None) -> Iterator[None]:
         KeyError: not a language of the attached subnetworks; the message names the nearest ones.
         RuntimeError: on leaving it, if another one of the same model was entered later and is still open.
     """
-    state = attached(model)
-    with state.router.default.entered(-1 if name is None else state.subnets.index(name)):
+    router = attached(model).router
+    with router.default.entered(id_of(name, router.languages)):
         yield
+
+
+def set_language(model: nn.Module, name: str | None = ...) -> None:  # type: ignore[assignment]
+    """Set the standing language of a model: what calls run in that say none; None is the full network.
+
+    `fastmask.set_language(model)`, without a name, takes it off. It is of the model and not of a context: every thread
+    and task sees it, copies and pickles keep it, `detach` forgets it. `with language(...)` and the languages of a call
+    come before it. Gradient checkpointing recomputes under the language of the forward pass, whatever was set since.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks; the message names the nearest ones.
+    """
+    router = attached(model).router
+    router.standing = None if name is ... else id_of(name, router.languages)
 
 
 def is_attached(model: nn.Module) -> bool:
     """Whether subnetworks are attached to a model (also below DistributedDataParallel or torch.compile)."""
-    return hasattr(owner_of(model), "_fastmask")
+    return _state_of(owner_of(model)) is not None
 
 
 def attached(model: nn.Module) -> Attached:
     """The state that `attach` left on a model."""
-    state: Attached | None = getattr(owner_of(model), "_fastmask", None)
+    state = _state_of(owner_of(model))
     if state is None:
         raise ValueError(f"no subnetworks are attached to this {type(model).__name__}: call fastmask.attach first")
     return state
 
 
+def _state_of(module: nn.Module) -> Attached | None:
+    found: Attached | None = vars(module).get(OUTER) or vars(module).get(INNER)
+    return found
+
+
 def owner_of(model: nn.Module) -> nn.Module:
     """The module that `attach` changed, below torch.compile, DistributedDataParallel or PEFT; `model` if none was."""
-    while "_fastmask" not in vars(model):  # not hasattr: wrappers pass questions on to what they wrap
+    while OUTER not in vars(model):  # not hasattr: wrappers pass questions on to what they wrap
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if inner is None and callable(unwrap := getattr(model, "get_base_model", None)):
             inner = unwrap()
@@ -253,106 +282,3 @@ def owner_of(model: nn.Module) -> nn.Module:
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-# ---- the forward pass
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _attached_class(plain: type[nn.Module]) -> type[nn.Module]:
-    """The one subclass of a model's class, under the same name, whose forward also takes `language_ids`.
-
-    A subclass rather than a function on the instance: copies of the model then run their own forward, and
-    `isinstance`, `save_pretrained` and `inspect.signature(model.forward)` work as before.
-    """
-    if plain in _CLASSES:
-        return _CLASSES[plain]
-
-    def forward(self: Any, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        state: Attached | None = getattr(self, "_fastmask", None)
-        if state is None:  # detached; `Accelerator.prepare`, for one, keeps a forward on the instance
-            if language_ids is not None:
-                raise ValueError(f"no subnetworks are attached to this {plain.__name__}, but language_ids was given")
-            return plain.forward(self, *args, **kwargs)
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError(
-                "torch.nn.DataParallel copies modules but not what joins them, and cannot run subnetworks: use "
-                "torch.nn.parallel.DistributedDataParallel (start with torchrun or `accelerate launch`)"
-            )
-        state.places.check()
-        route = state.router.resolve(language_ids)
-        cache = caching.cache(args, kwargs)
-        if state.router.full_forward:
-            pass  # keys and values are those of all heads
-        elif cache is None and not caching.asks_for_one(args, kwargs):
-            args, kwargs = caching.without(args, kwargs)
-        elif state.subnets.heads is not None:
-            one_stack = state.structure.one_stack and not state.unpacked
-            route.packs_heads = one_stack and packs_heads(cache, state.subnets.heads, route.present)
-        with state.router.using(route):
-            return plain.forward(self, *args, **kwargs)
-
-    signature = inspect.signature(plain.forward)
-    caching = CacheArguments(signature)
-    parameters = list(signature.parameters.values())
-    extra = inspect.Parameter("language_ids", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
-    position = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
-    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*parameters[:position], extra, *parameters[position:]]
-    )
-    forward.__doc__ = plain.forward.__doc__
-
-    def set_attribute(self: Any, name: str, value: Any) -> None:
-        if name == "forward" and "_fastmask" in vars(self):
-            if is_own(value, self, plain):
-                # Kept from before attach: the model's own forward, which now takes language_ids.
-                value = forward.__get__(self)
-            elif leads_to(value, plain.forward):
-                raise ValueError(
-                    "this forward was wrapped before attach, and would drop language_ids: wrap model.forward"
-                )
-        plain.__setattr__(self, name, value)
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        how = plain.__reduce_ex__(self, protocol)
-        if type(self) is not attached_class or how[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
-            return how
-        return (_empty, (plain,), *how[2:])
-
-    kind: Any = plain
-
-    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        if "_fastmask" not in vars(self):
-            kind.save_pretrained(self, save_directory, *args, **kwargs)
-        else:
-            from fastmask.models.saving import save_pretrained as save  # which imports this module
-
-            names = list(inspect.signature(kind.save_pretrained).parameters)[2:]
-            save(self, save_directory, **dict(zip(names, args, strict=False)), **kwargs)
-
-    def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        state_dict.pop(prefix + UNLOADED, None)
-        plain._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
-
-    namespace = {
-        "forward": forward,
-        "_load_from_state_dict": load_from_state_dict,
-        "__setattr__": set_attribute,
-        "__reduce_ex__": reduce,
-        "__module__": plain.__module__,
-        "__doc__": plain.__doc__,
-        "_plain_class": plain,
-    }
-    if hasattr(plain, "save_pretrained"):  # a Hugging Face model
-        save_pretrained.__doc__ = kind.save_pretrained.__doc__
-        namespace["save_pretrained"] = save_pretrained
-    attached_class = _CLASSES.setdefault(plain, type(plain.__name__, (plain,), namespace))
-    return attached_class
-
-
-def _empty(plain: type[nn.Module]) -> nn.Module:
-    """What copies and pickles of attached models begin with: their class has no name that it could be found under."""
-    kind = _attached_class(plain)
-    return kind.__new__(kind)

@@ -86,12 +86,14 @@ class AttachedLinear(MaskedLinear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
         route = self.router.current()
-        if self.siblings is not None and route.shared:
+        if self.siblings is not None and route.shared and not self.siblings.come_one_by_one(x):
             return self.siblings.output_of(self, x, route)
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
         mask, width = self.mask, self.packed_width(route, x)
-        return compute(x, self.matrix, mask, route.ids_for(x), self.bias, width, self.activation, self.full_forward)
+        examples, ids = route.examples(x)
+        y = compute(examples, self.matrix, mask, ids, self.bias, width, self.activation, self.full_forward)
+        return route.joined(y)
 
     def packs_in(self, route: Route) -> bool:
         """Whether live units travel packed in a pass."""
@@ -129,7 +131,8 @@ class AttachedLinear(MaskedLinear):
         ]
         biases = [] if self.bias is None else list(self.bias.split(sizes))
         weights = list(self.matrix.split(sizes))
-        return torch.cat(list(compute_projections(x, weights, masks, route.ids_for(x), biases, widths)), -1)
+        examples, ids = route.examples(x)
+        return route.joined(torch.cat(list(compute_projections(examples, weights, masks, ids, biases, widths)), -1))
 
 
 class AttachedConv1D(AttachedLinear):
@@ -177,22 +180,30 @@ class Siblings:
     def __init__(self) -> None:
         self.layers: list[AttachedLinear] = []
 
+    def come_one_by_one(self, x: Tensor) -> bool:
+        """Whether accelerate offloads their weights, and brings back only that of the layer that is called."""
+        if x.is_meta:
+            return False
+        weights = [layer._parameters.get("weight") for layer in self.layers]
+        return any(weight is not None and weight.is_meta for weight in weights)
+
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""
         me, layers = self.layers.index(layer), self.layers
         outputs: _Outputs | None = route.waiting.get(self)
         if outputs is None or not outputs.fit(me, x):
+            examples, ids = route.examples(x)
             ys = compute_projections(
-                x,
+                examples,
                 [sibling.matrix for sibling in layers],
                 [sibling.mask for sibling in layers],
-                route.ids_for(x),
+                ids,
                 [sibling.bias for sibling in layers if sibling.bias is not None],
                 [sibling.packed_width(route, x) for sibling in layers],
                 NONE,
                 layer.full_forward,
             )
-            outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(ys)))
+            outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(map(route.joined, ys))))
             route.waiting[self] = outputs
         y = outputs.left.pop(me)
         if not outputs.left:

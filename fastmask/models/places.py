@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmask.models.offloading import hook_of
 from fastmask.models.plain import is_foreign, kind_of, obstacle
 
 __all__ = ["Places"]
@@ -56,15 +57,18 @@ class Places:
                 break
         for name, layer, shape in self._linears:
             weight = layer._parameters.get("weight")
-            if type(weight) is not nn.Parameter or weight.shape != shape or weight.is_meta:
+            if type(weight) is not nn.Parameter or weight.shape != shape:
                 _judge_weight(name, layer, weight, shape)
 
     # What `torch.compiler.assume_constant_result` does, without loading the compiler for everyone: the check runs while
     # a graph is traced; a module or weight of another type has it traced again.
     check._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-    def removable(self) -> dict[str, tuple[Modules, str, nn.Module]]:
+    def removable(self, plain: Mapping[str, nn.Module]) -> dict[str, tuple[Modules, str, nn.Module]]:
         """What `detach` takes out, and where it stands: not what others have replaced by something of theirs.
+
+        Args:
+            plain: what is put in instead, by name.
 
         Raises:
             ValueError: a module is wrapped, or others have hung something on it that would be lost.
@@ -79,7 +83,7 @@ class Places:
                     raise ValueError(
                         f"cannot detach: {name!r} has become {kind_of(layer)}. Remove parametrizations first"
                     )
-                if why := obstacle(layer):
+                if why := obstacle(layer, hook_of(plain[name])):
                     raise ValueError(f"cannot detach, and lose what hangs on {name!r}: {why}")
                 found[name] = (modules, child, layer)
             elif now is not None and layer in now.modules():
@@ -160,9 +164,4 @@ def _judge_weight(name: str, layer: nn.Linear, weight: Tensor | None, shape: tup
         raise ValueError(
             f"the masks of {name!r} are for a weight of shape {shape}, and its weight now has shape "
             f"{tuple(weight.shape)}: call fastmask.detach(model), then attach masks of that shape"
-        )
-    elif weight.is_meta and "_hf_hook" in vars(layer) and getattr(layer, "unit", None) is not None:
-        raise ValueError(
-            f"the weight of the masked layer {name!r} is offloaded by accelerate, which brings back one layer at a "
-            "time, but projections are computed together: keep the masked layers in memory"
         )

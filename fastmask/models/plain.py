@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmask.models.offloading import hook_of
 from fastmask.models.structure import is_conv1d
 
-__all__ = ["check_model", "check_shared", "is_foreign", "is_own", "kind_of", "leads_to", "obstacle", "plain_linear"]
+__all__ = ["check_model", "check_shared", "is_foreign", "is_own", "kind_of", "obstacle", "plain_linear"]
 
 # By name: importing them takes seconds, and some belong to libraries that need not be there.
 _WRAPPERS = {
@@ -32,12 +33,8 @@ def kind_of(thing: object) -> str:
     return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
-def check_model(model: nn.Module, ours: Any) -> None:
-    """Refuse a model that is a wrapper, or whose forward somebody has replaced.
-
-    Args:
-        model: what subnetworks are to be attached to.
-        ours: the forward that `attach` would give its class.
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that is a wrapper.
 
     Raises:
         ValueError: names the wrapper, and says what to do.
@@ -51,31 +48,19 @@ def check_model(model: nn.Module, ours: Any) -> None:
         )
     for name in names & _WRAPPERS.keys():
         raise ValueError(f"{what}{_WRAPPERS[name]}: attach first, wrap afterwards")
-    forward = vars(model).get("forward")
-    # One that was wrapped while subnetworks were attached earlier leads to those of now, too.
-    if forward is not None and not is_own(forward, model) and not leads_to(forward, ours):
-        raise ValueError(
-            f"the forward of this {type(model).__name__} has been replaced, as `Accelerator.prepare` and accelerate's "
-            "device_map and offload do, and would not tell masked layers their languages: attach to the model as it "
-            f"was ({_UNHOOK}), then use `Accelerator.prepare` or `dispatch_model` (not offload)"
-        )
 
 
-def is_own(forward: Any, module: nn.Module, kind: type[nn.Module] | None = None) -> bool:
-    """Whether a forward is just that of the module's class (of `kind` if given), bound to the module.
+def is_own(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward is just that of the module's class, bound to the module.
 
     Or what the class has decorated: `Accelerator.unwrap_model` takes more off than `prepare` put on.
     """
     if getattr(forward, "__self__", None) is not module:
         return False
-    return leads_to((kind or type(module)).forward, getattr(forward, "__func__", None))
-
-
-def leads_to(forward: Any, function: Any) -> bool:
-    """Whether a forward is a function, perhaps bound to a model and wrapped as by `functools.wraps`."""
-    while forward is not None and forward is not function:
-        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
-    return forward is not None
+    bound, of_class = getattr(forward, "__func__", None), type(module).forward
+    while of_class is not None and of_class is not bound:
+        of_class = getattr(of_class, "__wrapped__", None)
+    return of_class is not None
 
 
 def plain_linear(model: nn.Module, name: str) -> Any:
@@ -95,7 +80,7 @@ def plain_linear(model: nn.Module, name: str) -> Any:
         else:
             advice = "quantised layers, and others that take the place of nn.Linear, cannot be masked"
         raise ValueError(f"expected a plain nn.Linear at {name!r}, found {kind_of(module)}: {advice}")
-    if why := obstacle(module) or _weight_obstacle(module):
+    if why := obstacle(module, hook_of(module)) or _weight_obstacle(module):
         raise ValueError(f"cannot mask {name!r}: {why}")
     path = name.split(".")
     if any(isinstance(model.get_submodule(".".join(path[:i])), nn.TransformerEncoderLayer) for i in range(len(path))):
@@ -119,8 +104,8 @@ def check_shared(model: nn.Module, masked: Collection[str]) -> None:
             raise ValueError(f"cannot mask {name!r}: it is the same module as {other!r} (expected one of its own)")
 
 
-def obstacle(module: nn.Module) -> str | None:
-    """What others have made of a module, or hung on it, and would be lost with it."""
+def obstacle(module: nn.Module, hook: Any = None) -> str | None:
+    """What others have made of a module or hung on it, and would be lost with it; not `hook`, which is looked after."""
     if isinstance(module, nn.Linear) or is_conv1d(module):
         weight = module._parameters.get("weight")
         if weight is None or not module._parameters.keys() <= {"weight", "bias"}:
@@ -136,7 +121,7 @@ def obstacle(module: nn.Module) -> str | None:
             "attached layer see inputs and outputs packed to the live heads or neurons)"
         )
     forward = vars(module).get("forward")
-    if forward is not None and not is_own(forward, module):
+    if forward is not None and not is_own(forward, module) and (hook is None or hook_of(module) is not hook):
         return f"its forward has been replaced, as accelerate's device_map and offload do ({_UNHOOK})"
     if module._buffers or module._modules:
         return f"it also holds {', '.join([*module._buffers, *module._modules])}, which would be lost"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastmask.kept import never_written
+from fastmask.kept import is_capturing, never_written
 from fastmask.models.contexts import ContextLanguage, backward_pass
+from fastmask.models.language_arguments import LanguageCounts
 from fastmask.models.recomputation import may_recompute, recall, remember
 
 __all__ = ["Route", "Router"]
@@ -23,13 +24,17 @@ class Route:
 
     Attributes:
         present: which languages occur, so that layers pack to the widest of them. None where the ids are not known:
-            while `torch.compile` traces, and for ids on a GPU, which nobody waits for. Layers then pack to the widest
-            of all languages, and the full network (-1) does not fit.
+            while `torch.compile` traces, and for ids on a GPU without `LanguageCounts`, which nobody waits for. Layers
+            then pack to the widest of all languages, and the full network (-1) does not fit.
         shared: whether all layers of the pass see this very route, and may compute for one another. A layer that is
             reached around the model's forward makes one for itself.
+        tokens: (B, T) where each token has an id, and `language_ids` are those of all tokens, one after the other.
+        choices: how many examples of a layer may belong to one of the batch, side by side (multiple choice).
         packs_heads: whether heads travel packed. Not where they may go into a cache of keys and values: what continues
-            it may have other languages, so each head keeps its slot (`caches`).
-        model: the number of the model whose `fastmask.language` it comes from, if it comes from there.
+            it may have other languages, so each head keeps its slot (`caches`). Nor where tokens of one row have
+            several languages: attention joins the same head of all of them.
+        model: the number of the model whose standing language, or `fastmask.language`, it comes from, if it does.
+        awaits_forward: the model was called, and its forward, which comes next, is to find this route.
         waiting: outputs that layers have computed for one another (`layers.Siblings`).
     """
 
@@ -40,11 +45,16 @@ class Route:
         *,
         shared: bool = True,
         model: int | None = None,
+        tokens: tuple[int, int] | None = None,
+        choices: int = 1,
     ) -> None:
         self.language_ids = language_ids
         self.present = present
-        self.shared = self.packs_heads = shared
+        self.shared = shared
+        self.tokens, self.choices = tokens, choices
+        self.packs_heads = shared and tokens is None
         self.model = model
+        self.awaits_forward = False
         tracing = is_compiling()
         self.backward_pass = -1 if tracing else backward_pass()
         self.with_grad = tracing or torch.is_grad_enabled()
@@ -52,43 +62,68 @@ class Route:
         self._made: Tensor | None = None
 
     @classmethod
-    def of(cls, language_ids: Tensor, n_languages: int) -> Route:
-        """The route of ids int64 [B].
+    def of(
+        cls, ids: Tensor | int, n_languages: int, sizes: tuple[int, ...] | None = None, counts: Tensor | None = None
+    ) -> Route:
+        """The route of a call.
+
+        Args:
+            ids: one id, or int64 [B], [B, T] (one for each token) or, where a model takes [B, choices, T], [B],
+                [B, choices] or [B, choices, T].
+            n_languages: L.
+            sizes: of the tokens that the call gives, if it gives any.
+            counts: of ids that are not on the CPU, the `LanguageCounts`; anything else is ignored.
 
         Raises:
-            ValueError: something else, or an id out of range.
+            ValueError: an id out of range, or ids of another shape.
         """
-        if not isinstance(language_ids, Tensor) or language_ids.dtype != torch.int64 or language_ids.ndim != 1:
-            given = (
-                f"{language_ids.dtype} of shape {tuple(language_ids.shape)}"
-                if isinstance(language_ids, Tensor)
-                else type(language_ids).__name__
+        present = _present(ids, n_languages, counts)
+        if isinstance(ids, int):
+            return cls(ids, (ids,))
+        choices = 1
+        if sizes is not None and len(sizes) == 3:
+            choices = sizes[1]
+            if ids.shape in (sizes[:2], sizes):
+                ids = ids.flatten(0, 1)
+            sizes = (sizes[0] * choices, sizes[2])
+        if ids.ndim == 1:
+            return cls(ids, present, choices=choices)
+        if ids.ndim != 2 or (sizes is not None and ids.shape != sizes):
+            raise ValueError(
+                "expected a language id for each example, or for each token"
+                f"{'' if sizes is None else f' of {list(sizes)}'}, given language_ids of shape {list(ids.shape)}"
             )
-            raise ValueError(f"expected language_ids as an int64 tensor [batch], given {given}")
-        if is_compiling():
-            return cls(language_ids, None)
-        if language_ids.device.type != "cpu":
-            inside = (language_ids.clamp(0, n_languages - 1) == language_ids).all()
-            torch._assert_async(
-                inside,
-                f"language_ids on a GPU: expected 0 to {n_languages - 1} (the full network, -1, is asked for by ids on "
-                "the CPU or by `with fastmask.language(model, None)`)",
-            )
-            return cls(language_ids, None)
-        present = tuple(sorted(set(language_ids.tolist())))
-        for language in present:
-            if not -1 <= language < n_languages:
-                raise ValueError(
-                    f"language id {language} is out of range: expected 0 to {n_languages - 1}, "
-                    "or -1 for the full network"
-                )
-        return cls(language_ids, present)
+        if present is not None and len(present) == 1:
+            return cls(present[0], present)
+        return cls(ids.flatten(), present, tokens=(ids.shape[0], ids.shape[1]))
 
     def equals(self, other: Route) -> bool:
         """Whether both are of the same languages: one for the whole batch, or the ids of one tensor."""
         mine, theirs = self.language_ids, other.language_ids
         same = mine is theirs or (isinstance(mine, int) and isinstance(theirs, int) and mine == theirs)
         return same and self.packs_heads == other.packs_heads
+
+    def examples(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those.
+
+        Raises:
+            ValueError: x has another number of examples, or of tokens.
+        """
+        if self.tokens is None:
+            return x, self.ids_for(x)
+        if x.ndim == 2 and x.shape[0] == self.tokens[0] * self.tokens[1]:
+            return x, self.ids_for(x)
+        if tuple(x.shape[:2]) != self.tokens or x.ndim != 3:
+            raise ValueError(
+                f"language_ids have one id for each token of {list(self.tokens)}, but a masked layer was given "
+                f"{list(x.shape)}: layers that do not run once for each of these tokens need one id for each example"
+            )
+        x = x.reshape(-1, 1, x.shape[2])
+        return x, self.ids_for(x)
+
+    def joined(self, y: Tensor) -> Tensor:
+        """What was computed of `examples` in the shape it came in: [B * T, 1, N] -> [B, T, N] if tokens have ids."""
+        return y if self.tokens is None or y.ndim == 2 else y.reshape(*self.tokens, y.shape[-1])
 
     def ids_for(self, x: Tensor) -> Tensor:
         """A language id for each example of x [B, ...], on its device; one tensor for all layers of a pass.
@@ -103,10 +138,10 @@ class Route:
             return made
         if isinstance(self.language_ids, int):
             made = self._ids_of_one(x, self.language_ids)
-        elif x.shape[0] % max(1, self.language_ids.shape[0]) == 0:
+        elif self._fits(x):
             made = self.language_ids.detach().to(x.device, non_blocking=True)
-            if x.shape[0] != made.shape[0]:
-                return made.repeat_interleave(x.shape[0] // made.shape[0])
+            if made.shape[0] != x.shape[0]:
+                made = made.repeat_interleave(x.shape[0] // made.shape[0])
         else:
             raise ValueError(
                 f"expected one language id for each of the {x.shape[0]} examples, "
@@ -115,11 +150,45 @@ class Route:
         self._made = never_written(made)  # what a layer makes of them serves the others
         return made
 
+    def _fits(self, x: Tensor) -> bool:
+        """Whether x has an example for each id, or as many rows for each: choices, or tokens that a model flattened."""
+        examples, rows = self.language_ids.shape[0], x.shape[0]  # type: ignore[union-attr]
+        return rows in (examples, examples * self.choices) or (x.ndim == 2 and examples > 0 and rows % examples == 0)
+
     def _ids_of_one(self, x: Tensor, language: int) -> Tensor:
         if self.model is None or not is_compiling():
             return torch.full((x.shape[0],), language, device=x.device)
         made: Tensor = torch.ops.fastmask.language_of_pass(x, language, self.model)
         return made
+
+
+def _present(ids: Tensor | int, n_languages: int, counts: Tensor | None) -> tuple[int, ...] | None:
+    """The languages that occur in ids, if that is known without waiting for anything; all of them are in range."""
+    if isinstance(ids, int):
+        return (ids,)
+    if is_compiling():
+        return None
+    if ids.device.type == "cpu":
+        present = tuple(sorted(set(ids.flatten().tolist())))
+        for language in present:
+            if not -1 <= language < n_languages:
+                raise ValueError(
+                    f"language id {language} is out of range: expected 0 to {n_languages - 1}, "
+                    "or -1 for the full network"
+                )
+        return present
+    # Not for a CUDA graph, which is replayed for batches of other languages.
+    if isinstance(counts, LanguageCounts) and counts.shape == (n_languages + 1,) and not is_capturing(ids.device):
+        there = (counts.as_subclass(Tensor) > 0).to(ids.device, non_blocking=True)
+        torch._assert_async(there[ids].all(), "language_ids on a GPU: there are others than in language_counts")
+        return counts.present()
+    inside = (ids.clamp(0, n_languages - 1) == ids).all()
+    torch._assert_async(
+        inside,
+        f"language_ids on a GPU: expected 0 to {n_languages - 1} (-1, the full network, is asked for by ids on the "
+        "CPU, those of a `fastmask.LanguageCollator`, or by `with fastmask.language(model, None)`)",
+    )
+    return None
 
 
 @torch.library.custom_op("fastmask::language_of_pass", mutates_args=())
@@ -156,8 +225,9 @@ class Router:
     the full network (`full_forward`), languages say what learns, and a pass without gradients needs none.
     """
 
-    def __init__(self, languages: tuple[str, ...], full_forward: bool = False) -> None:
+    def __init__(self, languages: tuple[str, ...], full_forward: bool = False, standing: int | None = None) -> None:
         self.languages, self.full_forward = languages, full_forward
+        self.standing = standing  # what `fastmask.set_language` sets
         self.default = ContextLanguage(languages)  # what `fastmask.language` sets
         self.running = _Running()
 
@@ -166,8 +236,8 @@ class Router:
         self.languages = self.default.names = languages
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles begin without a language."""
-        return Router, (self.languages, self.full_forward)
+        """Copies and pickles keep the standing language, and are inside of no `fastmask.language`."""
+        return Router, (self.languages, self.full_forward, self.standing)
 
     @contextmanager
     def using(self, route: Route) -> Iterator[None]:
@@ -178,35 +248,44 @@ class Router:
         finally:
             self.running.route = before
 
-    def resolve(self, language_ids: Tensor | None) -> Route:
-        """The route of a forward call, from its `language_ids` or from `fastmask.language`.
+    def resolve(
+        self, ids: Tensor | int | None, sizes: tuple[int, ...] | None = None, counts: Tensor | None = None
+    ) -> Route:
+        """The route of a forward call: of its ids, or else of `fastmask.language`, or else of `set_language`.
 
         Raises:
-            ValueError: neither is given, or both, or the ids are not such.
+            ValueError: there is none, ids inside `fastmask.language`, or ids that do not fit (see `Route.of`).
         """
         default = self.default.get()
-        if language_ids is not None:
+        if ids is not None:
             if default is not None:
-                raise ValueError("language_ids was given inside `with fastmask.language(...)`: use one of the two")
-            return Route.of(language_ids, len(self.languages))
+                raise ValueError("a language was given inside `with fastmask.language(...)`: use one of the two")
+            return Route.of(ids, len(self.languages), sizes, counts)
         if default is not None:
-            return self._remembered(Route(default, (default,), model=self.default.number))
+            return self._of_default(default)
         if not is_compiling() and backward_pass() >= 0:
             then = recall(self.default.number)
             if then is None:
                 raise ValueError(f"this model is called in a backward pass, and no language was given: {_RECOMPUTED}")
-            return Route(then.language_ids, then.present)
+            return Route(then.language_ids, then.present, tokens=then.tokens, choices=then.choices)
+        if self.standing is not None:
+            return self._of_default(self.standing)
         if self.full_forward and not torch.is_grad_enabled():
             return Route(-1, (-1,))
         raise ValueError(
-            "this model has subnetworks attached and no language was given: pass language_ids=... (int64 [batch]; "
+            "this model has subnetworks attached and no language was given: pass language=..., languages=[...] or "
+            "language_ids=... (int64 [batch]; "
             f"{', '.join(f'{i} = {name}' for i, name in enumerate(self.languages[:10]))}"
-            f"{', ...' if len(self.languages) > 10 else ''}; -1 = full network) or call it inside "
-            "`with fastmask.language(model, ...)`, which holds for the thread, task or generator that enters it"
+            f"{', ...' if len(self.languages) > 10 else ''}; -1 = full network), call it inside "
+            "`with fastmask.language(model, ...)`, which holds for the thread, task or generator that enters it, or "
+            "say `fastmask.set_language(model, ...)`, which holds for the model"
         )
 
+    def _of_default(self, language: int, shared: bool = True) -> Route:
+        return self._remembered(Route(language, (language,), shared=shared, model=self.default.number))
+
     def current(self) -> Route:
-        """The route of the running pass; where the model's own forward was gone around, that of `fastmask.language`.
+        """The route of the running pass; where the model's own forward was gone around, that of a default.
 
         Raises:
             RuntimeError: there is neither.
@@ -222,10 +301,12 @@ class Router:
     def _around_the_forward(self) -> Route:
         default = self.default.get()
         if default is not None:
-            return self._remembered(Route(default, (default,), shared=False, model=self.default.number))
+            return self._of_default(default, shared=False)
         if self.full_forward and not torch.is_grad_enabled():
             return Route(-1, (-1,), shared=False)
         if is_compiling() or backward_pass() < 0:
+            if self.standing is not None:
+                return self._of_default(self.standing, shared=False)
             raise RuntimeError(
                 "a masked layer was called outside the forward pass of the model it is attached to, and outside "
                 "`with fastmask.language(model, ...)`"

@@ -19,7 +19,8 @@ from pydantic import Field
 from torch import nn
 
 from fastmask.files import FileError, Record, read_json, sha256_of, write_text
-from fastmask.models.attach import UNLOADED, attach, attached, is_attached, owner_of
+from fastmask.models.attach import attach, attached, is_attached, owner_of
+from fastmask.models.entry import UNLOADED
 from fastmask.models.exporting import SIZES, shrink
 from fastmask.models.families import Family
 from fastmask.subnetworks.subnetworks import Subnetworks

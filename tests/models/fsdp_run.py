@@ -1,4 +1,4 @@
-"""What the test of FSDP runs in two processes: each holds half of every parameter and a batch of its own.
+"""What the test of FSDP and DDP runs in two processes: each has half of every parameter, or all, and its own batch.
 
 To run it: torchrun --nproc-per-node=2 fsdp_run.py
 """
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -27,7 +28,7 @@ STEPS = 3
 
 
 def main() -> None:
-    """Train an attached model in shards, and beside it one that is whole in both processes."""
+    """Train an attached model in shards, one under DDP by names, and one that is whole in both processes."""
     dist.init_process_group("gloo")
     rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
     whole = tiny("bert")
@@ -41,20 +42,26 @@ def main() -> None:
     with pytest.raises(TypeError, match="FSDP"):
         fm.LiveAdamW(sharded.parameters(), model=sharded)
 
+    replicated = DistributedDataParallel(copy.deepcopy(whole), find_unused_parameters=True)
     inputs, ids = batch(4), torch.tensor([[0, 1, 2, 0], [2, 1, 1, -1]][rank])
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model in (whole, sharded)]
+    rows = [{"language": [*"abc", None][i]} for i in ids.tolist()]
+    told = fm.LanguageCollator(lambda _: {}, replicated)(rows)
+    models = ((whole, {"language_ids": ids}), (sharded, {"language_ids": ids}), (replicated, told))
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3) for model, _ in models]
     for _ in range(STEPS):
-        for model, optimizer in zip((whole, sharded), optimizers, strict=True):
+        for (model, languages), optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()
-            model(**inputs, language_ids=ids)[0].square().mean().backward()
+            model(**inputs, **languages)[0].square().mean().backward()
         for p in whole.parameters():
             if p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
         for optimizer in optimizers:
             optimizer.step()
-    for (name, expected), found in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+    three = zip(whole.named_parameters(), sharded.parameters(), replicated.parameters(), strict=True)
+    for (name, expected), found, of_ddp in three:
         torch.testing.assert_close(found.full_tensor(), expected, rtol=1e-8, atol=1e-10, msg=name)
+        torch.testing.assert_close(of_ddp, expected, rtol=1e-8, atol=1e-10, msg=name)
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:  # lines of two processes may run into one

@@ -178,13 +178,14 @@ def test_save_pretrained_stays_the_same(tmp_path):
 
 
 def test_signature_keeps_the_column_for_trainer():
-    """`transformers.Trainer` would drop the language_ids column."""
+    """`transformers.Trainer` would drop the columns of languages."""
     model = tiny("bert", "tokens")
     plain = list(inspect.signature(model.forward).parameters)
     fm.attach(model, subnetworks(model))
     names = list(inspect.signature(model.forward).parameters)
-    assert [n for n in names if n != "language_ids"] == plain
-    assert "language_ids" in names
+    told = ["language", "languages", "language_ids", "language_counts"]
+    assert [name for name in names if name not in told] == plain
+    assert [name for name in names if name in told] == told
 
 
 def test_deepcopy_runs_its_own_weights():

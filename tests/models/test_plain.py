@@ -172,10 +172,14 @@ def test_a_wrapper_instead_of_the_model(wrapper):
 
 
 def test_a_forward_that_was_replaced():
-    """`Accelerator.prepare(bf16)` and accelerate's hooks put a forward on the instance, which hides that of attach."""
+    """`Accelerator.prepare(bf16)` puts a forward on the instance, which is called, and needs to know no languages."""
     model = tiny("bert")
-    model.forward = functools.wraps(model.forward)(lambda *args, **kwargs: None)
-    assert_refused(model, subnetworks(model), "the forward of this BertModel has been replaced")
+    expected, called = multiplied(model, subnetworks(model), batch(2), IDS.tolist()), []
+    inner = model.forward
+    model.forward = functools.wraps(inner)(lambda *args, **kwargs: called.append(kwargs) or inner(*args, **kwargs))
+    fm.attach(model, subnetworks(model))
+    torch.testing.assert_close(model(**batch(2), language_ids=IDS)[0], expected, rtol=1e-9, atol=1e-9)
+    assert [sorted(kwargs) for kwargs in called] == [["attention_mask", "input_ids", "use_cache"]]
 
 
 def test_a_forward_that_hooks_left_behind():

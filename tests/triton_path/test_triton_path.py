@@ -218,8 +218,13 @@ MODELS = {
 }  # fmt: skip
 
 
+OF_EXAMPLES = torch.tensor([2, 0, 0, -1, 1])
+OF_TOKENS = torch.tensor([[2, 2, 0, 1, -1, 0], [0] * 6, [1, 0, 1, 0, 1, 0], [-1] * 6, [1, 1, 1, 2, 2, 2]])
+
+
+@pytest.mark.parametrize("ids", [OF_EXAMPLES, OF_TOKENS], ids=["of examples", "of tokens"])
 @pytest.mark.parametrize("name", MODELS)
-def test_attached_model(name, monkeypatch):
+def test_attached_model(name, ids, monkeypatch):
     """Through a whole model, packed heads and neurons, one path goes wrong where a single layer does not."""
     torch.manual_seed(0)
     model = AutoModel.from_config(MODELS[name]).to(DEVICE)
@@ -230,7 +235,7 @@ def test_attached_model(name, monkeypatch):
 
     def run():
         model.zero_grad()
-        y = model(**batch, language_ids=torch.tensor([2, 0, 0, -1, 1]))[0]
+        y = model(**batch, language_ids=ids)[0]
         y.backward(upstream)
         return [y, *[p.grad for p in model.parameters() if p.grad is not None]]
 

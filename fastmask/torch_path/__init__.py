@@ -2,5 +2,6 @@
 
 `layers` runs a batch, language after language (`split`); each mask kind says what one language's tokens compute
 (`units` for rows and columns; `tiles`: `blocks`, `weights`) with the products of `gemm`. `gated` takes all languages at
-once where each has few tokens. `naive` is the oracle of every test.
+once where each has few tokens; `full` runs layers whose masks only say what may learn. `naive` is the oracle of every
+test.
 """

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_matmul import tile_matmul

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad

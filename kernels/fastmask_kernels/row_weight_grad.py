@@ -20,7 +20,7 @@ from fastmask_kernels.launching import Prepared, described, described_masks, pre
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_arguments import aligned, check_activation, check_rows, filled, positions
 from fastmask_kernels.row_configs import ROW_WEIGHT_GRAD, choose, kind_of
-from fastmask_kernels.row_matmul import live_count, pick
+from fastmask_kernels.row_pieces import live_count, pick
 from fastmask_kernels.tuning import tuned
 from fastmask_kernels.turnstile import TURNSTILE_CHIPS, end_turn, put_tile, strips_together, turn_order, wait_for_turn
 

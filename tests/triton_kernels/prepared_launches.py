@@ -11,7 +11,8 @@ from fastmask_kernels import launching
 from fastmask_kernels.launching import Prepared
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.recorder import Recorder
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad, row_weight_grad_kernel
 from recorder_kernels import scale
 

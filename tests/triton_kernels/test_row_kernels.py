@@ -10,7 +10,8 @@ from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
 from fastmask_kernels.naive_rows import naive_row_matmul, naive_row_matmul_t, naive_row_weight_grad
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

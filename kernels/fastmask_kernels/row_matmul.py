@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
@@ -231,13 +230,13 @@ def _prepare(
         return 0, None
     config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
     if config is None:
+        even = all(width % 16 == 0 for width in widths)
+        fits = aligned(x, *weights) and (before is None or (even and aligned(before)))
         config = choose(
-            ROW_MATMUL[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
-            {"BM": plan.n_rows, "BN": sum(widths)},
-            1,
-            plan.n_rows // plan.present.shape[0],
-            aligned(x, *weights) and (before is None or (aligned(before) and all(width % 16 == 0 for width in widths))),
-        )
+            ROW_MATMUL, x.device, kind_of(x, weights[0].dtype, allow_tf32), fits,
+            {"BM": [plan.n_rows], "BN": list(widths)}, ("BK", K), segments=plan.present.shape[0],
+            usable=lambda config: even or config["BM"] <= 128,  # elements are stored one by one, each with an address
+        )  # fmt: skip
     xs, ws, lists, sizes, bs, ys, befores, actives, batch = positions(
         1, G, G, G, 0 if biases is None else G, G, before is not None, active is not None, 2
     )

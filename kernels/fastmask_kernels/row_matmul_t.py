@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
@@ -170,12 +169,9 @@ def _prepare(
     config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
     if config is None:
         config = choose(
-            ROW_MATMUL_T[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
-            {"BM": plan.n_rows, "BK": K},
-            1,
-            plan.n_rows // plan.present.shape[0],
-            aligned(*xs, *weights),
-        )
+            ROW_MATMUL_T, x.device, kind_of(x, weights[0].dtype, allow_tf32), aligned(*xs, *weights),
+            {"BM": [plan.n_rows], "BK": [K]}, ("BN", sum(sizes[:-1])), segments=plan.present.shape[0],
+        )  # fmt: skip
     acts, ws, lists, lengths, bs, batch = positions(G, G, G, G, bias is not None, 3)
     n_tiles = plan.n_tiles(config["BM"])
     return config["BM"], Prepared(

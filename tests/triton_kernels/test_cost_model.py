@@ -108,7 +108,7 @@ def test_decisions_of_weight_gradients() -> None:
     )
     for unit in (64, 192, 320):
         for (chip, kind), configs in ROW_OWNED_GRAD.items():
-            assert any(unit % entry["BN"] == 0 for entry in configs[:-1]), f"{chip} {kind}: units of {unit}"
+            assert any(unit % entry["BN"] == 0 for entry in configs[:-1] or configs), f"{chip} {kind}: units of {unit}"
             assert unit % configs[-1]["BN"] == 0
     neurons = {"BN": [1536], "BK": [768]}
     assert blocks(choose(ROW_TURN_GRAD, NO_GPU, "half", True, neurons, ("BM", 910), pieces=9)) == (64, 128, 256, 5)

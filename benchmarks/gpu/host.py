@@ -27,7 +27,7 @@ __all__ = ["bert_sides", "host_time"]
 
 CPU = torch.device("cpu")
 LANGUAGES = 8
-HIDDEN, HEADS, FFN = 64, 4, 256
+HIDDEN, HEADS, FFN = 128, 2, 256  # heads of 64, as in BERT
 
 
 @contextmanager

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["ACTIVATIONS", "CASES", "DTYPES", "KINDS", "PACKED", "PROJECTIONS", "SHALLOW", "sized", "tiny_models"]
+__all__ = [
+    "ACTIVATIONS",
+    "CASES",
+    "DTYPES",
+    "KINDS",
+    "PACKED",
+    "PROJECTIONS",
+    "SHALLOW",
+    "cases",
+    "sides",
+    "tiny_models",
+]
 
 KINDS = {"rows": ("rows", 1), "columns": ("columns", 1), "blocks64": ("blocks", 64), "blocks16": ("blocks", 16)}
 KINDS["weights"] = ("weights", 1)
+KINDS |= {"heads": ("rows", 64), "columns of heads": ("columns", 64)}
 DTYPES = {  # of activations, of the weight
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
@@ -34,10 +46,22 @@ CASES = {
     "long": (2, [1, 0], 1024, 2304, 2304),
     "turns": (8, [3, 1, 0, 2, 7, 5, 6, 4], 1024, 1024, 1024),
 }
+HEADS = ("odd", "aligned", "turns")
 SHALLOW = ("one of everything", "tiny", "narrow")
 PACKED = ("odd", "aligned")  # those that also run packed
 ACTIVATIONS = ("gelu", "relu")  # of the input of packed columns
-PROJECTIONS = ("wide", (515, 320, 77), 130)  # a case's batch, rows of up to three weights, their columns
+PROJECTIONS = ("wide", {1: (515, 320, 77), 64: (512, 320, 128)}, 130)  # a case's batch, rows by unit, columns
+
+
+def cases() -> list[tuple[str, str]]:
+    """What is checked: each kind of mask with its cases. Heads differ from other rows in their dW alone."""
+    return [(kind, case) for kind in KINDS for case in CASES if "heads" not in kind or case in HEADS]
+
+
+def sides(kind: str, N: int, K: int) -> tuple[int, int]:
+    """N and K rounded up to whole units."""
+    what, unit = KINDS[kind]
+    return (N if what == "columns" else sized(N, unit)), (K if what == "rows" else sized(K, unit))
 
 
 def sized(size: int, unit: int) -> int:

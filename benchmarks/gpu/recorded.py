@@ -2,7 +2,8 @@
 
 `variants` are all kernels that `make gpu` would compile on a chip, its gate and its sections together;
 `python -m fastmask_kernels.compile_report` compiles them. The table counts, for layers of the sections, Triton launches
-and torch operations of a forward and backward pass, and apart from them those that make the batch's plan.
+and torch operations of a forward and backward pass, and apart from them those that make the batch's plan. Below
+it stands what layers would take by a model on paper (`predicted`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 import fastmask as fm
 from benchmarks.gpu import problems
 from benchmarks.gpu.host import host_time
+from benchmarks.gpu.predicted import table
 from benchmarks.gpu.setup import REAL, Setup
+from benchmarks.gpu.shipped import EDGES, EVEN, launch_shipped
 from benchmarks.product import mixed_ids, units_of
 from benchmarks.variants import encoder_of
 from fastmask import operators
@@ -210,11 +213,9 @@ def layers(setup: Setup) -> Iterator[tuple[str, Step]]:
 
 def gate() -> Iterator[Step]:
     """The passes of the tests: `tests/gpu` on every problem."""
-    for (kind, unit), (name, case), (dtypes, (act, own)) in itertools.product(
-        problems.KINDS.values(), problems.CASES.items(), problems.DTYPES.items()
-    ):
-        L, ids, tokens, N, K = case
-        mask = _mask(kind, unit, L, N, K)
+    for (of, name), (dtypes, (act, own)) in itertools.product(problems.cases(), problems.DTYPES.items()):
+        (kind, unit), (L, ids, tokens, N, K) = problems.KINDS[of], problems.CASES[name]
+        mask = _mask(kind, unit, L, *problems.sides(of, N, K))
         for packed in (False, True) if name in problems.PACKED and kind in ("rows", "columns") else (False,):
             yield _with_tf32(dtypes == "tf32", layer_step(mask, torch.tensor(ids), tokens, act, own, packed))
     for name, (dtypes, (act, own)), activation in itertools.product(
@@ -225,9 +226,11 @@ def gate() -> Iterator[Step]:
         yield _with_tf32(dtypes == "tf32", step)
     case, sizes, K = problems.PROJECTIONS
     L, ids, tokens, _, _ = problems.CASES[case]
-    masks = [_mask("rows", 1, L, n, K) for n in sizes]
-    for (act, own), n in itertools.product(problems.DTYPES.values(), (2, 3)):
-        yield projections_step(masks[:n], torch.tensor(ids), tokens, act, own)
+    for (unit, rows), (act, own), n in itertools.product(sizes.items(), problems.DTYPES.values(), (2, 3)):
+        masks = [_mask("rows", unit, L, size, K) for size in rows[:n]]
+        yield projections_step(masks, torch.tensor(ids), tokens, act, own)
+    for rows, columns in (([128, 256], EDGES), ([256], EVEN)):
+        yield lambda recorder, rows=rows, columns=columns: launch_shipped(recorder.chip, rows, columns)  # type: ignore[misc]
     yield from optimizer_steps()
     for config, dtype in itertools.product(problems.tiny_models().values(), (torch.float32, torch.bfloat16)):
         yield _tiny_model_step(config, dtype)
@@ -286,13 +289,16 @@ def variants(chip: str) -> list[Variant]:
 
 
 def _mask(kind: str, unit: int, L: int, N: int, K: int) -> fm.Mask:
+    def keep(*shape: int) -> Tensor:
+        return torch.rand(L, *shape) < 0.5
+
     if kind == "rows":
-        return fm.Mask.rows(torch.rand(L, N) < 0.5, K)
+        return fm.Mask.rows(keep(N // unit).repeat_interleave(unit, 1), K)
     if kind == "columns":
-        return fm.Mask.columns(torch.rand(L, K) < 0.5, N)
+        return fm.Mask.columns(keep(K // unit).repeat_interleave(unit, 1), N)
     if kind == "blocks":
-        return fm.Mask.blocks(torch.rand(L, -(-N // unit), -(-K // unit)) < 0.5, (unit, unit))
-    return fm.Mask.weights(torch.rand(L, N, K) < 0.5)
+        return fm.Mask.blocks(keep(-(-N // unit), -(-K // unit)), (unit, unit))
+    return fm.Mask.weights(keep(N, K))
 
 
 def _with_tf32(allowed: bool, step: Step) -> Step:
@@ -341,6 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     for count in counts:
         cells = [f"{launches} + {operations}" for launches, operations in (count.forward, count.backward, count.plan)]
         print(f"{count.what:<44}{cells[0]:>10}{cells[1]:>10}{count.masked:>8}{cells[2]:>9}")
+    print("\n" + "\n".join(table()).rstrip())
     if options.json:
         options.json.write_text(json.dumps({count.what: asdict(count) for count in counts}))
     return 0

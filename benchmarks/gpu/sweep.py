@@ -10,12 +10,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
+from fastmask_kernels.row_owned_grad import owned
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_matmul import tile_matmul
@@ -39,9 +42,13 @@ _ROW_MATMUL_T = ("BM", "BN", "BK"), [
     (128, 64, 256, 8, 4), (128, 64, 256, 8, 5), (256, 64, 128, 8, 5), (128, 64, 128, 8, 5), (128, 64, 128, 4, 5),
     (128, 32, 256, 8, 5), (128, 128, 128, 8, 4), (64, 64, 256, 4, 5),
 ]  # fmt: skip
-_ROW_WEIGHT_GRAD = ("BM", "BN", "BK"), [
+_ROW_TURN_GRAD = ("BM", "BN", "BK"), [
     (64, 128, 256, 8, 4), (64, 128, 256, 8, 5), (64, 256, 128, 8, 5), (64, 128, 128, 8, 5), (64, 128, 128, 4, 5),
     (32, 128, 256, 8, 5), (128, 128, 128, 8, 4), (64, 64, 128, 4, 5),
+]  # fmt: skip
+_ROW_OWNED_GRAD = ("BM", "BN", "BK"), [  # BN divides a head
+    (64, 128, 256, 8, 3), (64, 128, 128, 8, 3), (64, 128, 128, 4, 3), (64, 64, 256, 8, 3), (64, 64, 256, 8, 4),
+    (64, 64, 256, 4, 3), (64, 64, 128, 4, 3), (64, 64, 128, 4, 4), (128, 64, 128, 4, 3),
 ]  # fmt: skip
 _TILE_MATMUL_64 = ("BM", "BK"), [  # with 4 warps and 256 tokens it spills
     (256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3),
@@ -92,14 +99,21 @@ def workloads(setup: Setup) -> list[Workload]:
 
         def gradient(config: Config | None, make: Any = make) -> object:
             p = make()
-            arguments: dict[str, Any] = {"weight_dtype": p.x.dtype, "config": config}
+            arguments: dict[str, Any] = {"weight_dtype": p.x.dtype, "units": [p.unit], "config": config}
             return row_weight_grad([p.packed], p.x, [p.index], [p.counts], p.plan, [p.weight.shape[0]], **arguments)
+
+        unit = setup.head if n == N else N // setup.heads
+        of_heads = _once(lambda B_=B_, T_=T_, N=N, K=K, unit=unit: _row_problem(setup, B_, T_, N, K, unit))  # type: ignore[misc]
+        owned_configs = [c for c in _configs(setup, _ROW_OWNED_GRAD, {}) if unit % c["BN"] == 0]
 
         found += [
             Workload(f"row_matmul {size}", flops, forward, _configs(setup, _ROW_MATMUL, grouped)),
             Workload(f"row_matmul_t {size}", flops, back, _configs(setup, _ROW_MATMUL_T, grouped)),
-            Workload(f"row_weight_grad {size}", flops, gradient, _configs(setup, _ROW_WEIGHT_GRAD, {})),
+            Workload(f"row_turn_grad {size}", flops, gradient, _configs(setup, _ROW_TURN_GRAD, {})),
         ]
+        if owned([unit]) and (setup.ffn, setup.hidden) != (N, K):
+            run = partial(gradient, make=of_heads)
+            found.append(Workload(f"row_owned_grad {size}", flops, run, owned_configs))
     small_tile, large_tile = (_TILE_MATMUL_64, _TILE_GRAD_64), (_TILE_MATMUL_128, _TILE_GRAD_128)
     for kind, languages, tile, (products, grads) in (
         ("blocks", 1, setup.block, small_tile),
@@ -136,18 +150,19 @@ class _Problem:
     index: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     width: int = 0
+    unit: int = 1
     layout: TileLayout | None = None
 
 
-def _row_problem(setup: Setup, B: int, T: int, N: int, K: int) -> _Problem:
+def _row_problem(setup: Setup, B: int, T: int, N: int, K: int, unit: int = 1) -> _Problem:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=setup.device, dtype=setup.dtype)
 
-    mask = fm.Mask.rows(units_of(setup.languages, N, 1), K)
+    mask = fm.Mask.rows(units_of(setup.languages, N, unit), K)
     width = max(mask.live_counts())
     mask = mask.to(setup.device)
     plan = Plan(mixed_ids(B, setup.languages, shuffled=True).to(setup.device), T, setup.languages)
-    return _Problem(randn(B * T, K), randn(B * T, width), randn(N, K), plan, mask.index, mask.extents, width)
+    return _Problem(randn(B * T, K), randn(B * T, width), randn(N, K), plan, mask.index, mask.extents, width, unit)
 
 
 def _tile_problem(setup: Setup, kind: str, languages: int, tile: int) -> _Problem:

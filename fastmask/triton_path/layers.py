@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
@@ -158,6 +159,7 @@ def _rows_backward(
             plan,
             [weights[g].shape[0] for g in wanted],
             weight_dtype=weights[0].dtype,
+            units=[masks[g].geometry[0] for g in wanted],
             with_bias=any(needs_bias),
             allow_tf32=tf32,
         )
@@ -205,8 +207,10 @@ def _columns_backward(
         x = x if active is None else active
     if needs_weight:
         x = pack(x, mask.index, mask.extents, plan, K) if unpacked else x
-        options = {"weight_dtype": weight.dtype, "transposed": True, "allow_tf32": tf32}
-        (dw,), sums = row_weight_grad([x], dy, index, counts, plan, [K], column_sums=needs_bias, **options)
+        (dw,), sums = row_weight_grad(
+            [x], dy, index, counts, plan, [K], weight_dtype=weight.dtype, units=[mask.geometry[0]], transposed=True,
+            column_sums=needs_bias, allow_tf32=tf32,
+        )  # fmt: skip
         db = None if sums is None else sums[0]
     return dx, dw, db
 

@@ -18,8 +18,10 @@ from fastmask_kernels import pair_matmul, tuning
 from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_WEIGHT_GRAD, kind_of
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, kind_of
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
+from fastmask_kernels.row_owned_grad import owned
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_matmul import block_sizes, tile_matmul
@@ -50,8 +52,13 @@ def fastest(launch: Launch, candidates: Sequence[Config], time: Callable[[Callab
     return best[1]
 
 
-def tune_rows(x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, plan: Plan) -> list[tuple[str, Config]]:
-    """Best configs of the three row kernels for activations [M, K] and a weight [N, K]; returned and remembered."""
+def tune_rows(
+    x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, plan: Plan, unit: int = 1
+) -> list[tuple[str, Config]]:
+    """Best configs of the row kernels for activations [M, K] and a weight [N, K]; returned and remembered.
+
+    With units that one program may own (`row_owned_grad.owned`) those of dW alone: the others know no units.
+    """
     (N, K), width, chip = weight.shape, index.shape[1], chip_of(x.device)
     kind = kind_of(x, weight.dtype, False)
     y = row_matmul(x, [weight], [index], [counts], plan, [width])[0]
@@ -64,14 +71,17 @@ def tune_rows(x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, plan: Pl
         return row_matmul_t([y], [weight], *rows, config=config)
 
     def grad(config: Config) -> object:
-        return row_weight_grad([y], x, *rows, [N], weight_dtype=weight.dtype, config=config)
+        return row_weight_grad([y], x, *rows, [N], weight_dtype=weight.dtype, units=[unit], config=config)
 
     grad_kind = kind_of(x, None, False)
+    whole = [config for config in ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
     jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = [
         ("row_matmul", weight.dtype, forward, ROW_MATMUL[chip, kind]),
         ("row_matmul_t", weight.dtype, transposed, ROW_MATMUL_T[chip, kind]),
-        ("row_weight_grad", None, grad, ROW_WEIGHT_GRAD[chip, grad_kind]),
+        ("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]),
     ]
+    if owned([unit]):
+        jobs = [("row_owned_grad", None, grad, whole)]
     return [
         _keep(tuning.problem(name, x, dtype, [width, K], plan, False), launch, candidates)
         for name, dtype, launch, candidates in jobs
@@ -111,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
     parser.add_argument("--languages", type=int, default=8, help="languages in a batch (default: 8)")
     parser.add_argument("--density", type=float, default=0.5, help="share of live rows or tiles (default: 0.5)")
+    parser.add_argument("--head", type=int, default=64, help="rows of a head, for dW of heads (default: 64)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     options = parser.parse_args(arguments)
     try:
@@ -126,10 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(ids, options.tokens, options.languages)
     x = torch.randn(options.examples * options.tokens, K, device="cuda", dtype=dtype)
     weight = torch.randn(N, K, device="cuda", dtype=dtype)
-    live = max(1, round(options.density * N))
-    index = torch.stack([torch.randperm(N, device="cuda")[:live].sort().values for _ in range(options.languages)])
-    counts = torch.full((options.languages,), live, device="cuda")
-    found = tune_rows(x, weight, index, counts, plan)
+    found = []
+    for unit in (1, options.head) if N % options.head == 0 and owned([options.head]) else (1,):
+        live, units = max(1, round(options.density * N / unit)), N // unit
+        chosen = [torch.randperm(units, device="cuda")[:live].sort().values for _ in range(options.languages)]
+        rows = torch.stack(chosen)[:, :, None] * unit + torch.arange(unit, device="cuda")
+        counts = torch.full((options.languages,), live * unit, device="cuda")
+        found += tune_rows(x, weight, rows.flatten(1), counts, plan, unit)
     keep = torch.rand(options.languages, -(-N // 64), -(-K // 64), device="cuda") < options.density
     if N % 64 == 0 and K % 64 == 0:
         found += tune_tiles(x, weight, TileLayout.from_blocks(keep, (64, 64)), plan)

@@ -6,7 +6,9 @@ from functools import cache
 
 import torch
 
-__all__ = ["chip_of"]
+from fastmask_kernels.limits import CHIPS
+
+__all__ = ["chip_of", "multiprocessors"]
 
 stand_in = "sm_90"  # what a device counts as that is no GPU (the interpreter's, the recorder's)
 
@@ -28,3 +30,15 @@ def _chip(index: int) -> str:
     major = torch.cuda.get_device_capability(index)[0]
     # 12.x (consumer Blackwell) has the shared memory and the instructions of 8.x.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; of what is no GPU those of the product that stands for `chip_of`."""
+    if device.type != "cuda":
+        return CHIPS[chip_of(device)].multiprocessors
+    return _multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -5,6 +5,7 @@ What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout
 
 - `regs`: registers of one thread. `stack`: bytes of its stack frame. `spill`: bytes stored / loaded because registers
   ran out, each such instruction counted once, as ptxas does.
+- `fit`: programs that a multiprocessor holds at a time, by registers and shared memory.
 - `shared`: KiB of shared memory that the launch asks for / that the chip allows one program.
 - `tensor cores`: tensor-core instructions of the inner loop, and how many; the inner loop is the innermost loop of the
   machine code that holds the most of them. `steps`: how many steps of the kernel's inner loop one round of it does,
@@ -19,9 +20,10 @@ What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout
   the rate to expect at best. Nothing else is counted: not the mask's instructions, edges, launches, or memory.
 
 Not a timing: nothing here runs. `--roofline` prints the floors of whole layers instead. The exit status is 1 if a
-kernel spills, has a stack, lacks tensor-core instructions, or asks for more shared memory than there is (lines
-FAILED); 2 if the report cannot be made. Lines WARNING are what ptxas calls a potential performance loss, as when it
-runs tensor-core instructions one by one; they leave the exit status alone.
+kernel spills, has a stack, lacks tensor-core instructions, asks for more shared memory than there is, or fits a
+multiprocessor less often than its table of block sizes says (lines FAILED); 2 if the report cannot be made. Lines
+WARNING are what ptxas calls a potential performance loss, as when it runs tensor-core instructions one by one; they
+leave the exit status alone.
 """
 
 from __future__ import annotations
@@ -41,10 +43,11 @@ from pathlib import Path
 
 import triton
 
-from fastmask_kernels.compiling import Build, build, dots, operand_bits, step_of
+from fastmask_kernels.compiling import Build, build, dots, operand_bits, resident, step_of
 from fastmask_kernels.limits import CHIPS
 from fastmask_kernels.recorder import Variant
 from fastmask_kernels.roofline import roofline_table
+from fastmask_kernels.row_configs import expected_residents
 
 __all__ = ["RECORDED", "Row", "collect", "failures", "main", "report", "table", "warnings"]
 
@@ -65,6 +68,13 @@ class Row:
     tensor_cores: bool
     build: Build | None
     error: str | None = None
+    num_warps: int = 4
+    expected: int = 0
+
+    @property
+    def resident(self) -> int | None:
+        """Programs that a multiprocessor holds at a time; None if it does not compile."""
+        return None if self.build is None else resident(self.build, self.num_warps, CHIPS[self.target])
 
     @property
     def prediction(self) -> tuple[str, float | None]:
@@ -148,6 +158,8 @@ def _row(index: int, crashed: bool = False) -> Row:
         bits=operand_bits(variant),
         tensor_cores=dots(variant),
         build=None,
+        num_warps=variant.num_warps,
+        expected=0 if variant.unhinted else _expected(variant),
     )
     if crashed:
         return replace(row, error="the compiler crashed")
@@ -156,6 +168,12 @@ def _row(index: int, crashed: bool = False) -> Row:
     except Exception as problem:
         # A compiler may raise anything; whatever it is belongs in the row, beside those that compiled.
         return replace(row, error=f"{type(problem).__name__}: {problem}")
+
+
+def _expected(variant: Variant) -> int:
+    """Programs of a multiprocessor that block sizes were chosen for."""
+    name, launch = variant.source.fn.__name__, (variant.num_warps, variant.num_stages)
+    return expected_residents(name, variant.chip, variant.constexprs, *launch)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -184,6 +202,8 @@ def _problems(row: Row) -> list[str]:
         found.append(f"asks for {made.shared} bytes of shared memory, the chip allows {chip.shared_memory}")
     if made.tensor_memory > chip.tensor_memory:
         found.append(f"asks for {made.tensor_memory} columns of tensor memory, the chip has {chip.tensor_memory}")
+    if row.resident is not None and row.resident < row.expected:
+        found.append(f"lets a multiprocessor hold {row.resident} programs, its table says {row.expected}")
     return found
 
 
@@ -194,13 +214,13 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, under a line of headings."""
-    head = ["kernel", "config", "dtype", "target", "regs", "stack", "spill", "shared", "tensor cores", "steps"]
+    head = ["kernel", "config", "dtype", "target", "regs", "stack", "spill", "fit", "shared", "tensor cores", "steps"]
     cells = [[*head, "copies", "KB/step", "FLOP/B", "bound", "predicted"]]
     for row in rows:
         made, (bound, share) = row.build, row.prediction
         start = [row.kernel, row.config, row.dtypes, row.target]
         if made is None:
-            cells.append([*start, *["-"] * 10, f"does not compile: {(row.error or '').splitlines()[0]}"])
+            cells.append([*start, *["-"] * 11, f"does not compile: {(row.error or '').splitlines()[0]}"])
             continue
         copies = [f"{n} x {bits} async" for bits, n in sorted(made.async_copies.items())]
         copies += [f"{n} x {bits}" for bits, n in sorted(made.loads.items())]
@@ -210,6 +230,7 @@ def table(rows: Sequence[Row]) -> str:
                 str(made.registers),
                 str(made.stack),
                 f"{made.spill_stores}/{made.spill_loads}",
+                str(row.resident),
                 f"{made.shared / 1024:.0f}/{CHIPS[row.target].shared_memory // 1024}",
                 ", ".join(f"{n} {name}" for name, n in made.tensor.items()) or "none",
                 "-" if made.steps is None else f"{made.steps:g}",
@@ -266,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plain(row: Row) -> dict[str, object]:
     bound, share = row.prediction
-    return {**asdict(row), "bound": bound, "predicted_share": share}
+    return {**asdict(row), "resident": row.resident, "bound": bound, "predicted_share": share}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from fastmask_kernels.assembly import Instruction, inner_loop, read_amdgcn, read
 from fastmask_kernels.limits import CHIPS, Chip
 from fastmask_kernels.recorder import Variant
 
-__all__ = ["STEPS", "Build", "Step", "build", "dots", "operand_bits", "step_of"]
+__all__ = ["STEPS", "Build", "Step", "build", "dots", "operand_bits", "resident", "step_of"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def _product(rows: int, columns: int, depth: int, row_bytes: int, column_bytes: 
 STEPS: dict[str, Callable[[dict[str, Any], dict[str, int]], Step]] = {
     "row_matmul_kernel": lambda c, size: _product(c["BM"], c["BN"], c["BK"], size["x"], size["w0"]),
     "row_matmul_t_kernel": lambda c, size: _product(c["BM"], c["BK"], c["BN"], size["x0"], size["w0"]),
-    "row_weight_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy0"], size["x"]),
+    "row_turn_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy0"], size["x"]),
+    "row_owned_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy0"], size["x"]),
     "tile_matmul_kernel": lambda c, size: _product(c["OUT_TILE"], c["BM"], c["BK"], size["weight"], size["x"]),
     "pair_matmul_kernel": lambda c, size: _product(2 * c["OUT_TILE"], c["BM"], c["BK"], size["weight"], size["x"]),
     "tile_weight_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy"], size["x"]),
@@ -119,6 +120,20 @@ def build(variant: Variant) -> Build:
         return _read_amd(triton.compile(variant.source, target=gpu, options=options), variant, chip)
     compiled, log = _with_log(variant.source, gpu, options)
     return _read_nvidia(compiled, log, variant, chip)
+
+
+def resident(made: Build, num_warps: int, chip: Chip) -> int:
+    """Programs that a multiprocessor holds at a time, by registers and shared memory.
+
+    CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": 65536 registers, given to warps in
+    portions of 256; a kilobyte of shared memory more for each program; 2048 threads. AMD CDNA 3 ISA: 512 registers a
+    lane on each of 4 SIMDs, in portions of 8, and at most 8 waves there.
+    """
+    if chip.backend == "hip":
+        waves, spare = 4 * min(8, 512 // (-(-made.registers // 8) * 8)), 0
+    else:
+        waves, spare = min(64, 65536 // (-(-made.registers * 32 // 256) * 256)), 1024
+    return max(1, min(waves // num_warps, (chip.shared_memory + spare) // (made.shared + spare)))
 
 
 def _with_log(source: Any, gpu: GPUTarget, options: dict[str, int]) -> tuple[Any, str]:

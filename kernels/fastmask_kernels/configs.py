@@ -12,11 +12,18 @@ __all__ = ["Config"]
 
 @dataclass(frozen=True)
 class Config:
-    """How one kernel is launched: `blocks` are its constexpr block sizes by name."""
+    """How one kernel is launched.
+
+    Attributes:
+        blocks: its constexpr block sizes by name.
+        resident: programs that a multiprocessor holds at a time, by the registers and shared memory that the compiler
+            reports.
+    """
 
     blocks: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    resident: int = 1
 
     def __getitem__(self, name: str) -> int:
         return dict(self.blocks)[name]

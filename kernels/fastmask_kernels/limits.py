@@ -21,6 +21,7 @@ class Chip:
     Attributes:
         target: as the tables of block sizes name it.
         product: whose rates these are.
+        multiprocessors: how many it has (AMD: compute units).
         backend, arch, warp_size: what Triton's `GPUTarget` takes.
         shared_memory: bytes that one program may ask for.
         registers: of one thread, 32 bits each.
@@ -33,6 +34,7 @@ class Chip:
 
     target: str
     product: str
+    multiprocessors: int
     backend: str
     arch: int | str
     warp_size: int
@@ -64,6 +66,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             target="sm_80",
             product="A100 SXM 80 GB",
+            multiprocessors=108,
             backend="cuda",
             arch=80,
             warp_size=32,
@@ -83,6 +86,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             target="sm_90",
             product="H200 SXM",
+            multiprocessors=132,
             backend="cuda",
             arch=90,
             warp_size=32,
@@ -105,6 +109,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             target="sm_100",
             product="B200",
+            multiprocessors=148,
             backend="cuda",
             arch=100,
             warp_size=32,
@@ -125,6 +130,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             target="gfx942",
             product="MI300X",
+            multiprocessors=304,
             backend="hip",
             arch="gfx942",
             warp_size=64,

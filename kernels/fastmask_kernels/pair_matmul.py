@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.chips import chip_of
+from fastmask_kernels.chips import chip_of, multiprocessors
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.tile_arguments import check_product
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_pieces import grouped
@@ -135,7 +134,7 @@ def pair_matmul(
     sizes = [int(transposed), *layout.shape, *layout.tile]
     config = config or tuned("pair_matmul", x, weight.dtype, sizes, plan, allow_tf32)
     if config is None:
-        config = _choose(chip_of(x.device), x.dtype, weight.dtype, IN_TILE, pairs[0].shape[1], plan)
+        config = _choose(x, weight.dtype, IN_TILE, pairs[0].shape[1], plan)
     BM, BK = config["BM"], config["BK"]
     if IN_TILE % BK or BK % 16:
         raise ValueError(f"BK = {BK} does not divide the tile's depth {IN_TILE} into steps that a product can take")
@@ -156,12 +155,12 @@ def pair_matmul(
 _GROUP = 8  # token tiles that go through the weight side by side
 
 
-def _choose(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, depth: int, n_pairs: int, plan: Plan) -> Config:
+def _choose(x: Tensor, weight_dtype: torch.dtype, depth: int, n_pairs: int, plan: Plan) -> Config:
     """Block sizes by what the host knows of a batch: how many tokens a language has at least on average."""
-    tokens, bucket = plan.n_rows // plan.present.shape[0], 256
-    while bucket > 64 and (tokens < bucket or plan.n_rows // bucket * n_pairs < MULTIPROCESSORS):
+    tokens, bucket, enough = plan.n_rows // plan.present.shape[0], 256, multiprocessors(x.device)
+    while bucket > 64 and (tokens < bucket or plan.n_rows // bucket * n_pairs < enough):
         bucket //= 2
-    return _config(chip, dtype.itemsize, weight_dtype.itemsize, depth, bucket)
+    return _config(chip_of(x.device), x.dtype.itemsize, weight_dtype.itemsize, depth, bucket)
 
 
 def block_sizes(chip: str, dtype: torch.dtype, weight_dtype: torch.dtype, depth: int) -> list[Config]:

@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.chips import chip_of
+from fastmask_kernels.chips import chip_of, multiprocessors
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_configs import MULTIPROCESSORS
 from fastmask_kernels.sum_buffer import clear, finish, several_segments
 from fastmask_kernels.tile_arguments import check_gradient
 from fastmask_kernels.tile_layout import TileLayout
@@ -72,11 +71,11 @@ def gathered_product(
     if several:
         if TURNS:
             wait_for_turn(turn, before)
-        put_tile(buffer + n * buffer_stride + column, acc, live, BK, 0, True, BN, BK, 4)
+        put_tile(buffer + n * buffer_stride + column, acc, live, BK, 0, 1, True, BN, BK, 4)
         if TURNS:
             end_turn(turn)
     else:
-        put_tile(out + n * out_stride + column, acc, live, BK, 0, ACCUMULATE, BN, BK, 4)
+        put_tile(out + n * out_stride + column, acc, live, BK, 0, 1, ACCUMULATE, BN, BK, 4)
 
 
 @triton.jit(do_not_specialize=["n_tiles", "n_strips", "n_slots", "first_slot", "together"])
@@ -171,7 +170,7 @@ def _launch(
     if BN % TN or min(BN, BM) < 16:
         raise ValueError(f"expected BN a multiple of the tile's {TN} rows and BM of at least 16, given {BN} and {BM}")
     chunks, n_slots = triton.cdiv(n_tiles, BN // TN) + 2, plan.present.shape[0]
-    together = strips_together(n_strips, chunks, 1)
+    together = strips_together(n_strips, chunks, multiprocessors(x.device))
     turns = torch.zeros(n_strips, dtype=torch.int32, device=x.device)
     takes_turns = n_slots > 1 and chip_of(x.device) in TURNSTILE_CHIPS
     in_one_launch = n_slots if takes_turns else 1
@@ -202,7 +201,7 @@ def worth_pairing(x: Tensor, layout: TileLayout, plan: Plan) -> bool:
         return False
     BN = _config(chip_of(x.device), x.dtype.itemsize, layout.tile[0])["BN"]
     programs = n_slots * pairs[0].shape[1] * -(-layout.shape[0] // BN)
-    return programs >= MULTIPROCESSORS and (n_slots == 1 or plan.n_rows // n_slots >= _FEW_TOKENS)
+    return programs >= multiprocessors(x.device) and (n_slots == 1 or plan.n_rows // n_slots >= _FEW_TOKENS)
 
 
 def _config(chip: str, size: int, tile_rows: int) -> Config:

@@ -15,7 +15,10 @@ from torch import Tensor
 from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.plan import Plan
 
-__all__ = ["aligned", "check_activation", "check_index", "check_rows", "check_weights", "filled", "positions"]
+__all__ = [
+    "aligned", "check_activation", "check_index", "check_outs", "check_rows", "check_vectors", "check_weights",
+    "filled", "positions",
+]  # fmt: skip
 
 MOST_GROUPS = 3  # Q, K and V
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -113,3 +116,35 @@ def check_weights(weights: Sequence[Tensor], x: Tensor, K: int) -> None:
             raise ValueError(f"{name}: expected contiguous rows, given strides {weight.stride()}")
         if weight.device != x.device:
             raise ValueError(f"{name}: expected on {x.device} with the activations, given on {weight.device}")
+
+
+def check_vectors(name: str, vectors: Sequence[Tensor] | None, sizes: list[int], x: Tensor) -> None:
+    """Contiguous [size] of each weight on the device of x, all of x's dtype or all float32; or None.
+
+    Raises:
+        TypeError: another dtype. ValueError: another shape, stride or device.
+    """
+    if vectors is None:
+        return
+    given = [tuple(vector.shape) for vector in vectors]
+    if given != [(size,) for size in sizes]:
+        raise ValueError(f"{name}: expected shapes {[(size,) for size in sizes]}, given {given}")
+    for vector in vectors:
+        if vector.dtype not in (x.dtype, torch.float32) or vector.dtype != vectors[0].dtype:
+            raise TypeError(f"{name}: expected {x.dtype} or float32, the same for all, given {vector.dtype}")
+        if vector.device != x.device or not vector.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous on {x.device}, given {vector.stride()} on {vector.device}")
+
+
+def check_outs(outs: Sequence[Tensor], widths: list[int], x: Tensor, plan: Plan) -> None:
+    """Where to write: [M, width] of x's dtype for each width.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if len(outs) != len(widths):
+        raise ValueError(f"outs: expected {len(widths)} tensors, given {len(outs)}")
+    for number, (out, width) in enumerate(zip(outs, widths, strict=True)):
+        check_activation(f"outs[{number}]", out, plan, width)
+        if out.dtype != x.dtype or out.device != x.device:
+            raise ValueError(f"outs[{number}]: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")

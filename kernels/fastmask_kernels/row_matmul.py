@@ -3,9 +3,9 @@
 A mask over rows is given as `index` (the live rows of each language) and `counts` (how many). Nothing is copied: a
 kernel gathers the rows it needs, and activations on the masked side are packed, a language's live units in front.
 
-`row_matmul` is the forward pass of a row mask and the input gradient of a column mask (given W^T); `row_matmul_t` is
-the input gradient of a row mask and the forward pass of a column mask (given W^T). Up to three weights that share the
-activation on the unmasked side (Q, K and V) go in one launch.
+`row_matmul` is the forward pass of a row mask and the input gradient of a column mask (given W^T); `row_matmul_t`, in a
+file of its own, the other two. Up to three weights that share the activation on the unmasked side (Q, K and V) go in
+one launch.
 """
 
 from __future__ import annotations
@@ -18,109 +18,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.chips import chip_of
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_activation import ACTIVATIONS, put_through_activation
 from fastmask_kernels.row_arguments import (
     aligned,
     check_activation,
+    check_outs,
     check_rows,
+    check_vectors,
     check_weights,
     filled,
     positions,
 )
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, choose, kind_of
+from fastmask_kernels.row_configs import ROW_MATMUL, choose, kind_of
+from fastmask_kernels.row_pieces import live_count, pick
+from fastmask_kernels.tile_pieces import grouped
 from fastmask_kernels.tuning import tuned
 
-__all__ = ["ACTIVATIONS", "row_matmul", "row_matmul_t"]
-
-ACTIVATIONS = ("", "gelu", "relu")
-
-
-@triton.jit
-def pick(g, a0, a1, a2, G: tl.constexpr):
-    """The argument of weight g, of G; a number or a pointer."""
-    a = a0
-    if G >= 2:
-        a = tl.where(g == 1, a1, a)
-    if G >= 3:
-        a = tl.where(g == 2, a2, a)
-    return a
-
-
-@triton.jit
-def tile_and_column(n_tiles, n_columns, GROUP: tl.constexpr):
-    """Which token tile and which block of columns this program computes.
-
-    GROUP token tiles are walked together, so that the activations of a few tiles and the weight of one language stay in
-    the L2 cache. Tiles are sorted by language.
-    """
-    pid = tl.program_id(0)
-    first = pid // (GROUP * n_columns) * GROUP
-    place = pid % (GROUP * n_columns)
-    together = tl.minimum(n_tiles - first, GROUP)
-    return first + place % together, place // together
-
-
-@triton.jit
-def live_count(counts, segment, N, width):
-    """How many rows a segment owns: all N in segment 0, the full network."""
-    count = tl.load(counts + segment - 1, mask=segment > 0, other=N).to(tl.int32)
-    return tl.minimum(count, width)  # a buffer that is too narrow must not become an access past its end
-
-
-@triton.jit
-def activated(z, ACTIVATION: tl.constexpr):
-    """What an activation function, GELU (by the error function) or ReLU, makes of z."""
-    if ACTIVATION == "gelu":
-        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
-    return tl.where(z <= 0, 0.0, z)
-
-
-@triton.jit
-def through_activation(dy, z, ACTIVATION: tl.constexpr):
-    """The gradient at z for an upstream gradient."""
-    if ACTIVATION == "gelu":
-        density = tl.exp(-0.5 * z * z) * 0.3989422804014327
-        return dy * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
-    return tl.where(z <= 0, 0.0, dy)
-
-
-@triton.jit
-def put_through_activation(
-    y, y_stride, before, before_stride, active, acc, token_rows, first, last, j, live, width,
-    ACTIVATION: tl.constexpr, ACTIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    """Writes acc [BN, BM] as the gradient of `before`, in PIECES of its tokens: registers hold no second tile."""
-    if PIECES > 1:
-        halves = tl.permute(tl.reshape(acc, (BN, 2, BM // 2)), (0, 2, 1))
-        left, right = tl.split(halves)
-        put_through_activation(
-            y, y_stride, before, before_stride, active, left, token_rows, first, last, j, live, width,
-            ACTIVATION, ACTIVE, BM // 2, BN, PIECES // 2,
-        )  # fmt: skip
-        put_through_activation(
-            y, y_stride, before, before_stride, active, right, token_rows, first + BM // 2, last, j, live, width,
-            ACTIVATION, ACTIVE, BM // 2, BN, PIECES // 2,
-        )  # fmt: skip
-    else:
-        m = first + tl.arange(0, BM)
-        token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)
-        stored = (m < last)[None, :] & (j < width)[:, None]
-        place = token[None, :] * before_stride + j[:, None]
-        z = tl.load(before + place, mask=stored & live[:, None], other=0.0).to(tl.float32)
-        result = through_activation(acc, z, ACTIVATION).to(y.dtype.element_ty)
-        tl.store(y + token[None, :] * y_stride + j[:, None], tl.where(live[:, None], result, 0.0), mask=stored)
-        if ACTIVE:
-            there = active + token[None, :] * width + j[:, None]
-            tl.store(there, activated(z, ACTIVATION).to(active.dtype.element_ty), mask=stored)  # 0 is mapped to 0
+__all__ = ["row_matmul"]
 
 
 # One program computes y_g of one tile of at most BM tokens of one language and BN packed rows. It sums over K in steps
 # of BK. With an activation, y is the gradient of an activation function's output, and is turned into that of its input
 # `before`; the output itself is computed again beside it, each element once. Grid: (token tiles) x (blocks of BN packed
-# rows of all weights), one-dimensional, ordered by `tile_and_column`.
+# rows of all weights), one-dimensional, ordered by `grouped`.
 @triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_kernel(
     x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2,
@@ -137,7 +60,7 @@ def row_matmul_kernel(
         n_columns += blocks1
     if G >= 3:
         n_columns += tl.cdiv(width2, BN)
-    tile, column = tile_and_column(n_tiles, n_columns, GROUP)
+    tile, column = grouped(tl.program_id(0), n_tiles, n_columns, GROUP)
     segment = tl.load(tiles + 3 * tile)
     if segment < 0:
         return  # a spare tile
@@ -210,76 +133,6 @@ def row_matmul_kernel(
             y, y_stride, before, before_stride, active, acc, token_rows, first, last, j, live, width,
             ACTIVATION, ACTIVE, BM, BN, BM // (16 if EVEN_K else 8),
         )  # fmt: skip
-
-
-@triton.jit
-def add_live_rows(
-    acc, x, x_stride, w, index, counts, N, most, width, K, segment, token, k,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Adds to acc [BM, BK] the product of packed activations [BM, count] and live rows [count, BK]."""
-    count = live_count(counts, segment, N, width)
-    index += tl.maximum(segment - 1, 0).to(tl.int64) * most
-    indexed = tl.where(segment == 0, 0, count)  # the full network reads no index: row j is row j
-    whole = count // BN * BN
-    n = tl.arange(0, BN)
-    x_tile = x + token[:, None] * x_stride + n[None, :]
-    for j in range(0, whole, BN):
-        row = tl.load(index + j + n, mask=j + n < indexed, other=0).to(tl.int32)
-        row = tl.where(segment == 0, j + n, row)
-        w_tile = w + row.to(tl.int64)[:, None] * K + k[None, :]
-        a = tl.load(x_tile)
-        b = tl.load(w_tile) if EVEN_K else tl.load(w_tile, mask=(k < K)[None, :], other=0.0)
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
-        x_tile += BN
-    if whole < count:
-        # What lies behind the live units may be anything, NaN included: it is replaced, not multiplied by zero. Rows
-        # behind the live ones are the last live one again: a dead row might hold what times zero is not zero.
-        place = tl.minimum(whole + n, count - 1)
-        row = tl.load(index + place, mask=place < indexed, other=0).to(tl.int32)
-        row = tl.where(segment == 0, place, row)
-        w_tile = w + row.to(tl.int64)[:, None] * K + k[None, :]
-        a = tl.load(x_tile, mask=(whole + n < width)[None, :], other=0.0)
-        a = tl.where((whole + n < count)[None, :], a, 0.0)
-        b = tl.load(w_tile, mask=(k < K)[None, :], other=0.0)
-        acc = tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
-    return acc
-
-
-# One program computes y of one tile of at most BM tokens of one language and BK columns. It sums over the live rows of
-# each weight in turn, in steps of BN. Grid: (token tiles) x (blocks of BK columns), ordered by `tile_and_column`.
-@triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
-def row_matmul_t_kernel(
-    x0, x1, x2, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, bias, y, token_rows, tiles,
-    n_tiles, K, y_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, x_stride0, x_stride1, x_stride2,
-    G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    tile, column = tile_and_column(n_tiles, tl.cdiv(K, BK), GROUP)
-    segment = tl.load(tiles + 3 * tile)
-    if segment < 0:
-        return  # a spare tile
-    first = tl.load(tiles + 3 * tile + 1)
-    last = tl.load(tiles + 3 * tile + 2)
-    m = first + tl.arange(0, BM)
-    token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)  # the last token again, never stored
-    k = column * BK + tl.arange(0, BK)
-    acc = tl.zeros([BM, BK], tl.float32)
-    acc = add_live_rows(
-        acc, x0, x_stride0, w0, index0, counts0, N0, most0, width0, K, segment, token, k, EVEN_K, PRECISION, BN
-    )
-    if G >= 2:
-        acc = add_live_rows(
-            acc, x1, x_stride1, w1, index1, counts1, N1, most1, width1, K, segment, token, k, EVEN_K, PRECISION, BN
-        )
-    if G >= 3:
-        acc = add_live_rows(
-            acc, x2, x_stride2, w2, index2, counts2, N2, most2, width2, K, segment, token, k, EVEN_K, PRECISION, BN
-        )
-    if HAS_BIAS:
-        acc += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    y_tile = y + token[:, None] * y_stride + k[None, :]
-    tl.store(y_tile, acc.to(y.dtype.element_ty), mask=(m < last)[:, None] & (k < K)[None, :])
 
 
 def row_matmul(
@@ -369,21 +222,21 @@ def _prepare(
     check_weights(weights, x, K)
     if len(widths) != G or min(widths) < 1:
         raise ValueError(f"widths: expected {G} positive integers, given {list(widths)}")
-    _check_vectors("biases", biases, [weight.shape[0] for weight in weights], x)
+    check_vectors("biases", biases, [weight.shape[0] for weight in weights], x)
     if outs is not None:
-        _check_outs(outs, list(widths), x, plan)
+        check_outs(outs, list(widths), x, plan)
     _check_activation_function(activation, before, active, list(widths), x, plan)
     if plan.n_rows == 0:
         return 0, None
     config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
     if config is None:
+        even = all(width % 16 == 0 for width in widths)
+        fits = aligned(x, *weights) and (before is None or (even and aligned(before)))
         config = choose(
-            ROW_MATMUL[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
-            {"BM": plan.n_rows, "BN": sum(widths)},
-            1,
-            plan.n_rows // plan.present.shape[0],
-            aligned(x, *weights) and (before is None or (aligned(before) and all(width % 16 == 0 for width in widths))),
-        )
+            ROW_MATMUL, x.device, kind_of(x, weights[0].dtype, allow_tf32), fits,
+            {"BM": [plan.n_rows], "BN": list(widths)}, ("BK", K), segments=plan.present.shape[0],
+            usable=lambda config: even or config["BM"] <= 128,  # elements are stored one by one, each with an address
+        )  # fmt: skip
     xs, ws, lists, sizes, bs, ys, befores, actives, batch = positions(
         1, G, G, G, 0 if biases is None else G, G, before is not None, active is not None, 2
     )
@@ -398,93 +251,6 @@ def _prepare(
         0 if before is None else before.stride(0),
         G=G, HAS_BIAS=biases is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         ACTIVATION=activation, ACTIVE=active is not None,
-        **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-
-
-def row_matmul_t(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    counts: Sequence[Tensor],
-    plan: Plan,
-    bias: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-    config: Config | None = None,
-    allow_tf32: bool = False,
-) -> Tensor:
-    """y[m] = sum over g and j < counts_g[l] of xs_g[m, j] W_g[index_g[l, j]] (+ bias); l is the language of row m.
-
-    Args:
-        xs: one to three packed activations [M, width_g]; what lies behind a language's live units is never used.
-        weights: contiguous [N_g, K] of the activations' dtype or all float32.
-        indices: the live rows of each, int64 [L, most_g].
-        counts: how many they are, int64 [L].
-        plan: the batch; its rows of the full network take column j of xs_g to row j of the weight.
-        bias: [K], or None.
-        out: where to write, [M, K]; None takes fresh memory.
-        config: block sizes BM (tokens), BN (live rows in one step), BK (columns) and GROUP; None chooses.
-        allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
-
-    Returns:
-        y [M, K] in the activations' dtype.
-
-    Raises:
-        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
-    """
-    key = (
-        "row_matmul_t", described(*xs), described(*weights), described_masks(indices), described_masks(counts),
-        plan.sizes, bias is not None and described(bias), out is not None and described(out), config, allow_tf32,
-    )  # fmt: skip
-    BM, run = prepared(key, partial(_prepare_t, xs, weights, indices, counts, plan, bias, out, config, allow_tf32))
-    if out is None:
-        out = torch.empty(plan.n_rows, weights[0].shape[1], dtype=xs[0].dtype, device=xs[0].device)
-    if run is not None:
-        given = () if bias is None else (bias,)
-        run(*xs, *weights, *indices, *counts, *given, out, plan.token_rows, plan.tiles(BM))
-    return out
-
-
-def _prepare_t(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
-    bias: Tensor | None, out: Tensor | None, config: Config | None, allow_tf32: bool,
-) -> tuple[int, Prepared | None]:  # fmt: skip
-    """Check the arguments of `row_matmul_t`; the tokens of a tile, and the launch, None for an empty batch."""
-    G = len(weights)
-    if not xs or len(xs) != G:
-        raise ValueError(f"expected as many activations as weights, given {len(xs)} and {G}")
-    for number, x in enumerate(xs):
-        check_activation(f"xs[{number}]", x, plan)
-        if x.dtype != xs[0].dtype or x.device != xs[0].device:
-            raise ValueError(f"xs[{number}]: expected {xs[0].dtype} on {xs[0].device}, given {x.dtype} on {x.device}")
-    x, K = xs[0], weights[0].shape[-1]
-    check_rows(indices, counts, G, plan, x.device)
-    check_weights(weights, x, K)
-    _check_vectors("bias", None if bias is None else [bias], [K], x)
-    if out is not None:
-        _check_outs([out], [K], x, plan)
-    if plan.n_rows == 0:
-        return 0, None
-    sizes = [*[given.shape[1] for given in xs], K]
-    config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
-    if config is None:
-        config = choose(
-            ROW_MATMUL_T[chip_of(x.device), kind_of(x, weights[0].dtype, allow_tf32)],
-            {"BM": plan.n_rows, "BK": K},
-            1,
-            plan.n_rows // plan.present.shape[0],
-            aligned(*xs, *weights),
-        )
-    acts, ws, lists, lengths, bs, batch = positions(G, G, G, G, bias is not None, 3)
-    n_tiles = plan.n_tiles(config["BM"])
-    return config["BM"], Prepared(
-        row_matmul_t_kernel, (n_tiles * triton.cdiv(K, config["BK"]),),
-        [*filled(acts), *filled(ws), *filled(lists), *filled(lengths), *(bs or ws[:1]), *batch],
-        n_tiles, K, K if out is None else out.stride(0), *filled([weight.shape[0] for weight in weights]),
-        *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
-        *filled([x.stride(0) for x in xs]),
-        G=G, HAS_BIAS=bias is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -508,25 +274,3 @@ def _check_activation_function(
                 raise ValueError(f"{what}: expected {x.dtype} on {x.device}, given {given}")
     if active is not None and not active.is_contiguous():
         raise ValueError(f"active: expected contiguous rows, given strides {active.stride()}")
-
-
-def _check_vectors(name: str, vectors: Sequence[Tensor] | None, sizes: list[int], x: Tensor) -> None:
-    if vectors is None:
-        return
-    given = [tuple(vector.shape) for vector in vectors]
-    if given != [(size,) for size in sizes]:
-        raise ValueError(f"{name}: expected shapes {[(size,) for size in sizes]}, given {given}")
-    for vector in vectors:
-        if vector.dtype not in (x.dtype, torch.float32) or vector.dtype != vectors[0].dtype:
-            raise TypeError(f"{name}: expected {x.dtype} or float32, the same for all, given {vector.dtype}")
-        if vector.device != x.device or not vector.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous on {x.device}, given {vector.stride()} on {vector.device}")
-
-
-def _check_outs(outs: Sequence[Tensor], widths: list[int], x: Tensor, plan: Plan) -> None:
-    if len(outs) != len(widths):
-        raise ValueError(f"outs: expected {len(widths)} tensors, given {len(outs)}")
-    for number, (out, width) in enumerate(zip(outs, widths, strict=True)):
-        check_activation(f"outs[{number}]", out, plan, width)
-        if out.dtype != x.dtype or out.device != x.device:
-            raise ValueError(f"outs[{number}]: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmask_kernels.limits import CHIPS
+
 __all__ = ["EMPTY", "FULL_TILE", "PARTIAL", "TileLayout", "default_tile"]
 
 EMPTY, PARTIAL, FULL_TILE = 0, 1, 2  # what `TileLayout.state` says of a tile
 
-_MULTIPROCESSORS = 132  # of an H100 or H200
 _PAIRED = 128  # tiles of at least this side are worked on one by one
 _CHUNK = 2**26  # bytes of temporary memory that a constructor may take at a time (one language at least)
 _PACK = 0x0102040810204080  # multiplied with eight flags (bytes 0 or 1), it leaves their bits in the highest byte
@@ -32,7 +33,7 @@ def default_tile(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, i
     keep their own shape, so that each tile is empty or full and no bits are needed. A weight of `shape` (N, K) that has
     fewer tiles of 128 than a large GPU has multiprocessors takes tiles of 64: dW has one program for each.
     """
-    if -(-shape[0] // 128) * -(-shape[1] // 128) < _MULTIPROCESSORS:
+    if -(-shape[0] // 128) * -(-shape[1] // 128) < CHIPS["sm_90"].multiprocessors:
         return (64, 64)
     if block[0] % 64 == 0 and block[1] % 64 == 0:
         return (128 if block[0] % 128 == 0 else 64, 128 if block[1] % 128 == 0 else 64)

@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastmask_kernels.row_configs import MULTIPROCESSORS
-
 __all__ = ["TURNSTILE_CHIPS", "end_turn", "put_tile", "strips_together", "turn_order", "wait_for_turn"]
 
 # Triton's barrier on AMD waits for shared memory only: another wave's stores may still be on their way when the counter
@@ -22,8 +20,8 @@ TURNSTILE_CHIPS = ("sm_80", "sm_90", "sm_100")
 
 
 def strips_together(n_strips: int, n_chunks: int, programs: int) -> int:
-    """As many strips at a time as give one segment about so many `programs` for each multiprocessor."""
-    return min(n_strips, triton.cdiv(programs * MULTIPROCESSORS, n_chunks))
+    """As many strips at a time as give one segment about so many `programs`."""
+    return min(n_strips, triton.cdiv(programs, n_chunks))
 
 
 @triton.jit
@@ -57,20 +55,24 @@ def end_turn(turn):
 
 
 @triton.jit
-def put_tile(base, acc, live, rest, at, ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr):
+def put_tile(
+    base, acc, live, rest, at, step, ADD: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
     """Adds acc [BN, BK] to rows of dW, or writes it there, in PIECES of its columns: registers hold no second tile.
+
+    Columns lie `step` elements apart.
 
     `.cg` reads from the L2 cache, where the sums of other multiprocessors are; L1 may hold what was there before.
     """
     if PIECES > 1:
         halves = tl.permute(tl.reshape(acc, (BN, 2, BK // 2)), (0, 2, 1))
         left, right = tl.split(halves)
-        put_tile(base, left, live, rest, at, ADD, BN, BK // 2, PIECES // 2)
-        put_tile(base, right, live, rest, at + BK // 2, ADD, BN, BK // 2, PIECES // 2)
+        put_tile(base, left, live, rest, at, step, ADD, BN, BK // 2, PIECES // 2)
+        put_tile(base, right, live, rest, at + BK // 2, step, ADD, BN, BK // 2, PIECES // 2)
     else:
         k = at + tl.arange(0, BK)
         stored = live[:, None] & (k < rest)[None, :]
-        place = base + k[None, :]
+        place = base + k[None, :] * step
         if ADD:
             acc += tl.load(place, mask=stored, other=0.0, cache_modifier=".cg")
         tl.store(place, acc.to(base.dtype.element_ty), mask=stored)

@@ -25,7 +25,18 @@ from oracle import assert_close, random_mask
 import fastmask as fm
 from benchmarks.baselines import Task, loop
 from benchmarks.gpu.layers import gathered, spread
-from benchmarks.gpu.problems import ACTIVATIONS, CASES, DTYPES, KINDS, PACKED, PROJECTIONS, SHALLOW, sized, tiny_models
+from benchmarks.gpu.problems import (
+    ACTIVATIONS,
+    CASES,
+    DTYPES,
+    KINDS,
+    PACKED,
+    PROJECTIONS,
+    SHALLOW,
+    cases,
+    sides,
+    tiny_models,
+)
 from fastmask.operators import compute, compute_projections
 from fastmask.torch_path.activations import activate
 from fastmask.torch_path.naive import masked_linear_naive
@@ -38,9 +49,9 @@ class Problem:
     """A layer, its masks and a batch, with upstream gradient; integers on request."""
 
     def __init__(self, kind: str, case: str, dtypes: str, integers: bool = False) -> None:
-        (kind, unit), (L, ids, T, N, K) = KINDS[kind], CASES[case]
-        if kind == "blocks":
-            N, K = sized(N, unit), sized(K, unit)
+        L, ids, T, N, K = CASES[case]
+        N, K = sides(kind, N, K)
+        kind, unit = KINDS[kind]
         generator = torch.Generator().manual_seed(0)
         self.mask = random_mask(kind, L, N, K, unit=unit).to(DEVICE)
         self.ids = torch.tensor(ids, dtype=torch.int64, device=DEVICE)
@@ -104,9 +115,8 @@ def assert_all(names: tuple[str, ...], ours: list[Tensor], truth: list[Tensor], 
 NAMES = ("y", "dX", "dW", "db")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kind", "case"), cases())
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
 def test_layer(kind, dtypes, case):
     """A layer or one of its gradients is less accurate on a GPU than plain PyTorch, or plainly wrong."""
     if dtypes == "tf32" or (dtypes == "fp32" and (case not in SHALLOW or kind == "blocks64")):
@@ -115,9 +125,8 @@ def test_layer(kind, dtypes, case):
     assert_all(NAMES, problem.ours(), problem.truth(), problem.plain())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("kind", "case"), cases())
 @pytest.mark.parametrize("dtypes", ["fp32", "tf32", "bf16"])
-@pytest.mark.parametrize("kind", KINDS)
 def test_sums_are_exact(kind, dtypes, case):
     """A product is left out, counted twice, or taken from another place: integers leave no room for rounding."""
     problem = Problem(kind, case, dtypes, integers=True)
@@ -148,15 +157,16 @@ def test_two_runs_give_the_same_bits(kind):
 
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "master"])
 @pytest.mark.parametrize("case", PACKED)
-@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("kind", ["rows", "columns", "heads", "columns of heads"])
 def test_packed(kind, case, dtypes):
     """An attached model's layers, whose live units lie in front, read or write another place."""
     p = Problem(kind, case, dtypes)
-    width = p.mask.out_features if kind == "rows" else p.mask.in_features
+    rows = p.mask.kind == "rows"
+    width = p.mask.out_features if rows else p.mask.in_features
     if -1 not in p.ids.tolist():
         width = max(p.mask.live_counts()[language] for language in p.ids.tolist())
     width += 16  # wider than any language: zeros behind
-    if kind == "rows":
+    if rows:
         dy = gathered(p.dy, p.mask, p.ids, width)
         p.dy = spread(dy, p.mask, p.ids, p.mask.out_features)
         dy = torch.where(gathered(torch.ones_like(p.dy), p.mask, p.ids, width) > 0, dy, 7)  # must not be read
@@ -164,11 +174,11 @@ def test_packed(kind, case, dtypes):
         x = gathered(p.x, p.mask, p.ids, width)
         p.x, dy = spread(x, p.mask, p.ids, p.mask.in_features), p.dy
     truth, plain = p.truth(), p.plain()
-    packed = 0 if kind == "rows" else 1
+    packed = 0 if rows else 1
     for results in (truth, plain):
         results[packed] = gathered(results[packed], p.mask, p.ids, width)
     leaves = p.leaves()
-    if kind == "columns":
+    if not rows:
         leaves[0] = x.requires_grad_()
     poison()
     y = compute(leaves[0], leaves[1], p.mask, p.ids, leaves[2], width)
@@ -201,13 +211,14 @@ def test_activation(dtypes, case, activation):
 
 
 @pytest.mark.parametrize("n_weights", [2, 3])
+@pytest.mark.parametrize("unit", PROJECTIONS[1])
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "master"])
-def test_projections(dtypes, n_weights):
+def test_projections(dtypes, unit, n_weights):
     """Q, K and V (gate and up) in one launch get each other's weights, masks or gradients."""
     case, sizes, K = PROJECTIONS
-    p, sizes = Problem("rows", case, dtypes), sizes[:n_weights]
+    p, sizes = Problem("rows", case, dtypes), sizes[unit][:n_weights]
     generator = torch.Generator().manual_seed(1)
-    masks = [random_mask("rows", 8, n, K, seed=seed).to(DEVICE) for seed, n in enumerate(sizes)]
+    masks = [random_mask("rows", 8, n, K, unit=unit, seed=seed).to(DEVICE) for seed, n in enumerate(sizes)]
     own, act = p.weight.dtype, p.x.dtype
     weights = [torch.randn(n, K, generator=generator).to(DEVICE, own) for n in sizes]
     biases = [torch.randn(n, generator=generator).to(DEVICE, own) for n in sizes]

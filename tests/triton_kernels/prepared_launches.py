@@ -11,14 +11,16 @@ from fastmask_kernels import launching
 from fastmask_kernels.launching import Prepared
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.recorder import Recorder
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
-from fastmask_kernels.row_weight_grad import row_weight_grad, row_weight_grad_kernel
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
+from fastmask_kernels.row_turn_grad import row_turn_grad_kernel
+from fastmask_kernels.row_weight_grad import row_weight_grad
 from recorder_kernels import scale
 
 __all__ = ["TURNS", "Driver", "Prepared", "calls", "json", "launching", "scale", "torch"]
 
 L, K = 3, 64
-TURNS = row_weight_grad_kernel.arg_names.index("turns")
+TURNS = row_turn_grad_kernel.arg_names.index("turns")
 
 
 class Driver(Recorder):
@@ -53,7 +55,8 @@ def calls() -> dict[str, Callable[[], object]]:
             masks = ([torch.zeros(L, n, dtype=torch.int64) for n in sizes], [torch.zeros(L, dtype=torch.int64)] * G)
             packed, out = [torch.zeros(M, n, dtype=act) for n in sizes], torch.zeros(M, K, dtype=act)
             outs = [torch.zeros(M, n, dtype=act) for n in sizes]
-            dWs = [torch.zeros(n, K) for n in sizes]
+            dWs, heads = [torch.zeros(n, K) for n in sizes], [torch.zeros(M, 64, dtype=act) for _ in sizes]
+            dW_heads = [torch.zeros(64, K) for _ in sizes]
             name = f"{act} {own} {G}"
             for with_bias in (True, False):
                 found[f"row_matmul {name} {with_bias}"] = (
@@ -68,6 +71,9 @@ def calls() -> dict[str, Callable[[], object]]:
                 )
             found[f"row_weight_grad {name}"] = lambda d=packed, x=x, m=masks, p=plan, n=sizes, o=dWs: row_weight_grad(
                 d, x, *m, p, n, weight_dtype=torch.float32, outs=o, accumulate=True
+            )
+            found[f"row_weight_grad of heads {name}"] = lambda d=heads, x=x, m=masks, p=plan, G=G, o=dW_heads: (
+                row_weight_grad(d, x, *m, p, [64] * G, weight_dtype=torch.float32, outs=o, units=[64] * G)
             )
             if G == 1:
                 found[f"activation {name}"] = lambda x=x, w=weights, m=masks, p=plan, n=sizes, o=outs, z=packed: (

@@ -18,10 +18,12 @@ import pytest
 import sample_kernels
 from fastmask_kernels import compile_report
 from fastmask_kernels.assembly import inner_loop, loops, read_amdgcn, read_sass
-from fastmask_kernels.compile_report import collect, failures, report
+from fastmask_kernels.compile_report import Row, collect, failures, report
+from fastmask_kernels.compiling import Build, resident
 from fastmask_kernels.limits import CHIPS
 from fastmask_kernels.recorder import Variant
 from fastmask_kernels.roofline import masked_linear, roofline, roofline_table
+from fastmask_kernels.row_configs import TABLES, expected_residents
 
 HERE = Path(__file__).parent
 
@@ -107,6 +109,42 @@ def test_a_prediction_weighs_flops_against_bytes(samples: dict[str, Any]) -> Non
     assert found["predicted_share"] == pytest.approx(128 * 128 / (128 + 128) * chip.l2 / chip.flops_16bit)
     assert row(samples, "good", "gfx942")["bound"] == "FLOP"
     assert row(samples, "good", "gfx942")["predicted_share"] == 1
+
+
+def build_of(registers: int, shared: int) -> Build:
+    return Build(registers, 0, 0, 0, 0, shared, 0, {}, {}, {}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("chip", "registers", "shared_kib", "warps", "expected"),
+    [
+        ("sm_90", 126, 96, 8, 2),  # 227 KiB for one program, each takes one more: two of 97
+        ("sm_90", 126, 128, 8, 1),
+        ("sm_90", 129, 96, 8, 1),  # registers are given in portions of 256 to a warp: 136 x 32 x 8 x 2 are too many
+        ("sm_90", 32, 0, 4, 16),  # 2048 threads
+        ("sm_80", 126, 96, 8, 1),
+        ("gfx942", 128, 32, 8, 2),
+        ("gfx942", 256, 16, 8, 1),
+        ("sm_90", 255, 227, 8, 1),
+    ],
+)
+def test_programs_that_fit_a_multiprocessor(chip, registers, shared_kib, warps, expected) -> None:  # type: ignore[no-untyped-def]
+    """Broken: block sizes are chosen for more, or fewer, programs at a time than there is room for."""
+    assert resident(build_of(registers, 1024 * shared_kib), warps, CHIPS[chip]) == expected
+
+
+def test_fewer_residents_than_the_table_says_are_noticed() -> None:
+    """Broken: a compiler takes more registers than the model that chose the block sizes knows of."""
+    fits = Row("a", "", "bf16", "sm_90", 0, 0, 16, False, build_of(126, 96 * 1024), num_warps=8, expected=2)
+    assert failures([fits]) == []
+    (line,) = failures([replace(fits, expected=3)])
+    assert "lets a multiprocessor hold 2 programs, its table says 3" in line
+    for name, table in TABLES.items():
+        for (chip, _), configs in table.items():
+            for config in configs:
+                launch = (name, chip, dict(config.blocks), config.num_warps, config.num_stages)
+                assert 1 <= expected_residents(*launch) <= config.resident
+    assert expected_residents("other_kernel", "sm_90", {}, 4, 2) == 0
 
 
 def test_spills_are_noticed(samples: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_shipped_block_sizes() -> None:
 
 def test_more_strips_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the order of programs skips strips once there is more than one group of them."""
-    monkeypatch.setattr("fastmask_kernels.turnstile.MULTIPROCESSORS", 4)
+    monkeypatch.setattr(pair_weight_grad_module, "multiprocessors", lambda device: 4)
     check_all(paired(IDS, 5, 3, (5, 9)))
 
 

@@ -33,7 +33,7 @@ with Driver({chip!r}) as driver:
     kept = len(launching._found)
 print(json.dumps([seen, TURNS, kept, len(launching._found)]))
 """)
-    assert len(seen) == kept == 33
+    assert len(seen) == kept == 39
     assert after == 0, "variants of a stub stay behind"
     for name, given in seen.items():
         assert len(given) % 3 == 0
@@ -44,7 +44,7 @@ print(json.dumps([seen, TURNS, kept, len(launching._found)]))
                 pairs = enumerate(zip(arguments, arguments2, strict=True))
                 differing = {place for place, (one, other) in pairs if one != other}
                 # The counters of turns are fresh memory in each call.
-                assert differing <= ({turns} if "row_weight_grad" in name else set()), name
+                assert differing <= ({turns} if "row_weight_grad" in name and "heads" not in name else set()), name
 
 
 def test_addresses_that_are_no_multiple_of_16() -> None:
@@ -77,6 +77,29 @@ print(json.dumps([key for key, _, _ in driver.given]))
 """)
     assert found[0] == found[1] == found[4] == found[5]
     assert found[2] == found[3] != found[0]
+
+
+def test_block_sizes_are_chosen_once_for_a_shape() -> None:
+    """The host weighs all block sizes against each other at every launch."""
+    found = prepared("""
+from fastmask_kernels import row_matmul, row_matmul_t, row_problem
+chosen = []
+for module in (row_matmul, row_matmul_t, row_problem):
+    def counting(*given, choose=module.choose, **options):
+        chosen.append(1)
+        return choose(*given, **options)
+    module.choose = counting
+with Driver() as driver:
+    counts, every = [], calls()
+    for _ in range(3):
+        for call in every.values():
+            call()
+        counts.append(len(chosen))
+print(json.dumps([counts, len(every)]))
+""")
+    (first, *later), calls = found
+    assert first == calls
+    assert later == [first] * 2
 
 
 def test_a_profiler_sees_every_launch() -> None:

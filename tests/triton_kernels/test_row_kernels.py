@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastmask_kernels import row_weight_grad as row_weight_grad_module
-from fastmask_kernels import turnstile
+from fastmask_kernels import row_turn_grad
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
 from fastmask_kernels.naive_rows import naive_row_matmul, naive_row_matmul_t, naive_row_weight_grad
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_matmul import row_matmul, row_matmul_t
+from fastmask_kernels.row_matmul import row_matmul
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_oracle import DEVICE, assert_close, launches_kernels
-from row_samples import Sample, row_mask, sample
+from row_samples import Sample, check_row_weight_grad, nan_from_empty, row_mask, sample  # noqa: F401 (a fixture)
 
 pytestmark = launches_kernels
 
@@ -35,18 +35,6 @@ SHAPES = {
     "one of everything": ([0], 1, 1, [1], 1),
 }
 DTYPES = [torch.float32, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _nan_from_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN: what a kernel does not write, shows."""
-    empty = torch.empty
-
-    def nan_empty(*shape, **options):  # type: ignore[no-untyped-def]
-        out = empty(*shape, **options)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", nan_empty)
 
 
 def check_row_matmul(s: Sample, config: Config | None, bias: bool = True) -> None:
@@ -73,23 +61,6 @@ def check_row_matmul_t(s: Sample, config: Config | None, bias: bool = True) -> N
     if bias:
         truth, plain = truth + s.bias.double(), plain + s.bias.to(plain.dtype)
     assert_close("x gradient", result, truth, plain)
-
-
-def check_row_weight_grad(s: Sample, config: Config | None, weight_dtype: torch.dtype, bias: bool = True) -> None:
-    """`row_weight_grad` against the oracle."""
-    n_rows = [weight.shape[0] for weight in s.weights]
-    dW, db = row_weight_grad(
-        s.packed, s.x, *s.masks, s.plan, n_rows, weight_dtype=weight_dtype, with_bias=bias, config=config
-    )
-    assert (db is not None) == bias
-    for g, dy in enumerate(s.packed):
-        mask = s.indices[g], s.counts[g], s.languages, n_rows[g]
-        truth, truth_db = naive_row_weight_grad(dy.double(), s.x.double(), *mask)
-        plain, plain_db = naive_row_weight_grad(dy.to(weight_dtype), s.x.to(weight_dtype), *mask)
-        assert_close(f"dW{g}", dW[g], truth, plain)
-        assert not dW[g][(truth == 0).all(1)].any(), f"dW{g}: rows that no language of the batch owns must be zero"
-        if db is not None:
-            assert_close(f"db{g}", db[g], truth_db, plain_db)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -240,28 +211,29 @@ def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         return [*y, dx, *dW, *(db or [])]
 
     first = run()
-    monkeypatch.setattr(turnstile, "MULTIPROCESSORS", 1)  # one strip after the other
+    monkeypatch.setattr(row_turn_grad, "multiprocessors", lambda device: 1)  # one strip after the other
     for one, other in zip(first, run(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_strips_are_walked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wide weight is walked in groups of strips, the last one smaller: a strip would be left out or summed twice."""
-    monkeypatch.setattr(turnstile, "MULTIPROCESSORS", 2)  # two chunks, five strips with the bias: 2 + 2 + 1
+    # Two chunks, five strips with the bias: 2 + 2 + 1.
+    monkeypatch.setattr(row_turn_grad, "multiprocessors", lambda device: 2)
     check_row_weight_grad(sample([2, -1, 0, 1], 5, 3, [20], 64, spare=0), SMALL_GRAD, torch.float32)
 
 
 def test_every_chunk_takes_its_turn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs run one by one here and never have to wait; on a GPU a wrong count hangs, or lets two add at once."""
     s = sample([2, -1, 0, 1], 5, 3, [40, 17], 34)
-    arena, counters = row_weight_grad_module._arena, []
+    arena, counters = row_turn_grad._arena, []
 
     def recorded(*arguments):  # type: ignore[no-untyped-def]
         made = arena(*arguments)
         counters.append(made[1])
         return made
 
-    monkeypatch.setattr(row_weight_grad_module, "_arena", recorded)
+    monkeypatch.setattr(row_turn_grad, "_arena", recorded)
     options = {"weight_dtype": torch.float32, "config": SMALL_GRAD}
     row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40, 17], with_bias=True, **options)
     row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40, 17], column_sums=True, **options)
@@ -281,7 +253,7 @@ def test_every_chunk_takes_its_turn_once(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_sums_of_columns(ids: list[int], dtype: torch.dtype, weight_dtype, turns, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The bias's gradient of a column mask: a token of any language left out, counted twice, or read past the end."""
     if not turns:
-        monkeypatch.setattr(row_weight_grad_module, "TURNSTILE_CHIPS", ())
+        monkeypatch.setattr(row_turn_grad, "TURNSTILE_CHIPS", ())
     s = sample(ids, 7, 4, [40], 34, dtype=dtype)
     own = weight_dtype or dtype
     (dW,), (sums,) = row_weight_grad(
@@ -310,8 +282,8 @@ def test_one_launch_for_each_language_gives_the_same_bits(monkeypatch: pytest.Mo
     """Chips whose barrier does not order stores have no turnstile: their sums must be the others'."""
     s = sample([2, -1, 0, 2, 1, 0], 7, 3, [40, 17], 50)
     results = []
-    for chips in (row_weight_grad_module.TURNSTILE_CHIPS, ()):
-        monkeypatch.setattr(row_weight_grad_module, "TURNSTILE_CHIPS", chips)
+    for chips in (row_turn_grad.TURNSTILE_CHIPS, ()):
+        monkeypatch.setattr(row_turn_grad, "TURNSTILE_CHIPS", chips)
         outs = [torch.ones(40, 50, device=DEVICE), torch.ones(17, 50, device=DEVICE)]
         dW, db = row_weight_grad(
             s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float32, with_bias=True, outs=outs,

@@ -113,6 +113,30 @@ def test_sparse_updates_in_half_precision(kind, trained, monkeypatch):
         assert error <= allowed + torch.finfo(a.dtype).eps * wanted.norm(), name
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("ids", [MIXED, [0, 0], [1, 1], [-1], []], ids=["mixed", "one", "dead", "full", "empty"])
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+def test_heads(kind, ids, packed, monkeypatch):
+    """Masks over whole heads, whose dW has a kernel of its own, differ between the paths."""
+    torch.manual_seed(0)
+    keep = torch.rand(L, 3) < 0.5
+    keep[1], keep[2] = False, True
+    keep, ids = keep.repeat_interleave(64, 1), torch.tensor(ids, dtype=torch.int64, device=DEVICE)
+    mask = (fm.Mask.rows(keep, K) if kind == "rows" else fm.Mask.columns(keep, N)).to(DEVICE)
+    assert mask.geometry == (64,)
+    shape = (192, K) if kind == "rows" else (N, 192)
+    x, weight, bias = (torch.randn(*s, device=DEVICE) for s in ((len(ids), 5, shape[1]), shape, shape[:1]))
+    width = 192 if packed else UNPACKED  # as the full network needs
+    if packed and kind == "columns":
+        for b, language in enumerate(ids.tolist()):
+            x[b, :, 192 if language < 0 else mask.live_counts()[language] :] = 0
+
+    def run():
+        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width), x, weight, bias)
+
+    assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
+
+
 def packed_problem(kind, dtype=torch.float32, weight_dtype=torch.float32):
     """(mask, ids, packed width, x, weight, bias) as a packed projection gets them."""
     mask, ids = mask_of(kind), torch.tensor([2, 0, 0, 1, 2], device=DEVICE)

@@ -16,6 +16,7 @@ from transformers import AutoModel, BertConfig, LlamaConfig
 
 import fastmask as fm
 from fastmask import operators
+from fastmask.masks import UNPACKED
 from fastmask.operators import compute
 from fastmask.torch_path import layers as torch_layers
 from fastmask.triton_path import layers as triton_layers

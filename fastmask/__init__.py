@@ -1,35 +1,63 @@
-"""fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part."""
+"""fastmask: per-language subnetworks of one shared model, trained and run at the cost of the live part.
 
-from fastmask import analysis, unseen
-from fastmask.decomposed import decompositions
-from fastmask.deltas import Delta
-from fastmask.discovery import discover
-from fastmask.dynamic import DynamicSubnetworks
-from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
-from fastmask.masks import Mask
-from fastmask.meta import MetaLearner
-from fastmask.models import (
-    Family,
-    LanguageCollator,
-    Projections,
-    add_language,
-    attach,
-    detach,
-    extract,
-    freeze_unmasked,
-    from_pretrained,
-    language,
-    merge,
-    register_family,
-    remove_language,
-    save_pretrained,
-    set_language,
-    summary,
-)
-from fastmask.optim import LiveAdamW
-from fastmask.subnetworks import Subnetworks
+Names are looked up when they are first used: who only asks for a version, or for help, does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmask import analysis, unseen
+    from fastmask.decomposed import decompositions
+    from fastmask.deltas import Delta
+    from fastmask.discovery import discover
+    from fastmask.dynamic import DynamicSubnetworks
+    from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
+    from fastmask.masks import Mask
+    from fastmask.meta import MetaLearner
+    from fastmask.models.attach import attach, detach, freeze_unmasked, language, set_language
+    from fastmask.models.collator import LanguageCollator
+    from fastmask.models.counting import summary
+    from fastmask.models.editing import add_language, remove_language
+    from fastmask.models.exporting import extract, merge
+    from fastmask.models.families import Family, Projections, register_family
+    from fastmask.models.saving import from_pretrained, save_pretrained
+    from fastmask.optim import LiveAdamW
+    from fastmask.subnetworks import Subnetworks
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "fastmask.decomposed": ("decompositions",),
+    "fastmask.deltas": ("Delta",),
+    "fastmask.discovery": ("discover",),
+    "fastmask.dynamic": ("DynamicSubnetworks",),
+    "fastmask.linear": ("MaskedLinear", "masked_linear", "sparse_update_linear"),
+    "fastmask.masks": ("Mask",),
+    "fastmask.meta": ("MetaLearner",),
+    "fastmask.models": (
+        "Family",
+        "LanguageCollator",
+        "Projections",
+        "add_language",
+        "attach",
+        "detach",
+        "extract",
+        "freeze_unmasked",
+        "from_pretrained",
+        "language",
+        "merge",
+        "register_family",
+        "remove_language",
+        "save_pretrained",
+        "set_language",
+        "summary",
+    ),
+    "fastmask.optim": ("LiveAdamW",),
+    "fastmask.subnetworks": ("Subnetworks",),
+}
 
 __all__ = [
     "Delta",
@@ -62,3 +90,18 @@ __all__ = [
     "summary",
     "unseen",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("analysis", "unseen"):
+        return importlib.import_module(f"fastmask.{name}")
+    for module, names in _WHERE.items():
+        if name in names:
+            found = getattr(importlib.import_module(module), name)
+            globals()[name] = found
+            return found
+    raise AttributeError(f"module 'fastmask' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,6 +14,26 @@ from fastmask.terminal import say
 
 __all__ = ["main"]
 
+COMMANDS = {
+    "train": "train a multilingual dependency parser with one subnetwork for each language",
+    "discover": "find one subnetwork for each language by iterative pruning",
+    "evaluate": "official LAS and UAS of a run",
+    "predict": "parse a CoNLL-U file",
+    "compare": "compare methods, with and without meta-learning, over seeds, on seen and unseen languages",
+    "adapt": "adapt a run to an unseen language, from a handful of sentences, and save it as another run",
+    "analyze": "what each method did to the model: a page of tables and pictures, from finished runs",
+    "masks": "show what is in a file of subnetworks",
+}
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help text, where there is one worth showing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, argparse.SUPPRESS, False):
+            return action.help
+        return super()._get_help_string(action)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 for a failure, 2 for wrong usage, 130 when interrupted, 141
@@ -21,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     A failure prints one message and no traceback unless `--debug` is given.
     """
-    parser = _parser()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # The options of commands are known where PyTorch is: who asks for help in general does not wait for it.
+    parser = _parser() if arguments and arguments[0] in COMMANDS else _commands()[0]
     options = parser.parse_args(arguments)
     options.command_line = shlex.join(["fastmask", *arguments])
     try:
@@ -81,36 +102,43 @@ def _run(options: argparse.Namespace) -> None:
     run(options)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and those of its commands, which have no options yet."""
     import fastmask
+
+    parser = argparse.ArgumentParser(
+        prog="fastmask", description="Per-language subnetworks of one shared model.", formatter_class=_Formatter
+    )
+    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    found = {}
+    for name, help in COMMANDS.items():
+        found[name] = commands.add_parser(name, help=help, description=help, formatter_class=_Formatter)
+        found[name].add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser, found
+
+
+def _parser() -> argparse.ArgumentParser:
     from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
-    from fastmask.cli.options import Formatter, add_settings, output_file
+    from fastmask.cli.options import add_settings, output_file
     from fastmask.compare.plan import RESERVED, CompareConfig
     from fastmask.discovery import VOTES
     from fastmask.training.config import DEVICES
 
-    parser = argparse.ArgumentParser(
-        prog="fastmask", description="Per-language subnetworks of one shared model.", formatter_class=Formatter
-    )
-    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name: str, help: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=Formatter)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        return sub
+    parser, commands = _commands()
+    command = commands.__getitem__
 
     def data_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--data", help="folder of UD treebanks; that of the run if not given")
         sub.add_argument("--languages", help="codes or treebank names; those of the run if not given")
         sub.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
-    train = command("train", "train a multilingual dependency parser with one subnetwork for each language")
+    train = command("train")
     train.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here override it")
     add_settings(train)
 
-    find = command("discover", "find one subnetwork for each language by iterative pruning")
+    find = command("discover")
     find.add_argument(
         "runs", nargs="+", metavar="RUN", help="finished runs; several, fine-tuned from the same encoder, are combined"
     )
@@ -126,23 +154,21 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(find, only=("units", "density", "tau", "score_sentences", "dev_sentences", "seed"))
     data_options(find)
 
-    score = command("evaluate", "official LAS and UAS of a run")
+    score = command("evaluate")
     score.add_argument("run", metavar="RUN", help="folder of a finished run")
     score.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which part of the treebanks")
     scores = "also write the scores to this file (-: standard output)"
     score.add_argument("--json", metavar="FILE", type=output_file, help=scores)
     data_options(score)
 
-    write = command("predict", "parse a CoNLL-U file")
+    write = command("predict")
     write.add_argument("run", metavar="RUN", help="folder of a finished run")
     write.add_argument("input", metavar="INPUT", help="CoNLL-U file, - for standard input; only HEAD and DEPREL change")
     write.add_argument("output", metavar="OUTPUT", help="CoNLL-U file to write, - for standard output")
     write.add_argument("--language", help="whose subnetwork to use; the full network if not given")
     write.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
-    grid = command(
-        "compare", "compare methods, with and without meta-learning, over seeds, on seen and unseen languages"
-    )
+    grid = command("compare")
     grid.add_argument("--data", required=True, help="folder of UD treebanks")
     grid.add_argument(
         "--out", required=True, help="folder of the comparison; the same command goes on where it stopped"
@@ -151,18 +177,16 @@ def _parser() -> argparse.ArgumentParser:
     add_settings(grid.add_argument_group("the comparison"), settings=CompareConfig)
     add_settings(grid.add_argument_group("every run in it"), without=RESERVED)
 
-    learn = command(
-        "adapt", "adapt a run to an unseen language, from a handful of sentences, and save it as another run"
-    )
+    learn = command("adapt")
     learn.add_argument("run", metavar="RUN", help="folder of a finished run")
     add_options(learn)
     learn.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
-    look = command("analyze", "what each method did to the model: a page of tables and pictures, from finished runs")
+    look = command("analyze")
     analyze.add_options(look)
     look.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
-    show = command("masks", "show what is in a file of subnetworks")
+    show = command("masks")
     show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote")
     picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
     show.add_argument("--picture", metavar="FILE", type=output_file, help=picture)

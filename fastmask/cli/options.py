@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from fastmask.training.config import TrainConfig
 
-__all__ = ["STANDARD_OUTPUT", "Formatter", "add_settings", "given_settings", "output_file"]
+__all__ = ["STANDARD_OUTPUT", "add_settings", "given_settings", "output_file"]
 
 STANDARD_OUTPUT = "/dev/stdout"
 
@@ -17,15 +17,6 @@ STANDARD_OUTPUT = "/dev/stdout"
 def output_file(name: str) -> str:
     """What an option that names a file to write stands for: ``-`` is standard output."""
     return STANDARD_OUTPUT if name == "-" else name
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help text, where there is one worth showing."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS, False):
-            return action.help
-        return super()._get_help_string(action)
 
 
 def add_settings(

@@ -8,11 +8,11 @@ together.
 
 from fastmask.models.attach import attach, detach, freeze_unmasked, language, set_language
 from fastmask.models.collator import LanguageCollator
+from fastmask.models.counting import summary
 from fastmask.models.editing import add_language, remove_language
 from fastmask.models.exporting import extract, merge
 from fastmask.models.families import Family, Projections, register_family
 from fastmask.models.saving import from_pretrained, save_pretrained
-from fastmask.models.summary import summary
 
 __all__ = [
     "Family",

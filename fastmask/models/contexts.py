@@ -179,10 +179,14 @@ def _runs_generators(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") in _RUNNERS
 
 
-@torch.compiler.disable
 def _is_running(generator: FrameType) -> bool:
     """Whether a generator's frame is on this thread's stack."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not generator:
         frame = frame.f_back
     return frame is generator
+
+
+# What `torch.compiler.disable` does, without loading the compiler for everyone.
+_is_running._torchdynamo_disable = True  # type: ignore[attr-defined]
+_is_running._torchdynamo_disable_msg = None  # type: ignore[attr-defined]

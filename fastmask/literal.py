@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
-__all__ = ["fenced", "is_plain", "markdown_table", "one_line", "printable"]
+__all__ = ["fenced", "is_plain", "markdown_table", "one_line", "printable", "say"]
 
 # They turn the direction of the text that follows, so that it reads as something else.
 _TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -59,3 +60,8 @@ def fenced(text: str) -> list[str]:
     """The lines of a Markdown block of code, whatever backticks the text has."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [fence, printable(text), fence]
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line (to standard output if no file is given) in which names come out as they are."""
+    print(printable(text), file=file)

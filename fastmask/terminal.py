@@ -1,4 +1,4 @@
-"""What the commands print: through a console that takes nothing in a text for markup, emoji or escape codes."""
+"""The tables that commands print: through a console that takes nothing in a text for markup, emoji or escape codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fastmask.literal import printable
 
-__all__ = ["WIDTH", "LiteralConsole", "console_of", "say"]
+__all__ = ["WIDTH", "LiteralConsole", "console_of"]
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -29,8 +29,3 @@ class LiteralConsole(Console):
 def console_of(file: TextIO) -> LiteralConsole:
     """Where tables go: as wide as the terminal, or `WIDTH` columns in a file or a pipe."""
     return LiteralConsole(file=file) if file.isatty() else LiteralConsole(file=file, width=WIDTH)
-
-
-def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line (to standard output if no file is given) in which names come out as they are."""
-    print(printable(text), file=file)

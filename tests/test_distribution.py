@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import fastmask as fm
 from fastmask.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "tensorboard|typology|test"
+EXTRAS = "train|tensorboard|typology|test"
 
 
 def texts():
@@ -76,3 +77,52 @@ def test_one_version(capsys):
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert 'dynamic = ["version"]' in project
     assert not re.search(r"(?m)^version =", project)
+
+
+LIGHT = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] in sys.argv[1].split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
+
+sys.meta_path.insert(0, Blocked())
+import fastmask
+"""
+
+
+def light(code, *blocked):
+    """Run code where some modules are not installed."""
+    return subprocess.run(
+        [sys.executable, "-c", LIGHT + code, " ".join(blocked)], capture_output=True, text=True, check=False
+    )
+
+
+def extra(name):
+    """The modules of an extra's distributions."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(rf"(?ms)^{name} = \[(.*?)^\]", project)
+    assert listed is not None
+    names = re.findall(r'"([\w.-]+)', listed[1])
+    return [{"pillow": "PIL", "ufal.chu-liu-edmonds": "ufal"}.get(name, name) for name in names]
+
+
+def test_the_core_needs_no_extra():
+    """Every name of the package can be had without what only the command needs, and without transformers."""
+    run = light("print([getattr(fastmask, name) for name in fastmask.__all__])", *extra("train"), "transformers")
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_general_help_does_not_wait_for_torch(arguments):
+    """Half a second of nothing before a line of help."""
+    run = light(f"from fastmask.cli import main; main({arguments})", *extra("train"), "torch", "numpy", "transformers")
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_missing_extra_is_named():
+    run = light("from fastmask.cli import main; sys.exit(main(['train', '--out', 'x']))", *extra("train"))
+    assert run.returncode == 1
+    assert "is not installed: the command needs the extra `train`" in run.stderr
+    assert "Traceback" not in run.stderr

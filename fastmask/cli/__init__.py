@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from fastmask.terminal import say
+from fastmask.literal import say
 
 __all__ = ["main"]
 
@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # The options of commands are known where PyTorch is: who asks for help in general does not wait for it.
-    parser = _parser() if arguments and arguments[0] in COMMANDS else _commands()[0]
+    try:
+        parser = _parser() if arguments and arguments[0] in COMMANDS else _commands()[0]
+    except ModuleNotFoundError as error:
+        return _missing(error, arguments[0])
     options = parser.parse_args(arguments)
     options.command_line = shlex.join(["fastmask", *arguments])
     try:
@@ -59,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        return _missing(error, options.command)
     except Exception as error:
         if options.debug:
             raise
@@ -69,6 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
         return 1
     return 0
+
+
+def _missing(error: ModuleNotFoundError, command: str) -> int:
+    if (error.name or "fastmask").startswith("fastmask"):
+        raise error
+    what = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
+    say(f"fastmask {command}: error: {error.name} is not installed: {what}", sys.stderr)
+    return 1
 
 
 def _print_warnings_plainly(command: str) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from fastmask.files import check_writable
-from fastmask.terminal import console_of, say
+from fastmask.literal import say
+from fastmask.terminal import console_of
 from fastmask.training.config import ConfigError
 
 if TYPE_CHECKING:

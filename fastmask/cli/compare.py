@@ -14,7 +14,8 @@ from fastmask.cli.options import given_settings
 from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
 from fastmask.compare.report import print_tables, write_report
 from fastmask.files import check_writable
-from fastmask.terminal import LiteralConsole, console_of, say
+from fastmask.literal import say
+from fastmask.terminal import LiteralConsole, console_of
 
 __all__ = ["run"]
 

@@ -13,7 +13,7 @@ from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import quality_text, round_printer, stream_beside
 from fastmask.files import check_writable
-from fastmask.terminal import say
+from fastmask.literal import say
 from fastmask.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:

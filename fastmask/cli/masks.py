@@ -9,8 +9,9 @@ from rich.table import Table
 
 from fastmask.cli.report import stream_beside
 from fastmask.files import check_writable, read_metadata
+from fastmask.literal import say
 from fastmask.subnetworks import Subnetworks
-from fastmask.terminal import console_of, say
+from fastmask.terminal import console_of
 
 __all__ = ["print_masks", "run"]
 

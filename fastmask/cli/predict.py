@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from fastmask.files import check_writable, descriptor_of
-from fastmask.terminal import say
+from fastmask.literal import say
 
 __all__ = ["run"]
 

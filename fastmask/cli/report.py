@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich.table import Table
 
 from fastmask.cli.options import STANDARD_OUTPUT
-from fastmask.terminal import console_of, say
+from fastmask.literal import say
+from fastmask.terminal import console_of
 
 if TYPE_CHECKING:
     from fastmask.discovery import Quality, Round

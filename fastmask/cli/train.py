@@ -13,7 +13,7 @@ from typing import Any
 from fastmask.cli.options import given_settings
 from fastmask.cli.report import print_scores, print_summary, round_printer, scored
 from fastmask.files import check_writable, write_text
-from fastmask.terminal import say
+from fastmask.literal import say
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import is_attached
+from fastmask.models.entry import plain_class_of
 from fastmask.parsing.batch import Batch
 from fastmask.parsing.biaffine import ArcScorer, LabelScorer
 from fastmask.parsing.encoder import check_fit, load_encoder, load_tokenizer, positions_of, without_progress_bars
@@ -287,7 +288,8 @@ class Parser(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with without_progress_bars():
-            self.encoder.save_pretrained(folder / "encoder")  # type: ignore[operator]
+            plain: Any = plain_class_of(self.encoder)  # a run keeps its masks beside the parser
+            plain.save_pretrained(self.encoder, folder / "encoder")
         own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
         replace_file(folder / "parser.safetensors", partial(save_file, own))
         self.vocabulary.save(folder / "vocabulary.json")

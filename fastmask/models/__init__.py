@@ -6,29 +6,6 @@ what a call says about languages, `entry` takes that from calls, `routing` carri
 together.
 """
 
-from fastmask.models.attach import attach, detach, freeze_unmasked, language, set_language
-from fastmask.models.collator import LanguageCollator
-from fastmask.models.counting import summary
-from fastmask.models.editing import add_language, remove_language
-from fastmask.models.exporting import extract, merge
-from fastmask.models.families import Family, Projections, register_family
-from fastmask.models.saving import from_pretrained, save_pretrained
+from fastmask.models.attach import attach, detach, language
 
-__all__ = [
-    "Family",
-    "LanguageCollator",
-    "Projections",
-    "add_language",
-    "attach",
-    "detach",
-    "extract",
-    "freeze_unmasked",
-    "from_pretrained",
-    "language",
-    "merge",
-    "register_family",
-    "remove_language",
-    "save_pretrained",
-    "set_language",
-    "summary",
-]
+__all__ = ["attach", "detach", "language"]

@@ -175,6 +175,10 @@ class MaskedLinear(nn.Linear):
     @mask.setter
     def mask(self, mask: Mask) -> None:
         self._mask = self._beside_weight(mask)
+        self._follow_mask()
+
+    def _follow_mask(self) -> None:
+        """Make anew what a layer keeps of its mask."""
 
     def _beside_weight(self, mask: Mask) -> Mask:
         weight = self._parameters.get("weight")

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import TypeVar
 
 from torch import nn
@@ -235,7 +236,7 @@ def language(model: nn.Module, name: str | None) -> Iterator[None]:
         yield
 
 
-def set_language(model: nn.Module, name: str | None = ...) -> None:  # type: ignore[assignment]
+def set_language(model: nn.Module, name: str | EllipsisType | None = ...) -> None:
     """Set the standing language of a model: what calls run in that say none; None is the full network.
 
     `fastmask.set_language(model)`, without a name, takes it off. It is of the model and not of a context: every thread

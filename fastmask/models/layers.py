@@ -67,11 +67,9 @@ class AttachedLinear(MaskedLinear):
         if siblings is not None:
             siblings.layers.append(self)
 
-    @MaskedLinear.mask.setter  # type: ignore[attr-defined]
-    def mask(self, mask: Mask) -> None:
-        """Count what lives, once: a tracer cannot, and on a GPU it waits."""
-        MaskedLinear.mask.fset(self, mask)  # type: ignore[attr-defined]
-        self._counts = [] if mask.kind not in ("rows", "columns") else mask.live_counts()
+    def _follow_mask(self) -> None:
+        # What lives is counted here, and not in a pass: a tracer cannot, and on a GPU it would wait.
+        self._counts = self._mask.live_counts() if self._mask.kind in ("rows", "columns") else []
         self._of_parts: list[tuple[Mask, list[int]]] = []
         if self.parts:
             keep = self._mask.to_dense()[:, :, 0].split([size for size, _ in self.parts], 1)

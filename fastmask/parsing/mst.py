@@ -7,6 +7,7 @@ word alone hangs from the root, which Universal Dependencies and the official sc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,9 @@ from ufal.chu_liu_edmonds import chu_liu_edmonds
 __all__ = ["maximum_spanning_trees"]
 
 
-def maximum_spanning_trees(scores: npt.ArrayLike, lengths: Sequence[int] | npt.NDArray) -> list[npt.NDArray[np.int32]]:
+def maximum_spanning_trees(
+    scores: npt.ArrayLike, lengths: Sequence[int] | npt.NDArray[Any]
+) -> list[npt.NDArray[np.int32]]:
     """Return the best tree with one root for every sentence of a batch.
 
     Args:

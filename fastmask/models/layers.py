@@ -69,6 +69,8 @@ class AttachedLinear(MaskedLinear):
 
     def _follow_mask(self) -> None:
         # What lives is counted here, and not in a pass: a tracer cannot, and on a GPU it would wait.
+        if self._mask.live.is_meta:  # moved to where nothing has values: what was counted before holds
+            return
         self._counts = self._mask.live_counts() if self._mask.kind in ("rows", "columns") else []
         self._of_parts: list[tuple[Mask, list[int]]] = []
         if self.parts:

@@ -108,8 +108,8 @@ class LiveAdamW(torch.optim.AdamW):
                 full network. None: those that were announced, or that the gradients came from.
 
         Raises:
-            RuntimeError: a masked layer has a gradient that came from nowhere, and no languages are given; a parameter
-                is a shard of a weight.
+            RuntimeError: a masked layer has a gradient that came from nowhere, or from before a language was removed,
+                and no languages are given; a parameter is a shard of a weight.
             KeyError, ValueError: an unknown name, an id out of range. Nothing has changed then.
         """
         loss = None

@@ -373,6 +373,21 @@ class TestEditing:
         want = first_of(times_masks(fm.detach(model), subnets, 1)(**inputs))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
+    def test_the_standing_language_stays_the_same(self):
+        """Its number is another language's once one before it is gone."""
+        model, subnets, inputs = made()
+        fm.attach(model, subnets)
+        fm.set_language(model, "bb")
+        want = first_of(model(**inputs))
+        with pytest.raises(ValueError, match="'bb' is the standing language"):
+            fm.remove_language(model, "bb")
+        fm.remove_language(model, "aa")
+        assert torch.equal(first_of(model(**inputs)), want)
+        fm.set_language(model, None)
+        want = first_of(model(**inputs))
+        fm.remove_language(model, "bb")
+        assert torch.equal(first_of(model(**inputs)), want)
+
     def test_bad_input(self):
         model, subnets, _ = made()
         fm.attach(model, subnets)

@@ -280,6 +280,29 @@ def test_subnetworks_that_come_go_and_change(bert):
     assert_only_moved(bert, optimizer, -1)
 
 
+@pytest.mark.parametrize("when", ["before the backward pass", "after it", "between two"])
+def test_a_language_that_is_removed_before_the_step(bert, when):
+    """The step would be that of the language which has its number now."""
+    fm.attach(bert, subnets())
+    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    loss = bert_loss(bert, language_ids=torch.ones(2, dtype=torch.int64))
+    if when == "before the backward pass":
+        fm.remove_language(bert, "de")
+    loss.backward()
+    if when != "before the backward pass":
+        fm.add_language(bert, "et", subnets().select(["ko"]))  # the others keep their numbers
+        fm.remove_language(bert, "de")
+    if when == "between two":
+        bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
+    with pytest.raises(RuntimeError, match="a language was removed since"):
+        optimizer.step()
+    optimizer.step(languages="fi")
+    optimizer.zero_grad()
+    bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
+    fm.add_language(bert, "sv", subnets().select(["ko"]))
+    assert_only_moved(bert, optimizer, 0)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("forward", ["masked", "full"])
 @pytest.mark.parametrize("density", [0.75, 0.25], ids=["whole", "compact"])

@@ -79,7 +79,8 @@ def save_pretrained(
         options: as for `model.save_pretrained` of `transformers`.
 
     Raises:
-        ValueError: neither subnetworks nor an extracted model; weights are left out of a model without a name.
+        ValueError: neither subnetworks nor an extracted model; weights are left out of a model without a name, or would
+            be written with adapters between them, which nothing could load.
         OSError: it cannot be written.
     """
     owner: Any = owner_of(model)
@@ -93,6 +94,12 @@ def save_pretrained(
     base, revision = getattr(config, "_name_or_path", "") or None, getattr(config, "_commit_hash", None)
     if not weights and (sizes or base is None):
         raise ValueError("weights=False keeps only masks, for a model that was loaded by name with from_pretrained")
+    adapted = next((name for name, module in owner.named_modules() if "base_layer" in module._modules), None)
+    if weights and adapted is not None and not getattr(owner, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"cannot save weights with an adapter between them ({adapted!r}): merge adapters before attach "
+            "(`merge_and_unload()`), or save them with PEFT and the masks alone (weights=False, or `Subnetworks.save`)"
+        )
     folder, full = Path(folder), masked and attached(owner).router.full_forward
     plain_class = getattr(type(owner), "_plain_class", type(owner))
     if weights:

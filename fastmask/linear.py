@@ -180,6 +180,11 @@ class MaskedLinear(nn.Linear):
     def _follow_mask(self) -> None:
         """Make anew what a layer keeps of its mask."""
 
+    @property
+    def stored_mask(self) -> Mask:
+        """The mask over the weight as it is stored."""
+        return self.mask
+
     def _beside_weight(self, mask: Mask) -> Mask:
         weight = self._parameters.get("weight")
         if weight is None:  # parametrized, or a piece of what FSDP holds, which may not be there at the moment

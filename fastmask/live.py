@@ -21,7 +21,7 @@ from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL, Mask
 
-__all__ = ["INTEGERS", "WHOLE", "Live", "live_of", "masked_parameters"]
+__all__ = ["INTEGERS", "WHOLE", "Live", "live_in", "live_of", "masked_parameters"]
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the bits of a floating-point number are read as, by its bytes."""
@@ -226,6 +226,11 @@ def live_of(mask: Mask, languages: Iterable[int]) -> Live:
     return made[languages]
 
 
+def live_in(layer: MaskedLinear, parameter: Tensor, languages: Iterable[int]) -> Live:
+    """What `languages` own together of a layer's weight, as it is stored, or of its bias; raises as `live_of`."""
+    return live_of(layer.stored_mask if parameter is layer.weight else layer.mask, languages)
+
+
 def _union(mask: Mask, languages: list[int]) -> Live:
     N, K, unit = mask.out_features, mask.in_features, mask.geometry[0]
     if mask.kind == "weights":
@@ -257,12 +262,12 @@ def masked_parameters(model: nn.Module) -> dict[Tensor, MaskedLinear]:
     """The layer of each parameter of the model that has a mask: of weights, and of biases below a row mask.
 
     A parameter that also stands somewhere else in the model (tied weights) may change anywhere: it has no entry, like
-    all others that are not masked. Neither has a weight that is stored transposed (GPT-2's), nor its bias.
+    all others that are not masked.
     """
     places: Counter[Tensor] = Counter(parameter for _, parameter in model.named_parameters(remove_duplicate=False))
     found: dict[Tensor, MaskedLinear] = {}
     for layer in model.modules():
-        if isinstance(layer, MaskedLinear) and not layer.transposed:
+        if isinstance(layer, MaskedLinear):
             for parameter in (layer.weight, layer.bias if layer.mask.kind == "rows" else None):
                 if parameter is not None and places[parameter] == 1:
                     found[parameter] = layer

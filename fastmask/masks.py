@@ -197,6 +197,13 @@ class Mask:
         shape = (len(ids), first.out_features, first.in_features)
         return cls(first.kind, shape, geometry, live, torch.cat(index).index_select(0, rows), extents)
 
+    def transposed(self) -> Mask:
+        """The same of the transposed weight, [K, N]; not of blocks."""
+        keep = self.to_dense().transpose(1, 2)
+        if self.kind == "rows":
+            return Mask.columns(keep[:, 0], self.in_features)
+        return Mask.rows(keep[:, :, 0], self.out_features) if self.kind == "columns" else Mask.weights(keep)
+
     def replaced(self, language: int, keep: Tensor) -> Mask:
         """A new mask in which one language owns something else; what the others own is as it was.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmask.deltas import adding
 from fastmask.deltas.part import Part, digest_of
-from fastmask.live import Live, live_of, masked_parameters
+from fastmask.live import Live, live_in, masked_parameters
 from fastmask.models.attach import attached, owner_of
 
 __all__ = ["Change", "Delta"]
@@ -102,8 +102,8 @@ class Delta:
             if layer is None:
                 _check_unchanged(name, old, after, None, language)
                 continue
-            live = live_of(layer.mask, [own])
-            _check_unchanged(name, old, after, live_of(layer.mask, [own, *others]), language)
+            live = live_in(layer, parameter, [own])
+            _check_unchanged(name, old, after, live_in(layer, parameter, [own, *others]), language)
             if live.share:
                 try:
                     parts[name] = Part.between(old, after, live)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from fastmask.models.attach import attached, owner_of
 from fastmask.models.layers import AttachedLinear
 from fastmask.torch_path.activations import NONE, activate
 
-__all__ = ["Probe", "frozen", "gate_gradients", "gated", "probes_of"]
+__all__ = ["Gate", "Probe", "frozen", "gate_gradients", "gated", "probes_of"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,16 @@ def probes_of(model: nn.Module) -> list[Probe]:
     return [found[name] for name, _ in owner.named_modules() if name in found]
 
 
-Gates = list[tuple[int, Tensor]]
-"""Gates [B, units], each with the number of its probe, in the order in which a forward pass got there."""
+class Gate(NamedTuple):
+    """The gates of one probe in one pass: [B, units], or [B, slots] where the live units travel packed."""
+
+    number: int  # of the probe
+    values: Tensor
+    packed: bool
+
+
+Gates = list[Gate]
+"""In the order in which a forward pass got there."""
 
 
 class _Gate(torch.autograd.Function):
@@ -92,16 +100,20 @@ def _scaled(x: Tensor, gates: Tensor, unit: int) -> Tensor:
 
 
 @contextmanager
-def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> Iterator[Gates]:
-    """Gate the input of every consumer; yields the list that each forward pass fills with its gates [B, units].
+def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> Iterator[Gates]:
+    """Gate the input of every consumer; yields the list that each forward pass fills with its gates.
 
-    Each stands there with the number of its probe: a model calls its modules in an order of its own.
+    Each stands there with the number of its probe: a model calls its modules in an order of its own. One that it calls
+    several times in a pass (ALBERT's layers are one) has the same gates each time.
 
     Args:
-        probes: of `probes_of`.
+        model: with subnetworks attached.
+        probes: of `probes_of` the model.
         values: the gates of each probe, bool or float [units]; None opens all gates of whatever arrives.
     """
     gates: Gates = []
+    router = attached(model).router
+    last: dict[int, tuple[Any, Gate]] = {}  # of each probe, and the pass that it is of
     activations = {probe.consumer: probe.consumer.activation for probe in probes}
 
     def hook(
@@ -112,11 +124,17 @@ def gated(probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> It
             x = activate(inputs[0], activations[probe.consumer])
             dtype = torch.promote_types(x.dtype, torch.float32)
             shape = (x.shape[0], x.shape[-1] // probe.unit)
-            own = torch.ones(shape, dtype=dtype, device=x.device)
-            if value is not None:
-                own *= value.to(x.device)
-            gates.append((number, own.requires_grad_()))
-            return (_Gate.apply(x, own, probe.unit, value is None), *inputs[1:])
+            here = router.running.route
+            before, there = last.get(number, (None, None))
+            if here is None or before is not here or there is None or there.values.shape != shape:
+                own = torch.ones(shape, dtype=dtype, device=x.device)
+                if value is not None:
+                    own *= value.to(x.device)
+                packed = probe.consumer.packs_in(probe.consumer.router.current())
+                there = Gate(number, own.requires_grad_(), packed)
+                last[number] = here, there
+                gates.append(there)
+            return (_Gate.apply(x, there.values, probe.unit, value is None), *inputs[1:])
 
         return gate
 
@@ -149,9 +167,9 @@ def gate_gradients(losses: Tensor, gates: Gates, probes: Sequence[Probe]) -> tup
     """
     if losses.ndim != 1:
         raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
-    if sorted(number for number, _ in gates) != list(range(len(probes))):
+    if sorted(gate.number for gate in gates) != list(range(len(probes))):
         raise ValueError(f"loss(batch) must run the model once, it ran it {len(gates) / len(probes):g} times")
-    of_probes = [gate for _, gate in sorted(gates, key=lambda numbered: numbered[0])]
+    of_probes = [gate.values for gate in sorted(gates, key=lambda gate: gate.number)]
     if of_probes[0].shape[0] != losses.shape[0]:
         raise ValueError(f"loss(batch) gave {losses.shape[0]} losses, its model {of_probes[0].shape[0]} examples")
     return torch.autograd.grad(losses.sum(), of_probes)

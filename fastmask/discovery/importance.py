@@ -54,17 +54,19 @@ def importance(
     if not probes:
         raise ValueError("importance needs subnetworks over heads or neurons; these have only weights")
 
-    totals = [torch.zeros(0)] * len(probes)
+    lives = [getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu() for probe in probes]
+    totals = [torch.zeros(len(live), dtype=torch.float64) for live in lives]
     sentences = 0
-    with frozen(model), language(model, language_name), gated(probes) as gates, torch.enable_grad():
+    with frozen(model), language(model, language_name), gated(model, probes) as gates, torch.enable_grad():
         for batch in batches:
             gates.clear()
             losses = loss(batch)
             grads = gate_gradients(losses, gates, probes)
             sentences += losses.shape[0]
-            for i, grad in enumerate(grads):
-                summed = grad.abs().sum(0).cpu()
-                totals[i] = summed if totals[i].numel() == 0 else totals[i] + summed
+            for gate, live, total in zip(sorted(gates, key=lambda gate: gate.number), lives, totals, strict=True):
+                summed = grads[gate.number].abs().sum(0).cpu()
+                # Slot j of a packed activation is the j-th live unit; slots behind them belong to no unit.
+                total += summed[: len(live)] if gate.packed else summed[live]
     if not sentences:
         raise ValueError(f"no batch to score the units of {language_name!r} on")
 
@@ -72,9 +74,7 @@ def importance(
         kind: torch.zeros(keep.shape[1:]) if keep is not None else None
         for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons))
     }
-    for probe, total in zip(probes, totals, strict=True):
-        live = getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu()
-        # Slot j of a packed activation is the j-th live unit; slots behind them belong to no unit.
-        mean = (total[: len(live)] if probe.consumer.packs else total[live]).float() / sentences
+    for probe, live, total in zip(probes, lives, totals, strict=True):
+        mean = total.float() / sentences
         scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)  # type: ignore[index]
     return Importance(scores["heads"], scores["neurons"])

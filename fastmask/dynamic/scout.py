@@ -65,7 +65,7 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
         frozen(model),
         language(model, language_name),
         _all_units_computed(model),
-        gated(probes, values) as gates,
+        gated(model, probes, values) as gates,
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),  # a compiled model would be compiled again for the gates
     ):

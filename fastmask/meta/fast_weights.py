@@ -17,7 +17,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from fastmask.live import WHOLE, Live, live_of, masked_parameters
+from fastmask.live import WHOLE, Live, live_in, masked_parameters
 
 __all__ = ["FastWeights"]
 
@@ -35,7 +35,7 @@ class FastWeights:
 
     def __init__(self, model: nn.Module, rates: Mapping[Tensor, float], language: int) -> None:
         self.model, self.rates = model, rates
-        self._live = {p: live_of(layer.mask, (language,)) for p, layer in masked_parameters(model).items()}
+        self._live = {p: live_in(layer, p, (language,)) for p, layer in masked_parameters(model).items()}
         self._backups: dict[Tensor, _Backup] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         self._kept = False

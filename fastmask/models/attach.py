@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastmask.linear import checked_forward
 from fastmask.live import masked_parameters
@@ -197,13 +197,15 @@ def freeze_unmasked(model: Model) -> Model:
     """Let only what masks touch learn: every parameter without a mask gets `requires_grad=False`; returns the model.
 
     Masks touch the weights of masked layers, and their biases below row masks (of query, key, value and the first
-    projection of an FFN). Call it on the whole model, before the optimiser is made; a head that is to be trained for
-    the task gets its `requires_grad_()` back afterwards.
+    projection of an FFN), and all of an adapter that they are put around. Call it on the whole model, before the
+    optimiser is made; a head that is to be trained for the task gets its `requires_grad_()` back afterwards.
 
     Raises:
         ValueError: nothing in the model has a mask.
     """
-    masked = masked_parameters(model)
+    masked: set[Tensor] = set(masked_parameters(model))
+    if (state := _state_of(owner_of(model))) is not None:
+        masked.update(*(owner_of(model).get_submodule(name).parameters() for name in state.around))
     if not masked:
         raise ValueError(f"nothing in this {type(model).__name__} has a mask: call fastmask.attach first")
     for parameter in model.parameters():

@@ -99,12 +99,17 @@ def remove_language(model: nn.Module, name: str) -> None:
 
     Raises:
         KeyError: not a language of the attached subnetworks.
-        ValueError: it is the only one (see `detach`).
+        ValueError: it is the only one (see `detach`), or the standing one (`set_language`); called inside
+            `fastmask.language`.
     """
     state = attached(model)
     gone = state.subnets.index(name)
     if state.router.default.get() is not None:
         raise ValueError("cannot remove a language inside `with fastmask.language(...)`: ids of others would change")
+    if state.router.standing == gone:
+        raise ValueError(
+            f"{name!r} is the standing language: set another one, or fastmask.set_language(model) for none, before"
+        )
     rest = [language for language in state.subnets.languages if language != name]
     if not rest:
         raise ValueError(f"{name!r} is the only language: fastmask.detach(model) takes the subnetworks off")

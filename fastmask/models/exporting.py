@@ -73,7 +73,7 @@ def extract(model: nn.Module, language: str) -> Any:
     """
     state = attached(model)
     row, small = state.subnets.index(language), merge(model, language)
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, tuple[int, int]] = dict(getattr(small, SIZES, {}))  # of a model that was extracted before
     for kind in ("heads", "neurons"):
         keeps = getattr(state.subnets, kind)
         for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
@@ -163,12 +163,15 @@ def _ordinary(small: Any, live: dict[str, tuple[int, int] | None]) -> Any:
             given = {name: tensor.shape for name, tensor in type(small)(config).state_dict().items()}
         if given != wanted:
             return None
-        model = type(small)(config)
+        with torch.random.fork_rng(devices=[]):  # what it draws is replaced
+            model = type(small)(config)
     except Exception:  # a config that its model refuses
         return None
     first = next(small.parameters())
     model.load_state_dict(small.state_dict(), assign=True)
     model.tie_weights()
+    if (generation := getattr(small, "generation_config", None)) is not None:
+        model.generation_config = generation
     for own, other in zip(model.parameters(), small.parameters(), strict=True):
         own.requires_grad_(other.requires_grad)
     return model.to(first.device).train(small.training)

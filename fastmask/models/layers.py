@@ -139,6 +139,7 @@ class AttachedConv1D(AttachedLinear):
     """An `AttachedLinear` in the place of GPT-2's `Conv1D`, whose weight is stored transposed, [in, out]."""
 
     transposed = True
+    _stored: tuple[Mask, Mask] | None = None  # a mask, and the same over [in, out]
 
     @classmethod
     def from_linear(cls, linear: nn.Module, mask: Mask, **options: Any) -> AttachedConv1D:
@@ -153,6 +154,14 @@ class AttachedConv1D(AttachedLinear):
         """The weight as [out, in]."""
         # The kernels read rows that lie together.
         return self.weight.t().contiguous() if self.weight.is_cuda else self.weight.t()
+
+    @property
+    def stored_mask(self) -> Mask:
+        """The mask over [in, out]: of rows one over columns, and the other way round."""
+        mask = self.mask
+        if self._stored is None or self._stored[0] is not mask:
+            self._stored = mask, mask.transposed()
+        return self._stored[1]
 
 
 @dataclass

@@ -232,7 +232,9 @@ class Router:
         self.running = _Running()
 
     def rename(self, languages: tuple[str, ...]) -> None:
-        """Go on with other languages; blocks of `fastmask.language` that are open keep their ids."""
+        """Go on with other languages, the same one standing; open blocks of `fastmask.language` keep their ids."""
+        if self.standing is not None and self.standing >= 0:
+            self.standing = languages.index(self.languages[self.standing])
         self.languages = self.default.names = languages
 
     def __reduce__(self) -> tuple[Any, ...]:

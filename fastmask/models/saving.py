@@ -38,12 +38,13 @@ class About(Record):
     """What `fastmask.json` says of a folder.
 
     Attributes:
-        kind: a model with subnetworks, or one that was extracted (then `sizes` are those of its linear layers).
+        kind: a model with subnetworks, or one without, that was extracted.
         model_class: of `transformers`.
         forward: as for `attach`.
         base, revision: the model that it came from, as `transformers` knows it.
         files: SHA-256 of the masks and the weights.
         weights: whether they are here, or those of `base`.
+        sizes: of the linear layers of an extracted model, which may have subnetworks of its own.
     """
 
     version: Literal[1] = 1
@@ -78,12 +79,14 @@ def save_pretrained(
         options: as for `model.save_pretrained` of `transformers`.
 
     Raises:
-        ValueError: neither subnetworks nor an extracted model; weights are left out of a model without a name.
+        ValueError: neither subnetworks nor an extracted model; weights are left out of a model without a name, or would
+            be written with adapters between them, which nothing could load.
         OSError: it cannot be written.
     """
     owner: Any = owner_of(model)
     sizes = getattr(owner, SIZES, {})
-    if not is_attached(owner) and not sizes:
+    masked = is_attached(owner)
+    if not masked and not sizes:
         raise ValueError(f"this {type(owner).__name__} has no subnetworks attached: model.save_pretrained saves it")
     config = getattr(owner, "config", None)
     if config is None or not hasattr(owner, "save_pretrained"):
@@ -91,19 +94,25 @@ def save_pretrained(
     base, revision = getattr(config, "_name_or_path", "") or None, getattr(config, "_commit_hash", None)
     if not weights and (sizes or base is None):
         raise ValueError("weights=False keeps only masks, for a model that was loaded by name with from_pretrained")
-    folder, full = Path(folder), not sizes and attached(owner).router.full_forward
+    adapted = next((name for name, module in owner.named_modules() if "base_layer" in module._modules), None)
+    if weights and adapted is not None and not getattr(owner, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"cannot save weights with an adapter between them ({adapted!r}): merge adapters before attach "
+            "(`merge_and_unload()`), or save them with PEFT and the masks alone (weights=False, or `Subnetworks.save`)"
+        )
+    folder, full = Path(folder), masked and attached(owner).router.full_forward
     plain_class = getattr(type(owner), "_plain_class", type(owner))
     if weights:
         state = dict(options.pop("state_dict", None) or owner.state_dict())
-        if not sizes and not full:
+        if masked and not full:
             state[UNLOADED] = torch.zeros(1)
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
         folder.mkdir(parents=True, exist_ok=True)
-        kind: Any = "extracted" if sizes else "subnetworks"
-        if not sizes:
+        kind: Any = "subnetworks" if masked else "extracted"
+        if masked:
             attached(owner).subnets.save(folder / MASKS, metadata)
-        files = [folder / MASKS] if not sizes else []
+        files = [folder / MASKS] if masked else []
         files += sorted(folder.glob("*.safetensors")) if weights else []
         about = About(
             kind=kind,
@@ -154,9 +163,7 @@ def from_pretrained(
         if model_class is None:
             raise FileError(folder / ABOUT, f"names {about.model_class!r}, which is no model of this transformers")
     if about.kind == "extracted":
-        model = _loaded(model_class, folder, about, options)
-        setattr(model, SIZES, dict(about.sizes))
-        return model
+        return _loaded(model_class, folder, about, options)
     subnets = Subnetworks.load(folder / MASKS)
     if about.weights:
         model = _loaded(model_class, folder, about, options)
@@ -182,6 +189,8 @@ def _loaded(model_class: Any, folder: Path, about: About, options: dict[str, Any
     knowing: Any = type(model_class.__name__, (model_class,), space)
     model = knowing.from_pretrained(folder, **options)
     model.__class__ = model_class
+    if about.sizes:
+        setattr(model, SIZES, dict(about.sizes))
     return model
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
-from fastmask.live import WHOLE, Live, live_of, masked_parameters
+from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.masks import FULL, Mask
 from fastmask.models.attach import attached
 from fastmask.optim.arrivals import Arrivals
@@ -108,8 +108,8 @@ class LiveAdamW(torch.optim.AdamW):
                 full network. None: those that were announced, or that the gradients came from.
 
         Raises:
-            RuntimeError: a masked layer has a gradient that came from nowhere, and no languages are given; a parameter
-                is a shard of a weight.
+            RuntimeError: a masked layer has a gradient that came from nowhere, or from before a language was removed,
+                and no languages are given; a parameter is a shard of a weight.
             KeyError, ValueError: an unknown name, an id out of range. Nothing has changed then.
         """
         loss = None
@@ -161,7 +161,7 @@ class LiveAdamW(torch.optim.AdamW):
         if not state:
             state["step"] = torch.zeros((), device=_step_device(parameter))
             layer = self._masked.get(parameter)
-            owned = WHOLE if layer is None else live_of(layer.mask, range(layer.mask.n_languages))
+            owned = WHOLE if layer is None else live_in(layer, parameter, range(layer.mask.n_languages))
             state["exp_avg"], state["exp_avg_sq"] = (self._compact.begin(parameter, owned) for _ in range(2))
         return state
 
@@ -184,7 +184,7 @@ class LiveAdamW(torch.optim.AdamW):
         ids = self._of_all_processes(self._arrived() if ids is None else ids)
         masks = [layer.mask for layer in self._layers]
         if self._live_for[:2] != (ids, masks):
-            self._live_for = (ids, masks, {p: live_of(layer.mask, ids) for p, layer in self._masked.items()})
+            self._live_for = (ids, masks, {p: live_in(layer, p, ids) for p, layer in self._masked.items()})
             self._views.clear()
         return self._live_for[2]
 

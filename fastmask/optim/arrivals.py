@@ -50,8 +50,17 @@ class Arrivals:
                 self._hooked[carrier] = True
 
     def languages(self, layer: MaskedLinear) -> set[int]:
-        """Ids of the languages in the gradients of a layer; empty where nothing is known."""
-        note = self._notes[layer]
+        """Ids of the languages in the gradients of a layer; empty where nothing is known.
+
+        Raises:
+            RuntimeError: ids have become those of other languages since.
+        """
+        note, now = self._notes[layer], _names(layer)
+        if any(then != now[: len(then)] for then in note.names):
+            raise RuntimeError(
+                "a language was removed since the gradients came, and ids are those of others now: set them to zero, "
+                "or call step(languages=...)"
+            )
         note.arrived.update(*(ids.tolist() for ids in note.unread))
         note.unread = []
         return note.arrived
@@ -68,22 +77,23 @@ class _Note:
     def __init__(self) -> None:
         self.arrived: set[int] = set()
         self.unread: list[Tensor] = []  # ids on a GPU that have arrived, too
-        self._pending: list[Ids] = []
+        self.names: set[tuple[str, ...]] = set()  # of all languages, when those ids were given
+        self._pending: list[tuple[Ids, tuple[str, ...]]] = []
         self._pass = -1  # which backward pass the pending ones are of
         self._begins = True
 
     def forget(self) -> None:
-        self.arrived, self.unread = set(), []
+        self.arrived, self.unread, self.names = set(), [], set()
 
     def passed_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad and not torch.compiler.is_compiling():
-            output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs)))
+            output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs), _names(layer)))
 
-    def _passed_backward(self, ids: Ids, _: Tensor) -> None:
+    def _passed_backward(self, ids: Ids, names: tuple[str, ...], _: Tensor) -> None:
         current = torch._C._current_graph_task_id()
         if current != self._pass:
             self._pass, self._pending = current, []
-        self._pending.append(ids)
+        self._pending.append((ids, names))
 
     def gradient_is_coming(self, layer: weakref.ref[MaskedLinear], _: Tensor) -> None:
         there = layer()
@@ -94,7 +104,8 @@ class _Note:
         if self._begins:
             self.forget()
         if self._pass == torch._C._current_graph_task_id():
-            for ids in self._pending:
+            for ids, names in self._pending:
+                self.names.add(names)
                 if isinstance(ids, Tensor):
                     self.unread.append(ids)
                 else:
@@ -105,6 +116,10 @@ class _Note:
 def _carrier(layer: nn.Module) -> Tensor | None:
     """The parameter whose gradient tells for the layer: the weight, or the bias where only that is trained."""
     return next((p for p in (layer.weight, layer.bias) if isinstance(p, Tensor) and p.requires_grad), None)
+
+
+def _names(layer: nn.Module) -> tuple[str, ...]:
+    return layer.router.languages if isinstance(layer, AttachedLinear) else ()
 
 
 def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:

@@ -6,10 +6,18 @@ import copy
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    BertConfig,
+    BertModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
+)
 
 import fastmask as fm
 from fastmask.discovery import Quality, importance, measure
+from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 
 LAYERS, HEADS, FFN = 2, 4, 12
@@ -239,3 +247,50 @@ def test_bad_options(model, options, error, message):
     with pytest.raises(error, match=message):
         fm.discover(model, arguments.pop("batches"), loss_of(model), arguments.pop("metric"), **arguments)
     assert type(model).__module__.startswith("transformers.")
+
+
+def albert():
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_size": 16, "intermediate_size": 12, "num_attention_heads": 4}
+    return AlbertForMaskedLM(AlbertConfig(vocab_size=30, num_hidden_layers=3, **sizes)).double().eval()
+
+
+def mbart():
+    torch.manual_seed(0)
+    config = MBartConfig(vocab_size=30, d_model=16, max_position_embeddings=16)
+    for side in ("encoder", "decoder"):
+        for name, size in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 12)):
+            setattr(config, f"{side}_{name}", size)
+    return MBartForConditionalGeneration(config).double().eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("make", "options"), [(albert, {}), (mbart, {"use_cache": True}), (mbart, {})], ids=["shared", "slots", "packed"]
+)
+def test_scores_of_layers_that_are_shared_and_of_units_in_their_slots(make, options):
+    """A layer that runs several times in a pass would be refused; units that a cache keeps apart, taken for others.
+
+    A gate multiplies what a unit hands on, so its derivative is that of the weights behind the unit, times these.
+    """
+    model = make()
+    subnets = fm.Subnetworks.random(model, ["a", "b"], 0.5, seed=1, units="both")
+    tokens = torch.randint(5, 30, (3, 6), generator=torch.Generator().manual_seed(2))
+    structure, wanted = structure_of(model), {"heads": [], "neurons": []}
+    plain = fm.merge(fm.attach(copy.deepcopy(model), subnets), "b")
+    for kind, layers in wanted.items():
+        for group in structure.groups(kind):
+            weight = plain.get_submodule(group.columns[0]).weight
+            scores = torch.zeros(group.units, dtype=torch.float64)
+            for row in range(3):
+                (dw,) = torch.autograd.grad(plain(tokens[row : row + 1]).logits.square().mean(), weight)
+                scores += (dw * weight).sum(0).view(group.units, -1).sum(1).abs().detach()
+            layers.append(scores / scores.norm())
+    fm.attach(model, subnets)
+    found = importance(model, [0], lambda _: model(tokens, **options).logits.square().mean((1, 2)), "b")
+    torch.testing.assert_close(found.heads.double(), torch.stack(wanted["heads"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.neurons.double(), torch.stack(wanted["neurons"]), rtol=1e-5, atol=1e-6)
+    dynamic = fm.DynamicSubnetworks(model, every=1)
+    dynamic.scout("b", 0, lambda _: model(tokens, **options).logits.square().mean((1, 2)))
+    with pytest.raises(ValueError, match="it ran it 2 times"):
+        dynamic.scout("b", 0, lambda _: (model(tokens).logits + model(tokens).logits).square().mean((1, 2)))

@@ -186,3 +186,18 @@ def test_masks_under_an_adapter_by_name():
         layer.weight = nn.Parameter(base.get_submodule(f"{QUERY}.base_layer").weight.detach() * keep[language])
         wanted = reference(**batch(2)).logits[position]
         assert_equal(run(wrapped, [2, 0])[position], wanted)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_freezing_and_saving_with_masks_around_adapters(tmp_path):
+    """Adapters would be frozen with what no mask touches; and saved under names that plain loading leaves out."""
+    wrapped = with_lora(tiny("bert", "tokens"), "query")
+    model = wrapped.get_base_model()
+    fm.freeze_unmasked(fm.attach(model, subnetworks(model, "heads")))
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad and "query" in name} == {
+        "default"
+    }
+    assert not model.classifier.weight.requires_grad
+    with pytest.raises(ValueError, match=r"cannot save weights with an adapter between them .*0.attention.self.query"):
+        fm.save_pretrained(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -334,6 +334,36 @@ class TestExtract:
         assert (small.config.num_key_value_heads, small.config.num_attention_heads) == (1, 2)
         assert small.config.intermediate_size == 12
 
+    def test_an_ordinary_model_generates_as_before(self):
+        """How a model generates is in no config of sizes; and random numbers go on as if nothing was."""
+        model, subnets, _ = made(("llama", "LlamaForCausalLM"))
+        model.generation_config.suppress_tokens, model.generation_config.max_new_tokens = [5, 6], 3
+        fm.attach(model, subnets)
+        state = torch.get_rng_state()
+        small = fm.extract(model, "aa")
+        assert torch.equal(torch.get_rng_state(), state)
+        assert small.generation_config == model.generation_config
+        assert small.generation_config is not model.generation_config
+
+    @pytest.mark.parametrize("forward", ["masked", "full"])
+    def test_subnetworks_of_an_extracted_model(self, forward, tmp_path):
+        """They would not be saved, or the sizes that its layers have would not."""
+        model, subnets, inputs = made()
+        small = fm.extract(fm.attach(model, subnets), "aa")
+        assert hasattr(small, "_fastmask_sizes")
+        others = fm.Subnetworks.random(small, ["u", "v"], 0.5, seed=0, units="neurons")
+        fm.attach(small, others, forward)
+        fm.save_pretrained(small, tmp_path / "attached")
+        again = fm.from_pretrained(tmp_path / "attached").eval()
+        assert attached(again).subnets == others
+        ids = torch.tensor([0, 1, -1])
+        assert torch.equal(first_of(again(**inputs, language_ids=ids)), first_of(small(**inputs, language_ids=ids)))
+        if forward == "masked":
+            fm.save_pretrained(smaller := fm.extract(again, "v"), tmp_path / "smaller")
+            found = fm.from_pretrained(tmp_path / "smaller").eval()
+            assert torch.equal(first_of(found(**inputs)), first_of(smaller(**inputs)))
+            torch.testing.assert_close(first_of(found(**inputs)), first_of(small(**inputs, language="v")))
+
     def test_layers_of_other_sizes_and_none(self):
         """Layers keep unequally many units, one of them none."""
         model, subnets, inputs = made()
@@ -372,6 +402,21 @@ class TestEditing:
             got = first_of(model(**inputs))
         want = first_of(times_masks(fm.detach(model), subnets, 1)(**inputs))
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+    def test_the_standing_language_stays_the_same(self):
+        """Its number is another language's once one before it is gone."""
+        model, subnets, inputs = made()
+        fm.attach(model, subnets)
+        fm.set_language(model, "bb")
+        want = first_of(model(**inputs))
+        with pytest.raises(ValueError, match="'bb' is the standing language"):
+            fm.remove_language(model, "bb")
+        fm.remove_language(model, "aa")
+        assert torch.equal(first_of(model(**inputs)), want)
+        fm.set_language(model, None)
+        want = first_of(model(**inputs))
+        fm.remove_language(model, "bb")
+        assert torch.equal(first_of(model(**inputs)), want)
 
     def test_bad_input(self):
         model, subnets, _ = made()

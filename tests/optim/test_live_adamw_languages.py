@@ -10,7 +10,7 @@ import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
 from literal_adamw import Net, live_flags, random_gradients
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertConfig, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 import fastmask as fm
 from fastmask.meta import Task
@@ -278,6 +278,62 @@ def test_subnetworks_that_come_go_and_change(bert):
     optimizer.zero_grad()
     bert_loss(bert).backward()
     assert_only_moved(bert, optimizer, -1)
+
+
+@pytest.mark.parametrize("when", ["before the backward pass", "after it", "between two"])
+def test_a_language_that_is_removed_before_the_step(bert, when):
+    """The step would be that of the language which has its number now."""
+    fm.attach(bert, subnets())
+    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    loss = bert_loss(bert, language_ids=torch.ones(2, dtype=torch.int64))
+    if when == "before the backward pass":
+        fm.remove_language(bert, "de")
+    loss.backward()
+    if when != "before the backward pass":
+        fm.add_language(bert, "et", subnets().select(["ko"]))  # the others keep their numbers
+        fm.remove_language(bert, "de")
+    if when == "between two":
+        bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
+    with pytest.raises(RuntimeError, match="a language was removed since"):
+        optimizer.step()
+    optimizer.step(languages="fi")
+    optimizer.zero_grad()
+    bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
+    fm.add_language(bert, "sv", subnets().select(["ko"]))
+    assert_only_moved(bert, optimizer, 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("forward", ["masked", "full"])
+@pytest.mark.parametrize("density", [0.75, 0.25], ids=["whole", "compact"])
+def test_weights_that_are_stored_transposed(forward, density):
+    """GPT-2's weights would move as a whole, be frozen with what no mask touches, and have no delta."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=16, n_head=4, n_layer=2, n_inner=24, vocab_size=30, n_positions=16)
+    base = GPT2LMHeadModel(config).double().eval()
+    model, masks = copy.deepcopy(base), fm.Subnetworks.random(base, ["de", "fi", "ko"], density, seed=0, units="both")
+    fm.freeze_unmasked(fm.attach(model, masks, forward))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * (4 + 2)  # all weights, and the biases of c_attn and c_fc
+    optimizer = fm.LiveAdamW(trained.values(), lr=1e-2, model=model)
+    tokens = torch.randint(30, (2, 8), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        with fm.language(model, "fi"):
+            model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = [module for module in model.modules() if isinstance(module, fm.MaskedLinear)]
+    for layer in layers:
+        keep = layer.mask.to_dense()[1]
+        for p, own in ((layer.weight, keep.t()), (layer.bias, keep[:, 0])):
+            if name := next((name for name, other in trained.items() if other is p), None):
+                moved = p != base.get_parameter(name)
+                assert not moved[~own].any()
+                assert moved[own].double().mean() > 0.9
+    fm.Delta.of(model, base, "fi").add(base)
+    assert all(torch.equal(p, base.get_parameter(name)) for name, p in model.named_parameters())
+    states = [state["exp_avg"].numel() for state in optimizer.state.values()]
+    assert (sum(states) < sum(p.numel() for p in trained.values())) == (density == 0.25)
 
 
 def test_scouts_and_episodes(bert):

@@ -77,7 +77,7 @@ def mask_bytes(decoder: Decoder) -> dict[str, dict[str, float]]:
     subnets = fm.Subnetworks.random(model.config, decoder.names(), decoder.density, seed=0, units="both")
     assert subnets.heads is not None
     assert subnets.neurons is not None
-    fm.attach(model, subnets)
+    fm.attach(model, subnets, verify=False)  # there is nothing to run on the meta device
     masks = [layer.mask for layer in model.modules() if isinstance(layer, fm.MaskedLinear)]
     attached = sum(mask.nbytes for mask in masks)
     booleans = subnets.heads.numel() + subnets.neurons.numel()

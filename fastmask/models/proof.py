@@ -80,7 +80,7 @@ def try_layers(model: nn.Module, structure: Structure, kinds: tuple[str, ...], e
     key = _key(model, structure, kinds) if example is None else None
     if key is not None and key in _known:
         return _known[key]
-    with _undisturbed(model):
+    with _undisturbed(model), _without_zeros(model, groups):
         found = _tried(model, structure, groups, list(places), kinds, example)
     if key is not None:
         _known[key] = found
@@ -169,12 +169,13 @@ def _short(error: Exception) -> str:
 
 
 def _key(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> str | None:
-    """What a result holds for: one class of models with one config."""
+    """What a result holds for: one class of models with one config, and modules that nobody has exchanged."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
     first = next(iter(model.parameters()))
     about = [type(model).__module__, type(model).__qualname__, kinds, str(first.dtype), first.device.type]
+    about += [(kind.__module__, kind.__qualname__) for kind in map(type, model.modules())]
     try:
         settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
     except TypeError:
@@ -194,6 +195,22 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def _without_zeros(model: nn.Module, groups: list[UnitGroup]) -> Iterator[None]:
+    """Other weights where all are zero, as some begin with, which would let anything pass; put back afterwards."""
+    names = dict.fromkeys(name for group in groups for name in (*group.rows, group.columns[0]))
+    modules: list[Any] = [model.get_submodule(name) for name in names]
+    zero = [module.weight for module in modules if not is_wrapped(module) and not module.weight.any()]
+    data = [weight.data for weight in zero]
+    try:
+        for weight in zero:
+            weight.data = torch.randn_like(weight) / weight.shape[1] ** 0.5
+        yield
+    finally:
+        for weight, own in zip(zero, data, strict=True):
+            weight.data = own
 
 
 # ---- the masks and the runs

@@ -198,7 +198,7 @@ class TestOwnFamily:
                 block.inner.weight.data *= subnets.neurons[language, index].double()[:, None]
                 block.inner.bias.data *= subnets.neurons[language, index].double()
             want.append(plain(ids[row : row + 1])[0])
-        with pytest.warns(UserWarning, match="no tiny batch could be run"):
+        with pytest.warns(UserWarning, match="no tiny batch could be run.*Whether results are right was not tried"):
             fm.attach(copy.deepcopy(model), subnets, family=OWN, example={"x": ids})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -291,7 +291,7 @@ class TestProof:
         """On the meta device nothing can be tried: what is not known to work is not packed."""
         with torch.device("meta"):
             model = type(tiny("bert"))(tiny("bert").config)
-        with pytest.warns(UserWarning, match="has no weights yet"):
+        with pytest.warns(UserWarning, match="has no weights yet.*Whether results are right was not tried"):
             fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1))
 
     def test_inputs_of_cross_attention_are_not_computed_twice(self):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import EllipsisType
@@ -115,7 +115,7 @@ def attach(
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
     unpacked = {**found.unpacked, **_wrapped(model, structure, kinds)}
     if not full_forward:
-        _say(model, unpacked)
+        _say(model, unpacked, found.untried)
     of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
     masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
@@ -151,11 +151,12 @@ def _wrapped(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> 
     return found
 
 
-def _say(model: nn.Module, unpacked: Mapping[str, str]) -> None:
+def _say(model: nn.Module, unpacked: Mapping[str, str], untried: Collection[str]) -> None:
     for place, why in unpacked.items():
         between = "attention" if place.startswith("heads") else "what lies between the projections"
+        right = "Whether results are right was not tried" if place in untried else "Results are right"
         warnings.warn(
-            f"{type(model).__name__}: the {place} are not packed ({why}). Results are right, dead units are not "
+            f"{type(model).__name__}: the {place} are not packed ({why}). {right}, dead units are not "
             f"computed by the projections, and {between} costs what it does in the full network",
             stacklevel=3,
         )

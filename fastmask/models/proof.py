@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +41,17 @@ class Found:
     Attributes:
         unpacked: where units cannot be packed, and why not.
         apart: where the projections do not read the same input, so that there is nothing to compute together.
+        untried: where nothing was shown, not even that unpacked units are right.
     """
 
     unpacked: Mapping[str, str]
     apart: frozenset[str] = frozenset()
+    untried: frozenset[str] = frozenset()
+
+    @classmethod
+    def nothing(cls, places: Iterable[str], why: str) -> Found:
+        """Nothing could be tried."""
+        return cls(dict.fromkeys(places, why), untried=frozenset(places))
 
 
 _IDS = [0, 1, 0]  # the languages of the examples: not sorted, and not equally many of each
@@ -76,11 +83,11 @@ def try_layers(model: nn.Module, structure: Structure, kinds: tuple[str, ...], e
     groups = [group for kind in kinds for group in structure.groups(kind)]
     places = dict.fromkeys(group.place for group in groups)
     if any(parameter.is_meta for parameter in model.parameters()):
-        return Found(dict.fromkeys(places, "the model has no weights yet that it could be tried with"))
+        return Found.nothing(places, "the model has no weights yet that it could be tried with")
     key = _key(model, structure, kinds) if example is None else None
     if key is not None and key in _known:
         return _known[key]
-    with _undisturbed(model):
+    with _undisturbed(model), _without_zeros(model, groups):
         found = _tried(model, structure, groups, list(places), kinds, example)
     if key is not None:
         _known[key] = found
@@ -97,7 +104,7 @@ def _tried(
 ) -> Found:
     inputs, failure = _working_inputs(model, example)
     if inputs is None:
-        return Found(dict.fromkeys(places, f"no tiny batch could be run ({failure}); give attach(..., example=inputs)"))
+        return Found.nothing(places, f"no tiny batch could be run ({failure}); give attach(..., example=inputs)")
     subnets = _made_up(structure, kinds)
     wanted = [_reference(model, groups, subnets, inputs, language) for language in (0, 1)]
     calls = wanted[0].inputs
@@ -108,6 +115,7 @@ def _tried(
         for place in places
         if not any(group.columns[0] in calls for group in groups if group.place == place)
     }
+    untried = frozenset(unpacked)
 
     def differs(unpacked: Collection[str]) -> str | None:
         try:
@@ -117,7 +125,7 @@ def _tried(
         return _difference(got, [reference.outputs for reference in wanted])
 
     if (why := differs(unpacked)) is None:
-        return Found(unpacked, apart)
+        return Found(unpacked, apart, untried)
     candidates = [place for place in places if place not in unpacked]
     if (still := differs(places)) is not None:
         raise ProofError(
@@ -129,7 +137,7 @@ def _tried(
             unpacked[place] = alone
     if differs(unpacked) is not None:
         unpacked |= dict.fromkeys((place for place in candidates if place not in unpacked), f"together: {why}")
-    return Found(unpacked, apart)
+    return Found(unpacked, apart, untried)
 
 
 def _check_called(model: nn.Module, groups: list[UnitGroup], calls: Mapping[str, Any], inputs: Inputs) -> None:
@@ -169,12 +177,13 @@ def _short(error: Exception) -> str:
 
 
 def _key(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> str | None:
-    """What a result holds for: one class of models with one config."""
+    """What a result holds for: one class of models with one config, and modules that nobody has exchanged."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return None
     first = next(iter(model.parameters()))
     about = [type(model).__module__, type(model).__qualname__, kinds, str(first.dtype), first.device.type]
+    about += [(kind.__module__, kind.__qualname__) for kind in map(type, model.modules())]
     try:
         settings = json.dumps(config.to_dict(), sort_keys=True, default=str)
     except TypeError:
@@ -194,6 +203,22 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def _without_zeros(model: nn.Module, groups: list[UnitGroup]) -> Iterator[None]:
+    """Other weights where all are zero, as some begin with, which would let anything pass; put back afterwards."""
+    names = dict.fromkeys(name for group in groups for name in (*group.rows, group.columns[0]))
+    modules: list[Any] = [model.get_submodule(name) for name in names]
+    zero = [module.weight for module in modules if not is_wrapped(module) and not module.weight.any()]
+    data = [weight.data for weight in zero]
+    try:
+        for weight in zero:
+            weight.data = torch.randn_like(weight) / weight.shape[1] ** 0.5
+        yield
+    finally:
+        for weight, own in zip(zero, data, strict=True):
+            weight.data = own
 
 
 # ---- the masks and the runs

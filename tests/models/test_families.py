@@ -10,6 +10,7 @@ import torch
 from every_model import LANGUAGES, all_types, first_of, multiplied, running_inputs, tiny_model, verdict
 from tiny_models import tiny
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastmask as fm
 from fastmask.discovery import importance
@@ -197,7 +198,7 @@ class TestOwnFamily:
                 block.inner.weight.data *= subnets.neurons[language, index].double()[:, None]
                 block.inner.bias.data *= subnets.neurons[language, index].double()
             want.append(plain(ids[row : row + 1])[0])
-        with pytest.warns(UserWarning, match="no tiny batch could be run"):
+        with pytest.warns(UserWarning, match="no tiny batch could be run.*Whether results are right was not tried"):
             fm.attach(copy.deepcopy(model), subnets, family=OWN, example={"x": ids})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -290,7 +291,7 @@ class TestProof:
         """On the meta device nothing can be tried: what is not known to work is not packed."""
         with torch.device("meta"):
             model = type(tiny("bert"))(tiny("bert").config)
-        with pytest.warns(UserWarning, match="has no weights yet"):
+        with pytest.warns(UserWarning, match="has no weights yet.*Whether results are right was not tried"):
             fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1))
 
     def test_inputs_of_cross_attention_are_not_computed_twice(self):
@@ -419,3 +420,38 @@ def test_discovery(names):
         want = torch.where(live, grad.abs().mean(0), 0)
         got = getattr(found, kind)[index, : grad.shape[1]]
         torch.testing.assert_close(got, (want / want.norm()).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_zero_prove_nothing():
+    """Output projections that begin with zeros would let wrong heads pass, for every later model of the config, too."""
+    base = first_gpt2()
+    subnets = fm.Subnetworks(["a", "b"], heads=torch.tensor([[[1, 1, 0, 1]], [[0, 1, 0, 1]]]).bool())
+    tokens = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(1))
+    projection = base.transformer.h[0].attn.c_proj.weight
+    own = projection.detach().clone()
+    projection.data.zero_()
+    with pytest.warns(UserWarning, match=r"heads of transformer\.h\.\*\.attn are not packed"):
+        fm.attach(base, subnets)
+    assert not projection.any()
+    projection.data.copy_(own)
+    found = base(tokens, language_ids=torch.tensor([0, 1])).logits
+    for row, name in enumerate(subnets.languages):
+        torch.testing.assert_close(found[row], fm.merge(base, name)(tokens[row : row + 1]).logits[0])
+
+
+def first_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=24, n_head=4, n_layer=1, n_inner=20, vocab_size=30, n_positions=17)
+    return GPT2LMHeadModel(config).double().eval()
+
+
+def test_a_proof_is_not_for_other_modules():
+    """Who exchanges a module of a model has another model, though its config is the same."""
+    plain = tiny("bert", max_position_embeddings=43)
+    subnets = fm.Subnetworks.random(plain, LANGUAGES, 0.5, seed=0, units="neurons")
+    fm.attach(plain, subnets)
+    changed = tiny("bert", max_position_embeddings=43)
+    for layer in changed.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.Sequential(nn.Tanh(), nn.Softmax(-1))
+    with pytest.warns(UserWarning, match="neurons of encoder.layer.* are not packed"):
+        fm.attach(changed, subnets)

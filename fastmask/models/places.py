@@ -135,12 +135,12 @@ def _judge(name: str, layer: nn.Module, now: nn.Module | None) -> None:
     if layer not in now.modules():
         raise ValueError(
             f"the masked layer {name!r} was replaced by {kind_of(now)} after attach, and its masks are gone with it: "
-            "quantise or resize only modules without masks, or call fastmask.detach(model) before that"
+            "quantise or resize only modules without masks, or do so before attach (fastmask.detach(model) undoes it)"
         )
     if type(now).__name__ not in _TRANSPARENT:
         raise ValueError(
-            f"the masked layer {name!r} was wrapped in {kind_of(now)} after attach, and an adapter and a mask cannot "
-            "share a module: put adapters on modules without masks only. To go on, take it off (PEFT: `unload()`, or "
+            f"the masked layer {name!r} was wrapped in {kind_of(now)} after attach, which would leave the adapter "
+            "outside of the mask: put adapters on modules without masks, or attach after them. To go on, take it off (PEFT: `unload()`, or "
             "`merge_and_unload()`, which adds the adapters to the weights behind the masks)"
         )
 

@@ -140,8 +140,8 @@ def _judge(name: str, layer: nn.Module, now: nn.Module | None) -> None:
     if type(now).__name__ not in _TRANSPARENT:
         raise ValueError(
             f"the masked layer {name!r} was wrapped in {kind_of(now)} after attach, which would leave the adapter "
-            "outside of the mask: put adapters on modules without masks, or attach after them. To go on, take it off (PEFT: `unload()`, or "
-            "`merge_and_unload()`, which adds the adapters to the weights behind the masks)"
+            "outside of the mask: put adapters on modules without masks, or attach after them. To go on, take it off "
+            "(PEFT: `unload()`, or `merge_and_unload()`, which adds the adapters to the weights behind the masks)"
         )
 
 

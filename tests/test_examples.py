@@ -11,10 +11,13 @@ from processes import run_script
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_readme_python_example(tmp_path):
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_readme_python_examples(number, tmp_path):
     """The first thing a reader copies does not run."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "example.py").write_text(code, encoding="utf-8")
+    (tmp_path / "example.py").write_text(SNIPPETS[number], encoding="utf-8")
     run_script(tmp_path / "example.py", tmp_path)
 
 

@@ -142,11 +142,7 @@ def _live(state: Any, kind: str, row: int) -> tuple[int, int] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _ordinary(small: Any, live: dict[str, tuple[int, int] | None]) -> Any:
-    """The same model under a config that says its sizes, or None if there is no such config."""
-    config = copy.deepcopy(getattr(small, "config", None))
-    if not hasattr(config, "to_dict"):
-        return None
+def _resize_config(config: Any, live: dict[str, tuple[int, int] | None]) -> None:
     # Attention code that computes a head's size from the number of heads would compute another one.
     if live["heads"] is not None and getattr(config, "head_dim", None) is not None:
         units, left = live["heads"]
@@ -157,15 +153,23 @@ def _ordinary(small: Any, live: dict[str, tuple[int, int] | None]) -> Any:
         for name in _NEURONS:
             if getattr(config, name, None) == live["neurons"][0]:
                 setattr(config, name, live["neurons"][1])
+
+
+def _ordinary(small: Any, live: dict[str, tuple[int, int] | None]) -> Any:
+    """The same model under a config that says its sizes, or None if there is no such config."""
+    config = copy.deepcopy(getattr(small, "config", None))
+    if not hasattr(config, "to_dict"):
+        return None
     wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
     try:
+        _resize_config(config, live)
         with torch.device("meta"):
             given = {name: tensor.shape for name, tensor in type(small)(config).state_dict().items()}
         if given != wanted:
             return None
         with torch.random.fork_rng(devices=[]):  # what it draws is replaced
             model = type(small)(config)
-    except Exception:  # a config that its model refuses
+    except Exception:  # a config that its model refuses, or that has a size for each layer
         return None
     first = next(small.parameters())
     model.load_state_dict(small.state_dict(), assign=True)

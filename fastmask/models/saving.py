@@ -113,7 +113,8 @@ def save_pretrained(
         if masked:
             attached(owner).subnets.save(folder / MASKS, metadata)
         files = [folder / MASKS] if masked else []
-        files += sorted(folder.glob("*.safetensors")) if weights else []
+        # By name: deltas, say, may lie beside them, and come and go.
+        files += sorted(folder.glob("*model*.safetensors")) if weights else []
         about = About(
             kind=kind,
             model_class=plain_class.__name__,

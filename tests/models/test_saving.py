@@ -115,6 +115,14 @@ class TestFolder:
         fm.attach(model, subnets).save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text() == "mine"
 
+    def test_somebody_elses_files(self, tmp_path):
+        """What lies beside the weights would have to stay as it is."""
+        (tmp_path / "fi.safetensors").write_bytes(b"before")
+        model, subnets, _ = made()
+        fm.attach(model, subnets).save_pretrained(tmp_path)
+        (tmp_path / "fi.safetensors").write_bytes(b"after")
+        assert is_attached(fm.from_pretrained(tmp_path))
+
     @pytest.mark.parametrize("file", ["subnetworks.safetensors", "model.safetensors"])
     def test_a_damaged_file(self, file, tmp_path):
         model, subnets, _ = made()
@@ -333,6 +341,12 @@ class TestExtract:
         assert not hasattr(small, "_fastmask_sizes")
         assert (small.config.num_key_value_heads, small.config.num_attention_heads) == (1, 2)
         assert small.config.intermediate_size == 12
+
+    def test_a_config_with_a_size_for_each_layer(self):
+        """Reading such a config raises an error of its own."""
+        model, subnets, inputs = made(("gemma4_unified_text", "Gemma4UnifiedForCausalLM"))
+        small = fm.extract(fm.attach(model, subnets), "aa")
+        torch.testing.assert_close(first_of(small(**inputs)), first_of(model(**inputs, language="aa")))
 
     def test_an_ordinary_model_generates_as_before(self):
         """How a model generates is in no config of sizes; and random numbers go on as if nothing was."""

@@ -9,9 +9,9 @@ import torch
 
 import fastmask as fm
 from benchmarks.setting import Setting
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 
 __all__ = ["ParserBed"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastmask.parsing.parser import Parser, ParserConfig
-from fastmask.parsing.synthetic import write_treebanks
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.data.synthetic import write_treebanks
+from fastmask.tasks.parsing.parser import Parser, ParserConfig
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.training.config import TrainConfig
 from fastmask.training.data import load_training_data
 from fastmask.training.loop import train

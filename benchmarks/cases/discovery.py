@@ -21,7 +21,7 @@ from benchmarks.measure import Side
 from benchmarks.parser_bed import ParserBed
 from benchmarks.setting import Setting
 from fastmask.models.structure import structure_of
-from fastmask.parsing.batch import Batch
+from fastmask.tasks.parsing.batch import Batch
 
 __all__ = ["Discovery", "MultiplyByZero"]
 

@@ -19,8 +19,8 @@ from benchmarks.parser_bed import ParserBed
 from benchmarks.setting import Setting
 from benchmarks.variants import Variants
 from fastmask.optim import LiveAdamW
-from fastmask.parsing.batch import Batch
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.batch import Batch
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.build import build_optimizer, peak_rates
 from fastmask.training.config import TrainConfig
 from fastmask.training.device import accelerator_for

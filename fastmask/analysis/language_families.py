@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from fastmask.parsing.synthetic_languages import LANGUAGES as ARTIFICIAL
+from fastmask.tasks.data.synthetic_languages import LANGUAGES as ARTIFICIAL
 
 __all__ = ["LANGUAGE_FAMILIES", "UNKNOWN_FAMILY", "families_of"]
 

@@ -18,8 +18,8 @@ from fastmask.terminal import console_of
 from fastmask.training.config import ConfigError
 
 if TYPE_CHECKING:
-    from fastmask.parsing.evaluation import Evaluation, Prepared
-    from fastmask.parsing.parser import Parser
+    from fastmask.tasks.parsing.evaluation import Evaluation, Prepared
+    from fastmask.tasks.parsing.parser import Parser
     from fastmask.training.finished import FinishedRun
     from fastmask.unseen import Choice
 
@@ -65,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Choose a subnetwork, adapt, score before and after where there is a test, and save a run."""
-    from fastmask.parsing.windows import rows_that_fit
+    from fastmask.tasks.parsing.windows import rows_that_fit
     from fastmask.training.adaptations import adaptations_of, check_new, check_new_folder, held_for_new
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
@@ -180,8 +180,8 @@ def _support(options: argparse.Namespace) -> Rows:
 
 def _test(options: argparse.Namespace, parser: Parser, support: Rows) -> Prepared | None:
     """The test sentences, without those whose words are those of a support sentence; None if no test was given."""
-    from fastmask.parsing.evaluation import prepare
-    from fastmask.parsing.treebanks import load_treebanks
+    from fastmask.tasks.data.treebanks import load_treebanks
+    from fastmask.tasks.parsing.evaluation import prepare
     from fastmask.unseen.support import without_repeats
 
     if options.test:
@@ -200,7 +200,7 @@ def _test(options: argparse.Namespace, parser: Parser, support: Rows) -> Prepare
 
 
 def _read(path: str) -> Rows:
-    from fastmask.parsing.conllu import read_sentences
+    from fastmask.tasks.data.conllu import read_sentences
 
     return [dataclasses.asdict(sentence) for sentence in read_sentences(path)]
 
@@ -238,7 +238,7 @@ def _choose(
 
 
 def _score(parser: Parser, test: Prepared, number: int) -> Evaluation:
-    from fastmask.parsing.evaluation import evaluate
+    from fastmask.tasks.parsing.evaluation import evaluate
 
     return evaluate(parser, {"test": test}, number)["test"]
 

@@ -18,9 +18,9 @@ from fastmask.training.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
-    from fastmask.parsing.batch import Encoded
-    from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
+    from fastmask.tasks.parsing.batch import Encoded
+    from fastmask.tasks.parsing.parser import Parser
 
 __all__ = ["run"]
 

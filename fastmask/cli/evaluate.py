@@ -17,7 +17,7 @@ __all__ = ["data_of", "run"]
 
 def run(options: argparse.Namespace) -> None:
     """Score every language; one that the run was not trained on is read by the full network."""
-    from fastmask.parsing.treebanks import load_treebanks
+    from fastmask.tasks.data.treebanks import load_treebanks
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
 

@@ -15,7 +15,7 @@ STANDARD = "-"
 
 def run(options: argparse.Namespace) -> None:
     """Parse one file with a language's subnetwork, or with the full network."""
-    from fastmask.parsing.evaluation import predict_file
+    from fastmask.tasks.parsing.evaluation import predict_file
     from fastmask.training.device import device_of
     from fastmask.training.finished import load_run
 

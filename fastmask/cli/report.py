@@ -17,8 +17,8 @@ from fastmask.terminal import console_of
 
 if TYPE_CHECKING:
     from fastmask.discovery import Quality, Round
-    from fastmask.parsing.parser import Parser
     from fastmask.subnetworks import Subnetworks
+    from fastmask.tasks.parsing.parser import Parser
 
 __all__ = ["Row", "print_scores", "print_summary", "quality_text", "round_printer", "scored", "stream_beside"]
 
@@ -67,7 +67,7 @@ def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, A
         subnets: None where there are none.
         datasets: rows of every language, or what `prepare` made of them.
     """
-    from fastmask.parsing.evaluation import Prepared, evaluate, prepare
+    from fastmask.tasks.parsing.evaluation import Prepared, evaluate, prepare
 
     rows = []
     for code, data in datasets.items():

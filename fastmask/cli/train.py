@@ -28,8 +28,8 @@ def run(options: argparse.Namespace) -> None:
 
     Of several processes (`torchrun`, `accelerate launch`) the first one scores and speaks.
     """
-    from fastmask.parsing import synthetic
-    from fastmask.parsing.evaluation import prepare
+    from fastmask.tasks.data import synthetic
+    from fastmask.tasks.parsing.evaluation import prepare
     from fastmask.training.build import build_parser
     from fastmask.training.data import data_of_run, load_training_data
     from fastmask.training.loop import train
@@ -95,7 +95,7 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 
 def _unseen(data: Any, languages: list[str]) -> dict[str, Any]:
-    from fastmask.parsing.treebanks import load_treebanks
+    from fastmask.tasks.data.treebanks import load_treebanks
 
     return {code: splits["test"] for code, splits in load_treebanks(data, languages, splits=("test",)).items()}
 

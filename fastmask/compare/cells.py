@@ -11,8 +11,8 @@ from typing import Any
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.scoring import Scorer
 from fastmask.files import remove_tree, replace_file
-from fastmask.parsing.treebanks import load_treebanks
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.training import checkpoints
 from fastmask.training.branch import branch
 from fastmask.training.budget import Budget

@@ -205,7 +205,7 @@ def check_languages(data: str | os.PathLike[str], config: CompareConfig) -> None
         ConfigError: an empty list, or a language that is in both.
         FastmaskKeyError: a language that is not there; the nearest are named.
     """
-    from fastmask.parsing.treebanks import find_treebanks, select_treebanks
+    from fastmask.tasks.data.treebanks import find_treebanks, select_treebanks
 
     treebanks = find_treebanks(data)
     for name in ("train", "unseen"):

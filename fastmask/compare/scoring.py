@@ -11,11 +11,11 @@ import numpy as np
 
 from fastmask.compare.plan import CompareConfig
 from fastmask.models import attach, detach
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.evaluation import Prepared, evaluate, prepare
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.windows import rows_that_fit
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.evaluation import Prepared, evaluate, prepare
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.windows import rows_that_fit
 from fastmask.unseen import (
     Choice,
     HeadDirection,

@@ -7,13 +7,13 @@ from functools import partial
 
 import fastmask as fm
 from fastmask.models import attach
-from fastmask.parsing.batch import Batch
 from fastmask.reports.crossing import first_masked
 from fastmask.reports.folders import Run, Study
 from fastmask.reports.jobs import Job, Options, Plan
 from fastmask.reports.loading import parser_of, sentence_losses
 from fastmask.reports.sections import Section, SkipError, Skipped
 from fastmask.reports.sentences import Treebanks, batches_of, treebanks_of
+from fastmask.tasks.parsing.batch import Batch
 
 __all__ = ["SENTENCES", "ablation"]
 

@@ -12,12 +12,12 @@ import fastmask as fm
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, new_figure
 from fastmask.analysis.result import Result
 from fastmask.models import attach
-from fastmask.parsing.parser import Parser
 from fastmask.reports.folders import Run, Study
 from fastmask.reports.jobs import Job, Options, Plan
 from fastmask.reports.loading import parser_of, sentence_losses
 from fastmask.reports.sections import Section, SkipError, Skipped
 from fastmask.reports.sentences import Treebanks, batches_of, treebanks_of
+from fastmask.tasks.parsing.parser import Parser
 
 __all__ = ["SENTENCES", "conflict", "conflict_of", "languages_for", "side_by_side"]
 

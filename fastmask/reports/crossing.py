@@ -13,7 +13,6 @@ import pandas as pd
 
 import fastmask as fm
 from fastmask.models import attach
-from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.reports.folders import Run, Study
 from fastmask.reports.jobs import Job, Options, Plan
 from fastmask.reports.loading import parser_of
@@ -22,6 +21,7 @@ from fastmask.reports.sections import Section, SkipError, Skipped
 from fastmask.reports.sentences import Treebanks, treebanks_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like
+from fastmask.tasks.parsing.evaluation import evaluate, prepare
 
 __all__ = ["SENTENCES", "cross", "cross_values", "first_masked"]
 

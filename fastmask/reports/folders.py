@@ -18,8 +18,8 @@ from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.queue import is_done
 from fastmask.compare.report import load_results
 from fastmask.compare.tables import scores_table
-from fastmask.parsing.synthetic import UNSEEN
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.data.synthetic import UNSEEN
 from fastmask.training.config import TrainConfig
 from fastmask.training.finished import check_finished
 from fastmask.training.loop import MASKS_FILE

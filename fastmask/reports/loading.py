@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastmask.files import FileError, read_tensors
 from fastmask.models import attach
-from fastmask.parsing.batch import Batch
-from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.parsing.batch import Batch
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.checkpoints import MASKS
 from fastmask.training.device import device_of
 from fastmask.training.finished import load_run

@@ -12,13 +12,13 @@ import fastmask as fm
 from fastmask.analysis.statistics import holm
 from fastmask.compare.tables import CONDITIONS, baseline_of
 from fastmask.models import attach
-from fastmask.parsing.evaluation import parse, prepare
-from fastmask.parsing.parser import Parser
 from fastmask.reports.folders import CONTROLS, Run, Study, variant_name
 from fastmask.reports.jobs import Job, Options, Plan
 from fastmask.reports.loading import parser_of
 from fastmask.reports.sections import Section, SkipError, Skipped
 from fastmask.reports.sentences import Treebanks, treebanks_of
+from fastmask.tasks.parsing.evaluation import parse, prepare
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
 
 __all__ = ["SENTENCES", "effect", "sentence_scores", "typology"]

@@ -19,8 +19,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fastmask.files import LOCK_FILES, Record, check, held, is_leftover, read_json, remove_leftovers, write_folder
-from fastmask.parsing.synthetic import SEEN
-from fastmask.parsing.treebanks import find_treebanks, load_treebanks, select_treebanks
+from fastmask.tasks.data.synthetic import SEEN
+from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks, select_treebanks
 from fastmask.training.config import ConfigError
 from fastmask.training.data import data_of_run, training_languages
 from fastmask.training.finished import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastmask.optim import LiveAdamW
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.vocabulary import Vocabulary
-from fastmask.parsing.windows import rows_that_fit
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.vocabulary import Vocabulary
+from fastmask.tasks.parsing.windows import rows_that_fit
 from fastmask.training.config import TrainConfig
 
 __all__ = ["build_optimizer", "build_parser", "encode_training_data", "peak_rates"]

@@ -8,8 +8,8 @@ from typing import Any
 
 from fastmask.dynamic.dynamic import STRATEGIES
 from fastmask.meta.learner import ALGORITHMS
-from fastmask.parsing.vocabulary import SUBTYPES
 from fastmask.subnetworks.subnetworks import UNITS
+from fastmask.tasks.parsing.vocabulary import SUBTYPES
 from fastmask.training.device import DEVICES
 from fastmask.training.schedule import SCHEDULES
 from fastmask.training.settings import ConfigError, Settings, items_of, setting

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.files import write_folder
-from fastmask.parsing import synthetic
-from fastmask.parsing.treebanks import find_treebanks, load_treebanks
+from fastmask.tasks.data import synthetic
+from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks
 from fastmask.training.config import TrainConfig
 
 __all__ = ["data_of_run", "embedded_treebanks", "load_training_data", "training_languages"]

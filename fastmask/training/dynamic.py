@@ -14,9 +14,9 @@ from torch import Tensor
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.models.attach import attached
-from fastmask.parsing.batch import Batch, Encoded
-from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.parsing.batch import Batch, Encoded
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
 from fastmask.training.config import TrainConfig
 from fastmask.training.random_state import preserved_random_state

@@ -23,8 +23,8 @@ import torch
 
 from fastmask.meta import Draw, EpisodeSampler, MetaLearner, Task
 from fastmask.meta.inner_rates import rates_of
-from fastmask.parsing.batch import Batch, Encoded
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.batch import Batch, Encoded
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.budget import Budget
 from fastmask.training.config import TrainConfig
 from fastmask.training.gradients import sum_gradients

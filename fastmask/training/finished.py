@@ -10,8 +10,8 @@ from typing import Any
 
 from fastmask.files import remove_tree, replace_file, write_folder
 from fastmask.models import attach
-from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
 from fastmask.training.config import TrainConfig
 from fastmask.training.manifest import MANIFEST, Origin, check_files, files_in, write_manifest

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.evaluation import Prepared
-from fastmask.parsing.vocabulary import Vocabulary
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.evaluation import Prepared
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.training.config import TrainConfig
 
 __all__ = ["MASKS_INPUT", "inputs_of", "masks_input"]

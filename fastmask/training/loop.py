@@ -18,8 +18,8 @@ import torch
 
 from fastmask.errors import unknown
 from fastmask.optim import LiveAdamW
-from fastmask.parsing.evaluation import evaluate, prepare
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.evaluation import evaluate, prepare
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import saving
 from fastmask.training.budget import Budget
 from fastmask.training.build import build_optimizer, encode_training_data, peak_rates

@@ -14,11 +14,11 @@ from fastmask.discovery import Importance, Quality, Round, discover, measure
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.models import attach, detach
 from fastmask.models.structure import Geometry
-from fastmask.parsing.batch import Batch, Encoded
-from fastmask.parsing.evaluation import Prepared, evaluate, prepare
-from fastmask.parsing.parser import Parser
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like, shared_like, shuffled
+from fastmask.tasks.parsing.batch import Batch, Encoded
+from fastmask.tasks.parsing.evaluation import Prepared, evaluate, prepare
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import SwitchPoint
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.budget import Budget
 from fastmask.training.config import TrainConfig
 

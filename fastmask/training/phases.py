@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.config import TrainConfig
 from fastmask.training.sampler import MixedLanguageSampler
 

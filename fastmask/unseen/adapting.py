@@ -20,12 +20,12 @@ from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.inner_rates import rates_of
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
-from fastmask.parsing.batch import Encoded
+from fastmask.tasks.parsing.batch import Encoded
 from fastmask.unseen.adam import AdamWeights
 from fastmask.unseen.choosing import evaluating
 
 if TYPE_CHECKING:
-    from fastmask.parsing.parser import Parser
+    from fastmask.tasks.parsing.parser import Parser
 
 __all__ = ["DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "adapted"]
 

@@ -18,11 +18,11 @@ from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL
 from fastmask.models.attach import attached
-from fastmask.parsing.batch import Batch, Encoded
 from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.parsing.batch import Batch, Encoded
 
 if TYPE_CHECKING:
-    from fastmask.parsing.parser import Parser
+    from fastmask.tasks.parsing.parser import Parser
 
 __all__ = [
     "CHOICES",
@@ -99,7 +99,7 @@ def support_losses(
     Args:
         model: subnetworks are attached to it or to a part of it.
         batch: B sentences: a mapping of tensors [B, ...] (other values are handed on as they are), or a
-            `fastmask.parsing.batch.Batch`. Their language ids, if there are any, are replaced.
+            `fastmask.tasks.parsing.batch.Batch`. Their language ids, if there are any, are replaced.
         candidates: language ids, -1 for the full network.
         loss_per_sentence: runs the model on such a batch of n sentences, whose "language_ids" (int64 [n], on the
             CPU) it passes on to the model -> [n].

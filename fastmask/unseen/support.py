@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastmask.errors import nearest, unknown
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 
 __all__ = [
     "UNKNOWN_DEPRELS",

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from fastmask.errors import FastmaskKeyError, unknown
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 
 __all__ = [
     "SIMILARITIES",

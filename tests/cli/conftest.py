@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
 
 
 @pytest.fixture(scope="session")

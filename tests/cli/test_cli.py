@@ -19,9 +19,9 @@ import fastmask as fm
 from fastmask.cli import main
 from fastmask.cli.evaluate import data_of
 from fastmask.files import read_metadata
-from fastmask.parsing.evaluation import evaluate, prepare
-from fastmask.parsing.synthetic import SEEN
-from fastmask.parsing.treebanks import load_treebanks
+from fastmask.tasks.data.synthetic import SEEN
+from fastmask.tasks.data.treebanks import load_treebanks
+from fastmask.tasks.parsing.evaluation import evaluate, prepare
 from fastmask.training.config import TrainConfig
 from fastmask.training.finished import load_run
 from fastmask.training.manifest import MANIFEST, files_in, read_origin, write_manifest

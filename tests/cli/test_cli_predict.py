@@ -10,7 +10,7 @@ import pytest
 from typed_command import output_of
 
 from fastmask.cli import main
-from fastmask.parsing.conllu import read_sentences
+from fastmask.tasks.data.conllu import read_sentences
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--eval-every", "0", "--threads", "1", "--method", "full"]
 

@@ -20,7 +20,7 @@ from fastmask.compare.cells import Runner
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.compare.queue import is_done, read_result, work
 from fastmask.compare.tables import CONDITIONS
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.training.build import build_parser
 from fastmask.training.loop import train
 from fastmask.training.methods import subnetworks_of

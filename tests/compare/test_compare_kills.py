@@ -26,7 +26,7 @@ from fastmask.compare.cells import Runner
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.compare.queue import is_done, work
 from fastmask.files import LOCK_FILES
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
 
 TRAINING = {
     "steps": 6, "batch_size": 4, "density": 0.5, "score_sentences": 4, "dev_sentences": 2, "eval_every": 0,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastmask.compare.plan import CompareConfig, Plan, check_languages
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.training.settings import ConfigError
 
 

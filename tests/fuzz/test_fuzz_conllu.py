@@ -8,7 +8,7 @@ from typed_command import errors_of
 from verdicts import Verdicts
 
 from fastmask.cli import main
-from fastmask.parsing.conllu import read_sentences
+from fastmask.tasks.data.conllu import read_sentences
 
 TEXT = """\
 # newdoc id = a

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tiny_runs import COMPARISON, TRAINING, make_comparison, make_run
 
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
 
 
 @pytest.fixture(scope="session")

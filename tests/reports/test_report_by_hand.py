@@ -14,9 +14,6 @@ from safetensors.torch import load_file
 
 import fastmask as fm
 from fastmask.models import attach
-from fastmask.parsing.batch import Batch
-from fastmask.parsing.evaluation import evaluate, prepare
-from fastmask.parsing.treebanks import load_treebanks
 from fastmask.reports.crossing import cross_values, mask_seed
 from fastmask.reports.folders import studies_of
 from fastmask.reports.jobs import Options
@@ -24,6 +21,9 @@ from fastmask.reports.making import make_report
 from fastmask.reports.scores import sentence_scores
 from fastmask.reports.sentences import batches_of, treebanks_of
 from fastmask.subnetworks.controls import random_like
+from fastmask.tasks.data.treebanks import load_treebanks
+from fastmask.tasks.parsing.batch import Batch
+from fastmask.tasks.parsing.evaluation import evaluate, prepare
 from fastmask.training.checkpoints import complete
 from fastmask.training.finished import load_run
 from fastmask.unseen import HeadDirection, head_direction_similarity

@@ -11,7 +11,7 @@ from torch import Tensor
 from toy_run import toy_data
 
 import fastmask as fm
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training.build import encode_training_data
 from fastmask.training.config import TrainConfig
 from fastmask.training.episodes import episode_sampler

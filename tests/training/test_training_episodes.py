@@ -20,8 +20,8 @@ from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_dat
 import fastmask as fm
 from fastmask.cli import main
 from fastmask.files import read_tensors
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
 from fastmask.training.build import build_optimizer, peak_rates
 from fastmask.training.config import ConfigError, TrainConfig

@@ -18,8 +18,8 @@ from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_dat
 
 import fastmask as fm
 from fastmask.errors import FastmaskKeyError
-from fastmask.parsing.evaluation import evaluate
-from fastmask.parsing.parser import Parser
+from fastmask.tasks.parsing.evaluation import evaluate
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
 from fastmask.training.config import ConfigError
 from fastmask.training.loop import SwitchPoint, TrainingDiverged, TrainResult, train

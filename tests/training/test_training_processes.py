@@ -14,7 +14,7 @@ from test_training_episodes import assert_close, first_moments
 from toy_run import metrics, toy_config, toy_parser
 
 from fastmask.files import held
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.training import checkpoints
 
 pytestmark = pytest.mark.slow

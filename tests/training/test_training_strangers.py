@@ -20,8 +20,8 @@ from test_training_loop import Killed, halves, kill_at
 from toy_run import LANGUAGES, toy_config, toy_data, toy_parser
 
 from fastmask.cli import main
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.synthetic import write_treebanks
+from fastmask.tasks.data.synthetic import write_treebanks
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
 from fastmask.training.config import ConfigError
 from fastmask.training.finished import load_run

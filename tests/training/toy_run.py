@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from fastmask.parsing.parser import Parser, ParserConfig
-from fastmask.parsing.synthetic import SEEN, write_treebanks
-from fastmask.parsing.treebanks import load_treebanks
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.data.synthetic import SEEN, write_treebanks
+from fastmask.tasks.data.treebanks import load_treebanks
+from fastmask.tasks.parsing.parser import Parser, ParserConfig
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.training.config import TrainConfig
 
 LANGUAGES = list(SEEN)[:3]

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from tests.tasks.toy_parser import small_parser
 
 import fastmask as fm
 from fastmask.unseen import AdaptationDiverged, adapted
-from tests.parsing.toy_parser import small_parser
 from tests.unseen.toy_unseen import assert_same_bits, bits_of, parser_with_subnets, support_of
 
 RATES = {"head_lr": 0.1, "encoder_lr": 0.03}

@@ -93,7 +93,7 @@ class TestSupportLosses:
 
     def test_pieces(self):
         """A batch of subword pieces is repeated in another way than one of trigrams."""
-        from fastmask.parsing.batch import Batch
+        from fastmask.tasks.parsing.batch import Batch
 
         parser, _ = parser_with_subnets()
         trigrams = parser.features.collate(support_of(parser))

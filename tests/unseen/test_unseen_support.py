@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 from fastmask.unseen import check_deprels, split_pool, support_sets
 
 

@@ -9,11 +9,11 @@ import sysconfig
 import numpy as np
 import pytest
 
-from fastmask.parsing.features import TrigramFeatures
-from fastmask.parsing.synthetic import LANGUAGES as ARTIFICIAL
-from fastmask.parsing.synthetic import SEEN, UNSEEN, write_treebanks
-from fastmask.parsing.treebanks import load_treebanks
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.data.synthetic import LANGUAGES as ARTIFICIAL
+from fastmask.tasks.data.synthetic import SEEN, UNSEEN, write_treebanks
+from fastmask.tasks.data.treebanks import load_treebanks
+from fastmask.tasks.parsing.features import TrigramFeatures
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.unseen import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
 
 ROWS = [

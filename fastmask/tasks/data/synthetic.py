@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastmask.parsing.conllu import write_blocks
-from fastmask.parsing.synthetic_languages import LANGUAGES, NOUN_CLASSES, SEEN, UNSEEN, Language, lexicon, pick
+from fastmask.tasks.data.conllu import write_blocks
+from fastmask.tasks.data.synthetic_languages import LANGUAGES, NOUN_CLASSES, SEEN, UNSEEN, Language, lexicon, pick
 
 __all__ = ["LANGUAGES", "SEEN", "SENTENCES", "UNSEEN", "UNSEEN_TRAIN", "write_treebanks"]
 

@@ -14,8 +14,8 @@ import pytest
 from processes import FORKSERVER, start_process
 
 from fastmask.errors import FastmaskKeyError
-from fastmask.parsing.conllu import ConlluError
-from fastmask.parsing.treebanks import FEATURES, SPLITS, find_treebanks, load_treebanks, select_treebanks
+from fastmask.tasks.data.conllu import ConlluError
+from fastmask.tasks.data.treebanks import FEATURES, SPLITS, find_treebanks, load_treebanks, select_treebanks
 
 
 def sentences(*names: str) -> str:

@@ -18,12 +18,12 @@ from torch import nn
 from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import is_attached
 from fastmask.models.entry import plain_class_of
-from fastmask.parsing.batch import Batch
-from fastmask.parsing.biaffine import ArcScorer, LabelScorer
-from fastmask.parsing.encoder import check_fit, load_encoder, load_tokenizer, positions_of, without_progress_bars
-from fastmask.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
-from fastmask.parsing.mst import maximum_spanning_trees
-from fastmask.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
+from fastmask.tasks.parsing.batch import Batch
+from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer
+from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
+from fastmask.tasks.parsing.mst import maximum_spanning_trees
+from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
+from fastmask.tasks.pretrained import check_fit, load_encoder, load_tokenizer, positions_of, without_progress_bars
 
 __all__ = ["LOSSES", "Parser", "ParserConfig", "ParserOutput"]
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from toy_parser import SENTENCES, rows, small_parser
 from udtools.validator import Validator
 
-from fastmask.parsing.conllu import ConlluError, read_sentences
-from fastmask.parsing.evaluation import evaluate, parse, predict_file, prepare
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.data.conllu import ConlluError, read_sentences
+from fastmask.tasks.parsing.evaluation import evaluate, parse, predict_file, prepare
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 
 BLOCK = """# sent_id = 1
 # text = vámonos al mar
@@ -220,7 +220,7 @@ def test_an_input_that_is_missing_is_not_called_an_output(tmp_path) -> None:
 
 def test_a_treebank_from_the_collection(ud_dir) -> None:
     """If this fails, real treebanks cannot be encoded, parsed and scored."""
-    from fastmask.parsing.treebanks import load_treebanks
+    from fastmask.tasks.data.treebanks import load_treebanks
 
     data = load_treebanks(ud_dir, "UD_Faroese-OFT", ["test"])["fo"]["test"].select(range(20))
     parser = small_parser()

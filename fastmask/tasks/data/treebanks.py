@@ -19,8 +19,8 @@ import datasets
 
 from fastmask.errors import unknown
 from fastmask.files import sha256_of
-from fastmask.parsing.conllu import ConlluError, read_sentences
-from fastmask.parsing.language_codes import LANGUAGE_CODES
+from fastmask.tasks.data.conllu import ConlluError, read_sentences
+from fastmask.tasks.data.language_codes import LANGUAGE_CODES
 
 __all__ = ["FEATURES", "SPLITS", "Treebank", "find_treebanks", "load_treebanks", "select_treebanks"]
 

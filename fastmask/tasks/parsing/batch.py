@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastmask.parsing.vocabulary import IGNORE
+from fastmask.tasks.parsing.vocabulary import IGNORE
 
 __all__ = ["Batch", "Encoded", "flat_ranges"]
 

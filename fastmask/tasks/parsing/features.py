@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import Field
 
 from fastmask.files import Record, read_json, write_text
-from fastmask.parsing.batch import Batch, Encoded, flat_ranges
-from fastmask.parsing.encoder import load_tokenizer
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.pretrained import load_tokenizer
 
 __all__ = ["Features", "PieceFeatures", "TrigramFeatures", "load_features", "trigrams"]
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.features import Features
-from fastmask.parsing.vocabulary import IGNORE
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.features import Features
+from fastmask.tasks.parsing.vocabulary import IGNORE
 
 __all__ = ["Tree", "cut", "join", "rows_that_fit", "too_long"]
 

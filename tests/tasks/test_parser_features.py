@@ -12,14 +12,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from toy_parser import SENTENCES
 from transformers import PreTrainedTokenizerFast
 
-from fastmask.parsing.batch import Encoded, flat_ranges
-from fastmask.parsing.features import (
+from fastmask.tasks.parsing.batch import Encoded, flat_ranges
+from fastmask.tasks.parsing.features import (
     PieceFeatures,
     TrigramFeatures,
     load_features,
     trigrams,
 )
-from fastmask.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary
+from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary
 
 
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
@@ -76,7 +76,7 @@ def test_vocabulary_survives_its_file(tmp_path) -> None:
 
 def test_trigrams_do_not_depend_on_the_process() -> None:
     """If this fails, a saved model reads other embeddings in another process (as with Python's own hash)."""
-    code = "from fastmask.parsing.features import trigrams; print(trigrams('straße', 16384))"
+    code = "from fastmask.tasks.parsing.features import trigrams; print(trigrams('straße', 16384))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert str(trigrams("straße", 16384)) == other.strip()
 

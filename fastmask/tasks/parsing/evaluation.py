@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from fastmask.errors import unknown
-from fastmask.parsing.batch import Encoded
-from fastmask.parsing.conllu import Sentence, read_texts, with_tree, write_texts
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.scores import Scores, score
-from fastmask.parsing.vocabulary import UNKNOWN_UPOS
-from fastmask.parsing.windows import Tree, cut, join, too_long
+from fastmask.tasks.data.conllu import Sentence, read_texts, with_tree, write_texts
+from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.scores import Scores, score
+from fastmask.tasks.parsing.vocabulary import UNKNOWN_UPOS
+from fastmask.tasks.parsing.windows import Tree, cut, join, too_long
 
 __all__ = ["Evaluation", "Prepared", "evaluate", "parse", "predict_file", "prepare"]
 
@@ -146,7 +146,7 @@ def evaluate(
 def parse(parser: Parser, encoded: Encoded, language_id: int | None = None, batch_size: int = 64) -> list[Tree]:
     """Return (heads, labels) of every sentence, in the order of `encoded`; batches are made of like lengths.
 
-    A sentence that is longer than the encoder is parsed in windows; see `fastmask.parsing.windows`.
+    A sentence that is longer than the encoder is parsed in windows; see `fastmask.tasks.parsing.windows`.
     """
     device = next(parser.parameters()).device
     windows, first = cut(parser.features, encoded)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_parser import SENTENCES, conllu, small_parser
 
-from fastmask.parsing.conllu import read_sentences
-from fastmask.parsing.evaluation import CHUNK, evaluate, parse, predict_file, prepare
-from fastmask.parsing.features import TrigramFeatures
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
-from fastmask.parsing.windows import cut, join, rows_that_fit, too_long
+from fastmask.tasks.data.conllu import read_sentences
+from fastmask.tasks.parsing.evaluation import CHUNK, evaluate, parse, predict_file, prepare
+from fastmask.tasks.parsing.features import TrigramFeatures
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.windows import cut, join, rows_that_fit, too_long
 
 
 class CountedFeatures(TrigramFeatures):

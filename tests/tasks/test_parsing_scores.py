@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from udtools.udeval import evaluate, load_conllu
 
-from fastmask.parsing.conllu import read_sentences, with_tree
-from fastmask.parsing.scores import Scores, score
+from fastmask.tasks.data.conllu import read_sentences, with_tree
+from fastmask.tasks.parsing.scores import Scores, score
 
 
 def block(heads: list[int], deprels: list[str], forms: str = "abcdefgh", sent_id: str = "s") -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastmask.parsing.parser import Parser, ParserConfig
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.parsing.parser import Parser, ParserConfig
+from fastmask.tasks.parsing.vocabulary import Vocabulary
 
 SENTENCES = [
     {

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fastmask.parsing.conllu import Sentence, read_sentences
-from fastmask.parsing.scores import score
-from fastmask.parsing.synthetic import SENTENCES, UNSEEN_TRAIN, write_treebanks
-from fastmask.parsing.synthetic_languages import LANGUAGES, SEEN, UNSEEN, lexicon
-from fastmask.parsing.treebanks import find_treebanks, load_treebanks
+from fastmask.tasks.data.conllu import Sentence, read_sentences
+from fastmask.tasks.data.synthetic import SENTENCES, UNSEEN_TRAIN, write_treebanks
+from fastmask.tasks.data.synthetic_languages import LANGUAGES, SEEN, UNSEEN, lexicon
+from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks
+from fastmask.tasks.parsing.scores import score
 
 SPLITS = ("train", "dev", "test")
 

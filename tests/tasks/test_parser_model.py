@@ -9,9 +9,9 @@ from test_parser_features import tokenizer
 from toy_parser import SENTENCES, small_parser
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
 
-from fastmask.parsing.features import Features
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.features import Features
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 
 
 def batch_of(parser: Parser, sentences: list[dict]):

@@ -10,7 +10,7 @@ from conllu_files import files, head_and_deprel_away
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmask.parsing.conllu import (
+from fastmask.tasks.data.conllu import (
     ConlluError,
     Sentence,
     read_sentences,
@@ -19,7 +19,7 @@ from fastmask.parsing.conllu import (
     write_blocks,
     write_texts,
 )
-from fastmask.parsing.scores import score
+from fastmask.tasks.parsing.scores import score
 
 
 def row(identifier: object, head: object = 0, form: str = "w", deprel: str = "dep", upos: str = "NOUN") -> str:

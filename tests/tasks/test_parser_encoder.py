@@ -12,9 +12,9 @@ from toy_parser import SENTENCES, small_parser
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from fastmask.files import FileError
-from fastmask.parsing.encoder import load_encoder
-from fastmask.parsing.parser import Parser
-from fastmask.parsing.vocabulary import Vocabulary
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.vocabulary import Vocabulary
+from fastmask.tasks.pretrained import load_encoder
 from fastmask.training.build import encode_training_data
 
 VOCABULARY = Vocabulary.build(SENTENCES)
@@ -154,7 +154,7 @@ def test_a_model_without_a_tokenizer_is_refused(kind, tmp_path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(FileError, match=r"hub: has no tokenizer: .* knows \d pieces"):
         Parser.pretrained(folder, VOCABULARY)
-    from fastmask.parsing.encoder import load_tokenizer
+    from fastmask.tasks.pretrained import load_tokenizer
 
     (folder / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(FileError, match=r"hub: (has no|cannot be read as a) tokenizer"):

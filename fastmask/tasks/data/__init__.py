@@ -1,0 +1,1 @@
+"""Data of tasks: CoNLL-U and treebanks, artificial languages, codes of languages."""

@@ -1,0 +1,1 @@
+"""Dependency parsing: a biaffine parser on any encoder."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import shlex
 import sys
@@ -15,10 +16,10 @@ from fastmask.literal import say
 __all__ = ["main"]
 
 COMMANDS = {
-    "train": "train a multilingual dependency parser with one subnetwork for each language",
+    "train": "train a multilingual model with one subnetwork for each language",
     "discover": "find one subnetwork for each language by iterative pruning",
-    "evaluate": "official LAS and UAS of a run",
-    "predict": "parse a CoNLL-U file",
+    "evaluate": "scores of a run, full network beside subnetworks",
+    "predict": "read a file with a run's model and write it with predictions",
     "compare": "compare methods, with and without meta-learning, over seeds, on seen and unseen languages",
     "adapt": "adapt a run to an unseen language, from a handful of sentences, and save it as another run",
     "analyze": "what each method did to the model: a page of tables and pictures, from finished runs",
@@ -44,9 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # The options of commands are known where PyTorch is: who asks for help in general does not wait for it.
     try:
-        parser = _parser() if arguments and arguments[0] in COMMANDS else _commands()[0]
+        parser = _parser(arguments) if arguments and arguments[0] in COMMANDS else _commands()[0]
     except ModuleNotFoundError as error:
         return _missing(error, arguments[0])
+    except (ValueError, KeyError, OSError) as error:  # a task that is not there
+        say(f"fastmask {arguments[0]}: error: {error}", sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
     options.command_line = shlex.join(["fastmask", *arguments])
     try:
@@ -96,23 +100,7 @@ def _print_warnings_plainly(command: str) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     # Each command imports what it needs when it runs: `--help` answers at once.
-    if options.command == "train":
-        from fastmask.cli.train import run
-    elif options.command == "discover":
-        from fastmask.cli.discover import run
-    elif options.command == "evaluate":
-        from fastmask.cli.evaluate import run
-    elif options.command == "predict":
-        from fastmask.cli.predict import run
-    elif options.command == "adapt":
-        from fastmask.cli.adapt import run
-    elif options.command == "compare":
-        from fastmask.cli.compare import run
-    elif options.command == "analyze":
-        from fastmask.cli.analyze import run
-    else:
-        from fastmask.cli.masks import run
-    run(options)
+    importlib.import_module(f"fastmask.cli.{options.command}").run(options)
 
 
 def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -131,10 +119,10 @@ def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
     return parser, found
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
-    from fastmask.cli.options import add_settings, output_file
+    from fastmask.cli.options import add_settings, add_task_settings, output_file
     from fastmask.compare.plan import RESERVED, CompareConfig
     from fastmask.discovery import VOTES
     from fastmask.training.config import DEVICES
@@ -143,13 +131,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.__getitem__
 
     def data_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--data", help="folder of UD treebanks; that of the run if not given")
-        sub.add_argument("--languages", help="codes or treebank names; those of the run if not given")
+        sub.add_argument("--data", help="a folder, a file or a name on the Hub; that of the run if not given")
+        sub.add_argument("--languages", nargs="+", help="codes or treebank names; those of the run if not given")
         sub.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
     train = command("train")
     train.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here override it")
     add_settings(train)
+    if arguments[0] == "train":
+        add_task_settings(train, arguments)
 
     find = command("discover")
     find.add_argument(
@@ -169,26 +159,29 @@ def _parser() -> argparse.ArgumentParser:
 
     score = command("evaluate")
     score.add_argument("run", metavar="RUN", help="folder of a finished run")
-    score.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which part of the treebanks")
+    score.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which part of the data")
     scores = "also write the scores to this file (-: standard output)"
     score.add_argument("--json", metavar="FILE", type=output_file, help=scores)
     data_options(score)
 
     write = command("predict")
     write.add_argument("run", metavar="RUN", help="folder of a finished run")
-    write.add_argument("input", metavar="INPUT", help="CoNLL-U file, - for standard input; only HEAD and DEPREL change")
-    write.add_argument("output", metavar="OUTPUT", help="CoNLL-U file to write, - for standard output")
+    reads = "file to read, - for standard input: CoNLL-U (parsing), or JSON lines"
+    write.add_argument("input", metavar="INPUT", help=reads)
+    write.add_argument("output", metavar="OUTPUT", help="file to write, - for standard output")
     write.add_argument("--language", help="whose subnetwork to use; the full network if not given")
     write.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
     grid = command("compare")
-    grid.add_argument("--data", required=True, help="folder of UD treebanks")
+    grid.add_argument("--data", required=True, help="a folder, a file or a name on the Hub")
     grid.add_argument(
         "--out", required=True, help="folder of the comparison; the same command goes on where it stopped"
     )
     grid.add_argument("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
-    add_settings(grid.add_argument_group("the comparison"), settings=CompareConfig)
-    add_settings(grid.add_argument_group("every run in it"), without=RESERVED)
+    add_settings(grid, settings=CompareConfig, group="the comparison")
+    add_settings(grid, without=RESERVED)
+    if arguments[0] == "compare":
+        add_task_settings(grid, arguments)
 
     learn = command("adapt")
     learn.add_argument("run", metavar="RUN", help="folder of a finished run")

@@ -7,8 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from fastmask.settings import items_of
 from fastmask.terminal import LiteralConsole
-from fastmask.training.settings import items_of
 
 if TYPE_CHECKING:
     from fastmask.reports.making import Progress

@@ -15,6 +15,7 @@ from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
 from fastmask.compare.report import print_tables, write_report
 from fastmask.files import check_writable
 from fastmask.literal import say
+from fastmask.tasks.task import heading
 from fastmask.terminal import LiteralConsole, console_of
 
 __all__ = ["run"]
@@ -27,15 +28,13 @@ def run(options: argparse.Namespace) -> None:
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
-    if not os.path.isdir(options.data):
-        raise FileNotFoundError(f"no folder of treebanks at {options.data}")
     given = given_settings(options)
     own = {item.name for item in dataclasses.fields(CompareConfig)}
     config = CompareConfig.from_dict({name: value for name, value in given.items() if name in own})
     training = {name: value for name, value in given.items() if name not in own}
     plan = Plan(Path(options.out), options.data, config, training)
     check_writable(plan.out / "plan")
-    check_languages(plan.data, config)
+    check_languages(plan)
     Runner(plan).check()
     plan.open()
     threads = training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
@@ -53,7 +52,7 @@ class _Progress:
     def __init__(self, plan: Plan) -> None:
         from fastmask.compare.queue import is_done
 
-        self.total = len(plan.jobs)
+        self.total, self.metric = len(plan.jobs), heading(plan.task.metric)
         self.done = sum(is_done(plan, job) for job in plan.jobs)
         self.console = LiteralConsole(stderr=True, soft_wrap=True, highlight=False)
         self.began, self.mine = time.perf_counter(), 0
@@ -64,7 +63,7 @@ class _Progress:
         self.done, self.mine = self.done + 1, self.mine + 1
         left = (time.perf_counter() - self.began) / self.mine * (self.total - self.done)
         scores = ", ".join(f"{name} {value:.2f}" for name, value in _means(result).items())
-        what = f"LAS {scores}" if scores else "the shared start"
+        what = f"{self.metric} {scores}" if scores else "the shared start"
         self.console.print(
             f"[{self.done}/{self.total}] {job.name}: {what}; {result['seconds']:.0f} s, about {left / 60:.0f} min left"
         )
@@ -77,5 +76,5 @@ def _means(result: dict[str, Any]) -> dict[str, float]:
     scores: dict[str, list[float]] = {}
     for score in result.get("scores", []):
         if score["condition"] in CONDITIONS:
-            scores.setdefault(score["condition"], []).append(score["las"])
+            scores.setdefault(score["condition"], []).append(score["score"])
     return {condition: sum(values) / len(values) for condition, values in scores.items()}

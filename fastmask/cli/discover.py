@@ -14,13 +14,15 @@ from fastmask.cli.options import given_settings
 from fastmask.cli.report import quality_text, round_printer, stream_beside
 from fastmask.files import check_writable
 from fastmask.literal import say
-from fastmask.training.config import ConfigError, TrainConfig
+from fastmask.settings import ConfigError
+from fastmask.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
     from fastmask.subnetworks import Subnetworks
-    from fastmask.tasks.parsing.batch import Encoded
-    from fastmask.tasks.parsing.parser import Parser
+    from fastmask.tasks.task import Task
+
+from fastmask.tasks.task import heading
 
 __all__ = ["run"]
 
@@ -30,16 +32,16 @@ class _Run:
     """A finished run with all that discovery reads."""
 
     folder: str
-    parser: Parser
+    task: Task
     config: TrainConfig
-    train: Mapping[str, Encoded]
+    train: Mapping[str, Any]
     dev: Mapping[str, Any]
 
 
 def run(options: argparse.Namespace) -> None:
     """Find, combine, check, save and show."""
     from fastmask.discovery import Draw, combine
-    from fastmask.training.methods import discover_for_parser
+    from fastmask.training.methods import discover_for
 
     if options.seeds < 1:
         raise ConfigError(f"--seeds is {options.seeds} (expected at least 1)")
@@ -51,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
         for seed in range(one.config.seed, one.config.seed + options.seeds):
             say(f"{one.folder}, seed {seed}", sys.stderr)
             scores: dict[str, Any] = {}
-            show = round_printer(sys.stderr, config.tau)
-            found = discover_for_parser(one.parser, one.train, one.dev, one.config, seed, show, scores.__setitem__)
+            show = round_printer(sys.stderr, config.tau, one.task.metric)
+            found = discover_for(one.task, one.train, one.dev, one.config, seed, show, scores.__setitem__)
             draws.append(Draw(found, scores))
     subnets = combine(draws, options.combine, config.density)
     made_from = _made_from(options, config, draws, subnets)
@@ -67,11 +69,9 @@ def run(options: argparse.Namespace) -> None:
 
 def _runs(options: argparse.Namespace) -> list[_Run]:
     """Load every run, and see before anything is computed that their subnetworks can be combined."""
-    from fastmask.cli.evaluate import data_of
-    from fastmask.training.build import encode_training_data
-    from fastmask.training.data import load_training_data
-    from fastmask.training.device import device_of
-    from fastmask.training.finished import load_run
+    from fastmask.cli.evaluate import which_data
+    from fastmask.training.engine import device_of
+    from fastmask.training.run_folder import load_run
 
     given = given_settings(options)
     if {"tau", "density"} <= given.keys():
@@ -83,11 +83,12 @@ def _runs(options: argparse.Namespace) -> list[_Run]:
     runs = []
     for folder, run in loaded.items():
         config = dataclasses.replace(run.config, **given)
-        data, languages = data_of(run.config, folder, options)
-        datasets = load_training_data(data, languages)
-        train = encode_training_data(run.parser, datasets, config.max_length)
-        dev = {code: splits["dev"] for code, splits in datasets.items() if "dev" in splits}
-        runs.append(_Run(folder, run.parser.to(device_of(options.device)), config, train, dev))
+        data, languages = which_data(run.config, folder, options)
+        datasets = run.task.load(data, languages, config.task_settings, optional=("dev", "test"))
+        train = {name: run.task.training_examples(splits["train"], name) for name, splits in datasets.items()}
+        dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
+        run.task.model.to(device_of(options.device))
+        runs.append(_Run(folder, run.task, config, train, dev))
     first = runs[0]
     for other in runs[1:]:
         if list(other.train) != list(first.train):
@@ -147,21 +148,23 @@ def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
 
 def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
     """Whether combined masks keep what tau asks for, run by run and language by language; says where they do not."""
-    from fastmask.training.methods import quality_for_parser
+    from fastmask.training.methods import quality_for
 
     found: dict[str, Any] = {}
     missed = 0
     for one in runs:
-        qualities = quality_for_parser(one.parser, one.train, one.dev, one.config, one.config.seed, subnets)
+        qualities = quality_for(one.task, one.train, one.dev, one.config, one.config.seed, subnets)
         found[one.folder] = {}
         for name, (full, own) in qualities.items():
             met = own.keeps(one.config.tau, full)
             missed += not met
-            by = "dev LAS" if full.metric is not None else "loss on the scoring sentences"
+            by = f"dev {heading(one.task.metric)}" if full.metric is not None else "loss on the scoring examples"
             numbers = (full.loss, own.loss) if full.metric is None else (full.metric, own.metric)
             found[one.folder][name] = {"by": by, "full": numbers[0], "combined": numbers[1], "keeps_tau": met}
             if not met:
-                text = f"{quality_text(own)}, of the full network {quality_text(full)}"
+                text = (
+                    f"{quality_text(own, one.task.metric)}, of the full network {quality_text(full, one.task.metric)}"
+                )
                 say(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", sys.stderr)
     total = len(runs) * len(subnets.languages)
     say(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")

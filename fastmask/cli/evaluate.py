@@ -1,46 +1,46 @@
-"""`fastmask evaluate`: official scores of a finished run."""
+"""`fastmask evaluate`: scores of a finished run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
-from pathlib import Path
 
-from fastmask.cli.report import print_scores, scored, stream_beside
+from fastmask.cli.report import parts_of, print_scores, scored, stream_beside
 from fastmask.files import check_writable, write_text
 from fastmask.training.config import TrainConfig
+from fastmask.training.run_folder import data_of
 
-__all__ = ["data_of", "run"]
+__all__ = ["run", "which_data"]
 
 
 def run(options: argparse.Namespace) -> None:
     """Score every language; one that the run was not trained on is read by the full network."""
-    from fastmask.tasks.data.treebanks import load_treebanks
-    from fastmask.training.device import device_of
-    from fastmask.training.finished import load_run
+    from fastmask.training.engine import device_of
+    from fastmask.training.run_folder import load_run
 
     if options.json:
         check_writable(options.json)
     loaded = load_run(options.run)
-    data, languages = data_of(loaded.config, options.run, options)
-    datasets = load_treebanks(data, languages, splits=(options.split,))
-    sentences = {code: splits[options.split] for code, splits in datasets.items()}
-    rows = scored(loaded.parser.to(device_of(options.device)), loaded.subnetworks, sentences)
-    print_scores(rows, stream_beside(options.json), options.split)
+    task = loaded.task
+    data, languages = which_data(loaded.config, options.run, options)
+    splits = task.load(data, languages, loaded.config.task_settings, splits=(options.split,))
+    task.model.to(device_of(options.device))
+    tests = {
+        name: {part: task.examples(rows) for part, rows in parts_of(of[options.split]).items()}
+        for name, of in splits.items()
+    }
+    rows = scored(task, loaded.subnetworks, tests)
+    print_scores(rows, task, stream_beside(options.json), options.split)
     if options.json:
         write_text(options.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
 
 
-def data_of(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str | Path, str]:
-    """The folder and the languages to read: those given, else those of the run."""
-    from fastmask.training.data import data_of_run, training_languages
-
-    data: str | Path = options.data
-    languages = config.languages
+def which_data(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The data and the languages to read: those given, else those of the run."""
     if options.data is None:
-        data, languages = data_of_run(config, run)
-    if not os.path.isdir(data):
-        raise FileNotFoundError(f"no folder of treebanks at {data}" + ("" if options.data else " (of the run)"))
-    return data, options.languages or languages or training_languages(data)
+        data, languages, _ = data_of(config, run)
+    else:
+        data, languages = options.data, config.language_list
+    given = [item.strip() for item in ",".join(options.languages or []).split(",") if item.strip()]
+    return data, given or languages or config.task_class.languages(data, config.task_settings)

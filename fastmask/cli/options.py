@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+from fastmask.files import read_yaml
 from fastmask.training.config import TrainConfig
 
-__all__ = ["STANDARD_OUTPUT", "add_settings", "given_settings", "output_file"]
+__all__ = ["STANDARD_OUTPUT", "add_settings", "add_task_settings", "given_settings", "output_file"]
 
 STANDARD_OUTPUT = "/dev/stdout"
+SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a namespace
 
 
 def output_file(name: str) -> str:
@@ -20,16 +23,25 @@ def output_file(name: str) -> str:
 
 
 def add_settings(
-    parser: argparse._ActionsContainer,
+    parser: argparse.ArgumentParser,
     only: Sequence[str] | None = None,
     without: Sequence[str] = (),
     settings: type[Any] = TrainConfig,
+    prefix: str = SETTING,
+    group: str | None = None,
 ) -> None:
-    """Add an option for every field of `settings`, or for some; what is not given stays out of the namespace."""
+    """Add an option for every field of `settings`, or for some; what is not given stays out of the namespace.
+
+    Options stand in the groups that fields name, or all in `group`.
+    """
     hints = get_type_hints(settings)
+    groups: dict[str, Any] = {}
     for item in dataclasses.fields(settings):
-        if item.name in without or (only is not None and item.name not in only):
+        if item.name in without or item.name == "task_options" or (only is not None and item.name not in only):
             continue
+        title = group or item.metadata.get("group")
+        if title and title not in groups:
+            groups[title] = parser.add_argument_group(title)
         kinds = [kind for kind in get_args(hints[item.name]) if kind is not type(None)] or [hints[item.name]]
         default = "" if item.default is None else f" (default: {item.default})"
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.metadata["help"] + default}
@@ -40,11 +52,40 @@ def add_settings(
             options["choices"] = None if item.metadata.get("list") else item.metadata.get("choices")
             if options["choices"] is None:
                 options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
-        parser.add_argument(f"--{item.name.replace('_', '-')}", dest=f"setting:{item.name}", **options)
+            if item.metadata.get("list"):
+                options |= {"nargs": "+", "action": _Joined}
+        (groups[title] if title else parser).add_argument(
+            f"--{item.name.replace('_', '-')}", dest=f"{prefix}{item.name}", **options
+        )
+
+
+def add_task_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the options of the task that `arguments` name (``--task``), by default those of parsing."""
+    from fastmask.tasks.registry import task_class
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default=TrainConfig.task)
+    first.add_argument("--config")
+    known, _ = first.parse_known_args(list(arguments))
+    name = known.task
+    if known.config and "--task" not in " ".join(arguments):
+        with contextlib.suppress(Exception):  # what is wrong with the file is said when it is read
+            name = read_yaml(known.config).get("task", name)
+    add_settings(parser, settings=task_class(name).settings, prefix=OPTION, group=f"task {name}")
+
+
+class _Joined(argparse.Action):
+    """A list, given as ``en,ar`` or as ``en ar``."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, ",".join(values))
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    return {
-        name.removeprefix("setting:"): value for name, value in vars(options).items() if name.startswith("setting:")
-    }
+    """The settings that were given on the command line; those of the task under "task_options"."""
+    given = {name: value for name, value in vars(options).items() if name.startswith((SETTING, OPTION))}
+    found = {name.removeprefix(SETTING): value for name, value in given.items() if name.startswith(SETTING)}
+    own = {name.removeprefix(OPTION): value for name, value in given.items() if name.startswith(OPTION)}
+    return {**found, "task_options": own} if own else found

@@ -1,4 +1,4 @@
-"""`fastmask predict`: CoNLL-U in, CoNLL-U out."""
+"""`fastmask predict`: a file in, the same with predictions out (parsing: CoNLL-U; others: JSON lines)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ STANDARD = "-"
 
 
 def run(options: argparse.Namespace) -> None:
-    """Parse one file with a language's subnetwork, or with the full network."""
-    from fastmask.tasks.parsing.evaluation import predict_file
-    from fastmask.training.device import device_of
-    from fastmask.training.finished import load_run
+    """Read one file with a language's subnetwork, or with the full network."""
+    from fastmask.training.engine import device_of
+    from fastmask.training.run_folder import load_run
 
     source = "/dev/stdin" if options.input == STANDARD else options.input
     target = "/dev/stdout" if options.output == STANDARD else options.output
     check_writable(target)
     loaded = load_run(options.run)
-    loaded.parser.to(device_of(options.device))
-    count = predict_file(loaded.parser, source, target, options.language)
+    task = loaded.task
+    task.model.to(device_of(options.device))
+    with task.reading(options.language):
+        count = task.predict_file(source, target)
     to_stdout = descriptor_of(target) == 1
-    say(f"{count} sentences written to {options.output}", sys.stderr if to_stdout else sys.stdout)
+    say(f"{count} {task.example_word} written to {options.output}", sys.stderr if to_stdout else sys.stdout)

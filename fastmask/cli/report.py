@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,112 +14,136 @@ from rich.table import Table
 
 from fastmask.cli.options import STANDARD_OUTPUT
 from fastmask.literal import say
+from fastmask.tasks.task import heading
 from fastmask.terminal import console_of
 
 if TYPE_CHECKING:
     from fastmask.discovery import Quality, Round
     from fastmask.subnetworks import Subnetworks
-    from fastmask.tasks.parsing.parser import Parser
+    from fastmask.tasks.task import Task
 
-__all__ = ["Row", "print_scores", "print_summary", "quality_text", "round_printer", "scored", "stream_beside"]
+__all__ = [
+    "Row",
+    "parts_of",
+    "print_scores",
+    "print_summary",
+    "quality_text",
+    "round_printer",
+    "scored",
+    "stream_beside",
+]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one language, in percent, and words per second; None where it has no subnetwork."""
+    """Scores of one language, or of one of its treebanks, and words (tokens) per second; None without a subnetwork.
+
+    Attributes:
+        language: whose test examples they are.
+        part: which of its treebanks, where it has several.
+        words: of the test examples.
+        full: scores of the full network, the one that decides first.
+        own: scores of its subnetwork.
+    """
 
     language: str
+    part: str | None
     words: int
-    full_las: float
-    full_uas: float
+    full: dict[str, float]
     full_words_per_second: float
-    las: float | None = None
-    uas: float | None = None
+    own: dict[str, float] | None = None
     words_per_second: float | None = None
     heads: int | None = None
     all_heads: int | None = None
     neurons: int | None = None
     all_neurons: int | None = None
 
-    @classmethod
-    def of(cls, language: str, full: Any, own: Any | None, subnets: Subnetworks | None) -> Row:
-        """From two `Evaluation`s and the subnetworks that the second one ran with."""
-        row: dict[str, Any] = {
-            "language": language,
-            "words": full.scores.words,
-            "full_las": full.las,
-            "full_uas": full.uas,
-            "full_words_per_second": full.words_per_second,
-        }
-        if own is not None and subnets is not None:
-            index = subnets.index(language)
-            row |= {"las": own.las, "uas": own.uas, "words_per_second": own.words_per_second}
-            for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-                if keep is not None:
-                    row |= {kind: int(keep[index].sum()), f"all_{kind}": keep[index].numel()}
-        return cls(**row)
+
+def parts_of(rows: Any) -> dict[str | None, Any]:
+    """Rows by treebank where they are of several (a code may join some for training), else all of them as one part."""
+    names = rows["treebank"] if "treebank" in getattr(rows, "column_names", ()) else []
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) < 2:
+        return {None: rows}
+    return {name: rows.select([i for i, own in enumerate(names) if own == name]) for name in distinct}
 
 
-def scored(parser: Parser, subnets: Subnetworks | None, datasets: Mapping[str, Any]) -> list[Row]:
+def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[str | None, Any]]) -> list[Row]:
     """Score every language with the full network, and with its subnetwork where it has one.
 
     Args:
-        parser: the subnetworks are attached to its encoder.
+        task: the subnetworks are attached to its encoder.
         subnets: None where there are none.
-        datasets: rows of every language, or what `prepare` made of them.
+        tests: language -> part -> `Examples`; see `parts_of`.
     """
-    from fastmask.tasks.parsing.evaluation import Prepared, evaluate, prepare
-
     rows = []
-    for code, data in datasets.items():
-        prepared = {code: data if isinstance(data, Prepared) else prepare(parser, data)}
-        full, own = evaluate(parser, prepared, None if subnets is None else -1)[code], None
-        if subnets is not None and code in subnets.languages:
-            own = evaluate(parser, prepared, subnets.index(code))[code]
-        rows.append(Row.of(code, full, own, subnets))
+    for name, parts in tests.items():
+        for part, examples in parts.items():
+            words = int(examples.lengths.sum())
+            full, speed = _scored(task, None, examples)
+            own: dict[str, Any] = {}
+            if subnets is not None and name in subnets.languages:
+                scores, rate = _scored(task, name, examples)
+                own = {"own": scores, "words_per_second": rate}
+                for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+                    if keep is not None:
+                        live = keep[subnets.index(name)]
+                        own |= {kind: int(live.sum()), f"all_{kind}": live.numel()}
+            rows.append(Row(name, part, words, full, speed, **own))
     return rows
 
 
-def print_scores(rows: Sequence[Row], file: TextIO, split: str = "test") -> None:
+def _scored(task: Task, name: str | None, examples: Any) -> tuple[dict[str, float], float]:
+    """Scores by one network, and how many words it reads in a second; scoring itself is not counted."""
+    with task.reading(name):
+        start = time.perf_counter()
+        predictions = task.predict(examples)
+        seconds = time.perf_counter() - start
+    return task.score(examples, predictions), float(examples.lengths.sum()) / max(seconds, 1e-9)
+
+
+def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "test") -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
-    table = Table(title=f"official LAS / UAS on the {split} sets, percent")
-    for name in ("language", "full LAS", "full UAS", "subnet LAS", "subnet UAS", "heads", "neurons", "full words/s"):
-        table.add_column(name, justify="left" if name == "language" else "right", no_wrap=True)
-    table.add_column("subnet words/s", justify="right")
-    masked = any(row.las is not None for row in rows)
+    unit = ", percent" if task.percent else ""
+    names = list(rows[0].full) if rows else [task.metric]
+    table = Table(title=f"{' / '.join(map(heading, names))} on the {split} sets{unit}")
+    table.add_column("language", no_wrap=True)
+    for whose in ("full", "subnet"):
+        for name in names:
+            table.add_column(f"{whose} {heading(name)}", justify="right", no_wrap=True)
+    for name in ("heads", "neurons", f"full {task.token_word}/s", f"subnet {task.token_word}/s"):
+        table.add_column(name, justify="right", no_wrap=name in ("heads", "neurons"))
+    masked = any(row.own is not None for row in rows)
     for row in rows:
+        called = row.language if row.part is None else f"{row.language} {row.part}"
         table.add_row(
-            row.language if row.las is not None or not masked else f"{row.language} (no subnetwork)",
-            f"{row.full_las:.2f}",
-            f"{row.full_uas:.2f}",
-            _number(row.las, ".2f"),
-            _number(row.uas, ".2f"),
+            called if row.own is not None or not masked else f"{called} (no subnetwork)",
+            *(f"{row.full[name]:.2f}" for name in names),
+            *(_number(None if row.own is None else row.own[name], ".2f") for name in names),
             _share(row.heads, row.all_heads),
             _share(row.neurons, row.all_neurons),
             f"{row.full_words_per_second:,.0f}",
             _number(row.words_per_second, ",.0f"),
         )
-    own = [row for row in rows if row.las is not None] or list(rows)
+    own = [row for row in rows if row.own is not None] or list(rows)
     if len(own) > 1:
         table.add_section()
         table.add_row(
             f"mean of {len(own)}",
-            f"{_mean([row.full_las for row in own]):.2f}",
-            f"{_mean([row.full_uas for row in own]):.2f}",
-            _number(_mean([row.las for row in own]), ".2f"),
-            _number(_mean([row.uas for row in own]), ".2f"),
+            *(f"{_mean([row.full[name] for row in own]):.2f}" for name in names),
+            *(_number(_mean([None if row.own is None else row.own[name] for row in own]), ".2f") for name in names),
         )
     console_of(file).print(table)
 
 
 def print_summary(
-    folder: Path, speed: dict[str, float], scouting: float | None, pictures: Sequence[Path], file: TextIO
+    folder: Path, speed: dict[str, float], words: str, scouting: float | None, pictures: Sequence[Path], file: TextIO
 ) -> None:
     """Training speed, the share of time that scouts took (method `dynamic`), and where everything is."""
     names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
     console = console_of(file)
     if speed:
-        parts = [f"{value:,.0f} words/s {names[name]}" for name, value in speed.items()]
+        parts = [f"{value:,.0f} {words}/s {names[name]}" for name, value in speed.items()]
         console.print(f"training: {', '.join(parts)}", highlight=False)
     if scouting is not None:
         console.print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")
@@ -131,20 +156,20 @@ def print_summary(
 _FILES = {
     "results.json": "(this table)",
     "metrics.jsonl": "(loss and dev scores)",
-    "model": "(parser)",
+    "model": "(the model)",
     "masks.safetensors": "(subnetworks)",
     "dynamic.safetensors": "(how the subnetworks changed)",
 }
 
 
-def round_printer(file: TextIO, tau: float) -> Callable[[Round], None]:
+def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], None]:
     """A function that prints one line for each round of pruning down to `tau` (or to a density)."""
 
     def show(found: Round) -> None:
         counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
-        quality = quality_text(found.quality)
+        quality = quality_text(found.quality, metric)
         if found.number == 0 and found.quality.loss is not None:
-            quality += f" (there is no dev data; the loss may rise by {-math.log(tau):.3f})"
+            quality += f" (no dev score to go by; the loss may rise by {-math.log(tau):.3f})"
         stopped = "" if found.kept else "  too far: back to the round before"
         parts = [f"  {found.language} round {found.number}: {', '.join(counts)}", *([quality] if quality else ())]
         say(f"{'  '.join(parts)}{stopped}", file)
@@ -157,11 +182,11 @@ def stream_beside(target: str | None) -> TextIO:
     return sys.stderr if target == STANDARD_OUTPUT else sys.stdout
 
 
-def quality_text(quality: Quality) -> str:
+def quality_text(quality: Quality, metric: str) -> str:
     """What a number that pruning goes by is, and the number."""
     if quality.metric is not None:
-        return f"dev LAS {quality.metric:.2f}"
-    return "" if quality.loss is None else f"loss on the scoring sentences {quality.loss:.3f}"
+        return f"dev {heading(metric)} {quality.metric:.2f}"
+    return "" if quality.loss is None else f"loss on the scoring examples {quality.loss:.3f}"
 
 
 def _number(value: float | None, form: str) -> str:

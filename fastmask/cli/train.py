@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import print_scores, print_summary, round_printer, scored
+from fastmask.cli.report import parts_of, print_scores, print_summary, round_printer, scored
 from fastmask.files import check_writable, write_text
 from fastmask.literal import say
+from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
-from fastmask.training.run_folder import CONFIG_FILE, check_out
+from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
 
 __all__ = ["run"]
 
@@ -28,36 +29,37 @@ def run(options: argparse.Namespace) -> None:
 
     Of several processes (`torchrun`, `accelerate launch`) the first one scores and speaks.
     """
-    from fastmask.tasks.data import synthetic
-    from fastmask.tasks.parsing.evaluation import prepare
-    from fastmask.training.build import build_parser
-    from fastmask.training.data import data_of_run, load_training_data
     from fastmask.training.loop import train
     from fastmask.training.methods import check_subnetworks, subnetworks_of
 
     config = _config(options)
     check_out(config)  # before anything is written or computed
     check_writable(Path(config.out, CONFIG_FILE))
-    data, languages = data_of_run(config, config.out)
+    data, languages, others = data_of(config, config.out)
+    task_class, settings = config.task_class, config.task_settings
     first = os.environ.get("RANK", "0") == "0"
     if config.data is None and first:
         say(f"no --data given: training on the embedded artificial languages ({data})", sys.stderr)
-    datasets = load_training_data(data, languages)
-    parser = build_parser(config, datasets)
-    check_subnetworks(parser, config, datasets)
+    datasets = task_class.load(data, languages, settings, optional=("dev", "test"))
+    task = task_class.build(config, datasets)
+    check_subnetworks(task, config, datasets)
     tests: dict[str, Any] = {}
     if first:  # what cannot be scored is said before training
-        tests = {code: splits["test"] for code, splits in datasets.items() if "test" in splits}
-        if config.data is None:
-            tests |= _unseen(data, [code for code in synthetic.UNSEEN if code not in datasets])
-        tests = {code: prepare(parser, rows) for code, rows in tests.items()}
-    show = sys.stderr.isatty()
-    on_round = round_printer(sys.stderr, config.tau) if first else None
-    result = train(parser, datasets, config, lambda point: subnetworks_of(point, on_round), progress=show)
+        rows = {name: splits["test"] for name, splits in datasets.items() if "test" in splits}
+        if others:
+            unseen = task_class.load(data, others, settings, splits=("test",))
+            rows |= {name: splits["test"] for name, splits in unseen.items()}
+        tests = {
+            name: {part: task.examples(some) for part, some in parts_of(found).items()} for name, found in rows.items()
+        }
+        print_start(task, config, datasets)
+    on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
+    result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round))
     if not first:
         return
 
-    rows = scored(result.parser, result.subnetworks, tests)
+    say("scoring the test sets", sys.stderr)
+    rows_of = scored(result.task, result.subnetworks, tests)
     folder = Path(config.out)
     speed = _training_speed(result.history, config)
     report = {
@@ -65,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         "training_words_per_second": speed,
         "budget": dataclasses.asdict(result.budget),
         "scouting_share": result.scouting_share,
-        "test": [dataclasses.asdict(row) for row in rows],
+        "test": [dataclasses.asdict(row) for row in rows_of],
     }
     write_text(folder / RESULTS_FILE, json.dumps(report, indent=1), follow=False)
     pictures = []
@@ -74,8 +76,31 @@ def run(options: argparse.Namespace) -> None:
 
         pictures.append(folder / "head_use.png")
         head_use(result.subnetworks, pictures[0], follow=False)
-    print_scores(rows, sys.stdout)
-    print_summary(folder, speed, result.scouting_share, pictures, sys.stdout)
+    print_scores(rows_of, task, sys.stdout)
+    print_summary(folder, speed, task.token_word, result.scouting_share, pictures, sys.stdout)
+
+
+def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
+    """What is about to be done, on what and where, before it takes long."""
+    import torch
+
+    from fastmask.training.engine import device_of
+
+    device = device_of(config.device)
+    threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    size = sum(parameter.numel() for parameter in task.model.parameters())
+    need = 12 * size * (1 + (config.keep_checkpoints or config.steps // max(config.checkpoint_every, 1)))
+    say(
+        f"{config.task}, method {config.method}, model {config.model} ({size / 1e6:.1f} M parameters) on "
+        f"{device}{threads}; checkpoints take up to {need / 1e9:.1f} GB in {config.out}",
+        sys.stderr,
+    )
+    for name, splits in datasets.items():
+        banks = sorted(
+            {bank for rows in splits.values() if "treebank" in rows.column_names for bank in rows["treebank"]}
+        )
+        sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
+        say(f"  {name}: {', '.join(banks) + ': ' if banks else ''}{sizes} {task.example_word}", sys.stderr)
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
@@ -86,18 +111,13 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     if file == started:
         given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
     base = TrainConfig.load(file) if file else TrainConfig()
-    config = TrainConfig.from_dict({**dataclasses.asdict(base), **given})
+    values = {**dataclasses.asdict(base), **given}
+    if values["task"] == base.task:  # else the file's options are of another task
+        values["task_options"] = {**base.task_options, **given.get("task_options", {})}
+    config = TrainConfig.from_dict(values)
     if config.data is None and file is None and "steps" not in given:
         config = dataclasses.replace(config, steps=EMBEDDED_STEPS)
-    if config.data is not None and not os.path.isdir(config.data):
-        raise FileNotFoundError(f"no folder of treebanks at {config.data}")
     return config
-
-
-def _unseen(data: Any, languages: list[str]) -> dict[str, Any]:
-    from fastmask.tasks.data.treebanks import load_treebanks
-
-    return {code: splits["test"] for code, splits in load_treebanks(data, languages, splits=("test",)).items()}
 
 
 def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:

@@ -8,21 +8,18 @@ import time
 from functools import cached_property
 from typing import Any
 
+from fastmask.compare.branch import branch
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.scoring import Scorer
 from fastmask.files import remove_tree, replace_file
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.data.treebanks import load_treebanks
+from fastmask.tasks.task import Splits, Task
 from fastmask.training import checkpoints
-from fastmask.training.branch import branch
-from fastmask.training.budget import Budget
-from fastmask.training.build import build_parser, encode_training_data
 from fastmask.training.config import TrainConfig
-from fastmask.training.data import load_training_data
-from fastmask.training.episodes import episode_sampler
-from fastmask.training.finished import is_finished
-from fastmask.training.loop import SwitchPoint, TrainResult, train
-from fastmask.training.methods import check_subnetworks, subnetworks_of
+from fastmask.training.episodes import Budget, episode_sampler
+from fastmask.training.loop import TrainResult, train
+from fastmask.training.methods import SwitchPoint, check_subnetworks, subnetworks_of
+from fastmask.training.run_folder import is_finished
 
 __all__ = ["MASKS_FILE", "RUN", "Runner"]
 
@@ -31,7 +28,7 @@ MASKS_FILE = checkpoints.MASKS
 
 
 class Runner:
-    """Does the jobs of a plan one after the other; the treebanks are read once."""
+    """Does the jobs of a plan one after the other; the data is read once."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -50,25 +47,29 @@ class Runner:
             ValueError: a language with too few sentences, an episode that asks for more than there is, and the like.
         """
         configs = [self.plan.train_config(job, self.plan.folder(job)) for job in self.plan.jobs]
-        parser = build_parser(configs[0], self.datasets)
-        encoded = encode_training_data(parser, self.datasets, configs[0].max_length)
-        self.scorer.check(parser)
+        task = self._task(configs[0])
+        train = {name: task.training_examples(splits["train"], name) for name, splits in self.datasets.items()}
+        task.check(train)
+        self.scorer.check(task)
         for config in configs:
-            check_subnetworks(parser, config, encoded)
+            check_subnetworks(task, config, train)
             if config.meta != "none":
-                Budget.of(config, len(encoded))
-                episode_sampler(config, encoded)
+                Budget.of(config, len(train))
+                episode_sampler(config, train)
 
     @cached_property
-    def datasets(self) -> dict[str, dict[str, Any]]:
+    def datasets(self) -> Splits:
         """The training languages' splits."""
-        return load_training_data(self.plan.data, self.plan.config.train)
+        return self.plan.load(self.plan.config.train, optional=("dev", "test"))
 
     @cached_property
     def scorer(self) -> Scorer:
         """The test sentences of all languages and the support sets of the unseen ones: the same for every cell."""
-        unseen = load_treebanks(self.plan.data, self.plan.config.unseen, optional=("train", "dev"))
-        return Scorer(self.plan.config, self.datasets, unseen)
+        unseen = self.plan.load(self.plan.config.unseen, optional=("train", "dev"))
+        return Scorer(self.plan.config, self.plan.task, self.datasets, unseen)
+
+    def _task(self, config: TrainConfig) -> Task:
+        return config.task_class.build(config, self.datasets)
 
     def _start(self, job: Job) -> dict[str, Any]:
         """Train the full network up to the switch, and find the subnetworks that the masked methods start from."""
@@ -78,7 +79,7 @@ class Runner:
             raise _FoundError(subnetworks_of(point))
 
         try:
-            train(build_parser(config, self.datasets), self.datasets, config, find, progress=False)
+            train(self._task(config), self.datasets, config, find, progress=False)
         except _FoundError as found:
             masks = self.plan.folder(job) / MASKS_FILE
             replace_file(masks, found.subnetworks.save, follow=False)
@@ -95,15 +96,9 @@ class Runner:
         if checkpoints.latest(config.out) is None and not is_finished(config.out):
             branch(start / RUN, config)
         began = time.perf_counter()
-        trained = train(
-            build_parser(config, self.datasets),
-            self.datasets,
-            config,
-            lambda point: subnetworks_of(point),
-            progress=False,
-        )
+        trained = train(self._task(config), self.datasets, config, progress=False)
         scored = time.perf_counter()
-        scores = self.scorer.scores(trained.parser, trained.subnetworks)
+        scores = self.scorer.scores(trained.task, trained.subnetworks)
         result = {
             "training_seconds": round(scored - began, 1),
             "scoring_seconds": round(time.perf_counter() - scored, 1),

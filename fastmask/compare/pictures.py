@@ -20,8 +20,8 @@ COLOURS = {"none": "#0072B2", "fomaml": "#D55E00", "reptile": "#009E73"}  # Okab
 NAMES = {"none": "plain", "fomaml": "FOMAML", "reptile": "Reptile"}
 
 
-def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], path: str | PathLike[str]) -> None:
-    """Mean LAS over languages of every cell: a dot for each seed, a bar for their mean; one panel per condition."""
+def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], name: str, path: str | PathLike[str]) -> None:
+    """Mean score over languages of every cell: a dot for each seed, a bar for their mean; one panel per condition."""
     shown = [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
     methods, metas = (list(dict.fromkeys(cell[part] for cell in cells)) for part in (0, 1))
     figure = new_figure(1.2 + 0.55 * len(methods) * len(shown), 4.2)
@@ -32,7 +32,7 @@ def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], path: str
             offset = (number - (len(metas) - 1) / 2) * 0.3
             for place, method in enumerate(methods):
                 chosen = part[(part["method"] == method) & (part["meta"] == meta)]
-                by_seed = chosen.groupby(["seed", "language"])["las"].mean().groupby("seed").mean()
+                by_seed = chosen.groupby(["seed", "language"])["score"].mean().groupby("seed").mean()
                 if by_seed.empty:
                     continue
                 x = place + offset
@@ -43,26 +43,26 @@ def draw_means(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], path: str
         axis.set_title(condition)
         axis.grid(axis="y", alpha=0.3)
         if position == 0:
-            axis.set_ylabel("LAS, mean over languages")
+            axis.set_ylabel(f"{name}, mean over languages")
             if len(metas) > 1:
                 axis.legend(frameon=False)
     _save(figure, path)
 
 
 def draw_gains(
-    scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str, path: str | PathLike[str]
+    scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str, name: str, path: str | PathLike[str]
 ) -> None:
-    """LAS of every cell less that of plain `full`, by language; mean over seeds and support sets."""
+    """Score of every cell less that of plain `full`, by language; mean over seeds and support sets."""
     part = scores[scores["condition"] == condition]
-    las = part.groupby(["method", "meta", "language"])["las"].mean()
+    means = part.groupby(["method", "meta", "language"])["score"].mean()
     languages = list(dict.fromkeys(part["language"]))
     rows = [cell for cell in cells if cell != ("full", "none")]
     gains = np.full((len(rows), len(languages)), np.nan)
     for row, (method, meta) in enumerate(rows):
         for column, language in enumerate(languages):
             keys = (method, meta, language), ("full", "none", language)
-            if all(key in las.index for key in keys):
-                gains[row, column] = las[keys[0]] - las[keys[1]]
+            if all(key in means.index for key in keys):
+                gains[row, column] = means[keys[0]] - means[keys[1]]
     figure = new_figure(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows))
     axis = figure.add_subplot()
     limit = max(1.0, float(np.nanmax(np.abs(gains)))) if np.isfinite(gains).any() else 1.0
@@ -74,8 +74,8 @@ def draw_gains(
             axis.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(rows)), [m if meta == "none" else f"{m} + {NAMES[meta]}" for m, meta in rows])
-    axis.set_title(f"LAS over plain full, {condition}")
-    figure.colorbar(image, ax=axis, label="LAS points")
+    axis.set_title(f"{name} over plain full, {condition}")
+    figure.colorbar(image, ax=axis, label=f"{name} points")
     _save(figure, path)
 
 

@@ -9,15 +9,15 @@ sentences, same schedule.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastmask.files import Record, is_leftover, read_yaml, write_yaml
+from fastmask.settings import ConfigError, Settings, items_of, named_errors, setting
+from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import METAS, METHODS, TrainConfig
-from fastmask.training.settings import ConfigError, Settings, items_of, named_errors, setting
 from fastmask.unseen.adapting import OPTIMIZERS
 from fastmask.unseen.choosing import CHOICES
 
@@ -91,7 +91,7 @@ class Plan:
 
     Attributes:
         out: the folder.
-        data: folder of UD treebanks.
+        data: where the data is.
         config: settings of the comparison.
         training: settings of every run in it, as given; the rest are the defaults of `TrainConfig`.
     """
@@ -157,6 +157,16 @@ class Plan:
             }
         )
 
+    @property
+    def task(self) -> type[Task]:
+        """The class of the task of every run."""
+        return self.train_config(self.jobs[0], self.out).task_class
+
+    def load(self, languages: str, **splits: Any) -> Splits:
+        """Rows of some of the languages, see `Task.load`."""
+        config = self.train_config(self.jobs[0], self.out)
+        return config.task_class.load(self.data, languages, config.task_settings, **splits)
+
     def open(self) -> None:
         """Write the settings, or see that the folder holds this very comparison.
 
@@ -198,20 +208,17 @@ def jobs_of(config: CompareConfig) -> list[Job]:
     return jobs
 
 
-def check_languages(data: str | os.PathLike[str], config: CompareConfig) -> None:
-    """See that both lists name languages of `data`, and none twice.
+def check_languages(plan: Plan) -> None:
+    """See that both lists name languages, and none twice.
 
     Raises:
         ConfigError: an empty list, or a language that is in both.
-        FastmaskKeyError: a language that is not there; the nearest are named.
+        FileNotFoundError, FastmaskKeyError: no such data, or a language that is not there; the nearest are named.
     """
-    from fastmask.tasks.data.treebanks import find_treebanks, select_treebanks
-
-    treebanks = find_treebanks(data)
     for name in ("train", "unseen"):
-        if not items_of(getattr(config, name)):
+        if not items_of(getattr(plan.config, name)):
             raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
-    train, unseen = select_treebanks(treebanks, config.train), select_treebanks(treebanks, config.unseen)
+    train, unseen = (plan.load(languages, splits=("test",)) for languages in (plan.config.train, plan.config.unseen))
     both = [code for code in unseen if code in train]
     if both:
         raise ConfigError(f"{', '.join(both)} is in both train and unseen (expected an unseen language to be unseen)")

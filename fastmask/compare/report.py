@@ -22,16 +22,17 @@ from fastmask.compare.results import CellResult
 from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
 from fastmask.files import read_json, write_text
 from fastmask.literal import fenced, markdown_table
+from fastmask.tasks.task import heading
 from fastmask.terminal import LiteralConsole
 
 __all__ = ["load_results", "print_tables", "write_report"]
 
 NOTE = (
-    "LAS: mean over languages, with its standard deviation over seeds. over full, over random: difference of the means "
-    "over languages in LAS points, in brackets that of each seed; full and random with the same meta-learning (full "
-    "with meta-learning against plain full). p: paired sign-flip test over languages, each the mean over seeds and "
-    "support sets; Holm-corrected over the rows of its column, not over columns and tables. won: languages in which "
-    "the row is better."
+    "Scores: mean over languages, with its standard deviation over seeds. over full, over random: difference of the "
+    "means over languages in points, more is better, in brackets that of each seed; full and random with the same "
+    "meta-learning (full with meta-learning against plain full). p: paired sign-flip test over languages, each the mean "
+    "over seeds and support sets; Holm-corrected over the rows of its column, not over columns and tables. won: "
+    "languages in which the row is better."
 )
 
 
@@ -57,7 +58,7 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     files = [plan.out / name for name in ("results.csv", "cells.csv", "summary.csv", "summary.md", "means.png")]
     summary = pd.concat(
         [
-            summary_table(scores, order, condition).assign(condition=condition)
+            summary_table(scores, order, condition, _sign(plan)).assign(condition=condition)
             for condition in CONDITIONS
             if (scores["condition"] == condition).any()
         ]
@@ -65,11 +66,11 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     for file, table, form in ((files[0], scores, None), (files[1], cells, "%.4g"), (files[2], summary, "%.4g")):
         write_text(file, table.to_csv(index=False, float_format=form), follow=False)
     write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
-    draw_means(scores, order, files[4])
+    draw_means(scores, order, heading(plan.task.metric), files[4])
     for condition in ("seen", "adapted"):
         if (scores["condition"] == condition).any() and len(order) > 1:
             files.append(plan.out / f"gains-{condition}.png")
-            draw_gains(scores, order, condition, files[-1])
+            draw_gains(scores, order, condition, heading(plan.task.metric), files[-1])
     return files
 
 
@@ -89,22 +90,25 @@ def print_tables(plan: Plan, console: LiteralConsole) -> None:
 def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
     """(title, rows) of every table, each row column -> text."""
     tables = []
+    name = heading(plan.task.metric)
     for condition, what in CONDITIONS.items():
         if (scores["condition"] == condition).any():
-            summary = summary_table(scores, _order(plan), condition)
-            tables.append((f"LAS, {what}", [_summary_row(row) for _, row in summary.iterrows()]))
+            summary = summary_table(scores, _order(plan), condition, _sign(plan))
+            tables.append((f"{name}, {what}", [_summary_row(row, name) for _, row in summary.iterrows()]))
     choices = scores[scores["condition"].isin(("zero-shot", "chosen", "other choice"))]
     if choices["choice"].nunique() > 1:
-        tables.append(("LAS of unseen languages by choice of subnetwork, nothing updated", _choice_rows(plan, choices)))
+        tables.append(
+            (f"{name} of unseen languages by choice of subnetwork, nothing updated", _choice_rows(plan, choices))
+        )
     tables.append(("cost of a cell, mean over seeds", _cost_rows(plan, cells)))
     return tables
 
 
-def _summary_row(row: Any) -> dict[str, str]:
+def _summary_row(row: Any, name: str) -> dict[str, str]:
     cells = {
         "method": row["method"],
         "meta": row["meta"],
-        "LAS": f"{_number(row['las'])} ± {_number(row['deviation'])}",
+        name: f"{_number(row['score'])} ± {_number(row['deviation'])}",
     }
     for other in ("full", "random"):
         seeds = " ".join(f"{value:+.1f}" for value in row[f"seeds_{other}"])
@@ -116,7 +120,7 @@ def _summary_row(row: Any) -> dict[str, str]:
 
 def _choice_rows(plan: Plan, scores: pd.DataFrame) -> list[dict[str, str]]:
     choices = list(dict.fromkeys(scores["choice"]))
-    means = scores.groupby(["method", "meta", "choice"])["las"].mean()
+    means = scores.groupby(["method", "meta", "choice"])["score"].mean()
     return [
         {"method": method, "meta": meta, **{c: _number(means.get((method, meta, c), math.nan)) for c in choices}}
         for method, meta in _order(plan)
@@ -161,6 +165,10 @@ def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: st
     for title, rows in _tables(plan, scores, cells):
         lines += ["", f"## {title}", "", *markdown_table(list(rows[0]), [list(row.values()) for row in rows])]
     return "\n".join(lines) + "\n"
+
+
+def _sign(plan: Plan) -> int:
+    return 1 if plan.task.higher_is_better else -1
 
 
 def _order(plan: Plan) -> Sequence[tuple[str, str]]:

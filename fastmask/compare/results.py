@@ -10,7 +10,7 @@ from fastmask.files import Record
 
 __all__ = ["CellResult", "Score"]
 
-Percent = Annotated[float, Field(ge=0, le=100)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -24,8 +24,8 @@ class Score(Record):
     subnetwork: str
     support_set: Count | None
     steps: Count
-    las: Percent
-    uas: Percent
+    score: Number
+    scores: dict[str, Number]
     words: Count
 
 

@@ -1,10 +1,11 @@
-"""Scoring one trained parser on every language of a comparison: the same sentences and support sets for every cell."""
+"""Scoring one trained model on every language of a comparison: the same examples and support sets for every cell."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,20 +13,8 @@ import numpy as np
 from fastmask.compare.plan import CompareConfig
 from fastmask.models import attach, detach
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.parsing.batch import Encoded
-from fastmask.tasks.parsing.evaluation import Prepared, evaluate, prepare
-from fastmask.tasks.parsing.parser import Parser
-from fastmask.tasks.parsing.windows import rows_that_fit
-from fastmask.unseen import (
-    Choice,
-    HeadDirection,
-    adapted,
-    choose,
-    head_direction_similarity,
-    split_pool,
-    support_sets,
-    with_union,
-)
+from fastmask.tasks.task import Splits, Task
+from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
 from fastmask.unseen.choosing import FULL_CHOICE
 
 __all__ = ["Scorer"]
@@ -42,10 +31,11 @@ class _Unseen:
 
 
 class Scorer:
-    """Holds the sentences that cells are scored on.
+    """Holds the examples that cells are scored on.
 
     Args:
         config: of the comparison.
+        task: class of the task.
         seen: training language -> split -> rows.
         unseen: unseen language -> split -> rows.
 
@@ -56,57 +46,65 @@ class Scorer:
     def __init__(
         self,
         config: CompareConfig,
-        seen: Mapping[str, Mapping[str, Any]],
-        unseen: Mapping[str, Mapping[str, Any]],
+        task: type[Task],
+        seen: Splits,
+        unseen: Splits,
     ) -> None:
-        self.config = config
-        self.profiles = {
-            language: HeadDirection.of_rows(splits["train"].select_columns(["heads", "deprels"]))
-            for language, splits in seen.items()
-        }
+        self.config, self._train = config, {language: splits["train"] for language, splits in seen.items()}
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
         self.unseen: dict[str, _Unseen] = {}
         for language, splits in unseen.items():
-            pool = split_pool(splits, config.shots, SEED, language)
+            pool = split_pool(splits, config.shots, SEED, language, same=task.words_of)
             sets = support_sets(len(pool.support), config.shots, config.support_sets, SEED, language)
             supports = [[pool.support[row] for row in rows.tolist()] for rows in sets]
             self.unseen[language] = _Unseen(supports, self._some(language, pool.test))
 
-    def check(self, parser: Parser) -> None:
-        """Prepare everything for a parser as `scores` will, so that what is wrong with it is said before training.
+    def check(self, task: Task) -> None:
+        """Prepare everything for a model as `scores` will, so that what is wrong with it is said before training.
 
         Raises:
-            ValueError: a support set without a sentence that fits into the encoder.
+            ValueError: a support set without an example that can be trained on.
         """
         for test in [*self.seen.values(), *(data.test for data in self.unseen.values())]:
-            prepare(parser, test)
+            task.examples(test)
         for language, data in self.unseen.items():
             for rows in data.supports:
-                _support(parser, rows, language)
+                task.training_examples(rows, language)
 
-    def scores(self, parser: Parser, subnets: Subnetworks | None) -> list[dict[str, Any]]:
-        """Every score of a trained parser, which comes back as it was.
+    def profiles(self, task: Task) -> dict[str, Any]:
+        """What the task knows of each training language (`Task.profile`); the same for every cell."""
+        if not self._profiles:
+            self._profiles.update({language: task.profile(rows) for language, rows in self._train.items()})
+        return self._profiles
+
+    @cached_property
+    def _profiles(self) -> dict[str, Any]:
+        return {}
+
+    def scores(self, task: Task, subnets: Subnetworks | None) -> list[dict[str, Any]]:
+        """Every score of a trained model, which comes back as it was.
 
         Args:
-            parser: `subnets` are attached to its encoder; nothing is where they are None (method `full`).
+            task: `subnets` are attached to its encoder; nothing is where they are None (method `full`).
             subnets: of the training languages.
 
         Returns:
             Rows with "language", "condition", "choice" and "subnetwork" (by which rule it was chosen, and which one it
-            is), "support_set" (None where none was looked at), "steps", "las", "uas" and "words". The conditions are
-            those of `fastmask.compare.tables`; "other choice" are rules beside the one that is adapted from.
+            is), "support_set" (None where none was looked at), "steps", "score" (that of `Task.metric`), "scores" and
+            "words". The conditions are those of `fastmask.compare.tables`; "other choice" are rules beside the one that
+            is adapted from.
         """
-        cell = _Cell(self.config, parser, subnets, self.profiles)
+        cell = _Cell(self.config, task, subnets, self.profiles(task))
         rows = [row for language, test in self.seen.items() for row in cell.seen(language, test)]
         if subnets is not None:
-            detach(parser.encoder)
-            attach(parser.encoder, cell.subnets)
+            detach(task.encoder)
+            attach(task.encoder, cell.subnets)
         try:
             rows += [row for language, data in self.unseen.items() for row in cell.unseen(language, data)]
         finally:
             if subnets is not None:
-                detach(parser.encoder)
-                attach(parser.encoder, subnets)
+                detach(task.encoder)
+                attach(task.encoder, subnets)
         return rows
 
     def _some(self, language: str, rows: Sequence[Mapping[str, Any]] | None) -> list[Mapping[str, Any]]:
@@ -119,24 +117,24 @@ class Scorer:
 
 
 class _Cell:
-    """One parser and its subnetworks, the union among them."""
+    """One model and its subnetworks, the union among them."""
 
     def __init__(
         self,
         config: CompareConfig,
-        parser: Parser,
+        task: Task,
         subnets: Subnetworks | None,
-        profiles: Mapping[str, HeadDirection],
+        profiles: Mapping[str, Any],
     ) -> None:
-        self.config, self.parser, self.profiles = config, parser, profiles
+        self.config, self.task, self.profiles = config, task, profiles
         self.subnets: Any = None if subnets is None else with_union(subnets)
 
     def seen(self, language: str, test: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         choice = FULL_CHOICE if self.subnets is None else Choice(self.subnets.index(language), language)
-        yield self._row(language, prepare(self.parser, test), choice, "seen", "own")
+        yield self._row(language, self.task.examples(test), choice, "seen", "own")
 
     def unseen(self, language: str, data: _Unseen) -> Iterator[dict[str, Any]]:
-        test = prepare(self.parser, data.test)
+        test = self.task.examples(data.test)
         known: dict[int, dict[str, Any]] = {}  # scores without an update, by subnetwork: support sets often agree
 
         def unadapted(choice: Choice, condition: str, how: str, support_set: int | None) -> dict[str, Any]:
@@ -145,19 +143,20 @@ class _Cell:
             return {**known[choice.language_id], "condition": condition, "choice": how, "support_set": support_set}
 
         nothing = "full" if self.subnets is None else "union"
-        yield unadapted(self._choose(nothing, None), "zero-shot", nothing, None)
+        yield unadapted(self._choose(nothing, [], None), "zero-shot", nothing, None)
         if self.subnets is not None:
-            yield unadapted(self._choose("full", None), "other choice", "full", None)
+            yield unadapted(FULL_CHOICE, "other choice", "full", None)
         for number, rows in enumerate(data.supports):
-            support = _support(self.parser, rows, language)
+            support = self.task.training_examples(rows, language)
             main = "full" if self.subnets is None else self.config.choose
-            others = [] if self.subnets is None else [how for how in ("nearest", "best") if how != main]
-            choice = self._choose(main, support)
+            rules = ("nearest", "best") if self.task.profile([]) is not None else ("best",)
+            others = [] if self.subnets is None else [how for how in rules if how != main]
+            choice = self._choose(main, rows, support)
             yield unadapted(choice, "chosen", main, number)
             for how in others:
-                yield unadapted(self._choose(how, support), "other choice", how, number)
+                yield unadapted(self._choose(how, rows, support), "other choice", how, number)
             with adapted(
-                self.parser,
+                self.task,
                 support,
                 choice.language_id,
                 steps=self.config.adapt_steps,
@@ -168,17 +167,22 @@ class _Cell:
                 row = self._row(language, test, choice, "adapted", main)
             yield {**row, "support_set": number, "steps": self.config.adapt_steps}
 
-    def _choose(self, how: str, support: Encoded | None) -> Choice:
+    def _choose(self, how: str, rows: Sequence[Mapping[str, Any]], support: Any) -> Choice:
         if how == "full":
             return FULL_CHOICE
         similarity = None
-        if how == "nearest" and support is not None:
-            similarity = head_direction_similarity(HeadDirection.of(support, self.parser.vocabulary), self.profiles)
-        return choose(self.parser, self.subnets, support, how, similarity=similarity)
+        if how == "nearest":
+            profile = self.task.profile(rows)
+            if profile is None:
+                raise ValueError(
+                    f"task {self.task.name} cannot tell which language is nearest (choose best, union or full)"
+                )
+            similarity = self.task.similarity(profile, self.profiles)
+        return choose(self.task, self.subnets, support, how, similarity=similarity)
 
-    def _row(self, language: str, test: Prepared, choice: Choice, condition: str, how: str) -> dict[str, Any]:
-        ids = None if self.subnets is None else choice.language_id
-        result = evaluate(self.parser, {language: test}, ids)[language]
+    def _row(self, language: str, test: Any, choice: Choice, condition: str, how: str) -> dict[str, Any]:
+        with self.task.reading(None if choice.language_id < 0 else choice.name):
+            scores = self.task.score(test, self.task.predict(test))
         return {
             "language": language,
             "condition": condition,
@@ -186,16 +190,7 @@ class _Cell:
             "subnetwork": choice.name,
             "support_set": None,
             "steps": 0,
-            "las": result.las,
-            "uas": result.uas,
-            "words": result.scores.words,
+            "score": scores[self.task.metric],
+            "scores": scores,
+            "words": int(test.lengths.sum()),
         }
-
-
-def _support(parser: Parser, rows: Sequence[Mapping[str, Any]], language: str) -> Encoded:
-    """The support sentences that fit into the encoder.
-
-    A word whose relation no training language has is left out of the label loss, not out of the sentence.
-    """
-    encoded = parser.features.encode(rows, parser.vocabulary)
-    return encoded.select(rows_that_fit(parser.features, encoded, "support sentences", language))

@@ -59,24 +59,27 @@ def baseline_of(cell: tuple[str, str], baseline: str) -> tuple[str, str]:
     return baseline, "none" if method == baseline else meta
 
 
-def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str]) -> Paired | None:
+def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str], sign: int = 1) -> Paired | None:
     """`cell` against `other`, each (method, meta), over the languages and seeds that both have.
 
     Args:
         scores: rows of one condition.
         cell: method and meta.
         other: the same of what it is compared with.
+        sign: -1 if a lower score is better; positive differences are gains then, too.
 
     Returns:
         None where they have none in common.
     """
     mine, theirs = (_by_language_and_seed(scores, which) for which in (cell, other))
-    differences = (mine - theirs).dropna()
+    differences = sign * (mine - theirs).dropna()
     return None if differences.empty else paired_by_language(differences)
 
 
-def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str) -> pd.DataFrame:
-    """One row per cell: LAS (mean and deviation over seeds), and how it differs from `full` and from `random`.
+def summary_table(
+    scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str, sign: int = 1
+) -> pd.DataFrame:
+    """One row per cell: the score (mean and deviation over seeds), and how it differs from `full` and from `random`.
 
     A cell is compared with `full` of the same meta-learning (`full` with meta-learning: with `full` without), and where
     its masks mean something also with `random` of the same meta-learning. ``p_full`` and ``p_random`` are corrected for
@@ -86,18 +89,19 @@ def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condit
         scores: of `scores_table`.
         cells: (method, meta), in the order of the rows.
         condition: one of `CONDITIONS`.
+        sign: see `compared`.
     """
     scores = scores[scores["condition"] == condition]
     rows: list[dict[str, Any]] = []
     for method, meta in cells:
         by_seed = _by_language_and_seed(scores, (method, meta)).groupby("seed").mean()
         row: dict[str, Any] = {"method": method, "meta": meta, "seeds": len(by_seed)}
-        row["las"] = float(by_seed.mean()) if len(by_seed) else np.nan
+        row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
         row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
         for baseline in ("full", "random"):
             other = baseline_of((method, meta), baseline)
             pointless = other == (method, meta) or (baseline == "random" and method in ("full", "random"))
-            found = None if pointless else compared(scores, (method, meta), other)
+            found = None if pointless else compared(scores, (method, meta), other, sign)
             row[f"over_{baseline}"] = found.difference if found else np.nan
             row[f"p_{baseline}"] = found.p if found else np.nan
             row[f"wins_{baseline}"] = f"{found.wins}/{len(found.by_language)}" if found else ""
@@ -112,7 +116,7 @@ def summary_table(scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condit
 
 
 def _by_language_and_seed(scores: pd.DataFrame, cell: tuple[str, str]) -> pd.Series:
-    """LAS of a cell by (language, seed), mean over support sets."""
+    """The score of a cell by (language, seed), mean over support sets."""
     method, meta = cell
     chosen = scores[(scores["method"] == method) & (scores["meta"] == meta)]
-    return chosen.groupby(["language", "seed"])["las"].mean()
+    return chosen.groupby(["language", "seed"])["score"].mean()

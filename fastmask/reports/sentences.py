@@ -12,12 +12,12 @@ import numpy as np
 
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports.folders import Run
+from fastmask.settings import items_of
 from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks, select_treebanks
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.windows import rows_that_fit
 from fastmask.training.data import data_of_run
-from fastmask.training.settings import items_of
 
 __all__ = ["Treebanks", "batches_of", "treebanks_of"]
 

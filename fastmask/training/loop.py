@@ -9,56 +9,110 @@ unbroken one. What was trained is on disk before it is scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastmask.errors import unknown
+from fastmask.files import FileError, read_json_lines, remove_tree, write_folder
+from fastmask.files.manifest import MANIFEST, Origin, check_files, write_manifest
+from fastmask.models import attach
 from fastmask.optim import LiveAdamW
-from fastmask.tasks.parsing.evaluation import evaluate, prepare
-from fastmask.tasks.parsing.parser import Parser
-from fastmask.training import saving
-from fastmask.training.budget import Budget
-from fastmask.training.build import build_optimizer, encode_training_data, peak_rates
+from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.task import Splits, Task
+from fastmask.training import checkpoints
+from fastmask.training.batches import MixedBatches
+from fastmask.training.checkpoints import CheckpointError
 from fastmask.training.config import TrainConfig
-from fastmask.training.device import accelerator_for
-from fastmask.training.dynamic import DynamicMasks
-from fastmask.training.episodes import Episodes, episode_sampler
-from fastmask.training.finished import MASKS_FILE
-from fastmask.training.inputs import inputs_of
-from fastmask.training.metrics import MetricsLog, TrainingProgress
-from fastmask.training.outcome import SwitchPoint, TrainingDiverged, TrainResult
-from fastmask.training.phases import MixedBatches, Phase
-from fastmask.training.processes import held_by_first
-from fastmask.training.random_state import preserved_random_state
-from fastmask.training.run_folder import check_out
-from fastmask.training.schedule import learning_rate_factor
-from fastmask.training.window import Window
+from fastmask.training.engine import (
+    accelerator_for,
+    build_optimizer,
+    held_by_first,
+    learning_rate_factor,
+    on_first,
+    peak_rates,
+    preserved_random_state,
+    random_state,
+)
+from fastmask.training.episodes import Budget, Episodes, episode_sampler
+from fastmask.training.methods import DynamicMasks, SwitchPoint, digest_of_masks, first_rows, subnetworks_of
+from fastmask.training.metrics import METRICS_FILE, MetricsLog, TrainingProgress, Window
+from fastmask.training.run_folder import (
+    MASKS_FILE,
+    check_out,
+    check_run,
+    is_finished,
+    load_run,
+    open_run,
+    write_finished,
+)
 
-__all__ = ["MASKS_FILE", "SwitchPoint", "TrainResult", "TrainingDiverged", "train"]
+__all__ = ["MASKS_INPUT", "TrainResult", "TrainingDiverged", "switch_folder", "train"]
+
+MASKS_INPUT = "masks file"
+Writers = dict[str, Callable[[Path], Any]]
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened
+    """Loss, gradient or weights are not finite; the message names the step and the last good checkpoint.
+
+    Attributes:
+        step: the step that failed, from 1.
+        checkpoint: the last checkpoint, all of whose weights are finite, or None.
+    """
+
+    def __init__(self, what: str, step: int, checkpoint: Path | None) -> None:
+        """Build the message."""
+        where = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        super().__init__(f"{what} at step {step}; {where}. A lower learning rate or longer warm-up may help.")
+        self.step, self.checkpoint = step, checkpoint
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        task: trained, in evaluation mode, its encoder attached if there are subnetworks.
+        subnetworks: of the languages, or None for method `full`; of method `dynamic` the last ones.
+        history: the records of ``metrics.jsonl``.
+        run: the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``.
+        budget: how many optimiser steps, episodes, gradient passes and examples that took.
+        scouting_share: share of the time since the switch (or since resuming) that went into looking for better masks;
+            None for methods other than `dynamic`.
+    """
+
+    task: Task = field(repr=False)
+    subnetworks: Subnetworks | None
+    history: list[dict[str, Any]] = field(repr=False)
+    run: Path
+    budget: Budget
+    scouting_share: float | None = None
 
 
 def train(
-    parser: Parser,
-    datasets: Mapping[str, Mapping[str, Any]],
+    task: Task,
+    datasets: Splits,
     config: TrainConfig,
-    discover: Callable[[SwitchPoint], Any] | None = None,
+    discover: Callable[[SwitchPoint], Subnetworks] = subnetworks_of,
     on_step: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Train `parser`, or resume the run in `config.out`.
+    """Train the model of `task`, or resume the run in `config.out`.
 
     Args:
-        parser: a new one, built with the same settings when resuming.
+        task: newly built, with the same settings when resuming.
         datasets: language -> split -> rows ("train" for every language, "dev" where there is one).
         config: the settings; written to ``config.yaml`` of the run.
-        discover: returns the `fastmask.Subnetworks`; needed unless the method is `full`. Random numbers it draws do
-            not show in the rest of the run. With several processes each one calls it; the main one's answer counts.
+        discover: returns the subnetworks. Random numbers it draws do not show in the rest of the run. With several
+            processes each one calls it; the main one's answer counts.
         on_step: called with the number of steps done after each one.
-        progress: show a progress bar.
+        progress: show how far it is.
 
     Raises:
         ConfigError: `out` holds another run, settings, data or masks differ from those of the run that is resumed, or
@@ -67,51 +121,50 @@ def train(
             warning, and the run goes on from the one before.)
         HeldError: another process is training in `out`.
         OSError: something could not be written, as when the disk is full; what was written before is still there.
-        ValueError: the data have too few languages, or a language too few sentences, for the episodes asked for.
+        ValueError: the data have too few languages, or a language too few examples, for the episodes asked for.
         TrainingDiverged: loss, gradient or weights are not finite.
     """
-    if config.method != "full" and discover is None:
-        raise ValueError(f"method {config.method!r} needs `discover`, which returns the subnetworks")
-    return _Run(parser, datasets, config, discover).run(on_step, progress)
+    return _Run(task, datasets, config, discover).train(on_step, progress)
 
 
 class _Run:
-    """One run: what is built once, and the steps."""
+    """One run: what is built once, the steps, and what is kept of them."""
 
     def __init__(
-        self,
-        parser: Parser,
-        datasets: Mapping[str, Mapping[str, Any]],
-        config: TrainConfig,
-        discover: Callable[[SwitchPoint], Any] | None,
+        self, task: Task, datasets: Splits, config: TrainConfig, discover: Callable[[SwitchPoint], Subnetworks]
     ) -> None:
         """Build everything; nothing is written."""
         from accelerate.utils import set_seed
 
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.parser, self.datasets, self.config, self.discover = parser, datasets, config, discover
+        self.task, self.datasets, self.config, self.discover = task, datasets, config, discover
         self.accelerator = accelerator_for(config.device, config.precision)
         self.folder = Path(config.out)
-        self.train_data = encode_training_data(parser, datasets, config.max_length)
-        self.budget = Budget.of(config, len(self.train_data))
+        self.data = {name: task.training_examples(splits["train"], name) for name, splits in datasets.items()}
+        task.check(self.data)
+        self.budget = Budget.of(config, len(self.data))
         if config.meta != "none":
-            episode_sampler(config, self.train_data)  # what is wrong with it is said before anything is written
+            episode_sampler(config, self.data)  # what is wrong with it is said before anything is written
         check_out(config)
-        limit = config.dev_sentences or None
-        self.dev = {code: prepare(parser, splits["dev"], limit) for code, splits in datasets.items() if "dev" in splits}
-        self.inputs = inputs_of(parser.vocabulary, self.train_data, self.dev, config)
+        dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
+        self.dev = {name: task.examples(first_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
+        self.inputs = {
+            **{f"training data of {name}": task.digest(examples) for name, examples in self.data.items()},
+            **{f"dev data of {name}": task.digest(examples) for name, examples in self.dev.items()},
+        }
+        if given := digest_of_masks(config):
+            self.inputs[MASKS_INPUT] = given
         set_seed(config.seed, device_specific=True)
-        parser.to(self.accelerator.device)
-        optimizer = build_optimizer(parser, config)
+        task.model.to(self.accelerator.device)
+        optimizer = build_optimizer(task, config)
         self.announce = optimizer.announce if isinstance(optimizer, LiveAdamW) else None
-        self.model, self.optimizer = self.accelerator.prepare(parser, optimizer)
-        rates = peak_rates(parser, config)
-        self.batches = MixedBatches(self.model, parser, self.train_data, config, rates, self.accelerator)
-        self.phase: Phase = self.batches
+        self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
+        rates = peak_rates(task, config)
+        self.batches = MixedBatches(task, self.model, self.data, config, rates, self.accelerator)
+        self.phase: MixedBatches | Episodes = self.batches
         self.switched = False
-        self.subnetworks: Any = None
-        self.language_ids: dict[str, int] | None = None
+        self.subnetworks: Subnetworks | None = None
         self.dynamic: DynamicMasks | None = None
         self.step = 0
         self.unscored = False  # whether the dev scores of this step are still to come
@@ -119,60 +172,37 @@ class _Run:
         self.counts: dict[str, int] = {}  # of episodes, for the metrics
         self.window = Window()
 
-    def run(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
+    # ---- the steps
+
+    def train(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
         """Take the steps that are left."""
         config = self.config
         self.accelerator.wait_for_everyone()
         with ExitStack() as stack:
             stack.enter_context(held_by_first(self.accelerator, self.folder))
-            history = saving.go_on(self)
+            history = self._resume()
             self.log = MetricsLog(self.folder, history, config.tensorboard, self.accelerator.is_main_process)
             stack.callback(self.log.close)
             show = show and self.accelerator.is_main_process
-            bar = stack.enter_context(TrainingProgress(config.steps, self.step, show))
+            bar = stack.enter_context(TrainingProgress(config.steps, self.step, self.task.metric, show))
             bar.phase(self.phase.title)
             self.model.train()
             self.window.restart_clock()
             self._finish_step(bar)  # of a run that was killed after its last checkpoint
             while self.step < config.steps:
                 if self.step == config.shared_steps and not self.switched:
-                    saving.save(self)
+                    self._save()
                     if config.switch_step is not None:
                         bar.phase("finding subnetworks")
                         self._switch()
                         bar.phase(self.phase.title)
                 before = self.step
                 self._update()
+                bar.step(self.step)
                 self._after(before, bar)
                 if on_step is not None:
                     on_step(self.step)
             return self._result()
-
-    def _after(self, before: int, bar: TrainingProgress) -> None:
-        """Do what is due after an update that took the run from step `before` to the one it is at now."""
-        config, last = self.config, self.step == self.config.steps
-
-        def passed(every: int) -> bool:
-            """Whether a multiple of `every` was reached or passed; never for 0."""
-            return every > 0 and before // every < self.step // every
-
-        if self.dynamic is not None and passed(config.update_every):
-            self._update_masks(self.dynamic)
-        if last or passed(config.log_every):
-            bar.show(self.step, self._log_window())
-        self.unscored = bool(self.dev) and (last or passed(config.eval_every))
-        if last or passed(config.checkpoint_every):
-            saving.save(self)
-        self._finish_step(bar)
-
-    def _finish_step(self, bar: TrainingProgress) -> None:
-        """Do what comes after the checkpoint of a step: scores last, as they may fail where the training did not."""
-        if self.step == self.config.steps:
-            saving.write_model(self)
-        if self.unscored:
-            bar.show(self.step, self._evaluate())
-            self.unscored = False
-            self.window.restart_clock()
 
     def _update(self) -> None:
         """Take one step of the optimiser."""
@@ -188,17 +218,42 @@ class _Run:
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient's norm is {norm}", seen.step, self.checkpoint)
-        if self.announce is not None and self.language_ids is not None:
-            self.announce([self.language_ids[language] for language in seen.languages])
+        if self.announce is not None and self.subnetworks is not None:
+            self.announce([self.subnetworks.index(language) for language in seen.languages])
         self.optimizer.step()
         self.step, self.counts = seen.step, seen.counts
         self.window.add(seen.losses, norm, seen.words)
 
-    def _update_masks(self, dynamic: DynamicMasks) -> None:
-        """Let dynamic subnetworks change, and note in the metrics whose did."""
-        if changed := dynamic.update(self.step):
-            self.subnetworks = dynamic.subnetworks
+    def _after(self, before: int, bar: TrainingProgress) -> None:
+        """Do what is due after an update that took the run from step `before` to the one it is at now."""
+        config, last = self.config, self.step == self.config.steps
+
+        def passed(every: int) -> bool:
+            """Whether a multiple of `every` was reached or passed; never for 0."""
+            return every > 0 and before // every < self.step // every
+
+        if self.dynamic is not None and passed(config.update_every) and (changed := self.dynamic.update(self.step)):
+            self.subnetworks = self.dynamic.subnetworks
             self.log.add({"step": self.step, "masks_changed": changed})
+        if last or passed(config.log_every):
+            bar.show(self.step, self._log_window())
+        self.unscored = bool(self.dev) and (last or passed(config.eval_every))
+        if last or passed(config.checkpoint_every):
+            if last:
+                bar.phase("saving")
+            self._save()
+        self._finish_step(bar)
+
+    def _finish_step(self, bar: TrainingProgress) -> None:
+        """Do what comes after the checkpoint of a step: scores last, as they may fail where the training did not."""
+        if self.step == self.config.steps:
+            self._write_model()
+        if self.unscored:
+            bar.phase("scoring dev data")
+            bar.show(self.step, self._evaluate())
+            bar.phase(self.phase.title)
+            self.unscored = False
+            self.window.restart_clock()
 
     def _log_window(self) -> dict[str, Any]:
         """Write the means since the last line."""
@@ -209,64 +264,169 @@ class _Run:
 
     def _evaluate(self) -> dict[str, Any]:
         """Score the dev data, each language with its subnetwork once there is one."""
+        scores = {}
         with self.accelerator.autocast():
-            results = evaluate(self.parser, self.dev, self.language_ids)
-        scores = {code: {"las": result.las, "uas": result.uas} for code, result in results.items()}
-        mean = sum(score["las"] for score in scores.values()) / len(scores)
-        record = {"step": self.step, "dev_las": mean, "dev": scores}
+            for name, examples in self.dev.items():
+                with self.task.reading(name if self.task.is_attached else None):
+                    scores[name] = self.task.score(examples, self.task.predict(examples))
+        mean = sum(score[self.task.metric] for score in scores.values()) / len(scores)
+        record = {"step": self.step, "dev_score": mean, "dev": scores}
         self.log.add(record)
         return record
+
+    def _result(self) -> TrainResult:
+        self.accelerator.wait_for_everyone()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.task.model.eval()
+        share = None if self.dynamic is None else self.dynamic.scouting_share
+        return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, self.budget, share)
+
+    # ---- the switch to subnetworks and episodes
 
     def _switch(self) -> None:
         """Go on with subnetworks, and in episodes, as the settings say."""
         if self.config.method != "full":
-            self.attach(self._find_subnetworks())
+            self._attach(self._find_subnetworks())
         if self.config.meta != "none":
             if not self.window.empty:
                 self._log_window()  # plain steps and episodes do not go into one line
-            self.phase = self.episodes()
+            self.phase = self._episodes()
         self.switched = True
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         self.window.restart_clock()
 
-    def _find_subnetworks(self) -> Any:
-        """Ask for the subnetworks, or take those that a killed process had already written."""
-        import fastmask as fm
+    def _find_subnetworks(self) -> Subnetworks:
+        """Ask for the subnetworks, or take those that a killed process had already written: they may take long."""
+        folder, origin = switch_folder(self.folder), self._origin()
 
-        if not saving.has_switch(self):
-            assert self.discover is not None
+        def known() -> bool:
+            with suppress(FileError):
+                return check_files(folder) == origin
+            return False
+
+        if not on_first(self.accelerator, known):
             with preserved_random_state():
-                point = SwitchPoint(self.parser, self.datasets, self.train_data, self.config, self.step)
-                found = self.discover(point)
-            saving.write_switch(self, found)
-        return fm.Subnetworks.load(saving.switch_folder(self.folder) / MASKS_FILE)
+                found = self.discover(SwitchPoint(self.task, self.datasets, self.data, self.config, self.step))
+            manifest = partial(write_manifest, origin=origin, names=[MASKS_FILE])
+            writers: Writers = {MASKS_FILE: found.save, MANIFEST: manifest}
+            on_first(self.accelerator, lambda: write_folder(folder, writers, lambda: remove_tree(folder)))
+        return Subnetworks.load(folder / MASKS_FILE)
 
-    def attach(self, subnetworks: Any) -> None:
+    def _attach(self, subnetworks: Subnetworks) -> None:
         """Put the subnetworks under the encoder and number the languages as they do."""
-        import fastmask as fm
-
-        known = list(subnetworks.languages)
-        for code in self.train_data:
-            if code not in known:
-                raise unknown("language", code, known)
-        fm.attach(self.parser.encoder, subnetworks)
+        for name in self.data:
+            if name not in subnetworks.languages:
+                raise unknown("language", name, subnetworks.languages)
+        attach(self.task.encoder, subnetworks)
         self.subnetworks = subnetworks
-        self.language_ids = {code: known.index(code) for code in known}
-        self.batches.use_subnetworks(self.language_ids)
+        self.batches.use_subnetworks({name: number for number, name in enumerate(subnetworks.languages)})
         if self.config.method == "dynamic":
-            self.dynamic = DynamicMasks(self.parser, self.train_data, self.config, self.accelerator)
+            self.dynamic = DynamicMasks(self.task, self.data, self.config, self.accelerator)
 
-    def episodes(self) -> Episodes:
-        """The phase after the switch, if it is meta-learning."""
-        rates = peak_rates(self.parser, self.config, episodes=True)
-        return Episodes(self.parser, self.train_data, self.config, rates, self.accelerator)
+    def _episodes(self) -> Episodes:
+        rates = peak_rates(self.task, self.config, episodes=True)
+        return Episodes(self.task, self.data, self.config, rates, self.accelerator)
 
-    def _result(self) -> TrainResult:
-        self.accelerator.wait_for_everyone()
-        parser = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        parser.eval()
-        scouting_share = None if self.dynamic is None else self.dynamic.scouting_share
-        return TrainResult(
-            parser, self.subnetworks, self.language_ids, self.log.history, self.folder, self.budget, scouting_share
+    # ---- what is kept, by one process for all
+
+    def _origin(self) -> Origin:
+        """What is true of everything that is written now."""
+        settings, processes = self.config.identity(), self.accelerator.num_processes
+        return Origin(step=self.step, processes=processes, settings=settings, inputs=self.inputs)
+
+    def _mask_writers(self) -> Writers:
+        """What writes the subnetworks, and how they came to be if they are dynamic."""
+        writers: Writers = {}
+        if self.subnetworks is not None:
+            writers[checkpoints.MASKS] = self.subnetworks.save
+        if self.dynamic is not None:
+            writers[checkpoints.DYNAMIC] = self.dynamic.save
+        return writers
+
+    def _save(self) -> None:
+        """Write a checkpoint, unless the weights are spoilt."""
+        from accelerate.utils import gather_object
+
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.task.model.parameters()):
+            raise TrainingDiverged("weights are not finite", self.step, self.checkpoint)
+        states = gather_object([random_state(self.accelerator.device)])
+        writers: Writers = {
+            checkpoints.MODEL: partial(checkpoints.save_weights, self.task.model),
+            checkpoints.OPTIMIZER: partial(checkpoints.save_optimizer, self.optimizer),
+            checkpoints.RANDOM: partial(checkpoints.save_random_states, states),
+            **self._mask_writers(),
+        }
+        progress = checkpoints.Progress(
+            sampler=self.batches.state_dict(),
+            window=self.window.state_dict(),
+            history=self.log.history,
+            evaluate=self.unscored,
+            episodes=self.phase.state_dict() if isinstance(self.phase, Episodes) else None,
         )
+        # Other runs can branch off from the shared steps, so their end is kept.
+        keep, pinned = self.config.keep_checkpoints, self.config.shared_steps
+        write = partial(checkpoints.save, self.folder, self._origin(), writers, progress, keep, pinned)
+        self.checkpoint = on_first(self.accelerator, write)
+
+    def _write_model(self) -> None:
+        """Leave model and masks where they are looked for, unless they are there."""
+
+        def write() -> None:
+            if is_finished(self.folder):
+                with suppress(FileError):
+                    if check_run(self.folder) == self._origin():
+                        return
+            write_finished(self.folder, self.task, self._origin(), self._mask_writers())
+
+        on_first(self.accelerator, write)
+
+    # ---- going on
+
+    def _resume(self) -> list[dict[str, Any]]:
+        """Bring the run to where its folder says it was; returns the metrics up to there."""
+        look = partial(open_run, self.config, self.inputs, self.accelerator.num_processes)
+        start = on_first(self.accelerator, look)
+        if start is None:
+            return []
+        try:
+            return self._to_the_end() if start == self.folder else self._to_checkpoint(start)
+        except (FileError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{start} cannot be gone on from: {error}") from error
+
+    def _to_checkpoint(self, path: Path) -> list[dict[str, Any]]:
+        progress = checkpoints.read_progress(path)
+        self.batches.load_state_dict(progress.sampler)
+        if (path / checkpoints.MASKS).is_file():
+            self._attach(Subnetworks.load(path / checkpoints.MASKS))
+            self.switched = True
+        if progress.episodes is not None:
+            self.phase = self._episodes()
+            self.phase.load_state_dict(progress.episodes)
+            self.switched = True
+        checkpoints.load_weights(self.task.model, path / checkpoints.MODEL)
+        checkpoints.load_optimizer(self.optimizer, path / checkpoints.OPTIMIZER)
+        if self.dynamic is not None:
+            self.dynamic.load(path / checkpoints.DYNAMIC)
+            self.subnetworks = self.dynamic.subnetworks
+        self.window.load_state_dict(progress.window)
+        self.step, self.unscored, self.checkpoint = checkpoints.step_of(path), progress.evaluate, path
+        process, device = self.accelerator.process_index, self.accelerator.device
+        checkpoints.load_random_state(path / checkpoints.RANDOM, process, device)  # last: what is built draws numbers
+        return progress.history
+
+    def _to_the_end(self) -> list[dict[str, Any]]:
+        """A run that has finished and lost its checkpoints since: nothing is left but to score it."""
+        loaded = load_run(self.folder, attached=False)
+        self.task.model.load_state_dict(loaded.task.model.state_dict())
+        if loaded.subnetworks is not None:
+            self._attach(loaded.subnetworks)
+        self.step = self.config.steps
+        history: list[dict[str, Any]] = list(read_json_lines(self.folder / METRICS_FILE))
+        self.unscored = bool(self.dev) and not any(r["step"] == self.step and "dev" in r for r in history)
+        return history
+
+
+def switch_folder(run: Path) -> Path:
+    """Where the subnetworks are kept that were found at the switch."""
+    return checkpoints.folder_of(run) / "switch"

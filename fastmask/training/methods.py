@@ -2,29 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastmask.discovery import Importance, Quality, Round, discover, measure
 from fastmask.dynamic import DynamicSubnetworks
+from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.models import attach, detach
+from fastmask.models.attach import attached
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like, shared_like, shuffled
-from fastmask.tasks.parsing.batch import Batch, Encoded
-from fastmask.tasks.parsing.evaluation import Prepared, evaluate, prepare
-from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
-from fastmask.training.loop import SwitchPoint
+from fastmask.training.engine import preserved_random_state
 
-__all__ = ["check_subnetworks", "discover_for_parser", "quality_for_parser", "subnetworks_of"]
+__all__ = [
+    "DynamicMasks",
+    "SwitchPoint",
+    "check_subnetworks",
+    "digest_of_masks",
+    "discover_for",
+    "first_rows",
+    "quality_for",
+    "subnetworks_of",
+]
 
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
+
+
+@dataclass(frozen=True)
+class SwitchPoint:
+    """Where a run changes from the full network to subnetworks.
+
+    Attributes:
+        task: its model is the full network after `step` steps, nothing attached. Weights must come back unchanged.
+        datasets: by language and split, as given to `train`.
+        train: the training examples of every language.
+        config: the run's settings.
+        step: steps done.
+    """
+
+    task: Task
+    datasets: Splits
+    train: dict[str, Any]
+    config: TrainConfig
+    step: int
 
 
 def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None = None) -> Subnetworks:
@@ -39,12 +73,12 @@ def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None 
         found = Subnetworks.load(config.masks).select(point.train)
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
-        found = discover_for_parser(point.parser, point.train, dev, config, config.seed, on_round)
+        found = discover_for(point.task, point.train, dev, config, config.seed, on_round)
     return _trained(found, config)
 
 
-def check_subnetworks(parser: Parser, config: TrainConfig, languages: Iterable[str]) -> None:
-    """See, before anything is trained, that `subnetworks_of` will return something that fits the parser.
+def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str]) -> None:
+    """See, before anything is trained, that `subnetworks_of` will return something that fits the model.
 
     Raises:
         OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language, or the
@@ -56,21 +90,21 @@ def check_subnetworks(parser: Parser, config: TrainConfig, languages: Iterable[s
     if config.method == "shuffled" and len(languages) < 2:
         raise ValueError(f"method is 'shuffled' (expected another one with a single language, {languages[0]})")
     if config.masks is None:
-        _check_density(parser, config)
+        _check_density(task, config)
         return
-    attach(parser.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))
+    attach(task.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))
     try:
         if config.method == "dynamic":
-            DynamicSubnetworks(parser.encoder, config.strategy)
+            DynamicSubnetworks(task.encoder, config.strategy)
     finally:
-        detach(parser.encoder)
+        detach(task.encoder)
 
 
-def _check_density(parser: Parser, config: TrainConfig) -> None:
+def _check_density(task: Task, config: TrainConfig) -> None:
     """A subnetwork needs a unit in every layer; a density that asks for less cannot be kept."""
     if config.density is None:
         return
-    geometry = Geometry.of(parser.encoder)
+    geometry = Geometry.of(task.encoder)
     for kind in ("heads", "neurons"):
         if config.units not in (kind, "both"):
             continue
@@ -94,22 +128,23 @@ def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
     return found
 
 
-def discover_for_parser(
-    parser: Parser,
-    train: Mapping[str, Encoded],
+def discover_for(
+    task: Task,
+    train: Mapping[str, Any],
     dev: Mapping[str, Any],
     config: TrainConfig,
     seed: int,
     on_round: Callable[[Round], None] | None = None,
     on_scores: Callable[[str, Importance], None] | None = None,
 ) -> Subnetworks:
-    """Find one subnetwork for each language of `train` in a parser whose encoder is not attached.
+    """Find one subnetwork for each language of `train` in a model that has nothing attached.
 
     Args:
-        parser: fine-tuned; comes back as it was.
-        train: training sentences by language; `config.score_sentences` of each are drawn to score units on.
-        dev: development rows by language, for tau, which is a share of their LAS; a language without any goes by the
-            loss on its scoring sentences (`discovery.Quality`).
+        task: fine-tuned; comes back as it was.
+        train: training examples by language; `config.score_sentences` of each are drawn to score units on.
+        dev: development rows by language, for tau, which is a share of their score (`Task.metric`); a language without
+            any, and a task whose metric is better when lower, goes by the loss on the scoring examples
+            (`discovery.Quality`).
         config: `units`, `density`, `tau`, `score_sentences` and `dev_sentences` are read.
         seed: of the draw of scoring sentences.
         on_round: called after each round of pruning.
@@ -118,13 +153,13 @@ def discover_for_parser(
     Raises:
         ValueError: a density that would leave a layer without a live head or neuron.
     """
-    _check_density(parser, config)
-    with _scoring(parser, train, dev if config.density is None else {}, config, seed) as by:
+    _check_density(task, config)
+    with _scoring(task, train, dev if config.density is None else {}, config, seed) as by:
         return discover(
-            parser.encoder,
+            task.encoder,
             by.batches,
             by.loss,
-            by.las,
+            by.metric,
             units=config.units,
             tau=config.tau,
             density=config.density,
@@ -133,9 +168,9 @@ def discover_for_parser(
         )
 
 
-def quality_for_parser(
-    parser: Parser,
-    train: Mapping[str, Encoded],
+def quality_for(
+    task: Task,
+    train: Mapping[str, Any],
     dev: Mapping[str, Any],
     config: TrainConfig,
     seed: int,
@@ -143,14 +178,14 @@ def quality_for_parser(
 ) -> dict[str, tuple[Quality, Quality]]:
     """By language of `train`, how good the full network and its subnetwork are.
 
-    That is what `discover_for_parser` would go by with the same arguments.
+    That is what `discover_for` would go by with the same arguments.
     """
     full = subnets.map(torch.ones_like)
-    with _scoring(parser, train, dev, config, seed) as by:
+    with _scoring(task, train, dev, config, seed) as by:
         return {
             name: (
-                measure(parser.encoder, full, name, by.batches[name], by.loss, by.las),
-                measure(parser.encoder, subnets, name, by.batches[name], by.loss, by.las),
+                measure(task.encoder, full, name, by.batches[name], by.loss, by.metric),
+                measure(task.encoder, subnets, name, by.batches[name], by.loss, by.metric),
             )
             for name in train
         }
@@ -158,49 +193,134 @@ def quality_for_parser(
 
 @dataclass(frozen=True)
 class _Scoring:
-    """What pruning goes by: batches of scoring sentences, the loss of each sentence, and dev LAS where there is one."""
+    """What pruning goes by: batches of scoring examples, the loss of each, and a dev score where there is one."""
 
-    batches: dict[str, list[Batch]]
-    loss: Callable[[Batch], torch.Tensor]
-    las: Callable[[str], float | None]
+    batches: dict[str, list[Any]]
+    loss: Callable[[Any], Tensor]
+    metric: Callable[[str], float | None]
 
 
 @contextmanager
 def _scoring(
-    parser: Parser, train: Mapping[str, Encoded], dev: Mapping[str, Any], config: TrainConfig, seed: int
+    task: Task, train: Mapping[str, Any], dev: Mapping[str, Any], config: TrainConfig, seed: int
 ) -> Iterator[_Scoring]:
-    """Draw and prepare the sentences; the parser is in eval mode for the time."""
-    device = next(parser.parameters()).device
+    """Draw and prepare the examples; the model is in eval mode for the time."""
     batches = {
-        language: _batches(parser, encoded, config.score_sentences, np.random.default_rng([seed, position]))
-        for position, (language, encoded) in enumerate(train.items())
+        language: _batches(task, examples, config.score_sentences, np.random.default_rng([seed, position]))
+        for position, (language, examples) in enumerate(train.items())
     }
-    limit = config.dev_sentences or None
-    prepared: dict[str, Prepared] = {code: prepare(parser, rows, limit) for code, rows in dev.items() if code in train}
+    wanted = {code: rows for code, rows in dev.items() if code in train} if task.higher_is_better else {}
+    prepared = {code: task.examples(first_rows(rows, config.dev_sentences)) for code, rows in wanted.items()}
 
-    def loss(batch: Batch) -> torch.Tensor:
-        losses = parser(batch.to(device)).loss_per_sentence
-        assert losses is not None  # training sentences have gold heads
-        return losses
+    def loss(batch: Any) -> Tensor:
+        return task.loss(batch.to(task.device)).each
 
-    def las(language: str) -> float | None:
+    def metric(language: str) -> float | None:
         if language not in prepared:
             return None
-        return evaluate(parser, {language: prepared[language]})[language].las
+        return task.score(prepared[language], task.predict(prepared[language]))[task.metric]
 
-    was_training = parser.training
-    parser.eval()
+    was_training = task.model.training
+    task.model.eval()
     try:
-        yield _Scoring(batches, loss, las)
+        yield _Scoring(batches, loss, metric)
     finally:
-        parser.train(was_training)
+        task.model.train(was_training)
 
 
-def _batches(parser: Parser, encoded: Encoded, count: int, generator: np.random.Generator) -> list[Batch]:
-    """Batches of `count` random sentences, alike in length."""
-    rows = generator.permutation(len(encoded))[:count]
-    rows = rows[np.argsort(encoded.lengths[rows], kind="stable")]
+def first_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """The first `limit` rows, all for 0."""
+    return list(itertools.islice(rows, limit or None))
+
+
+def _batches(task: Task, examples: Any, count: int, generator: np.random.Generator) -> list[Any]:
+    """Batches of `count` random examples, alike in length."""
+    rows = generator.permutation(len(examples))[:count]
+    rows = rows[np.argsort(examples.lengths[rows], kind="stable")]
     return [
-        parser.features.collate(encoded.select(rows[first : first + SCORING_BATCH]))
+        task.collate(examples.select(rows[first : first + SCORING_BATCH]))
         for first in range(0, len(rows), SCORING_BATCH)
     ]
+
+
+def digest_of_masks(config: TrainConfig) -> str | None:
+    """SHA-256 of the masks that are given to a run, if any are: of what they say, as equal ones differ in bytes."""
+    if config.masks is None or config.method == "full":
+        return None
+    subnets = Subnetworks.load(config.masks)
+    kinds = {"heads": subnets.heads, "neurons": subnets.neurons, **(subnets.weights or {})}
+    digest = hashlib.sha256(repr(subnets.languages).encode())
+    for name, keep in sorted(kinds.items()):
+        if keep is not None:
+            digest.update(f"{name} {tuple(keep.shape)} ".encode() + keep.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class DynamicMasks:
+    """The masks of a run whose encoder has subnetworks attached, updated about every `config.update_every` steps.
+
+    That is: when the run's step, which an episode may move by several, reaches or passes a multiple of it.
+
+    Each update scouts `config.scout_sentences` training examples of every language. Which ones depends on the seed,
+    the step and the language alone, so a resumed run scouts the same.
+    """
+
+    def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
+        self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
+        self.masks = DynamicSubnetworks(task.encoder, config.strategy, every=1)  # when is decided here
+        self._began = (0.0, time.perf_counter())
+
+    @property
+    def subnetworks(self) -> Subnetworks:
+        """The masks as they are now."""
+        subnets: Subnetworks = attached(self.task.encoder).subnets
+        return subnets
+
+    @property
+    def scouting_share(self) -> float:
+        """Share of the time, since this object was made or resumed, that went into looking for better masks."""
+        seconds, since = self._began
+        return (self.masks.seconds - seconds) / (time.perf_counter() - since)
+
+    def update(self, step: int) -> list[str]:
+        """Update the masks after `step` steps; returns the languages whose masks changed."""
+        was_training = self.task.model.training
+        self.task.model.eval()  # dropout would add noise to the scores
+        try:
+            with preserved_random_state():
+                for position, (language, examples) in enumerate(self.train.items()):
+                    self.masks.scout(language, self._batch(step, position, examples), self._loss)
+        finally:
+            self.task.model.train(was_training)
+        several = self.accelerator.num_processes > 1
+        return self.masks.update(step, self._sum_over_processes if several else None)
+
+    def _batch(self, step: int, position: int, examples: Any) -> Any:
+        seed = [self.config.seed, step, position, self.accelerator.process_index]
+        rows = np.random.default_rng(seed).permutation(len(examples))[: self.config.scout_sentences]
+        return self.task.collate(examples.select(rows)).to(self.accelerator.device)
+
+    def _loss(self, batch: Any) -> Tensor:
+        return self.task.loss(batch).each
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        summed: Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
+        return summed.to(tensor.device)
+
+    def save(self, path: Path) -> None:
+        """Write averages, scores and the history of all masks, for `fastmask.analysis.movement.read_history`."""
+        state = self.masks.state_dict()
+        write_sealed(path, state["tensors"], {"header": json.dumps(state["header"])})
+
+    def load(self, path: Path) -> None:
+        """Go on from what `save` wrote; the masks attached to the encoder become those of the file.
+
+        Raises:
+            FileError: the file is damaged, or of other masks.
+        """
+        tensors, header = read_sealed(path)
+        try:
+            self.masks.load_state_dict({"tensors": tensors, "header": json.loads(header["header"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(path, f"does not fit the run's subnetworks: {error}") from None
+        self._began = (self.masks.seconds, time.perf_counter())

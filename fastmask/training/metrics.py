@@ -1,15 +1,16 @@
-"""What a run reports while it trains: a JSONL file, TensorBoard where asked, and a progress bar."""
+"""What a run reports while it trains: means over steps, a JSONL file, TensorBoard where asked, and its progress."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from fastmask.files import named_errors, write_text
 
-__all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress"]
+__all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress", "Window"]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -71,25 +72,75 @@ class MetricsLog:
             self._writer.close()
 
 
-class TrainingProgress:
-    """A progress bar with loss, dev LAS and words per second; silent if not `enabled`."""
+class Window:
+    """Adds up what steps report; `line` turns it into one record and begins anew."""
 
-    def __init__(self, total: int, done: int, enabled: bool) -> None:
-        """Make a bar over `total` steps of which `done` are done."""
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {"loss": 0.0, "grad_norm": 0.0, "steps": 0}
+        self.restart_clock()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been added since the last line."""
+        return self._sums["steps"] == 0
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last line out of the speed."""
+        self._words, self._since = 0, time.perf_counter()
+
+    def add(self, losses: dict[str, float], grad_norm: float, words: int) -> None:
+        """Add one step of the optimiser."""
+        for name, value in {**losses, "grad_norm": grad_norm, "steps": 1}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._words += words
+
+    def line(self) -> dict[str, Any]:
+        """Return the mean of each loss and of the gradient's norm, and the words per second."""
+        rate = self._words / max(time.perf_counter() - self._since, 1e-9)
+        steps = self._sums.pop("steps")
+        record = {name: total / steps for name, total in self._sums.items()}
+        self._sums = {"loss": 0.0, "grad_norm": 0.0, "steps": 0}
+        self.restart_clock()
+        return {**record, "words_per_second": round(rate, 1)}
+
+    def state_dict(self) -> dict[str, float]:
+        """The sums; JSON."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from them; the clock starts now."""
+        self._sums = dict(state)
+        self.restart_clock()
+
+
+class TrainingProgress:
+    """Loss, dev score and words per second: a bar on a terminal, elsewhere a line every so often (nohup, Slurm)."""
+
+    EVERY = 30.0  # seconds between lines
+
+    def __init__(self, total: int, done: int, metric: str, enabled: bool = True) -> None:
+        """Show nothing yet; `total` steps, of which `done` are done. Silent if not `enabled`."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         from fastmask.terminal import LiteralConsole
 
+        self._console = LiteralConsole(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]} · dev LAS {task.fields[las]} · {task.fields[rate]} words/s"),
+            TextColumn(
+                f"loss {{task.fields[loss]}} · dev {metric} {{task.fields[score]}} · {{task.fields[rate]}} words/s"
+            ),
             TimeRemainingColumn(),
-            console=LiteralConsole(stderr=True),
-            disable=not enabled,
+            console=self._console,
+            disable=not enabled or not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("full network", total=total, completed=done, loss="-", las="-", rate="-")
+        self._task = self._bar.add_task("full network", total=total, completed=done, loss="-", score="-", rate="-")
+        self._lines = enabled and not self._console.is_terminal
+        self._total, self._done, self._metric, self._title = total, done, metric, "full network"
+        self._began = self._last = time.perf_counter()
+        self._values: dict[str, str] = {}
 
     def __enter__(self) -> TrainingProgress:
         """Show the bar."""
@@ -102,13 +153,36 @@ class TrainingProgress:
 
     def phase(self, name: str) -> None:
         """Say what is being trained or done."""
+        self._title = name
         self._bar.update(self._task, description=name)
+        if self._lines:
+            self._console.print(f"{name}", highlight=False)
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+        if self._lines and time.perf_counter() - self._last > self.EVERY:
+            self._line(step)
 
     def show(self, step: int, record: dict[str, Any]) -> None:
-        """Show the step and what of loss, LAS and speed the record holds."""
-        shown = {"loss": ("loss", "{:.3f}"), "dev_las": ("las", "{:.1f}"), "words_per_second": ("rate", "{:,.0f}")}
-        values: dict[str, Any] = {name: form.format(record[k]) for k, (name, form) in shown.items() if k in record}
-        self._bar.update(self._task, completed=step, **values)
+        """Show what of loss, score and speed the record holds."""
+        names = {"loss": ("loss", "{:.3f}"), "dev_score": ("score", "{:.2f}"), "words_per_second": ("rate", "{:,.0f}")}
+        found = {name: form.format(record[key]) for key, (name, form) in names.items() if key in record}
+        self._values |= found
+        fields: dict[str, Any] = dict(found)
+        self._bar.update(self._task, completed=step, **fields)
+        if self._lines and (step == self._total or "score" in found):
+            self._line(step)
+
+    def _line(self, step: int) -> None:
+        self._last = time.perf_counter()
+        seconds = (self._last - self._began) / max(step - self._done, 1) * (self._total - step)
+        shown = {"loss": "loss {}", "score": f"dev {self._metric} {{}}", "rate": "{} words/s"}
+        parts = [form.format(self._values[name]) for name, form in shown.items() if name in self._values]
+        left = f"about {seconds / 60:.0f} min left" if step < self._total else "done"
+        self._console.print(
+            f"step {step}/{self._total} ({self._title}): {', '.join([*parts, left])}", highlight=False, soft_wrap=True
+        )
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -6,7 +6,7 @@
 
 from fastmask.unseen.adapting import DEFAULT_RATES, DEFAULT_STEPS, OPTIMIZERS, AdaptationDiverged, adapted
 from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_losses, with_language, with_union
-from fastmask.unseen.support import Pool, check_deprels, split_pool, support_sets
+from fastmask.unseen.support import Pool, split_pool, support_sets
 from fastmask.unseen.typology import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "HeadDirection",
     "Pool",
     "adapted",
-    "check_deprels",
     "choose",
     "head_direction_similarity",
     "similarity_measure",

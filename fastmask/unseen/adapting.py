@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,11 @@ from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.inner_rates import rates_of
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
-from fastmask.tasks.parsing.batch import Encoded
 from fastmask.unseen.adam import AdamWeights
 from fastmask.unseen.choosing import evaluating
 
 if TYPE_CHECKING:
-    from fastmask.tasks.parsing.parser import Parser
+    from fastmask.tasks.task import Task
 
 __all__ = ["DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "adapted"]
 
@@ -41,8 +40,8 @@ class AdaptationDiverged(RuntimeError):  # noqa: N818 - it names what happened
 
 @contextmanager
 def adapted(
-    parser: Parser,
-    support: Encoded,
+    task: Task,
+    support: Any,
     language_id: int,
     *,
     steps: int,
@@ -53,20 +52,19 @@ def adapted(
     dropout: bool = False,
     seed: int = 0,
 ) -> Iterator[Tensor]:
-    """The parser after `steps` steps on `support`, inside the context; yields the support losses [steps].
+    """The model after `steps` steps on `support`, inside the context; yields the support losses [steps].
 
     Only what subnetwork `language_id` may change does: live parts of masked weights, and everything shared. On leaving
     the context all is put back bit for bit, unless `keep` is set and no exception is on its way. Inside, the caller
     says which subnetwork runs, as always.
 
     Args:
-        parser: subnetworks may be attached to its encoder.
-        support: the support set, all of it in each step.
+        task: subnetworks may be attached to its encoder.
+        support: `Examples` of the support set, all of them in each step.
         language_id: whose subnetwork, -1 for the full network.
         steps: K; with 0 nothing changes, and `support` may be empty.
-        head_lr: learning rate of arc and label scores.
-        encoder_lr: learning rate of what is below them: the encoder and, in the small model, its embeddings of
-            trigrams, tags and the root.
+        head_lr: learning rate of what is above the encoder.
+        encoder_lr: learning rate of the encoder; see `Task.rates`.
         optimizer: "sgd" or "adamw" (without weight decay; moments start at zero).
         keep: leave the adapted weights in place.
         dropout: leave dropout on, drawn from `seed`; torch's random state is afterwards what it was.
@@ -75,25 +73,23 @@ def adapted(
     Raises:
         AdaptationDiverged: a support loss, also that after the last step, is not finite; nothing is changed.
         KeyError: not an optimizer.
-        ValueError: no support sentence, a learning rate or number out of its range.
+        ValueError: no support example, a learning rate or number out of its range.
     """
     if optimizer not in OPTIMIZERS:
         raise unknown("optimizer", optimizer, OPTIMIZERS)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"the number of steps is {steps!r} (expected an integer >= 0)")
     if steps and not len(support):
-        raise ValueError("no support sentence to adapt to")
-    name = _name(parser, language_id)
-    rates = rates_of(parser, parser.rates(head_lr, encoder_lr)) if steps else {}
+        raise ValueError("no support example to adapt to")
+    name = _name(task, language_id)
+    rates = rates_of(task.model, task.rates(head_lr, encoder_lr)) if steps else {}
     losses: list[Tensor] = []
-    with OPTIMIZERS[optimizer](parser, rates, language_id) as weights:
+    with OPTIMIZERS[optimizer](task.model, rates, language_id) as weights:
         if steps:
-            batch = parser.features.collate(support).to(next(parser.parameters()).device)
+            batch = task.collate(support).to(task.device)
 
             def loss() -> Tensor:
-                found = parser(batch).loss
-                if found is None:
-                    raise ValueError("the support sentences have no heads to learn from (expected trees)")
+                found = task.loss(batch).mean
                 if not torch.isfinite(found):
                     raise AdaptationDiverged(
                         f"the support loss is {found.item()} after {len(losses)} of {steps} steps of {optimizer} with "
@@ -102,9 +98,9 @@ def adapted(
                 return found
 
             with ExitStack() as stack:
-                stack.enter_context(_drawn_from(parser, seed) if dropout else evaluating(parser))
-                if parser.is_attached:
-                    stack.enter_context(run_with(parser.encoder, name))
+                stack.enter_context(_drawn_from(task.model, seed) if dropout else evaluating(task.model))
+                if task.is_attached:
+                    stack.enter_context(run_with(task.encoder, name))
                 with torch.enable_grad():
                     for _ in range(steps):
                         losses.append(weights.step(loss))
@@ -115,13 +111,13 @@ def adapted(
         yield torch.stack(losses) if losses else torch.zeros(0)
 
 
-def _name(parser: Parser, language_id: int) -> str | None:
+def _name(task: Task, language_id: int) -> str | None:
     """The language's name, None for the full network."""
     if language_id == FULL:
         return None
-    if not parser.is_attached:
-        raise ValueError(f"language id {language_id}, but the parser has no subnetworks attached (expected -1)")
-    languages = attached(parser.encoder).subnets.languages
+    if not task.is_attached:
+        raise ValueError(f"language id {language_id}, but the model has no subnetworks attached (expected -1)")
+    languages = attached(task.encoder).subnets.languages
     if not 0 <= language_id < len(languages):
         raise ValueError(f"language id {language_id} is out of range: expected -1 to {len(languages) - 1}")
     return str(languages[language_id])

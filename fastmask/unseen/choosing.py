@@ -1,6 +1,6 @@
 """Which subnetwork an unseen language takes: that of a training language, the union of all, or the full network.
 
-`support_losses` and `with_union` need no parser: they work on any model that subnetworks are attached to.
+`support_losses` and `with_union` need no `Task`: they work on any model that subnetworks are attached to.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL
 from fastmask.models.attach import attached
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.parsing.batch import Batch, Encoded
 
 if TYPE_CHECKING:
-    from fastmask.tasks.parsing.parser import Parser
+    from fastmask.tasks.task import Task
 
 __all__ = [
     "CHOICES",
@@ -98,8 +97,8 @@ def support_losses(
 
     Args:
         model: subnetworks are attached to it or to a part of it.
-        batch: B sentences: a mapping of tensors [B, ...] (other values are handed on as they are), or a
-            `fastmask.tasks.parsing.batch.Batch`. Their language ids, if there are any, are replaced.
+        batch: B sentences: a mapping of tensors [B, ...] (other values are handed on as they are), or a dataclass with
+            `lengths` [B] and a method `tiled(times)`. Their language ids, if there are any, are replaced.
         candidates: language ids, -1 for the full network.
         loss_per_sentence: runs the model on such a batch of n sentences, whose "language_ids" (int64 [n], on the
             CPU) it passes on to the model -> [n].
@@ -138,7 +137,7 @@ def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:
     Ids stay on the CPU, where -1 may be among them (see `fastmask.models.routing.Route`).
     """
     times = len(numbers)
-    if isinstance(batch, Batch):
+    if not isinstance(batch, Mapping):
         ids = torch.tensor(numbers).repeat_interleave(len(batch.lengths))
         return replace(batch.tiled(times), language_ids=ids), len(ids)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "language_ids"}
@@ -164,9 +163,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def choose(
-    parser: Parser,
+    task: Task,
     subnets: Subnetworks,
-    support: Encoded | None,
+    support: Any,
     how: str,
     *,
     similarity: Mapping[str, float] | None = None,
@@ -176,10 +175,10 @@ def choose(
     """Choose a subnetwork for an unseen language; ties go to the first training language in order.
 
     Args:
-        parser: its encoder has `subnets` attached; only "best" runs it.
+        task: its encoder has `subnets` attached; only "best" runs its model.
         subnets: of the training languages, and perhaps their union (`with_union`), which is a candidate for "union"
             only.
-        support: sentences of the unseen language, for "best"; None or empty where there are none.
+        support: `Examples` of the unseen language, for "best"; None or empty where there are none.
         how: "best": lowest mean support loss; "nearest": highest of `similarity`; "union"; "full".
         similarity: of each training language to the unseen one, for "nearest"; see `fastmask.unseen.typology`.
         include_full: for "best": the full network is a candidate, too, the last one.
@@ -188,7 +187,7 @@ def choose(
     Raises:
         KeyError: `how` is not one of `CHOICES`, or `similarity` lacks a training language.
         ValueError: "best" without support sentences, "nearest" without `similarity`, "union" without a union in
-            `subnets`, losses or similarities that are not finite, or a parser with other subnetworks attached.
+            `subnets`, losses or similarities that are not finite, or a model with other subnetworks attached.
     """
     if how not in CHOICES:
         raise unknown("way of choosing a subnetwork", how, CHOICES)
@@ -208,15 +207,15 @@ def choose(
         similarities = {name: _finite(name, "similarity", float(similarity[name])) for name in names}
         nearest = max(similarities, key=similarities.__getitem__)  # the first of equals
         return Choice(subnets.index(nearest), nearest, similarities=similarities)
-    losses = _losses(parser, subnets, support, names, include_full, at_once)
+    losses = _losses(task, subnets, support, names, include_full, at_once)
     best = min(losses, key=losses.__getitem__)
     return Choice(FULL if best == FULL_CHOICE.name else subnets.index(best), best, losses=losses)
 
 
 def _losses(
-    parser: Parser,
+    task: Task,
     subnets: Subnetworks,
-    support: Encoded | None,
+    support: Any,
     names: list[str],
     include_full: bool,
     at_once: int | None,
@@ -226,23 +225,16 @@ def _losses(
             "choosing the best subnetwork needs support sentences, given none: choose nearest (by typology), union or "
             "full, which do without"
         )
-    if attached(parser.encoder).subnets.languages != subnets.languages:
+    if attached(task.encoder).subnets.languages != subnets.languages:
         raise ValueError(
-            f"the parser has subnetworks of {', '.join(attached(parser.encoder).subnets.languages)} attached "
+            f"the model has subnetworks of {', '.join(attached(task.encoder).subnets.languages)} attached "
             f"(expected {', '.join(subnets.languages)})"
         )
-    batch = parser.features.collate(support).to(next(parser.parameters()).device)
-
-    def loss_per_sentence(repeated: Batch) -> Tensor:
-        found = parser(repeated).loss_per_sentence
-        if found is None:
-            raise ValueError("the support sentences have no heads, so they have no loss (expected trees)")
-        return found
-
+    batch = task.collate(support).to(task.device)
     ids = [subnets.index(name) for name in names]
     if include_full:
         names, ids = [*names, FULL_CHOICE.name], [*ids, FULL]
-    losses = support_losses(parser, batch, ids, loss_per_sentence, at_once=at_once).tolist()
+    losses = support_losses(task.model, batch, ids, lambda some: task.loss(some).each, at_once=at_once).tolist()
     return {name: _finite(name, "support loss", loss) for name, loss in zip(names, losses, strict=True)}
 
 

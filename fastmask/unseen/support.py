@@ -1,30 +1,21 @@
-"""Support sentences of an unseen language: where they come from, which ones make a set, and what they are labelled."""
+"""Support examples of an unseen language: where they come from, and which ones make a set."""
 
 from __future__ import annotations
 
-import warnings
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fastmask.errors import nearest, unknown
-from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
-
 __all__ = [
-    "UNKNOWN_DEPRELS",
     "Pool",
-    "check_deprels",
     "split_pool",
     "support_sets",
-    "unknown_deprels",
     "without_repeats",
 ]
 
-UNKNOWN_DEPRELS = ("fail", "universal", "ignore")
 POOL_SPLITS = ("train", "dev", "test")
 
 _SETS, _POOL = range(2)  # what a random stream is for
@@ -63,8 +54,18 @@ class Pool:
     dropped: int
 
 
+def words_of(row: Mapping[str, Any]) -> Any:
+    """What makes two rows the same sentence: their "words"."""
+    return tuple(row["words"])
+
+
 def split_pool(
-    splits: Mapping[str, Iterable[Mapping[str, Any]]], size: int, seed: int, language: str, set_aside: int = 100
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    size: int,
+    seed: int,
+    language: str,
+    set_aside: int = 100,
+    same: Callable[[Mapping[str, Any]], Any] = words_of,
 ) -> Pool:
     """Part an unseen language's sentences into a pool for support sets and a test.
 
@@ -100,78 +101,20 @@ def split_pool(
         test = [test[row] for row in np.sort(order[number:])]
     else:
         support = rows[source]
-    left = without_repeats(test, support)
+    left = without_repeats(test, support, same)
     if not left:
         raise ValueError(f"language {language!r}: every test sentence is also a support sentence")
     return Pool(support, left, source, len(test) - len(left))
 
 
-def without_repeats(test: Iterable[Mapping[str, Any]], support: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The test rows that do not have the words of a support row."""
-    taken = {tuple(row["words"]) for row in support}
-    return [row for row in test if tuple(row["words"]) not in taken]
-
-
-def unknown_deprels(rows: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Counter[str]:
-    """How often each relation occurs that the vocabulary lacks; labels as they stand in the rows."""
-    counts: Counter[str] = Counter()
-    for row in rows:
-        counts.update(row["deprels"])
-    labels = list(counts)
-    known = vocabulary.deprel_ids(labels) != IGNORE
-    return Counter({label: counts[label] for label, found in zip(labels, known, strict=True) if not found})
-
-
-def check_deprels(
-    rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, unknown: str = "fail"
+def without_repeats(
+    test: Iterable[Mapping[str, Any]],
+    support: Iterable[Mapping[str, Any]],
+    same: Callable[[Mapping[str, Any]], Any] = words_of,
 ) -> list[Mapping[str, Any]]:
-    """The rows, once every relation in them is one the model can learn, or has been dealt with as asked.
-
-    Args:
-        rows: with "deprels".
-        vocabulary: of the model.
-        unknown: what to do about relations that it lacks. "fail"; "universal": `nsubj:xyz` becomes `nsubj` where the
-            vocabulary has that, anything else fails; "ignore": such words keep their head and have no label in the
-            loss, with a warning that lists them.
-
-    Raises:
-        ValueError: relations that are left unknown, listed with their counts.
-        KeyError: `unknown` is none of the three.
-    """
-    if unknown not in UNKNOWN_DEPRELS:
-        raise _unknown_choice(unknown)
-    missing = unknown_deprels(rows, vocabulary)
-    if not missing:
-        return list(rows)
-    if unknown == "ignore":
-        warnings.warn(
-            f"relations that the model does not know have no label in the loss: {_listed(missing)}", stacklevel=2
-        )
-        return list(rows)
-    universal: dict[str, str] = {}
-    if unknown == "universal":
-        whole = {label: label.split(":", 1)[0] for label in missing if ":" in label}
-        universal = {label: relation for label, relation in whole.items() if relation in vocabulary.deprels}
-        missing = Counter({label: count for label, count in missing.items() if label not in universal})
-    if missing:
-        close = {label: nearest(label, vocabulary.deprels, 1) for label in missing}
-        hints = ", ".join(f"{label} looks like {found[0]}" for label, found in close.items() if found)
-        ways = "leave their labels out (ignore)"
-        if unknown == "fail":
-            ways = f"map subtypes to their universal relations (universal) or {ways}"
-        raise ValueError(
-            f"relations that the model was not trained on: {_listed(missing)}{f' ({hints})' if hints else ''}. "
-            f"It knows {', '.join(sorted(vocabulary.deprels))}. Correct them, or {ways}"
-        )
-    return [{**row, "deprels": [universal.get(label, label) for label in row["deprels"]]} for row in rows]
-
-
-def _unknown_choice(given: str) -> Exception:
-    return unknown("way of dealing with unknown relations", given, UNKNOWN_DEPRELS)
-
-
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{label} ({count})" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item)))
+    """The test rows that are not `same` as a support row."""
+    taken = {same(row) for row in support}
+    return [row for row in test if same(row) not in taken]
 
 
 def _random(seed: int, purpose: int, language: str, *counters: int) -> np.random.Generator:

@@ -28,8 +28,6 @@ from typing import Any
 import numpy as np
 
 from fastmask.errors import FastmaskKeyError, unknown
-from fastmask.tasks.parsing.batch import Encoded
-from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 
 __all__ = [
     "SIMILARITIES",
@@ -67,18 +65,6 @@ class HeadDirection:
     """
 
     counts: Mapping[str, tuple[int, int]]
-
-    @classmethod
-    def of(cls, encoded: Encoded, vocabulary: Vocabulary) -> HeadDirection:
-        """Count encoded sentences; words without a head or whose relation the vocabulary lacks do not count."""
-        lengths = encoded.lengths
-        position = np.arange(len(encoded.heads)) - np.repeat(encoded.word_start[:-1], lengths) + 1
-        counted = (encoded.heads != IGNORE) & (encoded.heads > 0) & (encoded.deprels != IGNORE)
-        before = position < encoded.heads
-        size = len(vocabulary.deprels)
-        befores = np.bincount(encoded.deprels[counted & before], minlength=size)
-        afters = np.bincount(encoded.deprels[counted & ~before], minlength=size)
-        return cls._summed(zip(vocabulary.deprels, befores.tolist(), afters.tolist(), strict=True))
 
     @classmethod
     def of_rows(cls, rows: Iterable[Mapping[str, Any]]) -> HeadDirection:

@@ -8,7 +8,7 @@ import pytest
 
 from fastmask.compare.plan import CompareConfig, Plan, check_languages
 from fastmask.tasks.data.synthetic import write_treebanks
-from fastmask.training.settings import ConfigError
+from fastmask.settings import ConfigError
 
 
 def plan_in(out: Path, training: dict[str, object] | None = None, **settings: object) -> Plan:

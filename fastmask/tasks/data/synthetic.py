@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fastmask.files import write_folder
 from fastmask.tasks.data.conllu import write_blocks
 from fastmask.tasks.data.synthetic_languages import LANGUAGES, NOUN_CLASSES, SEEN, UNSEEN, Language, lexicon, pick
 
-__all__ = ["LANGUAGES", "SEEN", "SENTENCES", "UNSEEN", "UNSEEN_TRAIN", "write_treebanks"]
+__all__ = ["LANGUAGES", "SEEN", "SENTENCES", "UNSEEN", "UNSEEN_TRAIN", "treebanks_in", "write_treebanks"]
 
 SENTENCES: dict[str, int] = {"train": 600, "dev": 100, "test": 150}
 UNSEEN_TRAIN = 20  # a support set: nobody should train on the unseen languages
@@ -294,3 +295,15 @@ class _Grammar:
         noun = self.noun_phrase(depth + 1, deprel, NOUN_CLASSES[column], max(inner, 1))
         self.put(noun, _Node(self.lexicon["adposition"][row], "ADP", "case"), self.marker_side())
         return noun
+
+
+def treebanks_in(run: str | os.PathLike[str]) -> Path:
+    """Write the artificial languages to ``RUN/data`` (once) and return that folder."""
+    target = Path(run, "data")
+    if not target.is_dir():
+        try:
+            write_folder(target, {".": write_treebanks})
+        except OSError:
+            if not target.is_dir():  # another process was faster: its files are the same
+                raise
+    return target

@@ -42,6 +42,7 @@ class Encoded:
         upos: int32 [n].
         heads: int32 [n], 0 for the root, i for the i-th word, `IGNORE` where there is none.
         deprels: int32 [n], `IGNORE` where there is none or it was not seen in training.
+        texts: object [N], the CoNLL-U text of every sentence, to score it; None where nobody will.
     """
 
     word_start: np.ndarray
@@ -50,6 +51,7 @@ class Encoded:
     upos: np.ndarray
     heads: np.ndarray
     deprels: np.ndarray
+    texts: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Return the number of sentences."""
@@ -76,7 +78,13 @@ class Encoded:
 
         flat = {f: np.concatenate([getattr(p, f) for p in parts]) for f in ("units", "upos", "heads", "deprels")}
         word_start = starts([p.word_start for p in parts])
-        return Encoded(word_start=word_start, unit_start=starts([p.unit_start for p in parts]), **flat)
+        texts = [p.texts for p in parts if p.texts is not None]
+        return Encoded(
+            word_start=word_start,
+            unit_start=starts([p.unit_start for p in parts]),
+            texts=np.concatenate(texts) if len(texts) == len(parts) else None,
+            **flat,
+        )
 
     def select(self, rows: np.ndarray) -> Encoded:
         """Return sentences `rows` (int64 [m]), in that order, as a data set of their own."""
@@ -90,6 +98,7 @@ class Encoded:
             upos=self.upos[words],
             heads=self.heads[words],
             deprels=self.deprels[words],
+            texts=None if self.texts is None else self.texts[rows],
         )
 
 

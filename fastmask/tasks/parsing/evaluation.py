@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from fastmask.errors import unknown
 from fastmask.tasks.data.conllu import Sentence, read_texts, with_tree, write_texts
 from fastmask.tasks.parsing.batch import Encoded
 from fastmask.tasks.parsing.parser import Parser
@@ -22,50 +17,19 @@ from fastmask.tasks.parsing.scores import Scores, score
 from fastmask.tasks.parsing.vocabulary import UNKNOWN_UPOS
 from fastmask.tasks.parsing.windows import Tree, cut, join, too_long
 
-__all__ = ["Evaluation", "Prepared", "evaluate", "parse", "predict_file", "prepare"]
+__all__ = ["encode", "parse", "predict_file", "scores_of"]
 
 CHUNK = 512  # sentences of a file that are in memory at a time
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one language.
-
-    Attributes:
-        scores: official scores, percent.
-        words_per_second: words per second of encoding, decoding and labelling; reading and scoring not counted.
-    """
-
-    scores: Scores
-    words_per_second: float
-
-    @property
-    def las(self) -> float:
-        """Labelled attachment score, percent."""
-        return self.scores.las
-
-    @property
-    def uas(self) -> float:
-        """Unlabelled attachment score, percent."""
-        return self.scores.uas
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A data set ready to be parsed many times: its arrays and its original CoNLL-U blocks."""
-
-    encoded: Encoded
-    blocks: list[str]
-
-
-def prepare(parser: Parser, dataset: Iterable[Mapping[str, Any]], limit: int | None = None) -> Prepared:
-    """Encode the first `limit` sentences of a data set (all by default); warn of what the parser will do badly."""
-    rows = list(itertools.islice(dataset, limit))
+def encode(parser: Parser, rows: Iterable[Mapping[str, Any]]) -> Encoded:
+    """Sentences to parse and score; a warning says what the parser will do badly with."""
+    rows = list(rows)
     encoded = parser.features.encode(rows, parser.vocabulary)
     noticed = _Noticed(parser)
     noticed.look(encoded, rows)
     noticed.warn()
-    return Prepared(encoded, [row["conllu"] for row in rows])
+    return encoded
 
 
 class _Noticed:
@@ -109,42 +73,20 @@ class _Noticed:
             )
 
 
-def evaluate(
-    parser: Parser,
-    datasets: Mapping[str, Prepared | Iterable[Mapping[str, Any]]],
-    language_ids: Mapping[str, int] | int | None = None,
-    batch_size: int = 64,
-) -> dict[str, Evaluation]:
-    """Parse and score every language's data set with dropout off; touches no random state.
-
-    Args:
-        parser: its encoder may be attached.
-        datasets: by language; rows with words, upos, heads, deprels and conllu, or what `prepare` made of them.
-        language_ids: which subnetwork reads a language: a number per language, one number for all (-1: the full
-            network), or None where the encoder is not attached or `fastmask.language` says it.
-        batch_size: sentences per batch, alike in length.
+def scores_of(encoded: Encoded, trees: Sequence[Tree]) -> Scores:
+    """Official scores of trees for sentences that have their CoNLL-U texts.
 
     Raises:
-        FastmaskKeyError: `language_ids` lacks a language; nothing is parsed.
+        ValueError: they have not, or there is no sentence.
     """
-    results = {}
-    if isinstance(language_ids, Mapping):
-        for language in datasets:
-            if language not in language_ids:
-                raise unknown("language", language, language_ids)
-    for language, dataset in datasets.items():
-        prepared = dataset if isinstance(dataset, Prepared) else prepare(parser, dataset)
-        language_id = language_ids[language] if isinstance(language_ids, Mapping) else language_ids
-        start = time.perf_counter()
-        trees = parse(parser, prepared.encoded, language_id, batch_size)
-        seconds = time.perf_counter() - start
-        scores = score(prepared.blocks, _with_trees(prepared.blocks, trees))
-        results[language] = Evaluation(scores, prepared.encoded.word_start[-1] / max(seconds, 1e-9))
-    return results
+    if encoded.texts is None:
+        raise ValueError("sentences without their CoNLL-U text cannot be scored (expected rows with a column conllu)")
+    return score(list(encoded.texts), _with_trees(encoded.texts, trees))
 
 
-def parse(parser: Parser, encoded: Encoded, language_id: int | None = None, batch_size: int = 64) -> list[Tree]:
-    """Return (heads, labels) of every sentence, in the order of `encoded`; batches are made of like lengths.
+def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
+    """Return (heads, labels) of every sentence, in the order of `encoded`, by the subnetwork that `fastmask.language`
+    says; batches are made of like lengths.
 
     A sentence that is longer than the encoder is parsed in windows; see `fastmask.tasks.parsing.windows`.
     """
@@ -155,9 +97,6 @@ def parse(parser: Parser, encoded: Encoded, language_id: int | None = None, batc
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         batch = parser.features.collate(windows.select(rows)).to(device)
-        if language_id is not None:
-            # On the CPU: there an attached encoder can look at the ids, and the full network (-1) is among them.
-            batch.language_ids = torch.full((len(rows),), language_id, dtype=torch.int64)
         for row, heads, labels in zip(rows.tolist(), *parser.predict(batch), strict=True):
             results[row] = (heads, labels)
     return join([result for result in results if result is not None], first, parser.vocabulary.loose)
@@ -167,7 +106,6 @@ def predict_file(
     parser: Parser,
     in_path: str | os.PathLike[str],
     out_path: str | os.PathLike[str],
-    language: str | None = None,
     batch_size: int = 64,
 ) -> int:
     """Parse a CoNLL-U file into another one and return the number of sentences.
@@ -181,15 +119,13 @@ def predict_file(
         in_path: UTF-8 CoNLL-U, a file or ``/dev/stdin``; HEAD and DEPREL may hold anything. The small model reads UPOS,
             and warns where it is missing.
         out_path: where to write; may be `in_path`, a pipe or ``/dev/stdout``.
-        language: whose subnetwork to use; only where the encoder is attached. None: the full network.
         batch_size: sentences per batch.
 
     Raises:
         ConlluError: the input is not CoNLL-U.
         OSError: the input cannot be read, or the output not written.
     """
-    with _language(parser, language):
-        return write_texts(out_path, _predicted(parser, read_texts(in_path, require_tree=False), batch_size))
+    return write_texts(out_path, _predicted(parser, read_texts(in_path, require_tree=False), batch_size))
 
 
 def _predicted(parser: Parser, sentences: Iterator[tuple[Sentence, str]], batch_size: int) -> Iterator[str]:
@@ -203,16 +139,5 @@ def _predicted(parser: Parser, sentences: Iterator[tuple[Sentence, str]], batch_
     noticed.warn(tags=True)
 
 
-def _with_trees(blocks: Sequence[str], trees: Sequence[Tree]) -> list[str]:
+def _with_trees(blocks: Iterable[str], trees: Sequence[Tree]) -> list[str]:
     return [with_tree(block, heads.tolist(), labels) for block, (heads, labels) in zip(blocks, trees, strict=True)]
-
-
-def _language(parser: Parser, language: str | None) -> Any:
-    """Return the context in which the encoder runs a language's subnetwork, or the full network."""
-    if not parser.is_attached:
-        if language is not None:
-            raise ValueError(f"language {language!r} was asked for, but the parser has no subnetworks attached")
-        return nullcontext()
-    import fastmask as fm  # here, because the top of the package imports from below
-
-    return fm.language(parser.encoder, language)

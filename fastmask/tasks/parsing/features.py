@@ -58,8 +58,10 @@ class Features:
         forms: list[str] = []
         lengths: list[int] = []
         upos, heads, deprels = [], [], []
+        texts: list[str | None] = []
         for sentence in sentences:
             words = sentence["words"]
+            texts.append(sentence.get("conllu"))
             lengths.append(len(words))
             forms.extend(words)
             upos.append(vocabulary.upos_ids(sentence["upos"]))
@@ -81,6 +83,7 @@ class Features:
             upos=joined(upos),
             heads=joined(heads),
             deprels=joined(deprels),
+            texts=None if None in texts else np.array(texts, dtype=object),
         )
 
     def units_of(self, words: list[str]) -> list[np.ndarray]:

@@ -14,31 +14,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from fastmask.files import LOCK_FILES, Record, check, held, is_leftover, read_json, remove_leftovers, write_folder
-from fastmask.tasks.data.synthetic import SEEN
-from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks, select_treebanks
-from fastmask.training.config import ConfigError
-from fastmask.training.data import data_of_run, training_languages
-from fastmask.training.finished import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun
-from fastmask.training.manifest import MANIFEST, files_in, write_manifest
-from fastmask.unseen import Choice, HeadDirection, with_language
+from fastmask.files.manifest import MANIFEST, files_in, write_manifest
+from fastmask.settings import ConfigError
+from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun, data_of
+from fastmask.unseen.choosing import Choice, with_language
 
 __all__ = ["adaptations_of", "check_new", "check_new_folder", "held_for_new", "profiles_of", "save_adapted"]
 
 RESULTS_FILE = "results.json"
 RECORDS = "adaptations"  # in it, oldest first
-PROFILE = "head_direction"  # in a record: relation -> [before, after], of the support sentences
+PROFILE = "profile"  # in a record: what the task knows of the language by its support examples, see `Task.profile`
 
 
 class _Record(Record):
     """What is read again of the record of an added language."""
 
     language: str
-    head_direction: dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]]
+    profile: dict[str, Any] | None
 
 
 def check_new_folder(out: str | os.PathLike[str]) -> Path:
@@ -97,9 +92,11 @@ def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str, Any]]) -> None:
+def check_new(
+    language: str, loaded: FinishedRun, run: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]
+) -> None:
     """Raise `ConfigError` if the run was trained on `language`, or adapted to it."""
-    known = list(dict.fromkeys([*_trained_on(loaded), *(record["language"] for record in records)]))
+    known = list(dict.fromkeys([*_trained_on(loaded, run), *(record["language"] for record in records)]))
     if language in known:
         raise ConfigError(
             f"language is {language!r}, which the run was trained on or adapted to already "
@@ -107,48 +104,41 @@ def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str,
         )
 
 
-def _trained_on(loaded: FinishedRun) -> list[str]:
-    config = loaded.config
+def _trained_on(loaded: FinishedRun, run: str | os.PathLike[str]) -> list[str]:
     if loaded.subnetworks is not None:
         return list(loaded.subnetworks.languages)
-    if config.data is None:
-        return config.language_list or list(SEEN)
-    if not os.path.isdir(config.data):
-        return config.language_list
-    return list(select_treebanks(find_treebanks(config.data), config.languages or training_languages(config.data)))
+    try:
+        return data_of(loaded.config, run)[1]
+    except OSError:  # the data is not there any more
+        return loaded.config.language_list
 
 
 def profiles_of(
     loaded: FinishedRun, run: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]
-) -> dict[str, HeadDirection]:
-    """The head-direction profile of each language with a subnetwork, in order.
+) -> dict[str, dict[str, Any]]:
+    """What the task knows of each language with a subnetwork (`Task.profile`), in order.
 
-    Of a training language by all of its training sentences, of one that was added by its support sentences.
+    Of a training language by all of its training examples, of one that was added by its support set.
 
     Raises:
-        FileNotFoundError: the treebanks of the run are not there any more.
-        ValueError: a language that was added without sentences.
+        FileNotFoundError: the data of the run is not there any more.
+        ValueError: a language that was added without examples, or a task that knows no such thing.
     """
     assert loaded.subnetworks is not None
+    otherwise = "choose best, union or full, or nearest by URIEL"
     added = {record["language"]: record[PROFILE] for record in records}
-    if silent := [language for language, counts in added.items() if not counts]:
+    if silent := [language for language, profile in added.items() if not profile]:
         raise ValueError(
-            f"{', '.join(silent)} was added to the run without sentences, so nothing is known of its head direction: "
-            "choose best, union or full, or nearest by URIEL"
+            f"{', '.join(silent)} was added to the run without {loaded.task.example_word}, so nothing is known of it: "
+            f"{otherwise}"
         )
-    data, languages = data_of_run(loaded.config, run)
-    if not os.path.isdir(data):
-        raise FileNotFoundError(
-            f"head direction needs the treebanks that the run was trained on, and there is no folder {data}: choose "
-            "best, union or full, or nearest by URIEL"
-        )
-    profiles = {
-        code: HeadDirection.of_rows(splits["train"].select_columns(["heads", "deprels"]))
-        for code, splits in load_treebanks(data, languages, splits=("train",)).items()
-    }
-    for language, counts in added.items():
-        profiles[language] = HeadDirection({relation: (before, after) for relation, (before, after) in counts.items()})
-    return {language: profiles[language] for language in loaded.subnetworks.languages}
+    data, languages, _ = data_of(loaded.config, run)
+    if not os.path.exists(data):
+        raise FileNotFoundError(f"{otherwise}: the data that the run was trained on is not there ({data})")
+    splits = loaded.task.load(data, languages, loaded.config.task_settings, splits=("train",))
+    profiles = {**{name: loaded.task.profile(of["train"]) for name, of in splits.items()}, **added}
+    known = {name: profile for name, profile in profiles.items() if profile is not None}
+    return {language: known[language] for language in loaded.subnetworks.languages}
 
 
 def save_adapted(
@@ -157,25 +147,25 @@ def save_adapted(
     choice: Choice,
     record: Mapping[str, Any],
     earlier: Sequence[Mapping[str, Any]],
-    profile: HeadDirection,
+    profile: Mapping[str, Any] | None,
 ) -> None:
     """Write a run beside its place and rename it: it is there whole, or not at all.
 
     Args:
         folder: new or empty, and held (`held_for_new`).
-        loaded: the run it is made of, whose parser has the adapted weights by now.
+        loaded: the run it is made of, whose model has the adapted weights by now.
         choice: the new language's subnetwork is a copy of it.
         record: what is kept of this adaptation; "language" is the new one.
         earlier: records of languages that were added before.
-        profile: of the support sentences.
+        profile: of the support set, see `Task.profile`.
 
     Raises:
         OSError: the disk is full, or somebody has put something into the folder meanwhile; nothing is written then.
     """
     config = dataclasses.replace(loaded.config, out=os.fspath(folder))
-    records = [*earlier, {**record, PROFILE: dict(profile.counts)}]
+    records = [*earlier, {**record, PROFILE: None if profile is None else dict(profile)}]
     results = json.dumps({"settings": dataclasses.asdict(config), RECORDS: records}, indent=1)
-    writers: dict[str, Callable[[Path], Any]] = {MODEL: loaded.parser.save}
+    writers: dict[str, Callable[[Path], Any]] = {MODEL: loaded.task.save}
     if loaded.subnetworks is not None:
         writers[MASKS_FILE] = with_language(loaded.subnetworks, record["language"], choice).save
     writers[CONFIG_FILE] = config.save

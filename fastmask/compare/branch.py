@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from fastmask.files import FileError, held, remove_leftovers, replace_file, write_folder
+from fastmask.files.manifest import MANIFEST, Origin, write_manifest
+from fastmask.settings import ConfigError
 from fastmask.training import checkpoints
 from fastmask.training.checkpoints import CheckpointError
-from fastmask.training.config import ConfigError, TrainConfig
-from fastmask.training.inputs import MASKS_INPUT, masks_input
-from fastmask.training.manifest import MANIFEST, Origin, write_manifest
+from fastmask.training.config import TrainConfig
+from fastmask.training.loop import MASKS_INPUT
+from fastmask.training.methods import digest_of_masks
 from fastmask.training.run_folder import CONFIG_FILE, check_out
 
 __all__ = ["AFTER_THE_SWITCH", "branch"]
@@ -33,7 +35,7 @@ at which the source stood before a switch of its own.)"""
 def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
     """Make `config.out` a run that stands at the end of `source`'s plain steps on the full network.
 
-    `train(parser, datasets, config, ...)` with `config.resume` then goes on from there, and ends with the weights and
+    `train(task, datasets, config, ...)` with `config.resume` then goes on from there, and ends with the weights and
     metrics of a run of `config` that was not branched. `source` may be of any method, finished, stopped or still
     running. Files are linked, not copied, where the file system can: a checkpoint is never changed in place.
 
@@ -84,11 +86,12 @@ def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
 def _origin(source: Origin, config: TrainConfig) -> Origin:
     """The same moment and sentences, under the settings and masks of the branch."""
     data = {name: digest for name, digest in source.inputs.items() if name != MASKS_INPUT}
+    masks = digest_of_masks(config)
     return Origin(
         step=source.step,
         processes=source.processes,
         settings=config.identity(),
-        inputs={**data, **masks_input(config)},
+        inputs={**data, **({MASKS_INPUT: masks} if masks else {})},
     )
 
 

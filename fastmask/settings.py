@@ -27,8 +27,14 @@ class ConfigError(ValueError):
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a field: `choices`, or `low`/`high` (inclusive unless `above`/`below`), and its help text."""
-    return field(default=default, metadata={"help": help, **limits})
+    """Declare a field: `choices`, or `low`/`high` (inclusive unless `above`/`below`), its help text and its `group`.
+
+    A default that is a mapping stands for a new one each time.
+    """
+    metadata = {"help": help, **limits}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -93,6 +99,10 @@ def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any:
     """Return `value` in the type of its field, or raise `ConfigError`."""
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise ConfigError(f"{name} is {value!r:.200} (expected names and values)")
+        return dict(value)
     if get_origin(hint) is None:
         kind, optional = hint, False
     else:

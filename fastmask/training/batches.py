@@ -1,4 +1,4 @@
-"""Which sentences make up the next step: mixed over languages, alike in length, the same after a resume.
+"""Plain training: batches that mix the languages, alike in length, the same after a resume.
 
 Three properties hold at once:
 
@@ -13,14 +13,103 @@ Every random decision is a function of (seed, what it is for, a counter), so the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
-__all__ = ["MixedLanguageSampler"]
+from fastmask.tasks.task import Task
+from fastmask.training.config import TrainConfig
+
+__all__ = ["MixedBatches", "MixedLanguageSampler", "Seen"]
 
 _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one gradient was computed on.
+
+    Attributes:
+        step: of the run, once the optimiser has taken this gradient.
+        losses: by name, means over all processes; "loss" is the one whose gradient it is.
+        words: of the batches that went through the model, over all processes.
+        languages: whose examples they were, at least those of this process.
+        counts: what else a line of the metrics says.
+    """
+
+    step: int
+    losses: dict[str, float]
+    words: int
+    languages: list[str]
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class MixedBatches:
+    """One batch over all languages a step, through the full network or each language's subnetwork.
+
+    Attributes:
+        title: what the progress bar calls it.
+        rates: peak learning rate of each parameter group of the optimiser.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: torch.nn.Module,
+        train: Mapping[str, Any],
+        config: TrainConfig,
+        rates: list[float],
+        accelerator: Any,
+    ) -> None:
+        """Set up the sampling; `model` is the task's, or what wraps it where there are several processes."""
+        self.title = "full network"
+        self.rates = rates
+        self.task, self.model, self.accelerator = task, model, accelerator
+        parts = list(train.values())
+        self.joined = type(parts[0]).join(parts)
+        self.languages = list(train)
+        self.ids: torch.Tensor | None = None
+        self.sampler = MixedLanguageSampler(
+            [examples.lengths for examples in parts],
+            config.batch_size,
+            config.temperature,
+            config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+
+    def use_subnetworks(self, language_ids: Mapping[str, int]) -> None:
+        """From now on send each example through its language's subnetwork."""
+        self.title = "subnetworks"
+        self.ids = torch.tensor([language_ids[code] for code in self.languages], dtype=torch.int64)
+
+    def accumulate(self, step: int) -> Seen:
+        """Put the gradient of this process's part of the next batch into `.grad`, averaged over processes."""
+        rows, languages = next(self.sampler)
+        examples = self.joined.select(rows)
+        ids = None if self.ids is None else self.ids[torch.from_numpy(languages)]
+        batch = self.task.collate(examples, ids).to(self.accelerator.device)
+        found = self.task.loss(batch, self.model)
+        loss, words = found.mean, int(examples.lengths.sum())
+        if self.accelerator.num_processes > 1:
+            # Gradients are averaged over processes; a process with more to average over has more to say.
+            counts = torch.tensor([found.weight, words], dtype=torch.float64, device=loss.device)
+            total, words = (int(count) for count in self.accelerator.reduce(counts, "sum").tolist())
+            loss = loss * (found.weight * self.accelerator.num_processes / total)
+        self.accelerator.backward(loss)
+        mean = self.accelerator.reduce(loss.detach(), "mean").item()
+        return Seen(step + 1, {"loss": mean}, words, [self.languages[number] for number in np.unique(languages)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's counters, as JSON."""
+        return self.sampler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from them."""
+        self.sampler.load_state_dict(state)
 
 
 class MixedLanguageSampler:

@@ -1,0 +1,216 @@
+"""Dependency parsing as a task: Universal Dependencies treebanks, official LAS and UAS."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastmask.settings import setting
+from fastmask.tasks.data import synthetic
+from fastmask.tasks.data.conllu import read_sentences
+from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks
+from fastmask.tasks.parsing.batch import Batch, Encoded
+from fastmask.tasks.parsing.evaluation import encode, parse, predict_file, scores_of
+from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.relations import check_deprels
+from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary
+from fastmask.tasks.parsing.windows import Tree, rows_that_fit
+from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
+from fastmask.unseen.typology import HeadDirection, head_direction_similarity
+
+if TYPE_CHECKING:
+    from fastmask.training.config import TrainConfig
+
+__all__ = ["Parsing", "ParsingSettings"]
+
+UNKNOWN = 0.5  # share of the words, above which a tokenizer cannot be meant for a language
+COLUMNS = ["words", "upos", "heads", "deprels"]
+
+
+@dataclass
+class ParsingSettings(TaskSettings):
+    """Settings of the parser."""
+
+    subtypes: str = setting("drop", "subtypes of relations (nsubj:pass)", choices=SUBTYPES)
+
+
+class Parsing(Task):
+    """A biaffine parser; `model` is a `fastmask.tasks.parsing.parser.Parser`."""
+
+    name, metric = "parsing", "las"
+    settings = ParsingSettings
+    example_word, token_word = "sentences", "words"
+    model: Parser
+
+    def __init__(self, parser: Parser, max_length: int | None = None) -> None:
+        """Take a parser; sentences of more than `max_length` positions are left out of training."""
+        self.model, self.max_length = parser, max_length
+
+    @classmethod
+    def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
+        """Every language of a folder of treebanks that has training data."""
+        codes = sorted({bank.code for bank in find_treebanks(data).values() if "train" in bank.files})
+        if not codes:
+            raise ValueError(f"no treebank in {os.fspath(data)} has training data (*train.conllu)")
+        return codes
+
+    @classmethod
+    def load(
+        cls,
+        data: str | os.PathLike[str],
+        languages: str | Sequence[str],
+        options: TaskSettings,
+        splits: Sequence[str] = ("train", "dev", "test"),
+        optional: Sequence[str] = (),
+    ) -> Splits:
+        """Treebanks; see `fastmask.tasks.data.treebanks.load_treebanks`."""
+        return load_treebanks(data, languages, splits, optional)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], options: TaskSettings) -> list[Mapping[str, Any]]:
+        """The sentences of a CoNLL-U file, each with a tree."""
+        return [dataclasses.asdict(sentence) for sentence in read_sentences(path)]
+
+    @classmethod
+    def demo(cls, folder: str | os.PathLike[str]) -> tuple[str, list[str], list[str]]:
+        """Eight artificial languages, two of them unseen."""
+        return os.fspath(synthetic.treebanks_in(folder)), list(synthetic.SEEN), list(synthetic.UNSEEN)
+
+    @classmethod
+    def build(cls, config: TrainConfig, datasets: Splits) -> Self:
+        """Build a parser with the vocabulary of the train splits; `config.model` "small" is trained from scratch."""
+        options = config.task_settings
+        assert isinstance(options, ParsingSettings)
+        sentences = (row for splits in datasets.values() for row in splits["train"].select_columns(["upos", "deprels"]))
+        vocabulary = Vocabulary.build(sentences, options.subtypes)
+        torch.manual_seed(config.seed)
+        if config.model == "small":
+            # Long sentences are left out of training only; at least 512 positions are there to parse them.
+            return cls(Parser.small(vocabulary, max_positions=max(512, config.max_length)), config.max_length)
+        return cls(Parser.pretrained(config.model, vocabulary), config.max_length)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read a parser; see `Parser.load`."""
+        return cls(Parser.load(folder))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the parser; see `Parser.save`."""
+        self.model.save(Path(folder))
+
+    @property
+    def encoder(self) -> Any:
+        """The parser's encoder."""
+        return self.model.encoder
+
+    @property
+    def encoder_name(self) -> str:
+        """The encoder's parameters are those below ``encoder``."""
+        return "encoder."
+
+    @property
+    def pretrained(self) -> bool:
+        """All but the small one, which is trained from scratch."""
+        return self.model.trigrams is None
+
+    def rates(self, head: float, encoder: float) -> dict[str, float]:
+        """See `Parser.rates`: embeddings of the small encoder count as encoder."""
+        return self.model.rates(head, encoder)
+
+    def examples(self, rows: Rows) -> Encoded:
+        """Sentences as arrays."""
+        return encode(self.model, rows)
+
+    def training_examples(self, rows: Rows, name: str) -> Encoded:
+        """Sentences as arrays, without those that are too long."""
+        select = getattr(rows, "select_columns", None)
+        every = self.model.features.encode(select(COLUMNS) if select else rows, self.model.vocabulary)
+        fits = rows_that_fit(self.model.features, every, "training sentences", name, self.max_length)
+        if not len(fits):
+            raise ValueError(f"language {name!r} has no training sentences")
+        return every.select(fits)
+
+    def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
+        """Sentences without relations that the parser does not have; see `relations.check_deprels`."""
+        return check_deprels(rows, self.model.vocabulary, unknown)
+
+    def check(self, train: Mapping[str, Encoded]) -> None:
+        """See that the tokenizer knows words: one of another model, or of other scripts, knows next to none."""
+        unknown = {language: self.model.features.unknown(part) for language, part in train.items()}
+        if np.concatenate([*unknown.values()]).mean() > UNKNOWN:
+            raise ValueError(
+                "most training words are unknown to the model's tokenizer "
+                f"(expected a model and a tokenizer for {', '.join(train)})"
+            )
+        for language, words in unknown.items():
+            if words.mean() > UNKNOWN:
+                warnings.warn(
+                    f"{language}: {words.mean():.0%} of the training words are unknown to the model's tokenizer: it "
+                    "reads nothing of them",
+                    stacklevel=3,
+                )
+
+    def collate(self, examples: Encoded, language_ids: Tensor | None = None) -> Batch:
+        """Pad sentences to one batch."""
+        batch = self.model.features.collate(examples)
+        batch.language_ids = language_ids
+        return batch
+
+    def loss(self, batch: Batch, model: nn.Module | None = None) -> Loss:
+        """Cross entropy of arcs and labels; `mean` over words or sentences, see `ParserConfig.loss_over`."""
+        found = (self.model if model is None else model)(batch)
+        if found.loss is None:
+            raise ValueError("the sentences have no heads to learn from (expected trees)")
+        weight = batch.n_words if self.model.config.loss_over == "words" else len(batch.lengths_list)
+        return Loss(found.loss, found.loss_per_sentence, weight)
+
+    def predict(self, examples: Encoded, batch_size: int = 64) -> list[Tree]:
+        """Trees: heads and labels of every sentence."""
+        return parse(self.model, examples, batch_size)
+
+    def score(self, examples: Encoded, predictions: Sequence[Tree]) -> dict[str, float]:
+        """Official LAS and UAS, percent."""
+        found = scores_of(examples, predictions)
+        return {"las": found.las, "uas": found.uas}
+
+    def predict_file(self, source: str, target: str) -> int:
+        """CoNLL-U in, CoNLL-U out; only HEAD and DEPREL change."""
+        return predict_file(self.model, source, target)
+
+    def digest(self, examples: Encoded) -> str:
+        """Of words, tags, heads and labels, in their order."""
+        digest, vocabulary = hashlib.sha256(), self.model.vocabulary
+        for numbers in (examples.word_start, examples.unit_start, examples.units, examples.heads):
+            digest.update(numbers.astype("<i8").tobytes())
+        # By name: one label more in one language moves the numbers of all.
+        for ids, names in ((examples.upos, ["", *vocabulary.upos]), (examples.deprels, [*vocabulary.deprels, ""])):
+            known = np.where(ids < 0, len(names) - 1, ids)
+            digest.update("\t".join(np.array(names, dtype=object)[known]).encode())
+        return digest.hexdigest()
+
+    def profile(self, rows: Rows) -> dict[str, Any]:
+        """How often the dependents of each relation stand before and after their heads."""
+        select = getattr(rows, "select_columns", None)
+        return dict(HeadDirection.of_rows(select(["heads", "deprels"]) if select else rows).counts)
+
+    def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+        """By the direction of dependencies; see `fastmask.unseen.typology`."""
+        known = {
+            name: HeadDirection({relation: (b, a) for relation, (b, a) in of.items()}) for name, of in others.items()
+        }
+        return head_direction_similarity(HeadDirection({r: (b, a) for r, (b, a) in profile.items()}), known)
+
+    def words_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Two sentences are the same if their words are."""
+        return tuple(row["words"])

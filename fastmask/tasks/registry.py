@@ -1,0 +1,56 @@
+"""Tasks by name: our own, those that installed packages offer, and any class that can be imported."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import sys
+from typing import Any
+
+from fastmask.errors import unknown
+from fastmask.settings import ConfigError
+from fastmask.tasks.task import Task
+
+__all__ = ["ENTRY_POINTS", "TASKS", "task_class"]
+
+TASKS = {
+    "parsing": "fastmask.tasks.parsing.task:Parsing",
+    "tagging": "fastmask.tasks.tagging:Tagging",
+    "classification": "fastmask.tasks.classification:Classification",
+    "lm": "fastmask.tasks.lm:LanguageModelling",
+    "translation": "fastmask.tasks.translation:Translation",
+}
+ENTRY_POINTS = "fastmask.tasks"  # the group that a package declares its tasks in
+
+
+def task_class(name: str) -> type[Task]:
+    """The class of a task: one of `TASKS`, of an entry point of the group ``fastmask.tasks``, or ``module:Class``.
+
+    Raises:
+        KeyError: no such name; the nearest ones are given.
+        ConfigError: a module or class that cannot be imported, or is no `Task`.
+    """
+    installed = {found.name: found.value for found in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    where = TASKS.get(name) or installed.get(name) or name
+    module, _, attribute = where.partition(":")
+    if not attribute:
+        raise unknown("task", name, [*TASKS, *installed])
+    found = _imported(module, attribute, name)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"task is {name!r}, which is {found!r:.100} (expected a subclass of fastmask.tasks.Task)")
+    return found
+
+
+def _imported(module: str, attribute: str, name: str) -> Any:
+    here = os.getcwd()
+    if name not in TASKS and here not in sys.path:
+        sys.path.append(here)  # an installed command does not look into the folder that it is started from
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise  # something that it needs
+        raise ConfigError(f"task is {name!r}: there is no module {module!r} here or installed") from None
+    except AttributeError:
+        raise ConfigError(f"task is {name!r}: module {module!r} has no {attribute!r}") from None

@@ -1,0 +1,332 @@
+"""What a task is: how to load its data, build its model, make batches, take a loss, score, and save.
+
+Everything else (the training loop, finding subnetworks, episodes, adapting, comparing, the commands) asks these
+questions and knows no task by name. `fastmask.tasks.transformers_task` answers most of them for models of Hugging Face.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastmask.models.attach import is_attached, language
+from fastmask.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from fastmask.training.config import TrainConfig
+
+__all__ = ["UNKNOWN_LABELS", "Batch", "Examples", "Loss", "Rows", "Splits", "Task", "TaskSettings", "heading"]
+
+UNKNOWN_LABELS = ("fail", "universal", "ignore")
+
+Rows = Iterable[Mapping[str, Any]]
+Splits = Mapping[str, Mapping[str, Any]]  # language -> "train", "dev", "test" -> rows
+
+
+class Batch(Protocol):
+    """The tensors of one step: a mapping (`transformers.BatchEncoding`), or any object that moves to a device."""
+
+    def to(self, device: Any) -> Any:
+        """Return the batch on `device`."""
+        ...
+
+
+class Examples(Protocol):
+    """Rows made ready for the model, once; batches are made of some of them."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Words or tokens of each example, int64 [n]."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        ...
+
+    def select(self, rows: np.ndarray) -> Self:
+        """Return examples `rows` (int64 [m]), in that order."""
+        ...
+
+    @staticmethod
+    def join(parts: Sequence[Any]) -> Any:
+        """Put several one after the other."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a batch of B examples.
+
+    Attributes:
+        mean: [], what training minimises.
+        each: [B], the mean of each example by itself: scores made of its gradients do not depend on the batch.
+        weight: over how many words, tokens or examples `mean` is taken.
+    """
+
+    mean: Tensor
+    each: Tensor
+    weight: int
+
+
+@dataclass
+class TaskSettings(Settings):
+    """Settings of a task beside those of training; a subclass adds fields, each of them a command-line option."""
+
+    language_column: str = setting("language", "column of the data that names an example's language")
+
+
+class Task(abc.ABC):
+    """One task with its model; a subclass in one file adds a task (docs/tasks.md).
+
+    Attributes:
+        name: what ``--task`` calls it.
+        metric: the score that decides, one of those that `score` returns; development scores and tables show it.
+        higher_is_better: of `metric`. Where it is False, pruning goes by the loss of the examples that it scores on.
+        percent: whether scores are percentages (as LAS and accuracy are here).
+        settings: class of the task's own settings.
+        example_word: what an example is called in messages.
+        token_word: what `Examples.lengths` counts.
+        model: is trained; `encoder` is it or a part of it.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool] = True
+    percent: ClassVar[bool] = True
+    settings: ClassVar[type[TaskSettings]] = TaskSettings
+    example_word: ClassVar[str] = "examples"
+    token_word: ClassVar[str] = "tokens"
+    model: nn.Module
+
+    # ---- data
+
+    @classmethod
+    def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
+        """Every language of `data` that has training data, sorted."""
+        from fastmask.tasks.data.sources import languages_of
+
+        return languages_of(data, options.language_column)
+
+    @classmethod
+    def load(
+        cls,
+        data: str | os.PathLike[str],
+        languages: str | Sequence[str],
+        options: TaskSettings,
+        splits: Sequence[str] = ("train", "dev", "test"),
+        optional: Sequence[str] = (),
+    ) -> Splits:
+        """Rows by language, in the order asked for, and split.
+
+        Args:
+            data: a folder, a file or a name on the Hub; see `fastmask.tasks.data.sources`.
+            languages: codes as the data has them, comma-separated or a list.
+            options: of the task.
+            splits: which of train, dev and test to load.
+            optional: those of them that a language may lack.
+
+        Raises:
+            FileNotFoundError: no such data.
+            KeyError: a language that is not there.
+            ValueError: a language without a split that is not optional, or columns that the task needs and are missing.
+        """
+        from fastmask.tasks.data.sources import load
+
+        return load(data, languages, options.language_column, splits, optional)
+
+    @classmethod
+    def demo(cls, folder: str | os.PathLike[str]) -> tuple[str, list[str], list[str]] | None:
+        """Data to show the task on, written below `folder`: where, training languages, others; None if there are none.
+
+        Called again for a folder that holds it, this changes nothing.
+        """
+        return None
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], options: TaskSettings) -> list[Mapping[str, Any]]:
+        """The rows of one file, as `load` has them; by default JSON lines, CSV or Parquet by its ending.
+
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
+        from fastmask.tasks.data.sources import read_file
+
+        return read_file(path)
+
+    # ---- the model
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, config: TrainConfig, datasets: Splits) -> Self:
+        """A task with a new model, its labels those of the training rows; `config.seed` decides what is random.
+
+        Raises:
+            ConfigError: `config.model` is nothing the task can use.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Self:
+        """What `save` wrote; nothing attached, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: something is missing.
+            FileError: something is damaged.
+        """
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write model, tokenizer, labels and settings into an existing folder, masks left out; nothing is pickled."""
+
+    @property
+    def encoder(self) -> Any:
+        """The module that subnetworks are attached to."""
+        return self.model
+
+    def rates(self, head: float, encoder: float) -> dict[str, float]:
+        """Two learning rates by the beginning of parameters' names in `model`, as `fastmask.MetaLearner` takes them."""
+        return {"": head, self.encoder_name.rstrip("."): encoder} if self.encoder_name else {"": encoder}
+
+    @property
+    def encoder_name(self) -> str:
+        """What the names of the encoder's parameters in `model` begin with; "" if all of it is."""
+        return ""
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether the encoder was, so that it takes smaller learning rates."""
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether subnetworks are attached."""
+        return is_attached(self.encoder)
+
+    @contextmanager
+    def reading(self, name: str | None) -> Iterator[None]:
+        """Run the subnetwork of language `name` inside, or the full network.
+
+        Raises:
+            ValueError: a language is named and nothing is attached.
+        """
+        if name is not None and not self.is_attached:
+            raise ValueError(f"language {name!r} was asked for, but the model has no subnetworks attached")
+        with language(self.encoder, name) if self.is_attached else nullcontext():
+            yield
+
+    # ---- examples, batches and the loss
+
+    @abc.abstractmethod
+    def examples(self, rows: Rows) -> Any:
+        """Rows as `Examples`; a warning says what the model will do badly with."""
+
+    def training_examples(self, rows: Rows, name: str) -> Any:
+        """The same for training on language `name`: what cannot be trained on is left out with a warning.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        found = self.examples(rows)
+        if not len(found):
+            raise ValueError(f"language {name!r} has no training {self.example_word}")
+        return found
+
+    def check(self, train: Mapping[str, Any]) -> None:  # noqa: B027 - few tasks have something to check
+        """See that the training examples of all languages are for this model; raises ValueError, or warns."""
+
+    def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
+        """Rows whose labels the model can learn.
+
+        Args:
+            rows: of a support set.
+            unknown: what to do with labels that it does not have: one of `UNKNOWN_LABELS`. "fail"; "universal" (of a
+                relation its universal part); "ignore": such words or rows have no label.
+
+        Raises:
+            ValueError: labels that are left unknown, listed.
+        """
+        return list(rows)
+
+    @abc.abstractmethod
+    def collate(self, examples: Any, language_ids: Tensor | None = None) -> Any:
+        """One batch of all of `examples`, on the CPU; `language_ids` (int64 [B], or none) go to the encoder."""
+
+    @abc.abstractmethod
+    def loss(self, batch: Any, model: nn.Module | None = None) -> Loss:
+        """The loss of a batch that has labels.
+
+        Args:
+            batch: of `collate`, on the model's device.
+            model: `self.model`, or what wraps it (`DistributedDataParallel`).
+
+        Raises:
+            ValueError: no labels.
+        """
+
+    # ---- scores
+
+    @abc.abstractmethod
+    def predict(self, examples: Any, batch_size: int = 64) -> list[Any]:
+        """What the model makes of each example, in order, with dropout off; touches no random state."""
+
+    @abc.abstractmethod
+    def score(self, examples: Any, predictions: Sequence[Any]) -> dict[str, float]:
+        """Name -> score, `metric` first, of predictions against the labels of `examples`.
+
+        Raises:
+            ValueError: nothing to score.
+        """
+
+    def predict_file(self, source: str, target: str) -> int:
+        """Read a file, write it with predictions; returns the number of examples.
+
+        By default JSON lines in and out, each line with a field "prediction" beside what it had.
+
+        Raises:
+            FileError: not JSON lines.
+        """
+        from fastmask.tasks.data.lines import predicted_lines
+
+        return predicted_lines(self, source, target)
+
+    # ---- what identifies data, and languages to one another
+
+    def digest(self, examples: Any) -> str:
+        """SHA-256 of what the model sees of `examples`: a run is resumed only with the same."""
+        found = hashlib.sha256()
+        for item in examples:
+            found.update(json.dumps(item, sort_keys=True, default=str).encode())
+        return found.hexdigest()
+
+    def profile(self, rows: Rows) -> dict[str, Any] | None:
+        """What rows tell of their language, as JSON, to find one near to it; None if the task knows no such thing."""
+        return None
+
+    def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+        """How near each of `others` is to a profile, higher is nearer."""
+        raise NotImplementedError
+
+    def words_of(self, row: Mapping[str, Any]) -> Any:
+        """What makes two rows the same example: a test example that stands in a support set is left out."""
+        return json.dumps({name: row[name] for name in sorted(row)}, default=str)
+
+
+def heading(metric: str) -> str:
+    """What tables call a score: LAS, but accuracy."""
+    return metric.upper() if len(metric) <= 4 else metric.replace("_", " ")

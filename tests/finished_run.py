@@ -9,22 +9,22 @@ import torch
 
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser, ParserConfig
+from fastmask.tasks.parsing.task import Parsing, ParsingSettings
 from fastmask.tasks.parsing.vocabulary import Vocabulary
+from fastmask.tasks.task import Splits
 from fastmask.training.config import TrainConfig
-from fastmask.training.data import load_training_data
 from fastmask.training.loop import train
-from fastmask.training.methods import subnetworks_of
 
 LANGUAGES = "qaa,qac"
 SENTENCES = {"train": 12, "dev": 3, "test": 3}
 
 
-def small_parser(datasets: dict[str, dict[str, Any]]) -> Parser:
+def small_task(datasets: Splits) -> Parsing:
     """Two layers of two heads, 20 KB of weights."""
     torch.manual_seed(0)
     rows = [row for splits in datasets.values() for row in splits["train"]]
     config = ParserConfig(arc_size=8, label_size=4, dropout=0.1)
-    return Parser.small(Vocabulary.build(rows), 2, 2, 4, 16, buckets=64, max_positions=64, config=config)
+    return Parsing(Parser.small(Vocabulary.build(rows), 2, 2, 4, 16, buckets=64, max_positions=64, config=config))
 
 
 def small_config(out: Path, data: Path, **changes: Any) -> TrainConfig:
@@ -43,9 +43,14 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+def load_small(data: Path) -> Splits:
+    """The rows of these treebanks."""
+    return Parsing.load(data, LANGUAGES, ParsingSettings(), optional=("dev", "test"))
+
+
 def make_run(out: Path, data: Path, **changes: Any) -> Path:
     """Train, and return the folder of the run."""
     config = small_config(out, data, **changes)
-    datasets = load_training_data(data, LANGUAGES)
-    train(small_parser(datasets), datasets, config, subnetworks_of, progress=False)
+    datasets = load_small(data)
+    train(small_task(datasets), datasets, config, progress=False)
     return out

@@ -145,7 +145,7 @@ def test_folders_of_a_stranger(tmp_path, small_run, small_data, capsys):
     options = {"train": "qaa,qac", "unseen": "qad", "methods": "full", "metas": "none", "seeds": 1, "shots": 2}
     plan = Plan(folder / "compared", str(small_data), CompareConfig(**options), {})
     plan.open()
-    scored = {"language": "qad", "las": 50.0, "choice": "full", "subnetwork": "full"}
+    scored = {"language": "qad", "score": 50.0, "choice": "full", "subnetwork": "full"}
     for job in plan.jobs:
         write_result(plan, job, whole_result([{"condition": condition, **scored} for condition in CONDITIONS]))
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -208,7 +208,7 @@ def test_pictures_of_a_comparison(drawn, tmp_path):
     scores = scores_table(
         {
             (0, method, "none"): {
-                "scores": [{"condition": "seen", "language": name, "las": 50.0 + at} for at, name in enumerate(NAMES)]
+                "scores": [{"condition": "seen", "language": name, "score": 50.0 + at} for at, name in enumerate(NAMES)]
             }
             for method in ("full", "static")
         }
@@ -259,7 +259,7 @@ def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys):
     for job in plan.jobs:
         if job.method is not None:
             rows = [
-                {"condition": condition, "language": name, "las": 50.0, "choice": choice, "subnetwork": choice}
+                {"condition": condition, "language": name, "score": 50.0, "choice": choice, "subnetwork": choice}
                 for condition in CONDITIONS
                 for name, choice in zip(NAMES, reversed(NAMES), strict=True)
             ]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from fastmask.training.build import build_optimizer, peak_rates
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,10 +22,9 @@ from benchmarks.variants import Variants
 from fastmask.optim import LiveAdamW
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.parser import Parser
-from fastmask.training.build import build_optimizer, peak_rates
+from fastmask.training.batches import MixedBatches
 from fastmask.training.config import TrainConfig
-from fastmask.training.device import accelerator_for
-from fastmask.training.phases import MixedBatches
+from fastmask.training.engine import accelerator_for
 
 __all__ = ["Step"]
 
@@ -138,7 +138,7 @@ class Step(Case):
             full, batch_of_all = self.trainers["full"], copy.copy(batch)
             batch_of_all.language_ids = None
             with full.languages():
-                found = _gradients(full.parser, batch_of_all)
+                found = _gradients(full.task.model, batch_of_all)
             dense = _gradients(self.trainers["dense"].parser, batch_of_all)
             _compared(found, dense, "the parser's full network")
         if "fastmask" in self.chosen:

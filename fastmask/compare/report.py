@@ -30,8 +30,8 @@ __all__ = ["load_results", "print_tables", "write_report"]
 NOTE = (
     "Scores: mean over languages, with its standard deviation over seeds. over full, over random: difference of the "
     "means over languages in points, more is better, in brackets that of each seed; full and random with the same "
-    "meta-learning (full with meta-learning against plain full). p: paired sign-flip test over languages, each the mean "
-    "over seeds and support sets; Holm-corrected over the rows of its column, not over columns and tables. won: "
+    "meta-learning (full with meta-learning against plain full). p: paired sign-flip test over languages, each the "
+    "mean over seeds and support sets; Holm-corrected over the rows of its column, not over columns and tables. won: "
     "languages in which the row is better."
 )
 

@@ -79,6 +79,7 @@ def split_pool(
         language: for messages, and part of the seed.
         set_aside: test sentences that make the pool if they must: never more than half of them, unless a support set
             takes more.
+        same: what makes two rows the same example.
 
     Raises:
         ValueError: no test sentences, or no split with enough sentences; the message says how many there are.

@@ -17,14 +17,13 @@ from typed_command import output_of
 
 import fastmask as fm
 from fastmask.cli import main
-from fastmask.cli.evaluate import data_of
+from fastmask.cli.evaluate import which_data
 from fastmask.files import read_metadata
+from fastmask.files.manifest import MANIFEST, files_in, read_origin, write_manifest
 from fastmask.tasks.data.synthetic import SEEN
 from fastmask.tasks.data.treebanks import load_treebanks
-from fastmask.tasks.parsing.evaluation import evaluate, prepare
 from fastmask.training.config import TrainConfig
-from fastmask.training.finished import load_run
-from fastmask.training.manifest import MANIFEST, files_in, read_origin, write_manifest
+from fastmask.training.run_folder import load_run
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
 TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
@@ -45,7 +44,7 @@ def test_train_leaves_everything_it_names(run):
     for row in results["test"]:
         assert row["heads"] == round(0.4 * 32)
         assert row["all_neurons"] == 4096
-        assert 0 <= row["full_las"] <= row["full_uas"] <= 100
+        assert 0 <= row["full"]["las"] <= row["full"]["uas"] <= 100
     assert results["training_words_per_second"].keys() == {"full_network", "subnetworks"}
     assert (run / "head_use.png").read_bytes().startswith(b"\x89PNG")
     assert fm.Subnetworks.load(run / "masks.safetensors").languages == ("qaa", "qac")
@@ -58,7 +57,7 @@ def test_evaluate_repeats_the_scores_of_the_run(run, data, capsys, tmp_path):
     rows = json.loads((tmp_path / "scores.json").read_text())
     trained = json.loads((run / "results.json").read_text())["test"]
     for row, expected in zip(rows, trained, strict=True):
-        for name in ("full_las", "full_uas", "las", "uas", "heads"):
+        for name in ("full", "own", "heads", "part", "words"):
             assert row[name] == pytest.approx(expected[name])
 
 
@@ -139,7 +138,7 @@ def test_discover_without_dev_data(run, half_without_dev, capsys, tmp_path):
     for line in said.splitlines():
         words = line.split()
         if words[1:2] == ["round"]:
-            assert ("dev LAS" in line, "loss on the scoring sentences" in line) == (
+            assert ("dev LAS" in line, "loss on the scoring examples" in line) == (
                 words[0] == "qaa",
                 words[0] == "qac",
             )
@@ -152,17 +151,19 @@ def test_discover_without_dev_data(run, half_without_dev, capsys, tmp_path):
     assert (made_from["vote"], made_from["tau"]) == ("majority", 0.9)
     assert "density" not in made_from  # that of the run is not what was asked for
     quality = made_from["quality"][str(run)]
-    assert [quality[name]["by"] for name in ("qaa", "qac")] == ["dev LAS", "loss on the scoring sentences"]
+    assert [quality[name]["by"] for name in ("qaa", "qac")] == ["dev LAS", "loss on the scoring examples"]
     assert quality["qaa"]["keeps_tau"] == (quality["qaa"]["combined"] >= 0.9 * quality["qaa"]["full"])
     assert quality["qac"]["keeps_tau"] == (quality["qac"]["combined"] <= quality["qac"]["full"] - math.log(0.9))
     for name in ("qaa", "qac"):
         assert (f"{name}: the combined subnetwork misses tau" in said) != quality[name]["keeps_tau"]
     # The numbers are those of the saved masks.
     subnets = fm.Subnetworks.load(tmp_path / "m")
-    parser = load_run(run, attached=False).parser
+    task = load_run(run, attached=False).task
     dev = load_treebanks(half_without_dev, ["qaa"])["qaa"]["dev"]
-    fm.attach(parser.encoder, subnets)
-    las = evaluate(parser, {"qaa": prepare(parser, dev, 8)}, subnets.index("qaa"))["qaa"].las
+    fm.attach(task.encoder, subnets)
+    examples = task.examples(dev.select(range(8)))
+    with task.reading("qaa"):
+        las = task.score(examples, task.predict(examples))["las"]
     assert las == pytest.approx(quality["qaa"]["combined"])
 
 
@@ -182,7 +183,7 @@ def test_train_without_dev_data(half_without_dev, capsys, tmp_path):
     ]
     assert main([str(argument) for argument in arguments]) == 0
     said = capsys.readouterr().err
-    assert "  qac round 0: 32 heads  loss on the scoring sentences " in said
+    assert "  qac round 0: 32 heads  loss on the scoring examples " in said
     assert not [line for line in said.splitlines() if "qac" in line and "LAS" in line]
 
 
@@ -295,7 +296,7 @@ class TestErrors:
 
     def test_no_data(self, capsys, tmp_path):
         said = output_of(capsys, "train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", code=1)
-        assert "no folder of treebanks at" in said
+        assert f"{tmp_path / 'nowhere'} does not exist (expected a folder of UD_* treebanks)" in said
         assert not (tmp_path / "run").exists()
 
     def test_unknown_language(self, data, capsys, tmp_path):
@@ -367,7 +368,7 @@ class TestErrors:
 def test_an_embedded_run_goes_on_with_the_languages_it_was_trained_on(tmp_path):
     """`discover` on an embedded run looks for subnetworks of the languages that were kept unseen."""
     options = Namespace(data=None, languages=None)
-    folder, languages = data_of(TrainConfig(), str(tmp_path), options)
+    folder, languages = which_data(TrainConfig(), str(tmp_path), options)
     assert folder == tmp_path / "data"
     assert languages.split(",") == list(SEEN)
 

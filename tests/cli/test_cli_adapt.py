@@ -16,7 +16,7 @@ from typed_command import output_of
 import fastmask as fm
 from fastmask.cli import main
 from fastmask.files import LOCK_FILES
-from fastmask.training.finished import load_run
+from fastmask.training.run_folder import load_run
 
 TINY = ["--languages", "qaa,qac,qae", "--batch-size", "9", "--score-sentences", "8", "--dev-sentences", "6"]
 TINY += ["--eval-every", "0", "--threads", "1"]
@@ -80,8 +80,8 @@ def test_a_run_that_is_like_any_other(run, support, test_file, data, capsys, tmp
     scores = tmp_path / "scores.json"
     output_of(capsys, "evaluate", out, "--data", data, "--languages", "qaf,qaa", "--json", scores)
     found = {row["language"]: row for row in json.loads(scores.read_text())}
-    assert found["qaf"]["las"] == pytest.approx(rows[f"subnetwork {chosen}", 3])
-    assert found["qaa"]["las"] is not None
+    assert found["qaf"]["own"]["las"] == pytest.approx(rows[f"subnetwork {chosen}", 3])
+    assert found["qaa"]["own"] is not None
     output_of(capsys, "predict", out, test_file, tmp_path / "out.conllu", "--language", "qaf")
 
     again = tmp_path / "again"
@@ -101,7 +101,7 @@ def test_only_live_weights_are_adapted(run, support, capsys, tmp_path):
     index = fm.Subnetworks.load(run / "masks.safetensors").index(record_of(tmp_path / "x")["choice"]["name"])
     live = fm.Subnetworks.load(run / "masks.safetensors").neurons[index, 0]
     old, new = (
-        load_run(folder, attached=False).parser.state_dict()["encoder.encoder.layer.0.intermediate.dense.weight"]
+        load_run(folder, attached=False).task.model.state_dict()["encoder.encoder.layer.0.intermediate.dense.weight"]
         for folder in (run, tmp_path / "x")
     )
     assert torch.equal(old[~live], new[~live])
@@ -234,6 +234,6 @@ class TestErrors:
         changed = tmp_path / "changed.conllu"
         changed.write_text(support.read_text().replace("\tobj\t", "\tobjet\t"))
         assert "relations that the model was not trained on: objet (" in complaint(**{"--support": changed})
-        assert "objet looks like obj" in complaint("--unknown-deprels", "universal", **{"--support": changed})
-        options = ["--support", changed, "--unknown-deprels", "ignore", "--steps", "1", "--out", tmp_path / "out"]
+        assert "objet looks like obj" in complaint("--unknown-labels", "universal", **{"--support": changed})
+        options = ["--support", changed, "--unknown-labels", "ignore", "--steps", "1", "--out", tmp_path / "out"]
         output_of(capsys, "adapt", run, "--language", "qaf", *options)

@@ -127,5 +127,5 @@ def test_discover_reads_the_data_of_all_runs_first(banks, capsys, tmp_path):
         output_of(capsys, "train", *arguments)
     shutil.rmtree(tmp_path / "ud-b")
     said = output_of(capsys, "discover", *runs, "--masks", tmp_path / "m", "--density", "0.5", code=1)
-    assert f"no folder of treebanks at {tmp_path / 'ud-b'}" in said
+    assert f"{tmp_path / 'ud-b'} does not exist" in said
     assert "seed 0" not in said

@@ -21,9 +21,8 @@ from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.compare.queue import is_done, read_result, work
 from fastmask.compare.tables import CONDITIONS
 from fastmask.tasks.data.synthetic import write_treebanks
-from fastmask.training.build import build_parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.loop import train
-from fastmask.training.methods import subnetworks_of
 
 TRAINING = {
     "steps": 10,
@@ -83,7 +82,7 @@ def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
     job = next(job for job in plan.jobs if job.name.endswith(name))
     config = dataclasses.replace(plan.train_config(job, tmp_path), resume=False)
     datasets = Runner(plan).datasets
-    unbroken = train(build_parser(config, datasets), datasets, config, subnetworks_of, progress=False)
+    unbroken = train(Parsing.build(config, datasets), datasets, config, progress=False)
     of_cell = load_file(plan.folder(job) / "run" / "model" / "parser.safetensors")
     alone = load_file(unbroken.run / "model" / "parser.safetensors")
     assert of_cell.keys() == alone.keys()

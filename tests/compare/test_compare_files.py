@@ -17,7 +17,7 @@ from fastmask.files import FileError
 
 SCORE = {
     "language": "qaa", "condition": "seen", "choice": "own", "subnetwork": "qaa", "support_set": None, "steps": 0,
-    "las": 50.0, "uas": 60.0, "words": 9,
+    "score": 50.0, "scores": {"las": 50.0, "uas": 60.0}, "words": 9,
 }  # fmt: skip
 RESULT = {
     "seconds": 1.0, "resumed": False, "training_seconds": 1.0, "scoring_seconds": 1, "outer_steps": 4,
@@ -85,9 +85,9 @@ def changed(**changes):
         (changed(words_per_second=float("nan")), "words_per_second: Input should be"),
         (changed(density=[0.5]), "density: Input should be"),
         (changed(scores={}), "scores: Input should be a valid array"),
-        (changed(scores=[{**SCORE, "las": 101.0}]), "scores.0.las: Input should be less than or equal to 100"),
-        (changed(scores=[{**SCORE, "las": float("nan")}]), "scores.0.las: "),
-        (changed(scores=[{**SCORE, "las": None}]), "scores.0.las: "),
+        (changed(scores=[{**SCORE, "score": float("nan")}]), "scores.0.score: Input should be a finite number"),
+        (changed(scores=[{**SCORE, "scores": {"uas": float("inf")}}]), "scores.0.scores.uas: "),
+        (changed(scores=[{**SCORE, "score": None}]), "scores.0.score: "),
         (changed(scores=[{**SCORE, "support_set": "0"}]), "scores.0.support_set: "),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastmask.compare.plan import CompareConfig, Plan, check_languages
-from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.settings import ConfigError
+from fastmask.tasks.data.synthetic import write_treebanks
 
 
 def plan_in(out: Path, training: dict[str, object] | None = None, **settings: object) -> Plan:
@@ -82,11 +82,13 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 def test_languages_are_checked_against_the_treebanks(tmp_path):
     """A language is tested as unseen that was trained on, or training starts on a misspelt one."""
-    write_treebanks(tmp_path, sentences={"train": 2, "dev": 2, "test": 2})
-    check_languages(tmp_path, CompareConfig(train="qaa,qab", unseen="qad"))
+    write_treebanks(tmp_path / "ud", sentences={"train": 2, "dev": 2, "test": 2})
+    check_languages(Plan(tmp_path / "out", str(tmp_path / "ud"), CompareConfig(train="qaa,qab", unseen="qad"), {}))
     with pytest.raises(ConfigError, match="qab is in both"):
-        check_languages(tmp_path, CompareConfig(train="qaa,qab", unseen="qad,UD_Belusk-Toy"))
+        check_languages(
+            Plan(tmp_path / "out", str(tmp_path / "ud"), CompareConfig(train="qaa,qab", unseen="qad,UD_Belusk-Toy"), {})
+        )
     with pytest.raises(KeyError, match="qzz"):
-        check_languages(tmp_path, CompareConfig(train="qaa", unseen="qzz"))
+        check_languages(Plan(tmp_path / "out", str(tmp_path / "ud"), CompareConfig(train="qaa", unseen="qzz"), {}))
     with pytest.raises(ConfigError, match="unseen names no language"):
-        check_languages(tmp_path, CompareConfig(train="qaa"))
+        check_languages(Plan(tmp_path / "out", str(tmp_path / "ud"), CompareConfig(train="qaa"), {}))

@@ -22,7 +22,7 @@ def results(las=LAS, meta="none"):
             "seconds": 10.0 + seed,
             "density": None if method == "full" else {"heads": 0.5},
             "scores": [
-                {"language": language, "condition": "adapted", "support_set": number, "las": values[seed] + shift}
+                {"language": language, "condition": "adapted", "support_set": number, "score": values[seed] + shift}
                 for language, values in by_language.items()
                 for number, shift in enumerate((-1.0, 1.0))  # support sets, whose mean counts
             ],
@@ -55,7 +55,7 @@ def test_the_summary_holds_means_deviations_and_corrected_p_values():
     order = [("full", "none"), ("static", "none"), ("random", "none")]
     table = summary_table(scores_table(results()), order, "adapted").set_index("method")
     # full by seed: 30, 31
-    assert table.loc["full", "las"] == pytest.approx(30.5)
+    assert table.loc["full", "score"] == pytest.approx(30.5)
     assert table.loc["full", "deviation"] == pytest.approx(math.sqrt(0.5))
     assert math.isnan(table.loc["full", "over_full"])
     assert table.loc["random", "over_full"] == pytest.approx(-1 / 6)  # by language -1, 1, -0.5
@@ -84,7 +84,7 @@ def test_cells_that_are_missing_leave_gaps():
     table = summary_table(scores_table(some), order, "adapted").set_index("method")
     assert table.loc["static", "seeds"] == 1
     assert table.loc["static", "over_full"] == pytest.approx(5 / 3)
-    assert math.isnan(table.loc["random", "las"])
+    assert math.isnan(table.loc["random", "score"])
     assert math.isnan(table.loc["static", "over_random"])
 
 

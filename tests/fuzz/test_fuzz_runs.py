@@ -9,16 +9,14 @@ import shutil
 
 import pytest
 import torch
-from finished_run import small_config, small_parser
+from finished_run import load_small, small_config, small_task
 from mutations import mutants
 from typed_command import errors_of
 from verdicts import Verdicts
 
 from fastmask.cli import main
 from fastmask.files import read_tensors
-from fastmask.training.data import load_training_data
 from fastmask.training.loop import train
-from fastmask.training.methods import subnetworks_of
 from fastmask.training.metrics import MetricsLog
 
 KIND = {".json": "json", ".jsonl": "json", ".yaml": "yaml", ".safetensors": "safetensors"}
@@ -115,7 +113,7 @@ class Anything:
 
 def test_crafted_runs(count, adapted_run, small_data, tmp_path):
     """1,000 runs whose checksums are right and whose content is not, as from a stranger: no bug, no hang."""
-    manifest = pytest.importorskip("fastmask.training.manifest")
+    manifest = pytest.importorskip("fastmask.files.manifest")
     run, verdicts = tmp_path / "run", Verdicts()
     shutil.copytree(adapted_run, run)
     commands = Commands(run, small_data, tmp_path)
@@ -151,11 +149,11 @@ def stopped_run(small_data, tmp_path_factory):
     """A dynamic run that was stopped after step 5, with checkpoints of steps 3 and 4; and how it ends unbroken."""
     folder = tmp_path_factory.mktemp("stopped")
     changes = {"method": "dynamic", "update_every": 1, "scout_sentences": 2, "keep_checkpoints": 0}
-    datasets = load_training_data(small_data, "qaa,qac")
+    datasets = load_small(small_data)
 
     def go(out, **more):
         config = small_config(out, small_data, **changes, **more)
-        return train(small_parser(datasets), datasets, config, subnetworks_of, progress=False)
+        return train(small_task(datasets), datasets, config, progress=False)
 
     expected = outcome(go(folder / "unbroken"))
     add = MetricsLog.add
@@ -174,7 +172,7 @@ def stopped_run(small_data, tmp_path_factory):
 
 def outcome(result):
     """Weights and masks at the end of a run, and its records without their speed."""
-    weights = {name: tensor.clone() for name, tensor in result.parser.state_dict().items()}
+    weights = {name: tensor.clone() for name, tensor in result.task.model.state_dict().items()}
     records = [{k: v for k, v in record.items() if "per_second" not in k} for record in result.history]
     return Outcome(weights, result.subnetworks, records)
 

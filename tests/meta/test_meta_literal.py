@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 from literal_meta import literal_episode
-from tests.tasks.toy_parser import rows, small_parser
 from torch import nn
 from toy_episodes import (
     KINDS,
@@ -26,6 +25,7 @@ from toy_episodes import (
 import fastmask as fm
 from fastmask.meta import Task
 from tests.models.tiny_models import tiny, unit_masks
+from tests.tasks.toy_parser import rows, small_parser
 
 K = 4
 

@@ -15,7 +15,7 @@ from fastmask.files import FileError
 from fastmask.live import Live, live_of
 from fastmask.optim import compact as compact_file
 from fastmask.optim import step as step_file
-from fastmask.training.state import load_optimizer, save_optimizer
+from fastmask.training.checkpoints import load_optimizer, save_optimizer
 from tests.core.oracle import KINDS, random_mask
 
 SPARSE = {"density": 0.12, "extremes": False}

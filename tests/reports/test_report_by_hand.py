@@ -25,7 +25,7 @@ from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.evaluation import evaluate, prepare
 from fastmask.training.checkpoints import complete
-from fastmask.training.finished import load_run
+from fastmask.training.run_folder import load_run
 from fastmask.unseen import HeadDirection, head_direction_similarity
 
 LANGUAGES = ["qaa", "qab", "qac"]
@@ -60,7 +60,7 @@ def rows_of(run, split, language):
 
 
 def attached_parser(run):
-    return load_run(run).parser
+    return load_run(run).task.model
 
 
 def test_drawn_sentences_are_of_the_split(static_run, data):
@@ -119,7 +119,7 @@ def test_conflict_along_checkpoints(static_run, tables_of):
     last = found[found.step == 6].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
     same(last, conflict_by_hand(attached_parser(static_run), static_run).more["scopes"])
     second = next(path for path in complete(static_run) if path.name.endswith("2"))
-    parser = load_run(static_run, attached=False).parser
+    parser = load_run(static_run, attached=False).task.model
     parser.load_state_dict(load_file(second / "model.safetensors"))
     early = found[found.step == 2].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
     same(early, conflict_by_hand(parser, static_run).more["scopes"])
@@ -138,7 +138,7 @@ def test_cross(comparison, tables_of):
             rows = treebanks_of(study.runs[0], "test", None, study.unseen).rows(language, "test", 6, 3)
             own = subnets.index(language) if language in subnets.languages else place % 3
             for name in [*LANGUAGES, "full", "random"]:
-                parser = load_run(run, attached=False).parser
+                parser = load_run(run, attached=False).task.model
                 attach(parser.encoder, random_like(subnets, mask_seed(3)) if name == "random" else subnets)
                 number = {"full": -1, "random": own}[name] if name in ("full", "random") else subnets.index(name)
                 las = evaluate(parser, {"it": prepare(parser, rows)}, number)["it"].las
@@ -162,7 +162,7 @@ def test_random_masks_are_not_those_of_a_run(static_run):
         control = random_like(of_run, mask_seed(seed))
         assert not torch.equal(of_run.heads, control.heads)
         assert torch.equal(of_run.heads.sum(-1), control.heads.sum(-1))
-    parser = load_run(static_run, attached=False).parser
+    parser = load_run(static_run, attached=False).task.model
     assert set(cross_values(parser, found, rows, 0)) == {("qaa", name) for name in [*LANGUAGES, "full", "random"]}
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastmask.training.build import build_parser
+from fastmask.training.data import load_training_data
+
 from fastmask.compare.cells import Runner
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.compare.queue import work
-from fastmask.training.build import build_parser
 from fastmask.training.config import TrainConfig
-from fastmask.training.data import load_training_data
 from fastmask.training.loop import train
 from fastmask.training.methods import subnetworks_of
 

@@ -13,9 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from fastmask.files import FileError
 from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.tasks.pretrained import load_encoder
-from fastmask.training.build import encode_training_data
 
 VOCABULARY = Vocabulary.build(SENTENCES)
 
@@ -190,13 +190,13 @@ def test_training_words_that_the_tokenizer_does_not_know(tmp_path) -> None:
     """Where most words of all languages are unknown training is refused; of one language it is said."""
     import datasets
 
-    parser = Parser.pretrained(pretrained_folder(tmp_path / "hub"), VOCABULARY)
+    task = Parsing(Parser.pretrained(pretrained_folder(tmp_path / "hub"), VOCABULARY))
     strange = [{**row, "words": ["犬"] * len(row["words"])} for row in SENTENCES]
-    known, unknown = ({"train": datasets.Dataset.from_list(rows)} for rows in (SENTENCES, strange))
+    known, unknown = (task.training_examples(datasets.Dataset.from_list(rows), "xx") for rows in (SENTENCES, strange))
     with pytest.warns(UserWarning, match="zh: 100% of the training words are unknown"):
-        assert encode_training_data(parser, {"en": known, "zh": unknown}, 512).keys() == {"en", "zh"}
+        task.check({"en": known, "zh": unknown})
     with pytest.raises(ValueError, match=r"most training words are unknown .* for zh, ja"):
-        encode_training_data(parser, {"zh": unknown, "ja": unknown}, 512)
+        task.check({"zh": unknown, "ja": unknown})
 
 
 DAMAGE = {

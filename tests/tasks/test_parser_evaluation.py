@@ -13,8 +13,9 @@ from toy_parser import SENTENCES, rows, small_parser
 from udtools.validator import Validator
 
 from fastmask.tasks.data.conllu import ConlluError, read_sentences
-from fastmask.tasks.parsing.evaluation import evaluate, parse, predict_file, prepare
+from fastmask.tasks.parsing.evaluation import encode, parse, predict_file
 from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import Vocabulary
 
 BLOCK = """# sent_id = 1
@@ -29,10 +30,10 @@ BLOCK = """# sent_id = 1
 def test_order_is_restored_whatever_the_batches() -> None:
     """If this fails, sentences get each other's trees."""
     parser = small_parser().eval()
-    data = prepare(parser, rows() * 3)
-    singles = [parse(parser, prepare(parser, [row]).encoded)[0] for row in rows() * 3]
+    data = encode(parser, rows() * 3)
+    singles = [parse(parser, encode(parser, [row]))[0] for row in rows() * 3]
     for size in (1, 2, 64):
-        found = parse(parser, data.encoded, batch_size=size)
+        found = parse(parser, data, batch_size=size)
         assert [(h.tolist(), d) for h, d in found] == [(h.tolist(), d) for h, d in singles]
 
 
@@ -40,19 +41,20 @@ def test_evaluation_scores_and_leaves_the_training_alone() -> None:
     """If this fails, evaluating changes the training that follows, or scores another tree than the parser's."""
     parser = small_parser(dropout=0.5).train()
     before = torch.get_rng_state()
-    result = evaluate(parser, {"en": rows()})["en"]
+    task = Parsing(parser)
+    examples = task.examples(rows())
+    scores = task.score(examples, task.predict(examples))
     assert torch.equal(before, torch.get_rng_state())
     assert parser.training
     assert all(module.training for module in parser.modules())
-    trees = parse(parser, prepare(parser, rows()).encoded)
+    trees = parse(parser, encode(parser, rows()))
     right = sum(
         int(h == g)
         for (heads, _), row in zip(trees, rows(), strict=True)
         for h, g in zip(heads, row["heads"], strict=True)
     )
-    assert result.uas == pytest.approx(100 * right / 8)
-    assert result.words_per_second > 0
-    assert result.scores.words == 8
+    assert list(scores) == ["las", "uas"]
+    assert scores["uas"] == pytest.approx(100 * right / 8)
 
 
 def test_predict_file_changes_heads_and_labels_only(tmp_path) -> None:
@@ -81,8 +83,8 @@ def test_predict_file_says_what_is_wrong(tmp_path) -> None:
     source.write_text(BLOCK.replace("NOUN", "_") + "\n\n", encoding="utf-8")
     with pytest.warns(UserWarning, match="1 words have no UPOS"):
         predict_file(small_parser(), source, target)
-    with pytest.raises(ValueError, match="no subnetworks attached"):
-        predict_file(small_parser(), source, target, language="en")
+    with pytest.raises(ValueError, match="no subnetworks attached"), Parsing(small_parser()).reading("en"):
+        pass
 
 
 ANY_PARSER = small_parser()
@@ -127,7 +129,7 @@ def test_only_the_root_is_labelled_root(labels, seed) -> None:
     parser = Parser.small(Vocabulary(labels, ["NOUN"], "keep"), 1, 2, 8, 32, buckets=64, max_positions=32)
     torch.nn.init.normal_(parser.arcs.bilinear.weight)
     torch.nn.init.normal_(parser.labels.forms)
-    for sentence, (heads, names) in zip(SENTENCES, parse(parser, prepare(parser, rows()).encoded), strict=True):
+    for sentence, (heads, names) in zip(SENTENCES, parse(parser, encode(parser, rows())), strict=True):
         assert [name.partition(":")[0] == "root" for name in names] == [head == 0 for head in heads]
         assert set(names) <= {*labels, "root", "dep"}
         assert len(names) == len(sentence["words"])
@@ -136,7 +138,7 @@ def test_only_the_root_is_labelled_root(labels, seed) -> None:
 def test_labels_are_the_best_of_those_that_are_allowed() -> None:
     """A label may differ from the best of all only where that one is not allowed."""
     parser = small_parser(seed=3).eval()
-    batch = parser.features.collate(prepare(parser, rows()).encoded)
+    batch = parser.features.collate(encode(parser, rows()))
     heads, names = parser.predict(batch)
     states = parser.encode(batch)
     changed = 0
@@ -225,8 +227,10 @@ def test_a_treebank_from_the_collection(ud_dir) -> None:
     data = load_treebanks(ud_dir, "UD_Faroese-OFT", ["test"])["fo"]["test"].select(range(20))
     parser = small_parser()
     parser.vocabulary = Vocabulary.build(data)
-    result = evaluate(Parser.small(parser.vocabulary, 1, 2, 8, 32, buckets=64), {"fo": data})
-    assert 0 <= result["fo"].las <= result["fo"].uas < 60
+    task = Parsing(Parser.small(parser.vocabulary, 1, 2, 8, 32, buckets=64))
+    examples = task.examples(data)
+    scores = task.score(examples, task.predict(examples))
+    assert 0 <= scores["las"] <= scores["uas"] < 60
 
 
 def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
@@ -234,10 +238,10 @@ def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
     import fastmask as fm
 
     parser = small_parser().eval()
-    full = parser(parser.features.collate(prepare(parser, rows()).encoded)).arc_scores
+    full = parser(parser.features.collate(encode(parser, rows()))).arc_scores
     heads = torch.tensor([[[True, False], [True, True]], [[False, True], [False, True]]])
     fm.attach(parser.encoder, fm.Subnetworks(["de", "en"], heads=heads))
-    batch = parser.features.collate(prepare(parser, rows()).encoded)
+    batch = parser.features.collate(encode(parser, rows()))
     mixed = parser(batch, torch.tensor([-1, 0, 1])).arc_scores
     torch.testing.assert_close(mixed[0], full[0], rtol=1e-5, atol=1e-5)
     for row, code in ((1, "de"), (2, "en")):
@@ -247,11 +251,13 @@ def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
         assert not torch.allclose(alone, full[row], atol=1e-3)
     source = tmp_path / "in.conllu"
     source.write_text("\n\n".join(row["conllu"] for row in rows()) + "\n\n", encoding="utf-8")
-    predict_file(parser, source, tmp_path / "en.conllu", language="en")
-    trees = parse(parser, prepare(parser, rows()).encoded, language_id=1)
+    task = Parsing(parser)
+    with task.reading("en"):
+        task.predict_file(str(source), str(tmp_path / "en.conllu"))
+        trees = parse(parser, encode(parser, rows()))
     lines = [line.split("\t") for line in (tmp_path / "en.conllu").read_text().splitlines() if line]
     assert [int(line[6]) for line in lines] == [int(head) for heads, _ in trees for head in heads]
-    with pytest.raises(KeyError, match="'enn'"):
-        predict_file(parser, source, tmp_path / "x.conllu", language="enn")
+    with pytest.raises(KeyError, match="'enn'"), task.reading("enn"):
+        pass
     with pytest.raises(ValueError, match="no language was given"):
-        evaluate(parser, {"en": rows()})
+        parse(parser, encode(parser, rows()))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from toy_parser import SENTENCES, conllu, small_parser
 
 from fastmask.tasks.data.conllu import read_sentences
-from fastmask.tasks.parsing.evaluation import CHUNK, evaluate, parse, predict_file, prepare
+from fastmask.tasks.parsing.evaluation import CHUNK, encode, parse, predict_file, scores_of
 from fastmask.tasks.parsing.features import TrigramFeatures
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 from fastmask.tasks.parsing.windows import cut, join, rows_that_fit, too_long
@@ -89,20 +89,21 @@ def test_a_long_sentence_is_parsed_as_its_windows_and_disturbs_no_other() -> Non
     long = [f"w{i}" for i in range(70)]
     rows = [sentence_of(words) for words in (["a", "b"], long, ["c"], long[:31])]
     with pytest.warns(UserWarning, match=r"1 of 4 sentences do not fit .* 32 positions .* sentence 2 with 70 words"):
-        data = prepare(parser, rows)
-    found = parse(parser, data.encoded, batch_size=2)
+        data = encode(parser, rows)
+    found = parse(parser, data, batch_size=2)
     windows = [sentence_of(long[first : first + 31]) for first in (0, 31, 62)]
-    trees = parse(parser, prepare(parser, windows).encoded)
+    trees = parse(parser, encode(parser, windows))
     (heads, labels), *others = join(trees, np.array([0, 3]), "nsubj")  # the label that is most frequent
     assert not others
     assert found[1][0].tolist() == heads.tolist()
     assert found[1][1] == labels
     assert parser.vocabulary.loose == "nsubj"
     for row in (0, 2, 3):
-        (alone,) = parse(parser, prepare(parser, [rows[row]]).encoded)
+        (alone,) = parse(parser, encode(parser, [rows[row]]))
         assert (found[row][0].tolist(), found[row][1]) == (alone[0].tolist(), alone[1])
     with pytest.warns(UserWarning, match="parsed in parts"):
-        assert evaluate(parser, {"x": rows})["x"].scores.words == 2 + 70 + 1 + 31
+        encoded = encode(parser, rows)
+    assert scores_of(encoded, parse(parser, encoded)).words == 2 + 70 + 1 + 31
 
 
 def test_a_long_sentence_loses_no_file_and_is_named_once(tmp_path) -> None:

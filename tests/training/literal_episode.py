@@ -12,7 +12,7 @@ from toy_run import toy_data
 
 import fastmask as fm
 from fastmask.tasks.parsing.parser import Parser
-from fastmask.training.build import encode_training_data
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.config import TrainConfig
 from fastmask.training.episodes import episode_sampler
 
@@ -24,7 +24,8 @@ def first_meta_gradient(parser: Parser, config: TrainConfig, subnetworks: Any = 
     (theta - phi) / (K * inner learning rate) after K steps on K batches. A dead unit gets no gradient, so SGD on a
     copy of everything leaves it as it is.
     """
-    data = encode_training_data(parser, toy_data(), config.max_length)
+    task = Parsing(parser, config.max_length)
+    data = {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
     draws = next(episode_sampler(config, data))
     total = {name: torch.zeros_like(p) for name, p in parser.named_parameters() if p.requires_grad}
     theta = {name: p.detach().clone() for name, p in parser.named_parameters()}

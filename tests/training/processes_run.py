@@ -16,11 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from toy_run import LANGUAGES, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, toy_config, toy_data, toy_task
 
 import fastmask as fm
-from fastmask.training.gradients import sum_gradients
-from fastmask.training.loop import SwitchPoint, train
+from fastmask.training.engine import sum_gradients
+from fastmask.training.loop import train
+from fastmask.training.methods import SwitchPoint
 
 META = {"inner_steps": 2, "support_sentences": 2, "query_sentences": 2, "checkpoint_every": 3}
 META |= {"inner_lr": 0.05, "inner_encoder_lr": 0.05}
@@ -41,7 +42,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 def subnetworks(point: SwitchPoint) -> Any:
-    subnets = fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
+    subnets = fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
     if point.config.method == "static":
         subnets.heads[:, 1] = subnets.neurons[:, 0] = False  # for all
         subnets.heads[0] = subnets.neurons[0] = False  # all of it for one
@@ -51,7 +52,7 @@ def subnetworks(point: SwitchPoint) -> Any:
 def run(folder: Path, case: str, **changes: Any) -> None:
     """A whole run of a case in FOLDER/CASE, and one that stops after its first step, all masked, in CASE-gradient."""
     settings = {**CASES[case], **changes}
-    train(toy_parser(dropout=0.0).double(), toy_data(), toy_config(folder / case, **settings), subnetworks)
+    train(toy_task(dropout=0.0).double(), toy_data(), toy_config(folder / case, **settings), subnetworks)
 
     def stop(step: int) -> None:
         raise Stopped
@@ -59,7 +60,7 @@ def run(folder: Path, case: str, **changes: Any) -> None:
     first = {**settings, "discover_at": 0.0, "checkpoint_every": 1, "max_grad_norm": 1e9}
     config = toy_config(folder / f"{case}-gradient", **first)
     try:
-        train(toy_parser(dropout=0.0).double(), toy_data(), config, subnetworks, stop)
+        train(toy_task(dropout=0.0).double(), toy_data(), config, subnetworks, stop)
     except Stopped:
         return
     raise RuntimeError("not stopped")

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 from test_training_loop import Killed, kill_at, random_subnetworks
-from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
+from fastmask.compare.branch import branch
+from fastmask.settings import ConfigError
 from fastmask.training import checkpoints
-from fastmask.training.branch import branch
-from fastmask.training.config import ConfigError
-from fastmask.training.loop import SwitchPoint, TrainResult, train
-from fastmask.training.methods import subnetworks_of
+from fastmask.training.loop import TrainResult, train
+from fastmask.training.methods import SwitchPoint, subnetworks_of
 
 META = {"meta": "fomaml", "inner_steps": 2, "support_sentences": 2, "query_sentences": 2, "inner_lr": 0.05}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ def discover(point: SwitchPoint) -> Any:
 
 
 def run(folder: Path, hook: Any = None, **changes: Any) -> TrainResult:
-    return train(toy_parser(), toy_data(), toy_config(folder, **changes), discover, hook, progress=False)
+    return train(toy_task(), toy_data(), toy_config(folder, **changes), discover, hook, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_branch_ends_like_an_unbroken_run(
     steps: list[int] = []
     branched = run(tmp_path / "branch", steps.append, **changes, resume=True)
     assert steps[0] > 6, "the shared steps were taken again"
-    assert_same_weights(branched.parser, unbroken.parser)
+    assert_same_weights(branched.task.model, unbroken.task.model)
     assert metrics(branched.run) == metrics(unbroken.run)
     if changes["method"] != "full":
         files = [fm.Subnetworks.load(folder.run / "masks.safetensors") for folder in (branched, unbroken)]

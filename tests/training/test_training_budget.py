@@ -5,8 +5,8 @@ import itertools
 import pytest
 from toy_run import toy_config
 
-from fastmask.training.budget import Budget
-from fastmask.training.config import ConfigError
+from fastmask.settings import ConfigError
+from fastmask.training.episodes import Budget
 
 META = {"meta": "fomaml", "inner_steps": 5, "support_sentences": 4, "query_sentences": 2}
 

@@ -13,10 +13,10 @@ from processes import start_process
 from toy_run import toy_config
 
 from fastmask.files import FileError, remove_leftovers, replace_file
-from fastmask.training import checkpoints, state
+from fastmask.files.manifest import MANIFEST, Origin, write_manifest
+from fastmask.training import checkpoints
 from fastmask.training.checkpoints import CheckpointError, Progress
-from fastmask.training.manifest import MANIFEST, Origin, write_manifest
-from fastmask.training.random_state import random_state
+from fastmask.training.engine import random_state
 
 CONFIG = toy_config("out")
 
@@ -31,9 +31,9 @@ def write(run: Path, step: int, model: torch.nn.Module | None = None, **options:
     optimizer = torch.optim.AdamW(model.parameters())
     device = torch.device("cpu")
     writers = {
-        checkpoints.MODEL: lambda path: state.save_weights(model, path),
-        checkpoints.OPTIMIZER: lambda path: state.save_optimizer(optimizer, path),
-        checkpoints.RANDOM: lambda path: state.save_random_states([random_state(device)], path),
+        checkpoints.MODEL: lambda path: checkpoints.save_weights(model, path),
+        checkpoints.OPTIMIZER: lambda path: checkpoints.save_optimizer(optimizer, path),
+        checkpoints.RANDOM: lambda path: checkpoints.save_random_states([random_state(device)], path),
     }
     progress = Progress(sampler={}, window={}, history=[{"step": step}], evaluate=False)
     return checkpoints.save(run, origin(step), writers, progress, **options)
@@ -77,7 +77,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
         step = checkpoints.check(path).step
         assert step > reached
         model = torch.nn.Linear(40, 40)
-        state.load_weights(model, path / checkpoints.MODEL)
+        checkpoints.load_weights(model, path / checkpoints.MODEL)
         assert all(bool((parameter == step).all()) for parameter in model.parameters())
         assert checkpoints.read_progress(path).history == [{"step": step}]
         reached = step

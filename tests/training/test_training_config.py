@@ -7,8 +7,9 @@ import math
 import pytest
 
 from fastmask.errors import FastmaskKeyError
-from fastmask.training.config import ConfigError, TrainConfig
-from fastmask.training.schedule import learning_rate_factor
+from fastmask.settings import ConfigError
+from fastmask.training.config import TrainConfig
+from fastmask.training.engine import learning_rate_factor
 
 
 def test_yaml_gives_back_the_settings(tmp_path) -> None:

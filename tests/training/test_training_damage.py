@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from test_training_loop import Killed, halves, kill_at, random_subnetworks
-from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
+from fastmask.settings import ConfigError
 from fastmask.training import checkpoints
-from fastmask.training.adaptations import save_adapted
-from fastmask.training.config import ConfigError
-from fastmask.training.finished import load_run
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.methods import subnetworks_of
-from fastmask.unseen import Choice, HeadDirection
+from fastmask.training.run_folder import load_run
+from fastmask.unseen import Choice
+from fastmask.unseen.adapted_run import save_adapted
 
 SETTINGS: dict[str, Any] = {
     "method": "dynamic", "update_every": 2, "scout_sentences": 2, "units": "both", "meta": "fomaml", "inner_steps": 1,
@@ -32,7 +32,7 @@ def run(folder: Path, hook: Any = None, data: Any = None, **changes: Any) -> Tra
     """A run with everything that there is to keep: dynamic subnetworks, in episodes."""
     config = toy_config(folder, **{**SETTINGS, **changes})
     discover = subnetworks_of if config.masks else halves if config.method == "dynamic" else random_subnetworks
-    return train(toy_parser(), data or toy_data(), config, discover, hook, progress=False)
+    return train(toy_task(), data or toy_data(), config, discover, hook, progress=False)
 
 
 def begin(folder: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_like_the_unbroken_one(
         with pytest.warns(UserWarning, match=damage(how, name, killed, folder)):
             resumed = run(folder, steps.append, resume=True)
         assert steps[0] > 6
-        assert_same_weights(resumed.parser, unbroken.parser)
+        assert_same_weights(resumed.task.model, unbroken.task.model)
         assert metrics(resumed.run) == metrics(unbroken.run)
         for file in ("masks.safetensors", "dynamic.safetensors"):
             ours, theirs = load_file(folder / file), load_file(unbroken.run / file)
@@ -171,7 +171,7 @@ def test_masks_that_the_run_has_come_to_later_are_not_those_of_the_switch(
         (folder / name).unlink(missing_ok=True)
     with pytest.warns(UserWarning, match="going back to"):
         resumed = run(folder, resume=True)
-    assert_same_weights(resumed.parser, unbroken.parser)
+    assert_same_weights(resumed.task.model, unbroken.task.model)
     assert metrics(folder) == metrics(unbroken.run)
 
 
@@ -226,7 +226,7 @@ def test_a_changed_masks_file_is_refused(killed_at: int, tmp_path: Path) -> None
 def adapted(unbroken: TrainResult, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapted") / "run"
     loaded = load_run(unbroken.run)
-    save_adapted(folder, loaded, Choice(0, LANGUAGES[0]), {"language": "qzz"}, [], HeadDirection({}))
+    save_adapted(folder, loaded, Choice(0, LANGUAGES[0]), {"language": "qzz"}, [], {})
     return folder
 
 

@@ -15,17 +15,20 @@ from literal_episode import first_meta_gradient
 from processes import start_process
 from safetensors.torch import load_file
 from test_training_loop import Killed, random_subnetworks
-from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
 from fastmask.cli import main
 from fastmask.files import read_tensors
+from fastmask.settings import ConfigError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import checkpoints
-from fastmask.training.build import build_optimizer, peak_rates
-from fastmask.training.config import ConfigError, TrainConfig
-from fastmask.training.loop import SwitchPoint, TrainingDiverged, TrainResult, train
+from fastmask.training.config import TrainConfig
+from fastmask.training.engine import build_optimizer, peak_rates
+from fastmask.training.loop import TrainingDiverged, TrainResult, train
+from fastmask.training.methods import SwitchPoint
 
 EPISODE = {"inner_steps": 2, "support_sentences": 2, "query_sentences": 2, "meta_lr": 2e-3}
 EPISODE |= {"inner_lr": 0.05, "inner_encoder_lr": 0.05}
@@ -35,14 +38,14 @@ SMALL_EPISODES = {"steps": 24, "checkpoint_every": 3}
 
 
 def halves(point: SwitchPoint) -> Any:
-    return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
+    return fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
 
 
 def run(folder: Path, meta: str, method: str = "random", parser: Parser | None = None, **changes: Any) -> TrainResult:
     """Train the toy parser: plain batches, then episodes."""
     config = toy_config(folder, meta=meta, method=method, **{**EPISODE, **SMALL_EPISODES, **changes})
-    discover = None if method == "full" else halves if method == "dynamic" else random_subnetworks
-    return train(parser or toy_parser(), toy_data(), config, discover, progress=False)
+    discover = halves if method == "dynamic" else random_subnetworks
+    return train(toy_task() if parser is None else Parsing(parser), toy_data(), config, discover, progress=False)
 
 
 CASES = [("full", "fomaml"), ("random", "fomaml"), ("random", "reptile"), ("dynamic", "fomaml")]
@@ -79,15 +82,14 @@ def test_the_optimiser_gets_the_literal_meta_gradient(
     }
     config = toy_config(tmp_path / "run", meta=meta, method=method, **{**EPISODE, **changes, "checkpoint_every": 1})
     start = {name: p.detach().clone() for name, p in parser.named_parameters()}
-    masks = None if method == "full" else random_subnetworks(SwitchPoint(parser, {}, {}, config, 0))
+    masks = None if method == "full" else random_subnetworks(SwitchPoint(Parsing(parser), {}, {}, config, 0))
     expected = first_meta_gradient(parser, config, masks)
 
     def stop(step: int) -> None:
         raise Killed
 
-    discover = None if method == "full" else random_subnetworks
     with pytest.raises(Killed):
-        train(parser, toy_data(), config, discover, stop, progress=False)
+        train(Parsing(parser), toy_data(), config, random_subnetworks, stop, progress=False)
     moments = first_moments(tmp_path / "run", parser, config)
     for name, gradient in expected.items():
         # AdamW's first moment after one step is 0.1 times the gradient it was given. Scores are float32 in any case.
@@ -110,21 +112,21 @@ def first_moments(run: Path, parser: Parser, config: TrainConfig) -> dict[str, t
     latest = checkpoints.latest(run)
     assert latest is not None
     moments = read_tensors(latest / "optimizer.safetensors")[0]
-    order = [p for group in build_optimizer(parser, config).param_groups for p in group["params"]]
+    order = [p for group in build_optimizer(Parsing(parser), config).param_groups for p in group["params"]]
     names = {p: name for name, p in parser.named_parameters()}
     return {names[p]: moments[f"{i}.exp_avg"] for i, p in enumerate(order) if f"{i}.exp_avg" in moments}
 
 
 def test_outer_rates_spare_a_pretrained_encoder(tmp_path: Path) -> None:
     """If this fails, meta_lr is without effect, or destroys a pretrained encoder."""
-    parser = toy_parser()
+    task = toy_task()
     config = toy_config(tmp_path, meta="fomaml", meta_lr=0.5, lr=0.1, encoder_lr=0.01)
-    assert peak_rates(parser, config) == [0.1] * 2
-    assert peak_rates(parser, config, episodes=True) == [0.5] * 2
-    parser.trigrams = None  # what a parser on a pretrained encoder looks like
-    assert sorted(peak_rates(parser, config, episodes=True)) == [0.01] * 2 + [0.5] * 2
+    assert peak_rates(task, config) == [0.1] * 2
+    assert peak_rates(task, config, episodes=True) == [0.5] * 2
+    task.model.trigrams = None  # what a parser on a pretrained encoder looks like
+    assert sorted(peak_rates(task, config, episodes=True)) == [0.01] * 2 + [0.5] * 2
     unset = toy_config(tmp_path, meta="fomaml", lr=0.1)
-    assert peak_rates(toy_parser(), unset, episodes=True) == [0.1] * 2
+    assert peak_rates(toy_task(), unset, episodes=True) == [0.1] * 2
 
 
 # ---- the run
@@ -153,7 +155,7 @@ def test_plain_steps_are_those_of_a_run_without_episodes(
     unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path
 ) -> None:
     """If this fails, plain and meta runs start their second phases from different networks."""
-    plain = train(toy_parser(), toy_data(), toy_config(tmp_path / "plain", **SMALL_EPISODES), progress=False)
+    plain = train(toy_task(), toy_data(), toy_config(tmp_path / "plain", **SMALL_EPISODES), progress=False)
     for result in unbroken.values():
         theirs = [r for r in metrics(result.run) if r["step"] <= 12]
         assert theirs == [r for r in metrics(plain.run) if r["step"] <= 12]
@@ -183,7 +185,7 @@ def test_bf16_runs_episodes_and_differs(tmp_path: Path, unbroken: dict[tuple[str
     for name in ("support_loss_last", "query_loss"):
         assert ours[name] != theirs[name]
         assert ours[name] == pytest.approx(theirs[name], rel=0.01)
-    assert next(result.parser.parameters()).dtype == torch.float32
+    assert next(result.task.model.parameters()).dtype == torch.float32
 
 
 def test_episodes_learn(tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_killed_in_the_middle_of_an_episode(
     torch.rand(7)  # the state of this process must not matter
     resumed = run(tmp_path / "run", meta, method, resume=True, **changes)
     expected = unbroken[method, meta]
-    assert_same_weights(resumed.parser, expected.parser)
+    assert_same_weights(resumed.task.model, expected.task.model)
     assert metrics(resumed.run) == metrics(expected.run)
     if method != "full":
         ours, theirs = (load_file(x.run / "masks.safetensors") for x in (resumed, expected))
@@ -261,7 +263,7 @@ def test_sigkill_in_the_middle_of_an_episode(unbroken: dict[tuple[str, str], Tra
     assert latest is not None
     assert latest.name == "step-00000018"
     resumed = run(tmp_path / "run", "fomaml", resume=True)
-    assert_same_weights(resumed.parser, unbroken["random", "fomaml"].parser)
+    assert_same_weights(resumed.task.model, unbroken["random", "fomaml"].task.model)
     assert metrics(resumed.run) == metrics(unbroken["random", "fomaml"].run)
 
 

@@ -16,13 +16,13 @@ from kills import calls_of, die_after, die_before
 from processes import start_process
 from safetensors.torch import load_file
 from test_training_loop import halves, random_subnetworks
-from toy_run import assert_same_weights, metrics, toy_config, toy_data, toy_parser
+from toy_run import assert_same_weights, metrics, toy_config, toy_data, toy_task
 
 from fastmask.training import checkpoints
-from fastmask.training.adaptations import held_for_new, save_adapted
-from fastmask.training.finished import load_run
 from fastmask.training.loop import TrainResult, train
-from fastmask.unseen import Choice, HeadDirection
+from fastmask.training.run_folder import load_run
+from fastmask.unseen import Choice
+from fastmask.unseen.adapted_run import held_for_new, save_adapted
 
 META = {"meta": "fomaml", "inner_steps": 1, "support_sentences": 2, "query_sentences": 2, "inner_lr": 0.05}
 KINDS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ def run(folder: Path, kind: str) -> TrainResult:
     """A run from its beginning, or from where it was killed."""
     config = toy_config(folder, resume=True, keep_checkpoints=1, **KINDS[kind])
     discover = halves if kind == "dynamic" else random_subnetworks
-    return train(toy_parser(), toy_data(), config, discover, progress=False)
+    return train(toy_task(), toy_data(), config, discover, progress=False)
 
 
 def killed_at_a_call(folder: str, kind: str, number: int | None, marker: str) -> None:
@@ -74,8 +74,8 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 def assert_resumes(folder: Path, kind: str, unbroken: TrainResult) -> None:
     """The run ends with the weights, masks and metrics of one that was not killed, and leaves no rubbish."""
     resumed = run(folder, kind)
-    assert_same_weights(resumed.parser, unbroken.parser)
-    assert_same_weights(load_run(folder, attached=False).parser, load_run(unbroken.run, attached=False).parser)
+    assert_same_weights(resumed.task.model, unbroken.task.model)
+    assert_same_weights(load_run(folder, attached=False).task.model, load_run(unbroken.run, attached=False).task.model)
     assert metrics(folder) == metrics(unbroken.run)
     for path in unbroken.run.glob("*.safetensors"):
         ours, theirs = load_file(folder / path.name), load_file(path)
@@ -151,8 +151,8 @@ def save_adaptation(source: str, folder: str, number: int | None, marker: str) -
     loaded = load_run(source)
     seen = die_before(number)
     with held_for_new(Path(folder)):
-        choice, profile = Choice(0, loaded.subnetworks.languages[0]), HeadDirection({})
-        save_adapted(Path(folder), loaded, choice, {"language": "qzz"}, [], profile)
+        choice = Choice(0, loaded.subnetworks.languages[0])
+        save_adapted(Path(folder), loaded, choice, {"language": "qzz"}, [], {})
     Path(marker).write_text("\n".join(seen))
 
 

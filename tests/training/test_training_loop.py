@@ -14,15 +14,17 @@ import pytest
 import torch
 from processes import start_process
 from safetensors.torch import load_file
-from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
 from fastmask.errors import FastmaskKeyError
-from fastmask.tasks.parsing.evaluation import evaluate
+from fastmask.settings import ConfigError
+from fastmask.tasks.parsing.evaluation import encode, parse, scores_of
 from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import checkpoints
-from fastmask.training.config import ConfigError
-from fastmask.training.loop import SwitchPoint, TrainingDiverged, TrainResult, train
+from fastmask.training.loop import TrainingDiverged, TrainResult, train
+from fastmask.training.methods import SwitchPoint
 
 
 class Killed(Exception):  # noqa: N818
@@ -42,13 +44,15 @@ def kill_at(step: int) -> Any:
 def random_subnetworks(point: SwitchPoint) -> Any:
     """Random masks; draws random numbers on purpose, which must not show in the rest of the run."""
     torch.rand(5)
-    config = point.parser.encoder.config
+    config = point.task.model.encoder.config
     return fm.Subnetworks.random(config, LANGUAGES, density=0.5, seed=point.config.seed)
 
 
 def run(folder: Path, hook: Any = None, **changes: Any) -> TrainResult:
     """Train the toy parser."""
-    return train(toy_parser(), toy_data(), toy_config(folder, **changes), random_subnetworks, hook, progress=False)
+    config = toy_config(folder, **changes)
+    task = Parsing(toy_parser(), config.max_length)
+    return train(task, toy_data(), config, random_subnetworks, hook, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]
 def test_same_seed_same_run_and_another_seed_another(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
     """If this fails, results cannot be repeated, or the seed does nothing."""
     again = run(tmp_path / "again")
-    assert_same_weights(again.parser, unbroken["full"].parser)
+    assert_same_weights(again.task.model, unbroken["full"].task.model)
     assert metrics(again.run) == metrics(unbroken["full"].run)
     other = run(tmp_path / "other", seed=1)
     assert metrics(other.run) != metrics(again.run)
@@ -77,7 +81,7 @@ def test_resumed_full_run_ends_like_the_unbroken_one(killed_at: int, unbroken: A
             file.write('{"step": 8, "lo')  # as a kill in the middle of a line leaves it
     torch.rand(7)  # the state of this process must not matter
     resumed = run(tmp_path / "run", resume=True)
-    assert_same_weights(resumed.parser, unbroken["full"].parser)
+    assert_same_weights(resumed.task.model, unbroken["full"].task.model)
     assert metrics(resumed.run) == metrics(unbroken["full"].run)
 
 
@@ -87,7 +91,7 @@ def test_resumed_run_with_subnetworks_ends_like_the_unbroken_one(killed_at: int,
     with pytest.raises(Killed):
         run(tmp_path / "run", kill_at(killed_at), method="random")
     resumed = run(tmp_path / "run", method="random", resume=True)
-    assert_same_weights(resumed.parser, unbroken["random"].parser)
+    assert_same_weights(resumed.task.model, unbroken["random"].task.model)
     assert metrics(resumed.run) == metrics(unbroken["random"].run)
     masks = [load_file(folder.run / "masks.safetensors") for folder in (resumed, unbroken["random"])]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1])
@@ -101,12 +105,12 @@ def test_killed_while_looking_for_subnetworks(unbroken: dict[str, TrainResult], 
 
     config = toy_config(tmp_path / "run", method="random", checkpoint_every=0)
     with pytest.raises(Killed):
-        train(toy_parser(), toy_data(), config, fail, progress=False)
+        train(toy_task(), toy_data(), config, fail, progress=False)
     latest = checkpoints.latest(tmp_path / "run")
     assert latest is not None
     assert latest.name == "step-00000006"
     resumed = run(tmp_path / "run", method="random", checkpoint_every=0, resume=True)
-    assert_same_weights(resumed.parser, unbroken["random"].parser)
+    assert_same_weights(resumed.task.model, unbroken["random"].task.model)
 
 
 def test_all_methods_train_alike_until_the_switch(unbroken: dict[str, TrainResult]) -> None:
@@ -128,16 +132,16 @@ def test_dead_units_of_all_languages_get_no_gradient(tmp_path: Path) -> None:
     before: dict[str, torch.Tensor] = {}
 
     def spy(point: SwitchPoint) -> Any:
-        before.update({k: v.clone() for k, v in point.parser.state_dict().items()})
+        before.update({k: v.clone() for k, v in point.task.model.state_dict().items()})
         return one_dead_head(point)
 
     config = toy_config(tmp_path / "run", method="static", discover_at=0.0, weight_decay=0.0, schedule="constant")
-    result = train(toy_parser(), toy_data(), config, spy, progress=False)
-    after = result.parser.state_dict()
+    result = train(toy_task(), toy_data(), config, spy, progress=False)
+    after = result.task.model.state_dict()
     name = next(k for k in after if k.startswith("encoder.") and "layer.1" in k and k.endswith("query.weight"))
     assert torch.equal(before[name][:8], after[name][:8])
     assert not torch.equal(before[name][8:], after[name][8:])
-    assert result.language_ids == {code: i for i, code in enumerate(LANGUAGES)}
+    assert list(result.subnetworks.languages) == LANGUAGES
 
 
 def test_dev_scores_are_those_of_the_saved_model(unbroken: dict[str, TrainResult]) -> None:
@@ -147,8 +151,11 @@ def test_dev_scores_are_those_of_the_saved_model(unbroken: dict[str, TrainResult
     subnetworks = fm.Subnetworks.load(result.run / "masks.safetensors")
     fm.attach(parser.encoder, subnetworks)
     dev = {code: splits["dev"] for code, splits in toy_data().items()}
-    ids = {code: list(subnetworks.languages).index(code) for code in dev}
-    scores = evaluate(parser, dev, ids)
+    scores = {}
+    for code, rows in dev.items():
+        encoded = encode(parser, rows)
+        with fm.language(parser.encoder, code):
+            scores[code] = scores_of(encoded, parse(parser, encoded))
     logged = [r for r in metrics(result.run) if "dev" in r][-1]["dev"]
     assert {code: s.las for code, s in scores.items()} == pytest.approx({c: s["las"] for c, s in logged.items()})
 
@@ -171,7 +178,7 @@ def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_pa
     process.join()
     assert not (tmp_path / "run" / "model").exists()
     resumed = run(tmp_path / "run", method=method, resume=True)
-    assert_same_weights(resumed.parser, unbroken[method].parser)
+    assert_same_weights(resumed.task.model, unbroken[method].task.model)
     assert metrics(resumed.run) == metrics(unbroken[method].run)
 
 
@@ -192,10 +199,10 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
                 parser.root.fill_(math.nan)
 
     with pytest.raises(TrainingDiverged, match=r"at step 5; the last good checkpoint is .*step-00000003") as caught:
-        train(parser, toy_data(), toy_config(tmp_path / "run"), None, poison, progress=False)
+        train(Parsing(parser), toy_data(), toy_config(tmp_path / "run"), random_subnetworks, poison, progress=False)
     assert caught.value.checkpoint == checkpoints.latest(tmp_path / "run")
     fresh = run(tmp_path / "run", resume=True)
-    assert all(bool(torch.isfinite(p).all()) for p in fresh.parser.parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in fresh.task.model.parameters())
 
 
 def test_spoilt_weights_are_not_checkpointed(tmp_path: Path) -> None:
@@ -208,7 +215,7 @@ def test_spoilt_weights_are_not_checkpointed(tmp_path: Path) -> None:
                 parser.upos.weight[-1].fill_(math.inf)  # a tag that no batch need have
 
     with pytest.raises(TrainingDiverged):
-        train(parser, toy_data(), toy_config(tmp_path / "run"), None, poison, progress=False)
+        train(Parsing(parser), toy_data(), toy_config(tmp_path / "run"), random_subnetworks, poison, progress=False)
     for path in checkpoints.folder_of(tmp_path / "run").iterdir():
         assert path.name == "step-00000003"
 
@@ -228,12 +235,10 @@ def test_subnetworks_without_a_language_of_the_data(tmp_path: Path) -> None:
     """If this fails, a language is trained with another one's subnetwork."""
 
     def too_few(point: SwitchPoint) -> Any:
-        return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES[:1], density=0.5, seed=0)
+        return fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES[:1], density=0.5, seed=0)
 
     with pytest.raises(FastmaskKeyError, match=LANGUAGES[1]):
-        train(toy_parser(), toy_data(), toy_config(tmp_path / "r", method="static"), too_few, progress=False)
-    with pytest.raises(ValueError, match="needs `discover`"):
-        train(toy_parser(), toy_data(), toy_config(tmp_path / "s", method="static"), progress=False)
+        train(toy_task(), toy_data(), toy_config(tmp_path / "r", method="static"), too_few, progress=False)
 
 
 def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:
@@ -243,7 +248,7 @@ def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:
         result = run(tmp_path / "run", **changes)
     assert math.isfinite(metrics(result.run)[0]["loss"])
     assert list((result.run / "tensorboard").iterdir())
-    assert next(result.parser.parameters()).dtype == torch.float32
+    assert next(result.task.model.parameters()).dtype == torch.float32
     json.loads((result.run / "metrics.jsonl").read_text().splitlines()[0])
 
 
@@ -251,11 +256,11 @@ TWO_PROCESSES = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from test_training_loop import random_subnetworks
-from toy_run import toy_config, toy_data, toy_parser
+from toy_run import toy_config, toy_data, toy_task
 from fastmask.training.loop import train
 config = toy_config(sys.argv[2], method="random", resume=True, steps=12)
 hook = (lambda step: sys.exit(1) if step == 8 else None) if sys.argv[3] == "kill" else None
-train(toy_parser(dropout=0.0), toy_data(), config, random_subnetworks, hook, progress=False)
+train(toy_task(dropout=0.0), toy_data(), config, random_subnetworks, hook, progress=False)
 """
 
 
@@ -274,7 +279,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         assert latest is not None
         assert checkpoints.check(latest).processes == 2
     parser = toy_parser(dropout=0.0)
-    train(parser, toy_data(), toy_config(tmp_path / "one", method="random"), random_subnetworks, progress=False)
+    train(
+        Parsing(parser), toy_data(), toy_config(tmp_path / "one", method="random"), random_subnetworks, progress=False
+    )
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         if "loss" in one:
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -293,12 +300,12 @@ DYNAMIC = {"method": "dynamic", "update_every": 2, "scout_sentences": 4, "units"
 
 
 def halves(point: SwitchPoint) -> Any:
-    return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
+    return fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
 
 
 def dynamic_run(out: Path, on_step: Any = None, **changes: Any) -> TrainResult:
     config = toy_config(out, **{**DYNAMIC, **changes})
-    return train(toy_parser(), toy_data(), config, halves, on_step, progress=False)
+    return train(toy_task(), toy_data(), config, halves, on_step, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +318,7 @@ def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trai
 def test_dynamic_masks_change_and_are_what_the_run_leaves(strategy: str, unbroken_dynamic: Any) -> None:
     """If this fails, masks are never updated, or the file of the run holds those it started with."""
     result = unbroken_dynamic[strategy]
-    start = halves(SwitchPoint(result.parser, {}, {}, toy_config(result.run), 0))
+    start = halves(SwitchPoint(result.task.model, {}, {}, toy_config(result.run), 0))
     stored = fm.Subnetworks.load(result.run / "masks.safetensors")
     assert torch.equal(stored.neurons, result.subnetworks.neurons)
     assert torch.equal(stored.neurons.sum(-1).sum(-1), start.neurons.sum(-1).sum(-1)), "sizes are fixed"
@@ -334,7 +341,7 @@ def test_resumed_dynamic_run_ends_like_the_unbroken_one(
         dynamic_run(tmp_path / "run", kill_at(killed_at), strategy=strategy)
     torch.rand(7)
     resumed = dynamic_run(tmp_path / "run", strategy=strategy, resume=True)
-    assert_same_weights(resumed.parser, unbroken_dynamic[strategy].parser)
+    assert_same_weights(resumed.task.model, unbroken_dynamic[strategy].task.model)
     assert metrics(resumed.run) == metrics(unbroken_dynamic[strategy].run)
     for name in ("masks.safetensors", "dynamic.safetensors"):
         ours, theirs = (load_file(run.run / name) for run in (resumed, unbroken_dynamic[strategy]))

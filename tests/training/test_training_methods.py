@@ -5,22 +5,21 @@ from typing import Any
 
 import pytest
 import torch
-from toy_run import LANGUAGES, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, toy_config, toy_data, toy_parser, toy_task
 from transformers import BertConfig
 
 import fastmask as fm
 from fastmask.errors import FastmaskKeyError
 from fastmask.models.attach import is_attached
-from fastmask.training.build import encode_training_data
-from fastmask.training.methods import check_subnetworks, discover_for_parser
+from fastmask.training.methods import check_subnetworks, discover_for
 
 
 def check(out: Path, **changes: Any) -> None:
-    parser = toy_parser()
+    task = toy_task()
     try:
-        check_subnetworks(parser, toy_config(out, **{"method": "static", **changes}), LANGUAGES)
+        check_subnetworks(task, toy_config(out, **{"method": "static", **changes}), LANGUAGES)
     finally:
-        assert not is_attached(parser.encoder)
+        assert not is_attached(task.encoder)
 
 
 def test_a_density_that_would_kill_a_layer(tmp_path: Path) -> None:
@@ -33,10 +32,12 @@ def test_a_density_that_would_kill_a_layer(tmp_path: Path) -> None:
     check(tmp_path, density=0.1, units="neurons")
     check(tmp_path, density=0.5, units="both")
     check(tmp_path, density=0.1, units="both", method="full")
-    parser = toy_parser()
+    task = toy_task()
     config = toy_config(tmp_path, method="static", density=0.1)
     with pytest.raises(ValueError, match="would kill a layer"):  # `fastmask discover` goes this way
-        discover_for_parser(parser, encode_training_data(parser, toy_data(), 64), {}, config, 0)
+        discover_for(
+            task, {name: task.training_examples(of["train"], name) for name, of in toy_data().items()}, {}, config, 0
+        )
 
 
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:

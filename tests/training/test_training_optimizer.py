@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 from test_training_loop import Killed
-from toy_run import LANGUAGES, assert_same_weights, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import loop
-from fastmask.training.loop import SwitchPoint, train
+from fastmask.training.loop import train
+from fastmask.training.methods import SwitchPoint
 
 ONE_LANGUAGE = {"meta_batch": 1, "inner_steps": 1, "support_sentences": 2, "query_sentences": 2, "checkpoint_every": 1}
 
 
 def halves(point: SwitchPoint) -> Any:
-    return fm.Subnetworks.random(point.parser.encoder.config, LANGUAGES, 0.5, seed=0, units="neurons")
+    return fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES, 0.5, seed=0, units="neurons")
 
 
 def up_projection(parser: Any) -> torch.Tensor:
@@ -39,7 +41,7 @@ def test_a_step_of_one_language_moves_its_units_only(meta, optimizer, tmp_path, 
         monkeypatch.undo()
         if run.switched:
             (language,) = seen[-1].languages
-            live = run.subnetworks.neurons[run.language_ids[language], 0]
+            live = run.subnetworks.neurons[run.subnetworks.index(language), 0]
             moved = (up_projection(parser).detach() != before).any(1)
             live_moved.append(bool(moved[live].all()))
             dead_moved.append(bool(moved[~live].any()))
@@ -47,9 +49,9 @@ def test_a_step_of_one_language_moves_its_units_only(meta, optimizer, tmp_path, 
     config = toy_config(
         tmp_path, method="random", meta=meta, optimizer=optimizer, **{**ONE_LANGUAGE, "steps": 16, "meta_lr": 1e-2}
     )
-    run = loop._Run(parser, toy_data(), config, halves)
+    run = loop._Run(Parsing(parser), toy_data(), config, halves)
     run._update = lambda: watched(run)  # type: ignore[method-assign]
-    run.run(None, show=False)
+    run.train(None, show=False)
     assert len({language for of_step in seen for language in of_step.languages}) > 1
     assert live_moved
     assert all(live_moved)
@@ -60,13 +62,13 @@ def test_a_step_of_one_language_moves_its_units_only(meta, optimizer, tmp_path, 
 def test_resuming_is_exact(meta, tmp_path):
     """Moments of slices that were not live are lost in a checkpoint, or the languages of a step are."""
     changes = {**ONE_LANGUAGE, "method": "random", "meta": meta, "optimizer": "live", "steps": 16}
-    unbroken = train(toy_parser(), toy_data(), toy_config(tmp_path / "a", **changes), halves, progress=False)
+    unbroken = train(toy_task(), toy_data(), toy_config(tmp_path / "a", **changes), halves, progress=False)
 
     def kill(step: int) -> None:
         if step >= 12:
             raise Killed
 
     with pytest.raises(Killed):
-        train(toy_parser(), toy_data(), toy_config(tmp_path / "b", **changes), halves, on_step=kill, progress=False)
+        train(toy_task(), toy_data(), toy_config(tmp_path / "b", **changes), halves, on_step=kill, progress=False)
     again = toy_config(tmp_path / "b", resume=True, **changes)
-    assert_same_weights(unbroken.parser, train(toy_parser(), toy_data(), again, halves, progress=False).parser)
+    assert_same_weights(unbroken.task.model, train(toy_task(), toy_data(), again, halves, progress=False).task.model)

@@ -96,6 +96,7 @@ import itertools, sys
 sys.path.insert(0, sys.argv[1])
 from processes_run import subnetworks, CASES
 from toy_run import toy_config, toy_data, toy_parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.loop import train
 parser = toy_parser()  # with dropout: random states matter
 config = toy_config(sys.argv[2], resume=True, **{**CASES["random-fomaml"], "steps": 24})
@@ -104,7 +105,7 @@ def hook(module, *_):
     if module.training and sys.argv[3] == "kill" and next(passes) == 12 + 2 * 6 + 2:
         sys.exit(1)
 parser.register_forward_pre_hook(hook)
-train(parser, toy_data(), config, subnetworks, progress=False)
+train(Parsing(parser), toy_data(), config, subnetworks, progress=False)
 """
 
 

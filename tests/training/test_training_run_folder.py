@@ -15,21 +15,21 @@ import pytest
 from processes import start_process
 from safetensors.torch import load_file
 from test_training_loop import Killed, kill_at, random_subnetworks
-from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_task
 
 import fastmask as fm
+from fastmask.compare.branch import branch
 from fastmask.files import HeldError, held
+from fastmask.settings import ConfigError
 from fastmask.training import checkpoints
-from fastmask.training.adaptations import check_new_folder, held_for_new
-from fastmask.training.branch import branch
-from fastmask.training.config import ConfigError
-from fastmask.training.finished import load_run
 from fastmask.training.loop import TrainResult, train
+from fastmask.training.run_folder import load_run
+from fastmask.unseen.adapted_run import check_new_folder, held_for_new
 
 
 def run(folder: Path, hook: Any = None, data: Any = None, **changes: Any) -> TrainResult:
     config = toy_config(folder, **{"method": "static", **changes})
-    return train(toy_parser(), data or toy_data(), config, random_subnetworks, hook, progress=False)
+    return train(toy_task(), data or toy_data(), config, random_subnetworks, hook, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_second_process_is_told_who_is_training_there(unbroken: TrainResult, t
     process.join()
     assert process.exitcode == 0
     assert metrics(folder) == metrics(unbroken.run)
-    assert_same_weights(load_run(folder).parser, load_run(unbroken.run).parser)
+    assert_same_weights(load_run(folder).task.model, load_run(unbroken.run).task.model)
     run(folder, resume=True)  # it has been let go of
 
 
@@ -182,7 +182,7 @@ def test_a_full_disk(small_disk: Path, unbroken: TrainResult) -> None:
     assert_nothing_half_done(folder)
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     resumed = run(folder, keep_checkpoints=0, resume=True)
-    assert_same_weights(resumed.parser, unbroken.parser)
+    assert_same_weights(resumed.task.model, unbroken.task.model)
     assert metrics(folder) == metrics(unbroken.run)
 
 
@@ -206,7 +206,7 @@ def test_a_file_that_becomes_too_large(unbroken: TrainResult, tmp_path: Path) ->
         message = said.read_text()
         assert re.match(rf"OSError: \[Errno 27\] cannot write: File too large.*: '{folder}/", message), message
         assert not list(folder.rglob(".partial-*"))
-        assert_same_weights(run(folder, resume=True).parser, unbroken.parser)
+        assert_same_weights(run(folder, resume=True).task.model, unbroken.task.model)
 
 
 # ---- what was trained is on disk before it is scored
@@ -234,11 +234,11 @@ def test_a_failing_score_loses_nothing(steps: int, unbroken: TrainResult, tmp_pa
         assert checkpoints.step_of(newest) == steps
         assert not resume or not done
     if steps == 12:
-        assert_same_weights(load_run(folder).parser, load_run(expected.run).parser)
+        assert_same_weights(load_run(folder).task.model, load_run(expected.run).task.model)
     done = []
     resumed = run(folder, done.append, resume=True, **every)
     assert done == list(range(steps + 1, 13))
-    assert_same_weights(resumed.parser, expected.parser)
+    assert_same_weights(resumed.task.model, expected.task.model)
     assert metrics(folder) == metrics(expected.run)
 
 
@@ -253,9 +253,9 @@ def test_a_finished_run_is_only_scored(lost: str | None, unbroken: TrainResult, 
     steps: list[int] = []
     resumed = run(folder, steps.append, resume=True)
     assert not steps
-    assert_same_weights(resumed.parser, unbroken.parser)
+    assert_same_weights(resumed.task.model, unbroken.task.model)
     assert metrics(folder) == metrics(unbroken.run)
-    assert resumed.language_ids == unbroken.language_ids
+    assert resumed.subnetworks.languages == unbroken.subnetworks.languages
     assert (folder / "model" / "parser.safetensors").stat().st_ino == model.st_ino
     assert load_file(folder / "masks.safetensors").keys() == load_file(unbroken.run / "masks.safetensors").keys()
 
@@ -266,7 +266,7 @@ def test_a_damaged_finished_run(unbroken: TrainResult, tmp_path: Path) -> None:
     shutil.copytree(unbroken.run, folder)
     (folder / "model" / "parser.safetensors").write_bytes(b"")
     run(folder, resume=True)
-    assert_same_weights(load_run(folder).parser, load_run(unbroken.run).parser)
+    assert_same_weights(load_run(folder).task.model, load_run(unbroken.run).task.model)
     (folder / "model" / "parser.safetensors").write_bytes(b"")
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(checkpoints.CheckpointError, match=r"finished run in .* is damaged: .*parser.safetensors"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmask.training.sampler import MixedLanguageSampler
+from fastmask.training.batches import MixedLanguageSampler
 
 
 def lengths_of(*sizes: int, seed: int = 0) -> list[np.ndarray]:

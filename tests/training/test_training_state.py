@@ -14,8 +14,8 @@ from toy_run import LANGUAGES, toy_parser
 
 import fastmask as fm
 from fastmask.files import FileError
-from fastmask.training import state
-from fastmask.training.random_state import random_state
+from fastmask.training import checkpoints
+from fastmask.training.engine import random_state
 
 CPU = torch.device("cpu")
 
@@ -35,14 +35,14 @@ class Tied(torch.nn.Module):
 def test_tied_and_transposed_weights(tmp_path: Path) -> None:
     """Every name of a tied weight is there, and all values come back."""
     model, other = Tied(), Tied()
-    state.save_weights(model, tmp_path / "w")
+    checkpoints.save_weights(model, tmp_path / "w")
     assert load_file(tmp_path / "w").keys() == model.state_dict().keys()
-    state.load_weights(other, tmp_path / "w")
+    checkpoints.load_weights(other, tmp_path / "w")
     assert other.second.weight is other.first.weight
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name])
     with pytest.raises(FileError, match=r"w: does not fit the model: .*Missing key"):
-        state.load_weights(torch.nn.Linear(4, 4), tmp_path / "w")
+        checkpoints.load_weights(torch.nn.Linear(4, 4), tmp_path / "w")
 
 
 def optimizers(model: Any) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def test_an_optimiser_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Pa
         fm.attach(parser.encoder, fm.Subnetworks.random(parser.encoder.config, LANGUAGES, 0.5, seed=0))
     one, other = (optimizers(parser)[name]() for parser in (first, second))
     steps(first, one, range(3))
-    state.save_weights(first, tmp_path / "w")
-    state.save_optimizer(one, tmp_path / "o")
+    checkpoints.save_weights(first, tmp_path / "w")
+    checkpoints.save_optimizer(one, tmp_path / "o")
     one.param_groups[0]["lr"] = 7.0  # in memory only
-    state.load_weights(second, tmp_path / "w")
-    state.load_optimizer(other, tmp_path / "o")
+    checkpoints.load_weights(second, tmp_path / "w")
+    checkpoints.load_optimizer(other, tmp_path / "o")
     assert other.param_groups[0]["lr"] == 0.1
     assert other.param_groups[0]["betas"] == (0.8, 0.99)
     assert all(type(new[k]) is type(old[k]) for new, old in zip(other.param_groups, one.param_groups, strict=True)
@@ -98,17 +98,17 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(2, 4)).sum().backward()
     optimizer.step()
-    state.save_optimizer(optimizer, tmp_path / "o")
+    checkpoints.save_optimizer(optimizer, tmp_path / "o")
     with pytest.raises(FileError, match=r"o: does not fit the optimiser: 0.exp_avg.* \(3, 4\) \(expected \(3, 5\)\)"):
-        state.load_optimizer(torch.optim.AdamW(torch.nn.Linear(5, 3).parameters()), tmp_path / "o")
+        checkpoints.load_optimizer(torch.optim.AdamW(torch.nn.Linear(5, 3).parameters()), tmp_path / "o")
     with pytest.raises(FileError, match="o: does not fit the optimiser"):
-        state.load_optimizer(torch.optim.AdamW(torch.nn.Linear(4, 3, bias=False).parameters()), tmp_path / "o")
+        checkpoints.load_optimizer(torch.optim.AdamW(torch.nn.Linear(4, 3, bias=False).parameters()), tmp_path / "o")
     groups = [{"params": [parameter]} for parameter in model.parameters()]
     with pytest.raises(FileError, match="o: does not fit the optimiser"):
-        state.load_optimizer(torch.optim.AdamW(groups), tmp_path / "o")
+        checkpoints.load_optimizer(torch.optim.AdamW(groups), tmp_path / "o")
     save_file({}, tmp_path / "empty")
     with pytest.raises(FileError, match="empty: does not fit the optimiser"):
-        state.load_optimizer(optimizer, tmp_path / "empty")
+        checkpoints.load_optimizer(optimizer, tmp_path / "empty")
 
 
 def draws() -> list[Any]:
@@ -127,14 +127,14 @@ def test_random_states_come_back(tmp_path: Path) -> None:
     for _ in range(2):
         states.append(random_state(CPU))
         expected.append(draws())
-    state.save_random_states(states, tmp_path / "r")
+    checkpoints.save_random_states(states, tmp_path / "r")
     for process in (1, 0):
         draws()
-        state.load_random_state(tmp_path / "r", process, CPU)
+        checkpoints.load_random_state(tmp_path / "r", process, CPU)
         assert draws() == expected[process]
     with pytest.raises(FileError, match="r: holds no random state of process 2"):
-        state.load_random_state(tmp_path / "r", 2, CPU)
+        checkpoints.load_random_state(tmp_path / "r", 2, CPU)
     tensors = load_file(tmp_path / "r")
     save_file({**tensors, "0.torch": tensors["0.torch"][:-1]}, tmp_path / "short", {"0": '{"python": [3, null]}'})
     with pytest.raises(FileError, match="short: holds no random state of process 0"):
-        state.load_random_state(tmp_path / "short", 0, CPU)
+        checkpoints.load_random_state(tmp_path / "short", 0, CPU)

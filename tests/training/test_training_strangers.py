@@ -17,15 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training_loop import Killed, halves, kill_at
-from toy_run import LANGUAGES, toy_config, toy_data, toy_parser
+from toy_run import LANGUAGES, toy_config, toy_data, toy_parser, toy_task
 
 from fastmask.cli import main
+from fastmask.settings import ConfigError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
-from fastmask.training.config import ConfigError
-from fastmask.training.finished import load_run
 from fastmask.training.loop import TrainResult, train
+from fastmask.training.run_folder import load_run
 
 SETTINGS = {"method": "dynamic", "update_every": 2, "scout_sentences": 2}
 PICKLES = ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "pytorch_model.bin", "scaler.pt")
@@ -50,7 +50,7 @@ def pickles(mark: Path) -> list[bytes]:
 
 def run(folder: Path, hook: Any = None, **changes: Any) -> TrainResult:
     config = toy_config(folder, **{**SETTINGS, **changes})
-    return train(toy_parser(), toy_data(), config, halves, hook, progress=False)
+    return train(toy_task(), toy_data(), config, halves, hook, progress=False)
 
 
 def stop(step: int) -> None:
@@ -60,7 +60,7 @@ def stop(step: int) -> None:
 
 def seal(folder: Path) -> None:
     """Make the manifest that of the files in the folder, as somebody who means harm can."""
-    from fastmask.training.manifest import MANIFEST, files_in, read_origin, write_manifest
+    from fastmask.files.manifest import MANIFEST, files_in, read_origin, write_manifest
 
     names = {
         name for name in files_in(folder) if "manifest" not in name and not name.startswith(("check", "metr", "."))
@@ -187,7 +187,7 @@ def test_links_out_of_a_run(what: str, finished: Path, killed: Path, tmp_path: P
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "model/../../outside.txt", "a//b"])
 def test_a_manifest_that_points_out_of_its_folder(name: str, finished: Path, tmp_path: Path) -> None:
     """Names that lead out of the folder are refused before anything is read there."""
-    from fastmask.training.manifest import MANIFEST, read_origin, write_manifest
+    from fastmask.files.manifest import MANIFEST, read_origin, write_manifest
 
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "outside.txt").write_text("secret")

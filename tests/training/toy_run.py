@@ -13,6 +13,7 @@ import torch
 from fastmask.tasks.data.synthetic import SEEN, write_treebanks
 from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.tasks.parsing.parser import Parser, ParserConfig
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.training.config import TrainConfig
 
@@ -39,6 +40,11 @@ def toy_parser(seed: int = 0, dropout: float = 0.2) -> Parser:
     return Parser.small(
         vocabulary, 2, 2, 8, 32, buckets=256, max_positions=64, encoder_dropout=dropout / 2, config=config
     )
+
+
+def toy_task(seed: int = 0, dropout: float = 0.2) -> Parsing:
+    """The toy parser as a task."""
+    return Parsing(toy_parser(seed, dropout))
 
 
 def toy_config(out: Path | str, **changes: Any) -> TrainConfig:

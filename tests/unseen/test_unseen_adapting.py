@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from tests.tasks.toy_parser import small_parser
 
 import fastmask as fm
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.unseen import AdaptationDiverged, adapted
+from tests.tasks.toy_parser import small_parser
 from tests.unseen.toy_unseen import assert_same_bits, bits_of, parser_with_subnets, support_of
 
 RATES = {"head_lr": 0.1, "encoder_lr": 0.03}
@@ -49,7 +50,7 @@ def test_the_steps_of_torch(optimizer, number):
     before = bits_of(parser)
     rates = {"head_lr": 0.01, "encoder_lr": 0.003}
     expected, expected_losses = literal(parser, number, optimizer, 4, rates, support)
-    with adapted(parser, support, number, steps=4, optimizer=optimizer, **rates) as losses:
+    with adapted(Parsing(parser), support, number, steps=4, optimizer=optimizer, **rates) as losses:
         torch.testing.assert_close(losses, expected_losses, rtol=1e-10, atol=1e-10)
         assert not losses.requires_grad
         changed = 0
@@ -69,7 +70,7 @@ def test_sgd_is_the_inner_loop_of_meta_learning():
     learner = fm.MetaLearner(parser, lambda batch: parser(batch).loss, inner_learning_rate=rates)
     with learner.adapt("bb", [batch], steps=3) as found:
         expected, expected_losses = bits_of(parser), found.support_losses
-    with adapted(parser, support, 1, steps=3, **RATES) as losses:
+    with adapted(Parsing(parser), support, 1, steps=3, **RATES) as losses:
         assert losses.equal(expected_losses)
         assert_same_bits(parser, expected)
 
@@ -79,7 +80,7 @@ def test_dead_units_keep_their_bits(optimizer):
     """A step moves the weights of a head or neuron that the language does not own."""
     parser, subnets = parser_with_subnets()
     before = bits_of(parser)
-    with adapted(parser, support_of(parser), 0, steps=3, optimizer=optimizer, **RATES):
+    with adapted(Parsing(parser), support_of(parser), 0, steps=3, optimizer=optimizer, **RATES):
         layer = "encoder.encoder.layer.0."
         dead = ~subnets.neurons[0, 0]
         for name, part in ((f"{layer}intermediate.dense.weight", dead), (f"{layer}intermediate.dense.bias", dead)):
@@ -96,10 +97,10 @@ def test_kept_unless_something_goes_wrong():
     """Kept weights are put back, or those of a failed evaluation stay."""
     parser, _ = parser_with_subnets()
     support, before = support_of(parser), bits_of(parser)
-    with pytest.raises(ZeroDivisionError), adapted(parser, support, 0, steps=2, keep=True, **RATES):
+    with pytest.raises(ZeroDivisionError), adapted(Parsing(parser), support, 0, steps=2, keep=True, **RATES):
         raise ZeroDivisionError
     assert_same_bits(parser, before)
-    with adapted(parser, support, 0, steps=2, keep=True, **RATES):
+    with adapted(Parsing(parser), support, 0, steps=2, keep=True, **RATES):
         inside = bits_of(parser)
     assert_same_bits(parser, inside)
     assert not torch.equal(inside["arcs.bilinear.weight"], before["arcs.bilinear.weight"])
@@ -115,7 +116,7 @@ def test_dropout():
     state = torch.get_rng_state()
 
     def losses(**options):
-        with adapted(parser, support, 0, steps=3, **RATES, **options) as found:
+        with adapted(Parsing(parser), support, 0, steps=3, **RATES, **options) as found:
             assert [module.training for module in parser.modules()] == modes
             return found
 
@@ -137,7 +138,7 @@ def test_divergence_leaves_the_model(optimizer, steps):
     rates = {"head_lr": 1e200, "encoder_lr": 1e200}
     with (
         pytest.raises(AdaptationDiverged, match=rf"after 1 of {steps} steps of {optimizer} .*choose lower ones"),
-        adapted(parser, support_of(parser), 0, steps=steps, optimizer=optimizer, keep=True, **rates),
+        adapted(Parsing(parser), support_of(parser), 0, steps=steps, optimizer=optimizer, keep=True, **rates),
     ):
         pass
     assert_same_bits(parser, before)
@@ -147,10 +148,12 @@ def test_without_subnetworks_and_without_steps():
     """A parser without masks cannot be adapted, or no step at all is an error."""
     parser = small_parser()
     before = bits_of(parser)
-    with adapted(parser, support_of(parser), -1, steps=2, head_lr=1e-4, encoder_lr=1e-4) as losses:
+    with adapted(Parsing(parser), support_of(parser), -1, steps=2, head_lr=1e-4, encoder_lr=1e-4) as losses:
         assert losses.shape == (2,)
         assert losses[1] < losses[0]
-    with adapted(parser, support_of(parser).select(torch.zeros(0).long().numpy()), -1, steps=0, **RATES) as losses:
+    with adapted(
+        Parsing(parser), support_of(parser).select(torch.zeros(0).long().numpy()), -1, steps=0, **RATES
+    ) as losses:
         assert losses.shape == (0,)
     assert_same_bits(parser, before)
 
@@ -170,8 +173,8 @@ def test_what_is_wrong():
         (plain, 0, {}, ValueError, "no subnetworks attached"),
     ):
         arguments = {"steps": 2, **RATES, **options}
-        with pytest.raises(kind, match=message), adapted(given, support, number, **arguments):
+        with pytest.raises(kind, match=message), adapted(Parsing(given), support, number, **arguments):
             pass
-    with pytest.raises(ValueError, match="no support sentence"), adapted(parser, empty, 0, steps=1, **RATES):
+    with pytest.raises(ValueError, match="no support example"), adapted(Parsing(parser), empty, 0, steps=1, **RATES):
         pass
     assert_same_bits(parser, before)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fastmask as fm
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.unseen import UNION, Choice, adapted, choose, support_losses, with_language, with_union
 from tests.models.tiny_models import batch, tiny
 from tests.unseen.toy_unseen import LANGUAGES, parser_with_subnets, support_of
@@ -141,11 +142,11 @@ class TestChoose:
         """The lowest support loss among the training languages; the union and the full network are asked for."""
         parser, subnets = parser_with_subnets()
         support = support_of(parser)
-        choice = choose(parser, subnets, support, "best")
+        choice = choose(Parsing(parser), subnets, support, "best")
         assert list(choice.losses) == LANGUAGES
         assert choice.losses[choice.name] == min(choice.losses.values())
         assert subnets.languages[choice.language_id] == choice.name
-        with_full = choose(parser, subnets, support, "best", include_full=True)
+        with_full = choose(Parsing(parser), subnets, support, "best", include_full=True)
         assert list(with_full.losses) == [*LANGUAGES, "full"]
         assert choice.losses.items() <= with_full.losses.items()
 
@@ -153,43 +154,47 @@ class TestChoose:
         """The full network wins and another one's number is returned."""
         parser, subnets = parser_with_subnets()
         support = support_of(parser)
-        with adapted(parser, support, -1, steps=20, optimizer="adamw", head_lr=0.01, encoder_lr=0.01, keep=True):
+        with adapted(
+            Parsing(parser), support, -1, steps=20, optimizer="adamw", head_lr=0.01, encoder_lr=0.01, keep=True
+        ):
             pass
-        choice = choose(parser, subnets, support, "best", include_full=True)
+        choice = choose(Parsing(parser), subnets, support, "best", include_full=True)
         assert (choice.language_id, choice.name) == (-1, "full")
 
     def test_nearest_and_ties(self):
         """The first of equals is taken; what is not a training language plays no part."""
         parser, subnets = parser_with_subnets()
-        choice = choose(parser, subnets, None, "nearest", similarity={"cc": 0.9, "bb": 0.9, "aa": 0.1, "zz": 1.0})
+        choice = choose(
+            Parsing(parser), subnets, None, "nearest", similarity={"cc": 0.9, "bb": 0.9, "aa": 0.1, "zz": 1.0}
+        )
         assert (choice.language_id, choice.name) == (1, "bb")
         assert choice.similarities == {"aa": 0.1, "bb": 0.9, "cc": 0.9}
         assert choice.losses is None
 
     def test_union_and_full(self):
         parser, subnets = parser_with_subnets()
-        assert choose(parser, subnets, None, "union") == Choice(3, "union")
-        assert choose(parser, subnets, None, "full") == Choice(-1, "full")
+        assert choose(Parsing(parser), subnets, None, "union") == Choice(3, "union")
+        assert choose(Parsing(parser), subnets, None, "full") == Choice(-1, "full")
 
     def test_what_is_wrong(self):
         parser, subnets = parser_with_subnets()
         support = support_of(parser)
         with pytest.raises(KeyError, match="did you mean 'nearest'"):
-            choose(parser, subnets, support, "nearst")
+            choose(Parsing(parser), subnets, support, "nearst")
         for nothing in (None, support.select(torch.zeros(0, dtype=torch.int64).numpy())):
             with pytest.raises(ValueError, match="needs support sentences, given none"):
-                choose(parser, subnets, nothing, "best")
+                choose(Parsing(parser), subnets, nothing, "best")
         with pytest.raises(ValueError, match="needs the similarity"):
-            choose(parser, subnets, support, "nearest")
+            choose(Parsing(parser), subnets, support, "nearest")
         with pytest.raises(KeyError, match="unknown language 'cc'"):
-            choose(parser, subnets, support, "nearest", similarity={"aa": 1.0, "bb": 1.0})
+            choose(Parsing(parser), subnets, support, "nearest", similarity={"aa": 1.0, "bb": 1.0})
         with pytest.raises(ValueError, match="similarity of 'bb' is nan"):
-            choose(parser, subnets, support, "nearest", similarity={"aa": 1.0, "bb": float("nan"), "cc": 0.0})
+            choose(Parsing(parser), subnets, support, "nearest", similarity={"aa": 1.0, "bb": float("nan"), "cc": 0.0})
         plain = fm.Subnetworks(LANGUAGES, subnets.heads[:3], subnets.neurons[:3])
         with pytest.raises(ValueError, match="hold no 'union'"):
-            choose(parser, plain, support, "union")
+            choose(Parsing(parser), plain, support, "union")
         with pytest.raises(ValueError, match=r"aa, bb, cc, union attached \(expected aa, bb, cc\)"):
-            choose(parser, plain, support, "best")
+            choose(Parsing(parser), plain, support, "best")
         support.heads[:] = -100
         with pytest.raises(ValueError, match="have no heads"):
-            choose(parser, subnets, support, "best")
+            choose(Parsing(parser), subnets, support, "best")

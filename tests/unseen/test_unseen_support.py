@@ -7,8 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from fastmask.tasks.parsing.relations import check_deprels
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
-from fastmask.unseen import check_deprels, split_pool, support_sets
+from fastmask.unseen import split_pool, support_sets
 
 
 def rows_of(*texts: str) -> list[dict]:

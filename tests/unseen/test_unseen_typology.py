@@ -12,8 +12,6 @@ import pytest
 from fastmask.tasks.data.synthetic import LANGUAGES as ARTIFICIAL
 from fastmask.tasks.data.synthetic import SEEN, UNSEEN, write_treebanks
 from fastmask.tasks.data.treebanks import load_treebanks
-from fastmask.tasks.parsing.features import TrigramFeatures
-from fastmask.tasks.parsing.vocabulary import Vocabulary
 from fastmask.unseen import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
 
 ROWS = [
@@ -37,27 +35,6 @@ class TestHeadDirection:
     def test_counts(self):
         """A dependent is counted on the wrong side, with its subtype, or as punctuation or root."""
         assert HeadDirection.of_rows(ROWS).counts == COUNTS
-
-    @pytest.mark.parametrize("subtypes", ["keep", "drop"])
-    def test_arrays_are_counted_as_rows_are(self, subtypes):
-        """Encoded sentences give another profile than their rows."""
-        vocabulary = Vocabulary.build(ROWS, subtypes)
-        encoded = TrigramFeatures().encode(ROWS, vocabulary)
-        assert HeadDirection.of(encoded, vocabulary).counts == COUNTS
-        assert HeadDirection.of(encoded.select(np.array([1])), vocabulary).counts == {
-            "nsubj": (0, 1),
-            "advmod": (0, 1),
-            "aux": (0, 1),
-        }
-
-    def test_unknown_words_do_not_count(self):
-        """A word without head or known relation is counted as another relation."""
-        vocabulary = Vocabulary.build(ROWS[:1])
-        rows = [{**ROWS[1], "heads": [0, -1, 1, 1]}]
-        assert HeadDirection.of(TrigramFeatures().encode(rows, vocabulary), vocabulary).counts == {
-            "nsubj": (0, 1),
-            "advmod": (0, 1),
-        }
 
     def test_similarity_by_hand(self):
         """The formula is another one than the one that is written down."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from tests.tasks.toy_parser import SENTENCES, small_parser
 
 import fastmask as fm
 from fastmask.tasks.parsing.batch import Encoded
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.unseen import with_union
+from tests.tasks.toy_parser import SENTENCES, small_parser
 
 LANGUAGES = ["aa", "bb", "cc"]
 

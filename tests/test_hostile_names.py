@@ -26,11 +26,12 @@ from fastmask.cli.pictures import head_use
 from fastmask.cli.report import Row, print_scores, round_printer
 from fastmask.compare import pictures
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.queue import write_result
 from fastmask.compare.report import print_tables, write_report
+from fastmask.compare.results import write_result
 from fastmask.compare.tables import CONDITIONS, scores_table
 from fastmask.discovery import Quality, Round
 from fastmask.literal import fenced, markdown_table, printable, say
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.terminal import LiteralConsole, console_of
 from fastmask.unseen import Choice
 
@@ -95,11 +96,11 @@ def test_tables_of_the_commands(capsys):
     print_masks(masks(units=("heads",)), file)
     assert [row[0] for row in cells_of(file.getvalue())][1:] == NAMES
     file = io.StringIO()
-    print_scores([Row(name, 1, 50.0, 60.0, 100.0) for name in NAMES], file)
+    print_scores([Row(name, None, 1, {"las": 50.0}, 100.0) for name in NAMES], Parsing, file)
     assert [row[0] for row in cells_of(file.getvalue())][1 : 1 + len(NAMES)] == NAMES
     file = io.StringIO()
     for name in NAMES:
-        round_printer(file, 0.95)(Round(name, 1, 3, None, Quality(loss=1.0), True))
+        round_printer(file, 0.95, "las")(Round(name, 1, 3, None, Quality(loss=1.0), True))
     assert [line.split(" round")[0].strip() for line in file.getvalue().splitlines()] == NAMES
     losses = {name: float(place) for place, name in enumerate(NAMES)}
     adapt._print_choice(Choice(NAMES[0], 0, losses=losses), "[/x]", None)
@@ -214,9 +215,9 @@ def test_pictures_of_a_comparison(drawn, tmp_path):
         }
     )
     cells = [("full", "none"), ("static", "none")]
-    pictures.draw_gains(scores, cells, "seen", tmp_path / "g.png")
+    pictures.draw_gains(scores, cells, "seen", "LAS", tmp_path / "g.png")
     literal(drawn)
-    pictures.draw_means(scores, cells, tmp_path / "m.png")
+    pictures.draw_means(scores, cells, "LAS", tmp_path / "m.png")
     assert not [text for text, kind in drawn if kind]
 
 

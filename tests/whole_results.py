@@ -13,5 +13,5 @@ def whole_result(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     seconds = dict.fromkeys(("seconds", "training_seconds", "scoring_seconds", "words_per_second"), 1.0)
     counts = dict.fromkeys(("outer_steps", "gradient_passes", "sentences"), 1)
     nothing = {"resumed": False, "scouting_share": None, "density": None}
-    rest = {"uas": 50.0, "subnetwork": "own", "support_set": None, "steps": 0, "words": 9}
+    rest = {"scores": {"las": 50.0, "uas": 50.0}, "subnetwork": "own", "support_set": None, "steps": 0, "words": 9}
     return {**seconds, **counts, **nothing, "scores": [{**rest, **score} for score in scores]}

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from fastmask.training.build import build_optimizer, peak_rates
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,9 +21,10 @@ from benchmarks.variants import Variants
 from fastmask.optim import LiveAdamW
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.parser import Parser
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.batches import MixedBatches
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import accelerator_for
+from fastmask.training.engine import accelerator_for, build_optimizer, peak_rates
 
 __all__ = ["Step"]
 
@@ -45,11 +45,12 @@ class Trainer:
         if form != "plain":
             fm.attach(self.parser.encoder, bed.subnets)
         self.full = form == "full"
-        built = build_optimizer(self.parser, self.config)
+        task = Parsing(self.parser)
+        built = build_optimizer(task, self.config)
         self.announce = built.announce if isinstance(built, LiveAdamW) else None
         self.model, self.optimizer = self.accelerator.prepare(self.parser, built)
-        rates = peak_rates(self.parser, self.config)
-        self.batches = MixedBatches(self.model, self.parser, bed.data, self.config, rates, self.accelerator)
+        rates = peak_rates(task, self.config)
+        self.batches = MixedBatches(task, self.model, bed.data, self.config, rates, self.accelerator)
         self.numbers = {name: i for i, name in enumerate(bed.languages)}
         if masked:
             self.batches.use_subnetworks(self.numbers)

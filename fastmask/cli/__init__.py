@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print("interrupted; a training run goes on from its last checkpoint with --resume", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        say(f"interrupted{f': {error}' if str(error) else ''}", sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         return _missing(error, options.command)
@@ -177,6 +177,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     grid.add_argument(
         "--out", required=True, help="folder of the comparison; the same command goes on where it stopped"
     )
+    clusters = "address of a Ray cluster to train cells on instead (auto, local, host:port; needs the extra ray)"
+    grid.add_argument("--ray", metavar="ADDRESS", help=clusters)
     grid.add_argument("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
     add_settings(grid, settings=CompareConfig, group="the comparison")
     add_settings(grid, without=RESERVED)
@@ -193,7 +195,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     look.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
     show = command("masks")
-    show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote")
+    show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote, or the folder of a run")
     picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
     show.add_argument("--picture", metavar="FILE", type=output_file, help=picture)
     return parser

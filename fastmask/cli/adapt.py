@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> None:
     task, earlier = loaded.task, adaptations_of(options.run)
     check_new(options.language, loaded, options.run, earlier)
     how, steps = _defaults(options, loaded)
-    rows = task.known_labels(_support(options, loaded), options.unknown_labels)
-    support = task.training_examples(rows, options.language) if rows else None
+    rows = task.fitting(task.known_labels(_support(options, loaded), options.unknown_labels))
+    support = task.training_examples(rows, options.language, "support") if rows else None
     test = _test(options, loaded, rows)
     task.model.to(device_of(options.device))
     with held_for_new(out):
@@ -135,7 +135,10 @@ def _adapt(
         "steps": steps,
         **how_fast,
         "support_losses": losses.tolist(),
-        "scores": [{"network": name, "steps": taken, **found} for name, taken, found in scores],
+        "scores": [
+            {"network": name, "steps": taken, **found, "words": int(test.lengths.sum())}
+            for name, taken, found in scores
+        ],
     }
     save_adapted(out, loaded, choice, record, earlier, task.profile(rows))
     say(f"run: {out.resolve()}")
@@ -195,7 +198,8 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
         word = task.example_word
         say(f"{len(rows) - len(left)} test {word} are left out: they stand in the support set, too", sys.stderr)
     if not left:
-        raise ConfigError(f"every test {task.example_word.rstrip('s')} is also in the support set (expected others)")
+        word = task.example_word.rstrip("s")
+        raise ConfigError(f"every test {word} is also a support {word} (expected others)")
     return task.examples(left)
 
 

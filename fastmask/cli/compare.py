@@ -24,7 +24,7 @@ __all__ = ["run"]
 def run(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
     from fastmask.compare.cells import Runner
-    from fastmask.compare.workers import run_all
+    from fastmask.compare.engine import run_all
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
@@ -39,7 +39,10 @@ def run(options: argparse.Namespace) -> None:
     plan.open()
     threads = training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
     progress = _Progress(plan)
-    run_all(plan, options.workers, threads, progress.show)
+    try:
+        run_all(plan, options.workers, threads, progress.show, options.ray)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on where it stopped") from None
     print_tables(plan, console_of(sys.stdout))
     files = write_report(plan, options.command_line)
     say(f"comparison: {plan.out.resolve()}")
@@ -50,7 +53,7 @@ class _Progress:
     """One line for each job that is done."""
 
     def __init__(self, plan: Plan) -> None:
-        from fastmask.compare.queue import is_done
+        from fastmask.compare.results import is_done
 
         self.total, self.metric = len(plan.jobs), heading(plan.task.metric)
         self.done = sum(is_done(plan, job) for job in plan.jobs)

@@ -11,6 +11,7 @@ from fastmask.cli.report import stream_beside
 from fastmask.files import check_writable, read_metadata
 from fastmask.literal import say
 from fastmask.subnetworks import Subnetworks
+from fastmask.subnetworks.storage import masks_file
 from fastmask.terminal import console_of
 
 __all__ = ["print_masks", "run"]
@@ -23,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     subnets = Subnetworks.load(options.file)
     stream = stream_beside(options.picture)
     print_masks(subnets, stream)
-    if made_from := read_metadata(options.file).get("made_from"):
+    if made_from := read_metadata(masks_file(options.file)).get("made_from"):
         say(f"made from {made_from}", stream)
     if options.picture:
         from fastmask.cli.pictures import head_use

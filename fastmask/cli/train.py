@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,13 @@ def run(options: argparse.Namespace) -> None:
         }
         print_start(task, config, datasets)
     on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
-    result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round))
+    done = [0]
+    try:
+        result = train(
+            task, datasets, config, lambda point: subnetworks_of(point, on_round), lambda step: done.append(step)
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(config, done[-1])) from None
     if not first:
         return
 
@@ -118,6 +125,15 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     if config.data is None and file is None and "steps" not in given:
         config = dataclasses.replace(config, steps=EMBEDDED_STEPS)
     return config
+
+
+def _how_to_go_on(config: TrainConfig, step: int) -> str:
+    from fastmask.training import checkpoints
+
+    last = checkpoints.latest(config.out)
+    since = f"step {checkpoints.step_of(last)}, its last checkpoint" if last else "the beginning"
+    where = f"after step {step}" if step else "before the first step"
+    return f"{where}; to go on from {since}: {shlex.join(['fastmask', 'train', '--out', config.out, '--resume'])}"
 
 
 def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:

@@ -17,8 +17,7 @@ from rich.table import Table
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import Plan
-from fastmask.compare.queue import RESULT_FILE, is_done
-from fastmask.compare.results import CellResult
+from fastmask.compare.results import RESULT_FILE, CellResult, is_done
 from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
 from fastmask.files import read_json, write_text
 from fastmask.literal import fenced, markdown_table

@@ -1,14 +1,18 @@
-"""What a cell of a comparison leaves in its ``result.json``."""
+"""What a job of a comparison leaves: its ``result.json``."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from fastmask.files import Record
+from fastmask.compare.plan import Job, Plan
+from fastmask.files import Record, read_json, write_text
 
-__all__ = ["CellResult", "Score"]
+__all__ = ["RESULT_FILE", "CellResult", "Score", "is_done", "read_result", "write_result"]
+
+RESULT_FILE = "result.json"
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
@@ -43,3 +47,24 @@ class CellResult(Record):
     scouting_share: float | None
     density: dict[str, float] | None
     scores: list[Score]
+
+
+def is_done(plan: Plan, job: Job | str) -> bool:
+    """Whether a job's result is there."""
+    return (plan.folder(job) / RESULT_FILE).is_file()
+
+
+def read_result(plan: Plan, job: Job | str) -> dict[str, Any]:
+    """The result of a job that is done.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    result: dict[str, Any] = read_json(plan.folder(job) / RESULT_FILE)
+    return result
+
+
+def write_result(plan: Plan, job: Job, result: dict[str, Any]) -> None:
+    """Mark a job as done, whole or not at all."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    write_text(plan.folder(job) / RESULT_FILE, text, follow=False)

@@ -69,7 +69,7 @@ class Scorer:
             task.examples(test)
         for language, data in self.unseen.items():
             for rows in data.supports:
-                task.training_examples(rows, language)
+                task.training_examples(rows, language, "support")
 
     def profiles(self, task: Task) -> dict[str, Any]:
         """What the task knows of each training language (`Task.profile`); the same for every cell."""
@@ -147,7 +147,7 @@ class _Cell:
         if self.subnets is not None:
             yield unadapted(FULL_CHOICE, "other choice", "full", None)
         for number, rows in enumerate(data.supports):
-            support = self.task.training_examples(rows, language)
+            support = self.task.training_examples(rows, language, "support")
             main = "full" if self.subnets is None else self.config.choose
             rules = ("nearest", "best") if self.task.profile([]) is not None else ("best",)
             others = [] if self.subnets is None else [how for how in rules if how != main]

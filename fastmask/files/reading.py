@@ -23,6 +23,7 @@ __all__ = [
     "Record",
     "check",
     "check_regular",
+    "compressed",
     "parse_json",
     "read_json",
     "read_json_lines",
@@ -90,11 +91,20 @@ def read_text(path: str | os.PathLike[str], limit: int | None = None) -> str:
         if limit is not None and os.fstat(file.fileno()).st_size > limit:
             raise FileError(path, f"has more than {limit} bytes (expected a smaller file)")
         try:
-            return file.read().decode("utf-8-sig")
+            content = file.read()
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise FileError(path, f"byte {error.start + 1} is not UTF-8 (expected a UTF-8 file)") from None
+            packed = compressed(content)
+            raise FileError(path, packed or f"byte {error.start + 1} is not UTF-8 (expected a UTF-8 file)") from None
         except OSError as error:
             raise FileError(path, f"cannot be read: {error.strerror or error}") from None
+
+
+def compressed(content: bytes) -> str | None:
+    """What is wrong with a file that begins so and should be text, if it is compressed."""
+    kinds = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
+    found = next((name for begins, name in kinds.items() if content.startswith(begins)), None)
+    return found and f"is compressed by {found} (expected text: unpack it first)"
 
 
 class Record(BaseModel):

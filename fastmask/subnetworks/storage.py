@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from os import PathLike
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from torch import Tensor
 from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed, write_sealed
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["load", "metadata_of", "save"]
+__all__ = ["load", "masks_file", "metadata_of", "save"]
 
 FORMAT, VERSION = "fastmask.subnetworks", "2"
 CONTENT = "content"
+MASKS_FILE = "masks.safetensors"  # in the folder of a run or a model
 RESERVED = ("format", "version", CONTENT, "sha256")
 
 Size = Annotated[int, Field(ge=1)]
@@ -48,6 +50,7 @@ def save(subnets: Subnetworks, path: str | PathLike[str], metadata: Mapping[str,
 
 def load(path: str | PathLike[str]) -> Subnetworks:
     """See `Subnetworks.load`."""
+    path = masks_file(path)
     metadata_of(path)  # before the tensors of what may be another kind of file
     tensors, header = read_sealed(path)
     content: Content = parse_json(path, header.get(CONTENT, ""), Content)
@@ -67,6 +70,12 @@ def load(path: str | PathLike[str]) -> Subnetworks:
         return Subnetworks(content.languages, **units, weights=weights)
     except ValueError as error:
         raise FileError(path, str(error)) from None
+
+
+def masks_file(path: str | PathLike[str]) -> str | PathLike[str]:
+    """The file itself; of a run, or another folder with a ``masks.safetensors``, that."""
+    inside = Path(path, MASKS_FILE)
+    return inside if inside.is_file() else path
 
 
 def metadata_of(path: str | PathLike[str]) -> dict[str, str]:

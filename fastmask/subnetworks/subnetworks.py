@@ -259,7 +259,7 @@ class Subnetworks:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Subnetworks:
-        """Read what `save` wrote.
+        """Read what `save` wrote; of a folder, its ``masks.safetensors``.
 
         Raises:
             FileNotFoundError: no such file.

@@ -236,16 +236,25 @@ class Task(abc.ABC):
     def examples(self, rows: Rows) -> Any:
         """Rows as `Examples`; a warning says what the model will do badly with."""
 
-    def training_examples(self, rows: Rows, name: str) -> Any:
+    def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Any:
         """The same for training on language `name`: what cannot be trained on is left out with a warning.
+
+        Args:
+            rows: with labels.
+            name: the language, for messages.
+            kind: what they are, for messages: "training" or "support".
 
         Raises:
             ValueError: nothing is left.
         """
         found = self.examples(rows)
         if not len(found):
-            raise ValueError(f"language {name!r} has no training {self.example_word}")
+            raise ValueError(f"language {name!r} has no {kind} {self.example_word}")
         return found
+
+    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows that `training_examples` would not leave out."""
+        return list(rows)
 
     def check(self, train: Mapping[str, Any]) -> None:  # noqa: B027 - few tasks have something to check
         """See that the training examples of all languages are for this model; raises ValueError, or warns."""
@@ -322,7 +331,8 @@ class Task(abc.ABC):
         """How near each of `others` is to a profile, higher is nearer."""
         raise NotImplementedError
 
-    def words_of(self, row: Mapping[str, Any]) -> Any:
+    @classmethod
+    def words_of(cls, row: Mapping[str, Any]) -> Any:
         """What makes two rows the same example: a test example that stands in a support set is left out."""
         return json.dumps({name: row[name] for name in sorted(row)}, default=str)
 

@@ -17,8 +17,9 @@ from tiny_encoder import tiny_encoder
 
 from fastmask.cli import main
 from fastmask.compare.cells import Runner
+from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.queue import is_done, read_result, work
+from fastmask.compare.results import is_done, read_result
 from fastmask.compare.tables import CONDITIONS
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.task import Parsing
@@ -72,7 +73,8 @@ def plan(tmp_path_factory, data):
     made.open()
     runner = Runner(made)
     runner.check()
-    work(made, runner.run)
+    for job in made.jobs:
+        do(made, job)
     return made
 
 

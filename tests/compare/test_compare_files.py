@@ -10,9 +10,10 @@ import pytest
 import yaml
 from hang import no_hang
 
+from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.queue import work, write_result
 from fastmask.compare.report import load_results, write_report
+from fastmask.compare.results import write_result
 from fastmask.files import FileError
 
 SCORE = {
@@ -131,7 +132,7 @@ def test_folders_that_are_links(plan, tmp_path, name):
     (plan.out / name).parent.mkdir(exist_ok=True)
     (plan.out / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="is a link"):
-        work(plan, lambda job: {})
+        do(plan, plan.jobs[0])
     assert os.listdir(tmp_path / "elsewhere") == []
 
 

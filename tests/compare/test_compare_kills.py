@@ -1,4 +1,4 @@
-"""A comparison whose two workers are killed at any rename, fsync or delete, and that is run again, ends the same.
+"""A comparison that is killed at any rename, fsync or delete, and that is run again, ends the same.
 
 The long form (``-m slow``) kills at every one of these calls; the short one at a few.
 """
@@ -23,8 +23,9 @@ from tiny_encoder import tiny_encoder
 from toy_run import metrics
 
 from fastmask.compare.cells import Runner
+from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.queue import is_done, work
+from fastmask.compare.results import is_done
 from fastmask.files import LOCK_FILES
 from fastmask.tasks.data.synthetic import write_treebanks
 
@@ -48,26 +49,18 @@ def plan_in(folder: Path, data: Path) -> Plan:
 
 def be_a_worker(plan: Plan, number: int | None, count: Any) -> None:
     torch.set_num_threads(1)
-    runner = Runner(plan)
-    assert runner.scorer  # the data are read, and their cache is written
+    assert Runner(plan).scorer  # the data are read, and their cache is written
     die_before(number, count)
-    work(plan, runner.run)
+    for job in plan.jobs:
+        do(plan, job)
 
 
-def two_workers(plan: Plan, number: int | None = None) -> int:
-    """Let two processes do a comparison; if one is killed the other is stopped, as `run_all` does. How many calls."""
+def one_worker(plan: Plan, number: int | None = None) -> int:
+    """Let a process do a comparison, which is perhaps killed. How many calls."""
     count = FORKSERVER.Value("i", 0)
-    workers = [start_process(be_a_worker, plan, number, count) for _ in range(2)]
-    for worker in workers:
-        while worker.is_alive() and not any(other.exitcode not in (None, 0) for other in workers):
-            worker.join(0.05)
-    for worker in workers:
-        worker.terminate()
-        worker.join(WAIT)
-    if number is None:
-        assert [worker.exitcode for worker in workers] == [0, 0]
-    else:
-        assert -9 in [worker.exitcode for worker in workers], "one should have been killed"
+    worker = start_process(be_a_worker, plan, number, count)
+    worker.join(WAIT)
+    assert worker.exitcode == (0 if number is None else -9)
     return count.value
 
 
@@ -84,7 +77,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, int]:
     plan = plan_in(tmp_path_factory.mktemp("unbroken") / "out", data)
     plan.open()
-    return plan, two_workers(plan)
+    return plan, one_worker(plan)
 
 
 def assert_same(plan: Plan, unbroken: Plan) -> None:
@@ -113,13 +106,13 @@ def names_in(folder: Path) -> set[Path]:
 def kill_and_run_again(number: int, folder: Path, data: Path, unbroken: Plan) -> None:
     plan = plan_in(folder, data)
     plan.open()
-    two_workers(plan, number)
-    two_workers(plan)
+    one_worker(plan, number)
+    one_worker(plan)
     assert_same(plan, unbroken)
 
 
 def test_killed_at_some_calls(data: Path, unbroken: tuple[Plan, int], tmp_path: Path) -> None:
-    """A comparison one of whose workers is killed ends with the results of one that was not."""
+    """A comparison whose process is killed ends with the results of one that was not."""
     plan, calls = unbroken
     for number in sorted(random.Random(0).sample(range(1, calls + 1), 2)):
         kill_and_run_again(number, tmp_path / str(number), data, plan)
@@ -127,7 +120,7 @@ def test_killed_at_some_calls(data: Path, unbroken: tuple[Plan, int], tmp_path: 
 
 @pytest.mark.slow
 def test_killed_at_every_call(data: Path, unbroken: tuple[Plan, int], tmp_path: Path) -> None:
-    """The same, at every rename, fsync and delete of both workers."""
+    """The same, at every rename, fsync and delete."""
     plan, calls = unbroken
     print(f"compare: {calls} calls")
     for number in range(1, calls + 1):

@@ -13,8 +13,8 @@ from whole_results import whole_result
 
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.queue import write_result
 from fastmask.compare.report import load_results, write_report
+from fastmask.compare.results import write_result
 from fastmask.compare.tables import CONDITIONS, scores_table, summary_table
 from fastmask.reports.analyses import chosen
 from fastmask.reports.folders import NAMES, Run, Study, studies_of

@@ -8,9 +8,8 @@ from typing import Any
 from fastmask.training.build import build_parser
 from fastmask.training.data import load_training_data
 
-from fastmask.compare.cells import Runner
+from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.queue import work
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import train
 from fastmask.training.methods import subnetworks_of
@@ -56,5 +55,6 @@ def make_comparison(out: Path, data: Path, settings: dict[str, Any], training: d
     """A comparison that is done; returns its folder."""
     plan = Plan(out, str(data), CompareConfig(**settings), training)
     plan.open()
-    work(plan, Runner(plan).run)
+    for job in plan.jobs:
+        do(plan, job)
     return out

@@ -20,6 +20,7 @@ from conllu.exceptions import ParseException
 from conllu.parser import parse_comment_line, parse_id_value
 
 from fastmask.files import descriptor_of, replace_file
+from fastmask.files.reading import compressed
 
 __all__ = ["ConlluError", "Sentence", "read_sentences", "read_texts", "with_tree", "write_blocks", "write_texts"]
 
@@ -99,7 +100,7 @@ def read_texts(path: str | os.PathLike[str], require_tree: bool = True) -> Itera
             try:
                 whole = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                problem = (
+                problem = (number == 1 and compressed(raw)) or (
                     f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8 (expected a UTF-8 file)"
                 )
                 raise ConlluError(path, number, problem) from None

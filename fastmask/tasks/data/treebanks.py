@@ -78,6 +78,8 @@ def find_treebanks(data: str | os.PathLike[str]) -> dict[str, Treebank]:
         FileNotFoundError: there is no such folder, or no treebank in it.
     """
     root = Path(data).expanduser().resolve()
+    if root.is_file():
+        raise FileNotFoundError(f"{root} is a file (expected a folder of UD_* treebanks, such as {root.parent.parent})")
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {root} does not exist (expected a folder of UD_* treebanks)")
     if root.name.startswith("UD_"):
@@ -108,8 +110,9 @@ def _treebank(folder: Path) -> Treebank:
 def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterable[str]) -> dict[str, list[Treebank]]:
     """Return language code -> treebanks for a list such as ``"en,ar,UD_Czech-CAC"``.
 
-    A code stands for all treebanks of that language, a name for that treebank alone; several names of one language
-    are joined under its code. Codes keep the order in which they were asked for.
+    A code (in capitals, too) or a language's English name stands for all treebanks of that language, a treebank's name
+    for that one alone; several names of one language are joined under its code. Codes keep the order in which they were
+    asked for.
 
     Raises:
         FastmaskKeyError: neither a code nor a treebank of `treebanks`.
@@ -126,11 +129,18 @@ def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterabl
             new = [treebanks[item]]
         elif item in codes:
             new = [treebank for treebank in treebanks.values() if treebank.code == item]
+        elif (code := _code_of(item)) in codes:
+            new = [treebank for treebank in treebanks.values() if treebank.code == code]
         else:
             raise unknown("language or treebank", item, [*codes, *treebanks])
         label = chosen.setdefault(new[0].code, [])
         label.extend(treebank for treebank in new if treebank not in label)
     return chosen
+
+
+def _code_of(name: str) -> str:
+    """The code that somebody means by ``EN`` or ``English``."""
+    return LANGUAGE_CODES.get("_".join(name.split()).title(), name.lower())
 
 
 def load_treebanks(

@@ -132,14 +132,20 @@ class Parsing(Task):
         """Sentences as arrays."""
         return encode(self.model, rows)
 
-    def training_examples(self, rows: Rows, name: str) -> Encoded:
+    def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Encoded:
         """Sentences as arrays, without those that are too long."""
         select = getattr(rows, "select_columns", None)
         every = self.model.features.encode(select(COLUMNS) if select else rows, self.model.vocabulary)
-        fits = rows_that_fit(self.model.features, every, "training sentences", name, self.max_length)
+        fits = rows_that_fit(self.model.features, every, f"{kind} sentences", name, self.max_length)
         if not len(fits):
-            raise ValueError(f"language {name!r} has no training sentences")
+            raise ValueError(f"language {name!r} has no {kind} sentences")
         return every.select(fits)
+
+    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Sentences that are not too long."""
+        every = self.model.features.encode(rows, self.model.vocabulary)
+        fits = rows_that_fit(self.model.features, every, "support sentences", limit=self.max_length)
+        return [rows[row] for row in fits.tolist()]
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
         """Sentences without relations that the parser does not have; see `relations.check_deprels`."""
@@ -211,6 +217,7 @@ class Parsing(Task):
         }
         return head_direction_similarity(HeadDirection({r: (b, a) for r, (b, a) in profile.items()}), known)
 
-    def words_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+    @classmethod
+    def words_of(cls, row: Mapping[str, Any]) -> tuple[str, ...]:
         """Two sentences are the same if their words are."""
         return tuple(row["words"])

@@ -1,0 +1,175 @@
+"""Doing the jobs of a comparison side by side, by an engine that exists: processes of this machine, or a Ray cluster.
+
+A job is done when its ``result.json`` is there. Whoever is killed in a job leaves a run with checkpoints, from which
+the job goes on when the comparison is started again.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+from fastmask.compare.plan import Job, Plan
+from fastmask.compare.results import is_done, read_result, write_result
+from fastmask.files import HeldError, held, remove_leftovers, write_text
+
+__all__ = ["CellFailedError", "do", "run_all"]
+
+Result = dict[str, Any]
+Submit = Callable[[Job], "Future[Result]"]
+WAIT = 10.0  # seconds for a process of a comparison that was killed to notice it
+
+
+class CellFailedError(RuntimeError):
+    """A job that raised; the message names it and what it raised. What is done stays done."""
+
+
+def run_all(
+    plan: Plan, workers: int, threads: int, on_done: Callable[[Job, Result], None], ray: str | None = None
+) -> None:
+    """Do all jobs of a plan that are not done; a job starts when that which it needs is done.
+
+    Args:
+        plan: opened.
+        workers: processes on this machine.
+        threads: CPU threads of each.
+        on_done: called with each job that was done while this function ran, and its result.
+        ray: address of a Ray cluster ("auto", "local", a host and port) whose machines see the folder of the plan under
+            the same name; each job asks for `threads` CPUs, and `workers` does not count. Needs the package ``ray``.
+
+    Raises:
+        HeldError: somebody is running this comparison already.
+        CellFailedError: a job failed, or a process was killed; the others are stopped, and go on from their last
+            checkpoint when the comparison is run again.
+        ImportError: Ray is asked for and not installed.
+    """
+    waiting = [job for job in plan.jobs if not is_done(plan, job)]
+    if not waiting:
+        return
+    engine = _processes(plan, min(workers, len(waiting)), threads) if ray is None else _ray(plan, threads, ray)
+    with held(plan.out), engine as submit:
+        running: dict[Future[Result], Job] = {}
+        while waiting or running:
+            for job in [job for job in waiting if job.needs is None or is_done(plan, job.needs)]:
+                waiting.remove(job)
+                running[submit(job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                on_done(job, _result(plan, job, future))
+
+
+def _result(plan: Plan, job: Job, future: Future[Result]) -> Result:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise CellFailedError(f"{job.name}: a worker was killed") from None
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text, follow=False)
+        raise CellFailedError(f"{job.name}: {type(error).__name__}: {error}") from error
+
+
+_runners: dict[str, Any] = {}  # of this process: data is read once for all of its jobs
+
+
+def do(plan: Plan, job: Job) -> Result:
+    """Do one job in this process, unless its result is there, and write its result, whole or not at all.
+
+    Raises:
+        HeldError: another process is doing it, and does not end.
+        OSError: its folder is a link.
+    """
+    from fastmask.compare.cells import Runner
+
+    folder = plan.folder(job)
+    for place in (folder.parent, folder):
+        if place.is_symlink():
+            raise OSError(errno.ELOOP, "is a link (expected a folder of the comparison)", str(place))
+    with _held_soon(folder):
+        remove_leftovers(folder)
+        if is_done(plan, job):
+            return read_result(plan, job)
+        result: Result = _runners.setdefault(os.fspath(plan.out), Runner(plan)).run(job)
+        write_result(plan, job, result)
+        return result
+
+
+@contextmanager
+def _held_soon(folder: Any) -> Iterator[None]:
+    """Hold a folder; of a comparison that was killed just now, a process may still be ending."""
+    limit = time.monotonic() + WAIT
+    while True:
+        try:
+            with held(folder):
+                yield
+            return
+        except HeldError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.2)
+
+
+# ---- processes of this machine
+
+
+@contextmanager
+def _processes(plan: Plan, workers: int, threads: int) -> Iterator[Submit]:
+    """A pool of spawned processes: a forked one inherits threads in an unknown state."""
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads,))
+    try:
+        yield lambda job: pool.submit(do, plan, job)
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+            process.join()
+        raise
+
+
+def _begin(threads: int) -> None:
+    """Be a worker: of few threads, deaf to Ctrl-C, which is the parent's to act on, and gone when the parent is."""
+    import torch
+
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# ---- a Ray cluster
+
+
+@contextmanager
+def _ray(plan: Plan, threads: int, address: str) -> Iterator[Submit]:
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ImportError(
+            "--ray is given, but Ray is not installed: in a checkout of fastmask, pip install -e '.[train,ray]'",
+            name="ray",
+        ) from error
+    ray.init(address=address, log_to_driver=False, logging_level="error")
+    remote = ray.remote(num_cpus=threads, max_retries=0)(do)
+    try:
+        yield lambda job: remote.remote(plan, job).future()
+    finally:
+        ray.shutdown()  # stops what is still running

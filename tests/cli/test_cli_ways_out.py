@@ -1,0 +1,106 @@
+"""What people type: it is understood, or one line names the way out."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typed_command import failure_of, output_of
+
+from fastmask.cli import main
+from fastmask.tasks.data.treebanks import find_treebanks, select_treebanks
+
+TRAIN = ["--steps", "4", "--batch-size", "4", "--method", "full", "--dev-sentences", "2", "--threads", "1"]
+
+
+@pytest.mark.parametrize("name", ["en", "EN", "English", "english", "UD_English-EWT"])
+def test_names_of_languages(name: str, tmp_path: Path) -> None:
+    """A code in capitals and a language's name stand for its code."""
+    for bank in ("UD_English-EWT/en_ewt-ud-train.conllu", "UD_Old_French-X/fro_x-ud-train.conllu"):
+        (tmp_path / bank).parent.mkdir()
+        (tmp_path / bank).touch()
+    banks = find_treebanks(tmp_path)
+    assert list(select_treebanks(banks, name)) == ["en"]
+    assert list(select_treebanks(banks, f"old french,{name}")) == ["fro", "en"]
+    with pytest.raises(KeyError, match="unknown language or treebank 'Englisch'; did you mean"):
+        select_treebanks(banks, "Englisch")
+
+
+def test_languages_with_spaces_between(small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--languages qaa qac`` is ``--languages qaa,qac``; treebanks, sizes, device and threads are named first."""
+    output_of(capsys, "train", "--data", small_data, "--languages", "qaa", "qac", "--out", tmp_path / "run", *TRAIN)
+    assert (tmp_path / "run" / "config.yaml").read_text().count("languages: qaa,qac\n") == 1
+
+
+def test_what_is_done_is_said_without_a_terminal(small_data: Path, tmp_path: Path) -> None:
+    """Under nohup a log says what is trained on what, the loss, the score, and what happens after the last step."""
+    options = ["--data", small_data, "--languages", "qaa,qac", "--out", tmp_path / "run", *TRAIN]
+    command = [sys.executable, "-m", "fastmask.cli", "train", *map(str, options)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert "parsing, method full, model small" in said
+    assert "on cpu, 1 threads" in said
+    assert "  qaa: UD_" in said
+    assert "12 train, 3 dev, 3 test sentences" in said
+    assert "step 4/4 (" in said
+    assert "scoring the test sets" in said
+    assert "Loading weights" not in said
+    assert "Saving the dataset" not in said
+
+
+def test_a_compressed_file(small_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error says that it is compressed, not that some byte is not UTF-8."""
+    packed = tmp_path / "a.conllu.gz"
+    packed.write_bytes(gzip.compress(b"1\ta\n" * 99))
+    said = failure_of(capsys, "predict", small_run, packed, tmp_path / "out")
+    assert "is compressed by gzip (expected text: unpack it first)" in said
+    (tmp_path / "settings.yaml").write_bytes(packed.read_bytes())
+    said = failure_of(capsys, "train", "--config", tmp_path / "settings.yaml", "--out", tmp_path / "run")
+    assert "is compressed by gzip" in said
+
+
+def test_a_file_for_a_folder(small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--data`` of one treebank's file names the folder that was meant."""
+    file = next(small_data.glob("UD_*/*-train.conllu"))
+    said = failure_of(capsys, "train", "--data", file, "--out", tmp_path / "run")
+    assert f"is a file (expected a folder of UD_* treebanks, such as {small_data.resolve()})" in said
+
+
+def test_a_run_for_a_masks_file(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The masks of a run are shown, and trained, by its folder's name."""
+    assert output_of(capsys, "masks", small_run) == output_of(capsys, "masks", small_run / "masks.safetensors")
+
+
+def test_a_task_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is done, the nearest task is named, or the module that is missing."""
+    for name, expected in (("tager", "did you mean 'tagging'"), ("no_such:Task", "there is no module 'no_such'")):
+        assert main(["train", "--task", name, "--out", str(tmp_path / "run")]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted(small_data: Path, tmp_path: Path) -> None:
+    """Ctrl-C says the step, the checkpoint and the command that goes on; that command then finishes the run."""
+    run = tmp_path / "a run"
+    options = ["--data", small_data, "--languages", "qaa,qac", "--out", run, *TRAIN, "--checkpoint-every", "3"]
+    command = [sys.executable, "-m", "fastmask.cli", "train", *map(str, options), "--steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    limit = time.monotonic() + 200
+    while not list(run.glob("checkpoints/step-*/manifest.json")):
+        assert time.monotonic() < limit
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130
+    line = said.splitlines()[-1]
+    assert line.startswith("interrupted: after step ")
+    assert "Traceback" not in said
+    again = shlex.split(line.rpartition(": ")[2])
+    assert again == ["fastmask", "train", "--out", str(run), "--resume"]

@@ -1,0 +1,131 @@
+"""Jobs side by side: each is done once, after what it needs, and a comparison that was killed goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import start_process
+from test_compare_kills import COMPARISON, TRAINING
+from tiny_encoder import tiny_encoder
+
+from fastmask.compare.engine import CellFailedError, do, run_all
+from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.results import RESULT_FILE, is_done, read_result
+from fastmask.files import HeldError, held
+from fastmask.tasks.data.synthetic import write_treebanks
+
+LIMIT = 240.0  # seconds
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Treebanks, and beside them an encoder so small that nothing takes long."""
+    folder = tmp_path_factory.mktemp("data") / "ud"
+    write_treebanks(folder, sentences={"train": 12, "dev": 4, "test": 6})
+    tiny_encoder(folder.parent / "encoder", "".join(path.read_text() for path in folder.glob("UD_*/*.conllu")))
+    return folder
+
+
+def plan_in(folder: Path, data: Path, **training: Any) -> Plan:
+    given = {**TRAINING, "model": str(data.parent / "encoder"), **training}
+    plan = Plan(folder, str(data), CompareConfig(**COMPARISON), given)
+    plan.open()
+    return plan
+
+
+def in_processes(plan: Plan) -> None:
+    run_all(plan, 2, 1, lambda job, result: None)
+
+
+def wait_for(what: Any) -> None:
+    limit = time.monotonic() + LIMIT
+    while not what():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def children_of(process: int) -> list[int]:
+    """Worker processes of `process`, which the resource tracker of multiprocessing is not."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == process and b"spawn_main" in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # it ended meanwhile
+                continue
+    return found
+
+
+def test_two_processes_do_each_job_once_and_not_again(data: Path, tmp_path: Path) -> None:
+    """Every job is told of once, the start before the cells that need it; a second call has nothing to do."""
+    plan, told = plan_in(tmp_path / "out", data), []
+    run_all(plan, 2, 1, lambda job, result: told.append((job.name, result)))
+    assert sorted(name for name, _ in told) == sorted(job.name for job in plan.jobs)
+    assert told[0][0] == "seed-0/start"
+    assert all(read_result(plan, name) == result for name, result in told)
+    run_all(plan, 2, 1, lambda job, result: pytest.fail("it was done already"))
+
+
+def test_a_job_that_is_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
+    """What another process has written since is read, and nothing is trained."""
+    plan = Plan(tmp_path, "nowhere", CompareConfig(**COMPARISON), {})
+    folder = plan.folder(plan.jobs[0])
+    folder.mkdir(parents=True)
+    (folder / RESULT_FILE).write_text('{"by": "another"}')
+    assert do(plan, plan.jobs[0]) == {"by": "another"}
+
+
+def test_a_job_that_fails_is_named(data: Path, tmp_path: Path) -> None:
+    """The error names the job and says what it raised, and the traceback is kept in a file."""
+    plan = plan_in(tmp_path / "out", data, lr=1.0, encoder_lr=1.0, max_grad_norm=1e9, steps=40, warmup=0.0)
+    with pytest.raises(CellFailedError, match=r"seed-0/\S+: "):
+        in_processes(Plan(plan.out, str(tmp_path / "nowhere"), plan.config, plan.training))
+    (failure,) = plan.out.glob("failed-*.txt")
+    assert "does not exist (expected a folder of UD_* treebanks)" in failure.read_text()
+
+
+def test_a_comparison_runs_once_at_a_time(data: Path, tmp_path: Path) -> None:
+    """Two that train the same cells would destroy each other's files; the second names the first."""
+    plan = plan_in(tmp_path / "out", data)
+    with held(plan.out), pytest.raises(HeldError, match=f"in use by process {os.getpid()}"):
+        in_processes(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["a worker", "the parent"])
+def test_killed_processes(whom: str, data: Path, tmp_path: Path) -> None:
+    """Nobody goes on by himself: a killed worker ends the comparison, a killed parent its workers; then it goes on."""
+    plan = plan_in(tmp_path / "out", data, steps=30)
+    process = start_process(in_processes, plan)
+    wait_for(lambda: is_done(plan, "seed-0/start"))
+    workers = children_of(process.pid)
+    assert workers
+    os.kill(workers[0] if whom == "a worker" else process.pid, signal.SIGKILL)
+    process.join(LIMIT)
+    assert process.exitcode not in (None, 0)
+    wait_for(lambda: not any(Path(f"/proc/{worker}/exe").exists() for worker in workers))
+    in_processes(plan)
+    assert all(is_done(plan, job) for job in plan.jobs)
+
+
+def test_on_a_ray_cluster(data: Path, tmp_path: Path) -> None:
+    """The same results by Ray as by processes; where Ray is not installed, the error says how to install it."""
+    plan = plan_in(tmp_path / "out", data)
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match=r"pip install -e '\.\[train,ray\]'"):
+            run_all(plan, 1, 1, lambda job, result: None, ray="local")
+        return
+    run_all(plan, 1, 1, lambda job, result: None, ray="local")
+    other = plan_in(tmp_path / "other", data)
+    in_processes(other)
+    for job in plan.jobs[1:]:
+        assert read_result(plan, job)["scores"] == read_result(other, job)["scores"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,16 @@ def run_into(stdout: int, target: Any, *args: Any) -> None:
     assert process.exitcode == 0
 
 
-def run_script(path: Path, folder: Path) -> None:
+def run_script(path: Path, folder: Path, *arguments: str) -> None:
     """Run a Python script in a process whose working directory is `folder`; it must end well."""
-    process = start_process(_script, path, folder)
+    process = start_process(_script, path, folder, *arguments)
     process.join()
     assert process.exitcode == 0, "its traceback is in what was captured of standard error"
 
 
-def _script(path: Path, folder: Path) -> None:
+def _script(path: Path, folder: Path, *arguments: str) -> None:
     os.chdir(folder)
+    sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
 
 

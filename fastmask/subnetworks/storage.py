@@ -20,7 +20,7 @@ __all__ = ["load", "masks_file", "metadata_of", "save"]
 
 FORMAT, VERSION = "fastmask.subnetworks", "2"
 CONTENT = "content"
-MASKS_FILE = "masks.safetensors"  # in the folder of a run or a model
+IN_FOLDERS = ("masks.safetensors", "subnetworks.safetensors")  # of a run, and of a model with masks
 RESERVED = ("format", "version", CONTENT, "sha256")
 
 Size = Annotated[int, Field(ge=1)]
@@ -73,9 +73,8 @@ def load(path: str | PathLike[str]) -> Subnetworks:
 
 
 def masks_file(path: str | PathLike[str]) -> str | PathLike[str]:
-    """The file itself; of a run, or another folder with a ``masks.safetensors``, that."""
-    inside = Path(path, MASKS_FILE)
-    return inside if inside.is_file() else path
+    """The file itself; of the folder of a run or of a model with masks, the file in it."""
+    return next((inside for name in IN_FOLDERS if (inside := Path(path, name)).is_file()), path)
 
 
 def metadata_of(path: str | PathLike[str]) -> dict[str, str]:

@@ -259,7 +259,7 @@ class Subnetworks:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Subnetworks:
-        """Read what `save` wrote; of a folder, its ``masks.safetensors``.
+        """Read what `save` wrote; of the folder of a run or a model, the file in it.
 
         Raises:
             FileNotFoundError: no such file.

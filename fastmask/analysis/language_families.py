@@ -6,11 +6,13 @@ more"; pass a mapping of your own where another grouping is meant.
 
 from __future__ import annotations
 
+import colorsys
+import zlib
 from collections.abc import Iterable, Mapping
 
 from fastmask.parsing.synthetic_languages import LANGUAGES as ARTIFICIAL
 
-__all__ = ["LANGUAGE_FAMILIES", "UNKNOWN_FAMILY", "families_of"]
+__all__ = ["LANGUAGE_FAMILIES", "UNKNOWN_FAMILY", "families_of", "family_colour"]
 
 UNKNOWN_FAMILY = "other"
 
@@ -62,3 +64,20 @@ def families_of(languages: Iterable[str], families: Mapping[str, str] | None = N
     """The family of each language: from `families` where given, else from the table, else "other"."""
     chosen = LANGUAGE_FAMILIES if families is None else families
     return {language: chosen.get(language, UNKNOWN_FAMILY) for language in languages}
+
+
+def family_colour(family: str, other: str) -> str:
+    """The colour of a family, the same everywhere, of middling lightness: it can be read on white and on black.
+
+    Hues are golden angles apart in the order of the table, so families that follow each other differ most.
+
+    Args:
+        family: any name; those that are not in the table get a hue by their name.
+        other: the colour of languages whose family is not known.
+    """
+    if family == UNKNOWN_FAMILY:
+        return other
+    known = list(dict.fromkeys(LANGUAGE_FAMILIES.values()))
+    place = known.index(family) if family in known else zlib.crc32(family.encode())
+    parts = colorsys.hls_to_rgb((0.58 + place * 0.618034) % 1, 0.46, 0.62)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)

@@ -7,7 +7,6 @@ from functools import partial
 
 import fastmask as fm
 from fastmask.models import attach
-from fastmask.parsing.batch import Batch
 from fastmask.reports.crossing import first_masked
 from fastmask.reports.folders import Run, Study
 from fastmask.reports.jobs import Job, Options, Plan
@@ -52,7 +51,6 @@ def _ablation(run: Run, treebanks: Treebanks, languages: Sequence[str], options:
         lambda batch: sentence_losses(parser, batch),
         batches,
         whole=parser,
-        repeat=Batch.tiled,
         seed=options.seed,
     )
     note = f"Sentences of the {SPLIT} split; loss: arc and label cross entropy per word."

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import fastmask as fm
 from fastmask.models import attach
-from fastmask.parsing.batch import Batch
 from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.parsing.treebanks import load_treebanks
 from fastmask.reports.crossing import cross_values, mask_seed
@@ -176,7 +175,6 @@ def test_ablation(static_run, tables_of):
         lambda batch: parser(batch).loss_per_sentence,
         batches,
         whole=parser,
-        repeat=Batch.tiled,
         seed=3,
     )
     same(found["ablation-static"], wanted.table)

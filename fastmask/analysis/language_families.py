@@ -15,6 +15,7 @@ from fastmask.parsing.synthetic_languages import LANGUAGES as ARTIFICIAL
 __all__ = ["LANGUAGE_FAMILIES", "UNKNOWN_FAMILY", "families_of", "family_colour"]
 
 UNKNOWN_FAMILY = "other"
+LUMINANCE = 0.2
 
 _CODES = {
     "Germanic": "af ang bar da de en fo fy got gsw is lb nb nds nl nn no non sv yi",
@@ -67,9 +68,10 @@ def families_of(languages: Iterable[str], families: Mapping[str, str] | None = N
 
 
 def family_colour(family: str, other: str) -> str:
-    """The colour of a family, the same everywhere, of middling lightness: it can be read on white and on black.
+    """The colour of a family, the same everywhere.
 
-    Hues are golden angles apart in the order of the table, so families that follow each other differ most.
+    Hues are golden angles apart in the order of the table, so families that follow each other differ most. All have
+    the relative luminance of a grey that stands out from white and from black alike (WCAG 2: 4:1 and more).
 
     Args:
         family: any name; those that are not in the table get a hue by their name.
@@ -79,5 +81,10 @@ def family_colour(family: str, other: str) -> str:
         return other
     known = list(dict.fromkeys(LANGUAGE_FAMILIES.values()))
     place = known.index(family) if family in known else zlib.crc32(family.encode())
-    parts = colorsys.hls_to_rgb((0.58 + place * 0.618034) % 1, 0.46, 0.62)
+    hue = (0.58 + place * 0.618034) % 1
+    for lightness in range(30, 80):
+        parts = colorsys.hls_to_rgb(hue, lightness / 100, 0.62)
+        red, green, blue = (part**2.2 for part in parts)
+        if 0.2126 * red + 0.7152 * green + 0.0722 * blue >= LUMINANCE:
+            break
     return "#" + "".join(f"{round(255 * part):02x}" for part in parts)

@@ -210,8 +210,7 @@ def _draw(
         drawn = dendrogram(joined, ax=tree, orientation="left", color_threshold=0, above_threshold_color=GREY)
         order = drawn["leaves"]
         tree.set_ylim(10 * n, 0)
-    tree.set_yticks([])
-    tree.set_xlabel("1 - Jaccard")
+    tree.set(yticks=[], xlim=(1, 0), xlabel="1 - Jaccard")
     tree.spines[["top", "left", "right"]].set_visible(False)
 
     names, values = [languages[at] for at in order], matrix[np.ix_(order, order)]

@@ -57,7 +57,7 @@ class Result:
         figure, png, svg = self.figure(extent), BytesIO(), BytesIO()
         figure.savefig(png, dpi=150, format="png")
         with rc_context({**SVG, "svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
-            figure.savefig(svg, dpi=150, format="svg", metadata={"Date": None}, transparent=True)
+            figure.savefig(svg, dpi=100, format="svg", metadata={"Date": None}, transparent=True)
         return {"png": png.getvalue(), "svg": svg.getvalue()}
 
     def tables(self) -> dict[str, pd.DataFrame]:

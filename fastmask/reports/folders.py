@@ -86,6 +86,13 @@ class Study:
         return {name: sorted(runs, key=lambda run: run.config.seed) for name, runs in found.items()}
 
     @property
+    def languages(self) -> list[str]:
+        """Those that have subnetworks or scores."""
+        owning = [name for run in self.runs if (masks := run.masks) is not None for name in masks.languages]
+        scored = [] if self.scores is None else list(self.scores["language"])
+        return list(dict.fromkeys(owning + scored))
+
+    @property
     def analysed(self) -> dict[str, list[Run]]:
         """The variants without the controls, where there are any others."""
         others = {name: runs for name, runs in self.variants.items() if runs[0].config.method not in CONTROLS}

@@ -18,10 +18,9 @@ from fastmask.parsing.evaluation import evaluate, prepare
 from fastmask.parsing.treebanks import load_treebanks
 from fastmask.reports.crossing import cross_values, mask_seed
 from fastmask.reports.folders import studies_of
-from fastmask.reports.jobs import Options
+from fastmask.reports.loading import batches_of, sentence_scores, treebanks_of
 from fastmask.reports.making import make_report
-from fastmask.reports.scores import sentence_scores
-from fastmask.reports.sentences import batches_of, treebanks_of
+from fastmask.reports.sections import Options
 from fastmask.subnetworks.controls import random_like
 from fastmask.training.checkpoints import complete
 from fastmask.training.finished import load_run
@@ -88,7 +87,7 @@ def test_overlap_and_heads(comparison, tables_of):
 
 
 def conflict_by_hand(parser, run):
-    batches = {name: batches_of(parser, rows_of(run, "train", name), "cpu") for name in LANGUAGES}
+    batches = {name: batches_of(parser, rows_of(run, "train", name)) for name in LANGUAGES}
     return fm.analysis.gradient_conflict(
         parser.encoder, lambda batch: parser(batch).loss_per_sentence, batches, whole=parser
     )
@@ -169,7 +168,7 @@ def test_ablation(static_run, tables_of):
     """If this fails, heads are flipped in other networks, or their worth is measured by another loss."""
     found = tables_of([static_run], "ablation")
     parser = attached_parser(static_run)
-    batches = {name: batches_of(parser, rows_of(static_run, "test", name), "cpu") for name in LANGUAGES}
+    batches = {name: batches_of(parser, rows_of(static_run, "test", name)) for name in LANGUAGES}
     wanted = fm.analysis.ablation(
         parser.encoder,
         lambda batch: parser(batch).loss_per_sentence,

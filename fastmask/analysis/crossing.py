@@ -72,12 +72,12 @@ def cross_evaluation(
     table = pd.DataFrame(cells, columns=["language", "subnetwork", "kind", "value"])
     sign = 1.0 if higher_is_better else -1.0
     rows = []
-    for language, given in zip(languages, values, strict=True):
-        mine = dict(zip(columns, given, strict=False))
+    for language, of_language in zip(languages, values.tolist(), strict=True):
+        mine = dict(zip(columns, of_language, strict=False))
         own, others = mine.get(language, np.nan), [value for name, value in mine.items() if name != language]
         mean = float(np.mean(others)) if others else np.nan
         best = max(mine, key=lambda name: sign * mine[name])
-        rows.append((language, own, mean, sign * (own - mean), best, *given[len(columns) :]))
+        rows.append((language, own, mean, sign * (own - mean), best, *of_language[len(columns) :]))
     per_language = pd.DataFrame(rows, columns=["language", "own", "others", "advantage", "best", *controls])
     both = per_language[owns]
     square = values[owns][:, [columns.index(language) for language in both.language]]

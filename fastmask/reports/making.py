@@ -83,8 +83,8 @@ def make_report(
 
     tasks = [(study, analysis, options) for study in studies for analysis in analyses]
     done: dict[int, Part] = {}
-    for at, found in _all_done(tasks, workers):
-        done[at] = Part(*tasks[at][:2], *found)
+    for at, (sections, lacking, seconds) in _all_done(tasks, workers):
+        done[at] = Part(tasks[at][0], tasks[at][1], sections, lacking, seconds)
         if on_part is not None:
             on_part(done[at], len(done), len(tasks))
     parts = [done[at] for at in range(len(tasks))]

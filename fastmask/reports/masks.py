@@ -38,8 +38,10 @@ def overlap(study: Study, found: Gathered) -> None:
             why = "each seed began with random weights of its own, so its units are not those of another seed"
             found.skip(f"{variant}, between seeds", why)
         for kind in _kinds_of(first):
-            settings = {"same_start": same_start, "units": kind, "seed": found.options.seed}
-            found.add(f"{kind} of {variant}", fm.analysis.overlap(first, seeds=others, **settings), kind, variant)
+            result = fm.analysis.overlap(
+                first, seeds=others, same_start=same_start, units=kind, seed=found.options.seed
+            )
+            found.add(f"{kind} of {variant}", result, kind, variant)
 
 
 def use(study: Study, found: Gathered) -> None:

@@ -33,6 +33,7 @@ THEME = (
     b"<style>:root{color:#1c1c1c;fill:currentColor}text{font-family:'DejaVu Sans','Verdana',sans-serif}"
     b"@media(prefers-color-scheme:dark){:root{color:#e6e6e6}}</style>"
 )
+NEEDLESS = re.compile(rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu[^;"]*;? ?""")
 
 
 @dataclass(frozen=True)
@@ -220,12 +221,14 @@ def _for_the_page(svg: bytes) -> tuple[str, int]:
     """A picture of matplotlib in the page's colours and without what nobody sees; in base64, and its width."""
     width = re.search(rb'<svg[^>]*? width="([0-9.]+)pt"', svg)
     assert width is not None
-    svg = svg.replace(b"#000000", b"currentColor")
+
+    def shortened(tag: re.Match[bytes]) -> bytes:
+        text = NEEDLESS.sub(b"", tag[0].replace(b"#000000", b"currentColor"))
+        return re.sub(rb"\s+", b" ", re.sub(rb"(\.[0-9]{2})[0-9]+", rb"\1", text))  # hundredths of a point
+
     svg = re.sub(rb"<metadata>.*?</metadata>", THEME, svg, flags=re.DOTALL)
-    needless = rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|<!--.*?-->|font-family: 'DejaVu[^;"]*;? ?"""
-    svg = re.sub(needless, b"", svg, flags=re.DOTALL)
-    svg = re.sub(rb"([0-9]\.[0-9]{2})[0-9]+", rb"\1", svg)  # hundredths of a point
-    svg = re.sub(rb"\s+", b" ", svg).replace(b"> <", b"><")
+    svg = re.sub(rb"<[^>]+>", shortened, re.sub(rb"<!--.*?-->", b"", svg))
+    svg = re.sub(rb">\s+<", b"><", svg)
     return base64.b64encode(svg).decode("ascii"), round(float(width[1]) * 4 / 3)
 
 

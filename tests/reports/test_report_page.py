@@ -181,6 +181,22 @@ def test_the_page_stays_small(static_run, monkeypatch):
     assert ROOM < 1_300_000
 
 
+def test_pictures_keep_what_they_say(static_run):
+    """If this fails, a number or a name in a picture is another one on the page."""
+    (study,) = studies_of([static_run])
+    words = ["p = 0.60938", 'x id="a_1"', "#000000", "font-family: 'DejaVu Sans'; "]
+
+    def draw():
+        figure = new_figure(4, 2)
+        for at, word in enumerate(words):
+            figure.text(0.1, 0.2 * at, word)
+        return figure
+
+    text, _ = page_of(study, Result("overlap", pd.DataFrame(), "", draw))
+    svg = base64.b64decode(Page(text).images[0]["src"].partition(",")[2])
+    assert [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")] == words
+
+
 def test_families_have_one_colour(static_run):
     """If this fails, a colour means one family in a picture and another in the next."""
     colours = {family: family_colour(family, "") for family in set(LANGUAGE_FAMILIES.values())}

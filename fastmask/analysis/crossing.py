@@ -106,8 +106,8 @@ def cross_evaluation(
     # One far worse subnetwork must not take all the colours.
     largest = float(np.quantile(np.abs(difference), 0.95)) or 1.0
     better = "higher" if higher_is_better else "lower"
-    own = "own" if all(owns) else "own, or to the row's mean"
-    label = f"difference to {own} ({better} is better)"
+    what = "own" if all(owns) else "own, or to the row's mean"
+    label = f"difference to {what} ({better} is better)"
     return Result(
         "cross",
         table,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -200,7 +201,7 @@ def _draw(
 
     n = len(languages)
     side = max(2.6, 0.24 * n + 0.8) if n > 14 else max(2.6, 0.42 * n + 0.6)
-    figure = new_figure(1.6 + side + 4.6, side + 1.0)
+    figure = new_figure(1.6 + side + 4.6, side + 1.3)
     tree, middle, right = figure.subplots(1, 3, width_ratios=[1.3, side + 0.9, 3.4])
     order = list(range(n))
     if n > 1:
@@ -227,6 +228,11 @@ def _draw(
     middle.set_title(f"{units} in common, Jaccard", fontsize=10)
     figure.colorbar(image, ax=middle, shrink=0.8, pad=0.01)
     _draw_relations(right, table, groups, level)
+    several = [name for name, size in Counter(groups.values()).items() if size > 1 and name != UNKNOWN_FAMILY]
+    if several:
+        points = [tree.plot([], [], "o", color=family_colour(family, GREY))[0] for family in several]
+        # Given one by one: matplotlib leaves out a name that starts with an underscore.
+        figure.legend(points, several, loc="outside lower left", fontsize=8, ncols=4 if n <= 14 else 8, frameon=False)
     return figure
 
 

@@ -122,7 +122,7 @@ def gradient_conflict(
         + (", and mean over languages of the diagonal." if halves else ".")
     )
     shown = "cosine_halves" if halves else "cosine"
-    largest = max(table[table.scope.isin(PANELS)][shown].abs().max(), per_language.split_half.abs().max(), 0.05)
+    largest = max(table[shown].abs().max(), per_language.split_half.abs().max(), 0.05)
     return Result(
         "conflict",
         table,
@@ -251,7 +251,7 @@ def _draw(
         right.plot(at, own, "s--", color=COLOURS[1], label="one language with itself")
     right.axhline(0, color=GREY, linewidth=0.8)
     right.set_xticks(at[:: max(1, len(at) // 12)])
-    right.set(xlabel="layer", ylabel="cosine")
+    right.set(xlabel="layer", ylabel="cosine", ylim=(-1.05 * extent, 1.05 * extent))
     bare(right)
     legend_above(right, ncols=1)
     return figure

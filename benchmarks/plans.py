@@ -58,7 +58,7 @@ def full() -> list[Job]:
         mixed: dict[str, Sequence[Any]] = {"unit": own, "languages": [8], "present": [8]}
         for name, values in (("tokens", LENGTHS), ("shape", WIDTHS), ("dtype", DTYPES)):
             found += _fitting(case, {**mixed, name: values})
-    for case in ("step", "discovery", "episode", "optimizer", "ablation"):
+    for case in ("step", "discovery", "episode", "optimizer"):
         found += _fitting(case, {})
     return list(dict.fromkeys(found))
 

@@ -260,13 +260,6 @@ TARGETS: list[Target] = [
         for what, sizes in _FINETUNED.items()
     ),
     Target("optimiser step, one language, 50%", Job(Setting("optimizer")), "step", "time", 1.3),
-    Target(
-        "ablation of 32 heads, 8 languages",
-        Job(Setting("ablation", shape="small", density=0.6, batch=16, tokens=20)),
-        "losses",
-        "speed",
-        2.0,
-    ),
     # What the README has shown so far.
     Target("encoder at 50%, one language: speed", encoder(0.5), BOTH_WAYS, "speed", 1.9),
     Target("encoder at 25%, one language: speed", encoder(0.25), BOTH_WAYS, "speed", 3.5),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from benchmarks.cases.ablation import Ablation
 from benchmarks.cases.case import Case
 from benchmarks.cases.discovery import Discovery
 from benchmarks.cases.encoder import Attention, Encoder, Inference
@@ -17,7 +16,7 @@ __all__ = ["CASES", "Case", "case_of"]
 
 CASES: dict[str, type[Case]] = {
     case.name: case
-    for case in (Op, Layer, Attention, Encoder, Inference, Step, Finetune, Episode, Discovery, Optimizer, Ablation)
+    for case in (Op, Layer, Attention, Encoder, Inference, Step, Finetune, Episode, Discovery, Optimizer)
 }
 
 

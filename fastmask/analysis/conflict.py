@@ -12,14 +12,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fastmask.analysis.drawing import COLOURS, GREY, SIGNED, heatmap, new_figure
-from fastmask.analysis.lockstep import gradients_in_lockstep
-from fastmask.analysis.products import Products, cosines_of, masks_of
-from fastmask.analysis.result import Result
+from fastmask.analysis.drawing import COLOURS, GREY, SIGNED, bare, heatmap, legend_above, new_figure
+from fastmask.analysis.gradients import gradients_of, products
+from fastmask.analysis.result import Result, span
+from fastmask.linear import MaskedLinear
 from fastmask.models.attach import attached, is_attached, language, owner_of
 from fastmask.models.structure import layers_of, structure_of
 
 __all__ = ["gradient_conflict"]
+
+PANELS = {"all": "all parameters", "encoder": "encoder", "shared": "weights both own"}
 
 
 def gradient_conflict(
@@ -29,7 +31,7 @@ def gradient_conflict(
     *,
     whole: nn.Module | None = None,
     full: bool = False,
-    cuts: Sequence[str] | None = None,
+    layers: Sequence[str] | None = None,
 ) -> Result:
     """Compare the gradients g_l of the languages' mean losses, pair by pair.
 
@@ -48,18 +50,17 @@ def gradient_conflict(
     languages conflict where `cosine_halves`, the mean of cos(a_i, b_j) and cos(a_j, b_i), from as many sentences, is
     lower. The cosine of the whole gradients, from twice as many, is not to be compared with it.
 
-    L gradients are never held at once: passes run in lockstep, layer by layer (`lockstep`). Peak memory is that of the
-    activations of all batches, plus 2 L gradients (L without halves) of the largest layer.
+    The gradients of all languages are held for some of the parameters at a time (`gradients`), so a large model is run
+    several times.
 
     Args:
-        model: a Hugging Face model, attached or not, or any module with `cuts`. In eval mode during the call.
+        model: a Hugging Face model, attached or not, or any module with `layers`. In eval mode during the call.
         loss: runs the model on a batch -> one loss for each example, [B]. Without `language_ids`: it is called inside
             `fastmask.language`.
         batches: by language; a language's loss is the mean over the examples of all its batches.
         whole: the module whose parameters count, of which `model` is the encoder; default `model`.
         full: run the full network of an attached model, not the subnetworks.
-        cuts: names of modules of `model` whose outputs end a part of the lockstep; default the layers of the model's
-            family. Parts should be as large as a layer: one part, `cuts=()`, holds L gradients of the whole model.
+        layers: names of the modules of `model` that are its layers; default those of the model's family.
 
     Returns:
         table: `scope`, `language_a`, `language_b`, `cosine`, `cosine_halves`, `conflict`, `conflict_weighted`,
@@ -80,94 +81,86 @@ def gradient_conflict(
         raise ValueError(f"no batch of language {empty[0]!r}")
     whole = model if whole is None else whole
     masked = is_attached(model) and not full
-    ids = torch.tensor([attached(model).subnets.index(name) for name in names]) if masked else None
-    halves = min(len(given) for given in data.values()) > 1
-    passes, examples = _passes(model, loss, data, is_attached(model), full, halves)
+    owned = _owned(whole, [attached(model).subnets.index(name) for name in names]) if masked else {}
+    sizes: dict[int, int] = {}
 
-    scopes = _Scopes(model, whole, cuts)
-    masks = masks_of(whole) if masked else {}
-    sums: dict[str, Products] = {}
+    def run(name: str, batch: Any) -> Tensor:
+        with language(model, None if full else name) if is_attached(model) else nullcontext(), torch.enable_grad():
+            losses = loss(batch)
+        if losses.ndim != 1:
+            raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
+        sizes[id(batch)] = len(losses)
+        return losses.sum()
+
+    scopes = _scopes(model, whole, layers)
+    sums: dict[str, dict[str, Any]] = {}
     with _evaluating(whole):
-        for name, grads in gradients_in_lockstep(whole, scopes.cuts, passes):
-            parts = grads.unflatten(0, (len(names), -1))
-            found = Products.of(parts.flatten(2))
-            for scope in scopes.of(name):
-                sums.setdefault(scope, Products(len(names))).add(found)
-            if ids is not None and name in masks:
-                shared = sums.setdefault("shared", Products(len(names)))
-                shared.add(found)
-                shared.add_owned(parts, masks[name], ids)
-    table = _table(names, sums)
-    per_language = _languages(names, sums, examples, data)
+        for name, rows, gradients in gradients_of(whole, run, data):
+            found = dict.fromkeys(scopes[name], products(gradients))
+            if name in owned:
+                found["shared"] = products(gradients, owned[name][:, rows])
+            for scope, new in found.items():
+                before = sums.get(scope, dict.fromkeys(new, 0))
+                sums[scope] = {what: before[what] + value for what, value in new.items()}
+    sums = {scope: sums[scope] for scope in sorted(sums, key=_order)}
+    examples = {name: sum(sizes[id(batch)] for batch in given) for name, given in data.items()}
+    halves = min(map(len, data.values())) > 1
+    table, per_language = _tables(data, sums, examples, halves)
     summary = _summary(table, per_language)
     network = "their subnetworks" if masked else "the full network"
-    counts = sorted(examples.values())
     caption = (
-        f"Cosine of the gradients of {len(names)} languages' mean losses in {network}, {counts[0]}"
-        + (f"-{counts[-1]}" if counts[-1] > counts[0] else "")
-        + " examples each"
+        f"Cosine of the gradients of {len(names)} languages' mean losses in {network}, {span(examples.values())} "
+        "examples each"
         + (
             "; all cosines are between gradients of halves of these, so that those of one language with itself "
-            "(diagonal) and with others are from equally many"
+            "(diagonal, the control) and with others are from equally many. Languages conflict as far as their cosine "
+            "is below that of one with itself; 0 and above is no conflict of directions"
             if halves
             else ""
         )
         + f". Right: mean over {len(names) * (len(names) - 1) // 2} pairs (grey: least to largest) in each layer"
         + (", and mean over languages of the diagonal." if halves else ".")
     )
-    more = {"languages": per_language, "scopes": summary}
-    return Result("conflict", table, caption, lambda: _draw(names, table, per_language, summary), more)
+    shown = "cosine_halves" if halves else "cosine"
+    largest = max(table[shown].abs().max(), per_language.split_half.abs().max(), 0.05)
+    return Result(
+        "conflict",
+        table,
+        caption,
+        lambda extent=largest: _draw(names, table, per_language, summary, shown, extent),
+        {"languages": per_language, "scopes": summary},
+        float(largest),
+    )
 
 
-def _passes(
-    model: nn.Module,
-    loss: Callable[[Any], Tensor],
-    data: Mapping[str, Sequence[Any]],
-    has_masks: bool,
-    full: bool,
-    halves: bool,
-) -> tuple[list[tuple[int, Callable[[], Tensor]]], dict[str, int]]:
-    """One pass for each batch, and how many examples each language turns out to have once they ran."""
-    examples = dict.fromkeys(data, 0)
-
-    def run(name: str, batch: Any) -> Tensor:
-        with language(model, None if full else name) if has_masks else nullcontext():
-            losses = loss(batch)
-        if losses.ndim != 1:
-            raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
-        examples[name] += len(losses)
-        return losses.sum()
-
-    passes: list[tuple[int, Callable[[], Tensor]]] = []
-    for row, (name, given) in enumerate(data.items()):
-        for at, batch in enumerate(given):
-            vector = 2 * row + at % 2 if halves else row
-            passes.append((vector, lambda name=name, batch=batch: run(name, batch)))  # type: ignore[misc]
-    return passes, examples
+def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
+    """What each of the languages owns of the masked parameters, bool [L, *shape of the parameter as a matrix]."""
+    found = {}
+    for name, module in whole.named_modules():
+        if isinstance(module, MaskedLinear):
+            stem = f"{name}." if name else ""
+            keep = module.mask.to_dense()[torch.tensor(rows, device=module.mask.device)]
+            found[f"{stem}weight"] = keep.mT if module.transposed else keep
+            if module.mask.kind == "rows" and module.bias is not None:
+                found[f"{stem}bias"] = keep[:, :, :1]
+    return found
 
 
-class _Scopes:
-    """To which scopes a parameter of `whole` belongs, and where passes are cut."""
-
-    def __init__(self, model: nn.Module, whole: nn.Module, cuts: Sequence[str] | None) -> None:
-        owner = owner_of(model)
-        encoder: nn.Module = cast(Any, owner).base_model if hasattr(owner, "base_model") else owner
-        layers = [owner.get_submodule(name) for name in cuts or ()]
-        if cuts is None:
-            layers = layers_of(owner, structure_of(owner))
-        self.cuts = layers
-        inside = {id(parameter) for parameter in encoder.parameters()}
-        number = {id(parameter): at for at, layer in enumerate(layers) for parameter in layer.parameters()}
-        self._scopes = {
-            name: ["all"]
-            + (["encoder"] if id(parameter) in inside else [])
-            + ([f"layer {number[id(parameter)]}"] if id(parameter) in number else [])
-            for name, parameter in whole.named_parameters()
-        }
-
-    def of(self, name: str) -> list[str]:
-        """The scopes of a parameter."""
-        return self._scopes[name]
+def _scopes(model: nn.Module, whole: nn.Module, layers: Sequence[str] | None) -> dict[str, list[str]]:
+    """To which scopes each parameter of `whole` belongs."""
+    owner = owner_of(model)
+    encoder: nn.Module = cast(Any, owner).base_model if hasattr(owner, "base_model") else owner
+    modules = (
+        layers_of(owner, structure_of(owner)) if layers is None else [owner.get_submodule(name) for name in layers]
+    )
+    inside = {id(parameter) for parameter in encoder.parameters()}
+    number = {id(parameter): at for at, layer in enumerate(modules) for parameter in layer.parameters()}
+    return {
+        name: ["all"]
+        + (["encoder"] if id(parameter) in inside else [])
+        + ([f"layer {number[id(parameter)]}"] if id(parameter) in number else [])
+        for name, parameter in whole.named_parameters()
+    }
 
 
 @contextmanager
@@ -182,86 +175,83 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-# ---- tables
-
-
 def _order(scope: str) -> tuple[int, int]:
-    fixed = {"all": 0, "encoder": 1, "shared": 2}
-    return (fixed[scope], 0) if scope in fixed else (3, int(scope.split()[1]))
+    return (list(PANELS).index(scope), 0) if scope in PANELS else (len(PANELS), int(scope.split()[1]))
 
 
-def _table(names: Sequence[str], sums: Mapping[str, Products]) -> pd.DataFrame:
-    rows = []
-    for scope in sorted(sums, key=_order):
-        found = sums[scope]
-        cosines, halves = cosines_of(found, scope)
-        for i, j in itertools.combinations(range(len(names)), 2):
-            both, absolute = found.both[i, j], found.absolute[i, j]
-            plain = (both - found.signs[i, j]) / 2 / both if both else np.nan
-            weighted = (absolute - found.dot[i, j]) / 2 / absolute if absolute else np.nan
-            rows.append((scope, names[i], names[j], cosines[i, j], halves[i, j], plain, weighted, int(both)))
+def _ratio(products: Any, squares: Any) -> Any:
+    return np.divide(products, np.sqrt(squares), out=np.full_like(products, np.nan), where=squares > 0)
+
+
+def _tables(
+    data: Mapping[str, Sequence[Any]], sums: Mapping[str, Mapping[str, Any]], examples: Mapping[str, int], halves: bool
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One row for each scope and pair of languages, and one for each scope and language."""
+    pairs, languages = [], []
+    for scope, of in sums.items():
+        cosines = _ratio(of["dot"], of["norms"] * of["norms"].T)
+        between = _ratio(of["halves"], of["norms_a"] * of["norms_b"].T)
+        between = (between + between.T) / 2 if halves else np.full_like(cosines, np.nan)
+        for (i, a), (j, b) in itertools.combinations(enumerate(data), 2):
+            both, absolute = of["both"][i, j], of["absolute"][i, j]
+            plain = (both - of["signs"][i, j]) / 2 / both if both else np.nan
+            weighted = (absolute - of["dot"][i, j]) / 2 / absolute if absolute else np.nan
+            pairs.append((scope, a, b, cosines[i, j], between[i, j], plain, weighted, int(both)))
+        for i, (name, given) in enumerate(data.items()):
+            norm = np.sqrt(of["dot"][i, i]) / examples[name]  # of the mean loss, not the sum
+            languages.append((scope, name, examples[name], len(given), norm, between[i, i]))
     columns = ["scope", "language_a", "language_b", "cosine", "cosine_halves", "conflict", "conflict_weighted"]
-    return pd.DataFrame(rows, columns=[*columns, "coordinates"])
-
-
-def _languages(
-    names: Sequence[str], sums: Mapping[str, Products], examples: Mapping[str, int], data: Mapping[str, Sequence[Any]]
-) -> pd.DataFrame:
-    rows = []
-    for scope in sorted(sums, key=_order):
-        half = np.diag(cosines_of(sums[scope], scope)[1])
-        for row, name in enumerate(names):
-            norm = np.sqrt(sums[scope].dot[row, row]) / examples[name]  # of the mean loss, not the sum
-            rows.append((scope, name, examples[name], len(data[name]), norm, half[row]))
-    return pd.DataFrame(rows, columns=["scope", "language", "examples", "batches", "norm", "split_half"])
+    return (
+        pd.DataFrame(pairs, columns=[*columns, "coordinates"]),
+        pd.DataFrame(languages, columns=["scope", "language", "examples", "batches", "norm", "split_half"]),
+    )
 
 
 def _summary(table: pd.DataFrame, per_language: pd.DataFrame) -> pd.DataFrame:
-    grouped = table.groupby("scope", sort=False)
-    found = grouped.agg(
-        mean=("cosine", "mean"), least=("cosine", "min"), largest=("cosine", "max"), conflict=("conflict", "mean")
+    found = table.groupby("scope", sort=False).agg(
+        mean=("cosine", "mean"),
+        least=("cosine", "min"),
+        largest=("cosine", "max"),
+        conflict=("conflict", "mean"),
+        cosine_halves=("cosine_halves", "mean"),
+        negative=("cosine", lambda cosine: float((cosine < 0).mean())),
     )
-    found["cosine_halves"] = grouped["cosine_halves"].mean()
-    found["negative"] = grouped["cosine"].apply(lambda cosine: float((cosine < 0).mean()))
     found["split_half"] = per_language.groupby("scope")["split_half"].mean()
     return found.reset_index()
 
 
-# ---- the picture
-
-
-def _draw(names: Sequence[str], table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame) -> Any:
-    scopes = [scope for scope in ("all", "encoder", "shared") if (table.scope == scope).any()][-2:]
-    n, shown = len(names), "cosine_halves" if table.cosine_halves.notna().any() else "cosine"
+def _draw(
+    names: Sequence[str],
+    table: pd.DataFrame,
+    per_language: pd.DataFrame,
+    summary: pd.DataFrame,
+    shown: str,
+    extent: float,
+) -> Any:
+    scopes = [scope for scope in PANELS if (table.scope == scope).any()][-2:]
+    n = len(names)
     side = max(2.8, (0.24 if n > 14 else 0.4) * n + 0.6)
     figure = new_figure(len(scopes) * (side + 0.3) + 4.2, side + 0.8)
-    panels = figure.subplots(1, len(scopes) + 1, width_ratios=[side] * len(scopes) + [2.8])
-    matrices = []
-    for scope in scopes:
-        matrix = np.full((n, n), np.nan)
-        for row in table[table.scope == scope].itertuples():
-            a, b = names.index(row.language_a), names.index(row.language_b)
-            matrix[a, b] = matrix[b, a] = getattr(row, shown)
+    *panels, right = figure.subplots(1, len(scopes) + 1, width_ratios=[side] * len(scopes) + [2.8])
+    for panel, scope in zip(panels, scopes, strict=True):
+        half = table[table.scope == scope].pivot(index="language_a", columns="language_b", values=shown)
+        half = half.reindex(index=names, columns=names).to_numpy()
+        matrix = np.where(np.isnan(half), half.T, half)
         np.fill_diagonal(matrix, per_language[per_language.scope == scope].split_half)
-        matrices.append(matrix)
-    most = max([0.05, *(float(np.nanmax(np.abs(m))) for m in matrices if np.isfinite(m).any())])
-    image = None
-    for panel, scope, matrix in zip(panels, scopes, matrices, strict=False):
-        image = heatmap(panel, matrix, names, names, colours=SIGNED, low=-most, high=most)
-        panel.set_title({"shared": "weights both own", "all": "all parameters"}.get(scope, scope), fontsize=10)
-    figure.colorbar(image, ax=panels[len(scopes) - 1], label="cosine", shrink=0.8, pad=0.02)
+        image = heatmap(panel, matrix, names, names, colours=SIGNED, low=-extent, high=extent)
+        panel.set_title(PANELS[scope], fontsize=10)
+    figure.colorbar(image, ax=panels[-1], label="cosine", shrink=0.8, pad=0.02)
 
-    right, layers = panels[-1], [scope for scope in summary.scope if scope.startswith("layer")]
+    layers = [scope for scope in summary.scope if scope not in PANELS]
     at, pairs = np.arange(len(layers)), table.groupby("scope")[shown]
-    right.fill_between(at, pairs.min()[layers], pairs.max()[layers], color="#DDDDDD", linewidth=0)
+    right.fill_between(at, pairs.min()[layers], pairs.max()[layers], color=GREY, alpha=0.3, linewidth=0)
     right.plot(at, pairs.mean()[layers], "o-", color=COLOURS[0], label="two languages")
     if shown == "cosine_halves":
         own = summary.set_index("scope").split_half[layers]
         right.plot(at, own, "s--", color=COLOURS[1], label="one language with itself")
     right.axhline(0, color=GREY, linewidth=0.8)
     right.set_xticks(at[:: max(1, len(at) // 12)])
-    right.set_xlabel("layer")
-    right.set_ylabel("cosine")
-    right.spines[["top", "right"]].set_visible(False)
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
+    right.set(xlabel="layer", ylabel="cosine", ylim=(-1.05 * extent, 1.05 * extent))
+    bare(right)
+    legend_above(right, ncols=1)
     return figure

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.patches import Rectangle
 
-from fastmask.analysis.drawing import SIGNED, WRITTEN, heatmap, new_figure
+from fastmask.analysis.drawing import ON_LIGHT, SIGNED, WRITTEN, heatmap, new_figure
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import diagonal_permutation, p_text
 
@@ -23,7 +24,6 @@ def cross_evaluation(
     controls: Sequence[str] = ("full", "random"),
     higher_is_better: bool = True,
     seed: int = 0,
-    on_cell: Callable[[str, str, float], None] | None = None,
 ) -> Result:
     """Metric of language i under subnetwork j, and how much better a language does under its own.
 
@@ -38,7 +38,6 @@ def cross_evaluation(
         controls: further columns, passed to `evaluate` by these names; () for none.
         higher_is_better: False for a loss.
         seed: of the permutations, with more than 9 languages.
-        on_cell: called after each evaluation.
 
     Returns:
         table: `language`, `subnetwork`, `kind` ("own", "other", "control"), `value`.
@@ -63,114 +62,87 @@ def cross_evaluation(
             values[row, column] = evaluate(language, name)
             if not np.isfinite(values[row, column]):
                 raise ValueError(f"the metric of {language!r} under {name!r} is {values[row, column]}")
-            if on_cell is not None:
-                on_cell(language, name, float(values[row, column]))
 
-    def kind(language: str, name: str) -> str:
-        return "control" if name not in columns else "own" if name == language else "other"
-
+    owns = [language in columns for language in languages]
     cells = [
-        (language, name, kind(language, name), values[row, column])
-        for row, language in enumerate(languages)
-        for column, name in enumerate(names)
+        (a, b, "control" if b not in columns else "own" if b == a else "other", values[row, column])
+        for row, a in enumerate(languages)
+        for column, b in enumerate(names)
     ]
     table = pd.DataFrame(cells, columns=["language", "subnetwork", "kind", "value"])
     sign = 1.0 if higher_is_better else -1.0
-    per_language = _per_language(values, list(languages), columns, list(controls), sign)
-    overall = _overall(values, per_language, list(languages), columns, list(controls), sign, seed)
-    caption = _caption(per_language, overall, len(languages), len(columns), controls)
-    more = {"languages": per_language, "overall": overall}
-    return Result("cross", table, caption, lambda: _draw(values, list(languages), columns, list(controls), sign), more)
-
-
-def _per_language(
-    values: Any, languages: Sequence[str], columns: Sequence[str], controls: Sequence[str], sign: float
-) -> pd.DataFrame:
     rows = []
-    for row, language in enumerate(languages):
-        mine = values[row, : len(columns)]
-        others = np.array([value for name, value in zip(columns, mine, strict=True) if name != language])
-        own = float(mine[columns.index(language)]) if language in columns else np.nan
-        mean = float(others.mean()) if len(others) else np.nan
-        best = columns[int((sign * mine).argmax())]
-        rows.append((language, own, mean, sign * (own - mean), best, *values[row, len(columns) :]))
-    return pd.DataFrame(rows, columns=["language", "own", "others", "advantage", "best", *controls])
+    for language, of_language in zip(languages, values.tolist(), strict=True):
+        mine = dict(zip(columns, of_language, strict=False))
+        own, others = mine.get(language, np.nan), [value for name, value in mine.items() if name != language]
+        mean = float(np.mean(others)) if others else np.nan
+        best = max(mine, key=lambda name: sign * mine[name])
+        rows.append((language, own, mean, sign * (own - mean), best, *of_language[len(columns) :]))
+    per_language = pd.DataFrame(rows, columns=["language", "own", "others", "advantage", "best", *controls])
+    both = per_language[owns]
+    square = values[owns][:, [columns.index(language) for language in both.language]]
+    found = {
+        "languages": len(both),
+        "advantage": both.advantage.mean(),
+        "p": diagonal_permutation(sign * square, seed=seed) if len(both) > 1 else np.nan,
+        "own_is_best": int((both.best == both.language).sum()),
+        **{f"own_minus_{name}": sign * (both.own - both[name]).mean() for name in controls},
+    }
+    caption = (
+        f"Metric of {len(languages)} languages (rows) under {len(columns)} subnetworks (columns)"
+        + (f" and the controls {', '.join(controls)}" if controls else "")
+        + ". Colours: difference to the language's own subnetwork"
+        + ("." if all(owns) else ", or to the mean of its row where it has none.")
+    )
+    if len(both) > 1:
+        caption += (
+            f" Own against the mean of the others: {found['advantage']:+.2f} (permutation p = {p_text(found['p'])}); "
+            f"{found['own_is_best']} of {len(both)} languages do best under their own. Where "
+            "frames stand out, languages depend on their own masks; whether because these were found, or only because "
+            "weights were trained through them, the same picture of random masks says."
+        )
+    reference = per_language.own.fillna(pd.Series(values[:, : len(columns)].mean(1)))
+    difference = values - reference.to_numpy()[:, None]
+    # One far worse subnetwork must not take all the colours.
+    largest = float(np.quantile(np.abs(difference), 0.95)) or 1.0
+    better = "higher" if higher_is_better else "lower"
+    what = "own" if all(owns) else "own, or to the row's mean"
+    label = f"difference to {what} ({better} is better)"
+    return Result(
+        "cross",
+        table,
+        caption,
+        lambda extent=largest: _draw(values, difference, list(languages), columns, list(controls), label, extent),
+        {"languages": per_language, "overall": pd.DataFrame([found])},
+        largest,
+    )
 
 
-def _overall(
+def _draw(
     values: Any,
-    per_language: pd.DataFrame,
+    difference: Any,
     languages: Sequence[str],
     columns: Sequence[str],
     controls: Sequence[str],
-    sign: float,
-    seed: int,
-) -> pd.DataFrame:
-    both = [language for language in languages if language in columns]
-    square = values[np.ix_([languages.index(n) for n in both], [columns.index(n) for n in both])]
-    p = diagonal_permutation(sign * square, seed=seed) if len(both) > 1 else np.nan
-    mine = per_language[per_language.language.isin(both)]
-    result = {
-        "languages": len(both),
-        "advantage": float(mine.advantage.mean()) if both else np.nan,
-        "p": p,
-        "own_is_best": int((mine.best == mine.language).sum()),
-        **{f"own_minus_{name}": sign * float((mine.own - mine[name]).mean()) if both else np.nan for name in controls},
-    }
-    return pd.DataFrame([result])
-
-
-def _caption(
-    per_language: pd.DataFrame, overall: pd.DataFrame, rows: int, columns: int, controls: Sequence[str]
-) -> str:
-    found = overall.iloc[0]
-    text = f"Metric of {rows} languages (rows) under {columns} subnetworks (columns)"
-    text += f" and the controls {', '.join(controls)}" if controls else ""
-    text += ". Colours: difference to the language's own subnetwork"
-    text += ", or to the mean of its row where it has none." if per_language.own.isna().any() else "."
-    if found.languages > 1:
-        text += (
-            f" Own against the mean of the others: {found.advantage:+.2f} (permutation p = {p_text(found.p)}); "
-            f"{found.own_is_best:.0f} of {found.languages:.0f} languages do best under their own."
-        )
-    return text
-
-
-def _draw(values: Any, languages: Sequence[str], columns: Sequence[str], controls: Sequence[str], sign: float) -> Any:
+    label: str,
+    extent: float,
+) -> Any:
     rows, n = len(languages), len(columns) + len(controls)
-    reference = np.array(
-        [
-            values[row, columns.index(language)] if language in columns else values[row, : len(columns)].mean()
-            for row, language in enumerate(languages)
-        ]
-    )
-    difference = values - reference[:, None]
-    # One far worse subnetwork must not take all the colours.
-    most = float(np.quantile(np.abs(difference), 0.95)) or 1.0
     figure = new_figure(max(3.6, 0.42 * n + 1.8) if n <= 16 else 0.27 * n + 1.8, max(2.4, 0.27 * rows + 1.3))
     axis = figure.subplots()
-    image = heatmap(
-        axis, difference, languages, [*columns, *controls], colours=SIGNED, low=-most, high=most, numbers=None
-    )
+    names = [*columns, *controls]
+    image = heatmap(axis, difference, languages, names, colours=SIGNED, low=-extent, high=extent, numbers=None)
     if n <= WRITTEN:
         for (row, column), value in np.ndenumerate(values):
-            dark = abs(difference[row, column]) > 0.7 * most
+            colour = "white" if abs(difference[row, column]) > 0.7 * extent else ON_LIGHT
             text = f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
     for row, language in enumerate(languages):
         if language in columns:
-            at = columns.index(language)
-            axis.plot(
-                [at - 0.5, at + 0.5, at + 0.5, at - 0.5, at - 0.5],
-                [row - 0.5, row - 0.5, row + 0.5, row + 0.5, row - 0.5],
-                color="black",
-                linewidth=1,
-            )
+            corner = (columns.index(language) - 0.5, row - 0.5)
+            axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=ON_LIGHT, linewidth=1))
     if controls:
-        axis.axvline(len(columns) - 0.5, color="black", linewidth=2)
-    axis.set_xlabel("subnetwork of")
-    axis.set_ylabel("language")
-    better = "higher" if sign > 0 else "lower"
-    own = "own" if set(languages) <= set(columns) else "own, or to the row's mean"
-    figure.colorbar(image, ax=axis, label=f"difference to {own} ({better} is better)", extend="both", pad=0.02)
+        axis.axvline(len(columns) - 0.5, color=ON_LIGHT, linewidth=2)
+    axis.set(xlabel="subnetwork of", ylabel="language")
+    figure.colorbar(image, ax=axis, label=label, extend="both", pad=0.02)
     return figure

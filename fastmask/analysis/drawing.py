@@ -1,12 +1,13 @@
 """What the pictures share: colours that colour-blind readers can tell apart, figures without a display, labels.
 
 Categories take the palette of Okabe and Ito (2008) and a marker each; amounts take matplotlib's "cividis", and signed
-amounts "PuOr", both made for readers with a colour vision deficiency.
+amounts "PuOr", both made for readers with a colour vision deficiency. Text and lines are black, which a page may turn
+into white; what lies on a coloured cell is `ON_LIGHT` or white and stays so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.text import Text
 
-__all__ = ["AMOUNT", "COLOURS", "GREY", "MARKERS", "SIGNED", "WRITTEN", "heatmap", "label_points", "new_figure"]
+from fastmask.analysis.language_families import families_of, family_colour
+
+__all__ = [
+    "AMOUNT", "COLOURS", "GREY", "MARKERS", "ON_LIGHT", "SIGNED", "WRITTEN", "bare", "colour_languages", "heatmap",
+    "label_points", "legend_above", "new_figure",
+]  # fmt: skip
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#777777"
+ON_LIGHT = "#101010"
 AMOUNT = "cividis"
 SIGNED = "PuOr"
 
@@ -40,6 +47,29 @@ def new_figure(width: float, height: float) -> Any:
     return LiteralFigure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
 
 
+def bare(*axes: Any) -> None:
+    """Take the frame above and to the right away."""
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_above(axis: Any, ncols: int = 2) -> None:
+    """A legend that lies on nothing that is drawn."""
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=ncols, fontsize=8, frameon=False)
+
+
+def colour_languages(axis: Any, families: Mapping[str, str] | None = None) -> None:
+    """Give the languages among the names at an axis the colour of their family, everywhere the same one.
+
+    Args:
+        axis: of matplotlib, with its names in place.
+        families: language -> family; default the table of families.
+    """
+    for label in [*axis.get_xticklabels(), *axis.get_yticklabels()]:
+        (family,) = families_of([label.get_text()], families).values()
+        label.set_color(family_colour(family, "#000000"))
+
+
 def heatmap(
     axis: Any,
     values: Any,
@@ -51,7 +81,7 @@ def heatmap(
     high: float | None = None,
     numbers: str | None = "{:.2f}",
 ) -> Any:
-    """Draw a matrix with a name at each row and column; NaN stays white.
+    """Draw a matrix with a name at each row and column, languages in the colour of their family; NaN stays empty.
 
     Args:
         axis: of matplotlib.
@@ -72,72 +102,52 @@ def heatmap(
     wide = max((len(name) for name in columns), default=0)
     axis.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > WRITTEN or wide > 4 else 0)
     axis.tick_params(length=0)
-    axis.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
-    axis.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
-    axis.grid(which="minor", color="white", linewidth=0.6)
-    axis.tick_params(which="minor", length=0)
+    colour_languages(axis)
     if numbers is not None and max(values.shape) <= WRITTEN:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
-                light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
-                text = numbers.format(value)
-                axis.text(column, row, text, ha="center", va="center", fontsize=8, color="black" if light else "white")
+                colour = ON_LIGHT if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+                axis.text(column, row, numbers.format(value), ha="center", va="center", fontsize=8, color=colour)
     return image
 
 
-def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Sequence[str], size: float = 8) -> None:
+def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
     """Write a name beside each point so that no two names, and no name and point, lie on each other.
 
     Each name in turn, the most crowded point first, takes the nearest of 16 directions at growing distances that is
-    free, with a thin line back to its point where it had to go far. Call it last: limits and layout must be final.
+    free, with a thin line back to its point. Call it last: limits and layout must be final.
     """
-    from matplotlib.patheffects import withStroke
-
-    figure = axis.figure
-    figure.draw_without_rendering()
-    renderer = figure._get_renderer()
-    points = axis.transData.transform(np.column_stack([x, y])) if len(names) else np.zeros((0, 2))
-    scale = figure.dpi / 72
-    inside = axis.get_window_extent(renderer)
-    taken = [(px - 3 * scale, py - 3 * scale, px + 3 * scale, py + 3 * scale) for px, py in points]
-    crowd = np.sqrt(((points[:, None] - points[None]) ** 2).sum(2)) if len(points) else np.zeros((0, 0))
-    for at in np.argsort(np.sort(crowd, axis=1)[:, :4].sum(1), kind="stable"):
-        probe = axis.text(0, 0, names[at], fontsize=size, parse_math=False)
+    axis.figure.draw_without_rendering()
+    renderer, scale = axis.figure._get_renderer(), axis.figure.dpi / 72
+    frame = axis.get_window_extent(renderer)
+    points = axis.transData.transform(np.column_stack([x, y]))
+    corners = np.hstack([points - 3 * scale, points + 3 * scale])  # x0, y0, x1, y1 of what is taken
+    crowd = np.sort(np.linalg.norm(points[:, None] - points[None], axis=2), axis=1)[:, :4].sum(1)
+    turns = np.arange(16) * np.pi / 8
+    ways = np.column_stack([np.cos(turns), np.sin(turns)])
+    for at in np.argsort(crowd, kind="stable"):
+        probe = axis.text(0, 0, names[at], fontsize=8, parse_math=False)
         extent = probe.get_window_extent(renderer)
         probe.remove()
-        half = np.array([extent.width / 2 + 1.5 * scale, extent.height / 2 + 1 * scale])
-        best, best_cost = points[at] + half, np.inf
-        for radius in np.array([5, 9, 14, 20, 28, 38, 50, 65, 85]) * scale:
-            for angle in np.arange(16) * np.pi / 8:
-                way = np.array([np.cos(angle), np.sin(angle)])
-                centre = points[at] + way * (radius + np.abs(way) * half)
-                box = (*(centre - half), *(centre + half))
-                cost = sum(_shared_area(box, other) for other in taken)
-                cost += 1e6 * (not _within(box, (inside.x0, inside.y0, inside.x1, inside.y1)))
-                if cost < best_cost:
-                    best, best_cost = centre, cost
-            if best_cost == 0:
-                break
-        taken.append((*(best - half), *(best + half)))
-        far = np.hypot(*(best - points[at])) > np.hypot(*half) + 8 * scale
+        half = np.array([extent.width / 2 + 1.5 * scale, extent.height / 2 + scale])
+        radii = np.array([5, 9, 14, 20, 28, 38, 50, 65, 85])[:, None, None] * scale
+        centres = (points[at] + ways * (radii + np.abs(ways) * half)).reshape(-1, 2)
+        boxes = np.hstack([centres - half, centres + half])[:, None]
+        shared = np.minimum(boxes, corners)[..., 2:] - np.maximum(boxes, corners)[..., :2]
+        cost = shared.clip(0).prod(2).sum(1)
+        cost += 1e6 * ((boxes[:, 0, :2] < frame.min) | (boxes[:, 0, 2:] > frame.max)).any(1)
+        best = int(cost.argmin())
+        corners = np.vstack([corners, boxes[best]])
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3}
+        (family,) = families_of([names[at]]).values()
         axis.annotate(
             names[at],
             (x[at], y[at]),
-            xytext=axis.transData.inverted().transform(best),
-            textcoords="data",
+            xytext=axis.transData.inverted().transform(centres[best]),
             ha="center",
             va="center",
-            fontsize=size,
-            path_effects=[withStroke(linewidth=2, foreground="white")],  # error bars may pass below
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3} if far else None,
+            fontsize=8,
+            color=family_colour(family, "#000000"),
+            arrowprops=line if best >= 2 * len(ways) else None,
         )
-
-
-def _shared_area(a: tuple[float, ...], b: tuple[float, ...]) -> float:
-    """Area that two boxes (x0, y0, x1, y1) have in common."""
-    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _within(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] >= b[0] and a[1] >= b[1] and a[2] <= b[2] and a[3] <= b[3]

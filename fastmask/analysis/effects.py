@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, new_figure
+from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, colour_languages, new_figure
 from fastmask.analysis.paired import paired_by_language
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import bootstrap_interval, holm, p_text
 from fastmask.errors import unknown
 
-__all__ = ["effect"]
+__all__ = ["effect", "verdict"]
 
 KEYS = ["method", "language", "seed"]
 ENOUGH = 6  # differences from which a sign-flip test can fall below 0.05: 2^(1 - 6) = 0.03
@@ -81,16 +80,20 @@ def effect(
             where = [seed, number, place]
             if sentences:
                 shared = frame[(frame.language == language) & frame.seed.isin(gains.loc[language].index)]
-                low, high, n = _over_sentences(shared, method, other, language, level, where)
+                values, weights = _of_sentences(shared, method, other, language)
             else:
-                (low, high), n = bootstrap_interval(d, level, where, draws=DRAWS), len(d)
-            enough = sentences or n >= ENOUGH
-            verdict = "too few" if not enough else "better" if low > 0 else "worse" if high < 0 else "inside noise"
-            of_language = paired.loc[language]
-            means = (of_language[method].mean(), of_language[other].mean(), float(d.mean()))
-            rows.append((method, language, *means, low, high, n, "sentences" if sentences else "seeds", verdict))
+                values, weights = d, None
+            low, high = bootstrap_interval(values, level, where, draws=DRAWS, weights=weights)
+            enough = sentences or len(values) >= ENOUGH
+            says = "too few" if not enough else "better" if low > 0 else "worse" if high < 0 else "inside noise"
+            means = (paired.loc[language][method].mean(), paired.loc[language][other].mean(), float(d.mean()))
+            over = "sentences" if sentences else "seeds"
+            rows.append((method, language, *means, low, high, len(values), over, says))
         if len(gains):
-            summary.append((method, other, *_summary(gains, level, [seed, number, len(every)])))
+            found = paired_by_language(gains)
+            low, high = bootstrap_interval(found.by_language, level, [seed, number, len(every)], draws=DRAWS)
+            languages, seeds = (len(found.by_language), found.wins), (len(found.by_seed), found.seeds_agree)
+            summary.append((method, other, found.difference, low, high, *languages, found.p, *seeds))
     if not summary:
         raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
     columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "over", "verdict"]
@@ -98,9 +101,22 @@ def effect(
     columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
     more = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
     more.insert(columns.index("p") + 1, "p_holm", holm(list(more.p)))
-    more["verdict"] = [_verdict(row, 1 - level) for row in more.itertuples()]
+    more["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in more.itertuples()]
+    ends = pd.concat([table[["low", "high"]], more[["low", "high"]]])
+    extent = float(ends.abs().max(axis=None)) or 1.0
     caption = _caption(table, more, sentences, level)
-    return Result("effect", table, caption, lambda: _draw(table, more), {"methods": more})
+    return Result("effect", table, caption, lambda extent=extent: _draw(table, more, extent), {"methods": more}, extent)
+
+
+def verdict(row: Any, p: float, threshold: float = 0.05) -> str:
+    """What a row of `more["methods"]` says, with a p-value that is corrected for the tests beside it."""
+    if row.languages < ENOUGH:
+        return "too few"
+    if p > threshold:
+        return "inside noise"
+    if row.seeds_agree < row.seeds:
+        return "seeds disagree"
+    return "better" if row.difference > 0 else "worse"
 
 
 def _against(baseline: str | Mapping[str, str], methods: Sequence[str]) -> dict[str, str]:
@@ -126,7 +142,8 @@ def _caption(table: pd.DataFrame, methods: pd.DataFrame, sentences: bool, level:
         f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over {'sentences' if sentences else 'seeds'} "
         f"({DRAWS:,} samples){', too narrow with so few seeds: read them as the spread of seeds' if few else ''}. "
         "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and the "
-        "p-value of a sign-flip test over languages, Holm-corrected over the methods of this table."
+        "p-value of a sign-flip test over languages, Holm-corrected over the methods of this table. Right of 0 the "
+        "method is better; it is only known to be where p is small and the seeds agree."
     )
 
 
@@ -165,52 +182,20 @@ def _paired(wide: pd.DataFrame, method: str, baseline: str, gaps: bool) -> pd.Da
     return pair.dropna()
 
 
-def _over_sentences(
-    frame: pd.DataFrame, method: str, baseline: str, language: str, level: float, seed: Sequence[int]
-) -> tuple[float, float, int]:
-    """Paired bootstrap over sentences of sum(weight * mean over seeds of the difference) / sum(weight)."""
+def _of_sentences(frame: pd.DataFrame, method: str, baseline: str, language: str) -> tuple[Any, Any]:
+    """The mean over seeds of each sentence's difference, and the sentences' weights."""
     mine, theirs = (frame[frame.method == name].set_index(["sentence", "seed"]) for name in (method, baseline))
     if mine.index.symmetric_difference(theirs.index).size:
         raise ValueError(f"{method!r} and {baseline!r} were not scored on the same sentences of {language!r}")
     theirs = theirs.loc[mine.index]
     if not np.array_equal(mine.weight, theirs.weight):
         raise ValueError(f"the weights of sentences of {language!r} differ between {method!r} and {baseline!r}")
-    weighted = ((mine.score - theirs.score) * mine.weight).groupby("sentence").sum().to_numpy()
-    weights = mine.weight.groupby("sentence").sum().to_numpy()
-    low, high = np.quantile(_ratios(weighted, weights, seed), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high), len(weights)
+    weights = mine.weight.groupby("sentence").sum()
+    weighted = ((mine.score - theirs.score) * mine.weight).groupby("sentence").sum()
+    return (weighted / weights.where(weights > 0, 1)).to_numpy(), weights.to_numpy()
 
 
-def _ratios(weighted: NDArray[np.float64], weights: NDArray[np.float64], seed: Sequence[int]) -> NDArray[np.float64]:
-    """`DRAWS` bootstrap samples of sum(weighted) / sum(weights), the same sentences in both sums."""
-    generator = np.random.default_rng(seed)
-    n = len(weights)
-    piece = max(1, 2_000_000 // n)  # samples in memory at a time
-    found = []
-    for first in range(0, DRAWS, piece):
-        drawn = generator.integers(0, n, (min(piece, DRAWS - first), n))
-        found.append(weighted[drawn].sum(1) / np.maximum(weights[drawn].sum(1), np.finfo(float).tiny))
-    return np.concatenate(found)
-
-
-def _summary(gains: pd.Series, level: float, seed: Sequence[int]) -> tuple[Any, ...]:
-    found = paired_by_language(gains)
-    low, high = bootstrap_interval(found.by_language, level, seed, draws=DRAWS)
-    seeds = len(found.by_seed), found.seeds_agree
-    return found.difference, low, high, len(found.by_language), found.wins, found.p, *seeds
-
-
-def _verdict(row: Any, threshold: float) -> str:
-    if row.languages < ENOUGH:
-        return "too few"
-    if row.p_holm > threshold:
-        return "inside noise"
-    if row.seeds_agree < row.seeds:
-        return "seeds disagree"
-    return "better" if row.difference > 0 else "worse"
-
-
-def _draw(table: pd.DataFrame, methods: pd.DataFrame) -> Any:
+def _draw(table: pd.DataFrame, methods: pd.DataFrame, extent: float) -> Any:
     """A panel for each method, a row for each language, the mean below."""
     languages = list(dict.fromkeys(table.language))
     one = methods.against.nunique() == 1
@@ -220,25 +205,26 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame) -> Any:
     panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
     for panel in panels[len(methods) :]:
         panel.set_axis_off()
-    y = np.arange(len(languages))
+    y, mean = np.arange(len(languages)), len(languages) + 0.6
     for at, (panel, whole) in enumerate(zip(panels, methods.itertuples(), strict=False)):
         mine = table[table.method == whole.method].set_index("language").reindex(languages)
         panel.axvline(0, color=GREY, linewidth=1)
         panel.axhline(len(languages) - 0.2, color=GREY, linewidth=0.6)
         panel.hlines(y, mine.low, mine.high, color=COLOURS[0], linewidth=1.3)
         panel.plot(mine.difference, y, MARKERS[0], color=COLOURS[0], markersize=4)
-        panel.hlines(len(languages) + 0.6, whole.low, whole.high, color=COLOURS[1], linewidth=2.2)
-        panel.plot(whole.difference, len(languages) + 0.6, MARKERS[3], color=COLOURS[1], markersize=6)
-        agree = f"{whole.seeds_agree} of {whole.seeds} seeds agree"
+        panel.hlines(mean, whole.low, whole.high, color=COLOURS[1], linewidth=2.2)
+        panel.plot(whole.difference, mean, MARKERS[3], color=COLOURS[1], markersize=6)
         over = "" if one else f"\nover {whole.against}"
-        title = f"{whole.method}: {whole.difference:+.2f}{over}\np = {p_text(whole.p_holm)}, {agree}"
-        panel.set_title(title, fontsize=8)
-        panel.grid(axis="x", color="#EEEEEE")
+        agree = f"{whole.seeds_agree} of {whole.seeds} seeds agree"
+        panel.set_title(
+            f"{whole.method}: {whole.difference:+.2f}{over}\np = {p_text(whole.p_holm)}, {agree}", fontsize=8
+        )
+        panel.grid(axis="x", color=GREY, alpha=0.2)
         panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        bare(panel)
         panel.tick_params(labelsize=8, labelbottom=at + columns >= len(methods))
-        if at == 0:
-            panel.set_yticks([*y, len(languages) + 0.6], [*languages, "mean"])
-            panel.set_ylim(len(languages) + 1.3, -0.8)
+    panels[0].set_yticks([*y, mean], [*languages, "mean"])
+    panels[0].set(ylim=(len(languages) + 1.3, -0.8), xlim=(-1.05 * extent, 1.05 * extent))
+    colour_languages(panels[0])
     figure.supxlabel(f"score - score of {methods.against[0] if one else 'the baseline'}", fontsize=9)
     return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -12,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fastmask.analysis.chance import chance_jaccard
-from fastmask.analysis.drawing import AMOUNT, COLOURS, GREY, MARKERS, heatmap, new_figure
+from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
 from fastmask.analysis.result import Result
 from fastmask.dynamic.history import History, Snapshot
@@ -62,34 +63,41 @@ def dynamics(
     units = units or known[0]
     if units not in known:
         raise unknown("masked part", units, known)
-    current: dict[str, NDArray[np.bool_]] = {}
     changes: dict[int, dict[str, NDArray[np.bool_]]] = {}
     for entry in entries:
         changes.setdefault(entry.step, {})[entry.language] = getattr(entry, units).cpu().numpy()
-    languages = list(changes[min(changes)])
+    start = changes[min(changes)]
+    languages = list(start)
     groups = families_of(languages, families)
-    wanted = sorted(changes) if steps is None else sorted({min(changes), *steps})
-    waiting = sorted(changes)
-    start, rows, pairs = dict(changes[waiting[0]]), [], []
+    wanted = sorted(changes if steps is None else {min(changes), *steps})
+    before, rows, pairs = start, [], []
     for step in wanted:
-        before = dict(current)
-        while waiting and waiting[0] <= step:
-            current.update(changes[waiting.pop(0)])
+        past = [changes[when] for when in sorted(changes) if when <= step]
+        current = {name: mask for change in past for name, mask in change.items()}
         for name in languages:
-            live = int(current[name].sum())
-            fresh = int((current[name] & ~before[name]).sum()) if before else 0
+            live, fresh = int(current[name].sum()), int((current[name] & ~before[name]).sum())
             distance = 1 - _jaccard(current[name], start[name])
             rows.append((step, name, fresh / live if live else 0.0, distance, live))
         pairs += _pairs(step, current, languages, groups)
+        before = current
     table = pd.DataFrame(rows, columns=["step", "language", "churn", "distance", "live"])
     between = pd.DataFrame(pairs, columns=["step", "relation", "pairs", "jaccard", "random"])
     caption = (
         f"The {units} of {len(languages)} languages at {len(wanted)} steps, from {wanted[0]} to {wanted[-1]}. Churn: "
         "share of live units that are new since the step before (line: mean; grey: least to largest language). "
         "Distance: 1 - Jaccard to the first mask. Right: mean Jaccard between languages; dashed, expected of random "
-        "masks of the same sizes."
+        "masks of the same sizes. Churn that falls says that masks settle; lines that rise above their dashed ones say "
+        "that languages come to share units."
     )
-    return Result("dynamics", table, caption, lambda: _draw(table, between, languages, units), {"pairs": between})
+    extent = float(table.churn.max()) or 1.0
+    return Result(
+        "dynamics",
+        table,
+        caption,
+        lambda extent=extent: _draw(table, between, languages, units, extent),
+        {"pairs": between},
+        extent,
+    )
 
 
 class _Header(Record):
@@ -131,46 +139,39 @@ def _pairs(
     step: int, current: Mapping[str, NDArray[np.bool_]], languages: Sequence[str], groups: Mapping[str, str]
 ) -> list[tuple[Any, ...]]:
     found: dict[str, list[tuple[float, float]]] = {}
-    cache: dict[Any, float] = {}
+    chance = functools.cache(lambda a, b: chance_jaccard(a, b, [units] * len(a)).expected)
+    units = next(iter(current.values())).shape[1]
     for a, b in itertools.combinations(languages, 2):
         relation = "one family" if groups[a] == groups[b] != UNKNOWN_FAMILY else "two families"
-        one, other = current[a], current[b]
-        key = (tuple(one.sum(1).tolist()), tuple(other.sum(1).tolist()))
-        if key not in cache:
-            cache[key] = chance_jaccard(*key, [one.shape[1]] * one.shape[0]).expected
-        found.setdefault(relation, []).append((_jaccard(one, other), cache[key]))
+        random = chance(tuple(current[a].sum(1).tolist()), tuple(current[b].sum(1).tolist()))
+        found.setdefault(relation, []).append((_jaccard(current[a], current[b]), random))
     return [
         (step, relation, len(values), *(float(mean) for mean in np.mean(values, 0)))
         for relation, values in sorted(found.items())
     ]
 
 
-def _draw(table: pd.DataFrame, between: pd.DataFrame, languages: Sequence[str], units: str) -> Any:
+def _draw(table: pd.DataFrame, between: pd.DataFrame, languages: Sequence[str], units: str, extent: float) -> Any:
     n, steps = len(languages), sorted(set(table.step))
     figure = new_figure(11.5, max(3.2, 0.2 * n + 1.2))
     left, middle, right = figure.subplots(1, 3, width_ratios=[3, 4, 3])
-    by_step = table[table.step > steps[0]].groupby("step")["churn"]
-    if len(steps) > 1:
-        mean = by_step.mean() * 100
-        left.fill_between(mean.index, by_step.min() * 100, by_step.max() * 100, color="#DDDDDD", linewidth=0)
-        left.plot(mean.index, mean, "o-", color=COLOURS[0], markersize=3)
-    left.set_ylim(bottom=0)
-    left.set_ylabel(f"churn: new {units}, %")
+    churn = table[table.step > steps[0]].groupby("step")["churn"].agg(["min", "max", "mean"]) * 100
+    left.fill_between(churn.index, churn["min"], churn["max"], color=GREY, alpha=0.3, linewidth=0)
+    left.plot(churn.index, churn["mean"], "o-", color=COLOURS[0], markersize=3)
+    left.set(ylim=(0, 103 * extent), ylabel=f"churn: new {units}, %")
     grid = table.pivot(index="language", columns="step", values="distance").loc[list(languages), steps]
-    image = heatmap(middle, grid.to_numpy(), languages, [str(step) for step in steps], colours=AMOUNT, low=0)
+    image = heatmap(middle, grid.to_numpy(), languages, [str(step) for step in steps], low=0, high=1)
     shown = range(0, len(steps), max(1, -(-len(steps) // 12)))
     middle.set_xticks(list(shown), [str(steps[at]) for at in shown], rotation=90 if len(str(steps[-1])) > 3 else 0)
-    middle.set_xlabel("step")
     figure.colorbar(image, ax=middle, label="distance to the first mask", pad=0.01)
     for at, (relation, rows) in enumerate(between.groupby("relation")):
         label = f"{relation} ({rows.pairs.iloc[0]} pairs)"
         right.plot(rows.step, rows.jaccard, f"{MARKERS[at]}-", color=COLOURS[at], markersize=3, label=label)
         right.plot(rows.step, rows.random, "--", color=COLOURS[at], linewidth=1)
-    right.axhline(0, color=GREY, linewidth=0.8)
-    right.set_ylabel("Jaccard between languages")
+    right.set(ylim=(0, 1.03), ylabel="Jaccard between languages")
     if len(between):
-        right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
-    for panel in (left, right):
+        legend_above(right, ncols=1)
+    for panel in (left, middle, right):
         panel.set_xlabel("step")
-        panel.spines[["top", "right"]].set_visible(False)
+    bare(left, right)
     return figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from os import PathLike
@@ -13,9 +13,10 @@ import pandas as pd
 
 from fastmask.files import replace_file
 
-__all__ = ["FORMATS", "Result"]
+__all__ = ["Result", "span"]
 
-FORMATS = ("png", "svg")
+# Letters stay letters in an SVG, so that it is small and can be searched; the fonts are equally wide.
+SVG = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 
 
 @dataclass(frozen=True)
@@ -25,32 +26,39 @@ class Result:
     Attributes:
         name: of the analysis; files are named after it.
         table: one row for each thing that was measured.
-        caption: what was computed, on what, with which n, and against which control.
+        caption: what was computed, on what, with which n, against which control, and what to conclude.
+        draw: makes the picture, a new `matplotlib.figure.Figure`; takes the extent where there is one.
         more: further tables by name, such as sums over the first one.
-        draw: makes the picture, a new `matplotlib.figure.Figure`.
+        extent: the largest absolute value on the picture's scale; NaN where the scale is always the same.
     """
 
     name: str
     table: pd.DataFrame
     caption: str
-    draw: Callable[[], Any] = field(repr=False)
+    draw: Callable[..., Any] = field(repr=False)
     more: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    extent: float = float("nan")
 
-    def figure(self) -> Any:
-        """A new `matplotlib.figure.Figure`, which needs no display and touches no global state of matplotlib."""
-        return self.draw()
+    def figure(self, extent: float | None = None) -> Any:
+        """A new `matplotlib.figure.Figure`, which needs no display and touches no global state of matplotlib.
 
-    def pictures(self) -> dict[str, bytes]:
-        """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes."""
+        Args:
+            extent: another one than the result's own, for equal scales side by side.
+        """
+        return self.draw() if extent is None or self.extent != self.extent else self.draw(extent)
+
+    def pictures(self, extent: float | None = None) -> dict[str, bytes]:
+        """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes.
+
+        The SVG has no background.
+        """
         from matplotlib import rc_context
 
-        figure, found = self.figure(), {}
-        with rc_context({"svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
-            for kind in FORMATS:
-                content = BytesIO()
-                figure.savefig(content, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
-                found[kind] = content.getvalue()
-        return found
+        figure, png, svg = self.figure(extent), BytesIO(), BytesIO()
+        figure.savefig(png, dpi=150, format="png")
+        with rc_context({**SVG, "svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
+            figure.savefig(svg, dpi=100, format="svg", metadata={"Date": None}, transparent=True)
+        return {"png": png.getvalue(), "svg": svg.getvalue()}
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """All tables by the names that their files have: the analysis's own, then the further ones."""
@@ -61,11 +69,14 @@ class Result:
 
         CSV files hold names as they are, to be read again; a spreadsheet takes one starting with ``=`` for a formula.
         """
-        folder, written = Path(folder), []
-        for name, table in self.tables().items():
-            written.append(folder / f"{name}.csv")
-            replace_file(written[-1], lambda partial, table=table: table.to_csv(partial, index=False))  # type: ignore[misc]
-        for kind, content in self.pictures().items():
-            written.append(folder / f"{self.name}.{kind}")
-            replace_file(written[-1], lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
-        return written
+        contents = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables().items()}
+        contents |= {f"{self.name}.{kind}": content for kind, content in self.pictures().items()}
+        for name, content in contents.items():
+            replace_file(Path(folder, name), lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
+        return [Path(folder, name) for name in contents]
+
+
+def span(counts: Iterable[int]) -> str:
+    """The least and the largest of some counts: "64" or "60-64"."""
+    least, largest = min(known := list(counts)), max(known)
+    return f"{least}" if least == largest else f"{least}-{largest}"

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fastmask.analysis.chance import chance_owners
-from fastmask.analysis.drawing import COLOURS, MARKERS, heatmap, new_figure
+from fastmask.analysis.drawing import COLOURS, MARKERS, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.result import Result
 from fastmask.errors import unknown
 from fastmask.subnetworks import Subnetworks
@@ -53,11 +53,11 @@ def unit_use(
     keep = getattr(subnets, units).cpu().numpy()
     L, layers, size = keep.shape
     owners = keep.sum(0)
+    names = np.array(subnets.languages, dtype=object)
     table = pd.DataFrame(
         [
-            (units, layer, unit, int(owners[layer, unit]), _names(subnets.languages, keep[:, layer, unit]))
-            for layer in range(layers)
-            for unit in range(size)
+            (units, layer, unit, int(number), " ".join(names[keep[:, layer, unit]]))
+            for (layer, unit), number in np.ndenumerate(owners)
         ],
         columns=["units", "layer", "unit", "owners", "languages"],
     )
@@ -65,29 +65,26 @@ def unit_use(
     caption = (
         f"How many of {L} languages own each of {size} {units} in each of {layers} layers. Points: {units} owned by "
         f"all languages, by exactly one, and by none. Ticks: expected of random masks with the same number of live "
-        f"{units} in each layer of each language; bars: {level:.0%} of {draws:,} sets of them."
+        f"{units} in each layer of each language; bars: {level:.0%} of {draws:,} sets of them. A point right of its "
+        "bar says that languages agree (all, none), or keep units to themselves (one), more than by chance."
     )
     return Result("use", table, caption, lambda: _draw(owners, summary, L, units), {"layers": summary})
 
 
-def _names(languages: tuple[str, ...], owned: NDArray[np.bool_]) -> str:
-    return " ".join(language for language, own in zip(languages, owned, strict=True) if own)
-
-
 def _layers(keep: NDArray[np.bool_], units: str, level: float, seed: int, draws: int) -> pd.DataFrame:
     L, layers, size = keep.shape
+    tails = [(1 - level) / 2, (1 + level) / 2]
     rows = []
     for layer in range(layers):
         share = keep[:, layer].mean(1)
-        nobody = np.array([np.prod(np.delete(1 - share, language)) for language in range(L)])
-        expected = dict(zip(GROUPS, (share.prod(), (share * nobody).sum(), (1 - share).prod()), strict=True))
+        nobody_else = np.array([np.prod(np.delete(1 - share, language)) for language in range(L)])
+        expected = (share.prod(), (share * nobody_else).sum(), (1 - share).prod())
         drawn = chance_owners(keep[:, layer].sum(1).tolist(), size, draws, [seed, layer])
         found = np.bincount(keep[:, layer].sum(0), minlength=L + 1)
-        for group, number in zip(GROUPS, (L, 1, 0), strict=True):
-            low, high = np.quantile(
-                drawn[:, number], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf"
-            )  # counts: no means between two of them
-            rows.append((units, layer, size, group, int(found[number]), size * expected[group], int(low), int(high)))
+        for group, mean, number in zip(GROUPS, expected, (L, 1, 0), strict=True):
+            # counts: no means between two of them
+            low, high = np.quantile(drawn[:, number], tails, method="inverted_cdf")
+            rows.append((units, layer, size, group, int(found[number]), size * mean, int(low), int(high)))
     return pd.DataFrame(rows, columns=["units", "layer", "size", "group", "count", "expected", "low", "high"])
 
 
@@ -98,28 +95,26 @@ def _draw(owners: NDArray[np.int64], summary: pd.DataFrame, L: int, units: str) 
     width = 1.6 + max(3.2, (0.34 if columns <= 14 else 0.26) * columns)
     figure = new_figure(width + 4.2, max(2.8, 0.36 * layers + 1.4))
     left, right = figure.subplots(1, 2, width_ratios=[width, 4.0])
-    names = [str(layer) for layer in range(layers)]
+    names, unit = [str(layer) for layer in range(layers)], units.removesuffix("s")
     if few:
         image = heatmap(left, owners, names, [str(unit) for unit in range(size)], low=0, high=L, numbers="{:.0f}")
-        left.set_xlabel(units.removesuffix("s"))
+        left.set_xlabel(unit)
         figure.colorbar(image, ax=left, label=f"languages that own it, of {L}")
     else:
         shares = np.stack([np.bincount(layer, minlength=L + 1) for layer in owners]) / size * 100
-        image = heatmap(left, shares, names, [str(number) for number in range(L + 1)], low=0, numbers="{:.0f}")
-        left.set_xlabel(f"languages that own a {units.removesuffix('s')}, of {L}")
+        every = [str(number) for number in range(L + 1)]
+        image = heatmap(left, shares, names, every, low=0, high=100, numbers="{:.0f}")
+        left.set_xlabel(f"languages that own a {unit}, of {L}")
         figure.colorbar(image, ax=left, label=f"% of the layer's {size} {units}")
     left.set_ylabel("layer")
     for at, group in enumerate(GROUPS):
         rows = summary[summary.group == group]
         y = rows.layer + (at - 1) * 0.25
         right.barh(y, 100 * (rows.high - rows.low) / size, 0.2, 100 * rows.low / size, color=COLOURS[at], alpha=0.3)
+        right.plot(100 * rows.expected / size, y, "|", color="black")
         right.plot(100 * rows["count"] / size, y, MARKERS[at], color=COLOURS[at], markersize=5, label=group)
-    right.set_ylim(layers - 0.5, -0.5)
     right.set_yticks(range(layers))
-    right.plot(100 * summary.expected / size, summary.layer + (summary.index % 3 - 1) * 0.25, "|", color="black")
-    right.use_sticky_edges = False  # bars that begin at 0 would put 0 on the frame
-    right.set_xlim(right=max(5.0, right.get_xlim()[1]))
-    right.set_xlabel(f"% of {units} owned by ... (bars, ticks: random)")
-    right.spines[["top", "right"]].set_visible(False)
-    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=8)
+    right.set(ylim=(layers - 0.5, -0.5), xlim=(-3, 103), xlabel=f"% of {units} owned by ... (bars, ticks: random)")
+    bare(right)
+    legend_above(right, ncols=3)
     return figure

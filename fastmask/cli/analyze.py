@@ -11,11 +11,11 @@ from fastmask.settings import items_of
 from fastmask.terminal import LiteralConsole
 
 if TYPE_CHECKING:
-    from fastmask.reports.making import Progress
+    from fastmask.reports.page import Part
 
 __all__ = ["add_options", "run"]
 
-NAMES = "overlap,heads,conflict,cross,typology,ablation,dynamics,effect"
+NAMES = "effect,overlap,heads,conflict,cross,typology,ablation,dynamics"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Analyse, and say where the report is and what is not in it."""
-    from fastmask.reports.jobs import Options
     from fastmask.reports.making import make_report
+    from fastmask.reports.sections import Options
 
     if options.sentences is not None and options.sentences < 2:
         raise ValueError(f"--sentences is {options.sentences} (expected at least 2)")
@@ -48,29 +48,20 @@ def run(options: argparse.Namespace) -> None:
         options.runs,
         what,
         options.out,
-        Options(options.seed, options.sentences, options.data, options.device),
+        Options(options.seed, options.sentences, options.data, options.device, options.debug),
         workers=options.workers or os.cpu_count() or 1,
         command=options.command_line,
-        on_job=_Progress().show,
-        strict=options.debug,
+        on_part=_show,
     )
     console = LiteralConsole(soft_wrap=True, highlight=False)
     for reason in made.skipped:
         console.print(f"skipped {reason}")
-    times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in made.seconds.items() if seconds >= 0.5)
-    if times:
-        console.print(f"time, of all processes together: {times}")
     console.print(f"report: {made.report.resolve()} ({made.sections} sections)")
 
 
-class _Progress:
-    """One line for each job that is done."""
-
-    def __init__(self) -> None:
-        self.console = LiteralConsole(file=sys.stderr, soft_wrap=True, highlight=False)
-
-    def show(self, now: Progress) -> None:
-        what = f"{now.done.seconds:.0f} s" if now.done.error is None else f"failed: {now.done.error}"
-        left = f"{now.left / 60:.0f} min" if now.left >= 90 else f"{now.left:.0f} s"
-        rest = f", about {left} left" if now.number < now.total else ""
-        self.console.print(f"[{now.number}/{now.total}] {now.job.name}: {what}{rest}")
+def _show(part: Part, done: int, total: int) -> None:
+    """One line for each analysis that is done."""
+    what = f"{part.seconds:.0f} s" if part.sections else "skipped"
+    LiteralConsole(file=sys.stderr, soft_wrap=True, highlight=False).print(
+        f"[{done}/{total}] {part.analysis.name}: {what}"
+    )

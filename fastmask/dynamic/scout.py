@@ -21,7 +21,7 @@ from fastmask.models.attach import attached, language
 from fastmask.models.layers import AttachedLinear
 from fastmask.models.routing import Route, Router
 
-__all__ = ["Scouted", "scout"]
+__all__ = ["Scouted", "all_units_computed", "scout"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
     with (
         frozen(model),
         language(model, language_name),
-        _all_units_computed(model),
+        all_units_computed(model),
         gated(model, probes, values) as gates,
         torch.enable_grad(),
         torch.compiler.set_stance("force_eager"),  # a compiled model would be compiled again for the gates
@@ -82,7 +82,7 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
 
 
 @contextmanager
-def _all_units_computed(model: nn.Module) -> Iterator[None]:
+def all_units_computed(model: nn.Module) -> Iterator[None]:
     """Let the layers of heads and neurons run the full network; masks over single weights stay in force."""
     full = Router(attached(model).subnets.languages)
     full.running.route = Route(-1, (-1,))

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastmask.errors import unknown
-from fastmask.reports import ablating, along, conflicts, crossing, masks, scores
+from fastmask.reports import conflicts, crossing, masks, scores
 from fastmask.reports.folders import Study
-from fastmask.reports.jobs import Options, Plan
+from fastmask.reports.sections import Gathered
 
 __all__ = ["ANALYSES", "Analysis", "chosen"]
 
@@ -21,63 +21,65 @@ class Analysis:
         name: by which it is asked for.
         title: its heading.
         shows: what it shows, in one sentence.
-        plans: say what there is to do for a study; they raise `SkipError` where it does not apply.
+        gather: adds to what was found in a study; raises `SkipError` where it does not apply.
     """
 
     name: str
     title: str
     shows: str
-    plans: tuple[Callable[[Study, Options], Plan], ...]
+    gather: Callable[[Study, Gathered], None]
 
 
 ANALYSES = (
     Analysis(
+        "effect",
+        "Effect of each method",
+        "What each method does to each language's score, against the full network and against random masks of the same "
+        "sizes, and what of it is inside the noise.",
+        scores.effect,
+    ),
+    Analysis(
         "overlap",
         "Overlap of masks",
         "How much the languages' subnetworks have in common, beside random masks of the same sizes.",
-        (masks.overlap,),
+        masks.overlap,
     ),
     Analysis(
         "heads",
         "Use of heads and neurons",
         "How many languages own each head or neuron, and how many units all, one or none of them own.",
-        (masks.heads,),
+        masks.use,
     ),
     Analysis(
         "conflict",
         "Gradient conflict",
-        "Whether the languages' gradients pull the shared parameters the same way.",
-        (conflicts.conflict, along.along),
+        "Whether the languages' gradients pull the shared parameters the same way, beside how far one language's "
+        "gradients agree with themselves.",
+        conflicts.conflict,
     ),
     Analysis(
         "cross",
         "Cross-evaluation",
         "How well each language is parsed by every language's subnetwork, and whether its own is the best.",
-        (crossing.cross,),
+        crossing.cross,
     ),
     Analysis(
         "typology",
         "Typology",
         "Whether unseen languages gain more, the nearer they are to a training language.",
-        (scores.typology,),
+        scores.typology,
     ),
     Analysis(
         "ablation",
         "Ablation of single heads",
         "What each head is worth to each language, and whether the importance score foresees it.",
-        (ablating.ablation,),
+        crossing.ablation,
     ),
     Analysis(
         "dynamics",
         "Dynamics of masks",
         "How dynamic masks move in training: what changes, how far they get, whether related languages' come together.",
-        (masks.dynamics,),
-    ),
-    Analysis(
-        "effect",
-        "Effect of each method",
-        "What each method does to each language's score, and what of it is inside the noise.",
-        (scores.effect,),
+        masks.dynamics,
     ),
 )
 

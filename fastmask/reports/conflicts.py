@@ -1,109 +1,104 @@
-"""Gradient conflict of finished runs, variant by variant and side by side."""
+"""Gradient conflict of finished runs: variant by variant, side by side, and along the checkpoints that a run kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import fastmask as fm
-from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, new_figure
+from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, legend_above, new_figure
 from fastmask.analysis.result import Result
-from fastmask.models import attach
 from fastmask.reports.folders import Run, Study
-from fastmask.reports.jobs import Job, Options, Plan
-from fastmask.reports.loading import parser_of, sentence_losses
-from fastmask.reports.sections import Section, SkipError, Skipped
-from fastmask.reports.sentences import Treebanks, batches_of, treebanks_of
-from fastmask.tasks.parsing.parser import Parser
+from fastmask.reports.loading import Row, batches_of, data_for, example_losses, task_at, task_of
+from fastmask.reports.sections import Gathered, SkipError
+from fastmask.tasks.task import Task
+from fastmask.training import checkpoints
 
-__all__ = ["SENTENCES", "conflict", "conflict_of", "languages_for", "side_by_side"]
+__all__ = ["conflict"]
 
 SENTENCES = 64  # of each language: two halves of two batches each
 SPLIT = "train"
+MOST = 16  # checkpoints of a run
+SCOPES = {"all": "all parameters", "encoder": "encoder", "shared": "weights both own"}
 
 
-def conflict(study: Study, options: Options) -> Plan:
-    """The conflict of every variant at the end of training, and all of them and their seeds in one picture."""
-    jobs: list[Job] = []
-    skipped: list[Skipped] = []
+def conflict(study: Study, found: Gathered) -> None:
+    """The conflict of every variant at the end of training, all of them side by side, and along checkpoints."""
+    at_end, of_first = [], []
     for variant, runs in study.analysed.items():
-        try:
-            treebanks, languages = languages_for(runs[0], options, skipped)
-        except SkipError as error:
-            skipped.append(Skipped("conflict", variant, str(error)))
-            continue
-        for run in runs:
-            work = partial(_conflict, run, treebanks, languages, options, run is runs[0])
-            cost = 0.12 * (options.sentences or SENTENCES)
-            jobs.append(Job(f"conflict, {variant}, seed {run.config.seed}", work, cost))
-
-    def finish(answers: list[tuple[str, int, pd.DataFrame, Section | None]]) -> list[Section]:
-        sections = [section for *_, section in answers if section is not None]
-        if len(answers) < 2:
-            return sections
-        table = pd.concat(
-            [scopes.assign(variant=variant, seed=seed) for variant, seed, scopes, _ in answers], ignore_index=True
-        )
-        return [Section.of(side_by_side(table), "all of them, side by side", "all"), *sections]
-
-    return Plan(jobs, finish, list(dict.fromkeys(skipped)))
+        with found.attempt(variant):
+            rows = _rows(runs[0], found)
+            for run in runs:
+                seed = run.config.seed
+                with found.attempt(f"{variant}, seed {seed}"):
+                    task, _ = task_of(run, found.options)
+                    result = _conflict(task, rows)
+                    at_end.append(result.more["scopes"].assign(variant=variant, seed=seed))
+                    if run is runs[0]:
+                        of_first.append((variant, seed, result))
+    if len(at_end) > 1:
+        found.add("all of them, side by side", _side_by_side(pd.concat(at_end, ignore_index=True)), "all")
+    for variant, seed, result in of_first:
+        note = f"Sentences of the {SPLIT} split, the weights of seed {seed} at the end of training."
+        found.add(f"{variant}, seed {seed}", result, variant, note=note)
+    with found.attempt("along checkpoints"):
+        _along(study, found)
 
 
-def languages_for(run: Run, options: Options, skipped: list[Skipped]) -> tuple[Treebanks, list[str]]:
-    """The treebanks of a run's languages and those that can be read; what is missing is noted in `skipped`.
-
-    Raises:
-        SkipError: fewer than two are left, or there is no folder of treebanks.
-    """
-    try:
-        treebanks = treebanks_of(run, SPLIT, options.data)
-    except FileNotFoundError as error:
-        raise SkipError(str(error)) from error
-    skipped += [Skipped("conflict", name, why) for name, why in treebanks.missing.items()]
+def _rows(run: Run, found: Gathered) -> dict[str, list[Row]]:
+    """Sentences of each of a run's languages that can be read."""
+    options = found.options
+    data = data_for(run, SPLIT, options.data)
+    for name, why in data.missing.items():
+        found.skip(name, why)
     masks = run.masks
-    languages = [name for name in treebanks.names if masks is None or name in masks.languages]
-    if len(languages) < 2:
-        raise SkipError(
-            f"gradients conflict between two languages or more, and there is {', '.join(languages) or 'none'}"
-        )
-    return treebanks, languages
+    names = [name for name in data.splits if masks is None or name in masks.languages]
+    if len(names) < 2:
+        raise SkipError(f"gradients conflict between two languages or more, and there is {', '.join(names) or 'none'}")
+    return {name: data.rows(name, SPLIT, options.sentences or SENTENCES, options.seed) for name in names}
 
 
-def _conflict(
-    run: Run, treebanks: Treebanks, languages: Sequence[str], options: Options, drawn: bool
-) -> tuple[str, int, pd.DataFrame, Section | None]:
-    """The variant, the seed, the table over scopes, and the section where it is to be drawn."""
-    parser, subnets = parser_of(run.folder, options.device)
-    if subnets is not None:
-        attach(parser.encoder, subnets)
-    result = conflict_of(parser, treebanks, languages, options)
-    note = f"Sentences of the {SPLIT} split, the weights of seed {run.config.seed} at the end of training."
-    title = f"{run.variant}, seed {run.config.seed}"
-    section = Section.of(result, title, run.variant, note=note) if drawn else None
-    return run.variant, run.config.seed, result.more["scopes"], section
-
-
-def conflict_of(parser: Parser, treebanks: Treebanks, languages: Sequence[str], options: Options) -> Result:
-    """`fastmask.analysis.gradient_conflict` of a parser on drawn training sentences."""
-    device, n = next(parser.parameters()).device, options.sentences or SENTENCES
-    batches = {
-        language: batches_of(parser, treebanks.rows(language, SPLIT, n, options.seed), device) for language in languages
-    }
+def _conflict(task: Task, rows: Mapping[str, Sequence[Row]]) -> Result:
+    """`fastmask.analysis.gradient_conflict` of a model on training examples."""
+    batches = {language: batches_of(task, given, language) for language, given in rows.items()}
     return fm.analysis.gradient_conflict(
-        parser.encoder, lambda batch: sentence_losses(parser, batch), batches, whole=parser
+        task.encoder, lambda batch: example_losses(task, batch), batches, whole=task.model
     )
 
 
-def side_by_side(table: pd.DataFrame) -> Result:
-    """Means over pairs of languages, variant by variant.
+def _along(study: Study, found: Gathered) -> None:
+    """The conflict at each checkpoint of every run that kept several."""
+    kept = [(run, checkpoints.complete(run.folder)) for runs in study.analysed.values() for run in runs]
+    several = [(run, steps) for run, steps in kept if len(steps) > 1]
+    if not several:
+        one = "one checkpoint" if any(steps for _, steps in kept) else "no checkpoint"
+        which = "a cell of a comparison keeps" if study.scores is not None else "the run kept"
+        raise SkipError(f"{which} {one}: `fastmask train --keep-checkpoints 0` keeps all")
+    for run, steps in several:
+        with found.attempt(f"{run.variant}, along checkpoints"):
+            rows, tables = _rows(run, found), []
+            for at in np.unique(np.linspace(0, len(steps) - 1, MOST).round().astype(int)):
+                with found.attempt(f"{run.variant}, {steps[at].name}"):
+                    checkpoints.check(steps[at])
+                    task, subnets = task_at(run, steps[at], found.options)
+                    result = _conflict(task, rows)
+                    table = result.more["scopes"]
+                    table.insert(0, "step", checkpoints.step_of(steps[at]))
+                    table.insert(1, "network", "full network" if subnets is None else "subnetworks")
+                    table.insert(2, "sentences", int(result.more["languages"].examples.max()))
+                    tables.append(table)
+            if tables:
+                seed = f"seed {run.config.seed}"
+                result = _along_training(pd.concat(tables, ignore_index=True), run.config.switch_step)
+                found.add(f"{run.variant}, {seed}, along training", result, run.variant, seed)
 
-    Args:
-        table: `more["scopes"]` of the gradient conflict of each variant and seed, with `variant` and `seed`.
-    """
-    table = table[["variant", "seed", *(name for name in table.columns if name not in ("variant", "seed"))]]
+
+def _side_by_side(table: pd.DataFrame) -> Result:
+    """Means over pairs of languages, variant by variant; of `more["scopes"]` with `variant` and `seed`."""
+    table = table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
     caption = (
         f"Cosine of gradients in {table.variant.nunique()} networks, {table.seed.nunique()} "
         f"seed{'s' if table.seed.nunique() > 1 else ''} (small: each seed, large: their mean): over pairs of two "
@@ -111,33 +106,71 @@ def side_by_side(table: pd.DataFrame) -> Result:
         "Languages conflict as far as the first is lower. Weights both own: those in masked modules that belong to "
         "both."
     )
-    return Result("conflict", table, caption, lambda: _draw(table))
+    return Result("conflict", table, caption, lambda: _draw_side_by_side(table))
 
 
-def _draw(table: pd.DataFrame) -> Any:
-    names = {"all": "all parameters", "encoder": "encoder", "shared": "weights both own"}
-    scopes = [scope for scope in names if (table.scope == scope).any()]
+def _draw_side_by_side(table: pd.DataFrame) -> Any:
+    scopes = [scope for scope in SCOPES if (table.scope == scope).any()]
     variants = list(dict.fromkeys(table.variant))
-    shown = "cosine_halves" if table.cosine_halves.notna().any() else "mean"
     figure = new_figure(1.6 + 2.9 * len(scopes), 0.36 * len(variants) + 1.7)
     panels = figure.subplots(1, len(scopes), sharey=True, sharex=True, squeeze=False)[0]
-    lines = {shown: (-0.13, 0, "two languages"), "split_half": (0.13, 1, "one language with itself")}
+    lines = {_shown(table): (-0.13, "two languages"), "split_half": (0.13, "one language with itself")}
     for panel, scope in zip(panels, scopes, strict=True):
         rows = table[table.scope == scope]
-        for column, (shift, at, label) in lines.items():
+        for at, (column, (shift, label)) in enumerate(lines.items()):
+            style = {"color": COLOURS[at], "marker": MARKERS[at], "linestyle": ""}
+            panel.plot(
+                rows[column], [variants.index(v) + shift for v in rows.variant], markersize=3, alpha=0.6, **style
+            )
             means = rows.groupby("variant")[column].mean().reindex(variants)
-            places = [variants.index(variant) + shift for variant in rows.variant]
-            panel.plot(rows[column], places, MARKERS[at], color=COLOURS[at], markersize=3, alpha=0.6)
-            y = [place + shift for place in range(len(variants))]
-            panel.plot(means, y, MARKERS[at], color=COLOURS[at], markersize=7, label=label, fillstyle="none")
+            panel.plot(means, np.arange(len(variants)) + shift, markersize=7, label=label, fillstyle="none", **style)
         panel.axvline(0, color=GREY, linewidth=0.8)
-        panel.set_title(names[scope], fontsize=10)
+        panel.set_title(SCOPES[scope], fontsize=10)
         panel.set_xlabel("cosine of gradients")
-        panel.grid(axis="x", color="#EEEEEE")
+        panel.grid(axis="x", color=GREY, alpha=0.2)
         panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+    bare(*panels)
     panels[0].set_yticks(range(len(variants)), variants)
     panels[0].set_ylim(len(variants) - 0.5, -0.5)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
+
+
+def _along_training(table: pd.DataFrame, switch: int | None) -> Result:
+    """One row for each checkpoint and scope; from the step `switch` on languages had their subnetworks, or episodes."""
+    table = table.sort_values("step", kind="stable", ignore_index=True)
+    caption = (
+        f"Cosine of gradients at {table.step.nunique()} checkpoints, from step {table.step.min()} to "
+        f"{table.step.max()}, on the same at most {table.sentences.max()} training sentences of each language. Left: "
+        "mean over pairs of languages (halves of the sentences) and, the control, over languages of one with itself; "
+        "the gap between them is conflict. Right: share of the coordinates in which the signs of two languages' "
+        "gradients differ; one half for gradients that know nothing of each other."
+        + ("" if switch is None else " Dashed: from there on subnetworks, or episodes.")
+    )
+    return Result("conflict-along", table, caption, lambda: _draw_along(table, switch))
+
+
+def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:
+    figure = new_figure(9.0, 3.4)
+    left, right = figure.subplots(1, 2)
+    encoder = table[table.scope == "encoder"]
+    left.plot(encoder.step, encoder[_shown(table)], f"{MARKERS[0]}-", color=COLOURS[0], label="two languages")
+    left.plot(encoder.step, encoder.split_half, f"{MARKERS[1]}--", color=COLOURS[1], label="one with itself")
+    left.axhline(0, color=GREY, linewidth=0.8)
+    for at, scope in enumerate(("encoder", "shared")):
+        rows = table[table.scope == scope]
+        right.plot(rows.step, 100 * rows.conflict, f"{MARKERS[at]}-", color=COLOURS[at], label=SCOPES[scope])
+    right.axhline(50, color=GREY, linewidth=0.8)
+    for panel, label in ((left, "cosine in the encoder"), (right, "coordinates in conflict, %")):
+        panel.set(xlabel="step", ylabel=label)
+        if switch is not None:
+            panel.axvline(switch, color="black", linewidth=0.8, linestyle="--")
+        legend_above(panel)
+    bare(left, right)
+    return figure
+
+
+def _shown(table: pd.DataFrame) -> str:
+    """The column of cosines between languages that can be compared with those of one language with itself."""
+    return "cosine_halves" if table.cosine_halves.notna().any() else "mean"

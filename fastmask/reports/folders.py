@@ -15,15 +15,13 @@ import pandas as pd
 
 from fastmask.compare.pictures import NAMES
 from fastmask.compare.plan import SETTINGS_FILE, Plan
-from fastmask.compare.queue import is_done
 from fastmask.compare.report import load_results
+from fastmask.compare.results import is_done
 from fastmask.compare.tables import scores_table
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.data.synthetic import UNSEEN
+from fastmask.tasks.task import heading
 from fastmask.training.config import TrainConfig
-from fastmask.training.finished import check_finished
-from fastmask.training.loop import MASKS_FILE
-from fastmask.training.run_folder import CONFIG_FILE
+from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, check_finished
 
 __all__ = ["CONTROLS", "Run", "Study", "studies_of", "variant_name"]
 
@@ -54,7 +52,7 @@ class Run:
     @property
     def finished(self) -> datetime.date:
         """The day on which the model was written."""
-        return datetime.date.fromtimestamp((self.folder / "model" / "parser.json").stat().st_mtime)
+        return datetime.date.fromtimestamp((self.folder / "model").stat().st_mtime)
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Study:
         title: a comparison's folder, or the runs'.
         runs: the finished ones, by variant and seed.
         unfinished: names of those that are not, of a comparison.
-        scores: of a comparison: the rows of its ``results.csv`` (seed, method, meta, language, condition, las, ...).
+        scores: of a comparison: the rows of its ``results.csv`` (seed, method, meta, language, condition, score, ...).
         unseen: the languages that are only tested on, as they are named in the settings.
         settings: to show.
     """
@@ -84,6 +82,19 @@ class Study:
         for run in self.runs:
             found.setdefault(run.variant, []).append(run)
         return {name: sorted(runs, key=lambda run: run.config.seed) for name, runs in found.items()}
+
+    @property
+    def languages(self) -> list[str]:
+        """Those that have subnetworks or scores."""
+        owning = [name for run in self.runs if (masks := run.masks) is not None for name in masks.languages]
+        scored = [] if self.scores is None else list(self.scores["language"])
+        return list(dict.fromkeys(owning + scored))
+
+    @property
+    def metric(self) -> str:
+        """What the score of the runs' task is called."""
+        task = self.runs[0].config.task_class
+        return heading(task.metric) + ("" if task.higher_is_better else " (lower is better)")
 
     @property
     def analysed(self) -> dict[str, list[Run]]:
@@ -145,7 +156,8 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
         if any(other.seed == config.seed or _differ(config, other) for other in alike):
             name = f"{name} ({label})"
         runs.append(Run(folder, config, name))
-    unseen = ",".join(UNSEEN) if all(run.config.data is None for run in runs) else ""
+    shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
+    unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""
     return Study(", ".join(labels), tuple(runs), unseen=unseen)
 
 

@@ -1,23 +1,32 @@
-"""The whole of a report: plan every analysis of every study, do the jobs, write the files and the page."""
+"""The whole of a report: every analysis of every study, in several processes; the files and the page."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from os import PathLike
 from pathlib import Path
 
+import torch
+
 from fastmask.reports.analyses import Analysis, chosen
 from fastmask.reports.folders import Study, studies_of
-from fastmask.reports.jobs import EXPECTED, Done, Job, Options, Plan, do_all
 from fastmask.reports.page import Part, page
-from fastmask.reports.sections import Section, Skipped, file_name
+from fastmask.reports.sections import Gathered, Options, Section, Skipped, file_name
 from fastmask.reports.writing import REPORT, check_folder, write_files
 
-__all__ = ["FOLDER", "Made", "Progress", "make_report"]
+__all__ = ["FOLDER", "Made", "make_report"]
 
 FOLDER = "analysis"  # of the report, in that of the run
+Found = tuple[list[Section], list[Skipped], float]
+LONG = ("cross", "conflict", "ablation")  # which run models: begun first
 
 
 @dataclass(frozen=True)
@@ -26,26 +35,13 @@ class Made:
 
     Attributes:
         report: the page.
-        sections: how many it has.
+        sections: how many were made.
         skipped: what is not in it, and why.
-        seconds: analysis -> seconds of work, of all processes together.
     """
 
     report: Path
     sections: int
     skipped: list[Skipped]
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A job that was done: its place among all, how long it took, and about how many seconds are left for the rest."""
-
-    job: Job
-    done: Done
-    number: int
-    total: int
-    left: float
 
 
 def make_report(
@@ -56,8 +52,7 @@ def make_report(
     *,
     workers: int = 1,
     command: str | None = None,
-    on_job: Callable[[Progress], None] | None = None,
-    strict: bool = False,
+    on_part: Callable[[Part, int, int], None] | None = None,
 ) -> Made:
     """Analyse runs and comparisons, and write ``report.html`` with every table and picture beside it.
 
@@ -68,10 +63,9 @@ def make_report(
         what: names of analyses (`analyses.ANALYSES`); None: all.
         out: folder of the report; with a single run or comparison by default ``analysis`` in its folder.
         options: what holds for every analysis.
-        workers: processes.
+        workers: processes; each does one analysis of one study at a time.
         command: that the page shows to make it again.
-        on_job: called after each job.
-        strict: an error in an analysis ends everything, instead of being listed among what was skipped.
+        on_part: called after each analysis of each study, with how many are done and how many there are.
 
     Raises:
         FileNotFoundError: a folder that is no finished run or comparison.
@@ -87,78 +81,68 @@ def make_report(
         raise ValueError(f"{target} is a link (expected --out, to write the report where it leads)")
     check_folder(target)
 
-    planned: list[tuple[Study, Analysis, Plan]] = []
+    tasks = [(study, analysis, options) for study in studies for analysis in analyses]
+    done: dict[int, Part] = {}
+    for at, (sections, lacking, seconds) in _all_done(tasks, workers):
+        done[at] = Part(tasks[at][0], tasks[at][1], sections, lacking, seconds)
+        if on_part is not None:
+            on_part(done[at], len(done), len(tasks))
+    parts = [done[at] for at in range(len(tasks))]
     skipped = [
         Skipped("comparison", name, "this cell is not done yet") for study in studies for name in study.unfinished
     ]
-    for study in studies:
-        for analysis in analyses:
-            for plan_of in analysis.plans:
-                try:
-                    plan = plan_of(study, options)
-                except EXPECTED as error:
-                    if strict and not isinstance(error, ValueError):
-                        raise
-                    skipped.append(Skipped(analysis.name, _named(plan_of), str(error)))
-                    continue
-                skipped += plan.skipped
-                planned.append((study, analysis, plan))
-    outcomes = _outcomes([job for _, _, plan in planned for job in plan.jobs], workers, on_job, strict)
-
-    parts: list[Part] = []
-    seconds: dict[str, float] = {}
-    first = 0
-    for study, analysis, plan in planned:
-        mine = list(zip(plan.jobs, outcomes[first : first + len(plan.jobs)], strict=True))
-        first += len(plan.jobs)
-        skipped += [Skipped(analysis.name, job.name, done.error) for job, done in mine if done.error is not None]
-        seconds[analysis.name] = seconds.get(analysis.name, 0.0) + sum(done.seconds for _, done in mine)
-        answers = [done.answer for _, done in mine if done.error is None]
-        try:
-            sections = plan.finish(answers) if answers else []
-        except EXPECTED as error:
-            if strict:
-                raise
-            skipped.append(Skipped(analysis.name, "", str(error)))
-            continue
-        parts.append(Part(study, analysis, sections))
-    skipped = list(dict.fromkeys(skipped))
-    parts = [part for part in _joined(parts) if part.sections]
+    skipped = list(dict.fromkeys([*skipped, *(reason for part in parts for reason in part.skipped)]))
+    parts = _distinct([part for part in parts if part.sections], studies)
     if not parts:
         raise ValueError("nothing could be analysed:\n" + "\n".join(f"  {reason}" for reason in skipped))
-    parts = _distinct(parts, studies)
     files = {name: content for part in parts for section in part.sections for name, content in section.files.items()}
     files[REPORT] = page(studies, parts, skipped, command).encode()
     write_files(target, files)
-    return Made(target / REPORT, sum(len(part.sections) for part in parts), skipped, seconds)
+    return Made(target / REPORT, sum(len(part.sections) for part in parts), skipped)
 
 
-def _named(plan_of: Callable[..., Plan]) -> str:
-    """Which part of an analysis a plan is for, where it has several."""
-    return "along checkpoints" if plan_of.__name__ == "along" else ""
+def _found(study: Study, analysis: Analysis, options: Options) -> Found:
+    """One analysis of one study: its sections, what could not be done, and how many seconds it took."""
+    began, found = time.perf_counter(), Gathered(analysis.name, options)
+    with found.attempt(""):
+        analysis.gather(study, found)
+    return found.sections(), found.skipped, time.perf_counter() - began
 
 
-def _outcomes(jobs: Sequence[Job], workers: int, on_job: Callable[[Progress], None] | None, strict: bool) -> list[Done]:
-    """The outcome of every job, in their order."""
-    found: dict[int, Done] = {}
-    began, cost, total = time.perf_counter(), 0.0, sum(job.cost for job in jobs)
-    for at, done in do_all(jobs, workers, strict):
-        found[at] = done
-        cost += jobs[at].cost
-        if on_job is not None:
-            left = (time.perf_counter() - began) / cost * (total - cost)
-            on_job(Progress(jobs[at], done, len(found), len(jobs), left))
-    return [found[at] for at in range(len(jobs))]
+def _all_done(tasks: Sequence[tuple[Study, Analysis, Options]], workers: int) -> Iterator[tuple[int, Found]]:
+    """Position and outcome of each task, as it is done; with one worker this process does the work."""
+    order = sorted(range(len(tasks)), key=lambda at: tasks[at][1].name not in LONG)
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        for at in order:
+            yield at, _found(*tasks[at])
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = multiprocessing.get_context("spawn")  # a forked process inherits threads in an unknown state
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(threads,)) as pool:
+        try:
+            waiting = {pool.submit(_found, *tasks[at]): at for at in order}
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
-def _joined(parts: Sequence[Part]) -> list[Part]:
-    """One part for each study and analysis."""
-    found: dict[tuple[int, str], Part] = {}
-    for part in parts:
-        key = (id(part.study), part.analysis.name)
-        before = found[key].sections if key in found else []
-        found[key] = Part(part.study, part.analysis, [*before, *part.sections])
-    return list(found.values())
+def _begin(threads: int) -> None:
+    """Be a worker: as many threads as cores are left, and no life beyond that of the process that asked for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that process is interrupted, and ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:
@@ -175,11 +159,9 @@ def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:
         tables = {f"{name}{key.removeprefix(section.name)}": table for key, table in section.tables.items()}
         return replace(section, name=name, tables=tables)
 
-    stems = {
-        id(study): f"{file_name(str(number), study.title)[:40]}-" if len(studies) > 1 else ""
-        for number, study in enumerate(studies, start=1)
-    }
-    return [
-        Part(part.study, part.analysis, [renamed(section, stems[id(part.study)]) for section in part.sections])
-        for part in parts
-    ]
+    found = []
+    for part in parts:
+        number = 1 + [study is part.study for study in studies].index(True)
+        stem = f"{file_name(str(number), part.study.title)[:40]}-" if len(studies) > 1 else ""
+        found.append(replace(part, sections=[renamed(section, stem) for section in part.sections]))
+    return found

@@ -2,108 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-
 import fastmask as fm
-from fastmask.reports.folders import Study
-from fastmask.reports.jobs import Job, Options, Plan
-from fastmask.reports.sections import Section, SkipError, Skipped
+from fastmask.reports.folders import Run, Study
+from fastmask.reports.sections import Gathered, SkipError
 from fastmask.subnetworks import Subnetworks
 from fastmask.training.config import TrainConfig
-from fastmask.training.dynamic import DYNAMIC_FILE
+from fastmask.training.run_folder import DYNAMIC_FILE
 
-__all__ = ["NO_MASKS", "dynamics", "heads", "overlap"]
-
-NO_MASKS = "no run has subnetworks (method full)"
+__all__ = ["dynamics", "first_masked", "overlap", "use"]
 
 
-def overlap(study: Study, options: Options) -> Plan:
-    """Overlap of the masks of each variant: between languages, and between seeds that began with the same weights."""
+def first_masked(study: Study) -> tuple[str, list[tuple[Run, Subnetworks]]]:
+    """The first variant with subnetworks, and its runs with theirs.
+
+    Raises:
+        SkipError: there is none.
+    """
     if not study.masked:
-        raise SkipError(NO_MASKS)
-    jobs, skipped = [], []
+        raise SkipError("no run has subnetworks (method full)")
+    return next(iter(study.masked.items()))
+
+
+def overlap(study: Study, found: Gathered) -> None:
+    """Overlap of the masks of each variant: between languages, and between seeds that began with the same weights."""
+    first_masked(study)
     for variant, runs in study.masked.items():
-        masks = [subnets for _, subnets in runs]
-        if len(masks[0].languages) < 2 and len(masks) < 2:
-            skipped.append(
-                Skipped("overlap", variant, "there is one language and one seed, and nothing to overlap with")
-            )
+        first, *others = (subnets for _, subnets in runs)
+        if len(first.languages) < 2 and not others:
+            found.skip(variant, "there is one language and one seed, and nothing to overlap with")
             continue
         same_start = runs[0][0].config.model != "small"
-        if len(masks) < 2:
-            skipped.append(Skipped("overlap", f"{variant}, between seeds", "there is one seed only"))
+        if not others:
+            found.skip(f"{variant}, between seeds", "there is one seed only")
         elif not same_start:
             why = "each seed began with random weights of its own, so its units are not those of another seed"
-            skipped.append(Skipped("overlap", f"{variant}, between seeds", why))
-        for kind in kinds_of(masks[0]):
-            work = partial(_overlap, masks, same_start, kind, variant, options.seed)
-            jobs.append(Job(f"overlap of {kind}, {variant}", work, 3.0 * len(masks)))
-    return Plan(jobs, skipped=skipped)
+            found.skip(f"{variant}, between seeds", why)
+        for kind in _kinds_of(first):
+            result = fm.analysis.overlap(
+                first, seeds=others, same_start=same_start, units=kind, seed=found.options.seed
+            )
+            found.add(f"{kind} of {variant}", result, kind, variant)
 
 
-def _overlap(masks: Sequence[Subnetworks], same_start: bool, kind: str, variant: str, seed: int) -> list[Section]:
-    first, *others = masks
-    result = fm.analysis.overlap(first, seeds=others, same_start=same_start, units=kind, seed=seed)
-    return [Section.of(result, f"{kind} of {variant}", kind, variant)]
-
-
-def heads(study: Study, options: Options) -> Plan:
+def use(study: Study, found: Gathered) -> None:
     """Use of heads and neurons by the languages of each variant and seed."""
-    if not study.masked:
-        raise SkipError(NO_MASKS)
-    jobs, skipped = [], []
+    first_masked(study)
     for variant, runs in study.masked.items():
-        for place, (run, masks) in enumerate(runs):
+        for run, masks in runs:
             if len(masks.languages) < 2:
-                skipped.append(Skipped("heads", variant, "there is one language, which shares its units with nobody"))
-                break
-            for kind in [kind for kind in kinds_of(masks) if kind != "weights"]:
-                work = partial(_use, masks, kind, variant, run.config.seed, place > 0, options.seed)
-                jobs.append(Job(f"use of {kind}, {variant}, seed {run.config.seed}", work, 3.0))
-    if not jobs and not skipped:
-        raise SkipError("the subnetworks mask neither heads nor neurons")
-    return Plan(jobs, skipped=skipped)
-
-
-def _use(masks: Subnetworks, kind: str, variant: str, seed: int, folded: bool, draw: int) -> list[Section]:
-    result = fm.analysis.unit_use(masks, units=kind, seed=draw)
-    return [Section.of(result, f"{kind} of {variant}, seed {seed}", kind, variant, f"seed {seed}", folded=folded)]
-
-
-def dynamics(study: Study, options: Options) -> Plan:
-    """How the masks of each run of method `dynamic` moved."""
-    runs = {variant: runs for variant, runs in study.variants.items() if runs[0].config.method == "dynamic"}
-    if not runs:
-        raise SkipError("no run is of method dynamic")
-    jobs, skipped = [], []
-    for variant, of_seeds in runs.items():
-        for place, run in enumerate(of_seeds):
-            history = run.folder / DYNAMIC_FILE
-            if not history.is_file():
-                skipped.append(Skipped("dynamics", f"{variant}, seed {run.config.seed}", f"there is no {history}"))
+                found.skip(variant, "there is one language, which shares its units with nobody")
                 continue
+            for kind in [kind for kind in _kinds_of(masks) if kind != "weights"]:
+                seed, result = (
+                    f"seed {run.config.seed}",
+                    fm.analysis.unit_use(masks, units=kind, seed=found.options.seed),
+                )
+                first = run is runs[0][0]
+                found.add(f"{kind} of {variant}, {seed}", result, kind, variant, seed, on_page=first)
+    if not found.results and not found.skipped:
+        raise SkipError("the subnetworks mask neither heads nor neurons")
+
+
+def dynamics(study: Study, found: Gathered) -> None:
+    """How the masks of each run of method `dynamic` moved."""
+    moving = {variant: runs for variant, runs in study.variants.items() if runs[0].config.method == "dynamic"}
+    if not moving:
+        raise SkipError("no run is of method dynamic")
+    for variant, runs in moving.items():
+        for run in runs:
+            seed, history = f"seed {run.config.seed}", run.folder / DYNAMIC_FILE
             kinds = ("heads", "neurons") if run.config.units == "both" else (run.config.units,)
             for kind in kinds:
-                work = partial(_dynamics, history, kind, variant, run.config, place > 0)
-                jobs.append(Job(f"dynamics of {kind}, {variant}, seed {run.config.seed}", work, 3.0))
-    return Plan(jobs, skipped=skipped)
+                with found.attempt(f"{variant}, {seed}"):
+                    result = fm.analysis.dynamics(history, units=kind, steps=_update_steps(run.config))
+                    first = run is runs[0]
+                    found.add(f"{kind} of {variant}, {seed}", result, kind, variant, seed, on_page=first)
 
 
-def _dynamics(history: Path, kind: str, variant: str, config: TrainConfig, folded: bool) -> list[Section]:
-    result = fm.analysis.dynamics(history, units=kind, steps=update_steps(config))
-    title = f"{kind} of {variant}, seed {config.seed}"
-    return [Section.of(result, title, kind, variant, f"seed {config.seed}", folded=folded)]
-
-
-def update_steps(config: TrainConfig) -> list[int] | None:
+def _update_steps(config: TrainConfig) -> list[int] | None:
     """The steps after which masks were updated; None where episodes decide and only changes are known."""
     if config.meta != "none":
         return None
     return [step for step in range(0, config.steps + 1, config.update_every) if step > config.shared_steps]
 
 
-def kinds_of(masks: Subnetworks) -> list[str]:
+def _kinds_of(masks: Subnetworks) -> list[str]:
     """Which of heads, neurons and weights are masked."""
     return [kind for kind in ("heads", "neurons", "weights") if getattr(masks, kind) is not None]

@@ -5,38 +5,46 @@ from __future__ import annotations
 import base64
 import datetime
 import importlib.resources
-import io
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 import pandas as pd
 import torch
 import transformers
-from PIL import Image
 
-from fastmask.analysis.statistics import p_text
+from fastmask.analysis.effects import verdict
+from fastmask.analysis.language_families import families_of, family_colour
+from fastmask.analysis.statistics import holm, p_text
 from fastmask.reports.analyses import Analysis
 from fastmask.reports.folders import Study
 from fastmask.reports.sections import Section, Skipped
 
-__all__ = ["OPEN_ROWS", "SHOWN_ROWS", "Part", "page"]
+__all__ = ["ROOM", "SHOWN_ROWS", "Part", "page"]
 
 TEMPLATE = "report.html.j2"
-OPEN_ROWS = 12  # longer tables are folded
-SHOWN_ROWS = 100  # of longer tables the rest is in the CSV file
+SHOWN_ROWS = 40  # longer tables are in their CSV file only
+ROOM = 1_200_000  # characters of pictures; those that find no room stand beside the page
+THEME = (
+    b"<style>:root{color:#1c1c1c;fill:currentColor}text{font-family:'DejaVu Sans','Verdana',sans-serif}"
+    b"@media(prefers-color-scheme:dark){:root{color:#e6e6e6}}</style>"
+)
+NEEDLESS = re.compile(rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu[^;"]*;? ?""")
 
 
 @dataclass(frozen=True)
 class Part:
-    """The sections of one analysis of one study."""
+    """One analysis of one study: its sections, what could not be done, and how many seconds it took."""
 
     study: Study
     analysis: Analysis
     sections: list[Section]
+    skipped: list[Skipped] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skipped], command: str | None) -> str:
@@ -50,27 +58,101 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
     """
     import fastmask
 
+    parts = _corrected(parts)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    versions = {
-        "fastmask": fastmask.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "Python": platform.python_version(),
-        "machine": platform.machine(),
-    }
+    room = iter(_pictures(parts))
     return environment.from_string(text).render(
         title=f"Analyses of {', '.join(study.title for study in studies)}",
         date=datetime.date.today().isoformat(),
         studies=[_study(study) for study in studies],
+        families=_families(studies),
         several=len(studies) > 1,
-        parts=[_part(part, number) for number, part in enumerate(parts, start=1)],
+        tests=sum(1 for _ in _tests(parts)),
+        results=_results(parts),
+        parts=[_part(part, number, room) for number, part in enumerate(parts, start=1)],
         skipped=skipped,
-        versions=versions,
+        versions={
+            "fastmask": fastmask.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "Python": platform.python_version(),
+            "machine": platform.machine(),
+        },
         command=command,
     )
+
+
+# ---- the tests of the whole page
+
+
+def _tests(parts: Sequence[Part]) -> Iterator[float]:
+    """Every p-value in the tables of the page."""
+    for part in parts:
+        for section in part.sections:
+            for table in section.tables.values() if section.on_page else ():
+                yield from table.p.dropna() if "p" in table else ()
+
+
+def _corrected(parts: Sequence[Part]) -> list[Part]:
+    """A column `p_page` beside each `p`: corrected over all tests of the page (Holm)."""
+    corrected = iter(holm(list(_tests(parts))))
+
+    def table_of(table: pd.DataFrame) -> pd.DataFrame:
+        if "p" not in table:
+            return table
+        table = table.copy()
+        values = [next(corrected) if known else math.nan for known in table.p.notna()]
+        table.insert(table.columns.get_loc("p") + 1, "p_page", values)
+        return table
+
+    found = []
+    for part in parts:
+        sections = [
+            Section(
+                section.title,
+                section.name,
+                section.caption,
+                {name: table_of(table) for name, table in section.tables.items()},
+                section.pictures,
+            )
+            if section.on_page
+            else section
+            for section in part.sections
+        ]
+        found.append(Part(part.study, part.analysis, sections, part.skipped, part.seconds))
+    return found
+
+
+def _results(parts: Sequence[Part]) -> dict[str, Any] | None:
+    """Every method against its baselines, with p-values over the whole page; None where effects were not analysed."""
+    rows = []
+    for part in parts:
+        for section in part.sections if part.analysis.name == "effect" else ():
+            for row in section.tables[f"{section.name}_methods"].itertuples():
+                interval = f"{row.low:+.2f} to {row.high:+.2f}"
+                counts = f"{row.languages_better} of {row.languages}", f"{row.seeds_agree} of {row.seeds}"
+                says = verdict(row, row.p_page)
+                what = row.method, row.against, section.title.partition(",")[0]
+                rows.append((*what, f"{row.difference:+.2f}", interval, *counts, row.p, row.p_page, says))
+    columns = [
+        "method",
+        "against",
+        "on",
+        "difference",
+        "95% interval",
+        "languages better",
+        "seeds agree",
+        "p",
+        "p_page",
+    ]
+    table = pd.DataFrame(rows, columns=[*columns, "verdict"])
+    return {**_table("results", table), "verdicts": table.verdict.value_counts().to_dict()} if rows else None
+
+
+# ---- what the template shows
 
 
 def _study(study: Study) -> dict[str, Any]:
@@ -80,65 +162,93 @@ def _study(study: Study) -> dict[str, Any]:
         config = runs[0].config
         seeds = ", ".join(str(run.config.seed) for run in runs)
         rows.append([variant, seeds, str(config.steps), config.model, runs[0].folder.resolve().as_posix()])
-    shown = study.settings
-    if shown is None:
-        shown = {run.folder.name: vars(run.config) for run in study.runs}
+    shown = study.settings or {run.folder.name: vars(run.config) for run in study.runs}
     return {
         "title": study.title,
         "days": " to ".join(dict.fromkeys(day.isoformat() for day in (days[0], days[-1]))),
         "rows": rows,
-        "settings": {name: _settings(values) for name, values in shown.items()},
+        "settings": {
+            name: "\n".join(f"{key}: {value}" for key, value in values.items() if value is not None)
+            for name, values in shown.items()
+        },
     }
 
 
-def _settings(values: Mapping[str, Any]) -> str:
-    return "\n".join(f"{name}: {value}" for name, value in values.items() if value is not None)
+def _families(studies: Sequence[Study]) -> list[dict[str, Any]]:
+    """The families of all languages, with the colour that their names have on the page."""
+    languages = dict.fromkeys(name for study in studies for name in study.languages)
+    found: dict[str, list[str]] = {}
+    for language, family in families_of(languages).items():
+        found.setdefault(family, []).append(language)
+    return [
+        {"name": family, "languages": ", ".join(names), "colour": family_colour(family, "inherit")}
+        for family, names in found.items()
+    ]
 
 
-def _part(part: Part, number: int) -> dict[str, Any]:
+def _part(part: Part, number: int, room: Iterator[Any]) -> dict[str, Any]:
     return {
         "id": f"part-{number}-{part.analysis.name}",  # no section is called so
         "study": part.study.title,
         "title": part.analysis.title,
         "shows": part.analysis.shows,
-        "sections": [_section(section) for section in part.sections],
+        "sections": [_section(section, next(room)) for section in part.sections if section.on_page],
+        "beside": [section.name for section in part.sections if not section.on_page],
     }
 
 
-def _section(section: Section) -> dict[str, Any]:
-    tables = sorted(section.tables.items(), key=lambda item: len(item[1]) > OPEN_ROWS)  # summaries first
+def _section(section: Section, picture: Mapping[str, Any] | None) -> dict[str, Any]:
+    tables = sorted(section.tables.items(), key=lambda item: len(item[1]))  # summaries first
     return {
         "id": section.name,
         "title": section.title,
         "caption": section.caption,
-        "folded": section.folded,
-        "picture": base64.b64encode(_with_palette(section.pictures["png"])).decode("ascii"),
+        "picture": picture,
         "tables": [_table(name, table) for name, table in tables if len(table)],
-        "files": list(section.files),
     }
 
 
-def _with_palette(png: bytes) -> bytes:
-    """The picture in 256 colours, which takes a third of the bytes; the file beside the page has them all."""
-    picture, small = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    return small.getvalue()
+def _pictures(parts: Sequence[Part]) -> Iterator[dict[str, Any] | None]:
+    """The picture of each section on the page, as long as there is room."""
+    used = 0
+    for section in (section for part in parts for section in part.sections if section.on_page):
+        svg, width = _for_the_page(section.pictures["svg"])
+        used += len(svg)
+        yield {"content": svg, "width": width} if used <= ROOM else None
+
+
+def _for_the_page(svg: bytes) -> tuple[str, int]:
+    """A picture of matplotlib in the page's colours and without what nobody sees; in base64, and its width."""
+    width = re.search(rb'<svg[^>]*? width="([0-9.]+)pt"', svg)
+    assert width is not None
+
+    def shortened(tag: re.Match[bytes]) -> bytes:
+        text = NEEDLESS.sub(b"", tag[0].replace(b"#000000", b"currentColor"))
+        return re.sub(rb"\s+", b" ", re.sub(rb"(\.[0-9]{2})[0-9]+", rb"\1", text))  # hundredths of a point
+
+    svg = re.sub(rb"<metadata>.*?</metadata>", THEME, svg, flags=re.DOTALL)
+    svg = re.sub(rb"<[^>]+>", shortened, re.sub(rb"<!--.*?-->", b"", svg))
+    svg = re.sub(rb">\s+<", b"><", svg)
+    return base64.b64encode(svg).decode("ascii"), round(float(width[1]) * 4 / 3)
 
 
 def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:
-    numeric = [pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind) for kind in table.dtypes]
+    shown = table.drop(columns=[column for column in table if str(column).endswith("_p")])  # not among the page's tests
+    numeric = [pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind) for kind in shown.dtypes]
     return {
         "name": name,
-        "columns": list(zip((str(column).replace("_", " ") for column in table.columns), numeric, strict=True)),
-        "rows": [list(map(_text, row, table.columns)) for row in table.head(SHOWN_ROWS).itertuples(index=False)],
-        "length": len(table),
-        "shown": min(len(table), SHOWN_ROWS),
-        "folded": len(table) > OPEN_ROWS,
+        "columns": list(zip((str(column).replace("_", " ") for column in shown.columns), numeric, strict=True)),
+        "rows": [list(map(_cell, row, shown.columns)) for row in shown.itertuples(index=False)],
+        "length": len(shown),
+        "shown": len(shown) <= SHOWN_ROWS,
     }
 
 
-def _text(value: Any, column: Any) -> str:
+def _cell(value: Any, column: Any) -> tuple[str, str]:
+    """Text and colour."""
     if isinstance(value, float):
-        is_p = "p" in str(column).split("_")  # p, p_holm, score_p
-        return "–" if math.isnan(value) else p_text(value) if is_p else f"{value:.4g}"
-    return "yes" if value is True else "no" if value is False else str(value)
+        is_p = "p" in str(column).split("_")
+        return ("–" if math.isnan(value) else p_text(value) if is_p else f"{value:.4g}"), ""
+    if str(column).partition("_")[0] == "language":
+        return str(value), family_colour(families_of([str(value)])[str(value)], "")
+    return "yes" if value is True else "no" if value is False else str(value), ""

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import pandas as pd
 
 from fastmask.analysis.result import Result
 
-__all__ = ["Section", "SkipError", "Skipped", "file_name"]
+__all__ = ["EXPECTED", "Gathered", "Options", "Section", "SkipError", "Skipped", "file_name"]
+
+EXPECTED = (ValueError, KeyError, OSError, RuntimeError, ImportError, ArithmeticError)
+"""What goes wrong with a run or its data; any other error is a mistake in the code."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for every analysis.
+
+    Attributes:
+        seed: of the sentences that are drawn, and of permutations and random masks.
+        sentences: of each language; None: as many as each analysis takes by itself.
+        data: folder of the treebanks; None: that of the run.
+        device: where to compute.
+        strict: an error ends everything, instead of being listed among what was skipped.
+    """
+
+    seed: int = 0
+    sentences: int | None = None
+    data: str | None = None
+    device: str = "auto"
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,10 +44,10 @@ class Section:
     Attributes:
         title: what was analysed.
         name: of its files; those of further tables begin with it.
-        caption: what was computed, on what, with which n, and against which control.
+        caption: what was computed, on what, with which n, against which control, and what to conclude.
         tables: file name without ending -> table.
         pictures: "png", "svg" -> the file's content.
-        folded: shown only when it is opened: more of the same, such as another seed.
+        on_page: False for more of the same, such as another seed: its files stand beside the page.
     """
 
     title: str
@@ -32,22 +55,7 @@ class Section:
     caption: str
     tables: Mapping[str, pd.DataFrame]
     pictures: Mapping[str, bytes]
-    folded: bool = False
-
-    @classmethod
-    def of(cls, result: Result, title: str, *parts: str, note: str = "", folded: bool = False) -> Section:
-        """Draw a result.
-
-        Args:
-            result: of an analysis.
-            title: what was analysed.
-            parts: what the files are named after, beside the analysis.
-            note: what the caption must add.
-            folded: see the class.
-        """
-        named = dataclasses.replace(result, name=file_name(result.name, *parts))
-        caption = f"{result.caption} {note}".rstrip()
-        return cls(title, named.name, caption, named.tables(), named.pictures(), folded)
+    on_page: bool = True
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -70,6 +78,52 @@ class Skipped:
 
 class SkipError(ValueError):
     """An analysis does not apply; the message says why."""
+
+
+@dataclass
+class Gathered:
+    """What one analysis of one study has found so far.
+
+    Attributes:
+        analysis: its name.
+        options: what holds for it.
+        results: title, result, and whether it is on the page.
+        skipped: what could not be done.
+    """
+
+    analysis: str
+    options: Options
+    results: list[tuple[str, Result, bool]] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def add(self, title: str, result: Result, *parts: str, note: str = "", on_page: bool = True) -> None:
+        """Take a result; its files are named after the analysis and `parts`, and its caption ends with the note."""
+        named = replace(result, name=file_name(result.name, *parts), caption=f"{result.caption} {note}".rstrip())
+        self.results.append((title, named, on_page))
+
+    def skip(self, part: str, why: str) -> None:
+        """Note once what of the analysis cannot be done."""
+        if (skipped := Skipped(self.analysis, part, why)) not in self.skipped:
+            self.skipped.append(skipped)
+
+    @contextmanager
+    def attempt(self, part: str) -> Iterator[None]:
+        """Note what goes wrong inside, and go on after it."""
+        try:
+            yield
+        except EXPECTED as error:
+            if self.options.strict and not isinstance(error, SkipError):
+                raise
+            self.skip(part, str(error) or type(error).__name__)
+
+    def sections(self) -> list[Section]:
+        """Draw what was found, all of it to one scale."""
+        extents = [result.extent for _, result, _ in self.results if result.extent == result.extent]
+        extent = float(np.max(extents)) if extents else None
+        return [
+            Section(title, result.name, result.caption, result.tables(), result.pictures(extent), on_page)
+            for title, result, on_page in self.results
+        ]
 
 
 def file_name(*parts: str) -> str:

@@ -48,7 +48,6 @@ def test_live_flops_by_hand():
         (tiny("op", unit="weights", density=0.5), 1.0),
         (tiny("discovery", density=0.7), 3 / (1 + 0.9 + 0.8)),
         (tiny("episode", density=0.5, languages=2, present=2), 2.0),
-        (tiny("ablation", density=0.5, layers=2), 2 / (2 / 3 + 0.5 + (0.5 + 2 / 3) / 4)),
     ],
     ids=lambda value: value.words() if isinstance(value, Setting) else "",
 )

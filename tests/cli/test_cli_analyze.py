@@ -58,7 +58,7 @@ def test_a_run_gets_a_report(run, capsys):
     text = (run / "analysis" / "report.html").read_text()
     assert f"fastmask analyze {run} --sentences 4 --workers 1" in text
     assert main(["analyze", str(run), "--what", "heads", "--workers", "1"]) == 0
-    assert "[1/2] use of heads" in capsys.readouterr().err
+    assert "[1/1] heads: " in capsys.readouterr().err
     assert not (run / "analysis" / "cross-static.csv").exists()
 
 

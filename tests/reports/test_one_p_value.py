@@ -18,10 +18,10 @@ from fastmask.compare.results import write_result
 from fastmask.compare.tables import CONDITIONS, scores_table, summary_table
 from fastmask.reports.analyses import chosen
 from fastmask.reports.folders import NAMES, Run, Study, studies_of
-from fastmask.reports.jobs import Options
 from fastmask.reports.making import make_report
 from fastmask.reports.page import Part, page
 from fastmask.reports.scores import effect
+from fastmask.reports.sections import Gathered, Options
 from fastmask.training.config import TrainConfig
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "compare"
@@ -48,7 +48,7 @@ def of_page(text):
         table = re.search(rf'<p class="note">effect-{condition}_methods</p>.*?</table>', text, re.DOTALL)
         if table is None:
             continue
-        names = [html.unescape(name) for name in re.findall(r'<button type="button">(.*?)</button>', table[0])]
+        names = [html.unescape(name) for name in re.findall(r"<th(?: [^>]*)?>(?:<button[^>]*>)?(.*?)<", table[0])]
         for row in re.findall(r"<tr>(<td.*?)</tr>", table[0]):
             cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
             mine = dict(zip(names, cells, strict=True))
@@ -91,7 +91,7 @@ def test_of_made_scores(tmp_path, lost):
                 "condition": condition,
                 "choice": "own",
                 "support_set": None,
-                "las": 50 + place + generator.normal(0.3 * (cell.method != "full"), 0.4),
+                "score": 50 + place + generator.normal(0.3 * (cell.method != "full"), 0.4),
             }
             for condition in SHOWN
             for place in range(12)
@@ -101,12 +101,14 @@ def test_of_made_scores(tmp_path, lost):
         run = Run(plan.folder(cell), TrainConfig(method=cell.method, meta=cell.meta, seed=cell.seed), "")
         name = cell.method if cell.meta == "none" else f"{cell.method} + {NAMES[cell.meta]}"
         (run.folder / "model").mkdir(exist_ok=True)
-        (run.folder / "model" / "parser.json").touch()  # the page shows its day
+        (run.folder / "model").mkdir(exist_ok=True)  # the page shows its day
         runs.append(Run(run.folder, run.config, name))
     write_report(plan)
     scores = scores_table(load_results(plan))
     study = Study("made", tuple(runs), scores=scores)
-    sections = [section for job in effect(study, Options()).jobs for section in job.work()]
+    found = Gathered("effect", Options())
+    effect(study, found)
+    sections = found.sections()
     text = page([study], [Part(study, chosen(["effect"])[0], sections)], [], None)
     summary = of_summary((tmp_path / "summary.md").read_text())
     same(summary, of_page(text), SHOWN)

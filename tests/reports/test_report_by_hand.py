@@ -16,14 +16,11 @@ import fastmask as fm
 from fastmask.models import attach
 from fastmask.reports.crossing import cross_values, mask_seed
 from fastmask.reports.folders import studies_of
-from fastmask.reports.jobs import Options
+from fastmask.reports.loading import batches_of, data_for, example_scores, score_of
 from fastmask.reports.making import make_report
-from fastmask.reports.scores import sentence_scores
-from fastmask.reports.sentences import batches_of, treebanks_of
+from fastmask.reports.sections import Options
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
-from fastmask.tasks.parsing.batch import Batch
-from fastmask.tasks.parsing.evaluation import evaluate, prepare
 from fastmask.training.checkpoints import complete
 from fastmask.training.run_folder import load_run
 from fastmask.unseen import HeadDirection, head_direction_similarity
@@ -56,11 +53,11 @@ def masks_of(run):
 def rows_of(run, split, language):
     """The sentences that the report draws."""
     (study,) = studies_of([run])
-    return treebanks_of(study.runs[0], split).rows(language, split, OPTIONS.sentences, OPTIONS.seed)
+    return data_for(study.runs[0], split).rows(language, split, OPTIONS.sentences, OPTIONS.seed)
 
 
-def attached_parser(run):
-    return load_run(run).task.model
+def attached_task(run):
+    return load_run(run).task
 
 
 def test_drawn_sentences_are_of_the_split(static_run, data):
@@ -88,8 +85,9 @@ def test_overlap_and_heads(comparison, tables_of):
         same(found[f"use-heads-static-seed-{seed}_layers"], wanted.more["layers"])
 
 
-def conflict_by_hand(parser, run):
-    batches = {name: batches_of(parser, rows_of(run, "train", name), "cpu") for name in LANGUAGES}
+def conflict_by_hand(task, run):
+    parser = task.model
+    batches = {name: batches_of(task, rows_of(run, "train", name), name) for name in LANGUAGES}
     return fm.analysis.gradient_conflict(
         parser.encoder, lambda batch: parser(batch).loss_per_sentence, batches, whole=parser
     )
@@ -99,7 +97,7 @@ def test_conflict(static_run, full_run, tables_of):
     """If this fails, gradients are those of other weights, sentences or networks, or change places side by side."""
     found = tables_of([full_run, static_run], "conflict")
     wanted = {
-        name: conflict_by_hand(attached_parser(run), run) for name, run in (("full", full_run), ("static", static_run))
+        name: conflict_by_hand(attached_task(run), run) for name, run in (("full", full_run), ("static", static_run))
     }
     for name, result in wanted.items():
         same(found[f"conflict-{name}"], result.table)
@@ -117,12 +115,12 @@ def test_conflict_along_checkpoints(static_run, tables_of):
     assert networks.to_dict() == {2: "full network", 3: "full network", 4: "subnetworks", 6: "subnetworks"}
     # The last checkpoint is the finished model.
     last = found[found.step == 6].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
-    same(last, conflict_by_hand(attached_parser(static_run), static_run).more["scopes"])
+    same(last, conflict_by_hand(attached_task(static_run), static_run).more["scopes"])
     second = next(path for path in complete(static_run) if path.name.endswith("2"))
-    parser = load_run(static_run, attached=False).task.model
-    parser.load_state_dict(load_file(second / "model.safetensors"))
+    task = load_run(static_run, attached=False).task
+    task.model.load_state_dict(load_file(second / "model.safetensors"))
     early = found[found.step == 2].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
-    same(early, conflict_by_hand(parser, static_run).more["scopes"])
+    same(early, conflict_by_hand(task, static_run).more["scopes"])
 
 
 def test_cross(comparison, tables_of):
@@ -135,13 +133,13 @@ def test_cross(comparison, tables_of):
         subnets = masks_of(run)
         for place, language in enumerate(languages):
             (study,) = studies_of([comparison])
-            rows = treebanks_of(study.runs[0], "test", None, study.unseen).rows(language, "test", 6, 3)
+            rows = data_for(study.runs[0], "test", None, study.unseen).rows(language, "test", 6, 3)
             own = subnets.index(language) if language in subnets.languages else place % 3
             for name in [*LANGUAGES, "full", "random"]:
-                parser = load_run(run, attached=False).task.model
-                attach(parser.encoder, random_like(subnets, mask_seed(3)) if name == "random" else subnets)
-                number = {"full": -1, "random": own}[name] if name in ("full", "random") else subnets.index(name)
-                las = evaluate(parser, {"it": prepare(parser, rows)}, number)["it"].las
+                task = load_run(run, attached=False).task
+                attach(task.encoder, random_like(subnets, mask_seed(3)) if name == "random" else subnets)
+                network = {"full": None, "random": subnets.languages[own]}.get(name, name)
+                las = score_of(task, rows, {"it": network})["it"]
                 values.setdefault((language, name), []).append(las)
     means = {pair: sum(of_seeds) / 2 for pair, of_seeds in values.items()}
     wanted = fm.analysis.cross_evaluation(lambda a, b: means[a, b], languages, LANGUAGES, seed=3)
@@ -150,7 +148,7 @@ def test_cross(comparison, tables_of):
     seeds = found["cross-static_seeds"]
     assert len(seeds) == 2 * len(languages) * 5
     one = seeds[(seeds.seed == 1) & (seeds.language == "qad") & (seeds.subnetwork == "qab")]
-    assert one.las.item() == pytest.approx(values["qad", "qab"][1])
+    assert one.score.item() == pytest.approx(values["qad", "qab"][1])
 
 
 def test_random_masks_are_not_those_of_a_run(static_run):
@@ -162,21 +160,21 @@ def test_random_masks_are_not_those_of_a_run(static_run):
         control = random_like(of_run, mask_seed(seed))
         assert not torch.equal(of_run.heads, control.heads)
         assert torch.equal(of_run.heads.sum(-1), control.heads.sum(-1))
-    parser = load_run(static_run, attached=False).task.model
-    assert set(cross_values(parser, found, rows, 0)) == {("qaa", name) for name in [*LANGUAGES, "full", "random"]}
+    task = load_run(static_run, attached=False).task
+    assert set(cross_values(task, found, rows, 0)) == {("qaa", name) for name in [*LANGUAGES, "full", "random"]}
 
 
 def test_ablation(static_run, tables_of):
     """If this fails, heads are flipped in other networks, or their worth is measured by another loss."""
     found = tables_of([static_run], "ablation")
-    parser = attached_parser(static_run)
-    batches = {name: batches_of(parser, rows_of(static_run, "test", name), "cpu") for name in LANGUAGES}
+    task = attached_task(static_run)
+    parser = task.model
+    batches = {name: batches_of(task, rows_of(static_run, "test", name), name) for name in LANGUAGES}
     wanted = fm.analysis.ablation(
         parser.encoder,
         lambda batch: parser(batch).loss_per_sentence,
         batches,
         whole=parser,
-        repeat=Batch.tiled,
         seed=3,
     )
     same(found["ablation-static"], wanted.table)
@@ -198,7 +196,7 @@ def las_by_hand(comparison, method, condition, seed):
     found = {}
     for row in result["scores"]:
         if row["condition"] == condition:
-            found.setdefault(row["language"], []).append(row["las"])
+            found.setdefault(row["language"], []).append(row["score"])
     return {language: sum(values) / len(values) for language, values in found.items()}
 
 
@@ -225,10 +223,10 @@ def test_effect_of_single_runs(static_run, full_run, tables_of):
         rows = rows_of(static_run, "test", language)
         las = {}
         for name, run in (("static", static_run), ("full", full_run)):
-            parser = attached_parser(run)
-            number = LANGUAGES.index(language) if name == "static" else None
-            las[name] = evaluate(parser, {"it": prepare(parser, rows)}, number)["it"].las
-            scores = sentence_scores(parser, rows, number)
+            task = attached_task(run)
+            network = language if name == "static" else None
+            las[name] = score_of(task, rows, {"it": network})["it"]
+            scores = example_scores(task, rows, network)
             assert np.average(scores.score, weights=scores.weight) == pytest.approx(las[name])
         assert found.difference[language] == pytest.approx(las["static"] - las["full"])
         assert found.n[language] == 6

@@ -9,8 +9,10 @@ import shutil
 import pytest
 
 from fastmask.files import FileError
-from fastmask.reports.loading import parser_at
+from fastmask.reports.folders import studies_of
+from fastmask.reports.loading import task_at
 from fastmask.reports.making import make_report
+from fastmask.reports.sections import Options
 from fastmask.reports.writing import check_folder, write_files
 from fastmask.training import checkpoints
 
@@ -78,13 +80,14 @@ def test_the_report_of_a_run_stays_in_it(small_run, tmp_path):
 def test_weights_of_a_checkpoint(small_run, tmp_path):
     """Damaged weights, or those of another model, are an error that names the file."""
     checkpoint = tmp_path / "step-00000006"
+    ((run,),) = (study.runs for study in studies_of([small_run]))
     shutil.copytree(checkpoints.folder_of(small_run, 6), checkpoint)
-    assert parser_at(small_run, checkpoint, "cpu")[1] is not None
+    assert task_at(run, checkpoint, Options(device="cpu"))[1] is not None
     weights = checkpoint / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1])
     with pytest.raises(FileError, match=r"model\.safetensors: is not a safetensors file, or is truncated"):
-        parser_at(small_run, checkpoint, "cpu")
+        task_at(run, checkpoint, Options(device="cpu"))
     shutil.copy(small_run / "model" / "parser.safetensors", weights)
     with pytest.raises(FileError, match=r"model\.safetensors: .*Missing key"):
-        parser_at(small_run, checkpoint, "cpu")
+        task_at(run, checkpoint, Options(device="cpu"))

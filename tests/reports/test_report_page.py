@@ -15,14 +15,15 @@ import pandas as pd
 import pytest
 
 import fastmask as fm
+from fastmask.analysis.drawing import new_figure
+from fastmask.analysis.language_families import LANGUAGE_FAMILIES, family_colour
 from fastmask.analysis.result import Result
 from fastmask.reports import writing
 from fastmask.reports.analyses import ANALYSES
 from fastmask.reports.folders import studies_of
-from fastmask.reports.jobs import Options
 from fastmask.reports.making import make_report
-from fastmask.reports.page import SHOWN_ROWS, Part, page
-from fastmask.reports.sections import Section, Skipped, file_name
+from fastmask.reports.page import ROOM, SHOWN_ROWS, Part, page
+from fastmask.reports.sections import Gathered, Options, Skipped, file_name
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -73,14 +74,16 @@ def test_page_is_whole_and_loads_nothing(report):
     assert found.images
     for image in found.images:
         head, _, content = image["src"].partition(",")
-        assert head == "data:image/png;base64"
-        assert base64.b64decode(content).startswith(b"\x89PNG")
+        assert head == "data:image/svg+xml;base64"
+        svg = base64.b64decode(content)
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert b"currentColor" in svg
+        assert b"#000000" not in svg
         assert len(image["alt"]) > 20
     assert all(value.startswith("data:") for value in found.loaded)
     assert not re.search(r"https?://|@import|url\(|//[a-z]+\.[a-z]", text)
     assert len(found.ids) == len(set(found.ids))
-    for link in found.links:
-        assert link[1:] in found.ids if link.startswith("#") else (report / link).is_file(), link
+    assert all(link[1:] in found.ids for link in found.links)  # none to a file: the page may be alone
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
 
@@ -108,24 +111,103 @@ def test_files_are_listed_and_there(report):
     assert (report / "overlap-heads-static.svg").read_text().rstrip().endswith("</svg>")
 
 
+def page_of(study, *results, analysis=ANALYSES[1]):
+    """A page of some results, and their sections."""
+    found = Gathered(analysis.name, Options())
+    for number, result in enumerate(results):
+        found.add("<i>title</i>", result, f"x{number}")
+    sections = found.sections()
+    part = Part(study, analysis, sections)
+    return page([study], [part], [Skipped("a", "<u>", "because & so")], "a <b>"), sections
+
+
 def test_hostile_names_and_long_tables(static_run):
     """If this fails, a language's or a folder's name becomes HTML, or a long table makes the page too heavy to open."""
-    rows = pd.DataFrame({"language": ["<script>alert(1)</script>"] * 300, "a_b": [float("nan"), *[0.123456] * 299]})
-    result = Result("overlap", rows, "<b>caption</b> & more", lambda: fm.analysis.overlap(masks).figure())
     masks = fm.Subnetworks.load(static_run / "masks.safetensors")
-    section = Section.of(result, "<i>title</i>", "x")
     (study,) = studies_of([static_run])
-    text = page([study], [Part(study, ANALYSES[0], [section])], [Skipped("a", "<u>", "because & so")], "a <b>")
-    found = Page(text)
-    assert text.count("<script>") == 1
-    assert "<b>" not in text
-    assert "<u>" not in text
-    assert sum("alert(1)" in data for data in found.texts) == SHOWN_ROWS
-    assert f"The first {SHOWN_ROWS} of 300 rows" in " ".join(found.texts)
-    assert f"{section.name}.csv" in found.links
-    assert "0.1235" in found.texts
-    assert "–" in found.texts
-    assert len(pd.read_csv(io.BytesIO(section.files[f"{section.name}.csv"]))) == 300
+    for n in (SHOWN_ROWS, SHOWN_ROWS + 1):
+        rows = {"language": ["<script>alert(1)</script>"] * n, "a_b": [float("nan"), *[0.123456] * (n - 1)]}
+        draw = fm.analysis.overlap(masks).figure
+        text, (section,) = page_of(study, Result("overlap", pd.DataFrame(rows), "<b>caption</b> & more", draw))
+        found = Page(text)
+        assert "<script" not in text
+        assert "<b>" not in text
+        assert "<u>" not in text
+        shown = sum("alert(1)" in data for data in found.texts)
+        assert shown == (n if n == SHOWN_ROWS else 0)
+        assert (f"{section.name}.csv, beside this page: {n} rows" in " ".join(found.texts)) == (n > SHOWN_ROWS)
+        assert ("0.1235" in found.texts) == ("–" in found.texts) == (n == SHOWN_ROWS)
+        assert len(pd.read_csv(io.BytesIO(section.files[f"{section.name}.csv"]))) == n
+
+
+def test_p_values_are_corrected_over_the_page(static_run):
+    """If this fails, with many tables something on the page looks significant by chance."""
+    (study,) = studies_of([static_run])
+    more = {"more": pd.DataFrame({"p": [0.5]})}
+    results = [
+        Result("overlap", pd.DataFrame({"p": of_one}), "", lambda: new_figure(1, 1), more)
+        for of_one in ([0.001, 0.04], [0.02, float("nan")])
+    ]
+    tables = re.findall(r"<table>.*?</table>", page_of(study, *results)[0], re.DOTALL)
+    found = [re.findall(r"<td[^>]*>(.*?)</td>", table) for table in tables]
+    # Holm over 0.001, 0.02, 0.04, 0.5, 0.5: times 5, 4, 3, 2, 1.
+    assert ["0.5", "1"] in found
+    assert ["0.001", "0.005", "0.04", "0.12"] in found
+    assert ["0.02", "0.08", "–", "–"] in found
+
+
+def test_results_come_first(comparison, tmp_path):
+    """If this fails, the page does not begin with what each method does, or tells noise as a result."""
+    made = make_report([comparison], ["effect"], tmp_path / "out")
+    text = made.report.read_text()
+    assert text.index('id="results"') < text.index("Effect of each method</h2>")
+    table = re.search(r'aria-label="results".*?</table>', text, re.DOTALL)[0]
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", table)]
+    assert [row[:3] for row in rows] == [["static", "full", on] for on in ("seen", "adapted", "zero-shot")]
+    assert {row[-1] for row in rows} == {"too few"}
+    assert "3 are “too few”" in " ".join(text.split())
+
+
+def test_the_page_stays_small(static_run, monkeypatch):
+    """If this fails, the page of a large comparison cannot be sent or opened, or lacks pictures without saying so."""
+    (study,) = studies_of([static_run])
+    results = [fm.analysis.overlap(study.runs[0].masks, units=units) for units in ("heads", "neurons")]
+    whole = Page(page_of(study, *results)[0])
+    assert len(whole.images) == 2
+    monkeypatch.setattr("fastmask.reports.page.ROOM", len(whole.images[0]["src"]))
+    text, _ = page_of(study, *results)
+    assert len(Page(text).images) == 1
+    assert text.count("had no room here") == 1
+    assert ROOM < 1_300_000
+
+
+def test_pictures_keep_what_they_say(static_run):
+    """If this fails, a number or a name in a picture is another one on the page."""
+    (study,) = studies_of([static_run])
+    words = ["p = 0.60938", 'x id="a_1"', "#000000", "font-family: 'DejaVu Sans'; "]
+
+    def draw():
+        figure = new_figure(4, 2)
+        for at, word in enumerate(words):
+            figure.text(0.1, 0.2 * at, word)
+        return figure
+
+    text, _ = page_of(study, Result("overlap", pd.DataFrame(), "", draw))
+    svg = base64.b64decode(Page(text).images[0]["src"].partition(",")[2])
+    assert [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")] == words
+
+
+def test_families_have_one_colour(static_run):
+    """If this fails, a colour means one family in a picture and another in the next."""
+    colours = {family: family_colour(family, "") for family in set(LANGUAGE_FAMILIES.values())}
+    assert len(set(colours.values())) == len(colours)
+    (study,) = studies_of([static_run])
+    text, _ = page_of(study, fm.analysis.overlap(study.runs[0].masks))
+    svg = base64.b64decode(Page(text).images[0]["src"].partition(",")[2]).decode()
+    for language in study.languages:
+        colour = colours[LANGUAGE_FAMILIES[language]]
+        assert re.search(rf'<text style="[^"]*fill: {colour}[^"]*"[^>]*>{language}</text>', svg), language
+        assert f'style="color: {colour}"' in text
 
 
 def test_same_input_same_files(report, static_run, tmp_path):
@@ -193,8 +275,7 @@ def test_several_studies_keep_their_files_apart(static_run, comparison, tmp_path
     assert len(names) == made.sections == 4
     found = Page(made.report.read_text())
     assert len(found.ids) == len(set(found.ids))
-    for link in found.links:
-        assert link[1:] in found.ids if link.startswith("#") else (made.report.parent / link).is_file(), link
+    assert all(link[1:] in found.ids for link in found.links)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the font lacks some of the letters, the picture room for others
@@ -204,14 +285,13 @@ def test_hostile_folders(static_run, tmp_path):
     runs = [shutil.copytree(static_run, tmp_path / name) for name in names]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     out = tmp_path / "out"
-    made = make_report(runs, ["overlap", "heads", "conflict"], out, Options(sentences=2), strict=True)
+    made = make_report(runs, ["overlap", "heads", "conflict"], out, Options(sentences=2, strict=True))
     assert not made.skipped or all("one seed" in reason.why for reason in made.skipped)
     text = made.report.read_text()
     found = Page(text)
     assert len(found.images) == made.sections == len(list(out.glob("*.png")))
     assert len(found.ids) == len(set(found.ids))
-    for link in found.links:
-        assert link[1:] in found.ids if link.startswith("#") else (out / link).is_file(), link
+    assert all(link[1:] in found.ids for link in found.links)
     for picture in out.glob("*.svg"):
         ElementTree.parse(picture)
     words = " ".join(found.texts)

@@ -11,8 +11,8 @@ from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports.analyses import ANALYSES
 from fastmask.reports.folders import studies_of
-from fastmask.reports.jobs import Options
 from fastmask.reports.making import make_report
+from fastmask.reports.sections import Options
 
 FEW = Options(sentences=4)
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fastmask.training.build import build_parser
-from fastmask.training.data import load_training_data
-
 from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import train
-from fastmask.training.methods import subnetworks_of
 
 TRAINING: dict[str, Any] = {
     "steps": 6,
@@ -46,8 +43,8 @@ def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
     """A finished training run on three languages; returns its folder."""
     given = {**TRAINING, "languages": "qaa,qab,qac", "checkpoint_every": 2, **settings}
     config = TrainConfig(data=str(data), method=method, out=str(out), **given)
-    datasets = load_training_data(data, config.languages or "")
-    train(build_parser(config, datasets), datasets, config, subnetworks_of, progress=False)
+    datasets = Parsing.load(data, config.language_list, config.task_settings, optional=("dev", "test"))
+    train(Parsing.build(config, datasets), datasets, config, progress=False)
     return out
 
 

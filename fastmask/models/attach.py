@@ -116,7 +116,8 @@ def attach(
     unpacked = {**found.unpacked, **_wrapped(model, structure, kinds)}
     if not full_forward:
         _say(model, unpacked, found.untried)
-    of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
+    if unpacked or found.apart:
+        of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
     masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
     around = {name: layer for name, layer in masked.items() if isinstance(layer, Around)}

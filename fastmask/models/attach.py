@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from fastmask.linear import checked_forward
 from fastmask.live import masked_parameters
 from fastmask.models.around import Around
-from fastmask.models.building import unit_layers, weight_layers, wrapped_in
+from fastmask.models.building import put, unit_layers, weight_layers, wrapped_in
 from fastmask.models.entry import INNER, OUTER, attached_class, inner_models, plain_class_of
 from fastmask.models.families import Family
 from fastmask.models.language_arguments import id_of
 from fastmask.models.offloading import follow_class, move_hook, unhook_if_alone
 from fastmask.models.places import Places
 from fastmask.models.plain import check_model, check_shared, is_own, kind_of
-from fastmask.models.proof import Found, Inputs, try_layers
+from fastmask.models.proof import Found, try_layers
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
+from fastmask.models.tiny_batch import Inputs
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of", "set_language"]
@@ -124,10 +125,8 @@ def attach(
     modules = {name: layer for name, layer in masked.items() if isinstance(layer, nn.Module)}
     plain = {name: model.get_submodule(name) for name in modules}
     inner = list(inner_models(model, masked))
-    for name, mask in around.items():
-        mask.put(model.get_submodule(name))
+    put(model, masked)
     for name, layer in modules.items():
-        _replace(model, name, layer)
         # One dictionary for both: loading and sharding replace Parameters, and old ones must not live on in here.
         plain[name]._parameters = layer._parameters
         move_hook(plain[name], layer)
@@ -282,8 +281,3 @@ def owner_of(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

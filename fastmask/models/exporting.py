@@ -74,17 +74,13 @@ def extract(model: nn.Module, language: str) -> Any:
     state = attached(model)
     row, small = state.subnets.index(language), merge(model, language)
     sizes: dict[str, tuple[int, int]] = dict(getattr(small, SIZES, {}))  # of a model that was extracted before
-    for kind in ("heads", "neurons"):
-        keeps = getattr(state.subnets, kind)
-        for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
-            if group.place in state.unpacked:
-                continue
-            keep = keeps[row, index, : group.units].clone()
-            keep[0] |= ~keep.any()
-            for name, unit in group.rows.items():
-                sizes[name] = _cut(small, name, kept_of(keep, unit), 0)
-            name, of_unit = group.columns
-            sizes[name] = _cut(small, name, keep.repeat_interleave(of_unit), 1)
+    for _, group, keeps in state.structure.masked(state.subnets):
+        if group.place in state.unpacked:
+            continue
+        keep = keeps[row].clone()
+        keep[0] |= ~keep.any()
+        for name, unit in group.projections.items():
+            sizes[name] = _cut(small, name, kept_of(keep, unit), 0 if name in group.rows else 1)
     ordinary = _ordinary(small, {kind: _live(state, kind, row) for kind in ("heads", "neurons")})
     if ordinary is not None:
         return ordinary

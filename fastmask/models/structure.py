@@ -10,12 +10,15 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmask.models.families import Family, Projections, family_of
+
+if TYPE_CHECKING:
+    from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["Geometry", "Structure", "UnitGroup", "geometry_of", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
 
@@ -49,6 +52,12 @@ class UnitGroup:
     rows: dict[str, tuple[int, ...]]
     columns: tuple[str, int]
     activation: str | None = None
+
+    @property
+    def projections(self) -> dict[str, tuple[int, ...]]:
+        """`rows` and `columns` together: how many rows or columns of each projection one unit takes."""
+        name, of_unit = self.columns
+        return {**self.rows, name: (of_unit,)}
 
     @property
     def place(self) -> str:
@@ -103,6 +112,13 @@ class Structure:
     def groups(self, kind: str) -> tuple[UnitGroup, ...]:
         """Those of "heads" or of "neurons"."""
         return self.attentions if kind == "heads" else self.ffns
+
+    def masked(self, subnets: Subnetworks) -> Iterator[tuple[int, UnitGroup, Tensor]]:
+        """Every group that has masks: its number among those of its kind, itself, and its units, bool [L, units]."""
+        for kind in ("heads", "neurons"):
+            keep = getattr(subnets, kind)
+            for index, group in enumerate(self.groups(kind) if keep is not None else ()):
+                yield index, group, keep[:, index, : group.units]
 
 
 def structure_of(model: nn.Module, family: Family | None = None) -> Structure:

@@ -26,8 +26,9 @@ from transformers.models.auto import modeling_auto
 import fastmask as fm
 from fastmask.models.attach import attached
 from fastmask.models.building import kept_of
-from fastmask.models.proof import ProofError, tiny_batch
+from fastmask.models.proof import ProofError
 from fastmask.models.structure import is_conv1d, structure_of
+from fastmask.models.tiny_batch import short, working_inputs
 
 KINDS = {
     "masked LM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -155,26 +156,6 @@ def multiplied(model: Any, subnets: fm.Subnetworks, inputs: dict[str, Any], ids:
     return outputs
 
 
-def running_inputs(model: Any) -> tuple[dict[str, Any] | None, str]:
-    """Arguments of three examples that a model runs with; or None, and what it says."""
-    failure = "no inputs are known"
-    for inputs in tiny_batch(model):
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs = {**inputs, "use_cache": False}
-        try:
-            model(**inputs)
-        except Exception as error:
-            failure = short(error)
-        else:
-            return inputs, ""
-    return None, failure
-
-
-def short(error: Exception) -> str:
-    """The first line of an error."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-
-
 def first_of(output: Any) -> Tensor:
     """The first floating-point tensor of a model's output."""
     values = output.values() if hasattr(output, "values") else output
@@ -195,9 +176,9 @@ def verdict(model_type: str, class_name: str) -> Verdict:
         model = tiny_model(model_type, class_name)
     except Exception as error:
         return Verdict("not built", short(error))
-    inputs, failure = running_inputs(model)
+    inputs, failure = working_inputs(model)
     if inputs is None:  # some have constants that fit float32 only
-        inputs, _ = running_inputs(model.float())
+        inputs, _ = working_inputs(model.float())
     if inputs is None:
         return Verdict("not run", failure)
     try:

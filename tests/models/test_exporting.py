@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from every_model import LANGUAGES, first_of, running_inputs, tiny_model
+from every_model import LANGUAGES, first_of, tiny_model
 from torch import Tensor
 
 import fastmask as fm
+from fastmask.models.tiny_batch import working_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,7 +30,7 @@ def test_a_mixed_batch_in_core_aten(names, masks):
     """An exported graph needs fastmask to run, or gives something else."""
     model = tiny_model(*names)
     model.config.use_cache = False
-    inputs, _ = running_inputs(model)
+    inputs, _ = working_inputs(model)
     if masks == "units":
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both")
     else:
@@ -54,7 +55,7 @@ def test_one_language_in_onnx(make, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = tiny_model("bert", "BertForMaskedLM").float()
-    inputs, _ = running_inputs(model)
+    inputs, _ = working_inputs(model)
     fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both"))
     with fm.language(model, "bb"):
         want = first_of(model(**inputs))

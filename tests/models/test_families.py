@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from every_model import LANGUAGES, all_types, first_of, multiplied, running_inputs, tiny_model, verdict
+from every_model import LANGUAGES, all_types, first_of, multiplied, tiny_model, verdict
 from tiny_models import tiny
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -19,6 +19,7 @@ from fastmask.models.attach import attached
 from fastmask.models.building import kept_of
 from fastmask.models.editing import set_subnetwork
 from fastmask.models.structure import Geometry, is_conv1d, structure_of
+from fastmask.models.tiny_batch import working_inputs
 
 RIGHT = ("packed", "partly packed", "unpacked")
 
@@ -253,7 +254,7 @@ class TestProof:
     def test_packing_that_would_be_silently_wrong(self):
         model = self.deberta()
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both")
-        inputs, _ = running_inputs(model)
+        inputs, _ = working_inputs(model)
         want = torch.cat(multiplied(model, subnets, inputs, [1, 0, 2]))
         with pytest.warns(UserWarning, match=r"the heads of deberta\.encoder\.layer\.\*\.attention are not packed"):
             good = fm.attach(copy.deepcopy(model), subnets)
@@ -314,7 +315,7 @@ class TestFused:
         """Masks of the parts stay those from before."""
         model = tiny_model(*names)
         first, second = (fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=s, units="both") for s in (1, 2))
-        inputs, _ = running_inputs(model)
+        inputs, _ = working_inputs(model)
         want = torch.cat(multiplied(model, second, inputs, [1, 1, 1]))
         quiet(fm.attach, model, first)
         set_subnetwork(model, "bb", heads=second.heads[1], neurons=second.neurons[1])
@@ -323,7 +324,7 @@ class TestFused:
     def test_conv1d_comes_back(self):
         model = tiny_model("gpt2", "GPT2LMHeadModel")
         plain, names = copy.deepcopy(model), list(model.state_dict())
-        inputs, _ = running_inputs(model)
+        inputs, _ = working_inputs(model)
         quiet(fm.attach, model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both"))
         assert list(model.state_dict()) == names
         optimizer = fm.LiveAdamW(model.parameters(), model=model)
@@ -335,7 +336,7 @@ class TestFused:
 
     def test_compiles(self):
         model = tiny_model("modernbert", "ModernBertForMaskedLM")
-        inputs, _ = running_inputs(model)
+        inputs, _ = working_inputs(model)
         fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both"))
         ids = torch.tensor([2, 0, 1])
         want = first_of(model(**inputs, language_ids=ids))
@@ -358,7 +359,7 @@ def test_generation_of_encoder_decoders(names, beams):
     """Caches of two kinds of attention, reordered by beams, hold heads in the wrong slots."""
     model = tiny_model(*names)
     subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=4, units="both")
-    inputs, _ = running_inputs(model)
+    inputs, _ = working_inputs(model)
     words = inputs["input_ids"]
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "num_beams": beams, "do_sample": False}
     want = [times_masks(model, subnets, language).generate(words, **options) for language in (0, 2)]
@@ -392,7 +393,7 @@ def times_masks(model, subnets, language):
 def test_discovery(names):
     """Scores of units that are not packed are read at the wrong slots, or in the order of the forward pass."""
     model = tiny_model(*names)
-    inputs, _ = running_inputs(model)
+    inputs, _ = working_inputs(model)
     subnets = fm.Subnetworks.random(model, ["aa"], 0.5, seed=4, units="both")
     plain, gates = times_masks(model, subnets, 0), {}
 

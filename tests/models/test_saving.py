@@ -12,13 +12,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from every_model import LANGUAGES, first_of, running_inputs, tiny_model
+from every_model import LANGUAGES, first_of, tiny_model
 from test_families import times_masks
 from tiny_models import batch, tiny
 
 import fastmask as fm
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.structure import structure_of
+from fastmask.models.tiny_batch import working_inputs
 
 MODELS = [
     ("bert", "BertForMaskedLM"),
@@ -34,7 +35,7 @@ MODELS = [
 
 def made(names=MODELS[0], units="both", density=0.5, seed=3):
     model = tiny_model(*names)
-    inputs, _ = running_inputs(model)
+    inputs, _ = working_inputs(model)
     subnets = fm.Subnetworks.random(model, LANGUAGES, density, seed=seed, units=units)
     return model, subnets, inputs
 

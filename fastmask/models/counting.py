@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import operator
+from dataclasses import astuple, dataclass, field
 
 from torch import nn
 
@@ -29,11 +30,7 @@ class Part:
     n_bytes: int = 0
 
     def __add__(self, other: Part) -> Part:
-        return Part(*(mine + theirs for mine, theirs in zip(_numbers(self), _numbers(other), strict=True)))
-
-
-def _numbers(part: Part) -> tuple[int, int, int, int]:
-    return part.parameters, part.all_parameters, part.flops, part.n_bytes
+        return Part(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,9 @@ def merge(model: nn.Module, language: str) -> Any:
             continue
         if uses[layer.weight] > 1:
             raise ValueError(f"cannot merge: the weight of {name!r} is tied to another module's, which has no mask")
-        keep = layer.mask.select([row]).to_dense()[0]
-        layer.weight.mul_(keep.t() if layer.transposed else keep)
+        layer.weight.mul_(layer.stored_mask.select([row]).to_dense()[0])
         if layer.mask.kind == "rows" and layer.bias is not None:
-            layer.bias.mul_(keep[:, 0])
+            layer.bias.mul_(layer.mask.select([row]).to_dense()[0, :, 0])
     return detach(merged)
 
 

@@ -6,7 +6,7 @@ known, too. `structure` looks for these names in a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -50,8 +50,8 @@ class Family:
         ffn: the same for neurons.
     """
 
-    attention: tuple[Projections, ...] = field(default=())
-    ffn: tuple[Projections, ...] = field(default=())
+    attention: tuple[Projections, ...] = ()
+    ffn: tuple[Projections, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("attention", "ffn"):

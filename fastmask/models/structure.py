@@ -20,7 +20,7 @@ from fastmask.models.families import Family, Projections, family_of
 if TYPE_CHECKING:
     from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["Geometry", "Structure", "UnitGroup", "geometry_of", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
+__all__ = ["Geometry", "Structure", "UnitGroup", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
 
 # Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
 # tokens inside of one expert have lost which example they belong to.
@@ -85,7 +85,9 @@ class Geometry:
         Raises:
             ValueError: no heads and no neurons are found.
         """
-        return geometry_of(structure_of(model if isinstance(model, nn.Module) else _model_of(model)))
+        structure = structure_of(model if isinstance(model, nn.Module) else _model_of(model))
+        heads, neurons = ([group.units for group in structure.groups(kind)] for kind in ("heads", "neurons"))
+        return cls(tuple(heads), tuple(neurons))
 
     def sizes(self, kind: str) -> tuple[int, ...]:
         """Units of each attention ("heads") or FFN ("neurons")."""
@@ -145,13 +147,6 @@ def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
     return Structure(attentions, ffns)
 
 
-def geometry_of(structure: Structure) -> Geometry:
-    """The sizes of a structure."""
-    return Geometry(
-        tuple(group.units for group in structure.attentions), tuple(group.units for group in structure.ffns)
-    )
-
-
 def layers_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     """The Transformer layers that hold the attentions, in order; one list for all stacks."""
     names = [re.match(r".*?[.][0-9]+(?=[.]|$)", group.name) for group in structure.attentions or structure.ffns]
@@ -165,12 +160,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of anything that works as a linear layer; None for anything else."""
+    linear = getattr(linear, "base_layer", linear)  # below an adapter
     if is_conv1d(linear):
         weight: Any = linear.weight
         return weight.shape[1], weight.shape[0]
-    linear = getattr(linear, "base_layer", linear)  # below an adapter
-    if is_conv1d(linear):
-        return sizes_of(linear)
     sizes = getattr(linear, "out_features", None), getattr(linear, "in_features", None)
     return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
 

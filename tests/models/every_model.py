@@ -67,6 +67,17 @@ SIZES: dict[str, Any] = {
     "apply_spec_augment": False,
 }  # fmt: skip
 LANGUAGES = ["aa", "bb", "cc"]
+MODELS = [
+    ("bert", "BertForMaskedLM"),
+    ("llama", "LlamaForCausalLM"),
+    ("modernbert", "ModernBertForMaskedLM"),
+    ("mbart", "MBartForConditionalGeneration"),
+    ("mt5", "MT5ForConditionalGeneration"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("phi3", "Phi3ForCausalLM"),
+    ("deepseek_v3", "DeepseekV3ForCausalLM"),
+]
+"""One of each sort, for tests that every sort must pass."""
 IDS = [1, 0, -1]
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-3}  # many models compute norms in float32, whatever their dtype
 
@@ -132,28 +143,52 @@ def _shrink(config: Any) -> None:
             setattr(config, name, value[:2])
 
 
+def made(names: tuple[str, str] = MODELS[0], density: float = 0.5, seed: int = 3) -> Any:
+    """A tiny model, random subnetworks of its heads and neurons, and arguments that it runs with."""
+    model = tiny_model(*names)
+    inputs, _ = working_inputs(model)
+    return model, fm.Subnetworks.random(model, LANGUAGES, density, seed=seed, units="both"), inputs
+
+
+def masked_parameters(model: Any, subnets: fm.Subnetworks, language: int) -> dict[str, Tensor]:
+    """The parameters of a plain model, by name, multiplied by one language's masks; all of -1, the full network."""
+    parameters = dict(model.named_parameters())
+    dtype = next(model.parameters()).dtype
+    for _, group, keep in structure_of(model).masked(subnets) if language >= 0 else ():
+        for name, unit in group.projections.items():
+            flags = kept_of(keep[language], unit).to(dtype)
+            by_rows = (name in group.rows) != is_conv1d(model.get_submodule(name))
+            parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * (flags[:, None] if by_rows else flags)
+            if name in group.rows and f"{name}.bias" in parameters:
+                parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * flags
+    return parameters
+
+
+@torch.no_grad()
+def times_masks(model: Any, subnets: fm.Subnetworks, language: int) -> Any:
+    """A copy of a plain model with one language's masks multiplied into its weights."""
+    plain = copy.deepcopy(model)
+    masked = masked_parameters(model, subnets, language)
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(masked[name])
+    return plain
+
+
 def multiplied(model: Any, subnets: fm.Subnetworks, inputs: dict[str, Any], ids: list[int]) -> list[Tensor]:
     """The first output of each example, from the plain model with its parameters multiplied by masks."""
-    structure, outputs, first_parameter = structure_of(model), [], next(model.parameters())
+    outputs = []
     for row, language in enumerate(ids):
-        parameters = dict(model.named_parameters())
-        for kind in ("heads", "neurons") if language >= 0 else ():
-            keeps = getattr(subnets, kind)
-            for index, group in enumerate(structure.groups(kind) if keeps is not None else ()):
-                keep = keeps[language, index, : group.units]
-                for name, unit in group.rows.items():
-                    flags = kept_of(keep, unit).to(first_parameter.dtype)
-                    conv = is_conv1d(model.get_submodule(name))
-                    parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * (flags if conv else flags[:, None])
-                    if parameters.get(f"{name}.bias") is not None:
-                        parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * flags
-                name, unit = group.columns
-                flags = keep.repeat_interleave(unit).to(first_parameter.dtype)
-                conv = is_conv1d(model.get_submodule(name))
-                parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * (flags[:, None] if conv else flags)
         example = {n: v[row : row + 1] if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        parameters = masked_parameters(model, subnets, language)
         outputs.append(first_of(functional_call(model, parameters, (), example)))
     return outputs
+
+
+def quiet(call: Any, *args: Any, **options: Any) -> Any:
+    """Call it, and let it warn of what is not packed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return call(*args, **options)
 
 
 def first_of(output: Any) -> Tensor:

@@ -40,7 +40,8 @@ def probes_of(model: nn.Module) -> list[Probe]:
     """Where the masked units of an attached model are gated, in the order of its modules.
 
     Raises:
-        ValueError: the masks leave no unit out of the forward pass, or stand around an adapter or a quantised layer.
+        ValueError: the masks leave no unit out of the forward pass, or are over experts, or stand around an adapter or
+            a quantised layer.
     """
     state, owner = attached(model), owner_of(model)
     if state.router.full_forward:
@@ -51,6 +52,8 @@ def probes_of(model: nn.Module) -> list[Probe]:
     found: dict[str, Probe] = {}
     for index, group, _ in state.structure.masked(state.subnets):
         name, unit = group.columns
+        if group.stacked:
+            raise ValueError(f"neurons of experts cannot be scored ({name!r}): mask heads alone, and score those")
         consumer = owner.get_submodule(name)
         if not isinstance(consumer, AttachedLinear):
             raise ValueError(f"units cannot be scored through {name!r}, an adapter or a quantised layer")

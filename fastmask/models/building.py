@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fastmask.errors import unknown
 from fastmask.masks import Mask
 from fastmask.models.around import Around, is_wrapped
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.layers import AttachedConv1D, AttachedLinear, Siblings
-from fastmask.models.plain import obstacle, plain_linear
+from fastmask.models.plain import obstacle, plain_experts, plain_linear
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
 from fastmask.subnetworks.subnetworks import Subnetworks
@@ -54,6 +55,10 @@ def unit_layers(
 
 def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Layers:
     """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
+    if group.stacked:
+        ((name, mask),) = masks_of(model, group, keep).items()
+        packs = options["packs"]
+        return {name: AttachedExperts(plain_experts(model, name), mask, group.stacked, options["router"], packs)}
     layers: Layers = {}
     full, wrapped = options["router"].full_forward, wrapped_in(model, group)
     if full and wrapped:
@@ -93,6 +98,8 @@ def masks_of(model: nn.Module, group: UnitGroup, keep: Tensor) -> dict[str, Mask
         group: of its structure.
         keep: which units live, bool [L, units].
     """
+    if group.stacked:
+        return {group.name: Mask.columns(keep, 1)}
     masks: dict[str, Mask] = {}
     for name, unit in group.projections.items():
         projection, flags = model.get_submodule(name), kept_of(keep, unit)
@@ -101,7 +108,7 @@ def masks_of(model: nn.Module, group: UnitGroup, keep: Tensor) -> dict[str, Mask
     return masks
 
 
-def put(model: nn.Module, layers: Layers) -> Layers:
+def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Layers:
     """Put layers into a model, and masks around its modules; returns the modules that stood there."""
     before: Layers = {}
     for name, layer in layers.items():

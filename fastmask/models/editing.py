@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +12,13 @@ from fastmask.masks import Mask
 from fastmask.models.around import Around
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.building import kept_of, masks_of
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.layers import AttachedLinear
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["add_language", "remove_language", "set_subnetwork"]
 
-Masked = AttachedLinear | Around
+Masked = AttachedLinear | AttachedExperts | Around
 
 
 def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
@@ -138,7 +140,8 @@ def _change(model: nn.Module, subnets: Subnetworks, masks: Mapping[Masked, Mask]
 
 def _masked_layers(owner: nn.Module) -> dict[str, Masked]:
     """What holds the mask of each module, by its name."""
-    inside = {name: layer for name, layer in owner.named_modules() if isinstance(layer, AttachedLinear)}
+    layers: dict[str, Any] = dict(owner.named_modules())
+    inside = {name: layer for name, layer in layers.items() if isinstance(layer, AttachedLinear | AttachedExperts)}
     return {**inside, **attached(owner).around}
 
 

@@ -10,26 +10,21 @@ every attention and FFN are compared. What differs works unpacked: each unit in 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from fastmask.models.around import Around, is_wrapped
-from fastmask.models.building import kept_of, put, unit_layers
-from fastmask.models.routing import Route, Router
-from fastmask.models.structure import Structure, UnitGroup, is_conv1d
+from fastmask.models.around import is_wrapped
+from fastmask.models.structure import Structure, UnitGroup
 from fastmask.models.tiny_batch import EXAMPLES, Inputs, short, working_inputs
-from fastmask.subnetworks.subnetworks import Subnetworks
+from fastmask.models.trial import Recorded, made_up, rows_of, run_attached, run_multiplied
 
 __all__ = ["Found", "ProofError", "try_layers"]
-
-Recorded = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,6 @@ class Found:
         return cls(dict.fromkeys(places, why), untried=frozenset(places))
 
 
-_IDS = [0, 1, 0]  # the languages of the examples: not sorted, and not equally many of each
 # Of the largest output; many models compute norms in float32, whatever their dtype.
 _TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _USUAL = 1e-4
@@ -102,8 +96,8 @@ def _tried(
     inputs, failure = working_inputs(model, example)
     if inputs is None:
         return Found.nothing(places, f"no tiny batch could be run ({failure}); give attach(..., example=inputs)")
-    subnets = _made_up(structure, kinds)
-    wanted = [_reference(model, structure, subnets, inputs, language) for language in (0, 1)]
+    subnets = made_up(structure, kinds)
+    wanted = [run_multiplied(model, structure, subnets, inputs, language) for language in (0, 1)]
     calls = wanted[0].inputs
     _check_called(model, groups, calls, inputs)
     apart = frozenset(group.place for group in groups if len({calls.get(name) for name in group.rows}) > 1)
@@ -116,7 +110,7 @@ def _tried(
 
     def differs(unpacked: Collection[str]) -> str | None:
         try:
-            got = _attached(model, structure, subnets, inputs, Found(dict.fromkeys(unpacked, ""), apart))
+            got = run_attached(model, structure, subnets, inputs, unpacked, apart, wanted)
         except Exception as error:  # whatever the model's own code raises for fewer heads
             return short(error)
         return _difference(got, [reference.outputs for reference in wanted])
@@ -199,8 +193,8 @@ def _without_zeros(model: nn.Module, groups: list[UnitGroup]) -> AbstractContext
 
 
 def _weights(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    modules: list[Any] = [model.get_submodule(name) for name in names]
-    return [module.weight for module in modules if not is_wrapped(module)]
+    modules = [model.get_submodule(name) for name in names]
+    return [w for module in modules if not is_wrapped(module) for w in module.parameters(recurse=False) if w.ndim > 1]
 
 
 @contextmanager
@@ -216,127 +210,11 @@ def _other_data(data: Mapping[Tensor, Tensor]) -> Iterator[None]:
             weight.data = before
 
 
-# ---- the masks and the runs
-
-
-def _made_up(structure: Structure, kinds: tuple[str, ...]) -> Subnetworks:
-    """Two languages whose subnetworks differ in every group that has two units, and in size where it has three."""
-    generator = torch.Generator().manual_seed(0)
-    keeps: dict[str, Tensor] = {}
-    for kind in kinds:
-        groups = structure.groups(kind)
-        if not groups:
-            continue
-        keep = torch.zeros(2, len(groups), max(group.units for group in groups), dtype=torch.bool, device="cpu")
-        for index, group in enumerate(groups):
-            order = torch.randperm(group.units, generator=generator)
-            first = max(1, group.units // 2)
-            keep[0, index, order[:first]] = True
-            keep[1, index, order[first:] if group.units > 1 else order] = True
-            if group.units == 4:  # halves would be equally wide
-                keep[1, index, order[0]] = True
-        keeps[kind] = keep
-    return Subnetworks(["a", "b"], keeps.get("heads"), keeps.get("neurons"))
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The outputs of every `columns` projection, and which tensor each projection read first."""
-
-    outputs: Recorded
-    inputs: dict[str, int]
-
-
-class _Multiplied(nn.Module):
-    """A linear layer whose parameters are multiplied by a mask, and which remembers what it was called with."""
-
-    def __init__(self, linear: nn.Module, keep: Tensor, of_rows: bool) -> None:
-        super().__init__()
-        self.linear, self.keep, self.of_rows = linear, keep, of_rows
-        self.inputs: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        # Models look at the weight of a layer (its dtype), or at its sizes.
-        return super().__getattr__(name) if name == "linear" else getattr(self.linear, name)
-
-    def forward(self, x: Tensor) -> Any:
-        self.inputs.append(x)
-        layer: Any = self.linear
-        keep, of_rows = self.keep.to(x.device), self.of_rows
-        if is_wrapped(layer):  # its weight is nowhere as such
-            return layer(x) * keep if of_rows else layer(x * keep)
-        parameters = {"weight": layer.weight * (keep[:, None] if of_rows != is_conv1d(layer) else keep)}
-        if of_rows and layer.bias is not None:
-            parameters["bias"] = layer.bias * keep
-        return functional_call(layer, parameters, (x,))
-
-
-def _reference(
-    model: nn.Module, structure: Structure, subnets: Subnetworks, inputs: Inputs, language: int
-) -> _Reference:
-    """A run of the examples of one language, with weights times its masks."""
-    layers: dict[str, _Multiplied] = {}
-    for _, group, keep in structure.masked(subnets):
-        for name, unit in group.projections.items():
-            layers[name] = _Multiplied(model.get_submodule(name), kept_of(keep[language], unit), name in group.rows)
-    rows = [row for row, own in enumerate(_IDS) if own == language]
-    outputs = _run(model, layers, _consumers(structure, subnets), _some(inputs, rows))
-    # Kept until here, so that no two inputs had the same id.
-    return _Reference(outputs, {name: id(layer.inputs[0]) for name, layer in layers.items() if layer.inputs})
-
-
-def _attached(model: nn.Module, structure: Structure, subnets: Subnetworks, inputs: Inputs, found: Found) -> Recorded:
-    """A run of all examples, with the layers that `attach` would put in."""
-    router = Router(subnets.languages)
-    layers = unit_layers(model, subnets, router, structure, found.unpacked, found.apart)
-    with router.using(Route.of(torch.tensor(_IDS, device="cpu"), 2)):
-        return _run(model, layers, _consumers(structure, subnets), inputs)
-
-
-def _consumers(structure: Structure, subnets: Subnetworks) -> list[str]:
-    return [group.columns[0] for _, group, _ in structure.masked(subnets)]
-
-
-def _run(model: nn.Module, layers: Mapping[str, nn.Module | Around], recorded: list[str], inputs: Inputs) -> Recorded:
-    found: Recorded = {}
-
-    def record(name: str) -> Callable[..., None]:
-        return lambda module, args, output: found.setdefault(name, []).append(output)
-
-    with _replaced(model, layers):
-        handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in recorded]
-        try:
-            model(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
-
-
-def _some(inputs: Inputs, rows: list[int]) -> dict[str, Any]:
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (EXAMPLES,) else value
-        for name, value in inputs.items()
-    }
-
-
-@contextmanager
-def _replaced(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Iterator[None]:
-    before = put(model, layers)
-    try:
-        yield
-    finally:
-        put(model, before)
-        for layer in layers.values():
-            if isinstance(layer, Around):
-                layer.take_off()
-
-
 def _difference(got: Recorded, wanted: list[Recorded]) -> str | None:
     """Where the outputs of a mixed batch are not those of its languages alone."""
     for name, outputs in got.items():
         for language, expected in enumerate(wanted):
-            rows = [row for row, own in enumerate(_IDS) if own == language]
+            rows = rows_of(language)
             calls = expected.get(name, [])
             if len(calls) != len(outputs):
                 return f"{name!r} runs {len(outputs)} times, expected {len(calls)}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.models.experts import Stacked, stacked_in
 from fastmask.models.families import Family, Projections, family_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Geometry", "Structure", "UnitGroup", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
 
 # Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
-# tokens inside of one expert have lost which example they belong to.
+# tokens inside of one expert have lost which example they belong to (experts in one module are told by `stacked_in`).
 _NOT_OURS = re.compile(r"(^|\.)(router\w*|gate|experts\.\d+|\w*norm\w*|\w*adapter\w*|\w*projector)(\.|$)")
 _HEAD_SIZES = (
     "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head", "attn_head_size", "d_head",
@@ -44,6 +45,7 @@ class UnitGroup:
             several things one after the other (all queries, all keys, all values).
         columns: the projection that reads the units, and how many input columns one unit takes.
         activation: the module between, if it stands alone.
+        stacked: of experts, the parameters of the module `columns[0]` that hold their neurons; there are no `rows`.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class UnitGroup:
     rows: dict[str, tuple[int, ...]]
     columns: tuple[str, int]
     activation: str | None = None
+    stacked: tuple[Stacked, ...] = ()
 
     @property
     def projections(self) -> dict[str, tuple[int, ...]]:
@@ -181,6 +184,10 @@ def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure:
         if layer is None or _NOT_OURS.search(name[layer.end() :]):
             continue
         for layout in layouts:
+            if kind == "neurons" and (experts := stacked_in(module, layout)) is not None:
+                units, stacked = experts
+                yield UnitGroup(kind, name, units, {}, (name, 1), stacked=stacked)
+                break
             sizes = [_sizes_below(module, part) for part in (*layout.rows, layout.columns)]
             names = [f"{name}.{part}" for part in layout.rows]
             if None in sizes or taken.intersection(names):

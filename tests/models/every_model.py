@@ -27,7 +27,7 @@ import fastmask as fm
 from fastmask.models.attach import attached
 from fastmask.models.building import kept_of
 from fastmask.models.proof import ProofError
-from fastmask.models.structure import is_conv1d, structure_of
+from fastmask.models.structure import Structure, is_conv1d, structure_of
 from fastmask.models.tiny_batch import short, working_inputs
 
 KINDS = {
@@ -60,7 +60,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_conv_pos_embedding_groups", "eos_token_id", "num_key_value_heads", "type_vocab_size"), 2),
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     "vocab_size": 60,
-    "moe_intermediate_size": 16,
+    **dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
     "conv_dim": (8, 8),
     "conv_stride": (2, 2),
     "conv_kernel": (3, 3),
@@ -144,10 +144,16 @@ def _shrink(config: Any) -> None:
 
 
 def made(names: tuple[str, str] = MODELS[0], density: float = 0.5, seed: int = 3) -> Any:
-    """A tiny model, random subnetworks of its heads and neurons, and arguments that it runs with."""
+    """A tiny model, random subnetworks of all its units, and arguments that it runs with."""
     model = tiny_model(*names)
     inputs, _ = working_inputs(model)
-    return model, fm.Subnetworks.random(model, LANGUAGES, density, seed=seed, units="both"), inputs
+    units = units_of(structure_of(model))
+    return model, fm.Subnetworks.random(model, LANGUAGES, density, seed=seed, units=units), inputs
+
+
+def units_of(structure: Structure) -> str:
+    """What can be masked of a model."""
+    return "both" if structure.attentions and structure.ffns else "heads" if structure.attentions else "neurons"
 
 
 def masked_parameters(model: Any, subnets: fm.Subnetworks, language: int) -> dict[str, Tensor]:
@@ -155,6 +161,9 @@ def masked_parameters(model: Any, subnets: fm.Subnetworks, language: int) -> dic
     parameters = dict(model.named_parameters())
     dtype = next(model.parameters()).dtype
     for _, group, keep in structure_of(model).masked(subnets) if language >= 0 else ():
+        if group.stacked:
+            parameters |= _of_experts(model, group.name, keep[language], parameters)
+            continue
         for name, unit in group.projections.items():
             flags = kept_of(keep[language], unit).to(dtype)
             by_rows = (name in group.rows) != is_conv1d(model.get_submodule(name))
@@ -162,6 +171,22 @@ def masked_parameters(model: Any, subnets: fm.Subnetworks, language: int) -> dic
             if name in group.rows and f"{name}.bias" in parameters:
                 parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * flags
     return parameters
+
+
+def _of_experts(model: Any, name: str, keep: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of experts, multiplied by a mask over their neurons: what is known of them, by hand."""
+    turns = model.config.model_type == "gpt_oss"  # gate 0, up 0, gate 1, up 1, ...
+    transposed = model.config.model_type in ("gpt_oss", "aria_text", "openai_privacy_filter")  # [experts, in, out]
+    twice = keep.repeat_interleave(2) if turns else keep.repeat(2)
+    of_outputs, of_inputs = ((-1,), (-1, 1)) if transposed else ((-1, 1), (-1,))
+    flags = {
+        "up_proj": keep.view(of_outputs),
+        "gate_up_proj": twice.view(of_outputs),
+        "gate_up_proj_bias": twice,
+        "down_proj": keep.view(of_inputs),
+    }
+    names = {f"{name}.{part}": flag for part, flag in flags.items() if f"{name}.{part}" in parameters}
+    return {part: parameters[part] * flag for part, flag in names.items()}
 
 
 @torch.no_grad()
@@ -218,8 +243,7 @@ def verdict(model_type: str, class_name: str) -> Verdict:
         return Verdict("not run", failure)
     try:
         structure = structure_of(model)
-        units = "both" if structure.attentions and structure.ffns else "heads" if structure.attentions else "neurons"
-        subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units=units)
+        subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units=units_of(structure))
         fm.detach(fm.attach(model, subnets))
     except ProofError as error:
         return Verdict("refused", str(error).split(": ", 1)[1])
@@ -248,7 +272,9 @@ def verdict(model_type: str, class_name: str) -> Verdict:
     if not worst < TOLERANCE[got.dtype]:
         return Verdict("WRONG", f"output off by {error:.1e}, gradients by {worst:.1e}")
     unpacked = attached(model).unpacked
-    names = units if units != "both" else "heads and neurons"
+    experts = [group for group in structure.ffns if group.stacked]
+    there = {"heads": structure.attentions, "neurons": len(structure.ffns) > len(experts), "experts": experts}
+    names = " and ".join(", ".join(name for name in there if there[name]).rsplit(", ", 1))
     places = {group.place for kind in ("heads", "neurons") for group in structure.groups(kind)}
     how = "packed" if not unpacked else "unpacked" if set(unpacked) == places else "partly packed"
     return Verdict(how, names if how != "partly packed" else f"{names}; not packed: {', '.join(unpacked)}")
@@ -272,7 +298,9 @@ def main() -> None:
         return
     words = [of.word for _, _, of in found.values()]
     right = sum(words.count(word) for word in ("packed", "partly packed", "unpacked"))
-    print(PAGE.format(version=transformers.__version__, tried=len(words), right=right, **_counts(words)))
+    experts = sum("experts" in of.detail.split(";")[0] for _, _, of in found.values())
+    about = {"version": transformers.__version__, "tried": len(words), "right": right, "experts": experts}
+    print(PAGE.format(**about, **_counts(words)))
     for model_type, what, of in found.values():
         if of.word not in ("not built", "not run"):
             print(f"| `{model_type}` | {what} | {of.word} | {of.detail.replace('|', '/')} |")
@@ -299,8 +327,9 @@ parameter.
 - **unpacked** ({unpacked}): nothing is packed.
 - **refused** ({refused}): `attach` says why. **Wrong: {wrong}.** Crashed: {crash}.
 
-{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. Experts'
-neurons are not masked; shared experts are.
+{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. `experts`
+({experts} types) are neurons of routed experts, of which a language owns the same ones in every expert of a layer;
+shared experts are an FFN of their own.
 
 | model type | as | units | what |
 |---|---|---|---|"""

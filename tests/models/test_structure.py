@@ -41,9 +41,9 @@ class TestStructure:
     def test_layers_of_several_sizes(self):
         """Units that do not exist are owned, or counted in a layer's share."""
         model = tiny_model("deepseek_v3", "DeepseekV3ForCausalLM")
-        assert Geometry.of(model).neurons == (24, 16)
+        assert Geometry.of(model).neurons == (24, 16, 16)  # of an FFN, of experts, and of the shared one beside them
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=0, units="neurons")
-        assert subnets.neurons.sum(2).tolist() == [[12, 8]] * 3
+        assert subnets.neurons.sum(2).tolist() == [[12, 8, 8]] * 3
         assert not subnets.neurons[:, 1, 16:].any()
         wrong = subnets.neurons.clone()
         wrong[0, 1, 20] = True

@@ -62,7 +62,7 @@ def stacked_in(module: nn.Module, layout: Projections) -> tuple[int, tuple[Stack
     biases = {f"{name}_bias" for name in names}
     if any(weight is None or weight.ndim != 3 for weight in weights) or parameters.keys() - biases - {*names}:
         return None
-    if len(inspect.signature(getattr(module, "plain", module).forward).parameters) < 3:
+    if len(inspect.signature(getattr(module, "plain", module).forward).parameters) != 3:
         return None
     for out, into in _orders(module):
         n, shapes = weights[-1].shape[into], [weight.shape for weight in weights[:-1]]

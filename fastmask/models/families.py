@@ -17,6 +17,8 @@ __all__ = ["Family", "Projections", "family_of", "register_family"]
 class Projections:
     """The projections around the units of an attention or of an FFN, by their names below the module that holds them.
 
+    They are linear layers; in a module of experts, parameters of those names that hold all experts, [experts, ...].
+
     Args:
         rows: the projections whose output features belong to units: query, key and value of heads, in this order, or
             the one that computes all three; query and key-value of latent attention; gate and up, or up, of neurons.

@@ -35,7 +35,7 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_at
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """The heads of one attention, or the neurons of one FFN.
+    """The heads of one attention, or the neurons of one FFN, or of the experts of one layer.
 
     Attributes:
         kind: "heads" or "neurons".
@@ -71,6 +71,8 @@ class UnitGroup:
 @dataclass(frozen=True)
 class Geometry:
     """How many units a model has: the heads of each attention and the neurons of each FFN, in order.
+
+    The routed experts of a layer count as one FFN, of as many neurons as each of them has.
 
     They are the trailing sizes of `Subnetworks.heads` and `.neurons`: [L, attentions, most heads]. `heads` counts what
     can be switched off on its own: attention heads, or key/value groups under grouped-query attention (a key head and

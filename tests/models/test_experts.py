@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -127,6 +128,15 @@ def test_a_token_each():
 
 
 @every
+def test_sizes(names):
+    """A config says how many neurons there are, and so does an attached model."""
+    model = tiny_model(*names)
+    sizes = Geometry.of(model)
+    assert Geometry.of(model.config) == sizes
+    assert Geometry.of(fm.attach(model, neurons_of(model, 0.5))) == sizes
+
+
+@every
 def test_unpacked(names):
     """Where nothing could be tried, all neurons are computed, and dead ones not read."""
     model, subnets, inputs = made(names)
@@ -166,7 +176,8 @@ def test_saved_and_detached(names, tmp_path):
     fm.attach(model, subnets)
     assert list(model.state_dict()) == state
     want = first_of(model(**inputs, language_ids=ids)).detach()
-    assert torch.equal(first_of(copy.deepcopy(model)(**inputs, language_ids=ids)), want)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(first_of(other(**inputs, language_ids=ids)), want)
     model.save_pretrained(tmp_path)
     again = fm.from_pretrained(tmp_path, experts_implementation="eager").eval()
     assert torch.equal(first_of(again(**inputs, language_ids=ids)), want)

@@ -309,6 +309,17 @@ def test_offloaded(before):
 
 
 class TestRefused:
+    def test_a_delta(self):
+        """What experts have learnt would be lost."""
+        model = tiny_model(*MODELS[0])
+        subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=0, units="both")
+        base = copy.deepcopy(model)
+        fm.attach(model, subnets, forward="full")
+        with torch.no_grad():
+            model.model.layers[1].mlp.experts.down_proj[0, 0, 0] += 1
+        with pytest.raises(ValueError, match=r"'model.layers.1.mlp.experts.down_proj' has changed, and holds experts"):
+            fm.Delta.of(model, base, "aa")
+
     def test_another_layout(self):
         """Gate and up interleaved, and nobody says so: packed, they would be the wrong ones."""
         model = tiny_model(*MODELS[4])

@@ -76,9 +76,8 @@ class AttachedExperts(nn.Module):
         if present is not None and len(present) == 1:
             return self._run(self._parameters_of(present)[0], args, kwargs)
         of_tokens = torch.tensor([*self._same, FULL], device=x.device)[route.examples(x)[1]]
-        if present is None:
-            present = of_tokens.unique().tolist()
-        counts = torch.stack([(of_tokens == subnetwork).sum() for subnetwork in present]).tolist()
+        subnetworks, in_each = of_tokens.unique(return_counts=True)
+        present, counts = subnetworks.tolist(), in_each.tolist()
         in_order = bool((of_tokens[1:] >= of_tokens[:-1]).all())
         order = None if in_order else of_tokens.argsort(stable=True)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +177,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, everything put back afterwards; random numbers go on as if nothing was."""
     training = [module for module in model.modules() if module.training]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+    # `with torch.device("meta")` makes weights without memory; what the model makes of its inputs has some.
+    device = torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), device:
         model.eval()
         try:
             yield

@@ -43,7 +43,7 @@ def tiny_batch(model: nn.Module) -> Iterator[dict[str, Any]]:
     config: Any = getattr(model, "config", None)
     first = next(iter(model.parameters()))
     device, dtype = first.device, first.dtype
-    generator = torch.Generator().manual_seed(1)
+    generator, cpu = torch.Generator("cpu").manual_seed(1), torch.device("cpu")  # whatever the standing device is
 
     def tokens(length: int) -> Tensor:
         get: Any = getattr(model, "get_input_embeddings", None)
@@ -51,14 +51,14 @@ def tiny_batch(model: nn.Module) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(NotImplementedError):  # speech models have none
             embeddings = get() if get is not None else None
         size = getattr(embeddings, "num_embeddings", 0) or _setting(config, "vocab_size") or 16
-        ids = torch.randint(min(4, size - 1), size, (EXAMPLES, length), generator=generator)
+        ids = torch.randint(min(4, size - 1), size, (EXAMPLES, length), generator=generator, device=cpu)
         end = _setting(config, "eos_token_id")
         if 0 < end < size:
             ids[:, -1] = end  # classifiers of some models read there
         return ids.to(device)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(EXAMPLES, *shape, generator=generator).to(device, dtype)
+        return torch.randn(EXAMPLES, *shape, generator=generator, device=cpu).to(device, dtype)
 
     extra = {"decoder_input_ids": tokens(_TOKENS - 2)} if getattr(config, "is_encoder_decoder", False) else {}
     main = getattr(model, "main_input_name", "input_ids")

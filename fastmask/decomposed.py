@@ -36,13 +36,9 @@ def _masked_linear(
     language_ids: Tensor,
     indices: list[Tensor],
     extents: list[Tensor],
-    kind: str,
-    geometries: list[int],
-    n_languages: int,
-    packed_widths: list[int],
-    activation: str,
-    full_forward: bool,
+    *settings: Any,
 ) -> list[Tensor]:
+    kind, geometries, n_languages, packed_widths, activation, full_forward = operators.Settings(*settings)
     x = activate(x, activation)
     found = []
     for g, weight in enumerate(weights):

@@ -16,6 +16,7 @@ from fastmask.deltas import adding
 from fastmask.deltas.part import Part, digest_of
 from fastmask.live import Live, live_in, masked_parameters
 from fastmask.models.attach import attached, owner_of
+from fastmask.models.expert_layer import AttachedExperts
 
 __all__ = ["Change", "Delta"]
 
@@ -84,7 +85,7 @@ class Delta:
         Raises:
             KeyError: not a language of the attached subnetworks.
             ValueError: nothing attached; parameters of other names, shapes or dtypes; something has changed that the
-                language does not own; NaN or infinity.
+                language does not own, or experts have; NaN or infinity.
         """
         state, owner, skipped = attached(model).subnets, owner_of(model), tuple(ignore)
         own, others = state.index(language), [state.index(name) for name in _names(beside)]
@@ -96,9 +97,12 @@ class Delta:
             if not name.startswith(skipped)
         }
         masked, parts = masked_parameters(owner), {}
+        experts = {p for module in owner.modules() if isinstance(module, AttachedExperts) for p in module.parameters()}
         for name, (parameter, old) in compared.items():
             after = parameter.detach()
             layer = masked.get(parameter)
+            if parameter in experts and not torch.equal(old, after):
+                raise ValueError(f"{name!r} has changed, and holds experts, of which no delta can be taken")
             if layer is None:
                 _check_unchanged(name, old, after, None, language)
                 continue

@@ -40,7 +40,8 @@ def probes_of(model: nn.Module) -> list[Probe]:
     """Where the masked units of an attached model are gated, in the order of its modules.
 
     Raises:
-        ValueError: the masks leave no unit out of the forward pass, or stand around an adapter or a quantised layer.
+        ValueError: the masks leave no unit out of the forward pass, or are over experts, or stand around an adapter or
+            a quantised layer.
     """
     state, owner = attached(model), owner_of(model)
     if state.router.full_forward:
@@ -48,15 +49,15 @@ def probes_of(model: nn.Module) -> list[Probe]:
             'these subnetworks were attached with forward="full", under which every unit runs for every language: what '
             'a unit is worth to a subnetwork is found under forward="masked"'
         )
-    kinds = [kind for kind in ("heads", "neurons") if getattr(state.subnets, kind) is not None]
     found: dict[str, Probe] = {}
-    for kind in kinds:
-        for index, group in enumerate(state.structure.groups(kind)):
-            name, unit = group.columns
-            consumer = owner.get_submodule(name)
-            if not isinstance(consumer, AttachedLinear):
-                raise ValueError(f"units cannot be scored through {name!r}, an adapter or a quantised layer")
-            found[name] = Probe(kind, index, consumer, unit, group.units)
+    for index, group, _ in state.structure.masked(state.subnets):
+        name, unit = group.columns
+        if group.stacked:
+            raise ValueError(f"neurons of experts cannot be scored ({name!r}): mask heads alone, and score those")
+        consumer = owner.get_submodule(name)
+        if not isinstance(consumer, AttachedLinear):
+            raise ValueError(f"units cannot be scored through {name!r}, an adapter or a quantised layer")
+        found[name] = Probe(group.kind, index, consumer, unit, group.units)
     return [found[name] for name, _ in owner.named_modules() if name in found]
 
 

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from fastmask.linear import checked_forward
 from fastmask.live import masked_parameters
 from fastmask.models.around import Around
-from fastmask.models.building import unit_layers, weight_layers, wrapped_in
+from fastmask.models.building import put, unit_layers, weight_layers, wrapped_in
 from fastmask.models.entry import INNER, OUTER, attached_class, inner_models, plain_class_of
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.families import Family
 from fastmask.models.language_arguments import id_of
 from fastmask.models.offloading import follow_class, move_hook, unhook_if_alone
 from fastmask.models.places import Places
 from fastmask.models.plain import check_model, check_shared, is_own, kind_of
-from fastmask.models.proof import Found, Inputs, try_layers
+from fastmask.models.proof import Found, try_layers
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
+from fastmask.models.tiny_batch import Inputs
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of", "set_language"]
@@ -115,18 +117,17 @@ def attach(
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
     unpacked = {**found.unpacked, **_wrapped(model, structure, kinds)}
     if not full_forward:
-        _say(model, unpacked, found.untried)
-    of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
+        _say(model, structure, unpacked, found.untried)
+    if unpacked or found.apart:
+        of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
     masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
     around = {name: layer for name, layer in masked.items() if isinstance(layer, Around)}
     modules = {name: layer for name, layer in masked.items() if isinstance(layer, nn.Module)}
     plain = {name: model.get_submodule(name) for name in modules}
     inner = list(inner_models(model, masked))
-    for name, mask in around.items():
-        mask.put(model.get_submodule(name))
+    put(model, masked)
     for name, layer in modules.items():
-        _replace(model, name, layer)
         # One dictionary for both: loading and sharding replace Parameters, and old ones must not live on in here.
         plain[name]._parameters = layer._parameters
         move_hook(plain[name], layer)
@@ -151,15 +152,15 @@ def _wrapped(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> 
     return found
 
 
-def _say(model: nn.Module, unpacked: Mapping[str, str], untried: Collection[str]) -> None:
+def _say(model: nn.Module, structure: Structure, unpacked: Mapping[str, str], untried: Collection[str]) -> None:
+    of_experts = {group.place for group in structure.ffns if group.stacked}
     for place, why in unpacked.items():
         between = "attention" if place.startswith("heads") else "what lies between the projections"
+        costs = f"dead units are not computed by the projections, and {between} costs what it does in the full network"
+        if place in of_experts:
+            costs = "and experts cost what they do in the full network"
         right = "Whether results are right was not tried" if place in untried else "Results are right"
-        warnings.warn(
-            f"{type(model).__name__}: the {place} are not packed ({why}). {right}, dead units are not "
-            f"computed by the projections, and {between} costs what it does in the full network",
-            stacklevel=3,
-        )
+        warnings.warn(f"{type(model).__name__}: the {place} are not packed ({why}). {right}, {costs}", stacklevel=3)
 
 
 def detach(model: Model) -> Model:
@@ -207,6 +208,9 @@ def freeze_unmasked(model: Model) -> Model:
     masked: set[Tensor] = set(masked_parameters(model))
     if (state := _state_of(owner_of(model))) is not None:
         masked.update(*(owner_of(model).get_submodule(name).parameters() for name in state.around))
+    for layer in model.modules():
+        if isinstance(layer, AttachedExperts):
+            masked.update(getattr(layer, stacked.name) for stacked in layer.stacked)
     if not masked:
         raise ValueError(f"nothing in this {type(model).__name__} has a mask: call fastmask.attach first")
     for parameter in model.parameters():
@@ -281,8 +285,3 @@ def owner_of(model: nn.Module) -> nn.Module:
             break
         model = inner
     return model
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from fastmask.errors import unknown
 from fastmask.masks import Mask
 from fastmask.models.around import Around, is_wrapped
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.layers import AttachedConv1D, AttachedLinear, Siblings
-from fastmask.models.plain import obstacle, plain_linear
+from fastmask.models.plain import obstacle, plain_experts, plain_linear
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.activations import NONE, name_of
 
-__all__ = ["Layers", "kept_of", "unit_layers", "weight_layers", "wrapped_in"]
+__all__ = ["Layers", "kept_of", "masks_of", "put", "unit_layers", "weight_layers", "wrapped_in"]
 
 Layers = dict[str, nn.Module | Around]
 """What `attach` puts into a model, by the name of the module whose place it takes, or around which it is put."""
@@ -44,20 +45,20 @@ def unit_layers(
         unpacked: places (`UnitGroup.place`) whose units stay in their slots.
         apart: places whose projections do not read the same input.
     """
+    _check_geometry(model, subnets, structure)
     layers: Layers = {}
-    for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-        if keep is None:
-            continue
-        groups = structure.groups(kind)
-        _check_geometry(model, keep, groups, kind)
-        for index, group in enumerate(groups):
-            how = {"router": router, "packs": group.place not in unpacked, "of_heads": kind == "heads"}
-            layers |= _of_group(model, group, keep[:, index, : group.units], group.place not in apart, how)
+    for _, group, keep in structure.masked(subnets):
+        how = {"router": router, "packs": group.place not in unpacked, "of_heads": group.kind == "heads"}
+        layers |= _of_group(model, group, keep, group.place not in apart, how)
     return layers
 
 
 def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Layers:
     """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
+    if group.stacked:
+        ((name, mask),) = masks_of(model, group, keep).items()
+        packs = options["packs"]
+        return {name: AttachedExperts(plain_experts(model, name), mask, group.stacked, options["router"], packs)}
     layers: Layers = {}
     full, wrapped = options["router"].full_forward, wrapped_in(model, group)
     if full and wrapped:
@@ -72,10 +73,10 @@ def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, 
     alike = len({(getattr(linear, "bias", None) is not None, _width(linear)) for linear in linears.values()}) == 1
     alike = alike and not any(is_wrapped(linear) for linear in linears.values())
     siblings = Siblings() if together and len(linears) > 1 and alike and not fused else None
+    masks = masks_of(model, group, keep)
     for name, unit in group.rows.items():
-        mask = Mask.rows(kept_of(keep, unit), _width(linears[name]))
         parts = [(of_part * group.units, of_part) for of_part in unit] if len(unit) > 1 else []
-        layers[name] = _layer(linears[name], mask, unit=sum(unit), parts=parts, siblings=siblings, **options)
+        layers[name] = _layer(linears[name], masks[name], unit=sum(unit), parts=parts, siblings=siblings, **options)
     name, of_unit = group.columns
     linear, activation = _linear(model, name), NONE
     # Where the full network runs, the model computes activations itself, once.
@@ -85,9 +86,39 @@ def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, 
             if why := obstacle(model.get_submodule(group.activation)):
                 raise ValueError(f"cannot compute {group.activation!r} in the layer behind it: {why}")
             layers[group.activation] = nn.Identity()
-    mask = Mask.columns(keep.repeat_interleave(of_unit, 1), _height(linear))
-    layers[name] = _layer(linear, mask, unit=of_unit, activation=activation, **options)
+    layers[name] = _layer(linear, masks[name], unit=of_unit, activation=activation, **options)
     return layers
+
+
+def masks_of(model: nn.Module, group: UnitGroup, keep: Tensor) -> dict[str, Mask]:
+    """The mask of each projection of a group, by module name.
+
+    Args:
+        model: plain or attached.
+        group: of its structure.
+        keep: which units live, bool [L, units].
+    """
+    if group.stacked:
+        return {group.name: Mask.columns(keep, 1)}
+    masks: dict[str, Mask] = {}
+    for name, unit in group.projections.items():
+        projection, flags = model.get_submodule(name), kept_of(keep, unit)
+        of_rows = name in group.rows
+        masks[name] = Mask.rows(flags, _width(projection)) if of_rows else Mask.columns(flags, _height(projection))
+    return masks
+
+
+def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Layers:
+    """Put layers into a model, and masks around its modules; returns the modules that stood there."""
+    before: Layers = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Around):
+            layer.put(model.get_submodule(name))
+        else:
+            parent, _, child = name.rpartition(".")
+            children = model.get_submodule(parent)._modules
+            before[name], children[child] = children[child], layer  # type: ignore[assignment]
+    return before
 
 
 def kept_of(keep: Tensor, unit: tuple[int, ...]) -> Tensor:
@@ -97,8 +128,7 @@ def kept_of(keep: Tensor, unit: tuple[int, ...]) -> Tensor:
 
 def wrapped_in(model: nn.Module, group: UnitGroup) -> str | None:
     """The first projection of a group that is an adapter or quantised, if one is."""
-    names = (*group.rows, group.columns[0])
-    return next((name for name in names if is_wrapped(model.get_submodule(name))), None)
+    return next((name for name in group.projections if is_wrapped(model.get_submodule(name))), None)
 
 
 def _linear(model: nn.Module, name: str) -> Any:
@@ -145,18 +175,22 @@ def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router, taken:
     return layers
 
 
-def _check_geometry(model: nn.Module, keep: Tensor, groups: tuple[UnitGroup, ...], kind: str) -> None:
-    sizes = [group.units for group in groups]
+def _check_geometry(model: nn.Module, subnets: Subnetworks, structure: Structure) -> None:
     what = f"this {type(model).__name__} has"
-    if not sizes:
-        raise ValueError(f"the masks are for {kind}, and {what} none that fastmask knows how to mask")
-    if tuple(keep.shape[1:]) != (len(sizes), max(sizes)):
-        raise ValueError(
-            f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {kind}, "
-            f"{what} {len(sizes)} layers of {max(sizes)} {kind}"
-        )
-    for index, group in enumerate(groups):
-        if keep[:, index, group.units :].any():
+    for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+        if keep is None:
+            continue
+        sizes = [group.units for group in structure.groups(kind)]
+        if not sizes:
+            raise ValueError(f"the masks are for {kind}, and {what} none that fastmask knows how to mask")
+        if tuple(keep.shape[1:]) != (len(sizes), max(sizes)):
             raise ValueError(
-                f"the masks own {kind} of layer {index} that do not exist: {what} {group.units} there ({group.name})"
+                f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {kind}, "
+                f"{what} {len(sizes)} layers of {max(sizes)} {kind}"
             )
+        for index, group in enumerate(structure.groups(kind)):
+            if keep[:, index, group.units :].any():
+                raise ValueError(
+                    f"the masks own {kind} of layer {index} that do not exist: {what} {group.units} there "
+                    f"({group.name})"
+                )

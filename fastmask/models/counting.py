@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any
 
 from torch import nn
 
 from fastmask.models.attach import attached, owner_of
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.layers import AttachedLinear
 
 __all__ = ["Part", "Summary", "summary"]
@@ -19,7 +23,8 @@ class Part:
     Attributes:
         parameters: live weights and biases.
         all_parameters: those of the full network.
-        flops: floating-point operations of their products for one token, forward.
+        flops: floating-point operations of their products for one token, forward; of experts, of as many as the config
+            says a token goes to.
         n_bytes: of the live parameters in memory.
     """
 
@@ -29,11 +34,7 @@ class Part:
     n_bytes: int = 0
 
     def __add__(self, other: Part) -> Part:
-        return Part(*(mine + theirs for mine, theirs in zip(_numbers(self), _numbers(other), strict=True)))
-
-
-def _numbers(part: Part) -> tuple[int, int, int, int]:
-    return part.parameters, part.all_parameters, part.flops, part.n_bytes
+        return Part(*map(operator.add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ def summary(model: nn.Module) -> Summary:
     layers: dict[str, dict[str, Part]] = {}
     masked: set[int] = set()
     for name, layer in owner.named_modules():
+        if isinstance(layer, AttachedExperts):
+            layers[name] = _of_experts(layer, state.subnets.languages, _experts_per_token(owner))
+            masked |= {id(getattr(layer, stacked.name)) for stacked in layer.stacked}
         if not isinstance(layer, AttachedLinear):
             continue
         weight, bias, mask = layer.weight, layer.bias, layer.mask
@@ -104,3 +108,20 @@ def summary(model: nn.Module) -> Summary:
         sum(p.numel() for p in parameters if p.requires_grad),
         dict(state.unpacked),
     )
+
+
+def _of_experts(layer: AttachedExperts, languages: Sequence[str], per_token: int | None) -> dict[str, Part]:
+    parameters: list[Any] = [getattr(layer, stacked.name) for stacked in layer.stacked]
+    experts, size, neurons = len(parameters[0]), parameters[0].element_size(), layer.mask.in_features
+    every, weights = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.ndim == 3]))
+    found = {}
+    for language, live in zip(languages, layer.mask.live_counts(), strict=True):
+        count, products = every * live // neurons, weights * live // neurons
+        found[language] = Part(count, every, 2 * products * (per_token or experts) // experts, count * size)
+    return found
+
+
+def _experts_per_token(model: Any) -> int | None:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_experts_per_tok", None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +11,14 @@ from torch import Tensor, nn
 from fastmask.masks import Mask
 from fastmask.models.around import Around
 from fastmask.models.attach import attached, owner_of
-from fastmask.models.building import kept_of
+from fastmask.models.building import kept_of, masks_of
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.layers import AttachedLinear
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["add_language", "remove_language", "set_subnetwork"]
+
+Masked = AttachedLinear | AttachedExperts | Around
 
 
 def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None, neurons: Tensor | None = None) -> None:
@@ -43,7 +47,8 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
     for what, keep in given.items():
         _check_one(what, keep, getattr(state.subnets, what), language)
     # Everything that can fail comes before the first change to the model.
-    changed: list[tuple[AttachedLinear | Around, Mask]] = []
+    layers = _masked_layers(owner)
+    changed: dict[Masked, Mask] = {}
     for what, keep in given.items():
         for index, group in enumerate(state.structure.groups(what)):
             own = keep[index, : group.units]
@@ -51,15 +56,15 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
                 raise ValueError(f"layer {index} has {group.units} {what}, given masks that own one behind those")
             if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
                 continue
-            for module_name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
-                layer = _masked(owner, module_name)
-                changed.append((layer, layer.mask.replaced(row, kept_of(own, unit))))
+            for module_name, unit in group.projections.items():
+                layer = layers[module_name]
+                changed[layer] = layer.mask.replaced(row, kept_of(own, unit))
     wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
     for what, keep in given.items():
         wide[what] = wide[what].clone()
         wide[what][row] = keep
     subnets = Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide)
-    for layer, mask in changed:
+    for layer, mask in changed.items():
         layer.mask = mask
     state.subnets = subnets
 
@@ -91,7 +96,13 @@ def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:
     state = attached(model)
     own = subnet.map(lambda keep: keep.cpu()) if isinstance(subnet, Subnetworks) else subnet
     there = state.subnets.map(lambda keep: keep.cpu())
-    _change(model, there.append(name, own), lambda mask, new: Mask.stack([mask, new]), name)
+    subnets, owner = there.append(name, own), owner_of(model)
+    new = _masks_of(owner, subnets.select([name]))
+    masks = {}
+    for module_name, layer in _masked_layers(owner).items():
+        mask = layer.mask
+        masks[layer] = Mask.stack([mask, new[module_name].to(mask.device)])
+    _change(model, subnets, masks)
 
 
 def remove_language(model: nn.Module, name: str) -> None:
@@ -114,41 +125,30 @@ def remove_language(model: nn.Module, name: str) -> None:
     if not rest:
         raise ValueError(f"{name!r} is the only language: fastmask.detach(model) takes the subnetworks off")
     ids = [row for row in range(len(rest) + 1) if row != gone]
-    _change(model, state.subnets.select(rest), lambda mask, _: mask.select(ids), None)
+    layers = _masked_layers(owner_of(model))
+    _change(model, state.subnets.select(rest), {layer: layer.mask.select(ids) for layer in layers.values()})
 
 
-def _change(model: nn.Module, subnets: Subnetworks, change: Callable[[Mask, Mask], Mask], new: str | None) -> None:
-    """Put other masks into every masked layer; `change` gets a layer's mask and that of the new language alone."""
-    state, owner = attached(model), owner_of(model)
-    masks: list[tuple[AttachedLinear | Around, Mask]] = []
-    of_new = _masks_of(owner, subnets.select([new])) if new is not None else {}
-    for name in [name for name, layer in owner.named_modules() if isinstance(layer, AttachedLinear)] + [*state.around]:
-        layer = _masked(owner, name)
-        mask = layer.mask
-        masks.append((layer, change(mask, of_new[name].to(mask.device) if new is not None else mask)))
-    for layer, mask in masks:
+def _change(model: nn.Module, subnets: Subnetworks, masks: Mapping[Masked, Mask]) -> None:
+    """Give every masked layer its mask of other subnetworks."""
+    for layer, mask in masks.items():
         layer.mask = mask
+    state = attached(model)
     state.subnets = subnets
     state.router.rename(subnets.languages)
 
 
-def _masked(owner: nn.Module, name: str) -> AttachedLinear | Around:
-    """What holds the mask of a module."""
-    layer = attached(owner).around.get(name) or owner.get_submodule(name)
-    assert isinstance(layer, AttachedLinear | Around)
-    return layer
+def _masked_layers(owner: nn.Module) -> dict[str, Masked]:
+    """What holds the mask of each module, by its name."""
+    layers: dict[str, Any] = dict(owner.named_modules())
+    inside = {name: layer for name, layer in layers.items() if isinstance(layer, AttachedLinear | AttachedExperts)}
+    return {**inside, **attached(owner).around}
 
 
 def _masks_of(owner: nn.Module, subnets: Subnetworks) -> dict[str, Mask]:
     """The masks that `attach` would make, by module name."""
     state = attached(owner)
     found: dict[str, Mask] = {}
-    for kind in ("heads", "neurons"):
-        keeps = getattr(subnets, kind)
-        for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
-            keep = keeps[:, index, : group.units]
-            for name, unit in {**group.rows, group.columns[0]: (group.columns[1],)}.items():
-                mask, flags = _masked(owner, name).mask, kept_of(keep, unit)
-                rows = mask.kind == "rows"
-                found[name] = Mask.rows(flags, mask.in_features) if rows else Mask.columns(flags, mask.out_features)
+    for _, group, keep in state.structure.masked(subnets):
+        found |= masks_of(owner, group, keep)
     return found | {name: Mask.weights(keep) for name, keep in (subnets.weights or {}).items()}

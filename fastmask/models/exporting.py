@@ -11,14 +11,24 @@ from torch import Tensor, nn
 
 from fastmask.models.attach import attached, detach, owner_of
 from fastmask.models.building import kept_of
+from fastmask.models.expert_layer import AttachedExperts
 from fastmask.models.layers import AttachedLinear
-from fastmask.models.structure import is_conv1d
+from fastmask.models.structure import UnitGroup, is_conv1d, structure_of
 
 __all__ = ["SIZES", "extract", "merge", "shrink"]
 
 SIZES = "_fastmask_sizes"  # of an extracted model: {module name: (out_features, in_features)}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
-_NEURONS = ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim", "n_inner")
+_NEURONS = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "d_ff",
+    "hidden_dim",
+    "n_inner",
+    "moe_intermediate_size",
+)
 
 
 @torch.no_grad()
@@ -45,14 +55,16 @@ def merge(model: nn.Module, language: str) -> Any:
     merged = copy.deepcopy(owner)
     uses: Counter[Tensor] = Counter(parameter for _, parameter in merged.named_parameters(remove_duplicate=False))
     for name, layer in merged.named_modules():
-        if not isinstance(layer, AttachedLinear):
+        if not isinstance(layer, AttachedLinear | AttachedExperts):
             continue
-        if uses[layer.weight] > 1:
+        if any(uses[parameter] > 1 for parameter in layer.parameters(recurse=False) if parameter.ndim > 1):
             raise ValueError(f"cannot merge: the weight of {name!r} is tied to another module's, which has no mask")
-        keep = layer.mask.select([row]).to_dense()[0]
-        layer.weight.mul_(keep.t() if layer.transposed else keep)
+        if isinstance(layer, AttachedExperts):
+            layer.multiply(row)
+            continue
+        layer.weight.mul_(layer.stored_mask.select([row]).to_dense()[0])
         if layer.mask.kind == "rows" and layer.bias is not None:
-            layer.bias.mul_(keep[:, 0])
+            layer.bias.mul_(layer.mask.select([row]).to_dense()[0, :, 0])
     return detach(merged)
 
 
@@ -74,17 +86,16 @@ def extract(model: nn.Module, language: str) -> Any:
     state = attached(model)
     row, small = state.subnets.index(language), merge(model, language)
     sizes: dict[str, tuple[int, int]] = dict(getattr(small, SIZES, {}))  # of a model that was extracted before
-    for kind in ("heads", "neurons"):
-        keeps = getattr(state.subnets, kind)
-        for index, group in enumerate(state.structure.groups(kind) if keeps is not None else ()):
-            if group.place in state.unpacked:
-                continue
-            keep = keeps[row, index, : group.units].clone()
-            keep[0] |= ~keep.any()
-            for name, unit in group.rows.items():
-                sizes[name] = _cut(small, name, kept_of(keep, unit), 0)
-            name, of_unit = group.columns
-            sizes[name] = _cut(small, name, keep.repeat_interleave(of_unit), 1)
+    for _, group, keeps in state.structure.masked(state.subnets):
+        if group.place in state.unpacked:
+            continue
+        keep = keeps[row].clone()
+        keep[0] |= ~keep.any()
+        if group.stacked:
+            sizes[group.name] = _cut_experts(small, group, keep.nonzero().flatten())
+            continue
+        for name, unit in group.projections.items():
+            sizes[name] = _cut(small, name, kept_of(keep, unit), 0 if name in group.rows else 1)
     ordinary = _ordinary(small, {kind: _live(state, kind, row) for kind in ("heads", "neurons")})
     if ordinary is not None:
         return ordinary
@@ -93,17 +104,21 @@ def extract(model: nn.Module, language: str) -> Any:
 
 
 def shrink(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
-    """Give linear layers of a plain model other sizes, with empty weights to be loaded.
+    """Give linear layers and experts of a plain model other sizes, with weights to be loaded.
 
     Raises:
         KeyError: a module that the model does not have.
         ValueError: a module that is no linear layer.
     """
+    experts = {group.name: group for group in structure_of(model).ffns if group.stacked} if sizes else {}
     for name, (out, width) in sizes.items():
         try:
             linear = model.get_submodule(name)
         except AttributeError:
             raise KeyError(f"this {type(model).__name__} has no module {name!r}") from None
+        if name in experts:
+            _cut_experts(model, experts[name], torch.arange(width))
+            continue
         if not isinstance(linear, nn.Linear) and not is_conv1d(linear):
             raise ValueError(f"expected a linear layer at {name!r}, found {type(linear).__name__}")
         bias = linear.bias.new_empty(out) if linear.bias is not None else None  # type: ignore[operator]
@@ -120,6 +135,18 @@ def _cut(model: nn.Module, name: str, keep: Tensor, dim: int) -> tuple[int, int]
         bias = bias.index_select(0, index)
     _resize(linear, weight, bias)
     return weight.shape[::-1] if is_conv1d(linear) else tuple(weight.shape)
+
+
+def _cut_experts(model: nn.Module, group: UnitGroup, live: Tensor) -> tuple[int, int]:
+    """Leave some neurons (int64 [live]) of every expert; returns (outputs, neurons)."""
+    module = model.get_submodule(group.name)
+    for stacked in group.stacked:
+        own: Any = getattr(module, stacked.name)
+        part = own.index_select(stacked.dim, stacked.entries(live.to(own.device), group.units))
+        setattr(module, stacked.name, nn.Parameter(part, requires_grad=own.requires_grad))
+        if stacked.read:
+            sizes = part.shape[3 - stacked.dim], part.shape[stacked.dim]
+    return sizes
 
 
 def _resize(linear: Any, weight: Tensor, bias: Tensor | None) -> None:

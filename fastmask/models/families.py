@@ -6,7 +6,7 @@ known, too. `structure` looks for these names in a model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,6 +16,8 @@ __all__ = ["Family", "Projections", "family_of", "register_family"]
 @dataclass(frozen=True)
 class Projections:
     """The projections around the units of an attention or of an FFN, by their names below the module that holds them.
+
+    They are linear layers; in a module of experts, parameters of those names that hold all experts, [experts, ...].
 
     Args:
         rows: the projections whose output features belong to units: query, key and value of heads, in this order, or
@@ -50,8 +52,8 @@ class Family:
         ffn: the same for neurons.
     """
 
-    attention: tuple[Projections, ...] = field(default=())
-    ffn: tuple[Projections, ...] = field(default=())
+    attention: tuple[Projections, ...] = ()
+    ffn: tuple[Projections, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("attention", "ffn"):

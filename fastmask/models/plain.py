@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from fastmask.models.offloading import hook_of
 from fastmask.models.structure import is_conv1d
 
-__all__ = ["check_model", "check_shared", "is_foreign", "is_own", "kind_of", "obstacle", "plain_linear"]
+__all__ = [
+    "check_model",
+    "check_shared",
+    "is_foreign",
+    "is_own",
+    "kind_of",
+    "obstacle",
+    "plain_experts",
+    "plain_linear",
+]
 
 # By name: importing them takes seconds, and some belong to libraries that need not be there.
 _WRAPPERS = {
@@ -91,6 +100,27 @@ def plain_linear(model: nn.Module, name: str) -> Any:
     return module
 
 
+def plain_experts(model: nn.Module, name: str) -> nn.Module:
+    """The module of experts of that name, if it can be masked.
+
+    Raises:
+        ValueError: it is wrapped, quantised, sharded, hooked or parametrized; says which, and what to do.
+    """
+    module = model.get_submodule(name)
+    if "base_layer" in name.split("."):
+        raise ValueError(f"cannot mask {name!r}, experts below an adapter: merge it first (PEFT: `merge_and_unload()`)")
+    if why := _hung_on(module, hook_of(module)):
+        raise ValueError(f"cannot mask {name!r}: {why}")
+    for own, parameter in module._parameters.items():
+        foreign = parameter is not None and (is_foreign(parameter) or not parameter.is_floating_point())
+        if foreign or type(parameter).__name__ == "DTensor":
+            raise ValueError(
+                f"cannot mask {name!r}: its {own} is {kind_of(parameter)} of {parameter.dtype}, and quantised or "  # type: ignore[union-attr]
+                "sharded experts cannot be masked"
+            )
+    return module
+
+
 def check_shared(model: nn.Module, masked: Collection[str]) -> None:
     """Refuse masks over a module that the model also calls under a second name, where they would not hold.
 
@@ -115,6 +145,14 @@ def obstacle(module: nn.Module, hook: Any = None) -> str | None:
             )
         if type(weight).__name__ == "DTensor" or weight.ndim != 2:
             return "its weight is sharded. Attach before sharding, detach a model that is not sharded"
+    if why := _hung_on(module, hook):
+        return why
+    if (module._buffers or module._modules) and "plain" not in vars(module):  # experts share theirs
+        return f"it also holds {', '.join([*module._buffers, *module._modules])}, which would be lost"
+    return None
+
+
+def _hung_on(module: nn.Module, hook: Any) -> str | None:
     if hooks := [name.strip("_") for name, value in vars(module).items() if name.endswith("_hooks") and _others(value)]:
         return (
             f"it has {hooks[0].replace('_', ' ')}. Remove them, and register them again afterwards (hooks on an "
@@ -123,8 +161,6 @@ def obstacle(module: nn.Module, hook: Any = None) -> str | None:
     forward = vars(module).get("forward")
     if forward is not None and not is_own(forward, module) and (hook is None or hook_of(module) is not hook):
         return f"its forward has been replaced, as accelerate's device_map and offload do ({_UNHOOK})"
-    if module._buffers or module._modules:
-        return f"it also holds {', '.join([*module._buffers, *module._modules])}, which would be lost"
     return None
 
 

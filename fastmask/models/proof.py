@@ -9,29 +9,22 @@ every attention and FFN are compared. What differs works unpacked: each unit in 
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from fastmask.models.around import Around, is_wrapped
-from fastmask.models.building import kept_of, unit_layers
-from fastmask.models.routing import Route, Router
-from fastmask.models.structure import Structure, UnitGroup, is_conv1d
-from fastmask.subnetworks.subnetworks import Subnetworks
+from fastmask.models.around import is_wrapped
+from fastmask.models.structure import Structure, UnitGroup
+from fastmask.models.tiny_batch import EXAMPLES, Inputs, short, working_inputs
+from fastmask.models.trial import Recorded, made_up, rows_of, run_attached, run_multiplied
 
-__all__ = ["Found", "Inputs", "ProofError", "tiny_batch", "try_layers"]
-
-Inputs = Mapping[str, Any]
-Recorded = dict[str, list[Tensor]]
+__all__ = ["Found", "ProofError", "try_layers"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +47,6 @@ class Found:
         return cls(dict.fromkeys(places, why), untried=frozenset(places))
 
 
-_IDS = [0, 1, 0]  # the languages of the examples: not sorted, and not equally many of each
-_TOKENS = 7
 # Of the largest output; many models compute norms in float32, whatever their dtype.
 _TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 1e-2}
 _USUAL = 1e-4
@@ -102,11 +93,11 @@ def _tried(
     kinds: tuple[str, ...],
     example: Inputs | None,
 ) -> Found:
-    inputs, failure = _working_inputs(model, example)
+    inputs, failure = working_inputs(model, example)
     if inputs is None:
         return Found.nothing(places, f"no tiny batch could be run ({failure}); give attach(..., example=inputs)")
-    subnets = _made_up(structure, kinds)
-    wanted = [_reference(model, groups, subnets, inputs, language) for language in (0, 1)]
+    subnets = made_up(structure, kinds)
+    wanted = [run_multiplied(model, structure, subnets, inputs, language) for language in (0, 1)]
     calls = wanted[0].inputs
     _check_called(model, groups, calls, inputs)
     apart = frozenset(group.place for group in groups if len({calls.get(name) for name in group.rows}) > 1)
@@ -119,9 +110,9 @@ def _tried(
 
     def differs(unpacked: Collection[str]) -> str | None:
         try:
-            got = _attached(model, structure, subnets, inputs, Found(dict.fromkeys(unpacked, ""), apart))
+            got = run_attached(model, structure, subnets, inputs, unpacked, apart, wanted)
         except Exception as error:  # whatever the model's own code raises for fewer heads
-            return _short(error)
+            return short(error)
         return _difference(got, [reference.outputs for reference in wanted])
 
     if (why := differs(unpacked)) is None:
@@ -145,22 +136,16 @@ def _check_called(model: nn.Module, groups: list[UnitGroup], calls: Mapping[str,
 
     A layer that was not called may be one that this batch does not need; then its weight does not matter, either.
     """
-    silent = {name: group.place for group in groups for name in (*group.rows, group.columns[0]) if name not in calls}
+    silent = {name: group.place for group in groups for name in group.projections if name not in calls}
     if not silent:
         return
     before = _leaves(model(**inputs))
-    modules: list[Any] = [model.get_submodule(name) for name in silent]
-    weights = [module.weight for module in modules if not is_wrapped(module)]
-    data = [weight.data for weight in weights]
-    for weight in weights:
-        weight.data = weight.data.new_zeros(()).expand(weight.shape)
+    nothing = {weight: weight.new_zeros(()).expand(weight.shape) for weight in _weights(model, silent)}
     try:
-        after = _leaves(model(**inputs))
+        with _other_data(nothing):
+            after = _leaves(model(**inputs))
     except Exception as error:
-        raise ProofError(f"cannot attach to {type(model).__name__}: {_short(error)} without weights") from error
-    finally:
-        for weight, own in zip(weights, data, strict=True):
-            weight.data = own
+        raise ProofError(f"cannot attach to {type(model).__name__}: {short(error)} without weights") from error
     if any(not torch.equal(x, y) for x, y in zip(before, after, strict=True)):
         raise ProofError(
             f"cannot attach to {type(model).__name__}: it reads the weights of {next(iter(silent))!r} without calling "
@@ -170,10 +155,6 @@ def _check_called(model: nn.Module, groups: list[UnitGroup], calls: Mapping[str,
 
 def _leaves(output: Any) -> list[Tensor]:
     return [leaf.nan_to_num() for leaf in tree_leaves(dict(output)) if isinstance(leaf, Tensor)]
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
 def _key(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> str | None:
@@ -196,7 +177,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, everything put back afterwards; random numbers go on as if nothing was."""
     training = [module for module in model.modules() if module.training]
     cuda = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+    # `with torch.device("meta")` makes weights without memory; what the model makes of its inputs has some.
+    device = torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), device:
         model.eval()
         try:
             yield
@@ -205,163 +188,42 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = True
 
 
-@contextmanager
-def _without_zeros(model: nn.Module, groups: list[UnitGroup]) -> Iterator[None]:
-    """Other weights where all are zero, as some begin with, which would let anything pass; put back afterwards."""
-    names = dict.fromkeys(name for group in groups for name in (*group.rows, group.columns[0]))
-    modules: list[Any] = [model.get_submodule(name) for name in names]
-    zero = [module.weight for module in modules if not is_wrapped(module) and not module.weight.any()]
-    data = [weight.data for weight in zero]
-    try:
-        for weight in zero:
-            weight.data = torch.randn_like(weight) / weight.shape[1] ** 0.5
-        yield
-    finally:
-        for weight, own in zip(zero, data, strict=True):
-            weight.data = own
+def _without_zeros(model: nn.Module, groups: list[UnitGroup]) -> AbstractContextManager[None]:
+    """Other weights where all are zero, as some begin with, which would let anything pass."""
+    weights = _weights(model, dict.fromkeys(name for group in groups for name in group.projections))
+    return _other_data({w: torch.randn_like(w) / w.shape[1] ** 0.5 for w in weights if not w.any()})
 
 
-# ---- the masks and the runs
-
-
-def _made_up(structure: Structure, kinds: tuple[str, ...]) -> Subnetworks:
-    """Two languages whose subnetworks differ in every group that has two units, and in size where it has three."""
-    generator = torch.Generator().manual_seed(0)
-    keeps: dict[str, Tensor] = {}
-    for kind in kinds:
-        groups = structure.groups(kind)
-        if not groups:
-            continue
-        keep = torch.zeros(2, len(groups), max(group.units for group in groups), dtype=torch.bool, device="cpu")
-        for index, group in enumerate(groups):
-            order = torch.randperm(group.units, generator=generator)
-            first = max(1, group.units // 2)
-            keep[0, index, order[:first]] = True
-            keep[1, index, order[first:] if group.units > 1 else order] = True
-            if group.units == 4:  # halves would be equally wide
-                keep[1, index, order[0]] = True
-        keeps[kind] = keep
-    return Subnetworks(["a", "b"], keeps.get("heads"), keeps.get("neurons"))
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The outputs of every `columns` projection, and which tensor each projection read first."""
-
-    outputs: Recorded
-    inputs: dict[str, int]
-
-
-class _Multiplied(nn.Module):
-    """A linear layer whose parameters are multiplied by a mask, and which remembers what it was called with."""
-
-    def __init__(self, linear: nn.Module, rows: Tensor | None, columns: Tensor | None) -> None:
-        super().__init__()
-        self.linear, self.rows, self.columns = linear, rows, columns
-        self.inputs: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        # Models look at the weight of a layer (its dtype), or at its sizes.
-        return super().__getattr__(name) if name == "linear" else getattr(self.linear, name)
-
-    def forward(self, x: Tensor) -> Any:
-        self.inputs.append(x)
-        layer: Any = self.linear
-        of_rows = self.columns is None
-        keep = (self.rows if of_rows else self.columns).to(x.device)  # type: ignore[union-attr]
-        if is_wrapped(layer):  # its weight is nowhere as such
-            return layer(x) * keep if of_rows else layer(x * keep)
-        parameters = {"weight": layer.weight}
-        parameters["weight"] = layer.weight * (keep[:, None] if of_rows != is_conv1d(layer) else keep)
-        if of_rows and layer.bias is not None:
-            parameters["bias"] = layer.bias * keep
-        return functional_call(layer, parameters, (x,))
-
-
-def _reference(
-    model: nn.Module, groups: list[UnitGroup], subnets: Subnetworks, inputs: Inputs, language: int
-) -> _Reference:
-    """A run of the examples of one language, with weights times its masks."""
-    modules: dict[str, _Multiplied] = {}
-    indices = {"heads": 0, "neurons": 0}
-    for group in groups:
-        index = indices[group.kind]
-        indices[group.kind] += 1
-        keep = getattr(subnets, group.kind)[language, index, : group.units]
-        for name, unit in group.rows.items():
-            modules[name] = _Multiplied(model.get_submodule(name), kept_of(keep, unit), None)
-        name, of_unit = group.columns
-        modules[name] = _Multiplied(model.get_submodule(name), None, keep.repeat_interleave(of_unit))
-    rows = [row for row, own in enumerate(_IDS) if own == language]
-    outputs = _run(model, modules, [group.columns[0] for group in groups], _some(inputs, rows))
-    # Kept until here, so that no two inputs had the same id.
-    return _Reference(outputs, {name: id(layer.inputs[0]) for name, layer in modules.items() if layer.inputs})
-
-
-def _attached(model: nn.Module, structure: Structure, subnets: Subnetworks, inputs: Inputs, found: Found) -> Recorded:
-    """A run of all examples, with the layers that `attach` would put in."""
-    router = Router(subnets.languages)
-    modules = unit_layers(model, subnets, router, structure, found.unpacked, found.apart)
-    columns = [
-        group.columns[0]
-        for kind in ("heads", "neurons")
-        if getattr(subnets, kind) is not None
-        for group in structure.groups(kind)
-    ]
-    with router.using(Route.of(torch.tensor(_IDS, device="cpu"), 2)):
-        return _run(model, modules, columns, inputs)
-
-
-def _run(model: nn.Module, modules: Mapping[str, nn.Module | Around], recorded: list[str], inputs: Inputs) -> Recorded:
-    found: Recorded = {}
-
-    def record(name: str) -> Callable[..., None]:
-        return lambda module, args, output: found.setdefault(name, []).append(output)
-
-    with _replaced(model, modules):
-        handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in recorded]
-        try:
-            model(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
+def _weights(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    modules = [model.get_submodule(name) for name in names]
+    return [w for module in modules if not is_wrapped(module) for w in module.parameters(recurse=False) if w.ndim > 1]
 
 
 @contextmanager
-def _replaced(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Iterator[None]:
-    around = {name: layer for name, layer in layers.items() if isinstance(layer, Around)}
-    modules = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Module)}
-    before = {name: model.get_submodule(name) for name in modules}
-
-    def put(these: Mapping[str, nn.Module]) -> None:
-        for name, module in these.items():
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent)._modules[child] = module
-
-    put(modules)
-    for name, layer in around.items():
-        layer.put(model.get_submodule(name))
+def _other_data(data: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Other numbers in parameters, their own put back afterwards."""
+    own = {weight: weight.data for weight in data}
     try:
+        for weight, other in data.items():
+            weight.data = other
         yield
     finally:
-        put(before)
-        for layer in around.values():
-            layer.take_off()
+        for weight, before in own.items():
+            weight.data = before
 
 
 def _difference(got: Recorded, wanted: list[Recorded]) -> str | None:
     """Where the outputs of a mixed batch are not those of its languages alone."""
     for name, outputs in got.items():
         for language, expected in enumerate(wanted):
-            rows = [row for row, own in enumerate(_IDS) if own == language]
+            rows = rows_of(language)
             calls = expected.get(name, [])
             if len(calls) != len(outputs):
                 return f"{name!r} runs {len(outputs)} times, expected {len(calls)}"
             for output, right in zip(outputs, calls, strict=True):
-                if output.shape[0] % len(_IDS) or output.shape[1:] != right.shape[1:]:
+                if output.shape[0] % EXAMPLES or output.shape[1:] != right.shape[1:]:
                     return f"{name!r} gives the shape {tuple(output.shape)}, for {len(rows)} of it {tuple(right.shape)}"
-                mine = output.unflatten(0, (len(_IDS), -1))[rows].flatten(0, 1)
+                mine = output.unflatten(0, (EXAMPLES, -1))[rows].flatten(0, 1)
                 if mine.shape != right.shape:
                     return f"{name!r} gives the shape {tuple(mine.shape)}, expected {tuple(right.shape)}"
                 error = float((mine - right).abs().max()) if right.numel() else 0.0
@@ -369,77 +231,3 @@ def _difference(got: Recorded, wanted: list[Recorded]) -> str | None:
                 if not error <= _TOLERANCE.get(right.dtype, _USUAL) * max(scale, 1e-30):
                     return f"{name!r} gives other numbers (off by {error:.1e} of {scale:.1e})"
     return None
-
-
-# ---- the tiny batch
-
-
-def _some(inputs: Inputs, rows: list[int]) -> dict[str, Any]:
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (len(_IDS),) else value
-        for name, value in inputs.items()
-    }
-
-
-def _working_inputs(model: nn.Module, example: Inputs | None) -> tuple[dict[str, Any] | None, str]:
-    """Arguments that the plain model runs with, or None and what it said."""
-    forward = inspect.signature(model.forward).parameters
-    without_cache = {"use_cache": False} if "use_cache" in forward else {}
-    failure = "no input that is known"
-    for inputs in tiny_batch(model) if example is None else [dict(example)]:
-        try:
-            model(**inputs, **without_cache)
-        except Exception as error:  # whatever a model's own code raises for an input it does not take
-            failure = _short(error)
-        else:
-            return {**inputs, **without_cache}, ""
-    return None, failure
-
-
-def tiny_batch(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Arguments for a forward pass of three examples that the model may take, most likely ones first."""
-    config: Any = getattr(model, "config", None)
-    first = next(iter(model.parameters()))
-    device, dtype = first.device, first.dtype
-    generator = torch.Generator().manual_seed(1)
-
-    def tokens(length: int) -> Tensor:
-        get: Any = getattr(model, "get_input_embeddings", None)
-        embeddings: Any = None
-        with contextlib.suppress(NotImplementedError):  # speech models have none
-            embeddings = get() if get is not None else None
-        size = getattr(embeddings, "num_embeddings", 0) or _setting(config, "vocab_size") or 16
-        ids = torch.randint(min(4, size - 1), size, (len(_IDS), length), generator=generator)
-        end = _setting(config, "eos_token_id")
-        if 0 < end < size:
-            ids[:, -1] = end  # classifiers of some models read there
-        return ids.to(device)
-
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(len(_IDS), *shape, generator=generator).to(device, dtype)
-
-    extra = {"decoder_input_ids": tokens(_TOKENS - 2)} if getattr(config, "is_encoder_decoder", False) else {}
-    main = getattr(model, "main_input_name", "input_ids")
-    if main == "input_values":
-        yield {main: numbers(4000), **extra}
-    elif main == "input_features":
-        sizes = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "input_dim")
-        frames = 2 * _setting(config, "max_source_positions") or 64
-        for size in filter(None, (_setting(config, name) for name in sizes)):
-            yield {main: numbers(size, frames), **extra}
-            yield {main: numbers(64, size), **extra}
-    else:
-        ids = tokens(_TOKENS)
-        yield {"input_ids": ids, **extra}
-        yield {"input_ids": ids}
-        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
-
-
-def _setting(config: Any, name: str) -> int:
-    """A number of a config, or of one of the configs in it; 0 if there is none."""
-    places = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
-    for place in places:
-        value = getattr(place, name, None)
-        if type(value) is int and value > 0:
-            return value
-    return 0

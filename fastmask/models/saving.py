@@ -20,7 +20,7 @@ from torch import nn
 
 from fastmask.files import FileError, Record, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
-from fastmask.models.entry import UNLOADED
+from fastmask.models.entry import UNLOADED, plain_class_of
 from fastmask.models.exporting import SIZES, shrink
 from fastmask.models.families import Family
 from fastmask.subnetworks.subnetworks import Subnetworks
@@ -101,7 +101,7 @@ def save_pretrained(
             "(`merge_and_unload()`), or save them with PEFT and the masks alone (weights=False, or `Subnetworks.save`)"
         )
     folder, full = Path(folder), masked and attached(owner).router.full_forward
-    plain_class = getattr(type(owner), "_plain_class", type(owner))
+    plain_class: Any = plain_class_of(owner)
     if weights:
         state = dict(options.pop("state_dict", None) or owner.state_dict())
         if masked and not full:

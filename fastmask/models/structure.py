@@ -10,17 +10,21 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastmask.models.experts import Stacked, stacked_in
 from fastmask.models.families import Family, Projections, family_of
 
-__all__ = ["Geometry", "Structure", "UnitGroup", "geometry_of", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
+if TYPE_CHECKING:
+    from fastmask.subnetworks.subnetworks import Subnetworks
+
+__all__ = ["Geometry", "Structure", "UnitGroup", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
 
 # Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
-# tokens inside of one expert have lost which example they belong to.
+# tokens inside of one expert have lost which example they belong to (experts in one module are told by `stacked_in`).
 _NOT_OURS = re.compile(r"(^|\.)(router\w*|gate|experts\.\d+|\w*norm\w*|\w*adapter\w*|\w*projector)(\.|$)")
 _HEAD_SIZES = (
     "head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head", "attn_head_size", "d_head",
@@ -31,7 +35,7 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_at
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """The heads of one attention, or the neurons of one FFN.
+    """The heads of one attention, or the neurons of one FFN, or of the experts of one layer.
 
     Attributes:
         kind: "heads" or "neurons".
@@ -41,6 +45,7 @@ class UnitGroup:
             several things one after the other (all queries, all keys, all values).
         columns: the projection that reads the units, and how many input columns one unit takes.
         activation: the module between, if it stands alone.
+        stacked: of experts, the parameters of the module `columns[0]` that hold their neurons; there are no `rows`.
     """
 
     kind: str
@@ -49,6 +54,13 @@ class UnitGroup:
     rows: dict[str, tuple[int, ...]]
     columns: tuple[str, int]
     activation: str | None = None
+    stacked: tuple[Stacked, ...] = ()
+
+    @property
+    def projections(self) -> dict[str, tuple[int, ...]]:
+        """`rows` and `columns` together: how many rows or columns of each projection one unit takes."""
+        name, of_unit = self.columns
+        return {**self.rows, name: (of_unit,)}
 
     @property
     def place(self) -> str:
@@ -59,6 +71,8 @@ class UnitGroup:
 @dataclass(frozen=True)
 class Geometry:
     """How many units a model has: the heads of each attention and the neurons of each FFN, in order.
+
+    The routed experts of a layer count as one FFN, of as many neurons as each of them has.
 
     They are the trailing sizes of `Subnetworks.heads` and `.neurons`: [L, attentions, most heads]. `heads` counts what
     can be switched off on its own: attention heads, or key/value groups under grouped-query attention (a key head and
@@ -76,7 +90,9 @@ class Geometry:
         Raises:
             ValueError: no heads and no neurons are found.
         """
-        return geometry_of(structure_of(model if isinstance(model, nn.Module) else _model_of(model)))
+        structure = structure_of(model if isinstance(model, nn.Module) else _model_of(model))
+        heads, neurons = ([group.units for group in structure.groups(kind)] for kind in ("heads", "neurons"))
+        return cls(tuple(heads), tuple(neurons))
 
     def sizes(self, kind: str) -> tuple[int, ...]:
         """Units of each attention ("heads") or FFN ("neurons")."""
@@ -104,6 +120,13 @@ class Structure:
         """Those of "heads" or of "neurons"."""
         return self.attentions if kind == "heads" else self.ffns
 
+    def masked(self, subnets: Subnetworks) -> Iterator[tuple[int, UnitGroup, Tensor]]:
+        """Every group that has masks: its number among those of its kind, itself, and its units, bool [L, units]."""
+        for kind in ("heads", "neurons"):
+            keep = getattr(subnets, kind)
+            for index, group in enumerate(self.groups(kind) if keep is not None else ()):
+                yield index, group, keep[:, index, : group.units]
+
 
 def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
     """Find the attentions and FFNs of a model, plain or with subnetworks attached.
@@ -129,13 +152,6 @@ def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
     return Structure(attentions, ffns)
 
 
-def geometry_of(structure: Structure) -> Geometry:
-    """The sizes of a structure."""
-    return Geometry(
-        tuple(group.units for group in structure.attentions), tuple(group.units for group in structure.ffns)
-    )
-
-
 def layers_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     """The Transformer layers that hold the attentions, in order; one list for all stacks."""
     names = [re.match(r".*?[.][0-9]+(?=[.]|$)", group.name) for group in structure.attentions or structure.ffns]
@@ -149,12 +165,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
     """(out_features, in_features) of anything that works as a linear layer; None for anything else."""
+    linear = getattr(linear, "base_layer", linear)  # below an adapter
     if is_conv1d(linear):
         weight: Any = linear.weight
         return weight.shape[1], weight.shape[0]
-    linear = getattr(linear, "base_layer", linear)  # below an adapter
-    if is_conv1d(linear):
-        return sizes_of(linear)
     sizes = getattr(linear, "out_features", None), getattr(linear, "in_features", None)
     return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
 
@@ -172,6 +186,10 @@ def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure:
         if layer is None or _NOT_OURS.search(name[layer.end() :]):
             continue
         for layout in layouts:
+            if kind == "neurons" and (experts := stacked_in(module, layout)) is not None:
+                units, stacked = experts
+                yield UnitGroup(kind, name, units, {}, (name, 1), stacked=stacked)
+                break
             sizes = [_sizes_below(module, part) for part in (*layout.rows, layout.columns)]
             names = [f"{name}.{part}" for part in layout.rows]
             if None in sizes or taken.intersection(names):

@@ -26,8 +26,9 @@ from transformers.models.auto import modeling_auto
 import fastmask as fm
 from fastmask.models.attach import attached
 from fastmask.models.building import kept_of
-from fastmask.models.proof import ProofError, tiny_batch
-from fastmask.models.structure import is_conv1d, structure_of
+from fastmask.models.proof import ProofError
+from fastmask.models.structure import Structure, is_conv1d, structure_of
+from fastmask.models.tiny_batch import short, working_inputs
 
 KINDS = {
     "masked LM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
@@ -59,13 +60,24 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_conv_pos_embedding_groups", "eos_token_id", "num_key_value_heads", "type_vocab_size"), 2),
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     "vocab_size": 60,
-    "moe_intermediate_size": 16,
+    **dict.fromkeys(("moe_intermediate_size", "moe_shared_expert_intermediate_size"), 16),
     "conv_dim": (8, 8),
     "conv_stride": (2, 2),
     "conv_kernel": (3, 3),
     "apply_spec_augment": False,
 }  # fmt: skip
 LANGUAGES = ["aa", "bb", "cc"]
+MODELS = [
+    ("bert", "BertForMaskedLM"),
+    ("llama", "LlamaForCausalLM"),
+    ("modernbert", "ModernBertForMaskedLM"),
+    ("mbart", "MBartForConditionalGeneration"),
+    ("mt5", "MT5ForConditionalGeneration"),
+    ("gpt2", "GPT2LMHeadModel"),
+    ("phi3", "Phi3ForCausalLM"),
+    ("deepseek_v3", "DeepseekV3ForCausalLM"),
+]
+"""One of each sort, for tests that every sort must pass."""
 IDS = [1, 0, -1]
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-3}  # many models compute norms in float32, whatever their dtype
 
@@ -131,48 +143,77 @@ def _shrink(config: Any) -> None:
             setattr(config, name, value[:2])
 
 
+def made(names: tuple[str, str] = MODELS[0], density: float = 0.5, seed: int = 3) -> Any:
+    """A tiny model, random subnetworks of all its units, and arguments that it runs with."""
+    model = tiny_model(*names)
+    inputs, _ = working_inputs(model)
+    units = units_of(structure_of(model))
+    return model, fm.Subnetworks.random(model, LANGUAGES, density, seed=seed, units=units), inputs
+
+
+def units_of(structure: Structure) -> str:
+    """What can be masked of a model."""
+    return "both" if structure.attentions and structure.ffns else "heads" if structure.attentions else "neurons"
+
+
+def masked_parameters(model: Any, subnets: fm.Subnetworks, language: int) -> dict[str, Tensor]:
+    """The parameters of a plain model, by name, multiplied by one language's masks; all of -1, the full network."""
+    parameters = dict(model.named_parameters())
+    dtype = next(model.parameters()).dtype
+    for _, group, keep in structure_of(model).masked(subnets) if language >= 0 else ():
+        if group.stacked:
+            parameters |= _of_experts(model, group.name, keep[language], parameters)
+            continue
+        for name, unit in group.projections.items():
+            flags = kept_of(keep[language], unit).to(dtype)
+            by_rows = (name in group.rows) != is_conv1d(model.get_submodule(name))
+            parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * (flags[:, None] if by_rows else flags)
+            if name in group.rows and f"{name}.bias" in parameters:
+                parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * flags
+    return parameters
+
+
+def _of_experts(model: Any, name: str, keep: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of experts, multiplied by a mask over their neurons: what is known of them, by hand."""
+    turns = model.config.model_type == "gpt_oss"  # gate 0, up 0, gate 1, up 1, ...
+    transposed = model.config.model_type in ("gpt_oss", "aria_text", "openai_privacy_filter")  # [experts, in, out]
+    twice = keep.repeat_interleave(2) if turns else keep.repeat(2)
+    of_outputs, of_inputs = ((-1,), (-1, 1)) if transposed else ((-1, 1), (-1,))
+    flags = {
+        "up_proj": keep.view(of_outputs),
+        "gate_up_proj": twice.view(of_outputs),
+        "gate_up_proj_bias": twice,
+        "down_proj": keep.view(of_inputs),
+    }
+    names = {f"{name}.{part}": flag for part, flag in flags.items() if f"{name}.{part}" in parameters}
+    return {part: parameters[part] * flag for part, flag in names.items()}
+
+
+@torch.no_grad()
+def times_masks(model: Any, subnets: fm.Subnetworks, language: int) -> Any:
+    """A copy of a plain model with one language's masks multiplied into its weights."""
+    plain = copy.deepcopy(model)
+    masked = masked_parameters(model, subnets, language)
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(masked[name])
+    return plain
+
+
 def multiplied(model: Any, subnets: fm.Subnetworks, inputs: dict[str, Any], ids: list[int]) -> list[Tensor]:
     """The first output of each example, from the plain model with its parameters multiplied by masks."""
-    structure, outputs, first_parameter = structure_of(model), [], next(model.parameters())
+    outputs = []
     for row, language in enumerate(ids):
-        parameters = dict(model.named_parameters())
-        for kind in ("heads", "neurons") if language >= 0 else ():
-            keeps = getattr(subnets, kind)
-            for index, group in enumerate(structure.groups(kind) if keeps is not None else ()):
-                keep = keeps[language, index, : group.units]
-                for name, unit in group.rows.items():
-                    flags = kept_of(keep, unit).to(first_parameter.dtype)
-                    conv = is_conv1d(model.get_submodule(name))
-                    parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * (flags if conv else flags[:, None])
-                    if parameters.get(f"{name}.bias") is not None:
-                        parameters[f"{name}.bias"] = parameters[f"{name}.bias"] * flags
-                name, unit = group.columns
-                flags = keep.repeat_interleave(unit).to(first_parameter.dtype)
-                conv = is_conv1d(model.get_submodule(name))
-                parameters[f"{name}.weight"] = parameters[f"{name}.weight"] * (flags[:, None] if conv else flags)
         example = {n: v[row : row + 1] if isinstance(v, Tensor) else v for n, v in inputs.items()}
+        parameters = masked_parameters(model, subnets, language)
         outputs.append(first_of(functional_call(model, parameters, (), example)))
     return outputs
 
 
-def running_inputs(model: Any) -> tuple[dict[str, Any] | None, str]:
-    """Arguments of three examples that a model runs with; or None, and what it says."""
-    failure = "no inputs are known"
-    for inputs in tiny_batch(model):
-        if "use_cache" in inspect.signature(model.forward).parameters:
-            inputs = {**inputs, "use_cache": False}
-        try:
-            model(**inputs)
-        except Exception as error:
-            failure = short(error)
-        else:
-            return inputs, ""
-    return None, failure
-
-
-def short(error: Exception) -> str:
-    """The first line of an error."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+def quiet(call: Any, *args: Any, **options: Any) -> Any:
+    """Call it, and let it warn of what is not packed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return call(*args, **options)
 
 
 def first_of(output: Any) -> Tensor:
@@ -195,15 +236,14 @@ def verdict(model_type: str, class_name: str) -> Verdict:
         model = tiny_model(model_type, class_name)
     except Exception as error:
         return Verdict("not built", short(error))
-    inputs, failure = running_inputs(model)
+    inputs, failure = working_inputs(model)
     if inputs is None:  # some have constants that fit float32 only
-        inputs, _ = running_inputs(model.float())
+        inputs, _ = working_inputs(model.float())
     if inputs is None:
         return Verdict("not run", failure)
     try:
         structure = structure_of(model)
-        units = "both" if structure.attentions and structure.ffns else "heads" if structure.attentions else "neurons"
-        subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units=units)
+        subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units=units_of(structure))
         fm.detach(fm.attach(model, subnets))
     except ProofError as error:
         return Verdict("refused", str(error).split(": ", 1)[1])
@@ -232,7 +272,9 @@ def verdict(model_type: str, class_name: str) -> Verdict:
     if not worst < TOLERANCE[got.dtype]:
         return Verdict("WRONG", f"output off by {error:.1e}, gradients by {worst:.1e}")
     unpacked = attached(model).unpacked
-    names = units if units != "both" else "heads and neurons"
+    experts = [group for group in structure.ffns if group.stacked]
+    there = {"heads": structure.attentions, "neurons": len(structure.ffns) > len(experts), "experts": experts}
+    names = " and ".join(", ".join(name for name in there if there[name]).rsplit(", ", 1))
     places = {group.place for kind in ("heads", "neurons") for group in structure.groups(kind)}
     how = "packed" if not unpacked else "unpacked" if set(unpacked) == places else "partly packed"
     return Verdict(how, names if how != "partly packed" else f"{names}; not packed: {', '.join(unpacked)}")
@@ -256,7 +298,9 @@ def main() -> None:
         return
     words = [of.word for _, _, of in found.values()]
     right = sum(words.count(word) for word in ("packed", "partly packed", "unpacked"))
-    print(PAGE.format(version=transformers.__version__, tried=len(words), right=right, **_counts(words)))
+    experts = sum("experts" in of.detail.split(";")[0] for _, _, of in found.values())
+    about = {"version": transformers.__version__, "tried": len(words), "right": right, "experts": experts}
+    print(PAGE.format(**about, **_counts(words)))
     for model_type, what, of in found.values():
         if of.word not in ("not built", "not run"):
             print(f"| `{model_type}` | {what} | {of.word} | {of.detail.replace('|', '/')} |")
@@ -283,8 +327,9 @@ parameter.
 - **unpacked** ({unpacked}): nothing is packed.
 - **refused** ({refused}): `attach` says why. **Wrong: {wrong}.** Crashed: {crash}.
 
-{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. Experts'
-neurons are not masked; shared experts are.
+{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. `experts`
+({experts} types) are neurons of routed experts, of which a language owns the same ones in every expert of a layer;
+shared experts are an FFN of their own.
 
 | model type | as | units | what |
 |---|---|---|---|"""

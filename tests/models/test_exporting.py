@@ -1,65 +1,141 @@
-"""Exported graphs: a mixed batch in core ATen operators, and one language in ONNX."""
+"""One language's network as a plain model: merged in full size, or cut out."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from every_model import LANGUAGES, first_of, running_inputs, tiny_model
-from torch import Tensor
+from every_model import LANGUAGES, MODELS, first_of, made, times_masks
 
 import fastmask as fm
+from fastmask.models.attach import attached, is_attached
+from fastmask.models.structure import structure_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-class First(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, language_ids: Tensor) -> Tensor:
-        return first_of(self.model(input_ids=input_ids, language_ids=language_ids, use_cache=False))
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-@pytest.mark.parametrize(
-    "names", [("bert", "BertForMaskedLM"), ("llama", "LlamaForCausalLM"), ("bloom", "BloomForCausalLM")]
-)
-@pytest.mark.parametrize("masks", ["units", "weights"])
-def test_a_mixed_batch_in_core_aten(names, masks):
-    """An exported graph needs fastmask to run, or gives something else."""
-    model = tiny_model(*names)
-    model.config.use_cache = False
-    inputs, _ = running_inputs(model)
-    if masks == "units":
-        subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both")
-    else:
-        linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
-        name = next(name for name in linears if ".0." in name)
-        keep = torch.rand(3, *model.get_submodule(name).weight.shape) < 0.5
-        subnets = fm.Subnetworks(LANGUAGES, weights={name: keep})
-    fm.attach(model, subnets)
-    words, ids = inputs["input_ids"], torch.tensor([2, 0, 1])
-    whole = First(model)
-    program = torch.export.export(whole, (words, ids)).run_decompositions(fm.decompositions())
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert not [target for target in targets if "fastmask" in target]
-    for other in ([2, 0, 1], [1, 1, 0]):
-        want = whole(words, torch.tensor(other))
-        torch.testing.assert_close(program.module()(words, torch.tensor(other)), want, rtol=1e-6, atol=1e-6)
+class TestMerge:
+    @pytest.mark.parametrize("names", MODELS, ids=lambda names: names[0])
+    def test_one_language(self, names):
+        model, subnets, inputs = made(names)
+        want = {name: parameter.detach() for name, parameter in times_masks(model, subnets, 1).named_parameters()}
+        fm.attach(model, subnets)
+        before = copy.deepcopy(model.state_dict())
+        merged = fm.merge(model, "bb")
+        assert not is_attached(merged)
+        for name, parameter in merged.named_parameters():
+            assert torch.equal(parameter, want[name]), name
+        with fm.language(model, "bb"):
+            torch.testing.assert_close(first_of(merged(**inputs)), first_of(model(**inputs)), rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_single_weights(self):
+        model, _, inputs = made()
+        name = "bert.encoder.layer.1.output.dense"
+        keep = torch.rand(2, *model.get_submodule(name).weight.shape) < 0.3
+        fm.attach(model, fm.Subnetworks(["a", "b"], weights={name: keep}))
+        with fm.language(model, "b"):
+            torch.testing.assert_close(first_of(fm.merge(model, "b")(**inputs)), first_of(model(**inputs)))
+
+    def test_tied_weights(self):
+        """The embeddings would be multiplied, too."""
+        model, _, _ = made()
+        keep = torch.rand(1, *model.cls.predictions.decoder.weight.shape) < 0.5
+        fm.attach(model, fm.Subnetworks(["a"], weights={"cls.predictions.decoder": keep}))
+        with pytest.raises(ValueError, match=r"the weight of 'cls.predictions.decoder' is tied"):
+            fm.merge(model, "a")
+        with pytest.raises(KeyError, match="unknown language 'x'"):
+            fm.merge(model, "x")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [fm.merge, fm.extract])
-def test_one_language_in_onnx(make, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    model = tiny_model("bert", "BertForMaskedLM").float()
-    inputs, _ = running_inputs(model)
-    fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both"))
-    with fm.language(model, "bb"):
-        want = first_of(model(**inputs))
-    one = {"input_ids": inputs["input_ids"]}
-    torch.onnx.export(make(model, "bb"), (), kwargs=one, dynamo=True).save(tmp_path / "model.onnx")
-    session = runtime.InferenceSession(tmp_path / "model.onnx")
-    found = session.run(None, {name: value.numpy() for name, value in one.items()})[0]
-    torch.testing.assert_close(torch.from_numpy(found), want, rtol=1e-4, atol=1e-4)
+class TestExtract:
+    @pytest.mark.parametrize("names", MODELS, ids=lambda names: names[0])
+    def test_smaller_and_equal(self, names, tmp_path):
+        model, subnets, inputs = made(names)
+        fm.attach(model, subnets)
+        small = fm.extract(model, "cc")
+        with fm.language(model, "cc"):
+            want = first_of(model(**inputs))
+        torch.testing.assert_close(first_of(small(**inputs)), want, rtol=1e-5, atol=1e-6)
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (small, fm.detach(model))]
+        assert sizes[0] < sizes[1]
+        if hasattr(small, "_fastmask_sizes"):
+            fm.save_pretrained(small, tmp_path)
+            again = fm.from_pretrained(tmp_path, experts_implementation="eager").eval()
+        else:
+            small.save_pretrained(tmp_path)
+            again = type(small).from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(first_of(again(**inputs)), want, rtol=1e-5, atol=1e-6)
+        first_of(again(**inputs)).sum().backward()
+
+    def test_an_ordinary_model(self):
+        """Llama's config can say all sizes: the extracted model needs nothing of ours."""
+        model, subnets, _ = made(("llama", "LlamaForCausalLM"))
+        small = fm.extract(fm.attach(model, subnets), "aa")
+        assert not hasattr(small, "_fastmask_sizes")
+        assert (small.config.num_key_value_heads, small.config.num_attention_heads) == (1, 2)
+        assert small.config.intermediate_size == 12
+
+    def test_a_config_with_a_size_for_each_layer(self):
+        """Reading such a config raises an error of its own."""
+        model, subnets, inputs = made(("gemma4_unified_text", "Gemma4UnifiedForCausalLM"))
+        small = fm.extract(fm.attach(model, subnets), "aa")
+        torch.testing.assert_close(first_of(small(**inputs)), first_of(model(**inputs, language="aa")))
+
+    def test_an_ordinary_model_generates_as_before(self):
+        """How a model generates is in no config of sizes; and random numbers go on as if nothing was."""
+        model, subnets, _ = made(("llama", "LlamaForCausalLM"))
+        model.generation_config.suppress_tokens, model.generation_config.max_new_tokens = [5, 6], 3
+        fm.attach(model, subnets)
+        state = torch.get_rng_state()
+        small = fm.extract(model, "aa")
+        assert torch.equal(torch.get_rng_state(), state)
+        assert small.generation_config == model.generation_config
+        assert small.generation_config is not model.generation_config
+
+    @pytest.mark.parametrize("forward", ["masked", "full"])
+    def test_subnetworks_of_an_extracted_model(self, forward, tmp_path):
+        """They would not be saved, or the sizes that its layers have would not."""
+        model, subnets, inputs = made()
+        small = fm.extract(fm.attach(model, subnets), "aa")
+        assert hasattr(small, "_fastmask_sizes")
+        others = fm.Subnetworks.random(small, ["u", "v"], 0.5, seed=0, units="neurons")
+        fm.attach(small, others, forward)
+        fm.save_pretrained(small, tmp_path / "attached")
+        again = fm.from_pretrained(tmp_path / "attached").eval()
+        assert attached(again).subnets == others
+        ids = torch.tensor([0, 1, -1])
+        assert torch.equal(first_of(again(**inputs, language_ids=ids)), first_of(small(**inputs, language_ids=ids)))
+        if forward == "masked":
+            fm.save_pretrained(smaller := fm.extract(again, "v"), tmp_path / "smaller")
+            found = fm.from_pretrained(tmp_path / "smaller").eval()
+            assert torch.equal(first_of(found(**inputs)), first_of(smaller(**inputs)))
+            torch.testing.assert_close(first_of(found(**inputs)), first_of(small(**inputs, language="v")))
+
+    def test_layers_of_other_sizes_and_none(self):
+        """Layers keep unequally many units, one of them none."""
+        model, subnets, inputs = made()
+        heads, neurons = subnets.heads.clone(), subnets.neurons.clone()
+        heads[0, 0], heads[0, 1, 1:] = True, False
+        neurons[0, 1] = False
+        fm.attach(model, fm.Subnetworks(LANGUAGES, heads, neurons))
+        small = fm.extract(model, "aa")
+        with fm.language(model, "aa"):
+            torch.testing.assert_close(first_of(small(**inputs)), first_of(model(**inputs)))
+        ffns = structure_of(small).ffns
+        assert [group.units for group in ffns] == [12, 1]
+
+
+def test_sparse_fine_tuning(tmp_path):
+    """The full network runs: plain loading is right, and there is nothing to merge."""
+    model, subnets, inputs = made()
+    want = first_of(model(**inputs))
+    fm.attach(model, subnets, forward="full").save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = fm.from_pretrained(tmp_path).eval()
+        assert torch.equal(first_of(again(**inputs)), want)
+    assert attached(again).router.full_forward
+    for call in (fm.merge, fm.extract):
+        with pytest.raises(ValueError, match='attached with forward="full"'):
+            call(model, "aa")

@@ -1,8 +1,7 @@
-"""Subnetworks travel with their model: folders, the Trainer's checkpoints, the Hub; merged and cut out."""
+"""Subnetworks travel with their model: folders, the Trainer's checkpoints, the Hub."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import subprocess
@@ -12,32 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from every_model import LANGUAGES, first_of, running_inputs, tiny_model
-from test_families import times_masks
+from every_model import LANGUAGES, MODELS, first_of, made
 from tiny_models import batch, tiny
 
 import fastmask as fm
 from fastmask.models.attach import attached, is_attached
-from fastmask.models.structure import structure_of
-
-MODELS = [
-    ("bert", "BertForMaskedLM"),
-    ("llama", "LlamaForCausalLM"),
-    ("modernbert", "ModernBertForMaskedLM"),
-    ("mbart", "MBartForConditionalGeneration"),
-    ("mt5", "MT5ForConditionalGeneration"),
-    ("gpt2", "GPT2LMHeadModel"),
-    ("phi3", "Phi3ForCausalLM"),
-    ("deepseek_v3", "DeepseekV3ForCausalLM"),
-]
-
-
-def made(names=MODELS[0], units="both", density=0.5, seed=3):
-    model = tiny_model(*names)
-    inputs, _ = running_inputs(model)
-    subnets = fm.Subnetworks.random(model, LANGUAGES, density, seed=seed, units=units)
-    return model, subnets, inputs
-
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -278,219 +256,6 @@ class TestHub:
         server.shutdown()
         assert run.returncode == 0, run.stderr[-2000:]
         assert {"fastmask.json", "subnetworks.safetensors", "model.safetensors", "config.json"} <= received.keys()
-
-
-class TestMerge:
-    @pytest.mark.parametrize("names", MODELS, ids=lambda names: names[0])
-    def test_one_language(self, names):
-        model, subnets, inputs = made(names)
-        want = {name: parameter.detach() for name, parameter in times_masks(model, subnets, 1).named_parameters()}
-        fm.attach(model, subnets)
-        before = copy.deepcopy(model.state_dict())
-        merged = fm.merge(model, "bb")
-        assert not is_attached(merged)
-        for name, parameter in merged.named_parameters():
-            assert torch.equal(parameter, want[name]), name
-        with fm.language(model, "bb"):
-            torch.testing.assert_close(first_of(merged(**inputs)), first_of(model(**inputs)), rtol=1e-5, atol=1e-6)
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    def test_single_weights(self):
-        model, _, inputs = made()
-        name = "bert.encoder.layer.1.output.dense"
-        keep = torch.rand(2, *model.get_submodule(name).weight.shape) < 0.3
-        fm.attach(model, fm.Subnetworks(["a", "b"], weights={name: keep}))
-        with fm.language(model, "b"):
-            torch.testing.assert_close(first_of(fm.merge(model, "b")(**inputs)), first_of(model(**inputs)))
-
-    def test_tied_weights(self):
-        """The embeddings would be multiplied, too."""
-        model, _, _ = made()
-        keep = torch.rand(1, *model.cls.predictions.decoder.weight.shape) < 0.5
-        fm.attach(model, fm.Subnetworks(["a"], weights={"cls.predictions.decoder": keep}))
-        with pytest.raises(ValueError, match=r"the weight of 'cls.predictions.decoder' is tied"):
-            fm.merge(model, "a")
-        with pytest.raises(KeyError, match="unknown language 'x'"):
-            fm.merge(model, "x")
-
-
-class TestExtract:
-    @pytest.mark.parametrize("names", MODELS, ids=lambda names: names[0])
-    def test_smaller_and_equal(self, names, tmp_path):
-        model, subnets, inputs = made(names)
-        fm.attach(model, subnets)
-        small = fm.extract(model, "cc")
-        with fm.language(model, "cc"):
-            want = first_of(model(**inputs))
-        torch.testing.assert_close(first_of(small(**inputs)), want, rtol=1e-5, atol=1e-6)
-        sizes = [sum(p.numel() for p in m.parameters()) for m in (small, fm.detach(model))]
-        assert sizes[0] < sizes[1]
-        if hasattr(small, "_fastmask_sizes"):
-            fm.save_pretrained(small, tmp_path)
-            again = fm.from_pretrained(tmp_path, experts_implementation="eager").eval()
-        else:
-            small.save_pretrained(tmp_path)
-            again = type(small).from_pretrained(tmp_path).eval()
-        torch.testing.assert_close(first_of(again(**inputs)), want, rtol=1e-5, atol=1e-6)
-        first_of(again(**inputs)).sum().backward()
-
-    def test_an_ordinary_model(self):
-        """Llama's config can say all sizes: the extracted model needs nothing of ours."""
-        model, subnets, _ = made(("llama", "LlamaForCausalLM"))
-        small = fm.extract(fm.attach(model, subnets), "aa")
-        assert not hasattr(small, "_fastmask_sizes")
-        assert (small.config.num_key_value_heads, small.config.num_attention_heads) == (1, 2)
-        assert small.config.intermediate_size == 12
-
-    def test_a_config_with_a_size_for_each_layer(self):
-        """Reading such a config raises an error of its own."""
-        model, subnets, inputs = made(("gemma4_unified_text", "Gemma4UnifiedForCausalLM"))
-        small = fm.extract(fm.attach(model, subnets), "aa")
-        torch.testing.assert_close(first_of(small(**inputs)), first_of(model(**inputs, language="aa")))
-
-    def test_an_ordinary_model_generates_as_before(self):
-        """How a model generates is in no config of sizes; and random numbers go on as if nothing was."""
-        model, subnets, _ = made(("llama", "LlamaForCausalLM"))
-        model.generation_config.suppress_tokens, model.generation_config.max_new_tokens = [5, 6], 3
-        fm.attach(model, subnets)
-        state = torch.get_rng_state()
-        small = fm.extract(model, "aa")
-        assert torch.equal(torch.get_rng_state(), state)
-        assert small.generation_config == model.generation_config
-        assert small.generation_config is not model.generation_config
-
-    @pytest.mark.parametrize("forward", ["masked", "full"])
-    def test_subnetworks_of_an_extracted_model(self, forward, tmp_path):
-        """They would not be saved, or the sizes that its layers have would not."""
-        model, subnets, inputs = made()
-        small = fm.extract(fm.attach(model, subnets), "aa")
-        assert hasattr(small, "_fastmask_sizes")
-        others = fm.Subnetworks.random(small, ["u", "v"], 0.5, seed=0, units="neurons")
-        fm.attach(small, others, forward)
-        fm.save_pretrained(small, tmp_path / "attached")
-        again = fm.from_pretrained(tmp_path / "attached").eval()
-        assert attached(again).subnets == others
-        ids = torch.tensor([0, 1, -1])
-        assert torch.equal(first_of(again(**inputs, language_ids=ids)), first_of(small(**inputs, language_ids=ids)))
-        if forward == "masked":
-            fm.save_pretrained(smaller := fm.extract(again, "v"), tmp_path / "smaller")
-            found = fm.from_pretrained(tmp_path / "smaller").eval()
-            assert torch.equal(first_of(found(**inputs)), first_of(smaller(**inputs)))
-            torch.testing.assert_close(first_of(found(**inputs)), first_of(small(**inputs, language="v")))
-
-    def test_layers_of_other_sizes_and_none(self):
-        """Layers keep unequally many units, one of them none."""
-        model, subnets, inputs = made()
-        heads, neurons = subnets.heads.clone(), subnets.neurons.clone()
-        heads[0, 0], heads[0, 1, 1:] = True, False
-        neurons[0, 1] = False
-        fm.attach(model, fm.Subnetworks(LANGUAGES, heads, neurons))
-        small = fm.extract(model, "aa")
-        with fm.language(model, "aa"):
-            torch.testing.assert_close(first_of(small(**inputs)), first_of(model(**inputs)))
-        ffns = structure_of(small).ffns
-        assert [group.units for group in ffns] == [12, 1]
-
-
-class TestEditing:
-    def test_a_language_more_and_one_less(self):
-        model, subnets, inputs = made()
-        first, last = subnets.select(["aa", "bb"]), subnets.select(["cc"])
-        fm.attach(model, first)
-        fm.add_language(model, "new", last)
-        assert attached(model).subnets.languages == ("aa", "bb", "new")
-        want = torch.cat(
-            [first_of(times_masks(fm.detach(copy.deepcopy(model)), subnets, row)(**inputs)) for row in (2,)]
-        )
-        with fm.language(model, "new"):
-            torch.testing.assert_close(first_of(model(**inputs)), want)
-        fm.remove_language(model, "aa")
-        assert attached(model).subnets == subnets.select(["bb", "cc"]).rename({"cc": "new"})
-        torch.testing.assert_close(first_of(model(**inputs, language_ids=torch.tensor([1, 1, 1]))), want)
-
-    def test_fused_and_weights(self):
-        model, subnets, inputs = made(("modernbert", "ModernBertForMaskedLM"))
-        fm.attach(model, subnets.select(["aa"]))
-        fm.add_language(model, "bb", subnets.select(["bb"]))
-        with fm.language(model, "bb"):
-            got = first_of(model(**inputs))
-        want = first_of(times_masks(fm.detach(model), subnets, 1)(**inputs))
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-
-    def test_the_standing_language_stays_the_same(self):
-        """Its number is another language's once one before it is gone."""
-        model, subnets, inputs = made()
-        fm.attach(model, subnets)
-        fm.set_language(model, "bb")
-        want = first_of(model(**inputs))
-        with pytest.raises(ValueError, match="'bb' is the standing language"):
-            fm.remove_language(model, "bb")
-        fm.remove_language(model, "aa")
-        assert torch.equal(first_of(model(**inputs)), want)
-        fm.set_language(model, None)
-        want = first_of(model(**inputs))
-        fm.remove_language(model, "bb")
-        assert torch.equal(first_of(model(**inputs)), want)
-
-    def test_bad_input(self):
-        model, subnets, _ = made()
-        fm.attach(model, subnets)
-        with pytest.raises(ValueError, match="'aa' has a subnetwork already"):
-            fm.add_language(model, "aa", subnets.select(["bb"]))
-        with pytest.raises(ValueError, match="of one language"):
-            fm.add_language(model, "dd", subnets)
-        with pytest.raises(ValueError, match="cannot stack"):
-            fm.add_language(model, "dd", fm.Subnetworks(["x"], heads=subnets.heads[:1]))
-        with pytest.raises(KeyError, match="unknown language 'x'"):
-            fm.remove_language(model, "x")
-        with fm.language(model, "bb"), pytest.raises(ValueError, match=r"inside `with fastmask\.language"):
-            fm.remove_language(model, "aa")
-        fm.remove_language(model, "aa")
-        fm.remove_language(model, "bb")
-        with pytest.raises(ValueError, match="the only language"):
-            fm.remove_language(model, "cc")
-
-
-class TestSummary:
-    def test_numbers(self):
-        model, subnets, _ = made()
-        total = sum(p.numel() for p in model.parameters())
-        plain = times_masks(model, subnets, 1)
-        found = fm.summary(fm.attach(model, subnets))
-        masked = [plain.get_submodule(name) for name in found.layers]
-        live = sum(int((p != 0).sum()) for module in masked for p in (module.weight,))
-        assert found.languages["bb"].flops == 2 * live
-        assert found.languages["bb"].all_parameters + found.unmasked == total
-        assert found.trainable == total
-        assert "bb" in str(found)
-        assert found.languages["bb"].n_bytes == 8 * found.languages["bb"].parameters
-
-    def test_names_of_what_is_not_packed(self):
-        model, subnets, _ = made(("bloom", "BloomForCausalLM"))
-        assert "not packed: heads of transformer.h.*.self_attention" in str(fm.summary(fm.attach(model, subnets)))
-
-
-def test_sparse_fine_tuning(tmp_path):
-    """The full network runs: plain loading is right, and there is nothing to merge."""
-    model, subnets, inputs = made()
-    want = first_of(model(**inputs))
-    fm.attach(model, subnets, forward="full").save_pretrained(tmp_path)
-    with torch.no_grad():
-        again = fm.from_pretrained(tmp_path).eval()
-        assert torch.equal(first_of(again(**inputs)), want)
-    assert attached(again).router.full_forward
-    for call in (fm.merge, fm.extract):
-        with pytest.raises(ValueError, match='attached with forward="full"'):
-            call(model, "aa")
-
-
-def test_rename():
-    subnets = fm.Subnetworks(["a", "b"], heads=torch.ones(2, 1, 2, dtype=torch.bool))
-    assert subnets.rename({"b": "c"}).languages == ("a", "c")
-    with pytest.raises(KeyError, match="unknown language 'x'"):
-        subnets.rename({"x": "y"})
-    with pytest.raises(ValueError, match="more than once"):
-        subnets.rename({"b": "a"})
 
 
 def test_nothing_is_left_of_a_folder_that_is_gone(tmp_path):

@@ -193,3 +193,12 @@ class TestBadInput:
     def test_density(self, density):
         with pytest.raises(ValueError, match="density must be above 0"):
             Subnetworks.random(CONFIG, ["a"], density, 0)
+
+
+def test_rename():
+    subnets = Subnetworks(["a", "b"], heads=torch.ones(2, 1, 2, dtype=torch.bool))
+    assert subnets.rename({"b": "c"}).languages == ("a", "c")
+    with pytest.raises(KeyError, match="unknown language 'x'"):
+        subnets.rename({"x": "y"})
+    with pytest.raises(ValueError, match="more than once"):
+        subnets.rename({"b": "a"})

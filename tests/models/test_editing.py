@@ -1,0 +1,92 @@
+"""An attached model gets another language, or loses one; and what each language has is counted."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from every_model import first_of, made, times_masks
+
+import fastmask as fm
+from fastmask.models.attach import attached
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+class TestEditing:
+    def test_a_language_more_and_one_less(self):
+        model, subnets, inputs = made()
+        first, last = subnets.select(["aa", "bb"]), subnets.select(["cc"])
+        fm.attach(model, first)
+        fm.add_language(model, "new", last)
+        assert attached(model).subnets.languages == ("aa", "bb", "new")
+        want = torch.cat(
+            [first_of(times_masks(fm.detach(copy.deepcopy(model)), subnets, row)(**inputs)) for row in (2,)]
+        )
+        with fm.language(model, "new"):
+            torch.testing.assert_close(first_of(model(**inputs)), want)
+        fm.remove_language(model, "aa")
+        assert attached(model).subnets == subnets.select(["bb", "cc"]).rename({"cc": "new"})
+        torch.testing.assert_close(first_of(model(**inputs, language_ids=torch.tensor([1, 1, 1]))), want)
+
+    def test_fused_and_weights(self):
+        model, subnets, inputs = made(("modernbert", "ModernBertForMaskedLM"))
+        fm.attach(model, subnets.select(["aa"]))
+        fm.add_language(model, "bb", subnets.select(["bb"]))
+        with fm.language(model, "bb"):
+            got = first_of(model(**inputs))
+        want = first_of(times_masks(fm.detach(model), subnets, 1)(**inputs))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+    def test_the_standing_language_stays_the_same(self):
+        """Its number is another language's once one before it is gone."""
+        model, subnets, inputs = made()
+        fm.attach(model, subnets)
+        fm.set_language(model, "bb")
+        want = first_of(model(**inputs))
+        with pytest.raises(ValueError, match="'bb' is the standing language"):
+            fm.remove_language(model, "bb")
+        fm.remove_language(model, "aa")
+        assert torch.equal(first_of(model(**inputs)), want)
+        fm.set_language(model, None)
+        want = first_of(model(**inputs))
+        fm.remove_language(model, "bb")
+        assert torch.equal(first_of(model(**inputs)), want)
+
+    def test_bad_input(self):
+        model, subnets, _ = made()
+        fm.attach(model, subnets)
+        with pytest.raises(ValueError, match="'aa' has a subnetwork already"):
+            fm.add_language(model, "aa", subnets.select(["bb"]))
+        with pytest.raises(ValueError, match="of one language"):
+            fm.add_language(model, "dd", subnets)
+        with pytest.raises(ValueError, match="cannot stack"):
+            fm.add_language(model, "dd", fm.Subnetworks(["x"], heads=subnets.heads[:1]))
+        with pytest.raises(KeyError, match="unknown language 'x'"):
+            fm.remove_language(model, "x")
+        with fm.language(model, "bb"), pytest.raises(ValueError, match=r"inside `with fastmask\.language"):
+            fm.remove_language(model, "aa")
+        fm.remove_language(model, "aa")
+        fm.remove_language(model, "bb")
+        with pytest.raises(ValueError, match="the only language"):
+            fm.remove_language(model, "cc")
+
+
+class TestSummary:
+    def test_numbers(self):
+        model, subnets, _ = made()
+        total = sum(p.numel() for p in model.parameters())
+        plain = times_masks(model, subnets, 1)
+        found = fm.summary(fm.attach(model, subnets))
+        masked = [plain.get_submodule(name) for name in found.layers]
+        live = sum(int((p != 0).sum()) for module in masked for p in (module.weight,))
+        assert found.languages["bb"].flops == 2 * live
+        assert found.languages["bb"].all_parameters + found.unmasked == total
+        assert found.trainable == total
+        assert "bb" in str(found)
+        assert found.languages["bb"].n_bytes == 8 * found.languages["bb"].parameters
+
+    def test_names_of_what_is_not_packed(self):
+        model, subnets, _ = made(("bloom", "BloomForCausalLM"))
+        assert "not packed: heads of transformer.h.*.self_attention" in str(fm.summary(fm.attach(model, subnets)))

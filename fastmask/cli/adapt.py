@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
         rows = list(splits["test"])
     else:
         return None
-    left = without_repeats(rows, support, task.words_of)
+    left = without_repeats(rows, support, partial(task.words_of, options=settings))
     if len(left) < len(rows):
         word = task.example_word
         say(f"{len(rows) - len(left)} test {word} are left out: they stand in the support set, too", sys.stderr)

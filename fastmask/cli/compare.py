@@ -55,7 +55,7 @@ class _Progress:
     def __init__(self, plan: Plan) -> None:
         from fastmask.compare.results import is_done
 
-        self.total, self.metric = len(plan.jobs), heading(plan.task.metric)
+        self.total = len(plan.jobs)
         self.done = sum(is_done(plan, job) for job in plan.jobs)
         self.console = LiteralConsole(stderr=True, soft_wrap=True, highlight=False)
         self.began, self.mine = time.perf_counter(), 0
@@ -66,7 +66,7 @@ class _Progress:
         self.done, self.mine = self.done + 1, self.mine + 1
         left = (time.perf_counter() - self.began) / self.mine * (self.total - self.done)
         scores = ", ".join(f"{name} {value:.2f}" for name, value in _means(result).items())
-        what = f"{self.metric} {scores}" if scores else "the shared start"
+        what = f"{heading(next(iter(result['scores'][0]['scores'])))} {scores}" if scores else "the shared start"
         self.console.print(
             f"[{self.done}/{self.total}] {job.name}: {what}; {result['seconds']:.0f} s, about {left / 60:.0f} min left"
         )

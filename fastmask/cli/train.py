@@ -119,8 +119,8 @@ def _config(options: argparse.Namespace) -> TrainConfig:
         given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
     base = TrainConfig.load(file) if file else TrainConfig()
     values = {**dataclasses.asdict(base), **given}
-    if values["task"] == base.task:  # else the file's options are of another task
-        values["task_options"] = {**base.task_options, **given.get("task_options", {})}
+    known = base.task_options if values["task"] == base.task else {}  # else they are of another task
+    values["task_options"] = {**known, **given.get("task_options", {})}
     config = TrainConfig.from_dict(values)
     if config.data is None and file is None and "steps" not in given:
         config = dataclasses.replace(config, steps=EMBEDDED_STEPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from fastmask.compare.branch import branch
@@ -66,7 +66,9 @@ class Runner:
     def scorer(self) -> Scorer:
         """The test sentences of all languages and the support sets of the unseen ones: the same for every cell."""
         unseen = self.plan.load(self.plan.config.unseen, optional=("train", "dev"))
-        return Scorer(self.plan.config, self.plan.task, self.datasets, unseen)
+        config = self.plan.train_config(self.plan.jobs[0], self.plan.out)
+        same = partial(config.task_class.words_of, options=config.task_settings)
+        return Scorer(self.plan.config, self.datasets, unseen, same)
 
     def _task(self, config: TrainConfig) -> Task:
         return config.task_class.build(config, self.datasets)

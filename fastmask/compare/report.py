@@ -65,11 +65,11 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     for file, table, form in ((files[0], scores, None), (files[1], cells, "%.4g"), (files[2], summary, "%.4g")):
         write_text(file, table.to_csv(index=False, float_format=form), follow=False)
     write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
-    draw_means(scores, order, heading(plan.task.metric), files[4])
+    draw_means(scores, order, _metric(scores), files[4])
     for condition in ("seen", "adapted"):
         if (scores["condition"] == condition).any() and len(order) > 1:
             files.append(plan.out / f"gains-{condition}.png")
-            draw_gains(scores, order, condition, heading(plan.task.metric), files[-1])
+            draw_gains(scores, order, condition, _metric(scores), files[-1])
     return files
 
 
@@ -86,10 +86,15 @@ def print_tables(plan: Plan, console: LiteralConsole) -> None:
     console.print(NOTE, highlight=False)
 
 
+def _metric(scores: pd.DataFrame) -> str:
+    """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
+    return heading(next(iter(scores["scores"].iloc[0])))
+
+
 def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
     """(title, rows) of every table, each row column -> text."""
     tables = []
-    name = heading(plan.task.metric)
+    name = _metric(scores)
     for condition, what in CONDITIONS.items():
         if (scores["condition"] == condition).any():
             summary = summary_table(scores, _order(plan), condition, _sign(plan))

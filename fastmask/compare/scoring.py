@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,9 +35,9 @@ class Scorer:
 
     Args:
         config: of the comparison.
-        task: class of the task.
         seen: training language -> split -> rows.
         unseen: unseen language -> split -> rows.
+        same: what makes two rows the same example; see `Task.words_of`.
 
     Raises:
         ValueError: a language without test sentences, or with too few for a support set.
@@ -46,15 +46,15 @@ class Scorer:
     def __init__(
         self,
         config: CompareConfig,
-        task: type[Task],
         seen: Splits,
         unseen: Splits,
+        same: Callable[[Mapping[str, Any]], Any],
     ) -> None:
         self.config, self._train = config, {language: splits["train"] for language, splits in seen.items()}
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
         self.unseen: dict[str, _Unseen] = {}
         for language, splits in unseen.items():
-            pool = split_pool(splits, config.shots, SEED, language, same=task.words_of)
+            pool = split_pool(splits, config.shots, SEED, language, same=same)
             sets = support_sets(len(pool.support), config.shots, config.support_sets, SEED, language)
             supports = [[pool.support[row] for row in rows.tolist()] for rows in sets]
             self.unseen[language] = _Unseen(supports, self._some(language, pool.test))
@@ -63,13 +63,16 @@ class Scorer:
         """Prepare everything for a model as `scores` will, so that what is wrong with it is said before training.
 
         Raises:
-            ValueError: a support set without an example that can be trained on.
+            ValueError: a support set without an example that can be trained on, or of which nothing is known that
+                would find the nearest language.
         """
         for test in [*self.seen.values(), *(data.test for data in self.unseen.values())]:
             task.examples(test)
         for language, data in self.unseen.items():
             for rows in data.supports:
                 task.training_examples(rows, language, "support")
+                if self.config.choose == "nearest" and self.config.method_list != ["full"]:
+                    _profile(task, rows)
 
     def profiles(self, task: Task) -> dict[str, Any]:
         """What the task knows of each training language (`Task.profile`); the same for every cell."""
@@ -149,7 +152,7 @@ class _Cell:
         for number, rows in enumerate(data.supports):
             support = self.task.training_examples(rows, language, "support")
             main = "full" if self.subnets is None else self.config.choose
-            rules = ("nearest", "best") if self.task.profile([]) is not None else ("best",)
+            rules = ("nearest", "best") if self.task.profile(rows) is not None else ("best",)
             others = [] if self.subnets is None else [how for how in rules if how != main]
             choice = self._choose(main, rows, support)
             yield unadapted(choice, "chosen", main, number)
@@ -172,12 +175,7 @@ class _Cell:
             return FULL_CHOICE
         similarity = None
         if how == "nearest":
-            profile = self.task.profile(rows)
-            if profile is None:
-                raise ValueError(
-                    f"task {self.task.name} cannot tell which language is nearest (choose best, union or full)"
-                )
-            similarity = self.task.similarity(profile, self.profiles)
+            similarity = self.task.similarity(_profile(self.task, rows), self.profiles)
         return choose(self.task, self.subnets, support, how, similarity=similarity)
 
     def _row(self, language: str, test: Any, choice: Choice, condition: str, how: str) -> dict[str, Any]:
@@ -194,3 +192,10 @@ class _Cell:
             "scores": scores,
             "words": int(test.lengths.sum()),
         }
+
+
+def _profile(task: Task, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found = task.profile(rows)
+    if found is None:
+        raise ValueError(f"task {task.name} cannot tell which language is nearest (choose best, union or full)")
+    return found

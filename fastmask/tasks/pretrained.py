@@ -1,4 +1,4 @@
-"""Encoders and tokenizers of Hugging Face, from a folder or the Hub: complete, or an error that says what is missing.
+"""Models and tokenizers of Hugging Face, from a folder or the Hub: complete, or an error that says what is missing.
 
 transformers fills missing weights with random numbers and makes a tokenizer without a vocabulary where there is none.
 """
@@ -16,7 +16,15 @@ from torch import nn
 
 from fastmask.files import FileError
 
-__all__ = ["check_fit", "load_encoder", "load_tokenizer", "positions_of", "without_progress_bars"]
+__all__ = [
+    "check_fit",
+    "load_encoder",
+    "load_model",
+    "load_tokenizer",
+    "model_type_of",
+    "positions_of",
+    "without_progress_bars",
+]
 
 PIECES = 10  # beside its special ones: a tokenizer that was made of nothing has up to three
 _UNREAD = re.compile(r"(^|\.)pooler\.")  # parameters that the parser never reads
@@ -34,11 +42,45 @@ def load_encoder(name: str, whole: bool = False) -> nn.Module:
         OSError: there is no such model.
         FileError: it is damaged, or a weight of the encoder is missing, of another shape or left over.
     """
-    from transformers import AutoModel
+    encoder, found = _loaded("AutoModel", name, "an encoder", add_pooling_layer=False)
+    missing = [key for key in found["missing_keys"] if not _UNREAD.search(key)]
+    _check_weights(name, encoder, missing, found["mismatched_keys"], found["unexpected_keys"] if whole else ())
+    return encoder
 
-    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"no folder of a model at {name}")
-    given: dict[str, Any] = {
+
+def load_model(auto: str, name: str, whole: bool = False, **options: Any) -> nn.Module:
+    """Load a model with a head in float32, in evaluation mode.
+
+    Args:
+        auto: the class of transformers that picks the model's, such as "AutoModelForTokenClassification".
+        name: a folder or a name on the Hub; weights are read from safetensors only, and no code.
+        whole: every weight is there, and none is left over (a saved task). Otherwise the head, and a pooling layer
+            below it, may be missing or of another size: it is then new, drawn from torch's generator.
+        options: what the config gets, such as `num_labels`.
+
+    Raises:
+        OSError: there is no such model.
+        FileError: it is damaged, no model of that kind, or a weight below the head is missing or of another shape.
+    """
+    model, found = _loaded(auto, name, f"a model for {auto.removeprefix('AutoModelFor')}", **options)
+    below = f"{getattr(model, 'base_model_prefix', '')}."
+    everything = whole or not hasattr(model, below[:-1])
+
+    def counts(key: str) -> bool:
+        return everything or (key.startswith(below) and not _UNREAD.search(key))
+
+    missing = [key for key in found["missing_keys"] if counts(key)]
+    mismatched = [item for item in found["mismatched_keys"] if counts(item[0])]
+    _check_weights(name, model, missing, mismatched, found["unexpected_keys"] if whole else ())
+    return model.eval()
+
+
+def _loaded(auto: str, name: str, what: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model and what transformers says of loading it; `add_pooling_layer` is left out where a class knows no such."""
+    import transformers
+
+    _check_there(name)
+    options |= {
         "dtype": torch.float32,  # that of the file otherwise; weights that are trained are kept in float32
         "trust_remote_code": False,
         "use_safetensors": True,
@@ -46,23 +88,25 @@ def load_encoder(name: str, whole: bool = False) -> nn.Module:
         "ignore_mismatched_sizes": True,  # listed below, with their shapes
         "output_loading_info": True,
     }
-    load: Callable[..., Any] = AutoModel.from_pretrained
-    with without_progress_bars(), _clear_errors(name, "an encoder"):
+    load: Callable[..., Any] = getattr(transformers, auto).from_pretrained
+    with without_progress_bars(), _clear_errors(name, what):
         try:
-            encoder, found = load(name, add_pooling_layer=False, **given)
+            return load(name, **options)
         except TypeError as error:
-            if "add_pooling_layer" not in str(error):
+            if "add_pooling_layer" not in options or "add_pooling_layer" not in str(error):
                 raise
-            encoder, found = load(name, **given)
-    missing = [key for key in found["missing_keys"] if not _UNREAD.search(key)]
+            del options["add_pooling_layer"]
+            return load(name, **options)
+
+
+def _check_weights(name: str, model: nn.Module, missing: Any, mismatched: Any, unexpected: Any) -> None:
     if missing:
-        raise FileError(name, f"lacks {_listed(missing)} (expected every weight of a {type(encoder).__name__})")
-    if found["mismatched_keys"]:
-        key, given_shape, expected = min(found["mismatched_keys"])
+        raise FileError(name, f"lacks {_listed(missing)} (expected every weight of a {type(model).__name__})")
+    if mismatched:
+        key, given_shape, expected = min(mismatched)
         raise FileError(name, f"{key} has shape {list(given_shape)} (expected {list(expected)})")
-    if whole and found["unexpected_keys"]:
-        raise FileError(name, f"has {_listed(found['unexpected_keys'])} in excess (of a {type(encoder).__name__})")
-    return encoder
+    if unexpected:
+        raise FileError(name, f"has {_listed(unexpected)} in excess (of a {type(model).__name__})")
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
@@ -74,6 +118,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    _check_there(name)
     with _clear_errors(name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=False, local_files_only=os.path.isdir(name), **options
@@ -87,6 +132,26 @@ def load_tokenizer(name: str, **options: Any) -> Any:
             "(expected the tokenizer of the encoder, such as a tokenizer.json)",
         )
     return tokenizer
+
+
+def model_type_of(name: str) -> str:
+    """What transformers calls the kind of a model: "bert", "gpt2".
+
+    Raises:
+        OSError: there is no such model.
+        FileError: its config is damaged.
+    """
+    from transformers import AutoConfig
+
+    _check_there(name)
+    with _clear_errors(name, "a model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=os.path.isdir(name))
+    return str(config.model_type)
+
+
+def _check_there(name: str) -> None:
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"no folder of a model at {name}")
 
 
 def check_fit(tokenizer: Any, encoder: nn.Module, name: str) -> None:

@@ -101,7 +101,7 @@ class Task(abc.ABC):
     """
 
     name: ClassVar[str]
-    metric: ClassVar[str]
+    metric: str  # an instance may have another one, by its labels
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = True
     settings: ClassVar[type[TaskSettings]] = TaskSettings
@@ -332,7 +332,7 @@ class Task(abc.ABC):
         raise NotImplementedError
 
     @classmethod
-    def words_of(cls, row: Mapping[str, Any]) -> Any:
+    def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
         """What makes two rows the same example: a test example that stands in a support set is left out."""
         return json.dumps({name: row[name] for name in sorted(row)}, default=str)
 

@@ -22,7 +22,16 @@ from conllu.parser import parse_comment_line, parse_id_value
 from fastmask.files import descriptor_of, replace_file
 from fastmask.files.reading import compressed
 
-__all__ = ["ConlluError", "Sentence", "read_sentences", "read_texts", "with_tree", "write_blocks", "write_texts"]
+__all__ = [
+    "ConlluError",
+    "Sentence",
+    "read_sentences",
+    "read_texts",
+    "with_tree",
+    "with_upos",
+    "write_blocks",
+    "write_texts",
+]
 
 COLUMNS = 10
 ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC = range(COLUMNS)
@@ -149,6 +158,25 @@ def with_tree(conllu_block: str, heads: Sequence[int], deprels: Sequence[str]) -
             raise ValueError(f"deprel {deprel!r} of word {position + 1} is empty or holds white space")
         columns = lines[place].split("\t")
         columns[HEAD], columns[DEPREL] = str(head), deprel
+        lines[place] = "\t".join(columns)
+    return "\n".join(lines)
+
+
+def with_upos(conllu_block: str, upos: Sequence[str]) -> str:
+    """Return the block with column 4 (UPOS) of its n word lines replaced by n tags, all else byte for byte.
+
+    Raises:
+        ValueError: another number of tags, or one that is empty or holds white space.
+    """
+    lines = conllu_block.split("\n")
+    places = [i for i, line in enumerate(lines) if _WORD_LINE.match(line)]
+    if len(upos) != len(places):
+        raise ValueError(f"{len(upos)} tags for a sentence of {len(places)} words (expected {len(places)})")
+    for place, tag in zip(places, upos, strict=True):
+        if not tag or any(character.isspace() for character in tag):
+            raise ValueError(f"tag {tag!r} is empty or holds white space")
+        columns = lines[place].split("\t")
+        columns[UPOS] = tag
         lines[place] = "\t".join(columns)
     return "\n".join(lines)
 

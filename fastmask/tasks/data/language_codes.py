@@ -1,12 +1,15 @@
 """Language codes of Universal Dependencies by the language part of a treebank's folder name.
 
-Only needed for files without an official name (``en_ewt-ud-train.conllu``), whose prefix is the code. Both written
+Needed for files without an official name (``en_ewt-ud-train.conllu``), whose prefix is the code, and where somebody
+writes ``English`` or ``EN`` for ``en``. Both written
 standards of Norwegian share the code ``no``, as in the official files. Earlier names of renamed languages are kept.
 """
 
 from __future__ import annotations
 
-__all__ = ["LANGUAGE_CODES"]
+from collections.abc import Iterable
+
+__all__ = ["LANGUAGE_CODES", "same_language"]
 
 LANGUAGE_CODES: dict[str, str] = {
     "Abaza": "abq",
@@ -258,3 +261,19 @@ LANGUAGE_CODES: dict[str, str] = {
     "Zaar": "say",
     "Zazaki": "zza",
 }
+
+_BY_NAME = {name.casefold(): code for name, code in LANGUAGE_CODES.items()}
+
+
+def same_language(asked: str, known: Iterable[str]) -> str | None:
+    """That one of `known` that is meant by `asked`, or None: itself, else in other letters or by name (EN, English)."""
+    known = dict.fromkeys(known)
+    if asked in known:
+        return asked
+    found = [name for name in known if _plain(name) == _plain(asked)]
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(name: str) -> str:
+    folded = name.strip().casefold().replace(" ", "_")
+    return _BY_NAME.get(folded, folded)

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ import datasets
 from fastmask.errors import unknown
 from fastmask.files import sha256_of
 from fastmask.tasks.data.conllu import ConlluError, read_sentences
-from fastmask.tasks.data.language_codes import LANGUAGE_CODES
+from fastmask.tasks.data.language_codes import LANGUAGE_CODES, same_language
+from fastmask.tasks.data.preparing import preparing
 
 __all__ = ["FEATURES", "SPLITS", "Treebank", "find_treebanks", "load_treebanks", "select_treebanks"]
 
@@ -44,10 +43,6 @@ _ROWS_VERSION = 2
 
 _OFFICIAL = re.compile(r"(?P<bank>.+)-ud-(?P<split>train|dev|test)(?P<part>-.+)?\.conllu")
 _CODE = re.compile(r"(?P<code>[a-z]{2,3})(_.*)?")
-
-# Progress bars and log levels of `datasets` belong to the whole process, and a second thread must not find a data set
-# half prepared; so one thread at a time. Between processes `datasets` itself holds a file lock.
-_preparing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -110,9 +105,8 @@ def _treebank(folder: Path) -> Treebank:
 def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterable[str]) -> dict[str, list[Treebank]]:
     """Return language code -> treebanks for a list such as ``"en,ar,UD_Czech-CAC"``.
 
-    A code (in capitals, too) or a language's English name stands for all treebanks of that language, a treebank's name
-    for that one alone; several names of one language are joined under its code. Codes keep the order in which they were
-    asked for.
+    A code, or a language's name (``English``), stands for all treebanks of that language, a treebank's name for it
+    alone; several names of one language are joined under its code. Codes keep the order in which they were asked for.
 
     Raises:
         FastmaskKeyError: neither a code nor a treebank of `treebanks`.
@@ -127,20 +121,13 @@ def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterabl
     for item in asked:
         if item in treebanks:
             new = [treebanks[item]]
-        elif item in codes:
-            new = [treebank for treebank in treebanks.values() if treebank.code == item]
-        elif (code := _code_of(item)) in codes:
+        elif (code := same_language(item, codes)) is not None:
             new = [treebank for treebank in treebanks.values() if treebank.code == code]
         else:
             raise unknown("language or treebank", item, [*codes, *treebanks])
         label = chosen.setdefault(new[0].code, [])
         label.extend(treebank for treebank in new if treebank not in label)
     return chosen
-
-
-def _code_of(name: str) -> str:
-    """The code that somebody means by ``EN`` or ``English``."""
-    return LANGUAGE_CODES.get("_".join(name.split()).title(), name.lower())
 
 
 def load_treebanks(
@@ -215,7 +202,7 @@ def _load(treebank: Treebank, split: str, cache_dir: str | os.PathLike[str] | No
     """Return one split of one treebank from the cache, reading its files first if they are new or have changed."""
     # A tuple: `datasets` would take a list for shards to deal out.
     files = tuple((str(path), path.stat().st_size, sha256_of(path)) for path in treebank.files[split])
-    with _preparing, _quiet():
+    with preparing():
         try:
             return datasets.Dataset.from_generator(
                 _rows,
@@ -254,18 +241,3 @@ def _rows(
                 "deprels": sentence.deprels,
                 "conllu": sentence.conllu,
             }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the progress bars and messages of `datasets`, and put both back as they were."""
-    level = datasets.logging.get_verbosity()
-    bars_were_on = datasets.are_progress_bars_disabled() is False
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if bars_were_on:
-            datasets.enable_progress_bars()

@@ -218,6 +218,6 @@ class Parsing(Task):
         return head_direction_similarity(HeadDirection({r: (b, a) for r, (b, a) in profile.items()}), known)
 
     @classmethod
-    def words_of(cls, row: Mapping[str, Any]) -> tuple[str, ...]:
+    def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
         """Two sentences are the same if their words are."""
         return tuple(row["words"])

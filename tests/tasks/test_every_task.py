@@ -1,0 +1,213 @@
+"""What must hold of every task: all methods train it, all commands work on it, and nothing depends on the batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_tasks import CASES, LABELS, LANGUAGES, UNSEEN, config_of, rows_of, write_rows
+from typed_command import failure_of, output_of
+
+import fastmask as fm
+from fastmask.tasks.registry import task_class
+from fastmask.tasks.task import Task
+from fastmask.training.loop import TrainResult, train
+from fastmask.training.run_folder import load_run
+
+METHODS = [
+    *((method, "none") for method in ("full", "static", "dynamic", "random", "shuffled", "shared")),
+    ("static", "fomaml"),
+    ("full", "reptile"),
+]
+
+
+def built(name: str, place: Path, out: Path, **changes: Any) -> tuple[Task, Any, Any]:
+    """A new task, its data and its settings."""
+    config = config_of(name, place, out, **changes)
+    data = config.task_class.load(config.data, config.languages, config.task_settings)
+    return config.task_class.build(config, data), data, config
+
+
+def finished(name: str, place: Path, out: Path, **changes: Any) -> TrainResult:
+    """A run."""
+    return train(*built(name, place, out, **changes), progress=False)
+
+
+def same_weights(first: Any, second: Any) -> None:
+    """Every weight of two models is the same to the bit."""
+    others = second.state_dict()
+    assert others.keys() == first.state_dict().keys()
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, others[name]), name
+
+
+def double(task: Task) -> Task:
+    """The same in float64 and evaluation mode."""
+    task.model.double().eval()
+    return task
+
+
+@pytest.mark.parametrize(("method", "meta"), METHODS)
+@pytest.mark.parametrize("name", ["tagging", "translation"])
+def test_every_method_trains_it(name, method, meta, tiny, tmp_path):
+    """A method of the loop does not work for one kind of model, or its scores are none."""
+    result = finished(name, tiny(name), tmp_path / "run", method=method, meta=meta, checkpoint_every=0, discover_at=0.5)
+    metric = result.task.metric
+    assert metric in result.history[-1]["dev"]["aa"]
+    assert (result.subnetworks is None) == (method == "full")
+    assert load_run(tmp_path / "run").task.name == CASES[name].task
+
+
+@pytest.mark.parametrize("name", ["tagging", "masked", "translation"])
+def test_a_killed_run_ends_as_an_unbroken_one(name, tiny, tmp_path):
+    """Masking, dropout or the order of examples depends on more than seed and step; or a saved model is another."""
+    whole = finished(name, tiny(name), tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(*built(name, tiny(name), tmp_path / "killed"), on_step=kill, progress=False)
+    resumed = finished(name, tiny(name), tmp_path / "killed", resume=True)
+    same_weights(whole.task.model, resumed.task.model)
+    assert resumed.history[-1] == whole.history[-1]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_saved_task_is_the_same(name, tiny, tmp_path):
+    """What is opened is not what was saved, with masks attached or without; or transformers cannot read the folder."""
+    place = tiny(name)
+    task = built(name, place, tmp_path / "run")[0]
+    task.model.eval()
+    fm.attach(task.encoder, fm.Subnetworks.random(task.encoder, LANGUAGES, 0.5, seed=1, units="both"))
+    (tmp_path / "saved").mkdir()
+    task.save(tmp_path / "saved")
+    fm.detach(task.encoder)
+    opened = type(task).open(tmp_path / "saved")
+    same_weights(task.model, opened.model)
+    rows = rows_of(CASES[name], "aa", "test")
+    examples = task.examples(rows)
+    assert opened.predict(opened.examples(rows)) == task.predict(examples)
+    assert opened.digest(opened.examples(rows)) == task.digest(examples)
+    assert opened.options == task.options
+    auto = getattr(transformers, task.auto_class(str(place / "model"), task.options))
+    same_weights(task.model, auto.from_pretrained(tmp_path / "saved"))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")("aa1")["input_ids"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_is_the_literal_one(name, tiny, tmp_path):
+    """The mean or an example's own loss is not what the logits say, with float64 on both sides."""
+    task = double(built(name, tiny(name), tmp_path / "run")[0])
+    examples = task.training_examples(rows_of(CASES[name], "aa", "train"), "aa").select(list(range(5)))
+    batch = task.collate(examples)
+    with torch.no_grad():
+        found, logits, labels = task.loss(batch), task.logits(batch), batch["labels"]
+    if name == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    B = len(labels)
+    each: list[list[float]] = [[] for _ in range(B)]
+    for b in range(B):
+        places = [()] if labels.ndim == 1 else [(t,) for t in range(labels.shape[1])]
+        for place in places:
+            label = int(labels[(b, *place)])
+            if label != -100:
+                scores = logits[(b, *place)].tolist()
+                top = max(scores)
+                total = sum(torch.tensor([s - top for s in scores], dtype=torch.float64).exp().tolist())
+                each[b].append(-(scores[label] - top) + torch.tensor(total, dtype=torch.float64).log().item())
+    every = [value for part in each for value in part]
+    assert found.weight == len(every) > 0
+    assert found.mean.item() == pytest.approx(sum(every) / len(every), rel=2e-6)  # logits are taken in float32
+    assert found.each.tolist() == pytest.approx([sum(part) / len(part) for part in each], rel=2e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mixed_batch_is_its_languages_one_by_one(name, tiny, tmp_path):
+    """Examples of one language run through another's subnetwork, or padding changes what an example gives."""
+    task = double(built(name, tiny(name), tmp_path / "run")[0])
+    fm.attach(task.encoder, fm.Subnetworks.random(task.encoder, LANGUAGES, 0.5, seed=1, units="both"))
+    parts = [
+        task.training_examples(rows_of(CASES[name], language, "train"), language).select([0, 1, 2])
+        for language in LANGUAGES
+    ]
+    joined = type(parts[0]).join(parts).select([0, 3, 6, 1, 4, 7, 2, 5, 8])
+    with torch.no_grad():
+        mixed = task.loss(task.collate(joined, torch.tensor([0, 1, 2] * 3))).each
+        for number, (language, part) in enumerate(zip(LANGUAGES, parts, strict=True)):
+            with task.reading(language):
+                alone = task.loss(task.collate(part)).each
+            torch.testing.assert_close(mixed[number::3], alone, rtol=2e-6, atol=1e-7)
+    with task.reading(None), torch.no_grad():
+        assert not torch.allclose(task.loss(task.collate(parts[0])).each, mixed[::3])
+
+
+@pytest.mark.parametrize("name", ["tagging", "pairs", "masked", "translation"])
+def test_commands(name, tiny, tmp_path, capsys):
+    """evaluate, predict, discover or adapt does not work on a run of the task."""
+    place, case, run = tiny(name), CASES[name], tmp_path / "run"
+    finished(name, place, run, checkpoint_every=0)
+    cls = task_class(case.task)
+
+    said = output_of(capsys, "evaluate", run, "--json", tmp_path / "scores.json")
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["language"] for row in scores] == list(LANGUAGES)
+    assert all(cls.metric in row["full"] and cls.metric in row["own"] for row in scores)
+    assert "mean of 3" in said
+
+    rows = [{k: v for k, v in row.items() if k not in LABELS} for row in rows_of(case, "aa", "test")]
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    assert "6 " in output_of(capsys, "predict", run, source, tmp_path / "out.jsonl", "--language", "aa")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in line.items() if k != "prediction"} for line in lines] == rows
+    loaded = load_run(run)
+    with loaded.task.reading("aa"):
+        assert [line["prediction"] for line in lines] == loaded.task.predict(loaded.task.examples(rows))
+
+    masks = tmp_path / "masks.safetensors"
+    output_of(capsys, "discover", run, "--density", "0.5", "--masks", masks, "--seeds", "2")
+    assert fm.Subnetworks.load(masks).languages == LANGUAGES
+
+    support = write_rows(tmp_path / "support.jsonl", rows_of(case, UNSEEN, "train")[:5])
+    adapted = tmp_path / "adapted"
+    output_of(
+        capsys, "adapt", run, "--language", UNSEEN, "--support", support, "--data", place / "data", "--steps", "2",
+        "--choose", "best", "--out", adapted,
+    )  # fmt: skip
+    assert load_run(adapted).subnetworks.languages == (*LANGUAGES, UNSEEN)
+    assert cls.open(adapted / "model").name == case.task
+
+
+@pytest.mark.parametrize("name", ["masked"])
+def test_compare(name, tiny, tmp_path, capsys):
+    """A comparison of methods does not run; for lm less is better."""
+    place, case = tiny(name), CASES[name]
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in case.options.items()]
+    output_of(
+        capsys, "compare", "--data", place / "data", "--out", tmp_path / "compare", "--task", case.task, *options,
+        "--model", place / "model", "--train", "aa,bb", "--unseen", UNSEEN, "--seeds", "1", "--methods", "full,static",
+        "--metas", "none", "--shots", "3", "--support-sets", "1", "--adapt-steps", "1", "--choose", "best",
+        "--steps", "4", "--batch-size", "4", "--density", "0.5", "--score-sentences", "4", "--discover-at", "0.5",
+        "--threads", "1", "--encoder-lr", "1e-3",
+    )  # fmt: skip
+    assert (tmp_path / "compare" / "results.csv").is_file()
+
+
+def test_what_a_task_cannot_do_is_said_first(tiny, tmp_path, capsys):
+    """A model that is none for the task, a column that is not there, a language that is unknown."""
+    place = tiny("classification")
+    asked = ["train", "--task", "classification", "--out", tmp_path / "run", "--data", place / "data"]
+    assert "only parsing has" in failure_of(capsys, *asked, "--languages", "aa")
+    asked += ["--model", place / "model"]
+    assert "unknown column 'txt'; did you mean 'text'" in failure_of(capsys, *asked, "--text-column", "txt")
+    assert "unknown language 'ab'; did you mean" in failure_of(capsys, *asked, "--languages", "ab")
+    assert "unknown column 'lang'; did you mean 'language'" in failure_of(capsys, *asked, "--language-column", "lang")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,63 @@
+"""A task of somebody else: one short file, and every command takes it; what docs/tasks.md shows can be typed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_tasks import save_bert, write_rows
+from typed_command import failure_of, output_of
+
+from fastmask.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_every_command_takes_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+    """A class given as module:Class does not train, or a command knows only tasks of ours."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    random = np.random.default_rng(0)
+
+    def rows(language, count):
+        pairs = [[f"{language}{n}" for n in random.integers(8, size=2)] for _ in range(count)]
+        return [{"language": language, "first": a, "second": b, "similarity": float(a < b)} for a, b in pairs]
+
+    for split in ("train", "dev", "test"):
+        write_rows(
+            tmp_path / "pairs" / f"{split}.jsonl", [row for name in ("aa", "bb", "cc") for row in rows(name, 12)]
+        )
+    save_bert(tmp_path / "model")
+    run, asked = tmp_path / "run", ["train", "--task", "own_task:Similarity", "--model", tmp_path / "model"]
+    short = ["--steps", "4", "--batch-size", "4", "--density", "0.5", "--score-sentences", "4", "--threads", "1"]
+    data = ["--data", tmp_path / "pairs", "--languages", "aa,bb", "--first-column", "first"]
+    assert "correlation" in output_of(capsys, *asked, *short, *data, "--out", run)
+    assert "correlation" in output_of(capsys, "evaluate", run)
+    source = write_rows(tmp_path / "in.jsonl", [{"first": "aa1", "second": "aa2"}])
+    output_of(capsys, "predict", run, source, tmp_path / "out.jsonl")
+    assert isinstance(json.loads((tmp_path / "out.jsonl").read_text())["prediction"], float)
+    support = write_rows(tmp_path / "support.jsonl", rows("cc", 3))
+    given = ["--language", "cc", "--support", support, "--choose", "best", "--steps", "1", "--data", tmp_path / "pairs"]
+    output_of(capsys, "adapt", run, *given, "--out", tmp_path / "adapted")
+    column = [*data[:4], "--first-column", "frist"]
+    assert "unknown column 'frist'; did you mean 'first'" in failure_of(
+        capsys, *asked, *column, "--out", tmp_path / "no"
+    )
+
+
+def test_the_example_is_short():
+    """Writing a task takes more than is promised."""
+    assert len((ROOT / "examples" / "own_task.py").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_commands_of_the_documentation_exist():
+    """docs/tasks.md names an option or a task that the command does not have."""
+    text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^fastmask ([^#\n]*)", text, re.MULTILINE)
+    assert len(commands) >= 10
+    for command in commands:
+        arguments = command.replace("$M", "model").split()
+        _parser(arguments).parse_args(arguments)

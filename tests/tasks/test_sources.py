@@ -1,0 +1,150 @@
+"""Where rows come from: every kind of source gives the same, and what is wrong is named before anything is read."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+from tiny_tasks import write_rows
+from toy_parser import SENTENCES, conllu
+
+from fastmask.tasks.data.sources import languages_of, load, read_file
+
+LANGUAGES = ("en", "de")
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+
+def rows(language, split, count=3):
+    return [{"language": language, "text": f"{language} {split} {i}", "label": i % 2} for i in range(count)]
+
+
+def in_columns(folder, ending=".jsonl"):
+    """A file for each split; a column says the language."""
+    for split in ("train", "validation", "test"):
+        of_all = [row for language in LANGUAGES for row in rows(language, split)]
+        path = folder / f"mine-{split}{ending}"
+        if ending == ".jsonl":
+            write_rows(path, of_all)
+        else:
+            folder.mkdir(exist_ok=True)
+            found = datasets.Dataset.from_list(of_all)
+            found.to_csv(path) if ending == ".csv" else found.to_parquet(path)
+    return folder
+
+
+def in_folders(folder):
+    """A folder for each language; one split in two files."""
+    for language in LANGUAGES:
+        for split in ("train", "dev"):
+            write_rows(folder / language / f"{split}.jsonl", rows(language, split))
+        write_rows(folder / language / "test-0.jsonl", rows(language, "test")[:2])
+        write_rows(folder / language / "test-1.jsonl", rows(language, "test")[2:])
+    return folder
+
+
+def saved(folder):
+    """A DatasetDict."""
+    splits = {s: [row for language in LANGUAGES for row in rows(language, s)] for s in ("train", "validation", "test")}
+    datasets.DatasetDict({s: datasets.Dataset.from_list(found) for s, found in splits.items()}).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [in_columns, lambda f: in_columns(f, ".csv"), lambda f: in_columns(f, ".parquet"), in_folders, saved],
+    ids=["jsonl", "csv", "parquet", "folders", "saved"],
+)
+def test_every_kind_of_source(make, tmp_path, capfd):
+    """A kind gives other rows, languages or splits; or `datasets` draws bars and logs."""
+    data = make(tmp_path / "data")
+    capfd.readouterr()
+    assert languages_of(data, "language") == ["de", "en"]
+    found = load(data, "German,EN")  # both have other names
+    assert list(found) == ["de", "en"]
+    for language, splits in found.items():
+        assert list(splits) == ["train", "dev", "test"]
+        for split, of in splits.items():
+            name = "validation" if split == "dev" and make is not in_folders else split
+            assert list(of) == rows(language, name)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_one_file_is_one_split(tmp_path):
+    """A file is the split that its name says, else train."""
+    path = write_rows(tmp_path / "mine.jsonl", rows("en", "train"))
+    assert list(load(path, "en", splits=("train",))["en"]["train"]) == rows("en", "train")
+    path = write_rows(tmp_path / "my_test.jsonl", rows("en", "test"))
+    assert list(load(path, "en", splits=("test",))["en"]) == ["test"]
+    assert read_file(path) == rows("en", "test")
+
+
+def test_classes_have_names(tmp_path):
+    """Numbers of classes are shown, or -1 is a class."""
+    kind = datasets.ClassLabel(names=["no", "yes"])
+    features = datasets.Features({"language": datasets.Value("string"), "a": kind, "b": datasets.List(kind)})
+    columns = {"language": ["en"] * 3, "a": [1, 0, -1], "b": [[0, 1], [], [1]]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "saved")
+    (found,) = load(tmp_path / "saved", "en", splits=("train",))["en"].values()
+    assert found["a"] == ["yes", "no", None]
+    assert found["b"] == [["no", "yes"], [], ["yes"]]
+
+
+def test_treebanks_are_a_source(tmp_path):
+    """A folder of treebanks, or a file of one, is not read."""
+    for split in ("train", "dev"):
+        path = tmp_path / "UD_English-X" / f"{split}.conllu"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(conllu(SENTENCES[0]) + "\n\n")
+    assert languages_of(tmp_path, "language") == ["en"]
+    found = load(tmp_path, "English", splits=("train", "test"), optional=("test",))
+    assert list(found["en"]) == ["train"]
+    (row,) = read_file(path)
+    assert list(row["words"]) == found["en"]["train"][0]["words"]
+
+
+def test_a_configuration_for_each_language_on_the_hub(monkeypatch):
+    """Languages that are configurations are not found, or all of them are loaded for one."""
+    loaded = []
+
+    def load_dataset(name, configuration):
+        loaded.append(configuration)
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(rows(configuration, "train"))})
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["de", "en", "fi"])
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(load("owner/name", "en", splits=("train",))["en"]["train"]) == rows("en", "train")
+    assert loaded == ["en"]
+
+
+def test_what_is_wrong_is_named(tmp_path, monkeypatch):
+    """An error does not say what was given and what there is."""
+    columns, folders = in_columns(tmp_path / "columns"), in_folders(tmp_path / "folders")
+
+    def said(*arguments, **options):
+        with pytest.raises((ValueError, KeyError, OSError)) as error:
+            load(*arguments, **options)
+        return str(error.value)
+
+    assert said(tmp_path / "nothing", "en") == (
+        f"no data at {tmp_path / 'nothing'} (expected a folder, a file or a name on the Hub)"
+    )
+    assert "unknown column 'languages'; did you mean 'language'" in said(columns, "en", "languages")
+    assert said(columns, "dee") == "unknown language 'dee'; did you mean 'de' or 'en'? Known: de, en"
+    assert "unknown split 'tset'; did you mean 'test'" in said(columns, "en", splits=("tset",))
+    assert "no languages given" in said(columns, " ,")
+    (folders / "de" / "dev.jsonl").unlink()
+    assert said(folders, "en,de") == f"language 'de' has no dev split in {folders} (it has train, test)"
+    (tmp_path / "empty").mkdir()
+    assert "no data in" in said(tmp_path / "empty", "en")
+    broken = tmp_path / "train.jsonl"
+    broken.write_text('{"language": "en"}\n{oops}\n')
+    assert f"{broken}: cannot be read as JSON" in said(broken, "en")
+    broken.write_text("")
+    assert f"{broken}: is empty" in said(broken, "en")
+    assert ".txt: is of an unknown kind" in said(write_rows(tmp_path / "a.txt", rows("en", "train")), "en")
+
+    def refuse(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", refuse)
+    assert "no data at owner/name" in said("owner/name", "en")
+    assert "the Hub says: no network" in said("owner/name", "en")

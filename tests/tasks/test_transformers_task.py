@@ -1,0 +1,178 @@
+"""The base of tasks on models of transformers: batches, losses without labels, folders that are damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_tasks import CASES, config_of, rows_of
+
+from fastmask.files import FileError
+from fastmask.tasks.classification import Classification
+from fastmask.tasks.transformers_task import Examples, cross_entropy
+
+
+@pytest.fixture
+def classifier(tiny, tmp_path):
+    """A classifier with a new head."""
+
+    def build(**changes):
+        config = config_of("classification", tiny("classification"), tmp_path / "run", **changes)
+        data = Classification.load(config.data, config.languages, config.task_settings)
+        return Classification.build(config, data)
+
+    return build
+
+
+def test_examples_are_selected_and_joined():
+    """Rows and features are not moved together."""
+    part = Examples([{"input_ids": [0] * n, "labels": n} for n in (1, 2, 3)], [{"row": n} for n in (1, 2, 3)])
+    found = Examples.join([part, part.select(np.array([2, 0]))]).select(np.array([3, 1]))
+    assert (found.rows, found.lengths.tolist(), len(found)) == ([{"row": 3}, {"row": 2}], [3, 2], 2)
+    assert [item["labels"] for item in found] == [3, 2]
+
+
+def test_a_loss_without_labels_is_zero_with_a_gradient():
+    """0 / 0: one batch without a label ends a run."""
+    logits = torch.randn(2, 3, 4, requires_grad=True)
+    found = cross_entropy(logits, torch.full((2, 3), -100))
+    found.mean.backward()
+    assert (found.mean.item(), found.each.tolist(), found.weight) == (0, [0, 0], 0)
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_a_batch_without_labels_has_no_loss(classifier):
+    """Rows without a class are trained on as if they had one."""
+    task = classifier()
+    rows = [*rows_of(CASES["classification"], "aa", "train")[:2], {"text": "aa1"}]
+    with pytest.raises(ValueError, match="some of the examples have no labels"):
+        task.loss(task.collate(task.examples(rows)))
+    assert len(task.training_examples(rows, "aa")) == 2
+
+
+def test_long_texts_are_cut_with_a_warning(classifier):
+    """A long text fails in the model, or is cut without a word."""
+    task = classifier(max_length=6)
+    with pytest.warns(UserWarning, match="1 of 2 examples may be cut: they fill the 6 tokens"):
+        examples = task.examples([{"text": "aa1 " * 20}, {"text": "aa1"}])
+    assert examples.lengths.tolist() == [6, 3]
+    assert classifier(max_length=10_000).max_length == 64  # what the model has
+
+
+def test_text_that_the_tokenizer_does_not_know_is_said(classifier):
+    """A tokenizer of another script is trained with, without a word."""
+    task = classifier()
+    known, other = (
+        task.training_examples([{"text": text, "label": 0}], "aa") for text in ("aa1 aa2 aa3", "x y z u v w")
+    )
+    task.check({"aa": known})
+    with pytest.warns(UserWarning, match="bb: 75% of the training text is unknown to the model's tokenizer"):
+        task.check({"aa": known, "bb": other})
+    with pytest.raises(ValueError, match=r"is unknown .* \(expected a model and a tokenizer for bb\)"):
+        task.check({"bb": other})
+
+
+def test_the_seed_decides_the_head(classifier):
+    """Two builds of one seed differ, or those of two seeds do not; or a seed changes the encoder."""
+    first, again, other = (classifier(seed=seed).model.state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(first[name], other[name])
+
+
+def test_predictions_do_not_depend_on_batches_or_touch_random_numbers(classifier):
+    """Dropout is on, the order is lost, or a random number is drawn."""
+    task = classifier()
+    task.model.train()
+    examples = task.examples(rows_of(CASES["classification"], "aa", "train"))
+    state = torch.get_rng_state()
+    found = [task.predict(examples, batch_size) for batch_size in (1, 5, 64)]
+    assert found[0] == found[1] == found[2]
+    assert torch.equal(state, torch.get_rng_state())
+    assert task.model.training
+
+
+def test_scores_of_classes(classifier):
+    """Accuracy or F1 is not what a hand computes; a class that the model does not know counts as right."""
+    task = classifier()
+    rows = [{"text": "", "label": label} for label in (0, 0, 1, "new", None)]
+    examples = Examples([{"input_ids": [1]}] * 5, rows)
+    found = task.score(examples, ["0", "1", "1", "1", "0"])
+    # Class 0: precision 1, recall 1/2; class 1: precision 1/3, recall 1; class new: never found.
+    assert found == pytest.approx({"accuracy": 50, "macro_f1": 100 * (2 / 3 + 1 / 2 + 0) / 3})
+    with pytest.raises(ValueError, match="no row has a class to score against"):
+        task.score(Examples([{"input_ids": [1]}], [{"text": ""}]), ["0"])
+
+
+def test_unknown_classes_of_a_support_set(classifier):
+    """An unknown class is not listed, or its rows stay."""
+    task = classifier()
+    rows = [{"text": "aa1", "label": label} for label in (0, 7, 7)]
+    with pytest.raises(ValueError, match=r"not trained on: 7 \(2\)\. It knows 0, 1, 2"):
+        task.known_labels(rows)
+    with pytest.warns(UserWarning, match="left out"):
+        assert task.known_labels(rows, "ignore") == rows[:1]
+
+
+def test_damaged_folders_are_named(classifier, tmp_path, capfd):
+    """A damaged folder loads with random weights, or a message does not name it; or transformers reports beside it."""
+    task = classifier()
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    task.save(whole)
+    capfd.readouterr()
+
+    def broken(change):
+        folder = tmp_path / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        change(folder)
+        with pytest.raises((FileError, FileNotFoundError)) as error:
+            Classification.open(folder)
+        assert str(folder) in str(error.value)
+        return str(error.value)
+
+    def weights(change):
+        def apply(folder):
+            found = load_file(folder / "model.safetensors")
+            change(found)
+            save_file(found, folder / "model.safetensors", {"format": "pt"})
+
+        return apply
+
+    def settings(**changes):
+        def apply(folder):
+            saved = json.loads((folder / "task.json").read_text())
+            (folder / "task.json").write_text(json.dumps({**saved, **changes}))
+
+        return apply
+
+    assert "lacks classifier.bias" in broken(weights(lambda found: found.pop("classifier.bias")))
+    assert "has extra in excess" in broken(weights(lambda found: found.update(extra=torch.zeros(1))))
+    assert "classifier.bias has shape [5] (expected [3])" in broken(
+        weights(lambda found: found.update({"classifier.bias": torch.zeros(5)}))
+    )
+    assert "no saved task" in broken(lambda folder: (folder / "task.json").unlink())
+    assert "tokenizer" in broken(lambda folder: (folder / "tokenizer.json").unlink())
+    assert "is of task 'tagging'" in broken(settings(task="tagging"))
+    assert "has version 9" in broken(settings(version=9))
+    assert "cannot be read as a model" in broken(lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_below_the_head_must_be_whole(classifier, tiny, tmp_path):
+    """An encoder with a weight missing is filled up with random numbers."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("classification") / "model", folder)
+    found = load_file(folder / "model.safetensors")
+    del found["encoder.layer.0.attention.self.query.weight"]
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FileError, match=r"model: lacks bert\.encoder\.layer\.0\.attention\.self\.query\.weight"):
+        classifier(model=str(folder))
+    with pytest.raises(FileNotFoundError, match="no folder of a model at"):
+        classifier(model=str(tmp_path / "nothing"))

@@ -24,6 +24,7 @@ __all__ = [
     "accelerator_for",
     "build_optimizer",
     "device_of",
+    "gathered",
     "held_by_first",
     "learning_rate_factor",
     "on_first",
@@ -86,6 +87,14 @@ def on_first(accelerator: Any, work: Callable[[], T]) -> T:
         raise RuntimeError(f"the first process failed: {outcome[1]}")
     result: T = outcome[0]
     return result
+
+
+def gathered(items: list[T]) -> list[T]:
+    """The items of all processes, in order of their number; objects travel as pickles of our own making."""
+    from accelerate.utils import gather_object
+
+    found: list[T] = gather_object(items)
+    return found
 
 
 @contextmanager

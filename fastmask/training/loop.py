@@ -32,6 +32,7 @@ from fastmask.training.config import TrainConfig
 from fastmask.training.engine import (
     accelerator_for,
     build_optimizer,
+    gathered,
     held_by_first,
     learning_rate_factor,
     on_first,
@@ -263,12 +264,15 @@ class _Run:
         return record
 
     def _evaluate(self) -> dict[str, Any]:
-        """Score the dev data, each language with its subnetwork once there is one."""
-        scores = {}
+        """Score the dev data, each language with its subnetwork once there is one; processes share the languages."""
+        mine: list[tuple[str, dict[str, float]]] = []
         with self.accelerator.autocast():
-            for name, examples in self.dev.items():
+            for name in list(self.dev)[self.accelerator.process_index :: self.accelerator.num_processes]:
                 with self.task.reading(name if self.task.is_attached else None):
-                    scores[name] = self.task.score(examples, self.task.predict(examples))
+                    predictions = self.task.predict(self.dev[name])
+                mine.append((name, self.task.score(self.dev[name], predictions)))
+        found = dict(gathered(mine))
+        scores = {name: found[name] for name in self.dev}
         mean = sum(score[self.task.metric] for score in scores.values()) / len(scores)
         record = {"step": self.step, "dev_score": mean, "dev": scores}
         self.log.add(record)
@@ -307,7 +311,9 @@ class _Run:
 
         if not on_first(self.accelerator, known):
             with preserved_random_state():
-                found = self.discover(SwitchPoint(self.task, self.datasets, self.data, self.config, self.step))
+                process, processes = self.accelerator.process_index, self.accelerator.num_processes
+                point = SwitchPoint(self.task, self.datasets, self.data, self.config, self.step, process, processes)
+                found = self.discover(point)
             manifest = partial(write_manifest, origin=origin, names=[MASKS_FILE])
             writers: Writers = {MASKS_FILE: found.save, MANIFEST: manifest}
             on_first(self.accelerator, lambda: write_folder(folder, writers, lambda: remove_tree(folder)))
@@ -346,11 +352,9 @@ class _Run:
 
     def _save(self) -> None:
         """Write a checkpoint, unless the weights are spoilt."""
-        from accelerate.utils import gather_object
-
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.task.model.parameters()):
             raise TrainingDiverged("weights are not finite", self.step, self.checkpoint)
-        states = gather_object([random_state(self.accelerator.device)])
+        states = gathered([random_state(self.accelerator.device)])
         writers: Writers = {
             checkpoints.MODEL: partial(checkpoints.save_weights, self.task.model),
             checkpoints.OPTIMIZER: partial(checkpoints.save_optimizer, self.optimizer),

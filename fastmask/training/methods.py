@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like, shared_like, shuffled
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import preserved_random_state
+from fastmask.training.engine import gathered, preserved_random_state
 
 __all__ = [
     "DynamicMasks",
@@ -52,6 +52,8 @@ class SwitchPoint:
         train: the training examples of every language.
         config: the run's settings.
         step: steps done.
+        process: which of `processes` this is; each finds the subnetworks of some of the languages.
+        processes: how many there are.
     """
 
     task: Task
@@ -59,6 +61,8 @@ class SwitchPoint:
     train: dict[str, Any]
     config: TrainConfig
     step: int
+    process: int = 0
+    processes: int = 1
 
 
 def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None = None) -> Subnetworks:
@@ -66,14 +70,17 @@ def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None 
 
     `dynamic` starts as `static` does. The others are controls made from the static subnetworks: `random` keeps the
     number of live units of every language and layer, `shuffled` gives every language the mask of another one, and
-    `shared` gives all of them the same mask, as large in every layer as theirs are on average.
+    `shared` gives all of them the same mask, as large in every layer as theirs are on average. Several processes share
+    the languages; each of them returns the same.
     """
     config = point.config
     if config.masks is not None:
         found = Subnetworks.load(config.masks).select(point.train)
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
-        found = discover_for(point.task, point.train, dev, config, config.seed, on_round)
+        mine = list(point.train)[point.process :: point.processes]
+        own = [discover_for(point.task, point.train, dev, config, config.seed, on_round, only=mine)] if mine else []
+        found = Subnetworks.stack(gathered(own)).select(list(point.train))
     return _trained(found, config)
 
 
@@ -136,6 +143,7 @@ def discover_for(
     seed: int,
     on_round: Callable[[Round], None] | None = None,
     on_scores: Callable[[str, Importance], None] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Subnetworks:
     """Find one subnetwork for each language of `train` in a model that has nothing attached.
 
@@ -149,6 +157,7 @@ def discover_for(
         seed: of the draw of scoring sentences.
         on_round: called after each round of pruning.
         on_scores: see `discovery.discover`.
+        only: of some languages of `train`, if given; the same as of all.
 
     Raises:
         ValueError: a density that would leave a layer without a live head or neuron.
@@ -157,7 +166,7 @@ def discover_for(
     with _scoring(task, train, dev if config.density is None else {}, config, seed) as by:
         return discover(
             task.encoder,
-            by.batches,
+            by.batches if only is None else {name: by.batches[name] for name in only},
             by.loss,
             by.metric,
             units=config.units,

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy_run import LANGUAGES, toy_config, toy_data, toy_task
 
 import fastmask as fm
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.engine import sum_gradients
 from fastmask.training.loop import train
-from fastmask.training.methods import SwitchPoint
+from fastmask.training.methods import SwitchPoint, subnetworks_of
 
 META = {"inner_steps": 2, "support_sentences": 2, "query_sentences": 2, "checkpoint_every": 3}
 META |= {"inner_lr": 0.05, "inner_encoder_lr": 0.05}
@@ -33,8 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "random-fomaml": {"method": "random", "meta": "fomaml", **META},
     "random-reptile": {"method": "random", "meta": "reptile", **META},
     "one-language": {"method": "random", "meta": "fomaml", **META, "meta_batch": 1},
+    "found": {"method": "dynamic", "density": 0.5, "score_sentences": 8, "update_every": 3, "scout_sentences": 2},
 }
-"""`dead`: subnetworks that have whole layers dead. `one-language`: nothing to do for the second process."""
+"""`dead`: subnetworks that have whole layers dead. `one-language`: nothing to do for the second process. `found`: by
+discovery, which the processes share."""
 
 
 class Stopped(Exception):  # noqa: N818
@@ -42,6 +45,8 @@ class Stopped(Exception):  # noqa: N818
 
 
 def subnetworks(point: SwitchPoint) -> Any:
+    if point.config.density is not None:
+        return subnetworks_of(point)
     subnets = fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES, 0.5, seed=0, units="both")
     if point.config.method == "static":
         subnets.heads[:, 1] = subnets.neurons[:, 0] = False  # for all
@@ -49,10 +54,17 @@ def subnetworks(point: SwitchPoint) -> Any:
     return subnets
 
 
+def exact_task() -> Parsing:
+    """In float64, without dropout."""
+    task = toy_task(dropout=0.0)
+    task.model.double()
+    return task
+
+
 def run(folder: Path, case: str, **changes: Any) -> None:
     """A whole run of a case in FOLDER/CASE, and one that stops after its first step, all masked, in CASE-gradient."""
     settings = {**CASES[case], **changes}
-    train(toy_task(dropout=0.0).double(), toy_data(), toy_config(folder / case, **settings), subnetworks)
+    train(exact_task(), toy_data(), toy_config(folder / case, **settings), subnetworks)
 
     def stop(step: int) -> None:
         raise Stopped
@@ -60,14 +72,14 @@ def run(folder: Path, case: str, **changes: Any) -> None:
     first = {**settings, "discover_at": 0.0, "checkpoint_every": 1, "max_grad_norm": 1e9}
     config = toy_config(folder / f"{case}-gradient", **first)
     try:
-        train(toy_task(dropout=0.0).double(), toy_data(), config, subnetworks, stop)
+        train(exact_task(), toy_data(), config, subnetworks, stop)
     except Stopped:
         return
     raise RuntimeError("not stopped")
 
 
 def sums(folder: Path) -> None:
-    """Sum gradients of which each process has some, in buckets of 64 bytes; save what comes of it."""
+    """Sum gradients of which each process has some; save what comes of it."""
     rank = torch.distributed.get_rank()
     shapes = {"both": (5, 3), "first": (2,), "second": (7,), "none": (4,), "half": (3,), "large": (40,), "frozen": (2,)}
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
@@ -78,7 +90,7 @@ def sums(folder: Path) -> None:
         p = parameters[name]
         p.grad = torch.randint(-8, 8, p.shape, generator=generator).to(p.dtype)
     given = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    sum_gradients(parameters.values(), bucket_bytes=64)
+    sum_gradients(parameters.values())
     summed = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     torch.save({"given": given, "summed": summed}, folder / f"sums-{rank}.pt")
 

@@ -13,6 +13,7 @@ from processes_run import CASES, run
 from test_training_episodes import assert_close, first_moments
 from toy_run import metrics, toy_config, toy_parser
 
+import fastmask as fm
 from fastmask.files import held
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.training import checkpoints
@@ -77,6 +78,14 @@ def test_two_processes_end_with_the_metrics_of_one(case: str, one: Path, two: Pa
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
             assert ours[name] == (value if name == "dev" else pytest.approx(value, rel=1e-5)), (theirs["step"], name)
+
+
+def test_two_processes_find_the_subnetworks_of_one(one: Path, two: Path) -> None:
+    """Processes share the languages in discovery; the masks, which then change, must be those of one process."""
+    ours, theirs = (fm.Subnetworks.load(folder / "found" / "masks.safetensors") for folder in (two, one))
+    assert ours == theirs
+    assert ours.heads is not None
+    assert not ours.heads.all()
 
 
 def test_gradients_that_only_some_processes_have(two: Path) -> None:

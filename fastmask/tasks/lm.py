@@ -79,11 +79,11 @@ class LanguageModelling(TransformersTask):
             ids = self._pieces(row)
             for first in range(0, len(ids), self.room):
                 found = self._wrapped(ids[first : first + self.room])
-                if self._predicts(found["input_ids"]):
+                if self.is_labelled(found):
                     features.append(found)
                     of.append(row)
         if not features:
-            raise ValueError(f"language {name!r} has no training {self.example_word} with a token to predict")
+            raise ValueError(f"language {name!r} has no {kind} {self.example_word} with a token to predict")
         return Examples(features, of)
 
     def _pieces(self, row: Mapping[str, Any]) -> list[int]:
@@ -94,10 +94,10 @@ class LanguageModelling(TransformersTask):
         whole = [*self.prefix, *ids, *self.suffix]
         return {"input_ids": whole, "attention_mask": [1] * len(whole)}
 
-    def _predicts(self, ids: list[int]) -> bool:
-        if not self.masked:
-            return len(ids) > 1
-        return not np.isin(ids, self.special.numpy()).all()
+    def is_labelled(self, features: Mapping[str, Any]) -> bool:
+        """Whether there is a token to predict."""
+        ids = features["input_ids"]
+        return len(ids) > 1 if not self.masked else not np.isin(ids, self.special.numpy()).all()
 
     def collate(self, examples: Examples, language_ids: Tensor | None = None) -> Any:
         """Pad, and choose what is predicted."""

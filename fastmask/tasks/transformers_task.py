@@ -273,6 +273,13 @@ class TransformersTask(Task):
             raise ValueError(f"language {name!r} has no {kind} {self.example_word} with labels")
         return found if len(labelled) == len(found) else found.select(labelled)
 
+    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows with labels that the model has."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are said of those that are taken
+            found = self.examples(rows)
+        return [row for row, item in zip(rows, found, strict=True) if self.is_labelled(item)]
+
     def is_labelled(self, features: Mapping[str, Any]) -> bool:
         """Whether there is a label to learn from."""
         labels = features.get(LABELS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -13,6 +15,10 @@ from tiny_tasks import CASES, LABELS, LANGUAGES, UNSEEN, config_of, rows_of, wri
 from typed_command import failure_of, output_of
 
 import fastmask as fm
+from fastmask.compare.cells import Runner
+from fastmask.compare.engine import do
+from fastmask.compare.plan import RESERVED, CompareConfig, Plan
+from fastmask.compare.report import write_report
 from fastmask.tasks.registry import task_class
 from fastmask.tasks.task import Task
 from fastmask.training.loop import TrainResult, train
@@ -186,19 +192,27 @@ def test_commands(name, tiny, tmp_path, capsys):
     assert cls.open(adapted / "model").name == case.task
 
 
-@pytest.mark.parametrize("name", ["masked"])
-def test_compare(name, tiny, tmp_path, capsys):
-    """A comparison of methods does not run; for lm less is better."""
-    place, case = tiny(name), CASES[name]
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in case.options.items()]
-    output_of(
-        capsys, "compare", "--data", place / "data", "--out", tmp_path / "compare", "--task", case.task, *options,
-        "--model", place / "model", "--train", "aa,bb", "--unseen", UNSEEN, "--seeds", "1", "--methods", "full,static",
-        "--metas", "none", "--shots", "3", "--support-sets", "1", "--adapt-steps", "1", "--choose", "best",
-        "--steps", "4", "--batch-size", "4", "--density", "0.5", "--score-sentences", "4", "--discover-at", "0.5",
-        "--threads", "1", "--encoder-lr", "1e-3",
-    )  # fmt: skip
-    assert (tmp_path / "compare" / "results.csv").is_file()
+@pytest.mark.parametrize(("name", "called"), [("masked", "perplexity"), ("spans", "F1")])
+def test_compare(name, called, tiny, tmp_path):
+    """A comparison of methods does not run, or calls the score something else; what cannot be chosen is tried."""
+    place = tiny(name)
+    config = config_of(name, place, tmp_path / "run", steps=4, discover_at=0.5, checkpoint_every=0)
+    own = ("data", "languages", "out")
+    training = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESERVED and k not in own}
+    asked = {"train": "aa,bb", "unseen": UNSEEN, "seeds": 1, "methods": "full,static", "metas": "none", "shots": 3}
+    asked |= {"support_sets": 1, "adapt_steps": 1}
+    nearest = Plan(tmp_path / "nearest", str(place / "data"), CompareConfig(**asked), training)
+    with pytest.raises(ValueError, match="cannot tell which language is nearest"):
+        Runner(nearest).check()
+    plan = Plan(tmp_path / "compare", str(place / "data"), CompareConfig(**asked, choose="best"), training)
+    plan.open()
+    Runner(plan).check()
+    for job in plan.jobs:
+        do(plan, job)
+    write_report(plan)
+    assert f"{called}, " in (plan.out / "summary.md").read_text()
+    found = pd.read_csv(plan.out / "results.csv")
+    assert set(found[found["condition"] == "adapted"]["language"]) == {UNSEEN}
 
 
 def test_what_a_task_cannot_do_is_said_first(tiny, tmp_path, capsys):

@@ -59,5 +59,6 @@ def test_commands_of_the_documentation_exist():
     commands = re.findall(r"^fastmask ([^#\n]*)", text, re.MULTILINE)
     assert len(commands) >= 10
     for command in commands:
-        arguments = command.replace("$M", "model").split()
+        common = re.search(r'^COMMON="(.*)"$', text, re.MULTILINE)
+        arguments = command.replace("$M", "model").replace("$COMMON", common[1]).split()
         _parser(arguments).parse_args(arguments)

@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random-fomaml": {"method": "random", "meta": "fomaml", **META},
     "random-reptile": {"method": "random", "meta": "reptile", **META},
     "one-language": {"method": "random", "meta": "fomaml", **META, "meta_batch": 1},
-    "found": {"method": "dynamic", "density": 0.5, "score_sentences": 8, "update_every": 3, "scout_sentences": 2},
+    "found": {"method": "static", "density": 0.5, "score_sentences": 8},
 }
 """`dead`: subnetworks that have whole layers dead. `one-language`: nothing to do for the second process. `found`: by
 discovery, which the processes share."""

@@ -26,13 +26,15 @@ CONDITIONS = {
 
 
 def scores_table(results: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per score: seed, method, meta, and what `Scorer.scores` says of it.
+    """One row per score: seed, method, meta, and what `Scorer.scores` says of it, each of its "scores" as a column.
 
     Args:
         results: (seed, method, meta) -> what the cell's ``result.json`` holds.
     """
     rows = [
-        {"seed": seed, "method": method, "meta": meta, **score}
+        {"seed": seed, "method": method, "meta": meta}
+        | {name: value for name, value in score.items() if name != "scores"}
+        | score.get("scores", {})
         for (seed, method, meta), result in results.items()
         for score in result["scores"]
     ]

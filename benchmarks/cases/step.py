@@ -139,7 +139,7 @@ class Step(Case):
             full, batch_of_all = self.trainers["full"], copy.copy(batch)
             batch_of_all.language_ids = None
             with full.languages():
-                found = _gradients(full.task.model, batch_of_all)
+                found = _gradients(full.parser, batch_of_all)
             dense = _gradients(self.trainers["dense"].parser, batch_of_all)
             _compared(found, dense, "the parser's full network")
         if "fastmask" in self.chosen:

@@ -17,7 +17,7 @@ from rich.table import Table
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import Plan
-from fastmask.compare.results import RESULT_FILE, CellResult, is_done
+from fastmask.compare.results import RESULT_FILE, CellResult, Score, is_done
 from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
 from fastmask.files import read_json, write_text
 from fastmask.literal import fenced, markdown_table
@@ -88,7 +88,8 @@ def print_tables(plan: Plan, console: LiteralConsole) -> None:
 
 def _metric(scores: pd.DataFrame) -> str:
     """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
-    return heading(next(iter(scores["scores"].iloc[0])))
+    own = [name for name in scores.columns if name not in ("seed", "method", "meta", *Score.model_fields)]
+    return heading(own[0]) if own else "score"
 
 
 def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:

@@ -67,7 +67,7 @@ def data_for(run: Run, split: str | None, data: str | None = None, more: str = "
         SkipError: there is no such place.
     """
     config = run.config
-    wanted: dict[str, Any] = {"splits": (split,)} if split else {"splits": (), "optional": ("train", "dev", "test")}
+    wanted: dict[str, Any] = {"splits": (split,)} if split else {"optional": ("train", "dev", "test")}
     try:
         where, languages, _ = data_of(config, run.folder) if data is None else (data, config.language_list, [])
         languages = languages or config.task_class.languages(where, config.task_settings)

@@ -112,7 +112,7 @@ def typology(study: Study, found: Gathered) -> None:
 
 def _head_direction(seen: Data, every: Data, unseen: Sequence[str]) -> dict[str, Mapping[str, float]]:
     """Unseen language -> training language -> similarity of the direction of dependencies, over all sentences."""
-    training = {name: HeadDirection.of_rows(seen.every_row(name)) for name in seen.splits}
+    training = {name: HeadDirection.of_rows(every.every_row(name)) for name in seen.splits}
     profiles = {name: HeadDirection.of_rows(every.every_row(name)) for name in unseen}
     return {name: head_direction_similarity(profile, training) for name, profile in profiles.items()}
 

@@ -54,14 +54,14 @@ def test_both_tables_use_the_same_test():
     generator = np.random.default_rng(0)
     names = [f"l{number:02d}" for number in generator.permutation(24)]  # more than the patterns that are counted
     rows = [
-        {"method": method, "meta": "none", "language": name, "seed": seed, "las": generator.normal(0.2 * place, 1)}
+        {"method": method, "meta": "none", "language": name, "seed": seed, "score": generator.normal(0.2 * place, 1)}
         for place, method in enumerate(("full", "static"))
         for name in names
         for seed in range(3)
     ]
     scores = pd.DataFrame(rows)
     summary = compared(scores, ("static", "none"), ("full", "none"))
-    methods = fm.analysis.effect(scores.rename(columns={"las": "score"}), seed=5).more["methods"].iloc[0]
+    methods = fm.analysis.effect(scores, seed=5).more["methods"].iloc[0]
     assert 0 < summary.p < 0.5
     assert methods.p == summary.p
     assert methods.difference == pytest.approx(summary.difference)

@@ -146,7 +146,7 @@ def test_discover_without_dev_data(run, half_without_dev, capsys, tmp_path):
                 shown = shown or line
     assert shown is not None
     assert shown.endswith("(no dev score to go by; the loss may rise by 0.105)")
-    assert 2 < float(re.search(r"sentences (\d+\.\d+)", shown)[1]) < 10  # a cross entropy, hardly trained
+    assert 2 < float(re.search(r"examples (\d+\.\d+)", shown)[1]) < 10  # a cross entropy, hardly trained
     made_from = json.loads(read_metadata(tmp_path / "m")["made_from"])
     assert (made_from["vote"], made_from["tau"]) == ("majority", 0.9)
     assert "density" not in made_from  # that of the run is not what was asked for

@@ -10,6 +10,7 @@ from mutations import mutants
 from verdicts import Verdicts
 
 from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.tasks.parsing.task import ParsingSettings
 from fastmask.training.config import TrainConfig
 
 
@@ -17,6 +18,10 @@ def said(kind, text):
     """Name -> value of every setting, from PyYAML's own readers: the texts as written, and what they stand for."""
     texts, values = yaml.load(text, yaml.BaseLoader) or {}, yaml.safe_load(text) or {}
     hints, found = get_type_hints(kind), {item.name: item.default for item in dataclasses.fields(kind)}
+    if kind is TrainConfig:  # settings of the task stand whole in a run's
+        given, written = values.pop("task_options", None) or {}, texts.get("task_options")
+        options = {name: meant(str, value, written[name]) for name, value in given.items()}
+        found["task_options"] = dataclasses.asdict(ParsingSettings()) | options
     for name, value in values.items():
         type_ = next((of for of in get_args(hints[name]) if of is not type(None)), hints[name])
         found[name] = meant(type_, value, texts[name])

@@ -138,7 +138,7 @@ def test_a_run_without_masks(full_run, tmp_path):
 
 def test_without_checkpoints(comparison, tmp_path):
     """If this fails, an analysis along training that cannot be made says nothing of it."""
-    with pytest.raises(ValueError, match=r"nothing could be analysed:\n.*no folder of treebanks") as caught:
+    with pytest.raises(ValueError, match=r"nothing could be analysed:\n.*does not exist .expected a folder") as caught:
         make_report([comparison], ["conflict"], tmp_path / "out", Options(data=str(tmp_path / "nowhere")))
     assert "a cell of a comparison keeps no checkpoint" in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -153,12 +153,12 @@ def test_languages_missing_from_the_data(static_run, comparison, data, tmp_path)
     next(codes["qag"].glob("*-test.conllu")).unlink()
     made = make_report([static_run], ["ablation", "conflict"], tmp_path / "one", Options(sentences=4, data=str(some)))
     for name in ("ablation", "conflict"):
-        assert says(made, f"{name} (qab)", "no treebank of it"), reasons(made)
+        assert says(made, f"{name} (qab)", "no data of it"), reasons(made)
     text = (tmp_path / "one" / "ablation-static.csv").read_text()
     assert "qaa" in text
     assert "qab" not in text
     made = make_report([comparison], ["cross"], tmp_path / "two", Options(sentences=4, data=str(some)))
-    assert says(made, "cross (qab)", "no treebank of it")
+    assert says(made, "cross (qab)", "no data of it")
     assert says(made, "cross (qag)", "no test split")
     shutil.rmtree(codes["qac"])
     with pytest.raises(ValueError, match="between two languages or more, and there is qaa"):

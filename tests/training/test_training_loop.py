@@ -318,7 +318,7 @@ def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trai
 def test_dynamic_masks_change_and_are_what_the_run_leaves(strategy: str, unbroken_dynamic: Any) -> None:
     """If this fails, masks are never updated, or the file of the run holds those it started with."""
     result = unbroken_dynamic[strategy]
-    start = halves(SwitchPoint(result.task.model, {}, {}, toy_config(result.run), 0))
+    start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run), 0))
     stored = fm.Subnetworks.load(result.run / "masks.safetensors")
     assert torch.equal(stored.neurons, result.subnetworks.neurons)
     assert torch.equal(stored.neurons.sum(-1).sum(-1), start.neurons.sum(-1).sum(-1)), "sizes are fixed"

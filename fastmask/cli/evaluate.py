@@ -8,6 +8,7 @@ import json
 
 from fastmask.cli.report import parts_of, print_scores, scored, stream_beside
 from fastmask.files import check_writable, write_text
+from fastmask.settings import items_of
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import data_of
 
@@ -42,5 +43,5 @@ def which_data(config: TrainConfig, run: str, options: argparse.Namespace) -> tu
         data, languages, _ = data_of(config, run)
     else:
         data, languages = options.data, config.language_list
-    given = [item.strip() for item in ",".join(options.languages or []).split(",") if item.strip()]
+    given = items_of(",".join(options.languages or []))
     return data, given or languages or config.task_class.languages(data, config.task_settings)

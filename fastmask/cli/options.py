@@ -64,13 +64,14 @@ def add_task_settings(parser: argparse.ArgumentParser, arguments: Sequence[str])
     from fastmask.tasks.registry import task_class
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--task", default=TrainConfig.task)
+    first.add_argument("--task")
     first.add_argument("--config")
     known, _ = first.parse_known_args(list(arguments))
     name = known.task
-    if known.config and "--task" not in " ".join(arguments):
+    if name is None and known.config:
         with contextlib.suppress(Exception):  # what is wrong with the file is said when it is read
-            name = read_yaml(known.config).get("task", name)
+            name = read_yaml(known.config).get("task")
+    name = TrainConfig.task if name is None else name
     add_settings(parser, settings=task_class(name).settings, prefix=OPTION, group=f"task {name}")
 
 

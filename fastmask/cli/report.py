@@ -31,6 +31,7 @@ __all__ = [
     "round_printer",
     "scored",
     "stream_beside",
+    "treebanks_in",
 ]
 
 
@@ -59,12 +60,17 @@ class Row:
     all_neurons: int | None = None
 
 
+def treebanks_in(rows: Any) -> list[str]:
+    """The treebanks that rows are of, in order; none of other data."""
+    return list(rows.unique("treebank")) if "treebank" in getattr(rows, "column_names", ()) else []
+
+
 def parts_of(rows: Any) -> dict[str | None, Any]:
     """Rows by treebank where they are of several (a code may join some for training), else all of them as one part."""
-    names = rows["treebank"] if "treebank" in getattr(rows, "column_names", ()) else []
-    distinct = list(dict.fromkeys(names))
+    distinct = treebanks_in(rows)
     if len(distinct) < 2:
         return {None: rows}
+    names = list(rows["treebank"])
     return {name: rows.select([i for i, own in enumerate(names) if own == name]) for name in distinct}
 
 

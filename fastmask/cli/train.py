@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import parts_of, print_scores, print_summary, round_printer, scored
+from fastmask.cli.report import parts_of, print_scores, print_summary, round_printer, scored, treebanks_in
 from fastmask.files import check_writable, write_text
 from fastmask.literal import say
 from fastmask.tasks.task import Splits, Task
@@ -55,13 +55,16 @@ def run(options: argparse.Namespace) -> None:
         }
         print_start(task, config, datasets)
     on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
-    done = [0]
+    done = 0
+
+    def note(step: int) -> None:
+        nonlocal done
+        done = step
+
     try:
-        result = train(
-            task, datasets, config, lambda point: subnetworks_of(point, on_round), lambda step: done.append(step)
-        )
+        result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round), note)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(config, done[-1])) from None
+        raise KeyboardInterrupt(_how_to_go_on(config, done)) from None
     if not first:
         return
 
@@ -103,9 +106,7 @@ def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
         sys.stderr,
     )
     for name, splits in datasets.items():
-        banks = sorted(
-            {bank for rows in splits.values() if "treebank" in rows.column_names for bank in rows["treebank"]}
-        )
+        banks = sorted({bank for rows in splits.values() for bank in treebanks_in(rows)})
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
         say(f"  {name}: {', '.join(banks) + ': ' if banks else ''}{sizes} {task.example_word}", sys.stderr)
 

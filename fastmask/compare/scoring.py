@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +50,7 @@ class Scorer:
         same: Callable[[Mapping[str, Any]], Any],
     ) -> None:
         self.config, self._train = config, {language: splits["train"] for language, splits in seen.items()}
+        self._profiles: dict[str, Any] = {}
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
         self.unseen: dict[str, _Unseen] = {}
         for language, splits in unseen.items():
@@ -79,10 +79,6 @@ class Scorer:
         if not self._profiles:
             self._profiles.update({language: task.profile(rows) for language, rows in self._train.items()})
         return self._profiles
-
-    @cached_property
-    def _profiles(self) -> dict[str, Any]:
-        return {}
 
     def scores(self, task: Task, subnets: Subnetworks | None) -> list[dict[str, Any]]:
         """Every score of a trained model, which comes back as it was.

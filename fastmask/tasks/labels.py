@@ -13,7 +13,7 @@ from fastmask.errors import unknown as unknown_name
 from fastmask.tasks.pretrained import load_model
 from fastmask.tasks.task import UNKNOWN_LABELS
 
-__all__ = ["check_labels", "labels_of", "model_for", "name_of"]
+__all__ = ["check_labels", "labels_of", "listed", "model_for", "name_of"]
 
 
 def name_of(label: Any) -> str | None:
@@ -58,14 +58,18 @@ def check_labels(given: Iterable[Any], known: Iterable[str], unknown: str) -> se
     missing = Counter(found for label in given if (found := name_of(label)) is not None and found not in known)
     if not missing:
         return set()
-    listed = ", ".join(f"{label} ({count})" for label, count in sorted(missing.items(), key=lambda i: (-i[1], i[0])))
     if unknown != "ignore":
         raise ValueError(
-            f"labels that the model was not trained on: {listed}. It knows {', '.join(sorted(known))}. Correct them, "
-            "or leave them out (ignore)"
+            f"labels that the model was not trained on: {listed(missing)}. It knows {', '.join(sorted(known))}. "
+            "Correct them, or leave them out (ignore)"
         )
-    warnings.warn(f"labels that the model does not know are left out: {listed}", stacklevel=3)
+    warnings.warn(f"labels that the model does not know are left out: {listed(missing)}", stacklevel=3)
     return set(missing)
+
+
+def listed(counts: Counter[str]) -> str:
+    """Labels with their counts, the most frequent first."""
+    return ", ".join(f"{label} ({count})" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item)))
 
 
 def _by_number(label: str) -> tuple[int, str]:

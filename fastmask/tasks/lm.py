@@ -16,6 +16,7 @@ from fastmask.settings import ConfigError, setting
 from fastmask.tasks.pretrained import load_model, model_type_of
 from fastmask.tasks.task import Loss, Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import IGNORE, LABELS, Examples, TransformersTask, cross_entropy
+from fastmask.tasks.word_pieces import around
 
 __all__ = ["LanguageModelling", "LanguageModellingSettings"]
 
@@ -52,7 +53,8 @@ class LanguageModelling(TransformersTask):
         if self.masked and self.tokenizer.mask_token_id is None:
             raise ConfigError("kind is 'masked', and the tokenizer has no mask (expected another model, or causal)")
         self.special = torch.tensor(sorted(self.tokenizer.all_special_ids), dtype=torch.int64)
-        self.prefix, self.suffix = _around(self.tokenizer)
+        whole, alone = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+        self.prefix, self.suffix = around(whole, alone, "text")
         self.room = self.max_length - len(self.prefix) - len(self.suffix)
 
     @classmethod
@@ -161,15 +163,6 @@ def _kind(model_type: str, options: LanguageModellingSettings) -> str:
     if options.kind != "auto":
         return options.kind
     return "masked" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
-
-
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and after a text."""
-    whole, alone = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for first in range(len(whole) - len(alone) + 1):
-        if whole[first : first + len(alone)] == alone:
-            return whole[:first], whole[first + len(alone) :]
-    raise ValueError(f"the tokenizer makes {whole} of a text that alone is {alone}")
 
 
 def _perplexity(loss: float) -> float:

@@ -31,8 +31,10 @@ def task_class(name: str) -> type[Task]:
         KeyError: no such name; the nearest ones are given.
         ConfigError: a module or class that cannot be imported, or is no `Task`.
     """
-    installed = {found.name: found.value for found in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    where = TASKS.get(name) or installed.get(name) or name
+    where = TASKS.get(name) or name
+    if ":" not in where:  # only then, as every installed package is looked at
+        installed = {found.name: found.value for found in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+        where = installed.get(name, name)
     module, _, attribute = where.partition(":")
     if not attribute:
         raise unknown("task", name, [*TASKS, *installed])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ from fastmask.settings import setting
 from fastmask.tasks.data.conllu import Sentence, read_texts, with_upos, write_texts
 from fastmask.tasks.data.lines import CHUNK
 from fastmask.tasks.labels import check_labels, labels_of, model_for, name_of
-from fastmask.tasks.parsing.features import PieceFeatures
-from fastmask.tasks.pretrained import load_tokenizer, model_type_of
+from fastmask.tasks.pretrained import model_type_of
 from fastmask.tasks.task import Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import IGNORE, Examples, TransformersTask
-from fastmask.unseen.typology import HeadDirection, head_direction_similarity
+from fastmask.tasks.word_pieces import WordPieces, load_word_tokenizer
+from fastmask.unseen.typology import direction_profile, direction_similarity
 
 __all__ = ["Tagging", "TaggingSettings"]
 
-BYTE_PAIRS = ("roberta", "gpt2", "longformer", "bart")
 SCHEMES = ("auto", "words", "spans", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU")
 
 
@@ -58,7 +57,7 @@ class Tagging(TransformersTask):
         super().__init__(*args, **kwargs)
         self.labels = labels_of(self.model)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
-        self.pieces = PieceFeatures(self.tokenizer, self.max_length)
+        self.pieces = WordPieces(self.tokenizer, self.max_length)
         scheme = self.options.scheme
         self.spans = any(label[:2] in ("B-", "I-") for label in self.labels) if scheme == "auto" else scheme != "words"
         if self.spans:
@@ -74,8 +73,8 @@ class Tagging(TransformersTask):
 
     @classmethod
     def new_tokenizer(cls, name: str) -> Any:
-        """The tokenizer; byte pairs differ at the start of a text unless told that every word follows a space."""
-        return load_tokenizer(name, **({"add_prefix_space": True} if model_type_of(name) in BYTE_PAIRS else {}))
+        """The tokenizer, for words."""
+        return load_word_tokenizer(name, model_type_of(name))
 
     def examples(self, rows: Rows) -> Examples:
         """Sentences as pieces."""
@@ -185,25 +184,17 @@ class Tagging(TransformersTask):
 
     def profile(self, rows: Rows) -> dict[str, Any] | None:
         """How often the dependents of each relation stand before and after their heads, where rows have trees."""
-        columns = ["heads", "deprels"]
-        if (names := getattr(rows, "column_names", None)) is not None and set(columns) <= set(names):
-            rows = rows.select_columns(columns)  # type: ignore[attr-defined]
-        trees: Iterable[Mapping[str, Any]] = (row for row in rows if set(columns) <= row.keys())
-        return dict(HeadDirection.of_rows(trees).counts) or None
+        return direction_profile(rows) or None
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         """By the direction of dependencies; see `fastmask.unseen.typology`."""
-        return head_direction_similarity(_direction(profile), {name: _direction(of) for name, of in others.items()})
+        return direction_similarity(profile, others)
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
         """Two sentences are the same if their words are."""
         assert isinstance(options, TaggingSettings)
         return tuple(row[options.text_column])
-
-
-def _direction(profile: Mapping[str, Any]) -> HeadDirection:
-    return HeadDirection({relation: (before, after) for relation, (before, after) in profile.items()})
 
 
 def _span_scores(gold: list[list[Any]], guesses: list[list[Any]], scheme: str) -> dict[str, float]:

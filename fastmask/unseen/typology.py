@@ -32,6 +32,8 @@ from fastmask.errors import FastmaskKeyError, unknown
 __all__ = [
     "SIMILARITIES",
     "HeadDirection",
+    "direction_profile",
+    "direction_similarity",
     "head_direction_similarity",
     "similarity_measure",
     "uriel_similarity",
@@ -108,6 +110,23 @@ class HeadDirection:
                 f"{', '.join(self.counts) or 'none'} and {', '.join(other.counts) or 'none'}"
             )
         return 1 - float(np.average(differences, weights=weights))
+
+
+def direction_profile(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of a `HeadDirection` of rows (a data set or mappings), as JSON; rows without trees do not count."""
+    columns = ("heads", "deprels")
+    if set(columns) <= set(getattr(rows, "column_names", ())):  # a data set: nothing else need be read
+        rows = rows.select_columns(list(columns))  # type: ignore[attr-defined]
+    return dict(HeadDirection.of_rows(row for row in rows if set(columns) <= row.keys()).counts)
+
+
+def direction_similarity(profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """`head_direction_similarity` of profiles as `direction_profile` makes them, also after they were JSON."""
+
+    def direction(counts: Mapping[str, Any]) -> HeadDirection:
+        return HeadDirection({relation: (before, after) for relation, (before, after) in counts.items()})
+
+    return head_direction_similarity(direction(profile), {name: direction(of) for name, of in others.items()})
 
 
 def head_direction_similarity(support: HeadDirection, training: Mapping[str, HeadDirection]) -> dict[str, float]:

@@ -11,24 +11,13 @@ from typing import Any
 import pytest
 from processes import start_process
 from test_compare_kills import COMPARISON, TRAINING
-from tiny_encoder import tiny_encoder
 
 from fastmask.compare.engine import CellFailedError, do, run_all
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.compare.results import RESULT_FILE, is_done, read_result
 from fastmask.files import HeldError, held
-from fastmask.tasks.data.synthetic import write_treebanks
 
 LIMIT = 240.0  # seconds
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Treebanks, and beside them an encoder so small that nothing takes long."""
-    folder = tmp_path_factory.mktemp("data") / "ud"
-    write_treebanks(folder, sentences={"train": 12, "dev": 4, "test": 6})
-    tiny_encoder(folder.parent / "encoder", "".join(path.read_text() for path in folder.glob("UD_*/*.conllu")))
-    return folder
 
 
 def plan_in(folder: Path, data: Path, **training: Any) -> Plan:

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 from kills import die_before
 from processes import FORKSERVER, start_process
-from tiny_encoder import tiny_encoder
 from toy_run import metrics
 
 from fastmask.compare.cells import Runner
@@ -27,7 +26,6 @@ from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.compare.results import is_done
 from fastmask.files import LOCK_FILES
-from fastmask.tasks.data.synthetic import write_treebanks
 
 TRAINING = {
     "steps": 6, "batch_size": 4, "density": 0.5, "score_sentences": 4, "dev_sentences": 2, "eval_every": 0,
@@ -62,15 +60,6 @@ def one_worker(plan: Plan, number: int | None = None) -> int:
     worker.join(WAIT)
     assert worker.exitcode == (0 if number is None else -9)
     return count.value
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Treebanks, and beside them an encoder so small that nothing takes long to write."""
-    folder = tmp_path_factory.mktemp("data") / "ud"
-    write_treebanks(folder, sentences={"train": 12, "dev": 4, "test": 6})
-    tiny_encoder(folder.parent / "encoder", "".join(path.read_text() for path in folder.glob("UD_*/*.conllu")))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from fastmask.settings import items_of
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.language_codes import same_language
 from fastmask.tasks.data.preparing import preparing
-from fastmask.tasks.data.treebanks import SPLITS, find_treebanks, load_treebanks
+from fastmask.tasks.data.treebanks import SPLITS, load_treebanks, trained_languages
 
 __all__ = ["languages_of", "load", "read_file"]
 
@@ -45,7 +45,7 @@ def languages_of(data: str | os.PathLike[str], language_column: str) -> list[str
         ValueError: there is none.
     """
     if _has_treebanks(data):
-        found = sorted({bank.code for bank in find_treebanks(data).values() if "train" in bank.files})
+        found = trained_languages(data)
     else:
         by_language = _by_language(data, language_column, ("train",))
         found = sorted(name for name, parts in by_language.items() if "train" in parts())

@@ -21,7 +21,15 @@ from fastmask.tasks.data.conllu import ConlluError, read_sentences
 from fastmask.tasks.data.language_codes import LANGUAGE_CODES, same_language
 from fastmask.tasks.data.preparing import preparing
 
-__all__ = ["FEATURES", "SPLITS", "Treebank", "find_treebanks", "load_treebanks", "select_treebanks"]
+__all__ = [
+    "FEATURES",
+    "SPLITS",
+    "Treebank",
+    "find_treebanks",
+    "load_treebanks",
+    "select_treebanks",
+    "trained_languages",
+]
 
 SPLITS = ("train", "dev", "test")
 
@@ -100,6 +108,11 @@ def _treebank(folder: Path) -> Treebank:
     if official and (named := _CODE.fullmatch(official[0][1]["bank"])):
         code = named["code"]
     return Treebank(folder.name, code, folder, files)
+
+
+def trained_languages(data: str | os.PathLike[str]) -> list[str]:
+    """The codes of a folder's languages that have training data, sorted; see `find_treebanks`."""
+    return sorted({bank.code for bank in find_treebanks(data).values() if "train" in bank.files})
 
 
 def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterable[str]) -> dict[str, list[Treebank]]:

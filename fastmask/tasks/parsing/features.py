@@ -19,6 +19,7 @@ from fastmask.files import Record, read_json, write_text
 from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 from fastmask.tasks.pretrained import load_tokenizer
+from fastmask.tasks.word_pieces import WordPieces
 
 __all__ = ["Features", "PieceFeatures", "TrigramFeatures", "load_features", "trigrams"]
 
@@ -164,47 +165,8 @@ class TrigramFeatures(Features):
         write_text(Path(folder, FILE), saved.model_dump_json(indent=1))
 
 
-class PieceFeatures(Features):
-    """A pretrained model: the pieces of its tokenizer, every word standing where its first piece stands.
-
-    Words are tokenised one by one (`is_split_into_words`), each distinct form once. A word that tokenises to nothing
-    (control characters, for one) becomes the unknown piece; of one that alone is longer than the encoder, the
-    beginning is read.
-    """
-
-    def __init__(self, tokenizer: Any, max_positions: int = 512) -> None:
-        """Take a Hugging Face tokenizer and the number of positions its model has.
-
-        Raises:
-            ValueError: the tokenizer does not put special pieces around a word, or there is no position for a word.
-        """
-        self.tokenizer = tokenizer
-        self.max_positions = max_positions
-        with_special = tokenizer(["a"], is_split_into_words=True)["input_ids"]
-        plain = tokenizer(["a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-        starts = [i for i in range(len(with_special)) if with_special[i : i + len(plain)] == plain]
-        if not plain or not starts:
-            raise ValueError(f"the tokenizer makes {with_special} of a word that alone is {plain}")
-        self.prefix = np.asarray(with_special[: starts[0]], dtype=np.int64)
-        self.suffix = np.asarray(with_special[starts[0] + len(plain) :], dtype=np.int64)
-        self.special_positions = len(self.prefix) + len(self.suffix)
-        if max_positions <= self.special_positions:
-            raise ValueError(f"{max_positions} positions (expected more than {self.special_positions})")
-        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.blank = next(
-            (i for i in (tokenizer.unk_token_id, tokenizer.mask_token_id, tokenizer.eos_token_id) if i is not None),
-            self.pad,
-        )
-
-    def units_of(self, words: list[str]) -> list[np.ndarray]:
-        """Return the pieces of every word."""
-        if not words:
-            return []
-        found = self.tokenizer(
-            [[word] for word in words], is_split_into_words=True, add_special_tokens=False, verbose=False
-        )
-        room = self.max_positions - self.special_positions
-        return [np.asarray(ids[:room] or [self.blank], dtype=np.int32) for ids in found["input_ids"]]
+class PieceFeatures(WordPieces, Features):
+    """A pretrained model: the pieces of its tokenizer, every word standing where its first piece stands."""
 
     def collate(self, part: Encoded) -> Batch:
         """Return a batch whose `units` are input ids [B, T] and whose `places` are first pieces [B, W]."""

@@ -23,7 +23,8 @@ from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer
 from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
 from fastmask.tasks.parsing.mst import maximum_spanning_trees
 from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
-from fastmask.tasks.pretrained import check_fit, load_encoder, load_tokenizer, positions_of, without_progress_bars
+from fastmask.tasks.pretrained import check_fit, load_encoder, positions_of, without_progress_bars
+from fastmask.tasks.word_pieces import load_word_tokenizer
 
 __all__ = ["LOSSES", "Parser", "ParserConfig", "ParserOutput"]
 
@@ -184,9 +185,7 @@ class Parser(nn.Module):
         name = os.fspath(name_or_path)
         encoder = load_encoder(name)
         kind = getattr(encoder.config, "model_type", "")
-        # RoBERTa's byte pairs differ at the start of a text unless told that every word follows a space.
-        extra = {"add_prefix_space": True} if kind in ("roberta", "gpt2", "longformer", "bart") else {}
-        tokenizer = load_tokenizer(name, **extra)
+        tokenizer = load_word_tokenizer(name, kind)
         check_fit(tokenizer, encoder, name)
         room = positions_of(encoder, tokenizer)
         features = PieceFeatures(tokenizer, min(room, max_length) if max_length else room)

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastmask.errors import nearest, unknown
+from fastmask.errors import nearest
+from fastmask.errors import unknown as unknown_name
+from fastmask.tasks.labels import listed
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.task import UNKNOWN_LABELS
 
-__all__ = ["UNKNOWN_DEPRELS", "check_deprels", "unknown_deprels"]
-
-UNKNOWN_DEPRELS = ("fail", "universal", "ignore")
+__all__ = ["check_deprels", "unknown_deprels"]
 
 
 def unknown_deprels(rows: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Counter[str]:
@@ -41,14 +42,14 @@ def check_deprels(
         ValueError: relations that are left unknown, listed with their counts.
         KeyError: `unknown` is none of the three.
     """
-    if unknown not in UNKNOWN_DEPRELS:
-        raise _unknown_choice(unknown)
+    if unknown not in UNKNOWN_LABELS:
+        raise unknown_name("way of dealing with unknown relations", unknown, UNKNOWN_LABELS)
     missing = unknown_deprels(rows, vocabulary)
     if not missing:
         return list(rows)
     if unknown == "ignore":
         warnings.warn(
-            f"relations that the model does not know have no label in the loss: {_listed(missing)}", stacklevel=2
+            f"relations that the model does not know have no label in the loss: {listed(missing)}", stacklevel=2
         )
         return list(rows)
     universal: dict[str, str] = {}
@@ -63,15 +64,7 @@ def check_deprels(
         if unknown == "fail":
             ways = f"map subtypes to their universal relations (universal) or {ways}"
         raise ValueError(
-            f"relations that the model was not trained on: {_listed(missing)}{f' ({hints})' if hints else ''}. "
+            f"relations that the model was not trained on: {listed(missing)}{f' ({hints})' if hints else ''}. "
             f"It knows {', '.join(sorted(vocabulary.deprels))}. Correct them, or {ways}"
         )
     return [{**row, "deprels": [universal.get(label, label) for label in row["deprels"]]} for row in rows]
-
-
-def _unknown_choice(given: str) -> Exception:
-    return unknown("way of dealing with unknown relations", given, UNKNOWN_DEPRELS)
-
-
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{label} ({count})" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item)))

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from fastmask.settings import setting
 from fastmask.tasks.data import synthetic
 from fastmask.tasks.data.conllu import read_sentences
-from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks
+from fastmask.tasks.data.treebanks import load_treebanks, trained_languages
 from fastmask.tasks.parsing.batch import Batch, Encoded
 from fastmask.tasks.parsing.evaluation import encode, parse, predict_file, scores_of
 from fastmask.tasks.parsing.parser import Parser
@@ -27,7 +27,7 @@ from fastmask.tasks.parsing.relations import check_deprels
 from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary
 from fastmask.tasks.parsing.windows import Tree, rows_that_fit
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
-from fastmask.unseen.typology import HeadDirection, head_direction_similarity
+from fastmask.unseen.typology import direction_profile, direction_similarity
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
@@ -60,7 +60,7 @@ class Parsing(Task):
     @classmethod
     def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
         """Every language of a folder of treebanks that has training data."""
-        codes = sorted({bank.code for bank in find_treebanks(data).values() if "train" in bank.files})
+        codes = trained_languages(data)
         if not codes:
             raise ValueError(f"no treebank in {os.fspath(data)} has training data (*train.conllu)")
         return codes
@@ -207,15 +207,11 @@ class Parsing(Task):
 
     def profile(self, rows: Rows) -> dict[str, Any]:
         """How often the dependents of each relation stand before and after their heads."""
-        select = getattr(rows, "select_columns", None)
-        return dict(HeadDirection.of_rows(select(["heads", "deprels"]) if select else rows).counts)
+        return direction_profile(rows)
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         """By the direction of dependencies; see `fastmask.unseen.typology`."""
-        known = {
-            name: HeadDirection({relation: (b, a) for relation, (b, a) in of.items()}) for name, of in others.items()
-        }
-        return head_direction_similarity(HeadDirection({r: (b, a) for r, (b, a) in profile.items()}), known)
+        return direction_similarity(profile, others)
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from fastmask.files.manifest import MANIFEST, Origin, check_files, write_manifes
 from fastmask.models import attach
 from fastmask.optim import LiveAdamW
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.task import Splits, Task
+from fastmask.tasks.task import Splits, Task, heading
 from fastmask.training import checkpoints
 from fastmask.training.batches import MixedBatches
 from fastmask.training.checkpoints import CheckpointError
@@ -185,7 +185,7 @@ class _Run:
             self.log = MetricsLog(self.folder, history, config.tensorboard, self.accelerator.is_main_process)
             stack.callback(self.log.close)
             show = show and self.accelerator.is_main_process
-            bar = stack.enter_context(TrainingProgress(config.steps, self.step, self.task.metric, show))
+            bar = stack.enter_context(TrainingProgress(config.steps, self.step, heading(self.task.metric), show))
             bar.phase(self.phase.title)
             self.model.train()
             self.window.restart_clock()

@@ -25,10 +25,10 @@ from fastmask.cli.masks import print_masks
 from fastmask.cli.pictures import head_use
 from fastmask.cli.report import Row, print_scores, round_printer
 from fastmask.compare import pictures
-from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of
 from fastmask.compare.report import print_tables, write_report
 from fastmask.compare.results import write_result
-from fastmask.compare.tables import CONDITIONS, scores_table
+from fastmask.compare.tables import scores_table
 from fastmask.discovery import Quality, Round
 from fastmask.literal import fenced, markdown_table, printable, say
 from fastmask.tasks.parsing.task import Parsing
@@ -143,13 +143,15 @@ def test_folders_of_a_stranger(tmp_path, small_run, small_data, capsys):
     source = next(small_data.glob("UD_*/qaa_toy-ud-test.conllu"))
     said = said_of(capsys, "predict", small_run, source, folder / "out.conllu")
     assert re.search(rf"3 sentences written to .*{written}/out\.conllu", said)
-    options = {"train": "qaa,qac", "unseen": "qad", "methods": "full", "metas": "none", "seeds": 1, "shots": 2}
-    plan = Plan(folder / "compared", str(small_data), CompareConfig(**options), {})
+    options = {"train": "qaa,qac", "unseen": "qad", "seeds": 1, "shots": 2}
+    arms = arms_of(["full"], ["none"])
+    plan = Plan(folder / "compared", str(small_data), CompareConfig(**options), {}, arms)
     plan.open()
     scored = {"language": "qad", "score": 50.0, "choice": "full", "subnetwork": "full"}
     for job in plan.jobs:
         write_result(plan, job, whole_result([{"condition": condition, **scored} for condition in CONDITIONS]))
     given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    given += ["--methods", "full", "--metas", "none"]
     said = said_of(capsys, "compare", "--data", small_data, "--out", plan.out, "--workers", "1", *given)
     assert re.search(rf"comparison: .*{written}/compared", said)
 
@@ -208,16 +210,16 @@ def test_pictures_of_a_comparison(drawn, tmp_path):
     """The pictures of a comparison must show every language."""
     scores = scores_table(
         {
-            (0, method, "none"): {
+            (0, method): {
                 "scores": [{"condition": "seen", "language": name, "score": 50.0 + at} for at, name in enumerate(NAMES)]
             }
             for method in ("full", "static")
         }
     )
-    cells = [("full", "none"), ("static", "none")]
-    pictures.draw_gains(scores, cells, "seen", "LAS", tmp_path / "g.png")
+    plan = Plan(tmp_path, "", CompareConfig(train="a", unseen="b"), {}, arms_of(["full", "static"], ["none"]))
+    pictures.draw_gains(plan, scores, "full", "seen", "LAS", tmp_path / "g.png")
     literal(drawn)
-    pictures.draw_means(scores, cells, "LAS", tmp_path / "m.png")
+    pictures.draw_means(plan, scores, "LAS", tmp_path / "m.png")
     assert not [text for text, kind in drawn if kind]
 
 
@@ -256,15 +258,15 @@ def test_markdown():
 
 def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys):
     """All files of a comparison must be in its folder, and its tables must hold together, whatever the names."""
-    plan = Plan(tmp_path / "out", "", CompareConfig(train="a", unseen="b", methods="full,static", seeds=1), {})
-    for job in plan.jobs:
-        if job.method is not None:
-            rows = [
-                {"condition": condition, "language": name, "score": 50.0, "choice": choice, "subnetwork": choice}
-                for condition in CONDITIONS
-                for name, choice in zip(NAMES, reversed(NAMES), strict=True)
-            ]
-            write_result(plan, job, whole_result(rows))
+    arms = arms_of(["full", "static"], ["none", "fomaml"])
+    plan = Plan(tmp_path / "out", "", CompareConfig(train="a", unseen="b", seeds=1), {}, arms)
+    for job in plan.cells:
+        rows = [
+            {"condition": condition, "language": name, "score": 50.0, "choice": choice, "subnetwork": choice}
+            for condition in CONDITIONS
+            for name, choice in zip(NAMES, reversed(NAMES), strict=True)
+        ]
+        write_result(plan, job, whole_result(rows))
     files = write_report(plan, "fastmask compare ``` | --out '[/b]'")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert all(path.parent == plan.out for path in files)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, colour_languages, new_figure
-from fastmask.analysis.paired import paired_by_language
+from fastmask.analysis.paired import paired
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import bootstrap_interval, holm, p_text
 from fastmask.errors import unknown
@@ -38,11 +38,10 @@ def effect(
       the table has them (each with the mean over seeds of its difference, weighted by `weight`; it says how the method
       would do on other sentences, with these seeds), else over **seeds**. Below 6 seeds no test can reach p = 0.05, and
       the interval of so few is too narrow, so the verdict is then "too few".
-    - For a method, the mean over languages (each the mean over its seeds), a bootstrap interval over languages, and the
-      p-value of a sign-flip test over languages (`paired`), corrected over methods (Holm). Below 6 languages no test
-      can reach p = 0.05: "too few". All languages of a seed come from one model, so the test says nothing of what
-      further seeds would do: `seeds_agree` counts the seeds whose mean difference has the sign of the whole, and where
-      they do not all agree the verdict is "seeds disagree", whatever p is.
+    - For a method, the mean over languages (each the mean over its seeds), a bootstrap interval over languages and
+      seeds, and the larger of the p-values of a sign-flip test over languages and a t-test over seeds (`paired`),
+      corrected over methods (Holm). Below 6 languages no test can reach p = 0.05: "too few". All languages of a seed
+      come from one pair of models, so of one seed nothing follows for others: "one seed", and no p-value.
 
     Args:
         scores: a table with columns `method`, `language`, `seed`, `score`, or rows as mappings. A column `sentence`
@@ -59,7 +58,7 @@ def effect(
             seeds), `over` ("sentences" or "seeds"), `verdict` ("better", "worse", "inside noise", "too few").
         more["methods"]: one row for each method: `against` (its baseline), `difference`, `low`, `high`, `languages`,
             `languages_better`, `p`, `p_holm`, `seeds`, `seeds_agree`, `verdict` ("better", "worse", "inside noise",
-            "seeds disagree", "too few").
+            "one seed", "too few").
 
     Raises:
         KeyError: an unknown baseline, or a method that has no scores.
@@ -73,8 +72,8 @@ def effect(
     every = list(dict.fromkeys(frame.language))
     rows, summary = [], []
     for number, (method, other) in enumerate(against.items()):
-        paired = _paired(wide, method, other, gaps)
-        gains = paired[method] - paired[other]
+        pair = _paired(wide, method, other, gaps)
+        gains = pair[method] - pair[other]
         for place, language in enumerate(name for name in every if name in gains.index.get_level_values("language")):
             d = gains.loc[language].to_numpy()
             where = [seed, number, place]
@@ -86,14 +85,13 @@ def effect(
             low, high = bootstrap_interval(values, level, where, draws=DRAWS, weights=weights)
             enough = sentences or len(values) >= ENOUGH
             says = "too few" if not enough else "better" if low > 0 else "worse" if high < 0 else "inside noise"
-            means = (paired.loc[language][method].mean(), paired.loc[language][other].mean(), float(d.mean()))
+            means = (pair.loc[language][method].mean(), pair.loc[language][other].mean(), float(d.mean()))
             over = "sentences" if sentences else "seeds"
             rows.append((method, language, *means, low, high, len(values), over, says))
         if len(gains):
-            found = paired_by_language(gains)
-            low, high = bootstrap_interval(found.by_language, level, [seed, number, len(every)], draws=DRAWS)
+            found = paired(gains, level=level)
             languages, seeds = (len(found.by_language), found.wins), (len(found.by_seed), found.seeds_agree)
-            summary.append((method, other, found.difference, low, high, *languages, found.p, *seeds))
+            summary.append((method, other, found.difference, found.low, found.high, *languages, found.p, *seeds))
     if not summary:
         raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
     columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "over", "verdict"]
@@ -112,10 +110,10 @@ def verdict(row: Any, p: float, threshold: float = 0.05) -> str:
     """What a row of `more["methods"]` says, with a p-value that is corrected for the tests beside it."""
     if row.languages < ENOUGH:
         return "too few"
+    if row.seeds < 2:
+        return "one seed"
     if p > threshold:
         return "inside noise"
-    if row.seeds_agree < row.seeds:
-        return "seeds disagree"
     return "better" if row.difference > 0 else "worse"
 
 
@@ -141,9 +139,9 @@ def _caption(table: pd.DataFrame, methods: pd.DataFrame, sentences: bool, level:
         f"Difference {pairs}, paired; {languages} languages, {seeds} seed{'s' if seeds > 1 else ''}. "
         f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over {'sentences' if sentences else 'seeds'} "
         f"({DRAWS:,} samples){', too narrow with so few seeds: read them as the spread of seeds' if few else ''}. "
-        "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and the "
-        "p-value of a sign-flip test over languages, Holm-corrected over the methods of this table. Right of 0 the "
-        "method is better; it is only known to be where p is small and the seeds agree."
+        "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
+        "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
+        "this table. Right of 0 the method is better; it is only known to be where p is small."
     )
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
-    "bootstrap_interval", "diagonal_permutation", "holm", "p_text", "paired_sign_flip", "share_of_orders",
-    "spearman_permutation",
+    "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired_sign_flip",
+    "share_of_orders", "spearman_permutation", "t_of_mean",
 ]  # fmt: skip
 
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images
@@ -93,27 +93,82 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def crossed_interval(
+    values: ArrayLike, level: float = 0.95, seed: Seed = 0, *, draws: int = 10_000
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of a table whose rows and columns are both draws of something.
+
+    Rows and columns are sampled with replacement, each for itself, and the entries where they cross are averaged (the
+    pigeonhole bootstrap, Owen 2007): the interval says how far the mean moves with other rows and other columns. A
+    single column, or row, is every sample's: the interval then says nothing of others.
+
+    Args:
+        values: [rows, columns], such as differences by language and seed; NaN where there is none.
+        level: of confidence, between 0 and 1.
+        seed: of the samples.
+        draws: number of samples.
+
+    Raises:
+        ValueError: no table of numbers, none that is known, or a level outside (0, 1).
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.ndim != 2:
+        raise ValueError(f"expected a table, given shape {table.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, given {level}")
+    known = ~np.isnan(table)
+    _finite(table[known], "values")
+    generator = np.random.default_rng(seed)
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64) for n in table.shape)
+    sums = ((rows @ np.where(known, table, 0.0)) * columns).sum(1)
+    counts = ((rows @ known) * columns).sum(1)
+    drawn = sums[counts > 0] / counts[counts > 0]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def t_of_mean(values: ArrayLike) -> float:
+    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0.
+
+    Raises:
+        ValueError: fewer than two values, or some that are not finite.
+    """
+    from scipy.stats import t
+
+    v = _finite(values, "values")
+    if len(v) < 2:
+        raise ValueError("expected at least two values, given one")
+    error = float(v.std(ddof=1)) / math.sqrt(len(v))
+    if error == 0:
+        return 1.0 if v[0] == 0 else 0.0
+    return float(2 * t.sf(abs(float(v.mean())) / error, len(v) - 1))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p-values that keep the chance of any false alarm among all tests below the threshold (Holm 1979).
 
     The k-th smallest of m p-values, counted from 0, is multiplied by m - k; none becomes smaller than one before it,
-    and none larger than 1. The order of the input is kept.
+    and none larger than 1. The order of the input is kept. NaN is no test: it stays, and does not count.
 
     Raises:
         ValueError: a p-value outside [0, 1].
     """
-    p = np.asarray(p_values, dtype=np.float64).reshape(-1)
+    given = np.asarray(p_values, dtype=np.float64).reshape(-1)
+    tested = ~np.isnan(given)
+    p = given[tested]
     if not ((p >= 0) & (p <= 1)).all():
         raise ValueError(f"expected p-values between 0 and 1, given {list(p_values)}")
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))).clip(max=1)
-    return [float(value) for value in adjusted]
+    result = given.copy()
+    result[tested] = adjusted
+    return [float(value) for value in result]
 
 
 def p_text(p: float) -> str:
-    """A p-value as every table, caption and picture prints it: three significant digits."""
-    return f"{p:.3g}"
+    """A p-value as every table, caption and picture prints it: three significant digits; a dash for no test (NaN)."""
+    return "–" if math.isnan(p) else f"{p:.3g}"
 
 
 def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0, draws: int = DRAWS) -> tuple[float, float]:

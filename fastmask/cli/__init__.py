@@ -122,10 +122,10 @@ def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     from fastmask.cli import analyze
     from fastmask.cli.adapt import add_options
-    from fastmask.cli.options import add_settings, add_task_settings, output_file
+    from fastmask.cli.options import Joined, add_settings, add_task_settings, output_file
     from fastmask.compare.plan import RESERVED, CompareConfig
     from fastmask.discovery import VOTES
-    from fastmask.training.config import DEVICES
+    from fastmask.training.config import DEVICES, METAS, METHODS
 
     parser, commands = _commands()
     command = commands.__getitem__
@@ -179,6 +179,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     clusters = "address of a Ray cluster to train cells on instead (auto, local, host:port; needs the extra ray)"
     grid.add_argument("--ray", metavar="ADDRESS", help=clusters)
+    plan = "YAML file that says everything: arms, settings, hypotheses (as compare.yaml of a comparison)"
+    grid.add_argument("--plan", metavar="FILE", help=plan)
+    methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all)"
+    grid.add_argument("--methods", nargs="+", action=Joined, help=methods)
+    metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"
+    grid.add_argument("--metas", nargs="+", action=Joined, help=metas)
     grid.add_argument("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
     add_settings(grid, settings=CompareConfig, group="the comparison")
     add_settings(grid, without=RESERVED)

@@ -1,4 +1,4 @@
-"""`fastmask compare`: methods x meta-learning x seeds under one budget, as tables and pictures."""
+"""`fastmask compare`: ways to train x seeds under one budget, as tables and pictures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.cli.options import given_settings
-from fastmask.compare.plan import CompareConfig, Job, Plan, check_languages
+from fastmask.compare.plan import CONDITIONS, CompareConfig, Job, Plan, arms_of, check_languages
 from fastmask.compare.report import print_tables, write_report
+from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.literal import say
+from fastmask.settings import ConfigError, items_of
 from fastmask.tasks.task import heading
 from fastmask.terminal import LiteralConsole, console_of
+from fastmask.training.config import METAS, METHODS
 
 __all__ = ["run"]
+
+FREE = ("threads", "device")
+"""Settings of training that may be given beside a plan: the results do not depend on them."""
 
 
 def run(options: argparse.Namespace) -> None:
@@ -28,16 +34,12 @@ def run(options: argparse.Namespace) -> None:
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
-    given = given_settings(options)
-    own = {item.name for item in dataclasses.fields(CompareConfig)}
-    config = CompareConfig.from_dict({name: value for name, value in given.items() if name in own})
-    training = {name: value for name, value in given.items() if name not in own}
-    plan = Plan(Path(options.out), options.data, config, training)
+    plan = _plan(options)
     check_writable(plan.out / "plan")
     check_languages(plan)
     Runner(plan).check()
     plan.open()
-    threads = training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
+    threads = plan.training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
     progress = _Progress(plan)
     try:
         run_all(plan, options.workers, threads, progress.show, options.ray)
@@ -47,6 +49,33 @@ def run(options: argparse.Namespace) -> None:
     files = write_report(plan, options.command_line)
     say(f"comparison: {plan.out.resolve()}")
     say(f"            {', '.join(file.name for file in files)}")
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    """The plan of a file, or that which the options say."""
+    given = given_settings(options)
+    if options.plan is not None:
+        others = [*(given.keys() - set(FREE)), *(name for name in ("methods", "metas") if getattr(options, name))]
+        if others:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
+            raise ConfigError(f"{names} given beside --plan, which says everything (expected no settings)")
+        plan = Plan.read(options.plan, Path(options.out), options.data)
+        return dataclasses.replace(plan, training={**plan.training, **given})
+    own = {item.name for item in dataclasses.fields(CompareConfig)}
+    config = CompareConfig.from_dict({name: value for name, value in given.items() if name in own})
+    training = {name: value for name, value in given.items() if name not in own}
+    methods, metas = (
+        _some_of(name, items_of(getattr(options, name) or default), known)
+        for name, default, known in (("methods", ",".join(METHODS), METHODS), ("metas", "none,fomaml", METAS))
+    )
+    return Plan(Path(options.out), options.data, config, training, arms_of(methods, metas))
+
+
+def _some_of(name: str, given: list[str], known: tuple[str, ...]) -> list[str]:
+    for item in given:
+        if item not in known:
+            raise ConfigError(f"--{name}: {unknown('entry', item, known)}")
+    return list(dict.fromkeys(given))
 
 
 class _Progress:
@@ -66,16 +95,15 @@ class _Progress:
         self.done, self.mine = self.done + 1, self.mine + 1
         left = (time.perf_counter() - self.began) / self.mine * (self.total - self.done)
         scores = ", ".join(f"{name} {value:.2f}" for name, value in _means(result).items())
-        what = f"{heading(next(iter(result['scores'][0]['scores'])))} {scores}" if scores else "the shared start"
+        shared = {"start": "the shared start", "masks": "subnetworks"}.get(job.kind)
+        what = shared or f"{heading(next(iter(result['scores'][0]['scores'])))} {scores}"
         self.console.print(
             f"[{self.done}/{self.total}] {job.name}: {what}; {result['seconds']:.0f} s, about {left / 60:.0f} min left"
         )
 
 
 def _means(result: dict[str, Any]) -> dict[str, float]:
-    """Mean LAS of each condition."""
-    from fastmask.compare.tables import CONDITIONS
-
+    """Mean score of each condition."""
     scores: dict[str, list[float]] = {}
     for score in result.get("scores", []):
         if score["condition"] in CONDITIONS:

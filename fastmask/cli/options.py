@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from fastmask.files import read_yaml
 from fastmask.training.config import TrainConfig
 
-__all__ = ["STANDARD_OUTPUT", "add_settings", "add_task_settings", "given_settings", "output_file"]
+__all__ = ["STANDARD_OUTPUT", "Joined", "add_settings", "add_task_settings", "given_settings", "output_file"]
 
 STANDARD_OUTPUT = "/dev/stdout"
 SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a namespace
@@ -53,7 +53,7 @@ def add_settings(
             if options["choices"] is None:
                 options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
             if item.metadata.get("list"):
-                options |= {"nargs": "+", "action": _Joined}
+                options |= {"nargs": "+", "action": Joined}
         (groups[title] if title else parser).add_argument(
             f"--{item.name.replace('_', '-')}", dest=f"{prefix}{item.name}", **options
         )
@@ -75,7 +75,7 @@ def add_task_settings(parser: argparse.ArgumentParser, arguments: Sequence[str])
     add_settings(parser, settings=task_class(name).settings, prefix=OPTION, group=f"task {name}")
 
 
-class _Joined(argparse.Action):
+class Joined(argparse.Action):
     """A list, given as ``en,ar`` or as ``en ar``."""
 
     def __call__(

@@ -1,12 +1,20 @@
-"""Doing one job: the shared start of a seed, or one cell trained from there and scored."""
+"""Doing one job: the shared start of a seed, its subnetworks, or one cell trained from there and scored."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import platform
 import statistics
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from fastmask.compare.branch import branch
 from fastmask.compare.plan import Job, Plan
@@ -35,10 +43,10 @@ class Runner:
 
     def run(self, job: Job) -> dict[str, Any]:
         """Do a job, from its last checkpoint if it was begun before; returns what its ``result.json`` holds."""
-        began = time.perf_counter()
+        began, origin = time.perf_counter(), {"day": datetime.date.today().isoformat(), "made_by": _made_by()}
         resumed = checkpoints.latest(self.plan.folder(job) / RUN) is not None
-        result = self._start(job) if job.method is None else self._cell(job)
-        return {"seconds": round(time.perf_counter() - began, 1), "resumed": resumed, **result}
+        result = {"start": self._start, "masks": self._masks, "cell": self._cell}[job.kind](job)
+        return {**origin, "seconds": round(time.perf_counter() - began, 1), "resumed": resumed, **result}
 
     def check(self) -> None:
         """See that data and settings fit, before anything is trained.
@@ -46,16 +54,23 @@ class Runner:
         Raises:
             ValueError: a language with too few sentences, an episode that asks for more than there is, and the like.
         """
-        configs = [self.plan.train_config(job, self.plan.folder(job)) for job in self.plan.jobs]
-        task = self._task(configs[0])
-        train = {name: task.training_examples(splits["train"], name) for name, splits in self.datasets.items()}
-        task.check(train)
-        self.scorer.check(task)
-        for config in configs:
-            check_subnetworks(task, config, train)
-            if config.meta != "none":
-                Budget.of(config, len(train))
-                episode_sampler(config, train)
+        masked = any(self.plan.settings_of(arm).method != "full" for arm in self.plan.arms)
+        nearest = masked and self.plan.config.choose == "nearest"
+        tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
+        for job in self.plan.jobs:
+            config = self.plan.train_config(job, self.plan.folder(job))
+            if job.kind == "start" and job.seed == 0:
+                task = self._task(config)
+                train = {name: task.training_examples(splits["train"], name) for name, splits in self.datasets.items()}
+                task.check(train)
+                self.scorer.check(task, nearest)
+                tasks[job.name] = task, train
+            if job.kind == "cell":
+                task, train = tasks[job.needs[0].replace(f"seed-{job.seed}/", "seed-0/")]
+                check_subnetworks(task, config, train)
+                if config.meta != "none":
+                    Budget.of(config, len(train))
+                    episode_sampler(config, train)
 
     @cached_property
     def datasets(self) -> Splits:
@@ -64,43 +79,55 @@ class Runner:
 
     @cached_property
     def scorer(self) -> Scorer:
-        """The test sentences of all languages and the support sets of the unseen ones: the same for every cell."""
+        """The test sentences of all languages and the support sets of the unseen ones: the same for every arm."""
         unseen = self.plan.load(self.plan.config.unseen, optional=("train", "dev"))
-        config = self.plan.train_config(self.plan.jobs[0], self.plan.out)
-        same = partial(config.task_class.words_of, options=config.task_settings)
-        return Scorer(self.plan.config, self.datasets, unseen, same)
+        options = self.plan.settings_of(next(iter(self.plan.arms))).task_settings
+        same = partial(self.plan.task.words_of, options=options)
+        return Scorer(self.plan.config, self.plan.shots, self.datasets, unseen, same)
 
     def _task(self, config: TrainConfig) -> Task:
         return config.task_class.build(config, self.datasets)
 
     def _start(self, job: Job) -> dict[str, Any]:
-        """Train the full network up to the switch, and find the subnetworks that the masked methods start from."""
+        """Train the full network up to the switch."""
+        self._to_the_switch(job, lambda point: None)
+        return {}
+
+    def _masks(self, job: Job) -> dict[str, Any]:
+        """Find the subnetworks that arms start from, in the network of the start."""
+        config = self.plan.train_config(job, self.plan.folder(job) / RUN)
+        if checkpoints.latest(config.out) is None:
+            branch(self.plan.folder(job.needs[0]) / RUN, config)
+        found = self._to_the_switch(job, subnetworks_of)
+        replace_file(self.plan.folder(job) / MASKS_FILE, found.save, follow=False)
+        remove_tree(Path(config.out))
+        return {"density": _density(found)}
+
+    def _to_the_switch(self, job: Job, work: Callable[[SwitchPoint], Any]) -> Any:
+        """Train up to the switch, or go on from there, and return what `work` makes of it; the run stays there."""
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
 
-        def find(point: SwitchPoint) -> Subnetworks:
-            raise _FoundError(subnetworks_of(point))
+        def stop(point: SwitchPoint) -> Subnetworks:
+            raise _StoppedError(work(point))
 
         try:
-            train(self._task(config), self.datasets, config, find, progress=False)
-        except _FoundError as found:
-            masks = self.plan.folder(job) / MASKS_FILE
-            replace_file(masks, found.subnetworks.save, follow=False)
-            return {"density": _density(found.subnetworks)}
-        raise RuntimeError(f"{config.out} ran to its end without looking for subnetworks")
+            train(self._task(config), self.datasets, config, stop, progress=False)
+        except _StoppedError as stopped:
+            return stopped.result
+        raise RuntimeError(f"{config.out} ran to its end without coming to the switch")
 
     def _cell(self, job: Job) -> dict[str, Any]:
         """Go on from the start of the seed, then score."""
-        assert job.needs is not None
-        start = self.plan.folder(job.needs)
+        start, *masks = map(self.plan.folder, job.needs)
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
-        if config.method != "full":
-            config = dataclasses.replace(config, masks=str(start / MASKS_FILE))
+        if masks:
+            config = dataclasses.replace(config, masks=str(masks[0] / MASKS_FILE))
         if checkpoints.latest(config.out) is None and not is_finished(config.out):
             branch(start / RUN, config)
         began = time.perf_counter()
         trained = train(self._task(config), self.datasets, config, progress=False)
         scored = time.perf_counter()
-        scores = self.scorer.scores(trained.task, trained.subnetworks)
+        scores = self.scorer.scores(trained.task, trained.subnetworks, config)
         result = {
             "training_seconds": round(scored - began, 1),
             "scoring_seconds": round(time.perf_counter() - scored, 1),
@@ -108,8 +135,21 @@ class Runner:
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
             "scores": scores,
         }
-        remove_tree(checkpoints.folder_of(config.out))  # model and masks stay
+        # Model and masks stay, where they are asked for.
+        remove_tree(checkpoints.folder_of(config.out) if self.plan.config.keep_models else trained.run)
         return result
+
+
+def _made_by() -> str:
+    """Processor and versions."""
+    import fastmask
+
+    processor = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
+    versions = {"fastmask": fastmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return f"{processor}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
 def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
@@ -129,12 +169,12 @@ def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
     }
 
 
-class _FoundError(Exception):
-    """Carries the subnetworks out of a run that ends where they are switched on."""
+class _StoppedError(Exception):
+    """Carries a result out of a run that ends at the switch."""
 
-    def __init__(self, subnetworks: Subnetworks) -> None:
+    def __init__(self, result: Any) -> None:
         super().__init__("stopped at the switch")
-        self.subnetworks = subnetworks
+        self.result = result
 
 
 def _density(subnetworks: Subnetworks) -> dict[str, float]:

@@ -61,7 +61,7 @@ def run_all(
     with held(plan.out), engine as submit:
         running: dict[Future[Result], Job] = {}
         while waiting or running:
-            for job in [job for job in waiting if job.needs is None or is_done(plan, job.needs)]:
+            for job in [job for job in waiting if all(is_done(plan, name) for name in job.needs)]:
                 waiting.remove(job)
                 running[submit(job)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,62 +1,102 @@
-"""What a comparison consists of: its settings, and its jobs with what each of them needs.
+"""What a comparison consists of: its arms, its settings, what is to be tested, and its jobs with what each needs.
 
-Everything of one seed starts from the same full network, trained in mixed batches for the first `discover_at` share of
-the steps (job ``seed-0/start``, which also finds the subnetworks). Each cell, ``seed-0/static-fomaml`` say, then goes
-on from that checkpoint exactly as an unbroken ``fastmask train --method static --meta fomaml`` would: same steps, same
-sentences, same schedule.
+An *arm* is a way to train: settings that differ from those that all arms share. Everything of one seed starts from the
+same full network, trained in mixed batches for the first `discover_at` share of the steps (job ``seed-0/start``); the
+subnetworks are found in it once (``seed-0/masks``); and each cell, ``seed-0/static-fomaml`` say, goes on from there
+exactly as an unbroken run of `fastmask train` with the arm's settings would. Arms that differ in what comes before the
+switch, or in how subnetworks are found, have starts and masks of their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
+from fastmask.compare.branch import AFTER_THE_SWITCH
+from fastmask.errors import unknown
 from fastmask.files import Record, is_leftover, read_yaml, write_yaml
 from fastmask.settings import ConfigError, Settings, items_of, named_errors, setting
 from fastmask.tasks.task import Splits, Task
-from fastmask.training.config import METAS, METHODS, TrainConfig
+from fastmask.training.config import TrainConfig
 from fastmask.unseen.adapting import OPTIMIZERS
 from fastmask.unseen.choosing import CHOICES
 
-__all__ = ["RESERVED", "SETTINGS_FILE", "CompareConfig", "Job", "Plan", "check_languages", "jobs_of"]
+__all__ = [
+    "CONDITIONS",
+    "RESERVED",
+    "SETTINGS_FILE",
+    "CompareConfig",
+    "Hypothesis",
+    "Job",
+    "Plan",
+    "arms_of",
+    "check_languages",
+]
 
 SETTINGS_FILE = "compare.yaml"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
-"""Settings of training that the comparison itself decides."""
+"""Settings of training that the comparison itself decides; an arm may say `method`, `meta` and `masks`."""
+OF_ARMS = ("method", "meta", "masks")
+FOUND_BY = ("units", "density", "tau", "score_sentences")
+"""Settings that subnetworks are found by, beside those of what comes before."""
+
+CONDITIONS = {
+    "seen": "training languages, each with its own subnetwork",
+    "zero-shot": "unseen languages, without a sentence of them: the union of all subnetworks",
+    "chosen": "unseen languages, the subnetwork chosen on the support set, nothing updated",
+    "adapted": "unseen languages, after the gradient steps on the support set",
+}
 
 
 @dataclass
 class CompareConfig(Settings):
-    """Settings of a comparison beside those of training, which all cells share."""
+    """Settings of a comparison beside those of training, which its arms share."""
 
     train: str = setting("", "comma-separated codes or treebank names of the training languages", list=True)
     unseen: str = setting("", "those of the languages that are only adapted to and tested on", list=True)
     seeds: int = setting(3, "how many seeds; 0, 1, 2, ...", low=1, high=1000)
-    methods: str = setting(",".join(METHODS), "which subnetworks to compare", choices=METHODS, list=True)
-    metas: str = setting("none,fomaml", "with which meta-learning", choices=METAS, list=True)
     choose: str = setting(
         "nearest", "how an unseen language gets its subnetwork before it is adapted to", choices=CHOICES
     )
-    shots: int = setting(20, "sentences in a support set of an unseen language", low=1)
-    support_sets: int = setting(3, "random support sets for each unseen language", low=1)
-    adapt_steps: int = setting(5, "gradient steps on a support set", low=1)
+    shots: int | None = setting(
+        None, "sentences in a support set of an unseen language; support_sentences if not given", low=1
+    )
+    support_sets: int = setting(3, "random support sets for each unseen language, new ones for each seed", low=1)
+    adapt_steps: int | None = setting(
+        None, "gradient steps on a support set; inner_steps of the arm if not given", low=1
+    )
     adapt_optimizer: str = setting("sgd", "what takes those steps", choices=OPTIMIZERS)
-    adapt_lr: float = setting(0.01, "learning rate of those steps, outside the encoder", above=0)
-    adapt_encoder_lr: float = setting(0.003, "learning rate of those steps, encoder", low=0)
+    adapt_lr: float | None = setting(
+        None, "learning rate of those steps, outside the encoder; inner_lr of the arm if not given", above=0
+    )
+    adapt_encoder_lr: float | None = setting(
+        None, "learning rate of those steps, encoder; inner_encoder_lr of the arm if not given", low=0
+    )
     test_sentences: int = setting(200, "test sentences per language, drawn once; 0: all", low=0)
+    keep_models: bool = setting(True, "keep the trained model of each cell, for `fastmask analyze`")
 
-    @property
-    def method_list(self) -> list[str]:
-        """The methods, in the order asked for."""
-        return list(dict.fromkeys(items_of(self.methods)))
 
-    @property
-    def meta_list(self) -> list[str]:
-        """The kinds of meta-learning, in the order asked for."""
-        return list(dict.fromkeys(items_of(self.metas)))
+class Hypothesis(Record):
+    """What a comparison is to decide: that one arm is better than another one, on some languages.
+
+    Attributes:
+        arm: the one.
+        over: the other.
+        condition: one of `CONDITIONS`.
+        more_than: by how many points; below 0, that it is not worse by as many.
+    """
+
+    arm: str
+    over: str
+    condition: Literal["seen", "zero-shot", "chosen", "adapted"]
+    more_than: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,25 +104,30 @@ class Job:
     """One unit of work, a folder in the comparison's.
 
     Attributes:
-        name: ``seed-0/start`` or ``seed-0/METHOD-META``.
+        name: ``seed-0/start``, ``seed-0/masks`` or ``seed-0/ARM``.
         seed: of everything random in it.
-        method: None for the start that all cells of a seed share.
-        meta: "none", "fomaml" or "reptile".
-        needs: name of the job that must be done first, or None.
+        kind: "start", "masks" or "cell".
+        arm: whose settings it takes; of a start or masks the first of those that share it.
+        needs: names of the jobs that must be done first: a cell's start, then its masks.
     """
 
     name: str
     seed: int
-    method: str | None = None
-    meta: str = "none"
-    needs: str | None = None
+    kind: Literal["start", "masks", "cell"]
+    arm: str
+    needs: tuple[str, ...] = ()
 
 
 class _Stored(Record):
-    """What ``compare.yaml`` holds."""
+    """What ``compare.yaml``, and any file of a plan, holds."""
 
+    question: str = ""
+    date: Annotated[str, Field(pattern=r"^(\d{4}-\d\d-\d\d)?$")] = ""
     comparison: dict[str, Any]
     training: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    hypotheses: dict[str, Hypothesis] = Field(default_factory=dict)
+    zone: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,78 +139,155 @@ class Plan:
         data: where the data is.
         config: settings of the comparison.
         training: settings of every run in it, as given; the rest are the defaults of `TrainConfig`.
+        arms: name -> the settings of training in which this arm differs.
+        question: what the comparison is for, in words.
+        date: of the plan, as 2026-11-29; its runs come after it.
+        hypotheses: what is tested, by name; all other differences that tables show are descriptions.
+        zone: differences of so many points mean nothing, whatever their p-value.
     """
 
     out: Path
     data: str
     config: CompareConfig
     training: Mapping[str, Any]
+    arms: Mapping[str, Mapping[str, Any]]
+    question: str = ""
+    date: str = ""
+    hypotheses: Mapping[str, Hypothesis] = field(default_factory=dict)
+    zone: float = 0.0
 
     def __post_init__(self) -> None:
-        """Reject settings that the comparison decides itself."""
+        """See that everything fits together."""
         for name in self.training:
             if name in RESERVED:
                 raise ConfigError(f"{name} is a setting of single runs (a comparison decides it)")
-        for job in self.jobs:
-            self.train_config(job, self.out)
+        if not self.arms:
+            raise ConfigError("arms is empty (expected at least one way to train)")
+        for arm, settings in self.arms.items():
+            if not re.fullmatch(r"[\w.+-]+", arm) or arm.startswith(".") or re.fullmatch(r"(start|masks)(-\d+)?", arm):
+                raise ConfigError(
+                    f"an arm is called {arm!r} (expected letters, digits, - + . or _, and not start or masks)"
+                )
+            for name in settings:
+                if name in RESERVED and name not in OF_ARMS:
+                    raise ConfigError(f"arm {arm}: {name} is a setting of single runs (a comparison decides it)")
+                if name in ("task", "task_options"):
+                    raise ConfigError(f"arm {arm}: {name} must be the same for all arms")
+            with named_errors(f"arm {arm}"):
+                self.settings_of(arm)
+        for name, hypothesis in self.hypotheses.items():
+            for arm in (hypothesis.arm, hypothesis.over):
+                if arm not in self.arms:
+                    raise ConfigError(f"hypothesis {name}: {unknown('arm', arm, self.arms)}")
 
     @classmethod
-    def stored(cls, out: Path, data: str = "") -> Plan:
-        """The comparison that a folder holds.
+    def read(cls, file: str | Path, out: Path, data: str = "") -> Plan:
+        """The comparison that a file describes.
 
         Raises:
-            FileNotFoundError: it holds none.
-            FileError: ``compare.yaml`` is damaged.
+            FileNotFoundError: there is no such file.
+            FileError: it is damaged.
             ConfigError: a setting in it is wrong.
             FastmaskKeyError: a name in it that is no setting.
         """
-        file = out / SETTINGS_FILE
         stored: _Stored = read_yaml(file, _Stored)
         with named_errors(file):
-            return cls(out, data, CompareConfig.from_dict(stored.comparison), stored.training)
+            config = CompareConfig.from_dict(stored.comparison)
+            rest = stored.question, stored.date, stored.hypotheses, stored.zone
+            return cls(out, data, config, stored.training, stored.arms, *rest)
+
+    @classmethod
+    def stored(cls, out: Path, data: str = "") -> Plan:
+        """The comparison that a folder holds; raises what `read` does."""
+        return cls.read(out / SETTINGS_FILE, out, data)
 
     @property
-    def settings(self) -> dict[str, dict[str, Any]]:
+    def settings(self) -> dict[str, Any]:
         """What ``compare.yaml`` holds."""
-        return {"comparison": dataclasses.asdict(self.config), "training": dict(self.training)}
+        return {
+            "question": self.question,
+            "date": self.date,
+            "comparison": dataclasses.asdict(self.config),
+            "training": dict(self.training),
+            "arms": {name: dict(settings) for name, settings in self.arms.items()},
+            "hypotheses": {name: hypothesis.model_dump() for name, hypothesis in self.hypotheses.items()},
+            "zone": self.zone,
+        }
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every job: of each seed the starts, masks and cells. Seeds come one after the other."""
+        jobs: list[Job] = []
+        for seed in range(self.config.seeds):
+            starts: dict[Any, Job] = {}
+            masks: dict[Any, Job] = {}
+            cells = []
+            for arm in self.arms:
+                config = self.settings_of(arm)
+                before = {name: value for name, value in config.identity().items() if name not in AFTER_THE_SWITCH}
+                key = repr((before, config.shared_steps))
+                start = starts.setdefault(key, Job(_numbered(seed, "start", starts, key), seed, "start", arm))
+                needs = [start.name]
+                if config.method != "full" and config.masks is None:
+                    key = repr((key, [getattr(config, name) for name in FOUND_BY]))
+                    job = Job(_numbered(seed, "masks", masks, key), seed, "masks", arm, (start.name,))
+                    needs.append(masks.setdefault(key, job).name)
+                cells.append(Job(f"seed-{seed}/{arm}", seed, "cell", arm, tuple(needs)))
+            jobs += [*starts.values(), *masks.values(), *cells]
+        return tuple(jobs)
 
     @property
-    def jobs(self) -> list[Job]:
-        """Every job, the starts first."""
-        return jobs_of(self.config)
+    def cells(self) -> list[Job]:
+        """The jobs that are arms of a seed."""
+        return [job for job in self.jobs if job.kind == "cell"]
 
     def folder(self, job: Job | str) -> Path:
         """Where a job keeps its files."""
         return self.out / (job if isinstance(job, str) else job.name)
 
-    def train_config(self, job: Job, out: Path) -> TrainConfig:
-        """The settings of the run that `job` trains in the folder `out`.
+    def settings_of(self, arm: str, seed: int = 0, out: Path | None = None) -> TrainConfig:
+        """The settings of an arm's run.
 
         Raises:
             ConfigError: they do not fit one another.
         """
-        return TrainConfig.from_dict(
-            {
-                **self.training,
-                "data": self.data,
-                "languages": self.config.train,
-                "method": job.method or "static",
-                "meta": job.meta,
-                "seed": job.seed,
-                "out": str(out),
-                "resume": True,
-            }
-        )
+        given = {**self.training, **self.arms[arm]}
+        if isinstance(given.get("masks"), str):
+            given["masks"] = given["masks"].replace("{seed}", str(seed))
+        fixed = {"data": self.data, "languages": self.config.train, "seed": seed, "resume": True}
+        return TrainConfig.from_dict({**given, **fixed, "out": str(out or self.out)})
+
+    def train_config(self, job: Job, out: Path) -> TrainConfig:
+        """The settings of the run that `job` trains in the folder `out`; a start, and masks, end at the switch."""
+        config = self.settings_of(job.arm, job.seed, out)
+        return config if job.kind == "cell" else dataclasses.replace(config, method="static", meta="none", masks=None)
 
     @property
+    def shots(self) -> int:
+        """Sentences in a support set, the same for all arms."""
+        return self.config.shots or TrainConfig.from_dict(dict(self.training)).support_sentences
+
+    @cached_property
     def task(self) -> type[Task]:
         """The class of the task of every run."""
-        return self.train_config(self.jobs[0], self.out).task_class
+        return self.settings_of(next(iter(self.arms))).task_class
 
     def load(self, languages: str, **splits: Any) -> Splits:
         """Rows of some of the languages, see `Task.load`."""
-        config = self.train_config(self.jobs[0], self.out)
-        return config.task_class.load(self.data, languages, config.task_settings, **splits)
+        return self.task.load(self.data, languages, self.settings_of(next(iter(self.arms))).task_settings, **splits)
+
+    def baseline(self, arm: str, method: str) -> str | None:
+        """The arm of method `method` that differs least from `arm` in all else; None if there is none but itself.
+
+        Arms of that method have the one with the fewest settings of its own as their baseline.
+        """
+        mine = self.settings_of(arm)
+        others = {name: found for name in self.arms if (found := self.settings_of(name)).method == method}
+        if mine.method == method:
+            first = min(others, key=lambda name: len(self.arms[name]))
+            return None if first == arm else first
+        others = {name: found for name, found in others.items() if name != arm}
+        return min(others, key=lambda name: len(mine.differences(others[name]).keys() - {"method"}), default=None)
 
     def open(self) -> None:
         """Write the settings, or see that the folder holds this very comparison.
@@ -174,14 +296,14 @@ class Plan:
             ConfigError: it holds something else, or a comparison with other settings.
             FileError: ``compare.yaml`` is damaged.
         """
-        file, mine = self.out / SETTINGS_FILE, self.settings
+        file, mine = self.out / SETTINGS_FILE, _flat(self.settings)
         if file.is_file():
-            theirs = Plan.stored(self.out).settings
+            theirs = _flat(Plan.stored(self.out).settings)
             differences = [
-                f"{name} was {theirs[part].get(name)!r} and is {mine[part].get(name)!r}"
-                for part in mine
-                for name in sorted({*mine[part], *theirs[part]} - {"threads", "device"})
-                if mine[part].get(name) != theirs[part].get(name)
+                f"{name.rpartition('.')[2] if name.startswith(('comparison.', 'training.')) else name} "
+                f"was {theirs.get(name)!r} and is {mine.get(name)!r}"
+                for name in sorted({*mine, *theirs} - {"training.threads", "training.device"})
+                if mine.get(name) != theirs.get(name)
             ]
             if differences:
                 raise ConfigError(
@@ -191,21 +313,31 @@ class Plan:
             return
         if self.out.is_dir() and not all(is_leftover(path.name) for path in self.out.iterdir()):
             raise ConfigError(f"out is {str(self.out)!r}, which is not empty and holds no comparison")
-        write_yaml(file, mine, follow=False)
+        write_yaml(file, self.settings, follow=False)
 
 
-def jobs_of(config: CompareConfig) -> list[Job]:
-    """The jobs of a comparison: for each seed the start, then its cells. Seeds come one after the other."""
-    jobs = []
-    for seed in range(config.seeds):
-        start = Job(f"seed-{seed}/start", seed)
-        cells = [
-            Job(f"seed-{seed}/{method}-{meta}", seed, method, meta, start.name)
-            for meta in config.meta_list
-            for method in config.method_list
-        ]
-        jobs += [start, *cells]
-    return jobs
+def arms_of(methods: Iterable[str], metas: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Every method with every kind of meta-learning, as arms: ``static``, ``static-fomaml``."""
+    return {
+        method if meta == "none" else f"{method}-{meta}": {"method": method, "meta": meta}
+        for meta in metas
+        for method in methods
+    }
+
+
+def _numbered(seed: int, kind: str, known: Mapping[Any, Job], key: Any) -> str:
+    """``seed-0/start``, ``seed-0/start-2``, ..."""
+    number = len(known) + 1
+    return f"seed-{seed}/{kind}" + ("" if key in known or number == 1 else f"-{number}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping)
+        flat.update(_flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value})
+    return flat
 
 
 def check_languages(plan: Plan) -> None:

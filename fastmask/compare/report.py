@@ -2,84 +2,90 @@
 
 from __future__ import annotations
 
-import datetime
 import math
-import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-import transformers
+import yaml
 from rich.table import Table
 
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.pictures import draw_gains, draw_means
-from fastmask.compare.plan import Plan
+from fastmask.compare.plan import CONDITIONS, Plan
 from fastmask.compare.results import RESULT_FILE, CellResult, Score, is_done
-from fastmask.compare.tables import CONDITIONS, cells_table, scores_table, summary_table
+from fastmask.compare.tables import BASELINES, cells_table, decisions, scores_table, summary_table
 from fastmask.files import read_json, write_text
 from fastmask.literal import fenced, markdown_table
 from fastmask.tasks.task import heading
 from fastmask.terminal import LiteralConsole
 
-__all__ = ["load_results", "print_tables", "write_report"]
+__all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "write_report"]
+
+SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
 NOTE = (
     "Scores: mean over languages, with its standard deviation over seeds. over full, over random: difference of the "
-    "means over languages in points, more is better, in brackets that of each seed; full and random with the same "
-    "meta-learning (full with meta-learning against plain full). p: paired sign-flip test over languages, each the "
-    "mean over seeds and support sets; Holm-corrected over the rows of its column, not over columns and tables. won: "
-    "languages in which the row is better."
+    "means over languages in points, more is better, then its 95% interval (bootstrap over languages and seeds). Each "
+    "arm is compared with the arm of that method that has the other settings in common with it. p: the larger of that "
+    "of a sign-flip test over languages and that of a t-test over seeds, corrected (Holm) over all tests of these "
+    "tables; none with a single seed. won: languages in which the row is better."
+)
+DECIDED = (
+    "What the plan set out to decide. p is corrected over these hypotheses alone: they were written down before the "
+    "runs. A hypothesis holds, or does not, where p is at most 0.05; else it is open."
 )
 
 
-def load_results(plan: Plan) -> dict[tuple[int, str, str], dict[str, Any]]:
-    """(seed, method, meta) -> result, of every cell that is done.
+def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
+    """(seed, arm) -> result, of every cell that is done.
 
     Raises:
         FileError: a result is damaged.
     """
     results = {}
-    for job in plan.jobs:
-        if job.method is not None and is_done(plan, job):
+    for job in plan.cells:
+        if is_done(plan, job):
             result: CellResult = read_json(plan.folder(job) / RESULT_FILE, CellResult)
-            results[job.seed, job.method, job.meta] = result.model_dump()
+            results[job.seed, job.arm] = result.model_dump()
     return results
+
+
+def load_tables(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every score, and every cell: of the cells that are done, or of the tables where only those were kept."""
+    results = load_results(plan)
+    if not results and (plan.out / SCORES_FILE).is_file():
+        return pd.read_csv(plan.out / SCORES_FILE), pd.read_csv(plan.out / CELLS_FILE)
+    return scores_table(results), cells_table(results)
 
 
 def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     """Write the tables and pictures of the cells that are done; returns the files."""
-    results = load_results(plan)
-    scores, cells = scores_table(results), cells_table(results)
-    order = _order(plan)
-    files = [plan.out / name for name in ("results.csv", "cells.csv", "summary.csv", "summary.md", "means.png")]
-    summary = pd.concat(
-        [
-            summary_table(scores, order, condition, _sign(plan)).assign(condition=condition)
-            for condition in CONDITIONS
-            if (scores["condition"] == condition).any()
-        ]
-    )
-    for file, table, form in ((files[0], scores, None), (files[1], cells, "%.4g"), (files[2], summary, "%.4g")):
+    scores, cells = load_tables(plan)
+    names = (SCORES_FILE, CELLS_FILE, "summary.csv", "summary.md", "means.png")
+    files = [plan.out / name for name in names]
+    tables = (scores, None), (cells, "%.4g"), (summary_table(plan, scores), "%.4g")
+    for file, (table, form) in zip(files, tables, strict=False):
         write_text(file, table.to_csv(index=False, float_format=form), follow=False)
     write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
-    draw_means(scores, order, _metric(scores), files[4])
+    draw_means(plan, scores, _metric(scores), files[4])
+    plain = next((arm for arm in plan.arms if plan.settings_of(arm).method == "full"), None)
     for condition in ("seen", "adapted"):
-        if (scores["condition"] == condition).any() and len(order) > 1:
+        known = set(scores.loc[scores["condition"] == condition, "arm"])
+        if plain is not None and plain in known and len(known) > 1:
             files.append(plan.out / f"gains-{condition}.png")
-            draw_gains(scores, order, condition, _metric(scores), files[-1])
+            draw_gains(plan, scores, plain, condition, _metric(scores), files[-1])
     return files
 
 
 def print_tables(plan: Plan, console: LiteralConsole) -> None:
-    """One table for each condition, and one of the cells' cost."""
-    results = load_results(plan)
-    for title, rows in _tables(plan, scores_table(results), cells_table(results)):
+    """What was decided, one table for each condition, and one of the cells' cost."""
+    scores, cells = load_tables(plan)
+    for title, rows in page_tables(plan, scores, cells):
         table = Table(title=title)
         for name in rows[0]:
-            table.add_column(name, justify="left" if name in ("method", "meta") else "right", no_wrap=True)
+            words = ("hypothesis", "arm", "over", "verdict", "condition")
+            table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
         for row in rows:
             table.add_row(*row.values())
         console.print(table)
@@ -88,18 +94,21 @@ def print_tables(plan: Plan, console: LiteralConsole) -> None:
 
 def _metric(scores: pd.DataFrame) -> str:
     """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
-    own = [name for name in scores.columns if name not in ("seed", "method", "meta", *Score.model_fields)]
+    own = [name for name in scores.columns if name not in ("seed", "arm", *Score.model_fields)]
     return heading(own[0]) if own else "score"
 
 
-def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
-    """(title, rows) of every table, each row column -> text."""
-    tables = []
-    name = _metric(scores)
+def page_tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
+    """(title, rows) of every table of a page, each row column -> text."""
+    name, tables = _metric(scores), []
+    decided = decisions(plan, scores)
+    if len(decided):
+        tables.append((f"what was decided, {name}", [_decision_row(row) for row in decided.itertuples()]))
+    summary = summary_table(plan, scores)
     for condition, what in CONDITIONS.items():
-        if (scores["condition"] == condition).any():
-            summary = summary_table(scores, _order(plan), condition, _sign(plan))
-            tables.append((f"{name}, {what}", [_summary_row(row, name) for _, row in summary.iterrows()]))
+        of_condition = summary[summary["condition"] == condition]
+        if len(of_condition):
+            tables.append((f"{name}, {what}", [_summary_row(row, name) for _, row in of_condition.iterrows()]))
     choices = scores[scores["condition"].isin(("zero-shot", "chosen", "other choice"))]
     if choices["choice"].nunique() > 1:
         tables.append(
@@ -109,27 +118,42 @@ def _tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple
     return tables
 
 
-def _summary_row(row: Any, name: str) -> dict[str, str]:
-    cells = {
-        "method": row["method"],
-        "meta": row["meta"],
-        name: f"{_number(row['score'])} ± {_number(row['deviation'])}",
+def _decision_row(row: Any) -> dict[str, str]:
+    by = f" by more than {row.more_than:+g}" if row.more_than else ""
+    return {
+        "hypothesis": row.hypothesis,
+        "arm": row.arm,
+        "over": f"{row.over}{by}",
+        "condition": row.condition,
+        "difference": _number(row.difference, "+.2f"),
+        "95% interval": _interval(row.low, row.high),
+        "languages better": f"{row.languages_better}/{row.languages}",
+        "p languages": _p(row.p_languages),
+        "p seeds": _p(row.p_seeds),
+        "p": _p(row.p),
+        "verdict": row.verdict,
     }
-    for other in ("full", "random"):
-        seeds = " ".join(f"{value:+.1f}" for value in row[f"seeds_{other}"])
-        cells[f"over {other}"] = f"{row[f'over_{other}']:+.2f} ({seeds})" if seeds else ""
-        cells[f"p {other}"] = "" if math.isnan(row[f"p_{other}"]) else p_text(row[f"p_{other}"])
+
+
+def _summary_row(row: Any, name: str) -> dict[str, str]:
+    deviation = _number(row["deviation"])
+    cells = {"arm": row["arm"], name: _number(row["score"]) + (f" ± {deviation}" if deviation else "")}
+    for other in BASELINES:
+        interval = _interval(row[f"low_{other}"], row[f"high_{other}"])
+        cells[f"over {other}"] = f"{row[f'over_{other}']:+.2f} ({interval})" if interval else ""
+        cells[f"p {other}"] = _p(row[f"p_{other}"])
         cells[f"won {other}"] = row[f"wins_{other}"]
     return cells
 
 
 def _choice_rows(plan: Plan, scores: pd.DataFrame) -> list[dict[str, str]]:
     choices = list(dict.fromkeys(scores["choice"]))
-    means = scores.groupby(["method", "meta", "choice"])["score"].mean()
+    means = scores.groupby(["arm", "choice"])["score"].mean()
+    known = {arm for arm, _ in means.index}
     return [
-        {"method": method, "meta": meta, **{c: _number(means.get((method, meta, c), math.nan)) for c in choices}}
-        for method, meta in _order(plan)
-        if (method, meta) in {key[:2] for key in means.index}
+        {"arm": arm, **{choice: _number(means.get((arm, choice), math.nan)) for choice in choices}}
+        for arm in plan.arms
+        if arm in known
     ]
 
 
@@ -138,46 +162,47 @@ def _cost_rows(plan: Plan, cells: pd.DataFrame) -> list[dict[str, str]]:
         "live_heads": ".0%",
         "live_neurons": ".0%",
         "outer_steps": ",.0f",
+        "gradient_passes": ",.0f",
         "sentences": ",.0f",
         "words_per_second": ",.0f",
         "training_seconds": ",.0f",
         "scoring_seconds": ",.0f",
     }
     present = [name for name in formats if name in cells]
-    means = cells.groupby(["method", "meta"])[present].mean()
+    means = cells.groupby("arm")[present].mean()
     return [
-        {"method": cell[0], "meta": cell[1]}
-        | {name.replace("_", " "): _number(means.loc[cell, name], formats[name]) for name in present}
-        for cell in _order(plan)
-        if cell in means.index
+        {"arm": arm} | {name.replace("_", " "): _number(means.loc[arm, name], formats[name]) for name in present}
+        for arm in plan.arms
+        if arm in means.index
     ]
 
 
 def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: str | None) -> str:
-    import fastmask
-
-    hours = cells["seconds"].sum() / 3600
-    lines = ["# Comparison", ""]
+    days, hours = sorted(set(cells["day"])), cells["seconds"].sum() / 3600
+    lines = [f"# {plan.question or 'Comparison'}", ""]
     if command:
         lines += [*fenced(command), ""]
+    when = f"plan of {plan.date}, runs of " if plan.date else ""
     lines += [
-        f"{datetime.date.today()}, {platform.machine()}, fastmask {fastmask.__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; {len(cells)} cells, {hours:.2f} hours of all workers together, "
-        "the shared starts not counted.",
+        f"{when}{' to '.join(dict.fromkeys((days[0], days[-1])))}; {'; '.join(dict.fromkeys(cells['made_by']))}; "
+        f"{len(cells)} cells, {hours:.2f} hours of all workers together, the shared starts not counted.",
         "",
+        *([DECIDED, ""] if plan.hypotheses else []),
         NOTE,
     ]
-    for title, rows in _tables(plan, scores, cells):
+    for title, rows in page_tables(plan, scores, cells):
         lines += ["", f"## {title}", "", *markdown_table(list(rows[0]), [list(row.values()) for row in rows])]
+    settings = yaml.safe_dump(plan.settings, sort_keys=False, allow_unicode=True, width=110)
+    lines += ["", "## plan", "", *fenced(settings.rstrip())]
     return "\n".join(lines) + "\n"
 
 
-def _sign(plan: Plan) -> int:
-    return 1 if plan.task.higher_is_better else -1
+def _interval(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
 
 
-def _order(plan: Plan) -> Sequence[tuple[str, str]]:
-    return [(job.method, job.meta) for job in plan.jobs if job.method is not None and job.seed == 0]
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else p_text(value)
 
 
 def _number(value: float, form: str = ".2f") -> str:

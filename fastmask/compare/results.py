@@ -36,6 +36,8 @@ class Score(Record):
 class CellResult(Record):
     """All of a cell that is done; see `fastmask.compare.cells.Runner.run`."""
 
+    day: str
+    made_by: str
     seconds: Seconds
     resumed: bool
     training_seconds: Seconds

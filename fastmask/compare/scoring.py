@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +14,20 @@ from fastmask.compare.plan import CompareConfig
 from fastmask.models import attach, detach
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
+from fastmask.training.config import TrainConfig
 from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
 from fastmask.unseen.choosing import FULL_CHOICE
 
 __all__ = ["Scorer"]
 
-SEED = 0  # of which sentences are tested and which make the support sets, in every cell alike
+SEED = 0  # of which sentences are tested, and which may be in support sets: in every cell alike
 
 
 @dataclass(frozen=True)
 class _Unseen:
-    """Rows of one unseen language: its support sets, and the test that none of them touches."""
+    """Rows of one unseen language: those that support sets are drawn from, and the test, which has none of them."""
 
-    supports: list[list[Mapping[str, Any]]]
+    pool: list[Mapping[str, Any]]
     test: list[Mapping[str, Any]]
 
 
@@ -34,6 +36,7 @@ class Scorer:
 
     Args:
         config: of the comparison.
+        shots: examples of a support set.
         seen: training language -> split -> rows.
         unseen: unseen language -> split -> rows.
         same: what makes two rows the same example; see `Task.words_of`.
@@ -45,22 +48,32 @@ class Scorer:
     def __init__(
         self,
         config: CompareConfig,
+        shots: int,
         seen: Splits,
         unseen: Splits,
         same: Callable[[Mapping[str, Any]], Any],
     ) -> None:
-        self.config, self._train = config, {language: splits["train"] for language, splits in seen.items()}
+        self.config, self.shots = config, shots
+        self._train = {language: splits["train"] for language, splits in seen.items()}
         self._profiles: dict[str, Any] = {}
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
         self.unseen: dict[str, _Unseen] = {}
         for language, splits in unseen.items():
-            pool = split_pool(splits, config.shots, SEED, language, same=same)
-            sets = support_sets(len(pool.support), config.shots, config.support_sets, SEED, language)
-            supports = [[pool.support[row] for row in rows.tolist()] for rows in sets]
-            self.unseen[language] = _Unseen(supports, self._some(language, pool.test))
+            pool = split_pool(splits, shots, SEED, language, same=same)
+            self.unseen[language] = _Unseen(pool.support, self._some(language, pool.test))
 
-    def check(self, task: Task) -> None:
+    def supports(self, language: str, seed: int) -> list[list[Mapping[str, Any]]]:
+        """The support sets of an unseen language for the runs of a seed."""
+        pool = self.unseen[language].pool
+        sets = support_sets(len(pool), self.shots, self.config.support_sets, seed, language)
+        return [[pool[row] for row in rows.tolist()] for rows in sets]
+
+    def check(self, task: Task, nearest: bool) -> None:
         """Prepare everything for a model as `scores` will, so that what is wrong with it is said before training.
+
+        Args:
+            task: newly built.
+            nearest: whether the nearest language will be asked for.
 
         Raises:
             ValueError: a support set without an example that can be trained on, or of which nothing is known that
@@ -68,10 +81,10 @@ class Scorer:
         """
         for test in [*self.seen.values(), *(data.test for data in self.unseen.values())]:
             task.examples(test)
-        for language, data in self.unseen.items():
-            for rows in data.supports:
+        for language, seed in itertools.product(self.unseen, range(self.config.seeds)):
+            for rows in self.supports(language, seed):
                 task.training_examples(rows, language, "support")
-                if self.config.choose == "nearest" and self.config.method_list != ["full"]:
+                if nearest:
                     _profile(task, rows)
 
     def profiles(self, task: Task) -> dict[str, Any]:
@@ -80,26 +93,32 @@ class Scorer:
             self._profiles.update({language: task.profile(rows) for language, rows in self._train.items()})
         return self._profiles
 
-    def scores(self, task: Task, subnets: Subnetworks | None) -> list[dict[str, Any]]:
+    def scores(self, task: Task, subnets: Subnetworks | None, run: TrainConfig) -> list[dict[str, Any]]:
         """Every score of a trained model, which comes back as it was.
 
         Args:
             task: `subnets` are attached to its encoder; nothing is where they are None (method `full`).
             subnets: of the training languages.
+            run: the settings of the run: its seed says which support sets, its inner loop how they are adapted to
+                where the comparison does not.
 
         Returns:
             Rows with "language", "condition", "choice" and "subnetwork" (by which rule it was chosen, and which one it
             is), "support_set" (None where none was looked at), "steps", "score" (that of `Task.metric`), "scores" and
-            "words". The conditions are those of `fastmask.compare.tables`; "other choice" are rules beside the one that
+            "words". The conditions are those of `fastmask.compare.plan`; "other choice" are rules beside the one that
             is adapted from.
         """
-        cell = _Cell(self.config, task, subnets, self.profiles(task))
+        cell = _Cell(self.config, run, task, subnets, self.profiles(task))
         rows = [row for language, test in self.seen.items() for row in cell.seen(language, test)]
         if subnets is not None:
             detach(task.encoder)
             attach(task.encoder, cell.subnets)
         try:
-            rows += [row for language, data in self.unseen.items() for row in cell.unseen(language, data)]
+            rows += [
+                row
+                for language, data in self.unseen.items()
+                for row in cell.unseen(language, data.test, self.supports(language, run.seed))
+            ]
         finally:
             if subnets is not None:
                 detach(task.encoder)
@@ -121,19 +140,27 @@ class _Cell:
     def __init__(
         self,
         config: CompareConfig,
+        run: TrainConfig,
         task: Task,
         subnets: Subnetworks | None,
         profiles: Mapping[str, Any],
     ) -> None:
         self.config, self.task, self.profiles = config, task, profiles
+        self.steps = config.adapt_steps or run.inner_steps
+        self.rates = (
+            run.inner_lr if config.adapt_lr is None else config.adapt_lr,
+            run.inner_encoder_lr if config.adapt_encoder_lr is None else config.adapt_encoder_lr,
+        )
         self.subnets: Any = None if subnets is None else with_union(subnets)
 
     def seen(self, language: str, test: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         choice = FULL_CHOICE if self.subnets is None else Choice(self.subnets.index(language), language)
         yield self._row(language, self.task.examples(test), choice, "seen", "own")
 
-    def unseen(self, language: str, data: _Unseen) -> Iterator[dict[str, Any]]:
-        test = self.task.examples(data.test)
+    def unseen(
+        self, language: str, test_rows: Sequence[Mapping[str, Any]], supports: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> Iterator[dict[str, Any]]:
+        test = self.task.examples(test_rows)
         known: dict[int, dict[str, Any]] = {}  # scores without an update, by subnetwork: support sets often agree
 
         def unadapted(choice: Choice, condition: str, how: str, support_set: int | None) -> dict[str, Any]:
@@ -145,7 +172,7 @@ class _Cell:
         yield unadapted(self._choose(nothing, [], None), "zero-shot", nothing, None)
         if self.subnets is not None:
             yield unadapted(FULL_CHOICE, "other choice", "full", None)
-        for number, rows in enumerate(data.supports):
+        for number, rows in enumerate(supports):
             support = self.task.training_examples(rows, language, "support")
             main = "full" if self.subnets is None else self.config.choose
             rules = ("nearest", "best") if self.task.profile(rows) is not None else ("best",)
@@ -158,13 +185,13 @@ class _Cell:
                 self.task,
                 support,
                 choice.language_id,
-                steps=self.config.adapt_steps,
-                head_lr=self.config.adapt_lr,
-                encoder_lr=self.config.adapt_encoder_lr,
+                steps=self.steps,
+                head_lr=self.rates[0],
+                encoder_lr=self.rates[1],
                 optimizer=self.config.adapt_optimizer,
             ):
                 row = self._row(language, test, choice, "adapted", main)
-            yield {**row, "support_set": number, "steps": self.config.adapt_steps}
+            yield {**row, "support_set": number, "steps": self.steps}
 
     def _choose(self, how: str, rows: Sequence[Mapping[str, Any]], support: Any) -> Choice:
         if how == "full":

@@ -1,124 +1,156 @@
-"""The tables of a comparison: one row per score, one per cell, and the summary with its significance tests.
+"""The tables of a comparison: one row per score, one per cell, the summary of each condition, and what was decided.
 
-The tests are over languages (`analysis.paired`): a cell's scores of a language are averaged over support sets and seeds
-first.
+Every test is that of `analysis.paired`: an arm's scores of a language are averaged over support sets first, and a
+difference must hold over languages and over seeds. p-values are corrected (Holm) over all tests of the page that they
+stand on; hypotheses that the plan names are a family of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from fastmask.analysis.paired import Paired, paired_by_language
+from fastmask.analysis.paired import Paired, paired
 from fastmask.analysis.statistics import holm
+from fastmask.compare.plan import CONDITIONS, Plan
 
-__all__ = ["CONDITIONS", "baseline_of", "cells_table", "compared", "scores_table", "summary_table"]
+__all__ = ["BASELINES", "cells_table", "compared", "decisions", "scores_table", "summary_table"]
 
-CONDITIONS = {
-    "seen": "training languages, each with its own subnetwork",
-    "zero-shot": "unseen languages, without a sentence of them: the union of all subnetworks",
-    "chosen": "unseen languages, the subnetwork chosen on the support set, nothing updated",
-    "adapted": "unseen languages, after the gradient steps on the support set",
-}
+BASELINES = ("full", "random")
+"""Methods that every arm is compared with, as far as it makes sense."""
+SURE = 0.05
+
+Results = Mapping[tuple[int, str], Mapping[str, Any]]
+"""(seed, arm) -> what the cell's ``result.json`` holds."""
 
 
-def scores_table(results: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per score: seed, method, meta, and what `Scorer.scores` says of it, each of its "scores" as a column.
-
-    Args:
-        results: (seed, method, meta) -> what the cell's ``result.json`` holds.
-    """
+def scores_table(results: Results) -> pd.DataFrame:
+    """One row per score: seed, arm, and what `Scorer.scores` says of it, each of its "scores" as a column."""
     rows = [
-        {"seed": seed, "method": method, "meta": meta}
+        {"seed": seed, "arm": arm}
         | {name: value for name, value in score.items() if name != "scores"}
         | score.get("scores", {})
-        for (seed, method, meta), result in results.items()
+        for (seed, arm), result in results.items()
         for score in result["scores"]
     ]
     return pd.DataFrame(rows)
 
 
-def cells_table(results: Mapping[tuple[int, str, str], Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per cell: its budget, time and speed."""
+def cells_table(results: Results) -> pd.DataFrame:
+    """One row per cell: its day, budget, time and speed."""
     return pd.DataFrame(
         {
             "seed": seed,
-            "method": method,
-            "meta": meta,
+            "arm": arm,
             **{name: value for name, value in result.items() if name not in ("scores", "density")},
             **{f"live_{kind}": share for kind, share in (result["density"] or {}).items()},
         }
-        for (seed, method, meta), result in results.items()
+        for (seed, arm), result in results.items()
     )
 
 
-def baseline_of(cell: tuple[str, str], baseline: str) -> tuple[str, str]:
-    """What a cell (method, meta) is compared with: `baseline` with the same meta-learning, itself with none."""
-    method, meta = cell
-    return baseline, "none" if method == baseline else meta
-
-
-def compared(scores: pd.DataFrame, cell: tuple[str, str], other: tuple[str, str], sign: int = 1) -> Paired | None:
-    """`cell` against `other`, each (method, meta), over the languages and seeds that both have.
+def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_than: float = 0.0) -> Paired | None:
+    """`arm` against `other`, over the languages and seeds that both have.
 
     Args:
         scores: rows of one condition.
-        cell: method and meta.
-        other: the same of what it is compared with.
+        arm: the one.
+        other: what it is compared with.
         sign: -1 if a lower score is better; positive differences are gains then, too.
+        more_than: what a gain must be more than; it is taken off every difference.
 
     Returns:
         None where they have none in common.
     """
-    mine, theirs = (_by_language_and_seed(scores, which) for which in (cell, other))
-    differences = sign * (mine - theirs).dropna()
-    return None if differences.empty else paired_by_language(differences)
+    differences = sign * (_by_language_and_seed(scores, arm) - _by_language_and_seed(scores, other)).dropna()
+    return None if differences.empty else paired(differences - more_than)
 
 
-def summary_table(
-    scores: pd.DataFrame, cells: Sequence[tuple[str, str]], condition: str, sign: int = 1
-) -> pd.DataFrame:
-    """One row per cell: the score (mean and deviation over seeds), and how it differs from `full` and from `random`.
+def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per condition and arm: the score (mean and deviation over seeds), and how it differs from baselines.
 
-    A cell is compared with `full` of the same meta-learning (`full` with meta-learning: with `full` without), and where
-    its masks mean something also with `random` of the same meta-learning. ``p_full`` and ``p_random`` are corrected for
-    the number of cells in this table (Holm), ``uncorrected_p_full`` and ``uncorrected_p_random`` are not.
-
-    Args:
-        scores: of `scores_table`.
-        cells: (method, meta), in the order of the rows.
-        condition: one of `CONDITIONS`.
-        sign: see `compared`.
+    What an arm's baseline is, `Plan.baseline` says. For each of `BASELINES`: ``over_full``, its interval, its two
+    p-values and the larger of them, and ``p_full``, corrected over all tests of the table.
     """
-    scores = scores[scores["condition"] == condition]
+    sign = 1 if plan.task.higher_is_better else -1
     rows: list[dict[str, Any]] = []
-    for method, meta in cells:
-        by_seed = _by_language_and_seed(scores, (method, meta)).groupby("seed").mean()
-        row: dict[str, Any] = {"method": method, "meta": meta, "seeds": len(by_seed)}
-        row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
-        row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
-        for baseline in ("full", "random"):
-            other = baseline_of((method, meta), baseline)
-            pointless = other == (method, meta) or (baseline == "random" and method in ("full", "random"))
-            found = None if pointless else compared(scores, (method, meta), other, sign)
-            row[f"over_{baseline}"] = found.difference if found else np.nan
-            row[f"p_{baseline}"] = found.p if found else np.nan
-            row[f"wins_{baseline}"] = f"{found.wins}/{len(found.by_language)}" if found else ""
-            row[f"seeds_{baseline}"] = found.by_seed if found else ()
-        rows.append(row)
+    for condition in _present(scores):
+        of_condition = scores[scores["condition"] == condition]
+        for arm in plan.arms:
+            by_seed = _by_language_and_seed(of_condition, arm).groupby("seed").mean()
+            row: dict[str, Any] = {"condition": condition, "arm": arm, "seeds": len(by_seed)}
+            row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
+            row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
+            for baseline in BASELINES:
+                other = plan.baseline(arm, baseline)
+                if baseline != "full" and plan.settings_of(arm).method in BASELINES:
+                    other = None
+                row |= _columns(baseline, None if other is None else compared(of_condition, arm, other, sign))
+            rows.append(row)
     table = pd.DataFrame(rows)
-    for baseline in ("full", "random"):
-        table[f"uncorrected_p_{baseline}"] = table[f"p_{baseline}"]
-        tested = table[f"p_{baseline}"].notna()
-        table.loc[tested, f"p_{baseline}"] = holm(table.loc[tested, f"p_{baseline}"].tolist())
+    tests = [f"uncorrected_p_{baseline}" for baseline in BASELINES]
+    corrected = holm(table[tests].to_numpy().T.ravel())
+    for number, baseline in enumerate(BASELINES):
+        table[f"p_{baseline}"] = corrected[number * len(table) : (number + 1) * len(table)]
     return table
 
 
-def _by_language_and_seed(scores: pd.DataFrame, cell: tuple[str, str]) -> pd.Series:
-    """The score of a cell by (language, seed), mean over support sets."""
-    method, meta = cell
-    chosen = scores[(scores["method"] == method) & (scores["meta"] == meta)]
-    return chosen.groupby(["language", "seed"])["score"].mean()
+def _columns(baseline: str, found: Paired | None) -> dict[str, Any]:
+    """What a row of the summary says of a difference."""
+    values: dict[str, Any] = dict.fromkeys(("over", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
+    values |= {"wins": "", "by_seed": ()}
+    if found is not None:
+        values |= {"over": found.difference, "low": found.low, "high": found.high, "uncorrected_p": found.p}
+        values |= {"p_languages": found.p_languages, "p_seeds": found.p_seeds}
+        values |= {"wins": f"{found.wins}/{len(found.by_language)}", "by_seed": found.by_seed}
+    return {f"{name}_{baseline}": value for name, value in values.items()}
+
+
+def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row for each hypothesis of the plan: the difference, its interval, its p-values, and what they say.
+
+    ``p`` is the larger of the p-values over languages and over seeds, corrected over the hypotheses. A hypothesis
+    "holds" where p <= 0.05 and the difference is on its side, "does not hold" where it is on the other, and is "open"
+    else; a difference whose whole interval lies within the plan's `zone` around 0 means nothing, however sure it is.
+    """
+    sign = 1 if plan.task.higher_is_better else -1
+    rows: list[dict[str, Any]] = []
+    for name, wanted in plan.hypotheses.items():
+        of_condition = scores[scores["condition"] == wanted.condition]
+        found = compared(of_condition, wanted.arm, wanted.over, sign, wanted.more_than)
+        row: dict[str, Any] = {"hypothesis": name, **wanted.model_dump()}
+        numbers = dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
+        counts = {"languages": 0, "languages_better": 0, "seeds": 0}
+        if found is not None:
+            shifted = {"difference": found.difference, "low": found.low, "high": found.high}
+            numbers |= {key: value + wanted.more_than for key, value in shifted.items()}
+            numbers |= {"p_languages": found.p_languages, "p_seeds": found.p_seeds, "uncorrected_p": found.p}
+            counts = {"languages": len(found.by_language), "languages_better": found.wins, "seeds": len(found.by_seed)}
+        rows.append({**row, **numbers, **counts})
+    table = pd.DataFrame(rows)
+    if len(table):
+        table["p"] = holm(table["uncorrected_p"].tolist())
+        table["verdict"] = [_verdict(row, plan.zone) for row in table.itertuples()]
+    return table
+
+
+def _verdict(row: Any, zone: float) -> str:
+    if np.isnan(row.difference):
+        return "not measured"
+    if zone and row.more_than == 0 and -zone <= row.low and row.high <= zone:
+        return f"no difference that matters (within ±{zone:g})"
+    if not row.p <= SURE:
+        return "open"
+    return "holds" if row.difference > row.more_than else "does not hold"
+
+
+def _present(scores: pd.DataFrame) -> Iterable[str]:
+    return [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
+
+
+def _by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
+    """The score of an arm by (language, seed), mean over support sets."""
+    return scores[scores["arm"] == arm].groupby(["language", "seed"])["score"].mean()

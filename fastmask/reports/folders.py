@@ -17,15 +17,15 @@ from fastmask.compare.pictures import NAMES
 from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.report import load_results
 from fastmask.compare.results import is_done
-from fastmask.compare.tables import scores_table
+from fastmask.compare.tables import BASELINES, scores_table
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import heading
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, check_finished
 
-__all__ = ["CONTROLS", "Run", "Study", "studies_of", "variant_name"]
+__all__ = ["CONTROLS", "Run", "Study", "baselines_of", "studies_of", "variant_name"]
 
-CONTROLS = ("random", "shuffled", "shared")
+CONTROLS = ("random", "permuted", "shuffled", "shared")
 """Methods whose masks are made to be compared with, and not analysed where there are others."""
 
 
@@ -36,7 +36,8 @@ class Run:
     Attributes:
         folder: of the run.
         config: its settings.
-        variant: what it is called beside others: its method and meta-learning, the same for all seeds.
+        variant: what it is called beside others, the same for all seeds: of a comparison the arm, else its method and
+            meta-learning.
     """
 
     folder: Path
@@ -63,7 +64,8 @@ class Study:
         title: a comparison's folder, or the runs'.
         runs: the finished ones, by variant and seed.
         unfinished: names of those that are not, of a comparison.
-        scores: of a comparison: the rows of its ``results.csv`` (seed, method, meta, language, condition, score, ...).
+        scores: of a comparison: the rows of its ``results.csv`` (seed, arm, language, condition, score, ...).
+        baselines: of a comparison: method "full" or "random" -> arm -> the arm that it is compared with.
         unseen: the languages that are only tested on, as they are named in the settings.
         settings: to show.
     """
@@ -72,6 +74,7 @@ class Study:
     runs: tuple[Run, ...]
     unfinished: tuple[str, ...] = ()
     scores: pd.DataFrame | None = None
+    baselines: Mapping[str, Mapping[str, str]] | None = None
     unseen: str = ""
     settings: Mapping[str, Any] | None = None
 
@@ -179,16 +182,25 @@ def _differ(one: TrainConfig, other: TrainConfig) -> bool:
 def _comparison(folder: Path) -> Study:
     """A study of the cells of a comparison that are done."""
     plan = Plan.stored(folder)
-    cells = [job for job in plan.jobs if job.method is not None]
     runs, unfinished = [], []
-    for job in cells:
+    for job in plan.cells:
         run = plan.folder(job) / "run"
         if is_done(plan, job) and (run / CONFIG_FILE).is_file():
             check_finished(run)
-            runs.append(Run(run, TrainConfig.load(run / CONFIG_FILE), variant_name(job.method or "", job.meta)))
+            runs.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
         else:
             unfinished.append(job.name)
     if not runs:
         raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
-    scores = scores_table(load_results(plan))
-    return Study(folder.resolve().name, tuple(runs), tuple(unfinished), scores, plan.config.unseen, plan.settings)
+    scores, settings = scores_table(load_results(plan)), plan.settings
+    return Study(
+        folder.resolve().name, tuple(runs), tuple(unfinished), scores, baselines_of(plan), plan.config.unseen, settings
+    )
+
+
+def baselines_of(plan: Plan) -> dict[str, dict[str, str]]:
+    """Method -> arm -> the arm of that method that it is compared with, of all that there are."""
+    return {
+        method: {arm: other for arm in plan.arms if (other := plan.baseline(arm, method)) is not None}
+        for method in BASELINES
+    }

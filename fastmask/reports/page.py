@@ -248,7 +248,7 @@ def _cell(value: Any, column: Any) -> tuple[str, str]:
     """Text and colour."""
     if isinstance(value, float):
         is_p = "p" in str(column).split("_")
-        return ("–" if math.isnan(value) else p_text(value) if is_p else f"{value:.4g}"), ""
+        return (p_text(value) if is_p else "–" if math.isnan(value) else f"{value:.4g}"), ""
     if str(column).partition("_")[0] == "language":
         return str(value), family_colour(families_of([str(value)])[str(value)], "")
     return "yes" if value is True else "no" if value is False else str(value), ""

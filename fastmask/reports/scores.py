@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 import fastmask as fm
-from fastmask.compare.tables import CONDITIONS, baseline_of
-from fastmask.reports.folders import CONTROLS, Study, variant_name
+from fastmask.compare.plan import CONDITIONS
+from fastmask.compare.tables import BASELINES
+from fastmask.reports.folders import CONTROLS, Study
 from fastmask.reports.loading import Data, data_for, example_scores, task_of
 from fastmask.reports.sections import Gathered, SkipError
 from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
@@ -34,19 +35,18 @@ def effect(study: Study, found: Gathered) -> None:
         raise SkipError("there is no run to compare with the one of method full")
     if study.scores is None:
         return _of_sentences(study, found)
-    pairs = dict.fromkeys(zip(study.scores["method"], study.scores["meta"], strict=True))
+    methods = {name: runs[0].config.method for name, runs in study.variants.items()}
     for condition in [name for name in EFFECTS if (study.scores["condition"] == name).any()]:
         table = by_variant(study.scores, condition).stack().dropna().rename("score").reset_index()
-        table = table.rename(columns={"variant": "method"})
+        table = table.rename(columns={"arm": "method"})
         known = set(table.method)
-        for baseline in (BASELINE, CONTROL):
-            # Each against what `summary.md` compares it with: the same tests, and so the same correction.
+        for baseline, of_arms in (study.baselines or {}).items():
+            # Each against what `summary.md` compares it with.
             against = {
-                variant_name(*cell): variant_name(*baseline_of(cell, baseline))
-                for cell in pairs
-                if baseline == BASELINE or cell[0] not in (BASELINE, CONTROL)
+                name: other
+                for name, other in of_arms.items()
+                if {name, other} <= known and (baseline == BASELINE or methods.get(name) not in BASELINES)
             }
-            against = {name: other for name, other in against.items() if name != other and {name, other} <= known}
             if against:
                 result = fm.analysis.effect(table, against, seed=found.options.seed, gaps=True)
                 parts = (condition,) if baseline == BASELINE else (condition, baseline)
@@ -157,6 +157,5 @@ def by_variant(scores: pd.DataFrame, condition: str) -> pd.DataFrame:
     Languages and variants are in the order of the scores.
     """
     rows = scores[scores["condition"] == condition]
-    named = rows.assign(variant=[variant_name(*pair) for pair in zip(rows["method"], rows["meta"], strict=True)])
-    wide = named.groupby(["language", "seed", "variant"])["score"].mean().unstack("variant")
-    return wide[list(named["variant"].unique())].reindex(named["language"].unique(), level="language")
+    wide = rows.groupby(["language", "seed", "arm"])["score"].mean().unstack("arm")
+    return wide[list(rows["arm"].unique())].reindex(rows["language"].unique(), level="language")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmask.subnetworks.subnetworks import Subnetworks, random_of_sizes
 
-__all__ = ["random_like", "shared_like", "shuffled"]
+__all__ = ["permuted_like", "random_like", "shared_like", "shuffled"]
 
 
 def random_like(subnets: Subnetworks, seed: int) -> Subnetworks:
@@ -35,13 +35,46 @@ def shared_like(subnets: Subnetworks) -> Subnetworks:
     return subnets.map(shared)
 
 
-def shuffled(subnets: Subnetworks, seed: int) -> Subnetworks:
-    """The same masks under other names: no language keeps its own (two languages or more)."""
+def permuted_like(subnets: Subnetworks, seed: int) -> Subnetworks:
+    """The same masks over other units: each layer's units are renumbered at random, for all languages alike.
+
+    Sizes and overlaps of languages stay what they are, so what is left of a gain is due to how languages share units,
+    and what is lost is due to which units they were.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def permuted(keep: Tensor) -> Tensor:
+        orders = [torch.randperm(keep.shape[-1], generator=generator, device="cpu") for _ in range(keep.shape[1])]
+        return torch.stack([layer[:, order] for layer, order in zip(keep.unbind(1), orders, strict=True)], 1)
+
+    return subnets.map(permuted)
+
+
+def shuffled(subnets: Subnetworks) -> Subnetworks:
+    """The same masks under other names: no language keeps its own, and all get those most unlike theirs.
+
+    Of all ways to hand masks to other languages it is the one with the least overlap (mean Jaccard index over kinds of
+    units) between what languages have and what they get.
+
+    Raises:
+        ValueError: fewer than two languages.
+    """
     count = len(subnets.languages)
     if count < 2:
         raise ValueError("shuffling masks needs at least two languages")
-    # A random cycle is a derangement: everyone gets the mask of the next one in a random order.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
-    source = torch.empty_like(order)
-    source[order] = order.roll(1)
-    return subnets.map(lambda keep: keep[source])
+    from scipy.optimize import linear_sum_assignment
+
+    overlap = torch.zeros(count, count, dtype=torch.float64, device="cpu")
+
+    def add(keep: Tensor) -> Tensor:
+        flat = keep.flatten(1).double()
+        both = flat @ flat.T
+        sizes = flat.sum(1)
+        overlap.add_((both / (sizes[:, None] + sizes - both).clamp(min=1)).cpu())
+        return keep
+
+    subnets.map(add)
+    overlap.fill_diagonal_(float(count) * 10)  # more than all others together
+    _, source = linear_sum_assignment(overlap.numpy())
+    order = torch.from_numpy(source)
+    return subnets.map(lambda keep: keep[order])

@@ -15,7 +15,7 @@ from fastmask.tasks.task import Task, TaskSettings
 
 __all__ = ["DEVICES", "METAS", "METHODS", "PRECISIONS", "UNITS", "ConfigError", "TrainConfig"]
 
-METHODS = ("full", "static", "dynamic", "random", "shuffled", "shared")
+METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "shared")
 METAS = ("none", *ALGORITHMS)
 PRECISIONS = ("no", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,7 +60,7 @@ class TrainConfig(Settings):
     method: str = setting(
         "static",
         "which subnetworks: none, found per language, found and then updated while training, or a control: random, "
-        "another language's, one shared",
+        "found ones over other units, another language's, one shared",
         choices=METHODS,
         group="subnetworks",
     )

@@ -23,7 +23,7 @@ from fastmask.models import attach, detach
 from fastmask.models.attach import attached
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
-from fastmask.subnetworks.controls import random_like, shared_like, shuffled
+from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import gathered, preserved_random_state
@@ -69,9 +69,9 @@ def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None 
     """The subnetworks that the run's method trains, at the step where they are switched on.
 
     `dynamic` starts as `static` does. The others are controls made from the static subnetworks: `random` keeps the
-    number of live units of every language and layer, `shuffled` gives every language the mask of another one, and
-    `shared` gives all of them the same mask, as large in every layer as theirs are on average. Several processes share
-    the languages; each of them returns the same.
+    number of live units of every language and layer, `permuted` also what languages have in common, `shuffled` gives
+    every language the mask of one that is most unlike it, and `shared` gives all of them the same mask, as large in
+    every layer as theirs are on average. Several processes share the languages; each of them returns the same.
     """
     config = point.config
     if config.masks is not None:
@@ -129,7 +129,9 @@ def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
     if config.method == "random":
         return random_like(found, config.seed)
     if config.method == "shuffled":
-        return shuffled(found, config.seed)
+        return shuffled(found)
+    if config.method == "permuted":
+        return permuted_like(found, config.seed)
     if config.method == "shared":
         return shared_like(found)
     return found

@@ -24,7 +24,7 @@ _SETS, _POOL = range(2)  # what a random stream is for
 def support_sets(n_pool: int, size: int, count: int, seed: int, language: str) -> list[np.ndarray]:
     """`count` random support sets: int64 [size] rows of a pool of `n_pool` sentences, in random order.
 
-    No row twice in a set; sets are drawn independently of one another, so two may share sentences, and the first sets
+    No row twice in a set, and none in two sets while the pool lasts; then the pool is drawn from anew. The first sets
     are the same however many are drawn. Length plays no part.
 
     Raises:
@@ -34,7 +34,9 @@ def support_sets(n_pool: int, size: int, count: int, seed: int, language: str) -
         raise ValueError(f"size is {size}, count {count} and seed {seed} (expected none below 0)")
     if n_pool < size:
         raise ValueError(f"language {language!r} has {n_pool} sentences for support sets (expected at least {size})")
-    return [_random(seed, _SETS, language, number).permutation(n_pool)[:size] for number in range(count)]
+    at_once = n_pool // size if size else max(count, 1)  # sets that one drawing of the pool makes
+    orders = [_random(seed, _SETS, language, round_).permutation(n_pool) for round_ in range(-(-count // at_once))]
+    return [orders[n // at_once][n % at_once * size : (n % at_once + 1) * size] for n in range(count)]
 
 
 @dataclass(frozen=True)

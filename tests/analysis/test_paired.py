@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import fastmask as fm
-from fastmask.analysis.paired import paired_by_language
-from fastmask.analysis.statistics import paired_sign_flip
+from fastmask.analysis.paired import paired
+from fastmask.analysis.statistics import paired_sign_flip, t_of_mean
 from fastmask.compare.tables import compared
 
 
@@ -20,33 +20,43 @@ def differences(by_language):
 
 def test_by_hand():
     """Each language must count once, whatever its number of seeds, and each seed once beside it."""
-    found = paired_by_language(differences({"fi": [2, 0], "ja": [3, 1], "ta": [-1, np.nan]}))
+    found = paired(differences({"fi": [2, 0], "ja": [3, 1], "ta": [-1, np.nan]}))
     assert found.by_language == (1, 2, -1)
-    assert found.p == paired_sign_flip([1, 2, -1]) == 0.75
+    assert found.p_languages == paired_sign_flip([1, 2, -1]) == 0.75
     assert found.by_seed == pytest.approx((4 / 3, 0.5))
+    assert found.p_seeds == t_of_mean([4 / 3, 0.5])
+    assert found.p == max(found.p_languages, found.p_seeds)
+    assert -1 <= found.low < found.difference < found.high <= 3
     assert found.difference == pytest.approx(2 / 3)
     assert (found.wins, found.seeds_agree) == (2, 2)
     with pytest.raises(ValueError, match="given none"):
-        paired_by_language(differences({"fi": [np.nan]}))
+        paired(differences({"fi": [np.nan]}))
 
 
 def test_more_seeds_are_not_more_languages():
-    """Ten copies of a seed must leave p, the interval and the verdict as they are: they are no new languages."""
+    """Ten seeds that are the same leave the test over languages as it is: they are no new languages."""
     gains = {name: [gain] for name, gain in zip("abcdefg", (0.5, 0.4, 0.6, 0.2, 0.3, 0.1, -0.2), strict=True)}
+    once = paired(differences(gains))
+    often = paired(differences({name: gain * 10 for name, gain in gains.items()}))
+    assert often.p_languages == once.p_languages == paired_sign_flip([gain[0] for gain in gains.values()]) == 4 / 64
+    assert (often.low, often.high) == pytest.approx((once.low, once.high), abs=0.02)
 
-    def effect(copies):
-        rows = [
-            {"method": method, "language": name, "seed": seed, "score": 50 + (method == "static") * gain[0]}
-            for method in ("full", "static")
-            for name, gain in gains.items()
-            for seed in range(copies)
-        ]
-        return fm.analysis.effect(rows).more["methods"].iloc[0]
 
-    once, often = effect(1), effect(10)
-    assert often.p == once.p == paired_sign_flip([gain[0] for gain in gains.values()]) == 4 / 64
-    assert (often.low, often.high) == pytest.approx((once.low, once.high))
-    assert (often.languages, often.verdict) == (once.languages, once.verdict) == (7, "inside noise")
+def test_one_seed_says_nothing_of_others():
+    """With a single seed there is no p-value, however many languages agree; with two it is that of seeds."""
+    one = paired(differences({name: [1.0] for name in "abcdefgh"}))
+    assert np.isnan(one.p)
+    assert one.p_languages == 2 / 256
+    two = paired(differences({name: [0.1, 1.9] for name in "abcdefgh"}))
+    assert two.p_languages == 2 / 256
+    assert two.p == two.p_seeds == pytest.approx(0.466, abs=0.001)  # t = 1 / 0.9 with one degree of freedom
+
+
+def test_the_interval_is_wider_than_that_over_languages_alone():
+    """Where seeds differ and languages do not, the interval is as wide as the seeds are apart."""
+    found = paired(differences({name: [0.0, 1.0, 2.0] for name in "abcdefgh"}))
+    assert found.low < 0.4
+    assert found.high > 1.6
 
 
 def test_both_tables_use_the_same_test():
@@ -54,23 +64,23 @@ def test_both_tables_use_the_same_test():
     generator = np.random.default_rng(0)
     names = [f"l{number:02d}" for number in generator.permutation(24)]  # more than the patterns that are counted
     rows = [
-        {"method": method, "meta": "none", "language": name, "seed": seed, "score": generator.normal(0.2 * place, 1)}
+        {"method": method, "arm": method, "language": name, "seed": seed, "score": generator.normal(0.2 * place, 1)}
         for place, method in enumerate(("full", "static"))
         for name in names
         for seed in range(3)
     ]
     scores = pd.DataFrame(rows)
-    summary = compared(scores, ("static", "none"), ("full", "none"))
+    summary = compared(scores, "static", "full")
     methods = fm.analysis.effect(scores, seed=5).more["methods"].iloc[0]
     assert 0 < summary.p < 0.5
-    assert methods.p == summary.p
+    assert methods.p == pytest.approx(summary.p)
     assert methods.difference == pytest.approx(summary.difference)
 
 
 def test_equal_scores_are_ties():
     """Rounding of equal means must not make a language won, or a seed agree."""
     third = differences({"fi": [0.1, 0.2, -0.3], "ja": [1.0, 1.0, 1.0]})
-    found = paired_by_language(third)
+    found = paired(third)
     assert found.by_language[0] != 0  # what rounding leaves
     assert found.wins == 1
     assert found.p == 1.0

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from fastmask.analysis.statistics import (
     bootstrap_interval,
+    crossed_interval,
     diagonal_permutation,
     holm,
     paired_sign_flip,
     spearman_permutation,
+    t_of_mean,
 )
 
 small_numbers = st.integers(-4, 4)  # few values: many ties
@@ -100,12 +102,33 @@ def test_bootstrap_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bootstrap_interval(values, seed=4, draws=300) == whole
 
 
+def test_t_is_that_of_scipy() -> None:
+    """The p-value of a mean by Student's t, also where nothing varies."""
+    values = [0.3, -0.1, 0.9, 0.4]
+    assert t_of_mean(values) == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
+    assert t_of_mean([0.0, 0.0]) == 1
+    assert t_of_mean([2.0, 2.0]) == 0
+
+
+def test_crossed_interval_by_counting() -> None:
+    """Rows and columns are drawn each for itself: with two of both, every mean of the 16 samples, by hand."""
+    table = np.array([[0.0, 1.0], [2.0, 7.0]])
+    pairs = list(itertools.product((0, 1), repeat=2))
+    means = [table[np.ix_(rows, columns)].mean() for rows in pairs for columns in pairs]
+    wanted = [np.quantile(means, end, method="inverted_cdf") for end in (0.1, 0.9)]
+    assert crossed_interval(table, 0.8, draws=40_000) == tuple(wanted)
+    assert crossed_interval([[1.0, 3.0]]) == (1, 3)
+    gap = crossed_interval([[1.0, math.nan], [math.nan, 3.0]], draws=500)
+    assert gap == (1, 3)
+
+
 def test_holm_by_hand() -> None:
     """Broken: corrected p-values are too small, or land on the wrong method."""
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9, 0.001]) == pytest.approx([1, 1, 0.003])
     assert holm([0.2]) == [0.2]
     assert holm([]) == []
+    assert holm([0.01, math.nan, 0.04]) == pytest.approx([0.02, math.nan, 0.04], nan_ok=True)  # no test does not count
 
 
 @settings(max_examples=30, deadline=None)
@@ -183,7 +206,9 @@ def test_drawn_diagonal_permutation() -> None:
         (lambda: bootstrap_interval([1, math.nan]), "1 of 2 that are not"),
         (lambda: bootstrap_interval([1, 2], 95), "level between 0 and 1, given 95"),
         (lambda: holm([0.5, 1.5]), "between 0 and 1"),
-        (lambda: holm([math.nan]), "between 0 and 1"),
+        (lambda: t_of_mean([1.0]), "at least two values"),
+        (lambda: crossed_interval([1.0, 2.0]), r"expected a table, given shape \(2,\)"),
+        (lambda: crossed_interval([[math.nan]]), "expected values, given none"),
         (lambda: spearman_permutation([1, 2], [1, 2, 3]), "given 2 and 3"),
         (lambda: diagonal_permutation(np.zeros((2, 3))), r"given shape \(2, 3\)"),
     ],

@@ -18,12 +18,12 @@ from tiny_encoder import tiny_encoder
 from fastmask.cli import main
 from fastmask.compare.cells import Runner
 from fastmask.compare.engine import do
-from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of
 from fastmask.compare.results import is_done, read_result
-from fastmask.compare.tables import CONDITIONS
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.loop import train
+from fastmask.training.run_folder import load_run
 
 TRAINING = {
     "steps": 10,
@@ -60,6 +60,15 @@ def data(tmp_path_factory):
     return folder
 
 
+ARMS = {
+    **arms_of(["full", "static", "dynamic", "shuffled", "permuted"], ["none"]),
+    "static-fomaml": {"meta": "fomaml"},
+    "denser": {"density": 0.8},  # other subnetworks of the same start
+    "late": {"discover_at": 0.8},  # another start
+    "twice": {"lr": 1e-3},
+}
+
+
 def training(data):
     return {**TRAINING, "model": str(data.parent / "encoder")}
 
@@ -68,8 +77,7 @@ def training(data):
 def plan(tmp_path_factory, data):
     """A comparison of one seed, done."""
     out = tmp_path_factory.mktemp("compare") / "out"
-    config = CompareConfig(**COMPARISON, seeds=1, methods="full,static,dynamic,shuffled")
-    made = Plan(out, str(data), config, training(data))
+    made = Plan(out, str(data), CompareConfig(**COMPARISON, seeds=1), training(data), ARMS)
     made.open()
     runner = Runner(made)
     runner.check()
@@ -78,10 +86,10 @@ def plan(tmp_path_factory, data):
     return made
 
 
-@pytest.mark.parametrize("name", ["full-none", "static-none", "static-fomaml", "dynamic-none"])
+@pytest.mark.parametrize("name", ["full", "static-fomaml", "dynamic", "denser", "late", "twice"])
 def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
     """A cell that goes on from the shared start ends with other weights than `fastmask train` from the beginning."""
-    job = next(job for job in plan.jobs if job.name.endswith(name))
+    job = next(job for job in plan.jobs if job.name == f"seed-0/{name}")
     config = dataclasses.replace(plan.train_config(job, tmp_path), resume=False)
     datasets = Runner(plan).datasets
     unbroken = train(Parsing.build(config, datasets), datasets, config, progress=False)
@@ -94,9 +102,9 @@ def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
 
 def test_every_language_is_scored_under_every_condition(plan):
     """A language, a support set or a rule of choosing is missing from the table, or the wrong subnetwork ran."""
-    for job in plan.jobs[1:]:
+    for job in plan.cells:
         scores = pd.DataFrame(read_result(plan, job)["scores"])
-        masked = job.method != "full"
+        masked = job.arm != "full"
         counts = scores.groupby(["condition", "language"]).size()
         for language in ("qaa", "qab", "qac"):
             assert counts["seen", language] == 1
@@ -113,9 +121,61 @@ def test_every_language_is_scored_under_every_condition(plan):
         assert set(scores.loc[scores["condition"] == "adapted", "steps"]) == {2}
 
 
+def test_arms_share_what_they_can(plan):
+    """One start for all arms that train alike until the switch, and masks found once for all that find them alike."""
+    needs = {job.arm: job.needs for job in plan.cells}
+    assert needs["full"] == ("seed-0/start",)
+    assert needs["static"] == needs["dynamic"] == needs["permuted"] == ("seed-0/start", "seed-0/masks")
+    assert needs["denser"] == ("seed-0/start", "seed-0/masks-2")
+    assert needs["late"] == ("seed-0/start-2", "seed-0/masks-3")
+    assert needs["twice"] == ("seed-0/start-3", "seed-0/masks-4")
+    static, permuted, denser = (
+        load_run(plan.folder(f"seed-0/{arm}") / "run") for arm in ("static", "permuted", "denser")
+    )
+    assert torch.allclose(static.subnetworks.overlap(), permuted.subnetworks.overlap())
+    assert denser.subnetworks.heads.sum() > static.subnetworks.heads.sum()
+
+
+def test_support_sets_are_new_ones_for_each_seed(plan):
+    """Seeds share the test, not the support sets; sets of one seed have no sentence in common."""
+    scorer = Runner(plan).scorer
+    first, second = (scorer.supports("qad", seed) for seed in (0, 1))
+    words = [[tuple(row["words"]) for row in rows] for rows in first]
+    assert len({word for rows in words for word in rows}) == 8
+    assert first != second
+    assert first == scorer.supports("qad", 0)
+
+
+def test_masks_may_be_given_to_an_arm(plan, data, tmp_path):
+    """An arm trains with the subnetworks of a file, one for each seed where its name says so."""
+    masks = plan.folder("seed-0/masks") / "masks.safetensors"
+    (tmp_path / "masks-0.safetensors").write_bytes(masks.read_bytes())
+    arms = {"static": {}, "given": {"masks": str(tmp_path / "masks-{seed}.safetensors")}}
+    made = Plan(tmp_path / "out", str(data), CompareConfig(**COMPARISON, seeds=1), training(data), arms)
+    assert [job.name for job in made.jobs] == ["seed-0/start", "seed-0/masks", "seed-0/static", "seed-0/given"]
+    made.open()
+    Runner(made).check()
+    for job in made.jobs:
+        do(made, job)
+    assert read_result(made, "seed-0/given")["scores"] == read_result(made, "seed-0/static")["scores"]
+    with pytest.raises(FileNotFoundError, match="masks-1"):
+        Runner(dataclasses.replace(made, config=dataclasses.replace(made.config, seeds=2))).check()
+
+
+def test_models_are_kept_only_where_they_are_asked_for(plan, data, tmp_path):
+    """Without `keep_models` a cell leaves its result and no weights; the scores are the same."""
+    config = dataclasses.replace(plan.config, keep_models=False)
+    made = Plan(tmp_path / "out", str(data), config, training(data), {"full": {"method": "full"}})
+    made.open()
+    for job in made.jobs:
+        do(made, job)
+    assert [path.name for path in made.folder("seed-0/full").iterdir() if path.is_dir()] == []
+    assert read_result(made, "seed-0/full")["scores"] == read_result(plan, "seed-0/full")["scores"]
+
+
 def test_plain_and_meta_cells_have_the_same_budget(plan):
     """Meta-learning is compared after seeing more sentences, or fewer."""
-    spent = {job.name: read_result(plan, job)["sentences"] for job in plan.jobs[1:]}
+    spent = {job.name: read_result(plan, job)["sentences"] for job in plan.cells}
     assert set(spent.values()) == {10 * 6}
 
 
@@ -125,7 +185,9 @@ def run_in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def without_times(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells = pd.read_csv(folder / "cells.csv")
-    times = [name for name in cells if "seconds" in name or name in ("words_per_second", "resumed", "scouting_share")]
+    times = [
+        name for name in cells if "seconds" in name or name in ("words_per_second", "resumed", "scouting_share", "day")
+    ]
     return pd.read_csv(folder / "results.csv"), cells.drop(columns=times)
 
 
@@ -139,7 +201,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(data, tmp_path, capsys):
     assert main(unbroken) == 0
     killed = tmp_path / "killed"
     arguments = ["compare", "--out", str(killed), "--workers", "2", *common]
-    for cell in ("seed-0/start", "seed-0/static-none", "seed-0/static-fomaml"):
+    for cell in ("seed-0/start", "seed-0/static", "seed-0/static-fomaml"):
         process = run_in_a_process(arguments)
         deadline = time.monotonic() + 300
         while not (killed / cell / "run" / "checkpoints").is_dir():
@@ -152,11 +214,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(data, tmp_path, capsys):
     assert main(arguments) == 0
     assert "static" in capsys.readouterr().out
     for mine, theirs in zip(without_times(killed), without_times(tmp_path / "unbroken"), strict=True):
-        order = [
-            name
-            for name in ("seed", "method", "meta", "condition", "language", "choice", "support_set")
-            if name in mine
-        ]
+        order = [name for name in ("seed", "arm", "condition", "language", "choice", "support_set") if name in mine]
         pd.testing.assert_frame_equal(
             mine.sort_values(order, ignore_index=True), theirs.sort_values(order, ignore_index=True)
         )
@@ -183,6 +241,6 @@ def test_a_failing_cell_is_named_and_the_rest_stays(data, tmp_path, capsys):
         arguments += [f"--{name.replace('_', '-')}", str(value)]
     assert main(arguments) == 1
     error = capsys.readouterr().err
-    assert "seed-0/full-none: AdaptationDiverged" in error
-    assert json.loads((tmp_path / "out" / "seed-0" / "start" / "result.json").read_text())["density"]
-    assert not is_done(Plan(tmp_path / "out", str(data), CompareConfig(**COMPARISON, seeds=1), {}), "seed-0/full-none")
+    assert "seed-0/full: AdaptationDiverged" in error
+    assert json.loads((tmp_path / "out" / "seed-0" / "masks" / "result.json").read_text())["density"]
+    assert not is_done(Plan.stored(tmp_path / "out"), "seed-0/full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from processes import start_process
-from test_compare_kills import COMPARISON, TRAINING
+from test_compare_kills import ARMS, COMPARISON, TRAINING
 
 from fastmask.compare.engine import CellFailedError, do, run_all
 from fastmask.compare.plan import CompareConfig, Plan
@@ -22,7 +23,7 @@ LIMIT = 240.0  # seconds
 
 def plan_in(folder: Path, data: Path, **training: Any) -> Plan:
     given = {**TRAINING, "model": str(data.parent / "encoder"), **training}
-    plan = Plan(folder, str(data), CompareConfig(**COMPARISON), given)
+    plan = Plan(folder, str(data), CompareConfig(**COMPARISON), given, ARMS)
     plan.open()
     return plan
 
@@ -64,7 +65,7 @@ def test_two_processes_do_each_job_once_and_not_again(data: Path, tmp_path: Path
 
 def test_a_job_that_is_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
     """What another process has written since is read, and nothing is trained."""
-    plan = Plan(tmp_path, "nowhere", CompareConfig(**COMPARISON), {})
+    plan = Plan(tmp_path, "nowhere", CompareConfig(**COMPARISON), {}, ARMS)
     folder = plan.folder(plan.jobs[0])
     folder.mkdir(parents=True)
     (folder / RESULT_FILE).write_text('{"by": "another"}')
@@ -75,7 +76,7 @@ def test_a_job_that_fails_is_named(data: Path, tmp_path: Path) -> None:
     """The error names the job and says what it raised, and the traceback is kept in a file."""
     plan = plan_in(tmp_path / "out", data, lr=1.0, encoder_lr=1.0, max_grad_norm=1e9, steps=40, warmup=0.0)
     with pytest.raises(CellFailedError, match=r"seed-0/\S+: "):
-        in_processes(Plan(plan.out, str(tmp_path / "nowhere"), plan.config, plan.training))
+        in_processes(dataclasses.replace(plan, data=str(tmp_path / "nowhere")))
     (failure,) = plan.out.glob("failed-*.txt")
     assert "does not exist (expected a folder of UD_* treebanks)" in failure.read_text()
 
@@ -116,5 +117,5 @@ def test_on_a_ray_cluster(data: Path, tmp_path: Path) -> None:
     run_all(plan, 1, 1, lambda job, result: None, ray="local")
     other = plan_in(tmp_path / "other", data)
     in_processes(other)
-    for job in plan.jobs[1:]:
+    for job in plan.cells:
         assert read_result(plan, job)["scores"] == read_result(other, job)["scores"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 
@@ -23,22 +22,22 @@ SCORE = {
 RESULT = {
     "seconds": 1.0, "resumed": False, "training_seconds": 1.0, "scoring_seconds": 1, "outer_steps": 4,
     "gradient_passes": 4, "sentences": 8, "words_per_second": 10.5, "scouting_share": None,
-    "density": {"heads": 0.5}, "scores": [SCORE],
+    "density": {"heads": 0.5}, "scores": [SCORE], "day": "2026-01-31", "made_by": "a test",
 }  # fmt: skip
 
 
 @pytest.fixture
 def plan(tmp_path):
     """A comparison of one cell, opened."""
-    config = CompareConfig(train="qaa,qab", unseen="qad", seeds=1, methods="full", metas="none")
-    plan = Plan(tmp_path / "out", "data", config, {"steps": 70, "lr": 1e-5})
+    config = CompareConfig(train="qaa,qab", unseen="qad", seeds=1)
+    plan = Plan(tmp_path / "out", "data", config, {"steps": 70, "lr": 1e-5}, {"full": {"method": "full"}})
     plan.open()
     return plan
 
 
 def test_settings_come_back(plan):
     """What was opened is what is stored, and opens again."""
-    assert Plan.stored(plan.out, "data") == dataclasses.replace(plan, training=dict(plan.training))
+    assert Plan.stored(plan.out, "data") == plan
     plan.open()
 
 
@@ -47,16 +46,31 @@ def test_settings_come_back(plan):
     [
         ("", "comparison: Field required"),
         ("comparison: {}", "training: Field required"),
-        ("comparison: {}\ntraining: {}\nmore: 1", "more: Extra inputs"),
+        ("comparison: {}\ntraining: {}", "arms: Field required"),
+        ("comparison: {}\ntraining: {}\narms: {}", "arms is empty"),
+        ("comparison: {}\ntraining: {}\narms: {a: {}}\nmore: 1", "more: Extra inputs"),
+        ("comparison: {}\ntraining: {}\narms: {a/b: {}}", "an arm is called 'a/b'"),
+        ("comparison: {}\ntraining: {}\narms: {start: {}}", "an arm is called 'start'"),
+        ("comparison: {}\ntraining: {}\narms: {a: {seed: 1}}", "arm a: seed is a setting of single runs"),
+        ("comparison: {}\ntraining: {}\narms: {a: {task: lm}}", "arm a: task must be the same"),
+        ("comparison: {}\ntraining: {}\narms: {a: {densty: 0.5}}", "arm a: unknown setting 'densty'"),
+        ("comparison: {}\ntraining: {}\narms: {a: {}}\ndate: today", "date: String should match"),
+        (
+            "comparison: {}\ntraining: {}\narms: {a: {}}\nhypotheses: {H: {arm: a, over: b, condition: seen}}",
+            "hypothesis H: unknown arm 'b'",
+        ),
+        (
+            "comparison: {}\ntraining: {}\narms: {a: {}}\nhypotheses: {H: {arm: a, over: a, condition: some}}",
+            "hypotheses.H.condition: Input should be",
+        ),
         ("comparison: []\ntraining: {}", "comparison: Input should be a valid dictionary"),
         ("comparison: &a {x: *a}\ntraining: {}", "aliases are not allowed"),
-        ("comparison: {seeds: three}\ntraining: {}", "seeds is 'three' (expected a whole number)"),
-        ("comparison: {seeds: 1000000000}\ntraining: {}", "seeds is 1000000000"),
-        ("comparison: {seed: 3}\ntraining: {}", "unknown setting 'seed'"),
-        ("comparison: {}\ntraining: {seed: 3}", "seed is a setting of single runs"),
-        ("comparison: {}\ntraining: {stepz: 3}", "unknown setting 'stepz'"),
-        ("comparison: {}\ntraining: {steps: 1.5}", "steps is 1.5 (expected a whole number)"),
-        ("comparison: {methods: [full, {a: b}]}\ntraining: {}", "methods is"),
+        ("comparison: {seeds: three}\ntraining: {}\narms: {a: {}}", "seeds is 'three' (expected a whole number)"),
+        ("comparison: {seeds: 1000000000}\ntraining: {}\narms: {a: {}}", "seeds is 1000000000"),
+        ("comparison: {seed: 3}\ntraining: {}\narms: {a: {}}", "unknown setting 'seed'"),
+        ("comparison: {}\ntraining: {seed: 3}\narms: {a: {}}", "seed is a setting of single runs"),
+        ("comparison: {}\ntraining: {stepz: 3}\narms: {a: {}}", "unknown setting 'stepz'"),
+        ("comparison: {}\ntraining: {steps: 1.5}\narms: {a: {}}", "steps is 1.5 (expected a whole number)"),
     ],
 )
 def test_damaged_settings(plan, text, problem):
@@ -64,7 +78,7 @@ def test_damaged_settings(plan, text, problem):
     file = plan.out / "compare.yaml"
     file.write_text(text)
     for read in (lambda: Plan.stored(plan.out), plan.open):
-        with pytest.raises(ValueError if "unknown" not in problem else KeyError) as error, no_hang():
+        with pytest.raises(ValueError if "unknown setting" not in problem else KeyError) as error, no_hang():
             read()
         assert str(error.value).startswith(f"{file}:")
         assert problem in str(error.value)
@@ -77,7 +91,7 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("result", "problem"),
     [
-        ({}, "seconds: Field required"),
+        ({}, "day: Field required"),
         (changed(more=1), "more: Extra inputs"),
         (changed(outer_steps=4.0), "outer_steps: Input should be a valid integer, given 4.0"),
         (changed(outer_steps=True), "outer_steps: Input should be a valid integer, given True"),
@@ -94,7 +108,7 @@ def changed(**changes):
 )
 def test_damaged_results(plan, result, problem):
     """A result of another type than a cell leaves is an error that names the file."""
-    cell = plan.jobs[1]
+    cell = plan.cells[0]
     write_result(plan, cell, result)
     with pytest.raises(FileError) as error:
         load_results(plan)
@@ -104,7 +118,7 @@ def test_damaged_results(plan, result, problem):
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"seconds": 1, "seconds": 2}', '{"a":' * 50_000])
 def test_results_that_are_no_record(plan, content):
-    cell = plan.jobs[1]
+    cell = plan.cells[0]
     write_result(plan, cell, RESULT)
     (plan.folder(cell) / "result.json").write_text(content)
     with pytest.raises(FileError, match=r"result\.json: "), no_hang():
@@ -114,7 +128,7 @@ def test_results_that_are_no_record(plan, content):
 def test_links_lead_nowhere(plan, tmp_path):
     """Nothing is written through links that stand where a comparison keeps its files."""
     (tmp_path / "precious").write_text("old")
-    cell = plan.jobs[1]
+    cell = plan.cells[0]
     plan.folder(cell).mkdir(parents=True)
     for link in (plan.folder(cell) / "result.json", *(plan.out / name for name in ("summary.md", "means.png"))):
         link.symlink_to(tmp_path / "precious")
@@ -143,4 +157,5 @@ def test_the_comparison_of_the_repository_is_read():
     folder = Path(__file__).parents[2] / "benchmarks" / "results" / "compare"
     stored = Plan.stored(folder).settings
     written = yaml.safe_load((folder / "compare.yaml").read_text())
-    assert {part: {name: stored[part][name] for name in written[part]} for part in written} == written
+    assert {name: stored["comparison"][name] for name in written["comparison"]} == written.pop("comparison")
+    assert {part: stored[part] for part in written} == written

@@ -2,95 +2,150 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
-from fastmask.compare.tables import cells_table, compared, scores_table, summary_table
+from fastmask.analysis.statistics import holm, t_of_mean
+from fastmask.compare.plan import CompareConfig, Hypothesis, Plan, arms_of
+from fastmask.compare.tables import cells_table, compared, decisions, scores_table, summary_table
 
-# method -> language -> LAS of seeds 0 and 1
+# arm -> language -> LAS of seeds 0 and 1
 LAS = {
     "full": {"fi": (40.0, 42.0), "ja": (20.0, 20.0), "ta": (30.0, 31.0)},
     "random": {"fi": (39.0, 41.0), "ja": (21.0, 21.0), "ta": (30.0, 30.0)},
     "static": {"fi": (42.0, 42.0), "ja": (23.0, 21.0), "ta": (30.0, 33.0)},
 }
+PLAN = Plan(Path("out"), "data", CompareConfig("a", "b", seeds=2), {}, arms_of(LAS, ["none", "fomaml"]))
 
 
-def results(las=LAS, meta="none"):
+def results(las=LAS, end=""):
     return {
-        (seed, method, meta): {
+        (seed, arm + end): {
             "seconds": 10.0 + seed,
-            "density": None if method == "full" else {"heads": 0.5},
+            "density": None if arm == "full" else {"heads": 0.5},
             "scores": [
                 {"language": language, "condition": "adapted", "support_set": number, "score": values[seed] + shift}
                 for language, values in by_language.items()
                 for number, shift in enumerate((-1.0, 1.0))  # support sets, whose mean counts
             ],
         }
-        for method, by_language in las.items()
+        for arm, by_language in las.items()
         for seed in (0, 1)
     }
 
 
-def test_differences_are_paired_by_language_and_averaged_over_seeds():
-    """The difference, its p-value, its wins or its spread over seeds is wrong."""
-    found = compared(scores_table(results()), ("static", "none"), ("full", "none"))
+def summary(cells):
+    return summary_table(PLAN, scores_table(cells)).set_index("arm")
+
+
+def test_differences_are_paired_by_language_and_seed():
+    """The difference, its p-values, its wins and its spread over seeds, by hand."""
+    found = compared(scores_table(results()), "static", "full")
     # fi: +2, 0; ja: +3, +1; ta: 0, +2  ->  by language 1, 2, 1; by seed 5/3, 1
     assert found.difference == pytest.approx(4 / 3)
     assert found.by_seed == pytest.approx((5 / 3, 1.0))
     assert (found.wins, len(found.by_language)) == (3, 3)
-    assert found.p == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
-
-
-def test_seeds_do_not_pass_for_languages():
-    """Each seed enters the test as if it were another language: differences look surer than they are."""
-    scores = scores_table(results())
-    twice = scores_table(results() | {(seed + 2, m, meta): r for (seed, m, meta), r in results().items()})
-    pair = ("static", "none"), ("full", "none")
-    assert compared(twice, *pair).p == compared(scores, *pair).p
+    assert found.p_languages == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
+    assert found.p_seeds == pytest.approx(t_of_mean([5 / 3, 1.0]))
+    worse = compared(scores_table(results()), "static", "full", sign=-1)
+    assert worse.difference == pytest.approx(-4 / 3)
+    assert (worse.wins, worse.p) == (0, pytest.approx(found.p))
 
 
 def test_the_summary_holds_means_deviations_and_corrected_p_values():
-    """A mean is taken over the wrong axis, or p-values are not corrected for the number of cells."""
-    order = [("full", "none"), ("static", "none"), ("random", "none")]
-    table = summary_table(scores_table(results()), order, "adapted").set_index("method")
+    """Means are over languages, deviations over seeds, and p-values are corrected for every test of the page."""
+    table = summary(results())
     # full by seed: 30, 31
     assert table.loc["full", "score"] == pytest.approx(30.5)
     assert table.loc["full", "deviation"] == pytest.approx(math.sqrt(0.5))
     assert math.isnan(table.loc["full", "over_full"])
     assert table.loc["random", "over_full"] == pytest.approx(-1 / 6)  # by language -1, 1, -0.5
     assert table.loc["static", "over_random"] == pytest.approx(1.5)  # by language 2, 1, 1.5
-    assert table.loc["static", "p_random"] == pytest.approx(0.25)  # alone: nothing to correct
-    assert table.loc["static", "p_full"] == pytest.approx(0.5)  # Holm over static and random
-    assert table.loc["static", "uncorrected_p_full"] == pytest.approx(0.25)
+    assert table.loc["static", "low_random"] < 1.5 < table.loc["static", "high_random"]
     assert table.loc["static", "wins_random"] == "3/3"
+    raw = [table.loc[arm, f"uncorrected_p_{other}"] for arm, other in (("static", "full"), ("random", "full"))]
+    raw.append(table.loc["static", "uncorrected_p_random"])
+    corrected = [table.loc[arm, f"p_{other}"] for arm, other in (("static", "full"), ("random", "full"))]
+    corrected.append(table.loc["static", "p_random"])
+    assert corrected == holm(raw)
+    assert raw[0] == max(0.25, t_of_mean([5 / 3, 1.0]))
 
 
 def test_meta_learning_is_compared_with_its_own_full_network():
-    """A subnetwork with meta-learning is credited with what meta-learning alone does."""
+    """A subnetwork with meta-learning is not credited with what meta-learning alone does."""
     shifted = {m: {lang: tuple(v + 5 for v in vs) for lang, vs in by.items()} for m, by in LAS.items()}
-    scores = scores_table(results() | results(shifted, "fomaml"))
-    order = [(m, meta) for meta in ("none", "fomaml") for m in LAS]
-    table = summary_table(scores, order, "adapted").set_index(["method", "meta"])
-    assert table.loc[("static", "fomaml"), "over_full"] == pytest.approx(4 / 3)
-    assert table.loc[("full", "fomaml"), "over_full"] == pytest.approx(5.0)
-    assert math.isnan(table.loc[("random", "fomaml"), "over_random"])
+    table = summary(results() | results(shifted, "-fomaml"))
+    assert table.loc["static-fomaml", "over_full"] == pytest.approx(4 / 3)
+    assert table.loc["full-fomaml", "over_full"] == pytest.approx(5.0)
+    assert math.isnan(table.loc["random-fomaml", "over_random"])
 
 
 def test_cells_that_are_missing_leave_gaps():
-    """A comparison that is looked at before its end fails, or counts what is not there."""
-    some = {key: value for key, value in results().items() if key[:2] != (1, "static") and key[1] != "random"}
-    order = [("full", "none"), ("static", "none"), ("random", "none")]
-    table = summary_table(scores_table(some), order, "adapted").set_index("method")
+    """A comparison can be looked at before its end, and nothing is counted that is not there."""
+    some = {key: value for key, value in results().items() if key != (1, "static") and key[1] != "random"}
+    table = summary(some)
     assert table.loc["static", "seeds"] == 1
     assert table.loc["static", "over_full"] == pytest.approx(5 / 3)
+    assert math.isnan(table.loc["static", "p_full"])  # one seed says nothing of others
     assert math.isnan(table.loc["random", "score"])
     assert math.isnan(table.loc["static", "over_random"])
 
 
 def test_cells_keep_their_cost():
-    """Time or density of a cell goes missing."""
-    cells = cells_table(results()).set_index(["method", "seed"])
+    """Time and density of a cell are in the table."""
+    cells = cells_table(results()).set_index(["arm", "seed"])
     assert cells.loc[("static", 1), "seconds"] == 11.0
     assert cells.loc[("static", 1), "live_heads"] == 0.5
     assert math.isnan(cells.loc[("full", 0), "live_heads"])
+
+
+def test_what_was_decided():
+    """A hypothesis holds, does not hold, or is open, by its own family of tests, in both directions."""
+    names = [f"l{number}" for number in range(8)]
+
+    def cells(gains):
+        """Arm -> gain over full in each of four seeds, a little different by language."""
+        full = {name: 40.0 + place for place, name in enumerate(names)}
+        return {
+            (seed, arm): {
+                "scores": [
+                    {
+                        "language": name,
+                        "condition": "seen",
+                        "score": full[name] + gain[seed] + (arm != "full") * place / 100,
+                    }
+                    for place, name in enumerate(names)
+                ]
+            }
+            for arm, gain in {"full": [0] * 4, **gains}.items()
+            for seed in range(4)
+        }
+
+    arms = {"full": {"method": "full"}, **{name: {} for name in ("better", "worse", "lucky", "same", "near")}}
+    gains = {
+        "better": [1.0, 1.1, 0.9, 1.2],
+        "worse": [-1.0, -1.1, -0.9, -1.2],
+        "lucky": [8.0, 0.1, -0.1, 0.0],
+        "same": [0.01, -0.08, 0.02, -0.07],
+        "near": [-0.3, -0.25, -0.35, -0.3],
+    }
+    hypotheses = {name: Hypothesis(arm=name, over="full", condition="seen") for name in gains}
+    hypotheses["not worse"] = Hypothesis(arm="near", over="full", condition="seen", more_than=-0.5)
+    plan = Plan(Path("out"), "data", CompareConfig("a", "b", seeds=4), {}, arms, hypotheses=hypotheses, zone=0.2)
+    found = decisions(plan, scores_table(cells(gains))).set_index("hypothesis")
+    assert found.verdict.to_dict() == {
+        "better": "holds",
+        "worse": "does not hold",
+        "lucky": "open",
+        "same": "no difference that matters (within ±0.2)",
+        "near": "does not hold",
+        "not worse": "holds",
+    }
+    assert found.difference["not worse"] == pytest.approx(found.difference["near"])
+    assert list(found.p) == holm(list(found.uncorrected_p))
+    missing = {key: value for key, value in cells(gains).items() if key[1] != "better"}
+    assert decisions(plan, scores_table(missing)).verdict[0] == "not measured"
+    assert decisions(dataclasses.replace(plan, hypotheses={}), scores_table(cells(gains))).empty

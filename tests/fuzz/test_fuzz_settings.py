@@ -78,7 +78,7 @@ def test_training_settings(count, tmp_path):
 
 def test_settings_of_a_comparison(count, tmp_path):
     """The same of ``compare.yaml``, which `fastmask compare` and `fastmask analyze` read."""
-    plan = Plan(tmp_path, "data", CompareConfig(train="qaa,qab", unseen="qac"), {"steps": 70, "lr": 1e-5})
+    plan = Plan(tmp_path, "data", CompareConfig(train="qaa,qab", unseen="qac"), {"steps": 70, "lr": 1e-5}, {"full": {}})
     plan.open()
     path, verdicts = tmp_path / "compare.yaml", Verdicts()
     original = path.read_bytes()
@@ -86,7 +86,7 @@ def test_settings_of_a_comparison(count, tmp_path):
     def expected(text):
         values = yaml.safe_load(text)
         config = said(CompareConfig, yaml.safe_dump(values["comparison"]).encode())
-        return {"comparison": config, "training": values["training"]}
+        return {**values, "comparison": config}
 
     for what, content in mutants(original, "yaml", count, "comparison"):
         path.write_bytes(content)

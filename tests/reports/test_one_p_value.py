@@ -1,9 +1,7 @@
-"""``summary.md`` and ``report.html`` print one p-value for one comparison."""
+"""The tables of a comparison and of the report of it make one test of one difference."""
 
 from __future__ import annotations
 
-import html
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,78 +9,50 @@ import pandas as pd
 import pytest
 from whole_results import whole_result
 
-from fastmask.analysis.statistics import p_text
-from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.report import load_results, write_report
+from fastmask.compare.plan import CompareConfig, Plan, arms_of
+from fastmask.compare.report import load_tables, page_tables, write_report
 from fastmask.compare.results import write_result
-from fastmask.compare.tables import CONDITIONS, scores_table, summary_table
-from fastmask.reports.analyses import chosen
-from fastmask.reports.folders import NAMES, Run, Study, studies_of
-from fastmask.reports.making import make_report
-from fastmask.reports.page import Part, page
+from fastmask.compare.tables import summary_table
+from fastmask.literal import markdown_table
+from fastmask.reports.folders import Run, Study, baselines_of, studies_of
 from fastmask.reports.scores import effect
 from fastmask.reports.sections import Gathered, Options
 from fastmask.training.config import TrainConfig
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "compare"
-SHOWN = ("seen", "adapted", "zero-shot")  # in both files
+SHOWN = ("seen", "adapted", "zero-shot")  # in both
 
 
-def of_summary(text):
-    """(condition, variant) -> (difference to full, corrected p), as ``summary.md`` prints them."""
-    found = {}
-    for condition, title in CONDITIONS.items():
-        section = text.partition(f"## LAS, {title}\n")[2].partition("\n## ")[0]
-        for line in section.splitlines():
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if len(cells) > 4 and cells[4] and cells[0] not in ("method", "---"):
-                name = cells[0] if cells[1] == "none" else f"{cells[0]} + {NAMES[cells[1]]}"
-                found[condition, name] = float(cells[3].partition(" ")[0]), cells[4]
-    return found
+def same(plan: Plan, study: Study) -> None:
+    """Differences, intervals and p-values of `summary.csv` are those of the report's tables."""
+    found = Gathered("effect", Options())
+    effect(study, found)
+    tables = {section.title: section.tables[f"{section.name}_methods"] for section in found.sections()}
+    summary = summary_table(plan, load_tables(plan)[0]).set_index(["condition", "arm"])
+    count = 0
+    for title, table in tables.items():
+        condition, _, baseline = title.partition(", over ")
+        for row in table.itertuples():
+            mine = summary.loc[condition, row.method]
+            values = [mine[f"{name}_{baseline}"] for name in ("over", "low", "high", "uncorrected_p")]
+            assert values == pytest.approx([row.difference, row.low, row.high, row.p], nan_ok=True), (title, row)
+            count += 1
+    known = [summary.loc[list(SHOWN)][f"over_{baseline}"].notna().sum() for baseline in ("full", "random")]
+    assert count == sum(known) > 0
 
 
-def of_page(text):
-    """The same of ``report.html``; differences have more digits there."""
-    found = {}
-    for condition in SHOWN:
-        table = re.search(rf'<p class="note">effect-{condition}_methods</p>.*?</table>', text, re.DOTALL)
-        if table is None:
-            continue
-        names = [html.unescape(name) for name in re.findall(r"<th(?: [^>]*)?>(?:<button[^>]*>)?(.*?)<", table[0])]
-        for row in re.findall(r"<tr>(<td.*?)</tr>", table[0]):
-            cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", row)]
-            mine = dict(zip(names, cells, strict=True))
-            found[condition, mine["method"]] = float(mine["difference"]), mine["p holm"]
-    return found
-
-
-def same(summary, report, conditions):
-    """Whether both print the same p-values, and differences (to two decimals and four digits)."""
-    assert report
-    summary = {key: value for key, value in summary.items() if key[0] in conditions}
-    assert {key: p for key, (_, p) in summary.items()} == {key: p for key, (_, p) in report.items()}
-    for key, (difference, _) in summary.items():
-        assert difference == pytest.approx(report[key][0], abs=0.006), key
-
-
-def test_of_a_comparison_that_was_run(comparison, tmp_path):
-    """If this fails, the two files of one comparison contradict each other."""
-    plan = Plan(comparison, "", CompareConfig.from_dict(studies_of([comparison])[0].settings["comparison"]), {})
-    write_report(plan)
-    made = make_report([comparison], ["effect"], tmp_path / "out")
-    same(of_summary((comparison / "summary.md").read_text()), of_page(made.report.read_text()), SHOWN)
+def test_of_a_comparison_that_was_run(comparison):
+    """The two files of one comparison agree."""
+    same(Plan.stored(comparison), studies_of([comparison])[0])
 
 
 @pytest.mark.parametrize("lost", [0, 5])
 def test_of_made_scores(tmp_path, lost):
-    """If this fails, they do for other methods, with meta-learning, or while cells are still missing."""
-    config = CompareConfig(
-        train="a,b", unseen="c,d", methods="full,static,dynamic,random", metas="none,fomaml", seeds=3
-    )
-    plan = Plan(tmp_path, "", config, {"steps": 2})
+    """They do for every method, with meta-learning, and while cells are still missing."""
+    arms = arms_of(["full", "static", "dynamic", "random"], ["none", "fomaml"])
+    plan = Plan(tmp_path, "", CompareConfig(train="a,b", unseen="c,d", seeds=3), {"steps": 2}, arms)
     generator = np.random.default_rng(0)
-    cells = [job for job in plan.jobs if job.method is not None]
-    done = [cell for number, cell in enumerate(cells) if number % 7 >= lost or cell.method == "full"]
+    done = [cell for number, cell in enumerate(plan.cells) if number % 7 >= lost or cell.arm == "full"]
     runs = []
     for number, cell in enumerate(done):
         scores = [
@@ -91,43 +61,34 @@ def test_of_made_scores(tmp_path, lost):
                 "condition": condition,
                 "choice": "own",
                 "support_set": None,
-                "score": 50 + place + generator.normal(0.3 * (cell.method != "full"), 0.4),
+                "score": 50 + place + generator.normal(0.3 * (not cell.arm.startswith("full")), 0.4),
             }
             for condition in SHOWN
             for place in range(12)
             if (number + place) % 11 or not lost
         ]
         write_result(plan, cell, whole_result(scores))
-        run = Run(plan.folder(cell), TrainConfig(method=cell.method, meta=cell.meta, seed=cell.seed), "")
-        name = cell.method if cell.meta == "none" else f"{cell.method} + {NAMES[cell.meta]}"
-        (run.folder / "model").mkdir(exist_ok=True)
-        (run.folder / "model").mkdir(exist_ok=True)  # the page shows its day
-        runs.append(Run(run.folder, run.config, name))
+        runs.append(Run(plan.folder(cell), TrainConfig(**arms[cell.arm], seed=cell.seed), cell.arm))
+    same(plan, Study("made", tuple(runs), scores=load_tables(plan)[0], baselines=baselines_of(plan)))
+
+
+def test_of_the_committed_comparison(tmp_path):
+    """The page that is kept beside scores is what is made of them."""
+    plan = Plan.stored(COMMITTED)
+    scores, cells = load_tables(plan)
+    text = (COMMITTED / "summary.md").read_text(encoding="utf-8")
+    for title, rows in page_tables(plan, scores, cells):
+        table = "\n".join(markdown_table(list(rows[0]), [list(row.values()) for row in rows]))
+        assert f"## {title}\n\n{table}\n" in text
+    again = pd.read_csv(COMMITTED / "summary.csv")
+    assert again.score.round(2).tolist() == summary_table(plan, scores).score.round(2).tolist()
+
+
+def test_a_page_can_be_made_again_from_its_scores(comparison, tmp_path):
+    """Where only the tables of a comparison were kept, its page comes out as it was."""
+    plan = Plan.stored(comparison)
     write_report(plan)
-    scores = scores_table(load_results(plan))
-    study = Study("made", tuple(runs), scores=scores)
-    found = Gathered("effect", Options())
-    effect(study, found)
-    sections = found.sections()
-    text = page([study], [Part(study, chosen(["effect"])[0], sections)], [], None)
-    summary = of_summary((tmp_path / "summary.md").read_text())
-    same(summary, of_page(text), SHOWN)
-    assert 0.001 < min(float(p) for _, p in summary.values()) < 0.2
-    assert max(float(p) for _, p in summary.values()) > 0.2
-
-
-def test_of_the_committed_comparison():
-    """If this fails, the README's numbers are contradicted by one of the files that it links to."""
-    summary = (COMMITTED / "summary.md").read_text(encoding="utf-8")
-    same(of_summary(summary), of_page((COMMITTED / "report.html").read_text(encoding="utf-8")), SHOWN)
-    # And both can be made again from the scores beside them.
-    scores = pd.read_csv(COMMITTED / "results.csv")
-    cells = list(dict.fromkeys(zip(scores.method, scores.meta, strict=True)))
-    again = {}
-    for condition in CONDITIONS:
-        for row in summary_table(scores, cells, condition).itertuples():
-            if not np.isnan(row.p_full):
-                name = row.method if row.meta == "none" else f"{row.method} + {NAMES[row.meta]}"
-                again[condition, name] = round(row.over_full, 2), p_text(row.p_full)
-    assert again == of_summary(summary)
-    assert len(again) == 4 * 11
+    for name in ("compare.yaml", "results.csv", "cells.csv"):
+        (tmp_path / name).write_bytes((comparison / name).read_bytes())
+    write_report(Plan.stored(tmp_path))
+    assert (tmp_path / "summary.md").read_text() == (comparison / "summary.md").read_text()

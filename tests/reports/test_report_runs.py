@@ -43,11 +43,11 @@ def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
     """If this fails, a comparison that still runs cannot be looked at, or a missing cell goes unnoticed."""
     copy = tmp_path / "copy"
     shutil.copytree(comparison, copy)
-    (copy / "seed-1" / "static-none" / "result.json").unlink()
+    (copy / "seed-1" / "static" / "result.json").unlink()
     (study,) = studies_of([copy])
-    assert study.unfinished == ("seed-1/static-none",)
+    assert study.unfinished == ("seed-1/static",)
     made = make_report([copy], ["effect", "overlap"], options=FEW)
-    assert says(made, "comparison (seed-1/static-none)", "not done")
+    assert says(made, "comparison (seed-1/static)", "not done")
     assert says(made, "overlap (static, between seeds)", "one seed only")
     for seed in (0, 1):
         shutil.rmtree(copy / f"seed-{seed}")

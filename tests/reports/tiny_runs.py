@@ -34,9 +34,8 @@ COMPARISON = {
     "adapt_encoder_lr": 1e-3,
     "test_sentences": 6,
     "seeds": 2,
-    "methods": "full,static",
-    "metas": "none",
 }
+ARMS = {"full": {"method": "full"}, "static": {}}
 
 
 def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
@@ -50,7 +49,7 @@ def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
 
 def make_comparison(out: Path, data: Path, settings: dict[str, Any], training: dict[str, Any]) -> Path:
     """A comparison that is done; returns its folder."""
-    plan = Plan(out, str(data), CompareConfig(**settings), training)
+    plan = Plan(out, str(data), CompareConfig(**settings), training, ARMS)
     plan.open()
     for job in plan.jobs:
         do(plan, job)

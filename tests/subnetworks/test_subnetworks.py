@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from fastmask import Subnetworks
-from fastmask.subnetworks.controls import random_like, shared_like, shuffled
+from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
 
 CONFIG = BertConfig(num_hidden_layers=3, num_attention_heads=8, hidden_size=16, intermediate_size=24)
 
@@ -47,8 +47,8 @@ def test_the_default_device_is_no_matter(tmp_path):
         assert Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both") == expected
         assert Subnetworks.load(tmp_path / "masks.safetensors") == expected
         assert expected.ids(["b", "a"]).tolist() == [1, 0]
-        moved, control = shuffled(expected, seed=0), random_like(expected, seed=4)
-    assert moved == shuffled(expected, seed=0)
+        moved, control = shuffled(expected), random_like(expected, seed=4)
+    assert moved == shuffled(expected)
     assert control == random_like(expected, seed=4)
 
 
@@ -95,13 +95,34 @@ def test_shared_like_is_as_large_as_a_language(seed):
 
 
 def test_shuffled_gives_nobody_its_own():
-    """A shuffled control in which some language keeps its mask controls nothing."""
-    heads = torch.eye(5, dtype=torch.bool)[:, None]
-    subnets = Subnetworks(list("abcde"), heads)
-    for seed in range(20):
-        moved = shuffled(subnets, seed).heads[:, 0]
-        assert not moved.diagonal().any()
-        assert torch.equal(moved.sum(0), torch.ones(5, dtype=torch.int64))
+    """No language keeps its own mask, and each mask has a new owner."""
+    moved = shuffled(Subnetworks(list("abcde"), torch.eye(5, dtype=torch.bool)[:, None])).heads[:, 0]
+    assert not moved.diagonal().any()
+    assert torch.equal(moved.sum(0), torch.ones(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="at least two languages"):
+        shuffled(Subnetworks(["a"], torch.ones(1, 1, 2, dtype=torch.bool)))
+
+
+def test_shuffled_hands_over_what_is_most_unlike():
+    """By hand: a and b are nearly alike, c and d too; a and b must get the masks of c and d, and they those of a, b."""
+    heads = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]]).bool()
+    moved = shuffled(Subnetworks(list("abcd"), heads[:, None])).heads[:, 0]
+    assert not (moved & heads).any()
+    assert sorted(map(tuple, moved.tolist())) == sorted(map(tuple, heads.tolist()))
+
+
+def test_permuted_like_keeps_overlaps_and_changes_units():
+    """Sizes and overlaps of languages are what they were in each layer; the units are others, the same for all."""
+    subnets = masks()
+    control = permuted_like(subnets, seed=1)
+    for kind in ("heads", "neurons"):
+        ours, theirs = getattr(control, kind), getattr(subnets, kind)
+        for layer in range(ours.shape[1]):
+            mine, given = ours[:, layer].int(), theirs[:, layer].int()
+            assert torch.equal(mine @ mine.T, given @ given.T)
+            assert sorted(map(tuple, mine.T.tolist())) == sorted(map(tuple, given.T.tolist()))
+    assert control != subnets
+    assert control == permuted_like(subnets, seed=1)
 
 
 class TestBadInput:

@@ -199,12 +199,13 @@ def test_compare(name, called, tiny, tmp_path):
     config = config_of(name, place, tmp_path / "run", steps=4, discover_at=0.5, checkpoint_every=0)
     own = ("data", "languages", "out")
     training = {k: v for k, v in dataclasses.asdict(config).items() if k not in RESERVED and k not in own}
-    asked = {"train": "aa,bb", "unseen": UNSEEN, "seeds": 1, "methods": "full,static", "metas": "none", "shots": 3}
+    asked = {"train": "aa,bb", "unseen": UNSEEN, "seeds": 1, "shots": 3}
+    arms = {"full": {"method": "full"}, "static": {}}
     asked |= {"support_sets": 1, "adapt_steps": 1}
-    nearest = Plan(tmp_path / "nearest", str(place / "data"), CompareConfig(**asked), training)
+    nearest = Plan(tmp_path / "nearest", str(place / "data"), CompareConfig(**asked), training, arms)
     with pytest.raises(ValueError, match="cannot tell which language is nearest"):
         Runner(nearest).check()
-    plan = Plan(tmp_path / "compare", str(place / "data"), CompareConfig(**asked, choose="best"), training)
+    plan = Plan(tmp_path / "compare", str(place / "data"), CompareConfig(**asked, choose="best"), training, arms)
     plan.open()
     Runner(plan).check()
     for job in plan.jobs:

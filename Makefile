@@ -1,9 +1,10 @@
 # `make train` and `make test` are all a new machine needs: they make .venv, install into it and run.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 RUN ?= runs/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test bench gpu slow clean
+.PHONY: train test bench docs gpu slow clean
 
 train: .venv/installed
 	$(BIN)/fastmask train --out $(RUN)
@@ -22,18 +23,26 @@ slow: .venv/installed-test
 bench: .venv/installed
 	$(BIN)/python -m benchmarks
 
+# The documentation as a site, in build/site; a warning is an error.
+docs: .venv/installed-docs
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
 # The kernels on this machine's GPU: right, then how fast. With the machine's own Python, torch, triton, transformers,
 # numpy and pytest; nothing is installed or downloaded.
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train]'
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,test]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train,test]'
+	touch $@
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[train,docs]'
 	touch $@
 
 clean:

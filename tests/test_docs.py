@@ -1,0 +1,109 @@
+"""The documentation is true: its Python runs, its commands exist, its links lead somewhere, and no name is left out."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from string import Template
+
+import pytest
+
+import fastmask as fm
+from fastmask.cli import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+NOT_RUN = {"tools.md", "tasks.md"}  # parts of longer programs, which tests/models and tests/tasks run whole
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    """The blocks of code of a kind, in order."""
+    return [text for found, text in FENCE.findall(page.read_text(encoding="utf-8")) if found == kind]
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and page.name not in NOT_RUN], ids=named
+)
+def test_python_runs(page, tmp_path, monkeypatch):
+    """The Python of a page runs from top to bottom, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for number, code in enumerate(blocks(page, "python")):
+        exec(compile(code, f"{named(page)}, block {number}", "exec"), names)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command of a page's shell blocks; variables that a block sets are put in."""
+    found = []
+    for block in blocks(page, "bash"):
+        known: dict[str, str] = {}
+        for line in block.splitlines():
+            words = shlex.split(Template(line).substitute(known), comments=True)
+            if words and re.match(r"\w+=", words[0]):
+                name, _, known[name] = words[0].partition("=")
+            elif words:
+                found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=named)
+def test_commands_exist(page):
+    """Every command of a page has the options that the page gives it."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for words in commands(page):
+        if words[0] == "fastmask":
+            try:
+                _parser(words[1:]).parse_args(words[1:])
+            except SystemExit:
+                pytest.fail(shlex.join(words))
+        elif words[0] == "make":
+            assert words[1] in targets, shlex.join(words)
+        elif words[:2] == ["python", "-m"]:
+            assert find_spec(words[2]) is not None, shlex.join(words)
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file(), shlex.join(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    """Every relative link of a page is to a file that is there, and to a heading that it has."""
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), f"{named(page)}: {link}"
+        if anchor:
+            headings = HEADING.findall(target.read_text(encoding="utf-8"))
+            known = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in known, f"{named(page)}: {link}"
+
+
+def test_every_public_name_has_a_page_and_an_example():
+    """What `fastmask` offers stands in the reference, and in a snippet that runs."""
+    reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    snippets = "\n".join(code for page in PAGES if page.name not in NOT_RUN for code in blocks(page, "python"))
+    for name in fm.__all__:
+        assert re.search(rf"^::: fastmask\.{name}$", reference, re.MULTILINE), name
+        assert re.search(rf"\bfm\.{name}\b", snippets), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra docs")
+def test_the_site_builds(tmp_path):
+    """`make docs` gives no warning."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,32 +1,24 @@
-"""What the README and `examples/` show runs as it stands."""
+"""What is in `examples/` runs as it stands; `test_docs` runs what pages show."""
 
 from __future__ import annotations
 
-import re
+import csv
 from pathlib import Path
 
 import pytest
 from processes import run_script
 
 import fastmask as fm
+from fastmask.cli import main
 from fastmask.tasks.data.synthetic import write_treebanks
 from tests.compare.tiny_encoder import tiny_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_python_examples(number, tmp_path):
-    """The first thing a reader copies does not run."""
-    (tmp_path / "example.py").write_text(SNIPPETS[number], encoding="utf-8")
-    run_script(tmp_path / "example.py", tmp_path)
-
-
 ON_DATA = ("plain_loop.py", "trainer.py")
-ALONE = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in (*ON_DATA, "own_task.py"))
+ELSEWHERE = ("own_task.py", "sparse_language.py")
+ALONE = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name not in (*ON_DATA, *ELSEWHERE))
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -47,12 +39,21 @@ def test_examples_on_data_run(name, tmp_path):
     assert list(fm.Subnetworks.load(tmp_path / folder).languages) == ["qaa", "qac", *unseen]
 
 
-def test_readme_commands_exist():
-    """The README names an option that the command does not have."""
-    from fastmask.cli import _parser
-
-    commands = re.findall(r"^fastmask (\w+) ([^#\n]*)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(commands) >= 8
-    for command, rest in commands:
-        arguments = [word for word in rest.split() if word != "..."]
-        _parser([command, *arguments]).parse_args([command, *arguments])
+def test_a_language_more_by_changing_little(tmp_path):
+    """Every way to adapt a finished run ends with scores, and changes fewer bytes than all parameters."""
+    write_treebanks(tmp_path / "ud", sentences={"train": 12, "dev": 2, "test": 6})
+    common = ["--method", "full", "--steps", "4", "--eval-every", "0", "--threads", "1"]
+    assert (
+        main(["train", "--data", str(tmp_path / "ud"), "--languages", "qaa", *common, "--out", str(tmp_path / "run")])
+        == 0
+    )
+    options = ["--languages", "qad", "--sentences", "6", "--steps", "2", "--seeds", "1", "--test", "4"]
+    run_script(
+        ROOT / "examples" / "sparse_language.py", tmp_path, str(tmp_path / "run"), str(tmp_path / "ud"), *options
+    )
+    rows = list(csv.DictReader((tmp_path / "sparse.csv").open()))
+    size = {row["way"]: int(row["bytes"]) for row in rows}
+    assert list(size) == ["none", "all", "weights", "units", "norms", "lora"]
+    assert size["none"] == 0 < size["norms"] < size["weights"] < size["all"]
+    assert size["units"] < size["all"]
+    assert 0.5 < size["lora"] / (0.05 * 4 * 4 * (4 * 256**2 + 2 * 256 * 1024)) < 1.5

@@ -13,6 +13,7 @@ from string import Template
 import pytest
 
 import fastmask as fm
+from benchmarks.row import read as read_rows
 from fastmask.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,28 @@ def test_every_public_name_has_a_page_and_an_example():
     for name in fm.__all__:
         assert re.search(rf"^::: fastmask\.{name}$", reference, re.MULTILINE), name
         assert re.search(rf"\bfm\.{name}\b", snippets), name
+
+
+def test_the_numbers_of_the_readme_are_those_that_were_measured():
+    """The speeds of the README's table stand in the file of the last whole run, and nowhere differently."""
+    rows = [row for row in read_rows(ROOT / "benchmarks" / "results" / "targets.csv") if row.case == "encoder"]
+    table = (ROOT / "README.md").read_text().partition("<!-- benchmarks:begin -->")[2]
+    for line, batch, present in (("one language, 8 x 128", 8, 1), ("8 languages in one batch, 16 x 128", 16, 8)):
+        same = [
+            row
+            for row in rows
+            if (row.batch, row.present, row.density, row.dtype, row.compiled) == (batch, present, 0.5, "float32", False)
+        ]
+        ours, full, dense = (
+            next(row for row in same if row.implementation == name) for name in ("fastmask", "full", "dense")
+        )
+        cells = [cell.strip() for cell in next(row for row in table.splitlines() if line in row).split("|")]
+        assert cells[2:6] == [
+            f"{ours.ratio / full.ratio:.2f}x",
+            f"{ours.ratio:.2f}x ({ours.ratio_low:.2f}-{ours.ratio_high:.2f})",
+            f"{ours.ideal:.2f}x",
+            f"{ours.saved_mib / dense.saved_mib:.2f}x",
+        ]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from tiny_models import batch, multiplied, tiny
 
 import fastmask as fm
@@ -47,8 +48,10 @@ def literal_change(model, batches, name, units, layer, unit):
     return (losses[0] - losses[1]).detach()
 
 
-@pytest.mark.parametrize("units", ["heads", "neurons"])
-@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("model_type", "units"),
+    covering(["bert", "roberta", "distilbert", "llama", "qwen3"], ["heads", "neurons"]),
+)
 def test_equals_masked_weights(model_type, units):
     """Broken: a flipped unit is not what its mask would make of the plain model."""
     model, batches = setting(model_type)

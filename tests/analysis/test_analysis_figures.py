@@ -92,8 +92,20 @@ def ablation(languages):
 ANALYSES = [overlap, use, use_of_neurons, effect, cross, typology, dynamics, conflict, ablation]
 
 
-@pytest.mark.parametrize("languages", [CODES[:8], CODES], ids=["8", "30"])
-@pytest.mark.parametrize("analysis", ANALYSES)
+@pytest.mark.parametrize(
+    ("analysis", "languages"),
+    # Each with many languages; the one that flips every head of every language with some.
+    [
+        pytest.param(
+            analysis,
+            languages,
+            id=f"{analysis.__name__}-{len(languages)}",
+            marks=pytest.mark.slow if (analysis is ablation) == (languages is CODES) else (),
+        )
+        for analysis in ANALYSES
+        for languages in (CODES[:8], CODES)
+    ],
+)
 def test_no_text_lies_on_another(analysis, languages, monkeypatch):
     """Broken: labels of a picture cannot be read."""
     figure, drawn = analysis(languages).figure(), {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -143,13 +141,13 @@ def test_resume_measures_what_is_missing(toy):
     assert [row.density for row in rows] == [1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
-def test_one_process_for_each_number_of_threads(tmp_path):
+def test_one_process_for_each_number_of_threads(tmp_path, monkeypatch):
     """All rows are measured with the threads of the first ones."""
     csv = tmp_path / "rows.csv"
-    argv = [sys.executable, "-m", "benchmarks", "op", *TOY, "--parts", "forward", "--implementations", "dense"]
+    argv = ["op", *TOY, "--parts", "forward", "--implementations", "dense"]
     argv[argv.index("--threads") + 1] = "1,2"
-    done = subprocess.run([*argv, "--csv", str(csv)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(ROOT)  # where the processes find `benchmarks`
+    assert main([*argv, "--csv", str(csv)]) == 0
     assert [row.threads for row in rows_file.read(csv)] == [1, 2]
 
 

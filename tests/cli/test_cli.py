@@ -6,13 +6,13 @@ import json
 import math
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
 
 import pytest
+from processes import start_process
 from typed_command import output_of
 
 import fastmask as fm
@@ -263,14 +263,14 @@ def test_settings_from_a_file_and_overrides(data, capsys, tmp_path):
 def test_killed_and_resumed_ends_the_same(run, data, tmp_path):
     """A killed run cannot go on, or ends with other scores than one that never stopped."""
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "fastmask.cli", "train", "--data", str(data), "--out", str(out)]
+    command = ["train", "--data", str(data), "--out", str(out)]
     command += ["--steps", "6", "--density", "0.4", "--checkpoint-every", "1", *TINY]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_process(main, command)
     deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step-*")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(out.glob("checkpoints/step-*")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert main(["train", "--out", str(out), "--resume"]) == 0  # with the settings the run was started with
     for name in ("masks.safetensors",):
         assert fm.Subnetworks.load(out / name) == fm.Subnetworks.load(run / name)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from processes import start_process
 from typed_command import output_of
 
 import fastmask as fm
@@ -168,30 +166,24 @@ def test_zero_shot(run, data, capsys, tmp_path):
 def test_killed_while_saving(run, support, tmp_path):
     """Something half-written stands at --out after a kill, or stops the next try."""
     out = tmp_path / "out"
-    command = [sys.executable, "-c", _SLOW_SAVE, "adapt", str(run), "--language", "qaf", "--support", str(support)]
+    command = ["adapt", str(run), "--language", "qaf", "--support", str(support)]
     command += ["--steps", "1", "--sentences", "4", "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_process(save_slowly, command)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".partial-*-out/model")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".partial-*-out/model")) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.is_alive()
+    process.kill()
+    process.join()
     assert not [path for path in out.iterdir() if path.name not in LOCK_FILES]
-    assert main(command[3:]) == 0
+    assert main(command) == 0
     assert os.listdir(tmp_path) == ["out"]
 
 
-# The real command, with masks that take their time to be written: a window to kill it in.
-_SLOW_SAVE = """
-import sys, time
-from fastmask.subnetworks import Subnetworks
-save = Subnetworks.save
-Subnetworks.save = lambda *arguments: (time.sleep(100), save(*arguments))
-from fastmask.cli import main
-from fastmask.files import LOCK_FILES
-sys.exit(main(sys.argv[1:]))
-"""
+def save_slowly(command):
+    """The command, with masks that take their time to be written: a window to kill it in."""
+    fm.Subnetworks.save = lambda *arguments: time.sleep(100)
+    main(command)
 
 
 class TestErrors:

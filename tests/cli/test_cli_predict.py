@@ -42,7 +42,7 @@ def shell(run, command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", line], capture_output=True, **options)
 
 
-@pytest.mark.parametrize("out", ["-", "/proc/self/fd/1"])  # /dev/stdout is a link to it
+@pytest.mark.parametrize("out", ["-", pytest.param("/proc/self/fd/1", marks=pytest.mark.slow)])  # of /dev/stdout
 def test_from_standard_input_to_standard_output(run, source, expected, out):
     """Standard output holds the sentences and nothing else; what is said goes to standard error."""
     done = shell(run, f"cat {source} | predict - {out} | cat")

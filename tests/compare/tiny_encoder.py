@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 
-def tiny_encoder(folder: Path, text: str) -> None:
-    """A BERT of two layers that reads letters."""
+def tiny_encoder(folder: Path, text: str, heads: int = 2) -> None:
+    """A BERT of two layers that reads letters; a head has eight features, and a layer as many neurons as features."""
     letters = sorted({letter for letter in text if letter.isalpha()})
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
     tokenizer = Tokenizer(models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
@@ -19,7 +19,7 @@ def tiny_encoder(folder: Path, text: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(names), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=300, pad_token_id=0,
+        vocab_size=len(names), hidden_size=8 * heads, num_hidden_layers=2, num_attention_heads=heads,
+        intermediate_size=8 * heads, max_position_embeddings=300, pad_token_id=0,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)

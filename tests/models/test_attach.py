@@ -280,7 +280,7 @@ def test_float32_training_step_moves_only_the_live_part():
 def test_compiles_without_graph_breaks():
     """torch.compile of an attached encoder breaks the graph, or recompiles when the languages change."""
     torch._dynamo.reset()
-    model = tiny("bert").float()
+    model = tiny("bert", num_hidden_layers=1).float()
     fm.attach(model, subnetworks(model))
     count = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=count)

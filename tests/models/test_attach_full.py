@@ -92,10 +92,10 @@ def test_uneven_and_dead_layers():
     assert_equals_masking_gradients(model, fm.Subnetworks(LANGUAGES, heads, neurons))
 
 
-@pytest.mark.parametrize("model_type", ["bert", "llama"])
+@pytest.mark.parametrize("model_type", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_it_compiles_as_one_graph(model_type):
     """A compiled model is one graph with the gradients of an eager one, whatever languages a batch has."""
-    model = tiny(model_type)
+    model = tiny(model_type, num_hidden_layers=1)
     fm.attach(model, subnetworks(model), forward="full")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for ids in (MIXED, MIXED[::-1]):

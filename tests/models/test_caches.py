@@ -65,6 +65,11 @@ def llama():
     return Pair()
 
 
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "qwen3", "bert"])
+def pair(request):
+    return Pair(request.param, **({"is_decoder": True} if request.param == "bert" else {}))
+
+
 def assert_equal(y, wanted):
     torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-9)
 
@@ -75,10 +80,9 @@ def heads_in(cache):
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3, FULL])
 @pytest.mark.parametrize("before", [0, 1, 3, FULL])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "bert"])
-def test_continued_under_another_language(model_type, before, after):
+@pytest.mark.parametrize("pair", ["llama", "qwen3", "bert"], indirect=True)
+def test_continued_under_another_language(pair, before, after):
     """Heads of one language are read as those of another, or do not fit."""
-    pair = Pair(model_type, **({"is_decoder": True} if model_type == "bert" else {}))
     cache = pair.cache()
     with fm.language(pair.model, None if before == FULL else LANGUAGES[before]):
         pair.model(TOKENS[:2, :4], past_key_values=cache, use_cache=True)
@@ -250,18 +254,18 @@ def test_around_the_forward(llama):
     assert_equal(llama.model.lm_head(hidden), llama.wanted([0], ([0], 0, 4), ([1], 4, 6)))
 
 
-def test_compiled(llama):
+@pytest.mark.parametrize("filled", [pytest.param("packed", marks=pytest.mark.slow), "compiled"])
+@pytest.mark.parametrize("after", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_compiled(llama, filled, after):
     """A compiled model packs heads into a cache, or reads one that was packed as if it were not."""
     torch._dynamo.reset()
     compiled = torch.compile(llama.model, backend="aot_eager")
-    for first in (llama.model, compiled):
-        for after in (0, 1):
-            cache = llama.cache()
-            with fm.language(llama.model, "narrow"):
-                first(TOKENS[:2, :4], past_key_values=cache)
-            with fm.language(llama.model, LANGUAGES[after]):
-                logits = compiled(TOKENS[:2, 4:6], past_key_values=cache).logits
-            assert_equal(logits, llama.wanted(range(2), ([0] * 2, 0, 4), ([after] * 2, 4, 6)))
+    first, cache = llama.model if filled == "packed" else compiled, llama.cache()
+    with fm.language(llama.model, "narrow"):
+        first(TOKENS[:2, :4], past_key_values=cache)
+    with fm.language(llama.model, LANGUAGES[after]):
+        logits = compiled(TOKENS[:2, 4:6], past_key_values=cache).logits
+    assert_equal(logits, llama.wanted(range(2), ([0] * 2, 0, 4), ([after] * 2, 4, 6)))
 
 
 OPTIONS = {
@@ -273,10 +277,8 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("how", OPTIONS)
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "bert"])
-def test_generate_for_a_mixed_batch(model_type, how):
+def test_generate_for_a_mixed_batch(pair, how):
     """Each prompt of a mixed batch is continued as its language alone would, beam by beam."""
-    pair = Pair(model_type, **({"is_decoder": True} if model_type == "bert" else {}))
     options = {"max_new_tokens": 6, "pad_token_id": 0, **OPTIONS[how]}
     languages = [0, 1, FULL, 2, 0]
     found = pair.model.generate(TOKENS[:5, :4], language_ids=torch.tensor(languages), **options)

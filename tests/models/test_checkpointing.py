@@ -59,8 +59,8 @@ def way(request):
     return WAYS[request.param]
 
 
-def attached():
-    model = tiny("bert", "tokens").train()
+def attached(**changes):
+    model = tiny("bert", "tokens", **changes).train()
     return fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.5, 3, units="both"))
 
 
@@ -323,11 +323,11 @@ class TestNothingToGoBy:
 
 
 class TestCompiled:
-    @pytest.mark.parametrize("later", ["nothing", "aa", "bb"])
+    @pytest.mark.parametrize("later", ["nothing", pytest.param("aa", marks=pytest.mark.slow), "bb"])
     def test_inside_a_checkpoint(self, later):
         """A compiled model is recomputed in the language of the code around the backward pass."""
         torch._dynamo.reset()
-        model = attached()
+        model = attached(num_hidden_layers=1)
         compiled = torch.compile(model, backend="aot_eager")
         with fm.language(model, "bb"):
             compiled(**INPUTS)
@@ -340,11 +340,11 @@ class TestCompiled:
             backward_inside(model, later, y)
             assert_gradients_of(model, ("aa", INPUTS))
 
-    @pytest.mark.parametrize("later", ["nothing", "bb"])
+    @pytest.mark.parametrize("later", [pytest.param("nothing", marks=pytest.mark.slow), "bb"])
     def test_around_a_checkpoint(self, later):
         """A checkpoint in what is compiled; layers that transformers checkpoints are such."""
         torch._dynamo.reset()
-        model = attached()
+        model = attached(num_hidden_layers=1)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         compiled = torch.compile(model, backend="aot_eager")
         with fm.language(model, "aa"):

@@ -22,8 +22,8 @@ INPUTS = batch(2)
 SECONDS = 60  # until a thread that waits for another gives up
 
 
-def attached(seed=3, head="bare"):
-    model = tiny("bert", head)
+def attached(seed=3, head="bare", **changes):
+    model = tiny("bert", head, **changes)
     return fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed, units="both"))
 
 
@@ -374,6 +374,11 @@ class TestAroundTheForward:
 
 
 class TestCompiled:
+    @pytest.fixture
+    def model(self):
+        """Each layer takes a second to trace, and there is nothing new in the next one."""
+        return attached(num_hidden_layers=1)
+
     def test_contexts_are_looked_at_before_every_call(self, model, answers):
         """A compiled model answers in the language it was traced in, or traces again where it has seen them all."""
         torch._dynamo.reset()
@@ -439,14 +444,12 @@ class TestCompiled:
             with pytest.raises(ValueError, match="no language was given"):
                 compiled(**INPUTS)
 
-    def test_the_base_model(self):
+    def test_the_base_model(self, model, answers):
         """A compiled part of a model, called by itself, does not follow the language."""
         torch._dynamo.reset()
-        model = attached()
-        wanted = answers_of(model)
         encoder = torch.compile(model.encoder, fullgraph=True, backend="aot_eager")
         for name in ("aa", "bb", "aa"):
             with fm.language(model, name):
                 hidden = model.embeddings(INPUTS["input_ids"])
                 mask = torch.where(INPUTS["attention_mask"].bool(), 0.0, -torch.inf).double()[:, None, None]
-                assert_answer(encoder(hidden, mask)[0], wanted[name])
+                assert_answer(encoder(hidden, mask)[0], answers[name])

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from covering import covering
 from every_model import LANGUAGES, first_of, made, masked_parameters, multiplied, tiny_model
 from torch import nn
 
@@ -31,7 +32,10 @@ MODELS = [
     ("aria_text", "AriaTextForCausalLM"),  # weights stored [in, out]
     ("nemotron_h", "NemotronHForCausalLM"),  # no gate
 ]
-every = pytest.mark.parametrize("names", MODELS, ids=lambda names: names[0])
+# The last one has layers with a state as well, which take as long as the experts of all the others.
+every = pytest.mark.parametrize(
+    "names", [*MODELS[:-1], pytest.param(MODELS[-1], marks=pytest.mark.slow)], ids=lambda names: names[0]
+)
 
 
 def neurons_of(model, *shares, seed=0):
@@ -62,8 +66,10 @@ def assert_close(found, wanted, scale=1e-5):
     torch.testing.assert_close(found, wanted, rtol=scale, atol=scale * float(wanted.abs().max().clamp(min=1)))
 
 
-@every
-@pytest.mark.parametrize("ids", [[3, 0, -1, 2, 1, 0], [1, 1, 1, 1, 1, 1]], ids=["mixed", "one"])
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    covering({names[0]: names for names in MODELS}, {"mixed": [3, 0, -1, 2, 1, 0], "one": [1, 1, 1, 1, 1, 1]}),
+)
 def test_output_and_every_gradient(names, ids):
     """A mixed batch, with the full network, a language without neurons, and two languages with the same ones."""
     model = tiny_model(*names)
@@ -283,7 +289,7 @@ def test_threads():
 
 def test_compiles():
     """The graph ends at the experts, and goes on behind them."""
-    model = tiny_model(*MODELS[0])
+    model = tiny_model(*MODELS[0], num_hidden_layers=1)
     words, ids = torch.randint(4, 60, (3, 7)), torch.tensor([1, 0, 1])
     fm.attach(model, neurons_of(model, 0.5, 0.3))
     want = first_of(model(words, use_cache=False, language_ids=ids))

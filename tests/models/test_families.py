@@ -96,7 +96,7 @@ class TestFused:
         assert not torch.equal(model.transformer.h[0].mlp.c_fc.weight, plain.transformer.h[0].mlp.c_fc.weight)
 
     def test_compiles(self):
-        model = tiny_model("modernbert", "ModernBertForMaskedLM")
+        model = tiny_model("modernbert", "ModernBertForMaskedLM", num_hidden_layers=1)
         inputs, _ = working_inputs(model)
         fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1, units="both"))
         ids = torch.tensor([2, 0, 1])

@@ -156,7 +156,7 @@ def test_tokens_under_gradient_checkpointing(use_reentrant):
 def test_tokens_compiled():
     """Without a graph break."""
     torch._dynamo.reset()
-    model = tiny("bert")
+    model = tiny("bert", num_hidden_layers=1)
     fm.attach(model, subnetworks(model))
     ids = TOKENS.clamp(min=0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

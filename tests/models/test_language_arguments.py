@@ -193,6 +193,12 @@ class TestStandingLanguage:
 
 
 class TestCompiled:
+    @pytest.fixture
+    def model(self):
+        """Each layer takes a second to trace, and there is nothing new in the next one."""
+        plain = tiny("bert", num_hidden_layers=1)
+        return fm.attach(plain, subnetworks(plain))
+
     def test_names(self, model):
         """The languages of a call by name are traced; ids of any mix are one graph, whatever is counted beside them."""
         torch._dynamo.reset()

@@ -46,7 +46,7 @@ def test_of_a_comparison_that_was_run(comparison):
     same(Plan.stored(comparison), studies_of([comparison])[0])
 
 
-@pytest.mark.parametrize("lost", [0, 5])
+@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_of_made_scores(tmp_path, lost):
     """They do for every method, with meta-learning, and while cells are still missing."""
     arms = arms_of(["full", "static", "dynamic", "random"], ["none", "fomaml"])

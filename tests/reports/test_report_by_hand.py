@@ -72,7 +72,7 @@ def test_drawn_sentences_are_of_the_split(static_run, data):
 
 def test_overlap_and_heads(comparison, tables_of):
     """If this fails, masks of the wrong runs, units or seeds are compared."""
-    seeds = [masks_of(comparison / f"seed-{seed}" / "static-none" / "run") for seed in (0, 1)]
+    seeds = [masks_of(comparison / f"seed-{seed}" / "static" / "run") for seed in (0, 1)]
     found = tables_of([comparison], "overlap")
     for units in ("heads", "neurons"):
         wanted = fm.analysis.overlap(seeds[0], seeds=[seeds[1]], same_start=False, units=units, seed=3)
@@ -127,19 +127,20 @@ def test_cross(comparison, tables_of):
     """If this fails, a language is parsed by another's subnetwork than the table says, or seeds are not averaged."""
     found = tables_of([comparison], "cross")
     languages = [*LANGUAGES, "qad", "qag", "qah"]
+    (study,) = studies_of([comparison])
+    data = data_for(study.runs[0], "test", None, study.unseen)
+    rows = {language: data.rows(language, "test", 6, 3) for language in languages}
     values = {}
     for seed in (0, 1):
-        run = comparison / f"seed-{seed}" / "static-none" / "run"
+        run = comparison / f"seed-{seed}" / "static" / "run"
         subnets = masks_of(run)
-        for place, language in enumerate(languages):
-            (study,) = studies_of([comparison])
-            rows = data_for(study.runs[0], "test", None, study.unseen).rows(language, "test", 6, 3)
-            own = subnets.index(language) if language in subnets.languages else place % 3
-            for name in [*LANGUAGES, "full", "random"]:
-                task = load_run(run, attached=False).task
-                attach(task.encoder, random_like(subnets, mask_seed(3)) if name == "random" else subnets)
+        for name in [*LANGUAGES, "full", "random"]:
+            task = load_run(run, attached=False).task
+            attach(task.encoder, random_like(subnets, mask_seed(3)) if name == "random" else subnets)
+            for place, language in enumerate(languages):
+                own = subnets.index(language) if language in subnets.languages else place % 3
                 network = {"full": None, "random": subnets.languages[own]}.get(name, name)
-                las = score_of(task, rows, {"it": network})["it"]
+                las = score_of(task, rows[language], {"it": network})["it"]
                 values.setdefault((language, name), []).append(las)
     means = {pair: sum(of_seeds) / 2 for pair, of_seeds in values.items()}
     wanted = fm.analysis.cross_evaluation(lambda a, b: means[a, b], languages, LANGUAGES, seed=3)

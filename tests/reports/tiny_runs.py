@@ -41,6 +41,7 @@ ARMS = {"full": {"method": "full"}, "static": {}}
 def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
     """A finished training run on three languages; returns its folder."""
     given = {**TRAINING, "languages": "qaa,qab,qac", "checkpoint_every": 2, **settings}
+    given.setdefault("model", str(data.parent / "encoder"))
     config = TrainConfig(data=str(data), method=method, out=str(out), **given)
     datasets = Parsing.load(data, config.language_list, config.task_settings, optional=("dev", "test"))
     train(Parsing.build(config, datasets), datasets, config, progress=False)

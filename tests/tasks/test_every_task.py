@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from covering import covering
 from tiny_tasks import CASES, LABELS, LANGUAGES, UNSEEN, config_of, rows_of, write_rows
 from typed_command import failure_of, output_of
 
@@ -57,10 +58,12 @@ def double(task: Task) -> Task:
     return task
 
 
-@pytest.mark.parametrize(("method", "meta"), METHODS)
-@pytest.mark.parametrize("name", ["tagging", "translation"])
-def test_every_method_trains_it(name, method, meta, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "chosen"), covering(["tagging", "translation"], {"-".join(chosen): chosen for chosen in METHODS})
+)
+def test_every_method_trains_it(name, chosen, tiny, tmp_path):
     """A method of the loop does not work for one kind of model, or its scores are none."""
+    method, meta = chosen
     result = finished(name, tiny(name), tmp_path / "run", method=method, meta=meta, checkpoint_every=0, discover_at=0.5)
     metric = result.task.metric
     assert metric in result.history[-1]["dev"]["aa"]

@@ -8,6 +8,8 @@ from fastmask_kernels.interpreter import interpreter_problem
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes seconds where a GPU takes none: there a few combinations of parameters run, here all of them.
+ON_GPU = DEVICE == "cuda"
 # For tests that launch kernels.
 launches_kernels = pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels.configs import Config
 from fastmask_kernels.naive_rows import naive_row_matmul
 from fastmask_kernels.row_matmul import row_matmul
-from kernel_oracle import DEVICE, assert_close, launches_kernels
+from kernel_oracle import DEVICE, ON_GPU, assert_close, launches_kernels
 from row_samples import Sample, sample
 
 from fastmask.torch_path.activations import activate, activation_grad
@@ -40,9 +41,7 @@ def run(s: Sample, activation: str, config: Config | None, wanted: bool = True) 
     return out, active
 
 
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("shape", "dtypes", "activation"), covering(SHAPES, DTYPES, ["gelu", "relu"], whole=ON_GPU))
 def test_against_float64(shape: tuple, dtypes: tuple, activation: str) -> None:
     """A wrong derivative, or one of another unit or token; something other than zero behind the live units."""
     s = sample(*shape, dtype=dtypes[0], weight_dtype=dtypes[1])

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import sample_kernels
+import triton
 from fastmask_kernels import compile_report
 from fastmask_kernels.assembly import inner_loop, loops, read_amdgcn, read_sass
 from fastmask_kernels.compile_report import Row, collect, failures, report
@@ -28,11 +29,9 @@ from fastmask_kernels.row_configs import TABLES, expected_residents
 HERE = Path(__file__).parent
 
 
-def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [environment.get("PYTHONPATH")])])
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "fastmask_kernels.compile_report", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -41,7 +40,9 @@ def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--quick", "--target", "sm_90"), pytest.param((), marks=pytest.mark.slow)], ids=["some", "all"]
+    "arguments",
+    [("--module", "main_kernels", "--quick", "--target", "sm_90"), pytest.param((), marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
 def test_launched_kernels_compile_well(arguments: tuple[str, ...]) -> None:
     """Broken: a launch in use spills registers, misses the tensor cores, or asks for more memory than the chip has."""
@@ -217,19 +218,23 @@ def test_a_crashing_compiler_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> No
 # ---- the command
 
 
-def test_the_interpreter_is_refused() -> None:
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Broken: under the interpreter the report fails somewhere inside Triton instead of saying why."""
-    done = run("--target", "sm_90", interpret=True)
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET" in done.stderr
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert compile_report.main(["--target", "sm_90"]) == 2
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [("--target", "sm_91"), ("--module", "sample_kernels", "--kernel", "absent")])
-def test_an_empty_report_is_an_error(arguments: tuple[str, ...]) -> None:
+def test_an_empty_report_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Broken: a misspelt target or kernel looks like a report without failures."""
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert arguments[-1] in done.stderr
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(SystemExit) as stopped:
+        compile_report.main(["--target", "sm_91"])
+    assert stopped.value.code == 2
+    assert "sm_91" in capsys.readouterr().err
+    monkeypatch.setattr(sample_kernels, "variants", lambda chip: [stand_in("a", BM=64, BN=64, BK=64)])
+    assert compile_report.main(["--module", "sample_kernels", "--kernel", "absent"]) == 2
+    assert "absent" in capsys.readouterr().err
 
 
 # ---- reading machine code

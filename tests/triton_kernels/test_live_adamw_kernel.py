@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
 from fastmask_kernels.live_adamw import Job, live_adamw
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, assert_close
+from kernel_oracle import DEVICE, ON_GPU, assert_close
 from torch import Tensor
 
 SMALL = Config((("BN", 2), ("BK", 16)), num_warps=1, num_stages=1)
@@ -88,8 +89,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, DTYPES, whole=ON_GPU))
 def test_every_kind_of_cell(shape: tuple, dtype: torch.dtype) -> None:
     """Live weights move as AdamW moves them, dead ones keep their bits, NaN or not."""
     check([sample(*shape, dtype)], SMALL)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels.configs import Config
 from fastmask_kernels.naive_rows import naive_pack, naive_unpack
 from fastmask_kernels.packing import pack, positions, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, launches_kernels
+from kernel_oracle import DEVICE, ON_GPU, launches_kernels
 from row_samples import sample
 
 pytestmark = launches_kernels
@@ -43,8 +44,7 @@ def check(
     assert torch.equal(unpack(packed, index, counts, s.plan, N, table=table, config=config), result)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, [torch.float32, torch.float16], whole=ON_GPU))
 def test_pack_and_unpack(shape: tuple, dtype: torch.dtype) -> None:
     """Units in the wrong place, or something other than zero in dead ones."""
     check(*shape, dtype=dtype, config=SMALL)

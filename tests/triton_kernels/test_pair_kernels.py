@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels import pair_weight_grad as pair_weight_grad_module
 from fastmask_kernels import tile_matmul as tile_matmul_module
 from fastmask_kernels import tile_weight_grad as tile_weight_grad_module
@@ -20,7 +21,7 @@ from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, launches_kernels
+from kernel_oracle import DEVICE, ON_GPU, launches_kernels
 from tile_samples import GRAD, Problem, results_start_as_nan  # noqa: F401 (a fixture)
 from torch import Tensor
 
@@ -48,24 +49,31 @@ def grad_of(problem: Problem, **options: Any) -> Tensor:
     return pair_weight_grad(problem.dy, problem.x, problem.layout, problem.plan, **arguments)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)],
-    ids=["fp32", "fp16", "fp16-master"],
-)
-@pytest.mark.parametrize(
-    ("ids", "L", "sides"),
-    [([0, 0], 1, (4, 3)), (IDS, 3, (5, 4)), ([7, 0, 4, -1, 3, 0, 5], 8, (3, 7))],
-    ids=["1 language", "3 languages", "8 languages"],
-)
-def test_results(ids: list[int], L: int, sides: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+CASES = {
+    "1 language": ([0, 0], 19, 1, (4, 3)),
+    "3 languages": (IDS, 19, 3, (5, 4)),
+    "8 languages": ([7, 0, 4, -1, 3, 0, 5], 19, 8, (3, 7)),
+}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "fp16-master": (torch.float16, torch.float32),
+}
+
+
+@pytest.mark.parametrize(("case", "dtypes"), covering(CASES, DTYPES, whole=ON_GPU))
+def test_results(case: tuple[Any, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """If this fails, the kernels do not compute the masked model, or not its gradient."""
-    check_all(paired(ids, 19, L, sides, dtype=dtype, weight_dtype=weight_dtype, density=0.6))
+    check_all(paired(*case, dtype=dtypes[0], weight_dtype=dtypes[1], density=0.6))
 
 
-@pytest.mark.parametrize("sides", [(1, 1), (1, 4), (4, 1), (2, 2), (9, 3)])
 @pytest.mark.parametrize(
-    "ids", [[0], [0, 0], [1, 1], [2], [-1], [3, -1]], ids=["one", "same", "dead", "full", "network", "two"]
+    ("ids", "sides"),
+    covering(
+        {"one": [0], "same": [0, 0], "dead": [1, 1], "full": [2], "network": [-1], "two": [3, -1]},
+        [(1, 1), (1, 4), (4, 1), (2, 2), (9, 3)],
+        whole=ON_GPU,
+    ),
 )
 def test_few_tiles_and_single_segments(ids: list[int], sides: tuple[int, int]) -> None:
     """If this fails, the row or column without a neighbour is wrong, or one segment alone, or one that owns nothing."""
@@ -94,7 +102,7 @@ def whole(problem: Problem) -> Problem:
 
 def test_same_as_one_tile_at_a_time() -> None:
     """If this fails, which kernel runs shows in the results."""
-    problem = whole(paired([*IDS, 3, 0], 19, 4, (5, 3), (32, 32), dtype=torch.float16))
+    problem = whole(paired([*IDS, 3, 0], 5, 4, (5, 3), (32, 32), dtype=torch.float16))
     alone = copy.copy(problem.layout)
     alone.row_pairs = alone.column_pairs = None
     p, grads = problem, {"weight_dtype": torch.float32}
@@ -115,8 +123,14 @@ def test_one_launch_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(problem.check_grad(differentiate=pair_weight_grad, config=CHUNKS), in_turns)
 
 
-@pytest.mark.parametrize("ids", [[0], [0, 0], [0, 2, 0]], ids=["one segment", "perhaps several", "several"])
-@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["half", "float"])
+@pytest.mark.parametrize(
+    ("ids", "weight_dtype"),
+    covering(
+        {"one segment": [0], "perhaps several": [0, 0], "several": [0, 2, 0]},
+        {"half": torch.float16, "float": torch.float32},
+        whole=ON_GPU,
+    ),
+)
 def test_accumulate_into_any_strides(ids: list[int], weight_dtype: torch.dtype) -> None:
     """If this fails, a gradient is lost when a second micro-batch adds to the first, or a neighbour is overwritten."""
     for columns_apart in (False, True):
@@ -160,11 +174,10 @@ def test_update_is_seen_by_the_next_launch() -> None:
 
 def test_reruns_are_bit_identical() -> None:
     """If this fails, a run cannot be repeated: something depends on the order in which programs finish."""
-    problem = paired(IDS, 40, 3, (9, 6), dtype=torch.float16)
-    for _ in range(2):
-        assert torch.equal(grad_of(problem), grad_of(problem))
-        ys = [pair_matmul(problem.x, problem.weight, problem.layout, problem.plan) for _ in range(2)]
-        assert torch.equal(*ys)
+    problem = paired(IDS, *((40, 3, (9, 6)) if ON_GPU else (9, 3, (3, 4))), dtype=torch.float16)
+    assert torch.equal(grad_of(problem), grad_of(problem))
+    ys = [pair_matmul(problem.x, problem.weight, problem.layout, problem.plan) for _ in range(2)]
+    assert torch.equal(*ys)
 
 
 def test_dead_weights_and_foreign_rows_are_not_read() -> None:

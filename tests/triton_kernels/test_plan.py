@@ -6,15 +6,16 @@ import itertools
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels import plan as plan_module
 from fastmask_kernels.plan import Plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, launches_kernels
+from kernel_oracle import DEVICE, ON_GPU, launches_kernels
 
 pytestmark = launches_kernels
 
-slow_launches = settings(deadline=None, max_examples=40)
+slow_launches = settings(deadline=None, max_examples=40 if ON_GPU else 15)
 
 BATCHES = st.integers(1, 6).flatmap(
     lambda L: st.tuples(st.lists(st.integers(-1, L - 1), max_size=12), st.integers(0, 9), st.just(L))
@@ -84,8 +85,13 @@ def test_ids_out_of_range_are_reported(batch: tuple[list[int], int, int], wrong:
     assert sorted(plan.token_rows.tolist()) == list(range((len(ids) + 1) * tokens))
 
 
-@pytest.mark.parametrize("L", [1, 7, 8, 130, 1500])
-@pytest.mark.parametrize("sorts", [False, True])
+@pytest.mark.parametrize(
+    ("L", "sorts"),
+    [
+        *covering([130, 7, 8, 1], {"compared": False, "sorted": True}, whole=ON_GPU),
+        *(pytest.param(1500, sorts, marks=() if ON_GPU else pytest.mark.slow) for sorts in (False, True)),
+    ],
+)
 def test_many_languages_and_examples(L: int, sorts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More languages than a block of programs compares at once, more examples, more tokens than a program writes."""
     if sorts:

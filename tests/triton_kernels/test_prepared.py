@@ -12,14 +12,17 @@ import pytest
 from fastmask_kernels import launching, tuning
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import Prepared
-from test_recorder import recorded
+from recorded_code import recorded
+
+# The one that takes turns and has shared memory to spare; and, with -m slow, the others.
+CHIPS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("sm_80", "sm_100", "gfx942"))]
 
 
 def prepared(code: str) -> Any:
     return recorded(f"from prepared_launches import *\n{code}")
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_the_driver_gets_the_same(chip: str) -> None:
     """A kernel reads a number or a tensor in another's place, or is the variant of other dtypes or sizes."""
     seen, turns, kept, after = prepared(f"""

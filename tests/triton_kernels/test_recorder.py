@@ -5,24 +5,8 @@ It needs Triton's own launch path, which these tests' process may have replaced 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from typing import Any
-
 import pytest
-
-
-def recorded(code: str, **environment: str) -> Any:
-    """What `code` prints as JSON; `torch`, `tl`, `Recorder` and the kernel `scale` are there."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-W", "ignore", "-c", f"from recorder_kernels import *\n{code}"]
-    paths = [os.path.dirname(__file__), env.get("PYTHONPATH", "")]
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+from recorded_code import recorded
 
 
 def test_launches_are_the_variants_that_triton_would_compile() -> None:
@@ -142,4 +126,4 @@ print(json.dumps([before == state(), inside == before, len(scale.device_caches),
 def test_the_interpreter_is_refused() -> None:
     """Broken: under the interpreter nothing is launched, and the recorder says that a pass costs nothing."""
     with pytest.raises(AssertionError, match="TRITON_INTERPRET"):
-        recorded("Recorder()", TRITON_INTERPRET="1")
+        recorded("triton.knobs.runtime.interpret = True\nRecorder()")

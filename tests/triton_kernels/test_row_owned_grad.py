@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels.configs import Config
 from fastmask_kernels.naive_rows import naive_row_weight_grad
 from fastmask_kernels.row_owned_grad import OwnedGrad, owned
 from fastmask_kernels.row_turn_grad import TurnGrad
 from fastmask_kernels.row_weight_grad import row_weight_grad
-from kernel_oracle import DEVICE, assert_close, launches_kernels
+from kernel_oracle import DEVICE, ON_GPU, assert_close, launches_kernels
 from row_samples import check_row_weight_grad, nan_from_empty, sample  # noqa: F401 (a fixture)
 
 pytestmark = launches_kernels
@@ -33,8 +34,7 @@ SHAPES = {
 DTYPES = [torch.float32, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, DTYPES, whole=ON_GPU))
 def test_weight_gradient(shape: tuple, dtype: torch.dtype) -> None:
     """Every language's part is in its own rows, once, with and without the bias; rows that none owns are zero."""
     s = sample(*shape, dtype=dtype, unit=UNIT)
@@ -61,9 +61,15 @@ def test_heads_of_several_sizes() -> None:
         assert_close(f"dW{g}", dW, truth, naive_row_weight_grad(s.packed[g], s.x, *mask)[0])
 
 
-@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["same", "master"])
-@pytest.mark.parametrize("ids", [[2, -1, 0, 2, 1], [1, 1], [0], [3, 0, 3]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "ids", "weight_dtype"),
+    covering(
+        DTYPES,
+        {str(ids): ids for ids in ([2, -1, 0, 2, 1], [1, 1], [0], [3, 0, 3])},
+        {"same": None, "master": torch.float32},
+        whole=ON_GPU,
+    ),
+)
 def test_transposed_with_sums_of_columns(ids: list[int], dtype: torch.dtype, weight_dtype) -> None:  # type: ignore[no-untyped-def]
     """A column mask's dW lies as its weight does, and its bias's gradient is the sum over all tokens."""
     s, own = sample(ids, 7, 4, [128], 34, dtype=dtype, unit=UNIT), weight_dtype or dtype

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
 from fastmask_kernels.naive_tiles import tile_matmul_naive
@@ -13,7 +14,7 @@ from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_oracle import DEVICE, assert_close, launches_kernels
+from kernel_oracle import DEVICE, ON_GPU, assert_close, launches_kernels
 from tile_samples import GRAD, MATMUL, Problem, results_start_as_nan  # noqa: F401 (a fixture)
 
 pytestmark = launches_kernels
@@ -22,15 +23,18 @@ PIECES = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)  # four programs a t
 
 
 IDS = [0, -1, 2, 0, 1, 2]  # language 1 owns nothing, language 2 everything
-DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float16, torch.float32)]
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "fp16-master": (torch.float16, torch.float32),
+}
 BLOCKS = {"tiles": (32, 64), "bits": (1, 1), "coarse": (16, 16)}
 
 
-@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
-@pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPES, ids=["fp32", "fp16", "fp16-master"])
-def test_results(block: tuple[int, int], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("block", "dtypes"), covering(BLOCKS, DTYPES, whole=ON_GPU))
+def test_results(block: tuple[int, int], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """If this fails, the kernels do not compute the masked model, or not its gradient."""
-    problem = Problem(IDS, 9, 3, 96, 128, block, dtype=dtype, weight_dtype=weight_dtype)
+    problem = Problem(IDS, 9, 3, 96, 128, block, dtype=dtypes[0], weight_dtype=dtypes[1])
     assert (problem.layout.bits is None) == (block == (32, 64))
     problem.check_all()
     problem.check_matmul(False, bias=False)
@@ -54,7 +58,7 @@ def test_odd_shapes(ids: list[int], T: int, L: int, N: int, K: int) -> None:
 
 def test_more_tiles_than_a_group() -> None:
     """If this fails, the order of programs skips tiles once there are more than one group of them."""
-    problem = Problem([0, 1, 0, -1, 2, 1, 0, 2, 0, 0, 1], 16, 3, 150, 100, density=0.1, tile=(16, 32))
+    problem = Problem([0, 1, 0, -1, 2, 1, 0, 2, 0, 0, 1], 16, 3, 150, 70, density=0.1, tile=(16, 32))
     tiny = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)
     problem.check_matmul(False, bias=True, config=Config((("BM", 16), ("BK", 32)), 4, 2))
     problem.check_matmul(True, bias=False, config=Config((("BM", 16), ("BK", 16)), 4, 2))
@@ -74,8 +78,8 @@ def test_shipped_block_sizes() -> None:
 
 def test_pieces_of_a_tile() -> None:
     """If this fails, a tile that several programs share is written by none of them, or its score counts one of them."""
-    problem = Problem(IDS, 9, 3, 90, 100)
-    blocks = Problem(IDS, 9, 3, 96, 128, (32, 64))
+    problem = Problem(IDS, 5, 3, 60, 100)
+    blocks = Problem(IDS, 5, 3, 64, 128, (32, 64))
     for each in (problem, blocks):
         each.check_grad(config=PIECES)
         each.check_scores(PIECES)
@@ -152,10 +156,9 @@ def test_update_is_seen_by_the_next_launch() -> None:
 def test_reruns_are_bit_identical() -> None:
     """If this fails, a run cannot be repeated: something depends on the order in which programs finish."""
     problem = Problem(IDS, 9, 3, 96, 128, dtype=torch.float16)
-    for _ in range(2):
-        first, second = problem.check_matmul(False, bias=True), problem.check_matmul(False, bias=True)
-        assert torch.equal(first, second)
-        assert torch.equal(problem.check_grad(), problem.check_grad())
+    first, second = problem.check_matmul(False, bias=True), problem.check_matmul(False, bias=True)
+    assert torch.equal(first, second)
+    assert torch.equal(problem.check_grad(), problem.check_grad())
 
 
 def test_dead_weights_are_not_read() -> None:

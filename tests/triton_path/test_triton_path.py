@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from covering import covering
 from fastmask_kernels.interpreter import interpreter_problem
 from transformers import AutoModel, BertConfig, LlamaConfig
 
@@ -24,9 +25,12 @@ from fastmask.triton_path import tables
 
 pytestmark = pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+ALL_KINDS = ["rows", "columns", "blocks", "weights"]
 L, N, K = 4, 32, 48
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2), an absent one (3), the full network
+IDS = {"mixed": MIXED, "one": [0, 0], "dead": [1, 1], "full": [-1], "empty": []}
 
 
 def mask_of(kind):
@@ -60,9 +64,10 @@ def assert_equal(ours, theirs):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
-@pytest.mark.parametrize("ids", [MIXED, [0, 0], [1, 1], [-1], []], ids=["mixed", "one", "dead", "full", "empty"])
-@pytest.mark.parametrize("shape", [(5,), (), (2, 3)], ids=["tokens", "no_tokens", "two_axes"])
+@pytest.mark.parametrize(
+    ("kind", "ids", "shape"),
+    covering(ALL_KINDS, IDS, {"tokens": (5,), "no_tokens": (), "two_axes": (2, 3)}, strength=2, whole=ON_GPU),
+)
 def test_masked_linear(kind, ids, shape, monkeypatch):
     """A layer computes something else on a GPU than on a CPU."""
     mask, ids = mask_of(kind), torch.tensor(ids, dtype=torch.int64, device=DEVICE)
@@ -74,9 +79,9 @@ def test_masked_linear(kind, ids, shape, monkeypatch):
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
-@pytest.mark.parametrize("ids", [MIXED, [0, 0], [1, 1], [-1], []], ids=["mixed", "one", "dead", "full", "empty"])
-@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=["tokens", "two_axes"])
+@pytest.mark.parametrize(
+    ("kind", "ids", "shape"), covering(ALL_KINDS, IDS, {"tokens": (5,), "two_axes": (2, 3)}, whole=ON_GPU)
+)
 def test_sparse_update_linear(kind, ids, shape, monkeypatch):
     """A layer that runs whole, and learns under masks, is the same on a GPU as on a CPU."""
     mask, ids = mask_of(kind), torch.tensor(ids, dtype=torch.int64, device=DEVICE)
@@ -88,8 +93,7 @@ def test_sparse_update_linear(kind, ids, shape, monkeypatch):
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
 
-@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
-@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
+@pytest.mark.parametrize(("kind", "trained"), covering(ALL_KINDS, ["x", "weight", "bias"], whole=ON_GPU))
 def test_sparse_updates_in_half_precision(kind, trained, monkeypatch):
     """With float32 weights, half-precision y, dX, dW and db are as close to float64 as those of plain PyTorch."""
     mask, ids = mask_of(kind), torch.tensor(MIXED, device=DEVICE)
@@ -114,9 +118,10 @@ def test_sparse_updates_in_half_precision(kind, trained, monkeypatch):
         assert error <= allowed + torch.finfo(a.dtype).eps * wanted.norm(), name
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-@pytest.mark.parametrize("ids", [MIXED, [0, 0], [1, 1], [-1], []], ids=["mixed", "one", "dead", "full", "empty"])
-@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "ids", "packed"),
+    covering(["rows", "columns"], IDS, {"unpacked": False, "packed": True}, whole=ON_GPU),
+)
 def test_heads(kind, ids, packed, monkeypatch):
     """Masks over whole heads, whose dW has a kernel of its own, differ between the paths."""
     torch.manual_seed(0)
@@ -162,9 +167,13 @@ def test_packed_with_an_activation(kind, activation, monkeypatch):
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32], ids=["same", "master"])
+@pytest.mark.parametrize(
+    ("kind", "activation", "weight_dtype"),
+    covering(
+        ["rows", "columns"], ["gelu", "relu"], {"same": torch.float16, "master": torch.float32},
+        strength=2, whole=ON_GPU,
+    ),
+)  # fmt: skip
 def test_an_activation_in_half_precision(kind, activation, weight_dtype, monkeypatch):
     """y, dX, dW or db of a layer that applies its input's activation is further from float64 than plain PyTorch's."""
     mask, ids, width, *leaves = packed_problem(kind, torch.float16, weight_dtype)
@@ -180,8 +189,14 @@ def test_an_activation_in_half_precision(kind, activation, weight_dtype, monkeyp
         assert error <= allowed + torch.finfo(a.dtype).eps * exact.norm(), name
 
 
-@pytest.mark.parametrize("trained", [("x",), ("weight",), ("bias",), ("x", "bias")], ids=" and ".join)
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize(
+    ("trained", "activation"),
+    covering(
+        {" and ".join(names): names for names in (("x",), ("weight",), ("bias",), ("x", "bias"))},
+        ["gelu", "relu"],
+        whole=ON_GPU,
+    ),
+)
 def test_an_activation_before_a_frozen_layer(trained, activation, monkeypatch):
     """What is not asked for is left out, and with it what the rest needs of the activation."""
     mask, ids, width, *leaves = packed_problem("columns")
@@ -197,8 +212,7 @@ def test_an_activation_before_a_frozen_layer(trained, activation, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
-@pytest.mark.parametrize("trained", ["x", "weight", "bias"])
+@pytest.mark.parametrize(("kind", "trained"), covering(ALL_KINDS, ["x", "weight", "bias"], whole=ON_GPU))
 def test_only_what_is_asked_for(kind, trained, monkeypatch):
     """A frozen weight or input makes the backward pass fail, or gets a gradient."""
     mask, ids = mask_of(kind), torch.tensor(MIXED, device=DEVICE)
@@ -247,8 +261,10 @@ OF_EXAMPLES = torch.tensor([2, 0, 0, -1, 1])
 OF_TOKENS = torch.tensor([[2, 2, 0, 1, -1, 0], [0] * 6, [1, 0, 1, 0, 1, 0], [-1] * 6, [1, 1, 1, 2, 2, 2]])
 
 
-@pytest.mark.parametrize("ids", [OF_EXAMPLES, OF_TOKENS], ids=["of examples", "of tokens"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    covering(list(MODELS), {"of examples": OF_EXAMPLES, "of tokens": OF_TOKENS}, whole=ON_GPU),
+)
 def test_attached_model(name, ids, monkeypatch):
     """Through a whole model, packed heads and neurons, one path goes wrong where a single layer does not."""
     torch.manual_seed(0)

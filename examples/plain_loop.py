@@ -111,7 +111,7 @@ print("overlap of the languages (Jaccard):", subnets.overlap().tolist())
 fm.attach(model, subnets)
 model.train()
 optimizer = fm.LiveAdamW(model.parameters(), lr=2e-4, model=model)
-dynamic = fm.DynamicSubnetworks(model, every=max(1, options.steps // 4))
+dynamic = fm.DynamicSubnetworks(model, every=max(1, options.steps // 4), until=options.steps * 3 // 4)
 for step in range(1, options.steps + 1):
     batch, names = mixed(8)
     optimizer.zero_grad()

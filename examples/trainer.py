@@ -100,7 +100,7 @@ class Dynamic(TrainerCallback):
     """Exchanges weak live units for stronger dead ones; without it the subnetworks are static."""
 
     def __init__(self):
-        self.dynamic = fm.DynamicSubnetworks(model, every=max(1, options.steps // 4))
+        self.dynamic = fm.DynamicSubnetworks(model, every=max(1, options.steps // 4), until=options.steps * 3 // 4)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.dynamic.due(state.global_step):

@@ -7,6 +7,7 @@ units that are left by the gradient of their gates and drops a tenth of all, unt
 from __future__ import annotations
 
 import cProfile
+import math
 import pstats
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,13 +57,15 @@ class MultiplyByZero:
     def _of_one(self, batches: list[Batch], density: float) -> list[Tensor]:
         layers = len(self.consumers[0])
         keeps = [torch.ones(layers, size, dtype=torch.bool) for size in self.sizes]
-        while True:
-            surplus = [int(k.sum()) - max(layers, round(density * k.numel())) for k in keeps]
-            if max(surplus) <= 0:
-                return keeps
+        surplus = [int(k.sum()) - max(layers, round(density * k.numel())) for k in keeps]
+        steps = [max(1, int(DROP * k.numel())) for k in keeps]
+        rounds = max(math.ceil(s / step - 0.5) for s, step in zip(surplus, steps, strict=True))
+        for left in range(max(rounds, int(max(surplus) > 0)), 0, -1):
             scores = self._scores(keeps, batches)
-            counts = [max(0, min(max(1, int(DROP * k.numel())), s)) for k, s in zip(keeps, surplus, strict=True)]
+            counts = [math.ceil(s / left) for s in surplus]
             keeps = [_without_lowest(*each) for each in zip(keeps, scores, counts, strict=True)]
+            surplus = [s - count for s, count in zip(surplus, counts, strict=True)]
+        return keeps
 
     def _scores(self, keeps: list[Tensor], batches: list[Batch]) -> list[Tensor]:
         """|d loss / d gate| of each unit, averaged over sentences, each layer divided by its norm."""

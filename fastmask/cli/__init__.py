@@ -143,18 +143,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     find = command("discover")
     find.add_argument(
-        "runs", nargs="+", metavar="RUN", help="finished runs; several, fine-tuned from the same encoder, are combined"
+        "runs", nargs="+", metavar="RUN", help="finished runs of one encoder, on the same languages or others"
     )
     masks = "where to write the subnetworks (-: standard output)"
     find.add_argument("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
-    find.add_argument("--seeds", type=int, default=1, help="draws of scoring sentences for each run, combined")
     find.add_argument(
         "--combine",
         choices=tuple(VOTES),
         default="majority",
         help="vote of the draws; with a density, the units with the most votes are kept, whatever this is",
     )
-    add_settings(find, only=("units", "density", "tau", "score_sentences", "dev_sentences", "seed"))
+    add_settings(find, only=("score", "units", "density", "tau", "score_sentences", "draws", "dev_sentences", "seed"))
     data_options(find)
 
     score = command("evaluate")

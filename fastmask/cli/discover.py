@@ -1,4 +1,8 @@
-"""`fastmask discover`: subnetworks of finished runs, over several draws of scoring sentences, in one file."""
+"""`fastmask discover`: subnetworks of finished runs, over several draws of scoring sentences, in one file.
+
+A language's subnetwork comes from the runs that have it: runs of one encoder on the same languages, or one run for
+each language alone.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import quality_text, round_printer, stream_beside
+from fastmask.cli.report import quality_text, round_printer, stability_lines, stream_beside
 from fastmask.files import check_writable
 from fastmask.literal import say
 from fastmask.settings import ConfigError
@@ -40,30 +45,27 @@ class _Run:
 
 def run(options: argparse.Namespace) -> None:
     """Find, combine, check, save and show."""
-    from fastmask.discovery import Draw, combine
-    from fastmask.training.methods import discover_for
+    from fastmask.discovery import combine
+    from fastmask.training.methods import draws_for
 
-    if options.seeds < 1:
-        raise ConfigError(f"--seeds is {options.seeds} (expected at least 1)")
     check_writable(options.masks)
     runs = _runs(options)
     config = runs[0].config
-    draws = []
+    draws: list[Draw] = []
     for one in runs:
-        for seed in range(one.config.seed, one.config.seed + options.seeds):
-            say(f"{one.folder}, seed {seed}", sys.stderr)
-            scores: dict[str, Any] = {}
-            show = round_printer(sys.stderr, config.tau, one.task.metric)
-            found = discover_for(one.task, one.train, one.dev, one.config, seed, show, scores.__setitem__)
-            draws.append(Draw(found, scores))
+        say(f"{one.folder}: {', '.join(one.train)}", sys.stderr)
+        show = round_printer(sys.stderr, config.tau, one.task.metric)
+        draws += draws_for(one.task, one.train, one.dev, one.config, show)
     subnets = combine(draws, options.combine, config.density)
     made_from = _made_from(options, config, draws, subnets)
-    if len(draws) > 1 and config.density is None:
+    if made_from["vote"] and config.density is None:
         made_from["quality"] = _checked(runs, subnets)
     subnets.save(options.masks, {"made_from": json.dumps(made_from)})
     stream = stream_beside(options.masks)
     print_masks(subnets, stream)
     say(_kept(made_from, draws), stream)
+    for line in stability_lines(draws):
+        say(line, stream)
     say(f"written to {options.masks}", stream)
 
 
@@ -91,12 +93,7 @@ def _runs(options: argparse.Namespace) -> list[_Run]:
         runs.append(_Run(folder, run.task, config, train, dev))
     first = runs[0]
     for other in runs[1:]:
-        if list(other.train) != list(first.train):
-            raise ConfigError(
-                f"{first.folder} has the languages {', '.join(first.train)}, {other.folder} {', '.join(other.train)} "
-                "(expected the same: give --languages)"
-            )
-        for name in ("units", "density", *(("tau",) if first.config.density is None else ())):
+        for name in ("score", "units", "density", *(("tau",) if first.config.density is None else ())):
             values = getattr(first.config, name), getattr(other.config, name)
             if values[0] != values[1]:
                 raise ConfigError(
@@ -121,15 +118,25 @@ def _check_comparable(configs: dict[str, TrainConfig]) -> None:
 def _made_from(
     options: argparse.Namespace, config: TrainConfig, draws: Sequence[Draw], subnets: Subnetworks
 ) -> dict[str, Any]:
-    """What the file says of how it was made: of what, by which vote, and the share that each language keeps."""
+    """What the file says of how it was made: of what, by which vote of how many draws of a language, what is kept."""
+    from fastmask.discovery import stability
+
     asked = {"tau": config.tau} if config.density is None else {"density": config.density}
-    vote = None if len(draws) == 1 else options.combine if config.density is None else "most votes"
+    most = max(Counter(name for draw in draws for name in draw.subnetworks.languages).values())
+    vote = None if most == 1 else options.combine if config.density is None else "most votes"
     kept = {
         kind: {name: round(float(share), 4) for name, share in zip(subnets.languages, shares, strict=True)}
         for kind, shares in subnets.density.items()
     }
-    found = {"runs": options.runs, "seeds": options.seeds, "draws": len(draws), "vote": vote, "units": config.units}
-    return {**found, **asked, "score_sentences": config.score_sentences, "kept": kept}
+    found = {"runs": options.runs, "draws": most, "vote": vote, "units": config.units}
+    more = {"score": config.score, "score_sentences": config.score_sentences, "kept": kept}
+    if sum(len(draw.subnetworks.languages) for draw in draws) > 1:
+        agree = {kind: dataclasses.asdict(numbers) for kind, numbers in stability(draws).items()}
+        more["stability"] = {
+            kind: {name: None if value is None else round(value, 4) for name, value in numbers.items()}
+            for kind, numbers in agree.items()
+        }
+    return {**found, **asked, **more}
 
 
 def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
@@ -141,8 +148,8 @@ def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
         low, high = min(of_draws), max(of_draws)
         each = f"{low:.1%}" if f"{low:.1%}" == f"{high:.1%}" else f"{low:.1%} to {high:.1%}"
         parts.append(f"{mean:.1%} of {kind}" + (f" (each draw {each})" if len(draws) > 1 else ""))
-    how = {None: "", "most votes": f", those with the most votes of {len(draws)} draws"}
-    text = how.get(made_from["vote"], f", by {made_from['vote']} of {len(draws)} draws")
+    how = {None: "", "most votes": f", those with the most votes of {made_from['draws']} draws"}
+    text = how.get(made_from["vote"], f", by {made_from['vote']} of {made_from['draws']} draws")
     return f"kept, mean over languages: {' and '.join(parts)}{text}"
 
 
@@ -153,7 +160,7 @@ def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
     found: dict[str, Any] = {}
     missed = 0
     for one in runs:
-        qualities = quality_for(one.task, one.train, one.dev, one.config, one.config.seed, subnets)
+        qualities = quality_for(one.task, one.train, one.dev, one.config, subnets)
         found[one.folder] = {}
         for name, (full, own) in qualities.items():
             met = own.keeps(one.config.tau, full)
@@ -166,6 +173,6 @@ def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
                     f"{quality_text(own, one.task.metric)}, of the full network {quality_text(full, one.task.metric)}"
                 )
                 say(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", sys.stderr)
-    total = len(runs) * len(subnets.languages)
+    total = sum(len(one.train) for one in runs)
     say(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
     return found

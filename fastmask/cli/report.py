@@ -18,7 +18,7 @@ from fastmask.tasks.task import heading
 from fastmask.terminal import console_of
 
 if TYPE_CHECKING:
-    from fastmask.discovery import Quality, Round
+    from fastmask.discovery import Draw, Quality, Round
     from fastmask.subnetworks import Subnetworks
     from fastmask.tasks.task import Task
 
@@ -30,6 +30,7 @@ __all__ = [
     "quality_text",
     "round_printer",
     "scored",
+    "stability_lines",
     "stream_beside",
     "treebanks_in",
 ]
@@ -181,6 +182,20 @@ def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], No
         say(f"{'  '.join(parts)}{stopped}", file)
 
     return show
+
+
+def stability_lines(draws: Sequence[Draw]) -> list[str]:
+    """For each kind of unit, how much draws agree within a language and between languages; none for a single mask."""
+    from fastmask.discovery import stability
+
+    if sum(len(draw.subnetworks.languages) for draw in draws) < 2:
+        return []
+    lines = []
+    for kind, found in stability(draws).items():
+        parts = [("draws of one language", found.draws), ("of two languages", found.languages)]
+        known = [f"{what} {value:.2f}" for what, value in parts if value is not None]
+        lines.append(f"agreement of {kind} (mean Jaccard): {', '.join([*known, f'by chance {found.chance:.2f}'])}")
+    return lines
 
 
 def stream_beside(target: str | None) -> TextIO:

@@ -9,15 +9,26 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastmask.cli.options import given_settings
-from fastmask.cli.report import parts_of, print_scores, print_summary, round_printer, scored, treebanks_in
+from fastmask.cli.report import (
+    parts_of,
+    print_scores,
+    print_summary,
+    round_printer,
+    scored,
+    stability_lines,
+    treebanks_in,
+)
 from fastmask.files import check_writable, write_text
 from fastmask.literal import say
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
+
+if TYPE_CHECKING:
+    from fastmask.discovery import Draw
 
 __all__ = ["run"]
 
@@ -57,12 +68,16 @@ def run(options: argparse.Namespace) -> None:
     on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
     done = 0
 
+    def show_agreement(draws: list[Draw]) -> None:
+        for line in stability_lines(draws) if first else ():
+            say(line, sys.stderr)
+
     def note(step: int) -> None:
         nonlocal done
         done = step
 
     try:
-        result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round), note)
+        result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round, show_agreement), note)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, done)) from None
     if not first:

@@ -44,7 +44,7 @@ SETTINGS_FILE = "compare.yaml"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
 """Settings of training that the comparison itself decides; an arm may say `method`, `meta` and `masks`."""
 OF_ARMS = ("method", "meta", "masks")
-FOUND_BY = ("units", "density", "tau", "score_sentences")
+FOUND_BY = ("score", "draws", "units", "density", "tau", "score_sentences")
 """Settings that subnetworks are found by, beside those of what comes before."""
 
 CONDITIONS = {

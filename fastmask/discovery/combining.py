@@ -1,7 +1,11 @@
-"""Combining the subnetworks of several draws of scoring examples, or of several models: one draw is noisy."""
+"""Combining the subnetworks of several draws of scoring examples, or of several models: one draw is noisy.
+
+How noisy, `stability` says: draws of one language must agree more than those of two, or a mask is no language's own.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +17,7 @@ from fastmask.discovery.pruning import live_units
 from fastmask.errors import unknown
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["VOTES", "Draw", "combine"]
+__all__ = ["VOTES", "Draw", "Stability", "combine", "stability"]
 
 VOTES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "majority": lambda votes, draws: 2 * votes > draws,
@@ -22,12 +26,15 @@ VOTES: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
+_KINDS = ("heads", "neurons")
+
+
 @dataclass(frozen=True)
 class Draw:
     """What one call of `discover` found.
 
     Attributes:
-        subnetworks: of all languages.
+        subnetworks: of some languages of one model, or all.
         scores: language -> what `discover` gave to `on_scores`.
     """
 
@@ -36,47 +43,54 @@ class Draw:
 
 
 def combine(draws: Sequence[Draw], vote: str = "majority", density: float | None = None) -> Subnetworks:
-    """Combine the subnetworks that several draws found for the same languages.
+    """Combine what several draws found for the units of one model.
 
-    Units are ordered by the number of draws that keep them and, with equal votes, by their mean score over the draws.
-    The best unit of every layer always stays.
+    A language's subnetwork comes from the draws that have it: draws may be over the same languages, or each over one,
+    found in a model that was fine-tuned on that language alone. Units are ordered by the number of draws that keep them
+    and, with equal votes, by their mean score over the draws. The best unit of every layer always stays.
 
     Args:
-        draws: one or more, over the same languages and units.
+        draws: one or more, over the same units.
         vote: without a density: "majority" keeps a unit that more than half of the draws keep (of two draws: both, as a
             tie is no majority), "union" any, "intersection" all of them. The result is of whatever size this gives.
         density: with it, a language keeps exactly as many units as `discover` keeps at this density, the first ones in
             that order, whatever the vote.
 
+    Returns:
+        Subnetworks of all languages, in the order in which the draws name them first.
+
     Raises:
         KeyError: an unknown vote.
-        ValueError: nothing to combine, or draws that do not fit together.
+        ValueError: nothing to combine, or draws over different units.
     """
     if vote not in VOTES:
         raise unknown("vote", vote, VOTES)
     if not draws:
         raise ValueError("no subnetworks to combine")
-    languages = draws[0].subnetworks.languages
-    for draw in draws[1:]:
-        if draw.subnetworks.languages != languages:
-            raise ValueError(f"cannot combine subnetworks of {draw.subnetworks.languages} with those of {languages}")
-
-    def combined(kind: str) -> Tensor | None:
-        keeps = [getattr(draw.subnetworks, kind) for draw in draws]
-        present = [keep for keep in keeps if keep is not None]
-        if not present:
-            return None
-        if len(present) < len(keeps) or len({keep.shape for keep in present}) > 1:
+    for kind in _KINDS:
+        if len({_shape(draw.subnetworks, kind) for draw in draws}) > 1:
             raise ValueError(f"cannot combine subnetworks over different {kind}")
-        votes = torch.stack(present).sum(0)
-        scores = [torch.stack([getattr(draw.scores[name], kind) for name in languages]) for draw in draws]
-        masks = [
-            _kept(of_language, score, VOTES[vote](of_language, len(draws)), density)
-            for of_language, score in zip(votes, torch.stack(scores).double().mean(0), strict=True)
-        ]
-        return torch.stack(masks)
+    names = dict.fromkeys(name for draw in draws for name in draw.subnetworks.languages)
+    return Subnetworks.stack([_combined(name, draws, VOTES[vote], density) for name in names])
 
-    return Subnetworks(languages, combined("heads"), combined("neurons"))
+
+def _shape(subnets: Subnetworks, kind: str) -> tuple[int, ...] | None:
+    keep = getattr(subnets, kind)
+    return None if keep is None else tuple(keep.shape[1:])
+
+
+def _combined(
+    name: str, draws: Sequence[Draw], vote: Callable[[Tensor, int], Tensor], density: float | None
+) -> Subnetworks:
+    """One language's subnetwork."""
+    own = [draw for draw in draws if name in draw.subnetworks.languages]
+    masks = {}
+    for kind in _KINDS:
+        if getattr(own[0].subnetworks, kind) is not None:
+            votes = torch.stack([getattr(draw.subnetworks.select([name]), kind)[0] for draw in own]).sum(0)
+            score = torch.stack([getattr(draw.scores[name], kind) for draw in own]).double().mean(0)
+            masks[kind] = _kept(votes, score, vote(votes, len(own)), density)[None]
+    return Subnetworks([name], masks.get("heads"), masks.get("neurons"))
 
 
 def _kept(votes: Tensor, scores: Tensor, elected: Tensor, density: float | None) -> Tensor:
@@ -88,3 +102,58 @@ def _kept(votes: Tensor, scores: Tensor, elected: Tensor, density: float | None)
     count = int((elected | best).sum()) if density is None else live_units(density, *votes.shape)
     first = key.masked_fill(best, int(key.max()) + 1).flatten().argsort(descending=True, stable=True)[:count]
     return torch.zeros(votes.numel(), dtype=torch.bool).scatter_(0, first, True).view_as(votes)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How much masks of single draws agree: mean Jaccard similarities, |A and B| / |A or B|.
+
+    Attributes:
+        draws: of two draws of one language, mean over languages; None where no language has two.
+        languages: of draws of two languages; None where there is one language.
+        chance: expected of random masks that keep as many units in every layer as these.
+    """
+
+    draws: float | None
+    languages: float | None
+    chance: float
+
+
+def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
+    """By kind of unit ("heads", "neurons"), how much single draws agree within a language and between two.
+
+    Chance is (sum of a * b / n over layers) / (units in either), of masks with a and b of a layer's n units: the
+    expectation of the intersection is exact, that of the quotient to first order.
+
+    Raises:
+        ValueError: fewer than two masks, of one language or several.
+    """
+    names = [name for draw in draws for name in draw.subnetworks.languages]
+    if len(names) < 2:
+        raise ValueError(f"expected two masks or more to compare, given {len(names)}")
+    same = torch.tensor([[a == b for b in names] for a in names])
+    pairs = torch.ones(len(names), len(names)).triu(1).bool()
+    found = {}
+    for kind in _KINDS:
+        if _shape(draws[0].subnetworks, kind) is None:
+            continue
+        keep = torch.cat([getattr(draw.subnetworks, kind) for draw in draws]).double()
+        flat, counts, sizes = keep.flatten(1), keep.sum(2), keep.sum((1, 2))
+
+        def jaccard(both: Tensor, sizes: Tensor = sizes) -> Tensor:
+            return both / (sizes[:, None] + sizes[None, :] - both)
+
+        agreement = jaccard(flat @ flat.t())
+        within = [
+            float(agreement[pairs & same & torch.tensor([[name == own] for name in names])].mean())
+            for own in dict.fromkeys(names)
+            if names.count(own) > 1
+        ]
+        between = agreement[pairs & ~same]
+        chance = jaccard(counts @ counts.t() / keep.shape[2])
+        found[kind] = Stability(
+            math.fsum(within) / len(within) if within else None,
+            float(between.mean()) if len(between) else None,
+            float(chance[pairs].mean()),
+        )
+    return found

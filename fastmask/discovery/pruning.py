@@ -4,10 +4,14 @@ Score the live units, drop the least important tenth of all, score again with th
 metric falls below tau times that of the full network (Michel et al. 2019; Prasanna et al. 2020). Pruned units are
 skipped, not multiplied by zero, so every round is cheaper than the one before. A language without development data goes
 by its loss on the examples that units are scored on, which is ours.
+
+Scores that are not gradients rank the units of the full network once, for all languages; pruning then goes down that
+ranking without scoring again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.discovery.entropy import entropy
 from fastmask.discovery.importance import Importance, importance
-from fastmask.discovery.quality import Quality, attached_to, measure
+from fastmask.discovery.quality import Quality, attached_to, measured
+from fastmask.discovery.shapley import shapley
 from fastmask.errors import unknown
-from fastmask.models.attach import is_attached
-from fastmask.models.structure import Geometry
+from fastmask.models.attach import attached, is_attached
+from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
 
-__all__ = ["Round", "discover", "live_units"]
+__all__ = ["RANKINGS", "SCORES", "Round", "discover", "live_units"]
+
+RANKINGS: dict[str, Callable[..., dict[str, Importance]]] = {"entropy": entropy, "shapley": shapley}
+"""Scores that are taken once: of the attached full network, each language's batches, and the loss."""
+
+SCORES = ("gradient", *RANKINGS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Round:
     kept: bool
 
 
+_KINDS = ("heads", "neurons")
 _Masks = dict[str, Tensor]  # "heads", "neurons" or both -> bool [layers, units]
 
 
@@ -46,10 +58,11 @@ def discover(
     loss: Callable[[Any], Tensor],
     metric: Callable[[str], float | None] | None = None,
     *,
+    score: str = "gradient",
     units: str = "heads",
     tau: float = 0.95,
     density: float | None = None,
-    drop: float = 0.10,
+    drop: float | None = None,
     on_round: Callable[[Round], None] | None = None,
     on_scores: Callable[[str, Importance], None] | None = None,
 ) -> Subnetworks:
@@ -62,10 +75,14 @@ def discover(
         metric: the development metric of a language, higher is better; called inside `fastmask.language` with
             the masks of the round. Needed unless `density` is given. None for a language that has no development data:
             it goes by its mean loss on `batches` instead (`Quality.keeps` says how far).
+        score: by what units are ranked. "gradient": `importance`, taken again in every round. "entropy": how much a
+            unit's activity is the language's own (`entropy`; needs two languages). "shapley": what a head is worth
+            beside others (`shapley`; heads only). These two are taken once, of the full network.
         units: "heads", "neurons" or "both"; each kind is ranked on its own.
         tau: the share of the full network's metric that a subnetwork must keep.
         density: prune to this share of the units instead of down to tau.
-        drop: share of all units dropped in a round (at least one).
+        drop: share of all units dropped in a round, at least one. 0.1 if not given, as published, and 0.2 towards a
+            density, where rounds are of one size near this: half of the time, and masks as good (benchmarks/LOG.md).
         on_round: called after each round.
         on_scores: called with each language and the last score of each of its units, float32 [layers, units]: that by
             which it was dropped, or by which it was not (0 where nothing was ever scored).
@@ -74,11 +91,16 @@ def discover(
         Subnetworks over the languages of `batches`, in their order, with at least one unit in every layer.
 
     Raises:
-        ValueError: an option out of range, subnetworks attached already, no metric where tau needs one.
-        KeyError: an unknown kind of unit.
+        ValueError: an option out of range, subnetworks attached already, no metric where tau needs one, or a score that
+            is not for these languages or units.
+        KeyError: an unknown kind of unit or score.
     """
+    if score not in SCORES:
+        raise unknown("score", score, SCORES)
     if units not in UNITS:
         raise unknown("kind of unit", units, UNITS)
+    if drop is None:
+        drop = 0.1 if density is None else 0.2
     if not 0 < drop < 1:
         raise ValueError(f"drop must be between 0 and 1, given {drop}")
     if density is None and metric is None:
@@ -93,12 +115,15 @@ def discover(
         raise ValueError("this model has subnetworks attached: call fastmask.detach(model) first")
 
     found = []
-    for name, scoring in batches.items():
-        pruner = _Pruner(model, name, scoring, loss, metric, units, drop, on_round)
-        masks = pruner.to_density(density) if density is not None else pruner.to_tau(tau)
-        found.append(pruner.subnetworks(masks))
-        if on_scores is not None:
-            on_scores(name, Importance(pruner.scores.get("heads"), pruner.scores.get("neurons")))
+    with attached_to(model, Subnetworks.full(model, list(batches), units)):
+        rankings = RANKINGS[score](model, batches, loss) if score in RANKINGS else {}
+        for name, scoring in batches.items():
+            pruner = _Pruner(model, name, scoring, loss, metric, drop, on_round, rankings.get(name))
+            masks = pruner.to_density(density) if density is not None else pruner.to_tau(tau)
+            own = {kind: keep[None] for kind, keep in masks.items()}
+            found.append(Subnetworks([name], own.get("heads"), own.get("neurons")))
+            if on_scores is not None:
+                on_scores(name, Importance(pruner.scores.get("heads"), pruner.scores.get("neurons")))
     return Subnetworks.stack(found)
 
 
@@ -108,7 +133,7 @@ def live_units(density: float, layers: int, units: int) -> int:
 
 
 class _Pruner:
-    """The rounds of one language."""
+    """The rounds of one language, whose subnetwork in the attached model follows them."""
 
     def __init__(
         self,
@@ -117,23 +142,15 @@ class _Pruner:
         batches: Iterable[Any],
         loss: Callable[[Any], Tensor],
         metric: Callable[[str], float | None] | None,
-        units: str,
         drop: float,
         on_round: Callable[[Round], None] | None,
+        ranking: Importance | None,
     ) -> None:
-        geometry = Geometry.of(model)
         self.model, self.name, self.batches, self.loss, self.metric = model, name, batches, loss, metric
-        self.drop, self.on_round = drop, on_round
-        self.masks: _Masks = {
-            kind: torch.arange(max(geometry.sizes(kind)))[None, :] < torch.tensor(geometry.sizes(kind))[:, None]
-            for kind in ("heads", "neurons")
-            if units in (kind, "both")
-        }
+        self.drop, self.on_round, self.ranking = drop, on_round, ranking
+        subnets = attached(model).subnets.select([name])
+        self.masks: _Masks = {kind: keep[0] for kind in _KINDS if (keep := getattr(subnets, kind)) is not None}
         self.scores = {kind: torch.zeros(keep.shape) for kind, keep in self.masks.items()}
-
-    def subnetworks(self, masks: _Masks) -> Subnetworks:
-        own = {kind: keep[None] for kind, keep in masks.items()}
-        return Subnetworks([self.name], own.get("heads"), own.get("neurons"))
 
     def to_tau(self, tau: float) -> _Masks:
         full = self._measure(self.masks)
@@ -152,22 +169,24 @@ class _Pruner:
             self.masks = smaller
 
     def to_density(self, density: float) -> _Masks:
-        number = 0
-        while True:
-            surplus = {kind: int(keep.sum()) - live_units(density, *keep.shape) for kind, keep in self.masks.items()}
-            if max(surplus.values()) <= 0:
-                return self.masks
-            number += 1
-            self.masks = self._pruned({kind: max(0, min(s, surplus[kind])) for kind, s in self._steps().items()})
+        surplus = {kind: int(keep.sum()) - live_units(density, *keep.shape) for kind, keep in self.masks.items()}
+        # Rounds of one size: a last one for what is left over would cost as much as any other.
+        rounds = max(math.ceil(surplus[kind] / step - 0.5) for kind, step in self._steps().items())
+        rounds = max(rounds, int(max(surplus.values()) > 0))
+        for number in range(1, rounds + 1):
+            drops = {kind: math.ceil(count / (rounds - number + 1)) for kind, count in surplus.items()}
+            surplus = {kind: count - drops[kind] for kind, count in surplus.items()}
+            self.masks = self._pruned({kind: max(0, count) for kind, count in drops.items()})
             self._report(number, self.masks, Quality(), True)
+        return self.masks
 
     def _steps(self) -> dict[str, int]:
         return {kind: max(1, int(self.drop * keep.numel())) for kind, keep in self.masks.items()}
 
     def _pruned(self, drops: Mapping[str, int]) -> _Masks:
         """The current masks without the `drops` least important units of each kind."""
-        with attached_to(self.model, self.subnetworks(self.masks)):
-            scores = importance(self.model, self.batches, self.loss, self.name)
+        set_subnetwork(self.model, self.name, **self.masks)
+        scores = self.ranking or importance(self.model, self.batches, self.loss, self.name)
         smaller = {}
         for kind, keep in self.masks.items():
             score: Tensor = getattr(scores, kind)
@@ -176,7 +195,8 @@ class _Pruner:
         return smaller
 
     def _measure(self, masks: _Masks) -> Quality:
-        return measure(self.model, self.subnetworks(masks), self.name, self.batches, self.loss, self.metric)
+        set_subnetwork(self.model, self.name, **masks)
+        return measured(self.model, self.name, self.batches, self.loss, self.metric)
 
     def _report(self, number: int, masks: _Masks, value: Quality, kept: bool) -> None:
         if self.on_round is not None:
@@ -192,7 +212,7 @@ def _without_lowest(keep: Tensor, score: Tensor, count: int) -> Tensor:
     """The mask without its `count` least important units."""
     candidates = score.masked_fill(~keep, float("inf"))
     # The best unit of each layer stays, whatever the others of the network score.
-    best = score.masked_fill(~keep, -1).argmax(1, keepdim=True)
+    best = score.masked_fill(~keep, -torch.inf).argmax(1, keepdim=True)
     candidates.scatter_(1, best, float("inf"))
     order = candidates.flatten().argsort(stable=True)[:count]
     order = order[torch.isfinite(candidates.flatten()[order])]

@@ -15,7 +15,7 @@ from fastmask.discovery.gates import frozen
 from fastmask.models.attach import attach, detach, language
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["Quality", "attached_to", "measure"]
+__all__ = ["Quality", "attached_to", "measure", "measured"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,19 @@ def measure(
         loss: see `discover`.
         metric: see `discover`; the loss is taken where it is None or returns None.
     """
-    with attached_to(model, subnets), language(model, name):
+    with attached_to(model, subnets):
+        return measured(model, name, batches, loss, metric)
+
+
+def measured(
+    model: nn.Module,
+    name: str,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Tensor],
+    metric: Callable[[str], float | None] | None,
+) -> Quality:
+    """The same of a model that has the subnetworks attached."""
+    with language(model, name):
         value = None if metric is None else metric(name)
         if value is not None:
             return Quality(metric=float(value))

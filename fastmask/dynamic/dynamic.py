@@ -23,7 +23,7 @@ from fastmask.subnetworks.subnetworks import Subnetworks
 __all__ = ["STRATEGIES", "DynamicSubnetworks"]
 
 STRATEGIES = ("swap", "learned")
-VERSION = 1
+VERSION = 2  # of the state: in 1, units came in by magnitude (`swap`), and Adam moved scores (`learned`)
 
 
 class DynamicSubnetworks:
@@ -31,7 +31,7 @@ class DynamicSubnetworks:
 
     A training loop scouts each language on a small batch every `every` steps, and then updates::
 
-        dynamic = fm.DynamicSubnetworks(model)
+        dynamic = fm.DynamicSubnetworks(model, until=steps * 3 // 4)
         for step in range(1, steps + 1):
             ...                                          # an ordinary training step
             if dynamic.due(step):
@@ -47,12 +47,15 @@ class DynamicSubnetworks:
         model: a Hugging Face model with subnetworks over heads, neurons or both attached.
         strategy: "swap" (weak live units for dead ones of higher importance) or "learned" (scores trained by gradient).
         every: steps between updates.
+        until: the last step after which masks are updated; None: no end. Leave some steps at the end in which the
+            weights are trained with the masks that stay: what comes in has not been trained for its language before.
         swaps: `swap` only: most pairs of heads, and of neurons, that a language swaps in one update: a whole number
             from 1 on, or a share of its live units below 1 (then at least one pair).
-        margin: `swap` only: a unit comes in if its importance is more than (1 + margin) times that of the leaving one.
-        decay: `swap` only: weight of the old average of importance at an update, 0 to below 1.
-        learning_rate: `learned` only: of the scores, which start at 1 for live and 0 for dead units.
-        optimizer: `learned` only: "adam" or "sgd" (then the learning rate depends on the scale of the loss).
+        margin: `swap` only: a unit comes in if what it would bring is more than (1 + margin) times the worth of the
+            leaving one (`fastmask.dynamic.swap` says in which numbers).
+        decay: weight of what was seen before an update, beside what is new, 0 to below 1.
+        learning_rate: `learned` only: what a standard error beyond noise moves a score by; scores start at 1 for live
+            and 0 for dead units.
 
     Attributes:
         languages: names, in the order of the attached subnetworks.
@@ -61,7 +64,7 @@ class DynamicSubnetworks:
         seconds: time spent in scouts and updates so far, to be compared with that of the whole training.
 
     Raises:
-        KeyError: an unknown strategy or optimizer; the message names the nearest.
+        KeyError: an unknown strategy; the message names the nearest.
         ValueError: an option out of range, nothing attached, masks over weights only, masks that leave a layer without
             a live unit, or none in which anything could change; subnetworks attached with `forward="full"`.
     """
@@ -72,36 +75,39 @@ class DynamicSubnetworks:
         strategy: str = "swap",
         *,
         every: int = 100,
+        until: int | None = None,
         swaps: float = 0.05,
         margin: float = 0.2,
         decay: float = 0.8,
-        learning_rate: float = 0.2,
-        optimizer: str = "adam",
+        learning_rate: float = 0.5,
     ) -> None:
         if strategy not in STRATEGIES:
             raise unknown("strategy", strategy, STRATEGIES)
-        _check_options(every, swaps, margin, decay, learning_rate)
+        _check_options(every, until, swaps, margin, decay, learning_rate)
         probes_of(model)  # sees that there are units to score
         subnets = attached(model).subnets
         masks = _masks_of(subnets)
         _check_masks(subnets.languages, masks)
         self.model = owner_of(model)
         self.languages = subnets.languages
-        self.strategy, self.every = strategy, every
+        self.strategy, self.every, self.until = strategy, every, until
         self.history = History(subnets)
         self.seconds = 0.0
         self._strategy: Swap | Learned
         if strategy == "swap":
             self._strategy = Swap(masks, swaps, margin, decay)
         else:
-            self._strategy = Learned(masks, learning_rate, optimizer)
+            self._strategy = Learned(masks, learning_rate, decay)
         # What scouts have seen since the last update: sums over examples, and how many.
-        self._sums = {kind: torch.zeros(keep.shape, dtype=torch.float64) for kind, keep in masks.items()}
+        self._sums = {
+            what: {kind: torch.zeros(keep.shape, dtype=torch.float64) for kind, keep in masks.items()}
+            for what in self._strategy.reads
+        }
         self._examples = torch.zeros(len(self.languages), dtype=torch.float64)
 
     def due(self, step: int) -> bool:
         """Whether masks are updated after step number `step`, counted from 1."""
-        return step > 0 and step % self.every == 0
+        return step > 0 and step % self.every == 0 and (self.until is None or step <= self.until)
 
     def scout(self, language: str, batch: Any, loss: Callable[[Any], Tensor]) -> None:
         """Look at all units of one language, dead ones too, on a small batch.
@@ -120,9 +126,9 @@ class DynamicSubnetworks:
         with self._timed():
             row = self._subnetworks().index(language)
             found = scout(self.model, language, batch, loss)
-            sums = found.absolute if self._strategy.reads == "absolute" else found.signed
-            for kind, of_kind in sums.items():
-                self._sums[kind][row] += of_kind
+            for what, sums in self._sums.items():
+                for kind, of_kind in getattr(found, what).items():
+                    sums[kind][row] += of_kind
             self._examples[row] += found.examples
 
     def update(self, step: int, reduce: Callable[[Tensor], Tensor] | None = None) -> list[str]:
@@ -149,16 +155,17 @@ class DynamicSubnetworks:
                 self._reduce(reduce)
             scouted = self._examples.nonzero().flatten().tolist()
             changed = [self.languages[row] for row in scouted if self._update_language(step, row)]
-            for sums in (*self._sums.values(), self._examples):
-                sums.zero_()
+            for tensor in self._scouted().values():
+                tensor.zero_()
         return changed
 
     def _update_language(self, step: int, row: int) -> bool:
         subnets = self._subnetworks()
         new = {}
-        for kind, sums in self._sums.items():
-            keep = getattr(subnets, kind)[row].cpu()
-            after = self._strategy.update(kind, row, keep, sums[row] / self._examples[row])
+        for kind, masks in _masks_of(subnets).items():
+            keep = masks[row].cpu()
+            seen = {what: sums[kind][row] for what, sums in self._sums.items()}
+            after = self._strategy.update(kind, row, keep, seen, float(self._examples[row]))
             if not torch.equal(after, keep):
                 new[kind] = after
         if not new:
@@ -168,7 +175,7 @@ class DynamicSubnetworks:
         return True
 
     def _reduce(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        parts = [self._examples, *self._sums.values()]
+        parts = list(self._scouted().values())
         total = reduce(torch.cat([part.flatten() for part in parts]))
         for part, summed in zip(parts, total.split([part.numel() for part in parts]), strict=True):
             part.copy_(summed.view_as(part))
@@ -213,12 +220,15 @@ class DynamicSubnetworks:
         """Go on from what `state_dict` returned; the masks of the attached model become those of the state.
 
         Raises:
-            ValueError: a state of another strategy, other languages, another model, or a newer version. Nothing is
+            ValueError: a state of another strategy, other languages, another model, or another version. Nothing is
                 changed then.
         """
         header, tensors = state["header"], state["tensors"]
-        if header["version"] > VERSION:
-            raise ValueError(f"this state has version {header['version']}, this fastmask reads up to {VERSION}")
+        if header["version"] != VERSION:
+            raise ValueError(
+                f"this state has version {header['version']}, this fastmask reads version {VERSION}, "
+                "whose masks move by another rule: finish the run with the fastmask that began it, or begin it anew"
+            )
         for what, expected in (("strategy", self.strategy), ("languages", list(self.languages))):
             if header[what] != expected:
                 raise ValueError(f"this state is of {what} {header[what]!r}, expected {expected!r}")
@@ -235,7 +245,7 @@ class DynamicSubnetworks:
                 )
         history = {name.removeprefix("history."): t for name, t in tensors.items() if name.startswith("history.")}
         self.history.check(history)
-        masks = {kind: tensors[f"masks.{kind}"] for kind in self._sums}
+        masks = {name.removeprefix("masks."): t for name, t in tensors.items() if name.startswith("masks.")}
         _check_masks(self.languages, masks)
         for row, language in enumerate(self.languages):
             set_subnetwork(self.model, language, **{kind: keep[row] for kind, keep in masks.items()})
@@ -245,11 +255,15 @@ class DynamicSubnetworks:
         self.history.load(history)
         self.seconds = header["seconds"]
 
+    def _scouted(self) -> dict[str, Tensor]:
+        """What scouts have seen since the last update, by name: the tensors themselves."""
+        sums = {f"{what}.{kind}": tensor for what, kinds in self._sums.items() for kind, tensor in kinds.items()}
+        return {"examples": self._examples, **sums}
+
     def _tensors(self) -> dict[str, Tensor]:
         """All state by name; that of the strategy and the sums are the tensors themselves, not copies."""
         return {
-            "scouted.examples": self._examples,
-            **{f"scouted.{kind}": sums for kind, sums in self._sums.items()},
+            **{f"scouted.{name}": tensor for name, tensor in self._scouted().items()},
             **{f"{self.strategy}.{name}": tensor for name, tensor in self._strategy.state.items()},
             **{f"masks.{kind}": keep.cpu() for kind, keep in _masks_of(self._subnetworks()).items()},
             **{f"history.{name}": tensor for name, tensor in self.history.tensors().items()},
@@ -263,9 +277,13 @@ def _masks_of(subnets: Subnetworks) -> dict[str, Tensor]:
     return {kind: keep for kind in ("heads", "neurons") if (keep := getattr(subnets, kind)) is not None}
 
 
-def _check_options(every: int, swaps: float, margin: float, decay: float, learning_rate: float) -> None:
+def _check_options(
+    every: int, until: int | None, swaps: float, margin: float, decay: float, learning_rate: float
+) -> None:
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of steps, at least 1, given {every!r}")
+    if until is not None and (not isinstance(until, int) or until < 0):
+        raise ValueError(f"until must be a step or None, given {until!r}")
     if not 0 < swaps < float("inf") or (swaps >= 1 and swaps != int(swaps)):
         raise ValueError(f"swaps must be a whole number from 1 on, or a share between 0 and 1, given {swaps!r}")
     if not margin >= 0:

@@ -1,7 +1,16 @@
-"""The strategy `swap`: weak live units give their place to dead ones that have shown more importance.
+"""The strategy `swap`: weak live units give their place to dead ones that would lower the loss.
 
-The score of a unit is that of static discovery, I_h = mean over examples of |dL_example / dgate_h| divided by the
-layer's L2 norm, here over all units of the layer. It is averaged exponentially over updates.
+Live and dead units are judged by different numbers, as different things are asked of them. Both are averaged
+exponentially over updates.
+
+- What a live unit is worth is its score in static discovery, the mean over examples of |dL_example / dgate|. Its signed
+  mean says nothing of what removing it costs: the weights behind it are trained, which drives that mean to zero.
+- What a dead unit would bring is minus the signed mean of dL_example / dgate, the fall of the loss per unit of gate
+  where the gate begins to open. Magnitude alone would also let in units that raise the loss, which most dead ones do.
+
+Both are divided by one number, the L2 norm over all units of the layer of the mean absolute gradient, so that layers
+can be compared and that the two stay on one scale: loss per unit of gate, in shares of its layer. As
+|mean| <= mean of | |, a unit comes in only where its examples agree.
 """
 
 from __future__ import annotations
@@ -11,41 +20,53 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["Swap", "layer_scores", "swapped"]
+__all__ = ["Swap", "layer_norms", "swapped"]
 
 
 class Swap:
-    """Exponential averages of the units' scores, and the swaps that follow from them.
+    """Exponential averages of the units' two scores, and the swaps that follow from them.
 
     Args:
         masks: bool [L, layers, units] by kind of unit.
         swaps: most pairs swapped in one update: a number from 1 on, or a share of the live units (at least one pair).
-        margin: a unit comes in if its score is more than (1 + margin) times that of the one that leaves.
+        margin: a unit comes in if what it would bring is more than (1 + margin) times the worth of the one that leaves.
         decay: weight of the old average when a new score comes in; 0 keeps the last score only.
     """
 
-    reads = "absolute"
+    reads = ("absolute", "signed")
 
     def __init__(self, masks: Mapping[str, Tensor], swaps: float, margin: float, decay: float) -> None:
         self.swaps, self.margin, self.decay = swaps, margin, decay
         self.state: dict[str, Tensor] = {}
         for kind, keep in masks.items():
-            self.state[f"average.{kind}"] = torch.zeros(keep.shape, dtype=torch.float64)
+            for name in self.reads:
+                self.state[f"{name}.{kind}"] = torch.zeros(keep.shape, dtype=torch.float64)
             self.state[f"updates.{kind}"] = torch.zeros(keep.shape[0], dtype=torch.int64)
 
-    def update(self, kind: str, row: int, keep: Tensor, mean: Tensor) -> Tensor:
-        """One language's new mask, from its mask `keep` bool [layers, units] and its gates' mean absolute gradient."""
-        average, updates = self.state[f"average.{kind}"][row], self.state[f"updates.{kind}"]
+    def update(self, kind: str, row: int, keep: Tensor, sums: Mapping[str, Tensor], examples: float) -> Tensor:
+        """One language's new mask.
+
+        Args:
+            kind: "heads" or "neurons".
+            row: the language.
+            keep: its mask, bool [layers, units].
+            sums: of its gates' gradients since the last update, over examples: those named in `reads`.
+            examples: how many these were.
+        """
+        absolute, signed = (self.state[f"{name}.{kind}"][row] for name in self.reads)
+        updates = self.state[f"updates.{kind}"]
         decay = self.decay if updates[row] else 0.0  # the first score stands for all that came before
-        average.mul_(decay).add_(layer_scores(mean), alpha=1 - decay)
+        norms = layer_norms(sums["absolute"])
+        absolute.mul_(decay).add_(sums["absolute"] / norms, alpha=1 - decay)
+        signed.mul_(decay).add_(sums["signed"] / norms, alpha=1 - decay)
         updates[row] += 1
         pairs = int(self.swaps) if self.swaps >= 1 else max(1, int(self.swaps * int(keep.sum())))
-        return swapped(keep, average, pairs, self.margin)
+        return swapped(keep, torch.where(keep, absolute, -signed), pairs, self.margin)
 
 
-def layer_scores(mean: Tensor) -> Tensor:
-    """Each layer's scores [layers, units] over their L2 norm, so that layers can be compared."""
-    return mean / mean.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(mean.dtype).tiny)
+def layer_norms(scores: Tensor) -> Tensor:
+    """The L2 norm of each layer's scores [layers, units], as [layers, 1]; never zero."""
+    return scores.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def swapped(keep: Tensor, scores: Tensor, pairs: int, margin: float) -> Tensor:
@@ -53,7 +74,7 @@ def swapped(keep: Tensor, scores: Tensor, pairs: int, margin: float) -> Tensor:
 
     Args:
         keep: bool [layers, units].
-        scores: float [layers, units], >= 0.
+        scores: float [layers, units]: of live units, >= 0, what they are worth; of dead ones what they would bring.
         pairs: how many of the strongest dead units are considered.
         margin: the j-th pair is swapped if score_in > (1 + margin) * score_out.
 

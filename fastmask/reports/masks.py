@@ -83,7 +83,7 @@ def _update_steps(config: TrainConfig) -> list[int] | None:
     """The steps after which masks were updated; None where episodes decide and only changes are known."""
     if config.meta != "none":
         return None
-    return [step for step in range(0, config.steps + 1, config.update_every) if step > config.shared_steps]
+    return [step for step in range(0, config.last_mask_step + 1, config.update_every) if step > config.shared_steps]
 
 
 def _kinds_of(masks: Subnetworks) -> list[str]:

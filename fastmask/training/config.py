@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from fastmask.discovery.pruning import SCORES
 from fastmask.dynamic.dynamic import STRATEGIES
 from fastmask.meta.learner import ALGORITHMS
 from fastmask.settings import ConfigError, Settings, items_of, setting
@@ -71,8 +72,17 @@ class TrainConfig(Settings):
     masks: str | None = setting(
         None, "file of subnetworks to train instead of finding them (`fastmask discover`)", group="subnetworks"
     )
+    score: str = setting(
+        "gradient",
+        "what ranks units: gradients of their gates, whose activity they are (entropy), or Shapley values of heads",
+        choices=SCORES,
+        group="subnetworks",
+    )
     score_sentences: int = setting(
         256, "training examples per language that units are scored on", low=1, group="subnetworks"
+    )
+    draws: int = setting(
+        1, "draws of those examples; a language keeps the units that most of them keep", low=1, group="subnetworks"
     )
     tau: float = setting(
         0.95,
@@ -90,6 +100,13 @@ class TrainConfig(Settings):
     )
     strategy: str = setting("swap", "how dynamic subnetworks are updated", choices=STRATEGIES, group="subnetworks")
     update_every: int = setting(100, "steps between updates of dynamic subnetworks", low=1, group="subnetworks")
+    freeze_masks: float = setting(
+        0.25,
+        "share of the steps after the switch, at their end, in which dynamic subnetworks stay as they are",
+        low=0,
+        high=1,
+        group="subnetworks",
+    )
     scout_sentences: int = setting(
         8,
         "training examples per language that an update looks at, in each process",
@@ -160,7 +177,10 @@ class TrainConfig(Settings):
     )
     eval_every: int = setting(250, "steps between dev scores; 0: only at the end", low=0, group="logging")
     dev_sentences: int = setting(
-        100, "dev examples per language that are scored during training; 0: all", low=0, group="logging"
+        100,
+        "random dev examples per language to score in training, the same in all runs; 0: all",
+        low=0,
+        group="logging",
     )
     checkpoint_every: int = setting(
         250, "steps between checkpoints; 0: only at the switch and at the end", low=0, group="logging"
@@ -198,6 +218,11 @@ class TrainConfig(Settings):
     def switch_step(self) -> int | None:
         """`shared_steps` if something changes then: subnetworks, episodes; None for method `full` without meta."""
         return None if self.method == "full" and self.meta == "none" else self.shared_steps
+
+    @property
+    def last_mask_step(self) -> int:
+        """The last step after which dynamic subnetworks may be updated; weights are trained behind every update."""
+        return self.steps - max(1, round(self.freeze_masks * (self.steps - self.shared_steps)))
 
     @property
     def warmup_steps(self) -> int:

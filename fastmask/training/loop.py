@@ -41,7 +41,7 @@ from fastmask.training.engine import (
     random_state,
 )
 from fastmask.training.episodes import Budget, Episodes, episode_sampler
-from fastmask.training.methods import DynamicMasks, SwitchPoint, digest_of_masks, first_rows, subnetworks_of
+from fastmask.training.methods import DynamicMasks, SwitchPoint, digest_of_masks, some_rows, subnetworks_of
 from fastmask.training.metrics import METRICS_FILE, MetricsLog, TrainingProgress, Window
 from fastmask.training.run_folder import (
     MASKS_FILE,
@@ -149,7 +149,7 @@ class _Run:
             episode_sampler(config, self.data)  # what is wrong with it is said before anything is written
         check_out(config)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
-        self.dev = {name: task.examples(first_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
+        self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
         self.inputs = {
             **{f"training data of {name}": task.digest(examples) for name, examples in self.data.items()},
             **{f"dev data of {name}": task.digest(examples) for name, examples in self.dev.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.discovery import Importance, Quality, Round, discover, measure
+from fastmask.discovery import Draw, Quality, Round, combine, discover, measure
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.models import attach, detach
@@ -33,9 +32,9 @@ __all__ = [
     "SwitchPoint",
     "check_subnetworks",
     "digest_of_masks",
-    "discover_for",
-    "first_rows",
+    "draws_for",
     "quality_for",
+    "some_rows",
     "subnetworks_of",
 ]
 
@@ -65,13 +64,18 @@ class SwitchPoint:
     processes: int = 1
 
 
-def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None = None) -> Subnetworks:
+def subnetworks_of(
+    point: SwitchPoint,
+    on_round: Callable[[Round], None] | None = None,
+    on_draws: Callable[[list[Draw]], None] | None = None,
+) -> Subnetworks:
     """The subnetworks that the run's method trains, at the step where they are switched on.
 
     `dynamic` starts as `static` does. The others are controls made from the static subnetworks: `random` keeps the
     number of live units of every language and layer, `permuted` also what languages have in common, `shuffled` gives
     every language the mask of one that is most unlike it, and `shared` gives all of them the same mask, as large in
-    every layer as theirs are on average. Several processes share the languages; each of them returns the same.
+    every layer as theirs are on average. Several draws are joined by vote, after `on_draws` has been called with all of
+    them. Several processes share the languages; each of them returns the same.
     """
     config = point.config
     if config.masks is not None:
@@ -79,8 +83,10 @@ def subnetworks_of(point: SwitchPoint, on_round: Callable[[Round], None] | None 
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
         mine = list(point.train)[point.process :: point.processes]
-        own = [discover_for(point.task, point.train, dev, config, config.seed, on_round, only=mine)] if mine else []
-        found = Subnetworks.stack(gathered(own)).select(list(point.train))
+        draws = gathered(draws_for(point.task, point.train, dev, config, on_round, only=mine) if mine else [])
+        if on_draws is not None:
+            on_draws(draws)
+        found = combine(draws, density=config.density).select(list(point.train))
     return _trained(found, config)
 
 
@@ -137,62 +143,62 @@ def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
     return found
 
 
-def discover_for(
+def draws_for(
     task: Task,
     train: Mapping[str, Any],
     dev: Mapping[str, Any],
     config: TrainConfig,
-    seed: int,
     on_round: Callable[[Round], None] | None = None,
-    on_scores: Callable[[str, Importance], None] | None = None,
     only: Sequence[str] | None = None,
-) -> Subnetworks:
-    """Find one subnetwork for each language of `train` in a model that has nothing attached.
+) -> list[Draw]:
+    """Find one subnetwork for each language of `train`, `config.draws` times, in a model with nothing attached.
 
     Args:
         task: fine-tuned; comes back as it was.
-        train: training examples by language; `config.score_sentences` of each are drawn to score units on.
+        train: training examples by language; `config.score_sentences` of each are drawn to score units on. Which ones
+            depends on the run's seed, the draw, and the language's place.
         dev: development rows by language, for tau, which is a share of their score (`Task.metric`); a language without
             any, and a task whose metric is better when lower, goes by the loss on the scoring examples
             (`discovery.Quality`).
-        config: `units`, `density`, `tau`, `score_sentences` and `dev_sentences` are read.
-        seed: of the draw of scoring sentences.
+        config: `score`, `units`, `density`, `tau`, `draws`, `score_sentences`, `dev_sentences` and `seed` are read.
         on_round: called after each round of pruning.
-        on_scores: see `discovery.discover`.
         only: of some languages of `train`, if given; the same as of all.
 
     Raises:
         ValueError: a density that would leave a layer without a live head or neuron.
     """
     _check_density(task, config)
-    with _scoring(task, train, dev if config.density is None else {}, config, seed) as by:
-        return discover(
-            task.encoder,
-            by.batches if only is None else {name: by.batches[name] for name in only},
-            by.loss,
-            by.metric,
-            units=config.units,
-            tau=config.tau,
-            density=config.density,
-            on_round=on_round,
-            on_scores=on_scores,
-        )
+    # A score that compares languages needs all of them, whichever are asked for.
+    names = list(train) if only is None or config.score == "entropy" else only
+    found = []
+    for draw in range(config.draws):
+        scores: dict[str, Any] = {}
+        with _scoring(task, train, dev if config.density is None else {}, config, draw) as by:
+            subnets = discover(
+                task.encoder,
+                {name: by.batches[name] for name in names},
+                by.loss,
+                by.metric,
+                score=config.score,
+                units=config.units,
+                tau=config.tau,
+                density=config.density,
+                on_round=on_round,
+                on_scores=scores.__setitem__,
+            )
+        found.append(Draw(subnets if only is None else subnets.select(only), scores))
+    return found
 
 
 def quality_for(
-    task: Task,
-    train: Mapping[str, Any],
-    dev: Mapping[str, Any],
-    config: TrainConfig,
-    seed: int,
-    subnets: Subnetworks,
+    task: Task, train: Mapping[str, Any], dev: Mapping[str, Any], config: TrainConfig, subnets: Subnetworks
 ) -> dict[str, tuple[Quality, Quality]]:
     """By language of `train`, how good the full network and its subnetwork are.
 
-    That is what `discover_for` would go by with the same arguments.
+    That is what `draws_for` would go by in its first draw. `subnets` may have further languages.
     """
     full = subnets.map(torch.ones_like)
-    with _scoring(task, train, dev, config, seed) as by:
+    with _scoring(task, train, dev, config, draw=0) as by:
         return {
             name: (
                 measure(task.encoder, full, name, by.batches[name], by.loss, by.metric),
@@ -213,15 +219,15 @@ class _Scoring:
 
 @contextmanager
 def _scoring(
-    task: Task, train: Mapping[str, Any], dev: Mapping[str, Any], config: TrainConfig, seed: int
+    task: Task, train: Mapping[str, Any], dev: Mapping[str, Any], config: TrainConfig, draw: int
 ) -> Iterator[_Scoring]:
     """Draw and prepare the examples; the model is in eval mode for the time."""
     batches = {
-        language: _batches(task, examples, config.score_sentences, np.random.default_rng([seed, position]))
+        language: _batches(task, examples, config.score_sentences, np.random.default_rng([config.seed, position, draw]))
         for position, (language, examples) in enumerate(train.items())
     }
     wanted = {code: rows for code, rows in dev.items() if code in train} if task.higher_is_better else {}
-    prepared = {code: task.examples(first_rows(rows, config.dev_sentences)) for code, rows in wanted.items()}
+    prepared = {code: task.examples(some_rows(rows, config.dev_sentences)) for code, rows in wanted.items()}
 
     def loss(batch: Any) -> Tensor:
         return task.loss(batch.to(task.device)).each
@@ -239,9 +245,16 @@ def _scoring(
         task.model.train(was_training)
 
 
-def first_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
-    """The first `limit` rows, all for 0."""
-    return list(itertools.islice(rows, limit or None))
+def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """`limit` random rows in their order, all for 0; always the same ones, so that all runs score alike.
+
+    The first rows of a treebank are often of one source.
+    """
+    known: Any = rows if hasattr(rows, "__getitem__") else list(rows)
+    count = len(known)
+    if not limit or limit >= count:
+        return list(known)
+    return [known[int(row)] for row in np.sort(np.random.default_rng(0).permutation(count)[:limit])]
 
 
 def _batches(task: Task, examples: Any, count: int, generator: np.random.Generator) -> list[Any]:
@@ -270,7 +283,8 @@ def digest_of_masks(config: TrainConfig) -> str | None:
 class DynamicMasks:
     """The masks of a run whose encoder has subnetworks attached, updated about every `config.update_every` steps.
 
-    That is: when the run's step, which an episode may move by several, reaches or passes a multiple of it.
+    That is: when the run's step, which an episode may move by several, reaches or passes a multiple of it, up to
+    `config.last_mask_step`: masks that change at the end would never be trained.
 
     Each update scouts `config.scout_sentences` training examples of every language. Which ones depends on the seed,
     the step and the language alone, so a resumed run scouts the same.
@@ -278,7 +292,7 @@ class DynamicMasks:
 
     def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
         self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
-        self.masks = DynamicSubnetworks(task.encoder, config.strategy, every=1)  # when is decided here
+        self.masks = DynamicSubnetworks(task.encoder, config.strategy, every=1, until=config.last_mask_step)
         self._began = (0.0, time.perf_counter())
 
     @property
@@ -294,7 +308,9 @@ class DynamicMasks:
         return (self.masks.seconds - seconds) / (time.perf_counter() - since)
 
     def update(self, step: int) -> list[str]:
-        """Update the masks after `step` steps; returns the languages whose masks changed."""
+        """Update the masks after `step` steps, unless they are frozen; returns the languages whose masks changed."""
+        if not self.masks.due(step):
+            return []
         was_training = self.task.model.training
         self.task.model.eval()  # dropout would add noise to the scores
         try:

@@ -1,4 +1,4 @@
-"""Combining draws: what was asked for is what is kept, whatever the vote and however many draws."""
+"""Combining draws: what was asked for is what is kept, whatever the vote and however many; and how much draws agree."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmask.discovery import VOTES, Draw, Importance, combine, live_units
+from fastmask.discovery import VOTES, Draw, Importance, Stability, combine, live_units, stability
 from fastmask.subnetworks import Subnetworks
+from fastmask.subnetworks.subnetworks import random_of_sizes
 
 
-def draw_of(rows, scores=None):
-    """A draw of the language "a", from its rows of 0 and 1; a unit's score is a half of its own where none is given."""
+def draw_of(rows, scores=None, language="a"):
+    """A draw of one language, from its rows of 0 and 1; a unit's score is a half where none is given."""
     keep = torch.tensor([rows], dtype=torch.bool)
     values = torch.full(keep.shape[1:], 0.5) if scores is None else torch.tensor(scores, dtype=torch.float32)
-    return Draw(Subnetworks(["a"], keep), {"a": Importance(values, None)})
+    return Draw(Subnetworks([language], keep), {language: Importance(values, None)})
 
 
 @st.composite
@@ -138,8 +139,56 @@ def test_two_draws_at_half_the_units_keep_half_of_them():
     assert combine([draw_of(first), draw_of(second)]).heads.sum() == 1  # a tie is no majority
 
 
+@given(draws(), st.sampled_from([*sorted(VOTES), None]))
+def test_each_language_comes_from_the_draws_that_have_it(case, vote):
+    """Draws over one language each must give what draws over all of them give, in the order they come in."""
+    density, found = case
+    asked = (vote, None) if vote else ("majority", density)
+    apart = [Draw(draw.subnetworks.select([name]), draw.scores) for draw in found for name in draw.scores]
+    assert combine(apart, *asked) == combine(found, *asked)
+    names = combine(found).languages
+    assert combine(apart[::-1], *asked) == combine(found, *asked).select(names[::-1])
+
+
+def test_draws_of_some_languages_only():
+    """A language that one draw lacks must be decided by the others alone."""
+    both = Draw(
+        Subnetworks(["a", "b"], torch.tensor([[[1, 1, 0]], [[0, 1, 1]]]).bool()),
+        {name: Importance(torch.full((1, 3), 0.5), None) for name in "ab"},
+    )
+    found = combine([draw_of([[1, 0, 1]], language="b"), both, draw_of([[1, 0, 1]], language="b")])
+    assert found.languages == ("b", "a")
+    assert found.heads.int().tolist() == [[[1, 0, 1]], [[1, 1, 0]]]
+
+
+def test_stability_by_hand():
+    """The mean within a language, between languages and by chance must be those of the masks, each pair once."""
+    found = [
+        draw_of([[1, 1, 0, 0], [1, 0, 0, 0]]),
+        draw_of([[1, 0, 1, 0], [1, 0, 0, 0]]),
+        draw_of([[0, 0, 1, 1], [0, 1, 0, 0]], language="b"),
+    ]
+    chance = (2 * 2 / 4 + 1 * 1 / 4) / (6 - 1.25)
+    assert stability(found) == {"heads": Stability(2 / 4, pytest.approx((0 / 6 + 1 / 5) / 2), pytest.approx(chance))}
+    assert stability(found[:2])["heads"].languages is None
+    assert stability(found[1:])["heads"].draws is None
+    with pytest.raises(ValueError, match="two masks or more to compare, given 1"):
+        stability(found[:1])
+
+
+def test_chance_is_what_random_masks_agree_by():
+    """Random masks of several densities must agree by the chance that is reported, within and between languages."""
+    sizes = torch.tensor([[30, 10, 50]]).expand(8, -1)
+    keep = [random_of_sizes(sizes, 60, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    names = [f"l{number}" for number in range(8)]
+    scores = {name: Importance(None, None) for name in names}
+    found = stability([Draw(Subnetworks(names, neurons=masks), scores) for masks in keep])["neurons"]
+    assert found.draws == pytest.approx(found.chance, abs=0.02)
+    assert found.languages == pytest.approx(found.chance, abs=0.01)
+
+
 def test_what_cannot_be_combined():
-    """An unknown vote, nothing at all, and draws over other languages or units must be refused."""
+    """An unknown vote, nothing at all, and draws over other units must be refused."""
     one = draw_of([[1, 0]])
     with pytest.raises(KeyError, match="did you mean 'majority'"):
         combine([one], "majorty")
@@ -147,6 +196,7 @@ def test_what_cannot_be_combined():
         combine([])
     with pytest.raises(ValueError, match="different heads"):
         combine([one, draw_of([[1, 0, 1]])])
-    other = Draw(Subnetworks(["b"], one.subnetworks.heads), {"b": one.scores["a"]})
-    with pytest.raises(ValueError, match="'b'"):
-        combine([one, other])
+    with pytest.raises(ValueError, match="different heads"):
+        combine([one, draw_of([[1, 0, 1]], language="b")])
+    with pytest.raises(ValueError, match="different neurons"):
+        combine([one, Draw(Subnetworks(["a"], one.subnetworks.heads, one.subnetworks.heads), one.scores)])

@@ -116,7 +116,8 @@ def test_prunes_to_tau(model):
     rounds = []
 
     def metric(name):
-        live = int(model._fastmask.subnets.heads.sum())
+        subnets = model._fastmask.subnets
+        live = int(subnets.heads[subnets.index(name)].sum())
         return {8: 100.0, 7: 99.0, 6: 97.0, 5: 90.0}[live]
 
     found = fm.discover(
@@ -173,7 +174,7 @@ def test_without_development_data_the_loss_decides(model):
     rounds = []
 
     def losses(ids):
-        live = int(model._fastmask.subnets.heads.sum())
+        live = int(model._fastmask.subnets.heads[0].sum())
         return loss_of(model)(ids) * 0 + {8: 2.0, 7: 2.02, 6: 2.05}.get(live, 2.06)
 
     dev = {"b": 50.0}
@@ -237,6 +238,11 @@ def test_scores_are_the_last_ones(model):
         ({"density": 2.0}, ValueError, "density must be"),
         ({"drop": 1.0}, ValueError, "drop must be"),
         ({"units": "layers"}, KeyError, "unknown kind of unit"),
+        ({"score": "gradients"}, KeyError, "unknown score 'gradients'; did you mean 'gradient'"),
+        ({"score": "entropy"}, ValueError, "compares languages: expected two or more, given a"),
+        ({"score": "entropy", "batches": {"a": [data()], "b": []}}, ValueError, "no batch to score the units of 'b'"),
+        ({"score": "shapley", "units": "both"}, ValueError, "takes too long for neurons"),
+        ({"score": "shapley", "batches": {"a": []}}, ValueError, "no batch to score"),
         ({"batches": {}}, ValueError, "no language"),
         ({"batches": {"a": []}}, ValueError, "no batch to score"),
     ],
@@ -294,3 +300,21 @@ def test_scores_of_layers_that_are_shared_and_of_units_in_their_slots(make, opti
     dynamic.scout("b", 0, lambda _: model(tokens, **options).logits.square().mean((1, 2)))
     with pytest.raises(ValueError, match="it ran it 2 times"):
         dynamic.scout("b", 0, lambda _: (model(tokens).logits + model(tokens).logits).square().mean((1, 2)))
+
+
+def test_rounds_towards_a_density_are_of_one_size(model):
+    """What is left over must not cost a round of its own, and both kinds of units must arrive in the same round."""
+    rounds = []
+    fm.discover(model, {"a": [data()]}, loss_of(model), units="both", density=0.4, drop=0.27, on_round=rounds.append)
+    # 5 of 8 heads and 14 of 24 neurons go, about 2 and 6 a round: two rounds, where full steps would need three.
+    assert [(of.number, of.heads, of.neurons) for of in rounds] == [(1, 5, 17), (2, 3, 10)]
+    rounds.clear()
+    fm.discover(model, {"a": [data()]}, loss_of(model), units="neurons", density=0.5, on_round=rounds.append)
+    assert [of.neurons for of in rounds] == [20, 16, 12]  # a fifth of 24 each, towards a density
+    rounds.clear()
+    fm.discover(model, {"a": [data()]}, loss_of(model), lambda _: 1.0, units="neurons", on_round=rounds.append)
+    assert [of.neurons for of in rounds[:3]] == [24, 22, 20]  # a tenth, down to tau
+    rounds.clear()
+    found = fm.discover(model, {"a": [data()]}, loss_of(model), density=1.0, on_round=rounds.append)
+    assert not rounds
+    assert found.heads.all()

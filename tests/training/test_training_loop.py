@@ -304,7 +304,8 @@ def halves(point: SwitchPoint) -> Any:
 
 
 def dynamic_run(out: Path, on_step: Any = None, **changes: Any) -> TrainResult:
-    config = toy_config(out, **{**DYNAMIC, **changes})
+    evidence = {"scout_sentences": 40} if changes.get("strategy") == "learned" else {}
+    config = toy_config(out, **{**DYNAMIC, **evidence, **changes})
     return train(toy_task(), toy_data(), config, halves, on_step, progress=False)
 
 
@@ -325,10 +326,20 @@ def test_dynamic_masks_change_and_are_what_the_run_leaves(strategy: str, unbroke
     assert not torch.equal(stored.neurons, start.neurons)
     changed = [record for record in result.history if "masks_changed" in record]
     assert changed
-    assert {record["step"] for record in changed} <= {8, 10, 12}
+    assert {record["step"] for record in changed} <= {8, 10}
     history = load_file(result.run / "dynamic.safetensors")
     assert any(name.startswith("history.") for name in history)
     assert 0 < result.scouting_share < 1
+
+
+def test_masks_are_frozen_at_the_end(tmp_path: Path) -> None:
+    """No mask may change in the last share of the steps after the switch, nor ever after the last optimiser step."""
+    for freeze, last in ((0.0, 11), (0.1, 11), (0.5, 9), (1.0, 6)):
+        result = dynamic_run(tmp_path / str(freeze), update_every=1, freeze_masks=freeze, eval_every=0)
+        changed = [record["step"] for record in result.history if "masks_changed" in record]
+        assert max(changed, default=6) == last
+    for share, steps, last in ((0.25, 1500, 1350), (0.0, 1500, 1499), (0.25, 2, 1), (1.0, 1500, 900)):
+        assert toy_config(tmp_path, freeze_masks=share, steps=steps, discover_at=0.6).last_mask_step == last
 
 
 @pytest.mark.parametrize("strategy", ["swap", "learned"])

@@ -1,5 +1,6 @@
 """What is wrong with the subnetworks asked for is said before anything is trained."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from toy_run import LANGUAGES, toy_config, toy_data, toy_parser, toy_task
 from transformers import BertConfig
 
 import fastmask as fm
+from fastmask.discovery import combine, stability
 from fastmask.errors import FastmaskKeyError
 from fastmask.models.attach import is_attached
-from fastmask.training.methods import check_subnetworks, discover_for
+from fastmask.training.methods import SwitchPoint, check_subnetworks, draws_for, some_rows, subnetworks_of
 
 
 def check(out: Path, **changes: Any) -> None:
@@ -35,9 +37,32 @@ def test_a_density_that_would_kill_a_layer(tmp_path: Path) -> None:
     task = toy_task()
     config = toy_config(tmp_path, method="static", density=0.1)
     with pytest.raises(ValueError, match="would kill a layer"):  # `fastmask discover` goes this way
-        discover_for(
-            task, {name: task.training_examples(of["train"], name) for name, of in toy_data().items()}, {}, config, 0
-        )
+        draws_for(task, training_data(task), {}, config)
+
+
+def training_data(task: Any) -> dict[str, Any]:
+    return {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
+
+
+def test_several_draws_at_the_switch_are_joined_by_vote(tmp_path: Path) -> None:
+    """A run must draw as often as it is told, other sentences each time, and train what `combine` makes of them."""
+    task = toy_task()
+    with torch.no_grad():  # an untrained parser's output layer is zero, and so is every score
+        for parameter in task.model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    train = training_data(task)
+    config = toy_config(tmp_path, method="static", units="neurons", density=0.5, draws=3, score_sentences=6)
+    seen: list[Any] = []
+    found = subnetworks_of(SwitchPoint(task, toy_data(), train, config, 6), on_draws=seen.extend)
+    assert found == combine(seen, density=0.5)
+    assert found.neurons.sum((1, 2)).tolist() == [32, 32, 32]
+    assert len(seen) == 3
+    assert len({draw.subnetworks.neurons.numpy().tobytes() for draw in seen}) == 3
+    alone = draws_for(task, train, {}, dataclasses.replace(config, draws=1))
+    assert alone[0].subnetworks == seen[0].subnetworks
+    numbers = stability(seen)["neurons"]
+    assert numbers.draws is not None
+    assert numbers.draws > numbers.chance
 
 
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:
@@ -67,3 +92,19 @@ def test_shuffling_needs_two_languages(tmp_path: Path) -> None:
     heads = torch.ones(1, 2, 2, dtype=torch.bool)
     fm.Subnetworks(LANGUAGES[:1], heads=heads).save(tmp_path / "m")
     check_subnetworks(parser, toy_config(tmp_path, method="static", masks=str(tmp_path / "m")), LANGUAGES[:1])
+
+
+def test_dev_rows_are_drawn_from_all_of_them_and_always_alike() -> None:
+    """Scores must not go by the first rows, which are often of one source, and runs must score the same ones."""
+    rows = [{"number": number} for number in range(400)]
+    numbers = [row["number"] for row in some_rows(rows, 40)]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) == 40
+    assert all(any(first <= number < first + 100 for number in numbers) for first in range(0, 400, 100))
+    assert some_rows(rows, 40) == some_rows(iter(rows), 40)
+    for limit in (0, 400, 500):
+        assert some_rows(rows, limit) == some_rows(iter(rows), limit) == rows
+    splits = toy_data()[LANGUAGES[0]]
+    drawn = some_rows(splits["dev"], 3)
+    assert len(drawn) == 3
+    assert all(row in list(splits["dev"]) for row in drawn)

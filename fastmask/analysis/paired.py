@@ -78,6 +78,6 @@ def paired(differences: pd.Series, *, level: float = 0.95) -> Paired:
     by_language = known.groupby(level="language").mean()
     by_seed = known.groupby(level="seed").mean()
     p_languages = paired_sign_flip(by_language.to_numpy())
-    low, high = crossed_interval(known.unstack("seed").to_numpy(), level)
+    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy(), level)
     p_seeds = t_of_mean(by_seed.to_numpy()) if len(by_seed) > 1 else math.nan
     return Paired(tuple(map(float, by_language)), tuple(map(float, by_seed)), p_languages, p_seeds, low, high)

@@ -180,7 +180,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     grid.add_argument("--ray", metavar="ADDRESS", help=clusters)
     plan = "YAML file that says everything: arms, settings, hypotheses (as compare.yaml of a comparison)"
     grid.add_argument("--plan", metavar="FILE", help=plan)
-    methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all)"
+    methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all but vector)"
     grid.add_argument("--methods", nargs="+", action=Joined, help=methods)
     metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"
     grid.add_argument("--metas", nargs="+", action=Joined, help=metas)

@@ -48,14 +48,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="which subnetwork (default: nearest; full for a run without subnetworks)",
     )
     add("--similarity", choices=SIMILARITIES, help="what nearest means (default: uriel where lang2vec is installed)")
-    add("--steps", type=int, metavar="K", help=f"gradient steps, each on all of them (default: {DEFAULT_STEPS})")
+    trained = "; of a run in episodes, that of its inner steps"
+    add(
+        "--steps",
+        type=int,
+        metavar="K",
+        help=f"gradient steps, each on all of them (default: {DEFAULT_STEPS}{trained})",
+    )
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="that takes the steps")
-    add("--lr", type=float, metavar="X", help=f"learning rate of what is above the encoder (default: {heads})")
+    add("--lr", type=float, metavar="X", help=f"learning rate above the encoder (default: {heads}{trained})")
     add(
         "--encoder-lr",
         type=float,
         metavar="X",
-        help=f"learning rate of the encoder (default: {below}; a pretrained one takes less)",
+        help=f"learning rate of the encoder (default: {below}{trained}; a pretrained one takes less)",
     )
     add("--unknown-labels", choices=UNKNOWN_LABELS, default="fail", help="what to do with labels new to the model")
     test = parser.add_mutually_exclusive_group()
@@ -97,7 +103,7 @@ def _adapt(
     test: Any,
     earlier: list[dict[str, Any]],
 ) -> None:
-    from fastmask.unseen import DEFAULT_RATES, adapted
+    from fastmask.unseen import adapted
     from fastmask.unseen.adapted_run import save_adapted
     from fastmask.unseen.choosing import FULL_CHOICE
 
@@ -106,7 +112,7 @@ def _adapt(
     _print_choice(choice, options.language, by)
     networks = {each.language_id: each for each in (FULL_CHOICE, choice)}
     scores = [(_network(each), 0, _score(task, test, each)) for each in networks.values()] if test is not None else []
-    head_lr, encoder_lr = DEFAULT_RATES[options.optimizer]
+    _, head_lr, encoder_lr = _inner_steps(options, loaded)
     how_fast = {
         "head_lr": head_lr if options.lr is None else options.lr,
         "encoder_lr": encoder_lr if options.encoder_lr is None else options.encoder_lr,
@@ -141,14 +147,13 @@ def _adapt(
             for name, taken, found in scores
         ],
     }
+    task.add_language(choice.language_id)
     save_adapted(out, loaded, choice, record, earlier, task.profile(rows))
     say(f"run: {out.resolve()}")
 
 
 def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, int]:
     """How to choose, and the number of steps."""
-    from fastmask.unseen import DEFAULT_STEPS
-
     if options.support is None and (options.steps or options.sentences):
         raise ConfigError("steps and sentences are of support examples (expected --support FILE, too)")
     if options.steps is not None and options.steps < 0:
@@ -157,13 +162,24 @@ def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, in
         raise ConfigError(f"sentences is {options.sentences} (expected at least 1)")
     if options.seed < 0:
         raise ConfigError(f"seed is {options.seed} (expected at least 0)")
-    steps = 0 if options.support is None else DEFAULT_STEPS if options.steps is None else options.steps
+    usual, *_ = _inner_steps(options, loaded)
+    steps = 0 if options.support is None else usual if options.steps is None else options.steps
     if loaded.subnetworks is None:
         if options.choose not in (None, "full"):
             raise ConfigError(f"choose is {options.choose!r}, but {options.run} has no subnetworks (expected full)")
         return "full", steps
     # Not "best": losses of subnetworks that are more or less sure of themselves do not compare well.
     return options.choose or "nearest", steps
+
+
+def _inner_steps(options: argparse.Namespace, loaded: FinishedRun) -> tuple[int, float, float]:
+    """Number of steps and learning rates where none are given: what the run was trained for in episodes of SGD."""
+    from fastmask.unseen import DEFAULT_RATES, DEFAULT_STEPS
+
+    config = loaded.config
+    if config.meta != "none" and options.optimizer == "sgd":
+        return config.inner_steps, config.inner_lr, config.inner_encoder_lr
+    return (DEFAULT_STEPS, *DEFAULT_RATES[options.optimizer])
 
 
 def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:

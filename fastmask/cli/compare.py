@@ -66,7 +66,10 @@ def _plan(options: argparse.Namespace) -> Plan:
     training = {name: value for name, value in given.items() if name not in own}
     methods, metas = (
         _some_of(name, items_of(getattr(options, name) or default), known)
-        for name, default, known in (("methods", ",".join(METHODS), METHODS), ("metas", "none,fomaml", METAS))
+        for name, default, known in (
+            ("methods", ",".join(name for name in METHODS if name != "vector"), METHODS),
+            ("metas", "none,fomaml", METAS),
+        )
     )
     return Plan(Path(options.out), options.data, config, training, arms_of(methods, metas))
 

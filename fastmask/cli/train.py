@@ -102,6 +102,7 @@ def run(options: argparse.Namespace) -> None:
         pictures.append(folder / "head_use.png")
         head_use(result.subnetworks, pictures[0], follow=False)
     print_scores(rows_of, task, sys.stdout)
+    say(f"spent: {result.budget}")
     print_summary(folder, speed, task.token_word, result.scouting_share, pictures, sys.stdout)
 
 
@@ -110,13 +111,17 @@ def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     import torch
 
     from fastmask.training.engine import device_of
+    from fastmask.training.episodes import Budget
 
     device = device_of(config.device)
     threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
     size = sum(parameter.numel() for parameter in task.model.parameters())
-    need = 12 * size * (1 + (config.keep_checkpoints or config.steps // max(config.checkpoint_every, 1)))
+    frozen = {p for table in task.input_embeddings() for p in table.parameters()} if config.freeze_embeddings else ()
+    left = sum(parameter.numel() for parameter in frozen)
+    need = (12 * size - 8 * left) * (1 + (config.keep_checkpoints or config.steps // max(config.checkpoint_every, 1)))
+    of_them = f", {(size - left) / 1e6:.1f} M of them trained" if frozen else ""
     say(
-        f"{config.task}, method {config.method}, model {config.model} ({size / 1e6:.1f} M parameters) on "
+        f"{config.task}, method {config.method}, model {config.model} ({size / 1e6:.1f} M parameters{of_them}) on "
         f"{device}{threads}; checkpoints take up to {need / 1e9:.1f} GB in {config.out}",
         sys.stderr,
     )
@@ -124,6 +129,7 @@ def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
         banks = sorted({bank for rows in splits.values() for bank in treebanks_in(rows)})
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
         say(f"  {name}: {', '.join(banks) + ': ' if banks else ''}{sizes} {task.example_word}", sys.stderr)
+    say(f"  {Budget.of(config, len(datasets))}", sys.stderr)
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:

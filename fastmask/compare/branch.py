@@ -26,7 +26,7 @@ __all__ = ["AFTER_THE_SWITCH", "branch"]
 AFTER_THE_SWITCH = (
     "method", "masks", "units", "density", "score_sentences", "tau", "strategy", "update_every", "scout_sentences",
     "meta", "inner_steps", "inner_lr", "inner_encoder_lr", "support_sentences", "query_sentences", "meta_batch",
-    "meta_lr", "checkpoint_every", "discover_at", "freeze_masks", "draws", "score",
+    "meta_lr", "meta_encoder_lr", "meta_budget", "checkpoint_every", "discover_at", "freeze_masks", "draws", "score",
 )  # fmt: skip
 """Settings that a branch may change: the shared steps do not depend on them. (The step of the switch itself must be one
 at which the source stood before a switch of its own.)"""

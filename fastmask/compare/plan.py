@@ -228,7 +228,7 @@ class Plan:
                 key = repr((before, config.shared_steps))
                 start = starts.setdefault(key, Job(_numbered(seed, "start", starts, key), seed, "start", arm))
                 needs = [start.name]
-                if config.method != "full" and config.masks is None:
+                if config.method not in ("full", "vector") and config.masks is None:
                     key = repr((key, [getattr(config, name) for name in FOUND_BY]))
                     job = Job(_numbered(seed, "masks", masks, key), seed, "masks", arm, (start.name,))
                     needs.append(masks.setdefault(key, job).name)

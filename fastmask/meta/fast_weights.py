@@ -10,14 +10,15 @@ is freed at once: gradients of the whole model never exist together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
 
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
+from fastmask.optim.rows import can_be_sparse, sparse_gradients
 
 __all__ = ["FastWeights"]
 
@@ -80,7 +81,9 @@ class FastWeights:
         `parameter.grad` is neither read nor written.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._sparse_embeddings())
+            # Of a large vocabulary a support set looks up little.
+            tables = [m for m in self.model.modules() if can_be_sparse(m) and m.weight in self.rates]
+            stack.enter_context(sparse_gradients(tables))
             value = loss()
             for parameter, rate in self.rates.items():
                 hook = self._hook(parameter, rate / loss_scale)
@@ -123,18 +126,6 @@ class FastWeights:
             return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
         return take_step
-
-    @contextmanager
-    def _sparse_embeddings(self) -> Iterator[None]:
-        """Let embeddings hand out sparse gradients inside: of a large vocabulary a support set looks up little."""
-        changed = [m for m in self.model.modules() if _can_be_sparse(m) and m.weight in self.rates]
-        for module in changed:
-            module.sparse = True  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for module in changed:
-                module.sparse = False  # type: ignore[assignment]
 
 
 class _Backup:
@@ -193,14 +184,3 @@ class _Backup:
             self.part.write(grad, self.part.read(grad).add_(distance, alpha=scale))
         elif self.rows is not None and self.values is not None:
             grad.index_add_(0, self.rows, self.values - parameter.index_select(0, self.rows), alpha=scale)
-
-
-def _can_be_sparse(module: nn.Module) -> bool:
-    if isinstance(module, nn.EmbeddingBag) and module.mode not in ("sum", "mean"):
-        return False
-    return (
-        isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        and not module.sparse
-        and not module.scale_grad_by_freq
-        and module.max_norm is None
-    )

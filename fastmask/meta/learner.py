@@ -3,13 +3,14 @@
 FOMAML (Finn et al. 2017, arXiv 1703.03400, first order) and Reptile (Nichol et al. 2018, arXiv 1803.02999). Random
 numbers: nothing is seeded or set back here. Dropout draws from torch's generators as in any other forward pass, once
 for each support and query batch, so an episode is a function of the parameters, its batches and the random state at
-its start; what saves and restores that state resumes exactly. Modules stay in the mode (train or eval) they are in.
+its start; what saves and restores that state resumes exactly. Modules stay in the mode (train or eval) they are in,
+but for inner steps that are to do without dropout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.inner_rates import InnerRates, rates_of, reusable
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
+from fastmask.models.modes import evaluating
 
 __all__ = ["ALGORITHMS", "Adapted", "MetaLearner", "Task", "TaskResult"]
 
@@ -106,6 +108,9 @@ class MetaLearner:
             `{"params": ..., "lr": ...}` as torch's optimisers take them. A rate of 0, or being in no such group, means
             not adapted; backward passes over the support do not reach below the lowest adapted layer. FOMAML gives
             such parameters a meta-gradient all the same, Reptile gives them none.
+        inner_dropout: False: inner steps run in evaluation mode, and the query in the mode that the model is in. The
+            adapted weights are then those that `fastmask.unseen.adapted` makes of the same support, which takes its
+            steps without dropout. (Models of transformers do without gradient checkpointing in that mode.)
         scaler: a `torch.amp.GradScaler` for float16 autocast: losses are scaled, inner steps divided by the scale, and
             `.grad` is left scaled, as `scaler.step` expects it. A gradient that overflows in an inner step makes the
             meta-gradient NaN, so that `scaler.step` skips the step and lowers the scale.
@@ -124,6 +129,7 @@ class MetaLearner:
         algorithm: str = "fomaml",
         inner_steps: int = 5,
         inner_learning_rate: InnerRates = 1e-3,
+        inner_dropout: bool = True,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if algorithm not in ALGORITHMS:
@@ -136,6 +142,7 @@ class MetaLearner:
         self.model, self.loss, self.algorithm = model, loss, algorithm
         self.inner_steps = _steps(inner_steps, low=1)
         self.inner_learning_rate = reusable(inner_learning_rate)
+        self.inner_dropout = inner_dropout
         self.scaler = scaler
         rates_of(model, self.inner_learning_rate)  # what is wrong with them is said now
 
@@ -204,7 +211,8 @@ class MetaLearner:
 
     def _inner_loop(self, fast: FastWeights, language: Language, support: Sequence[Any], steps: int) -> Tensor:
         losses = []
-        with self._routed(language), torch.enable_grad():
+        mode = nullcontext() if self.inner_dropout else evaluating(self.model)
+        with self._routed(language), torch.enable_grad(), mode:
             for step in range(steps):
                 batch = support[step % len(support)]
                 losses.append(fast.step(partial(self._loss_of, batch), self._loss_scale()))

@@ -16,6 +16,7 @@ from fastmask.masks import FULL, Mask
 from fastmask.models.attach import attached
 from fastmask.optim.arrivals import Arrivals
 from fastmask.optim.compact import CompactState
+from fastmask.optim.rows import RowUpdate
 from fastmask.optim.step import Views, take_step
 
 __all__ = ["LiveAdamW"]
@@ -29,7 +30,8 @@ class LiveAdamW(torch.optim.AdamW):
     Momentum and weight decay of an ordinary AdamW move a weight in every step, also where all examples of the batch are
     of languages whose mask leaves it out. Here a step moves the slices that are live for at least one language of the
     batch, and nothing else: elsewhere parameters and moments stay as they are to the last bit, even where the gradient
-    holds NaN. Parameters without a mask, and tied ones, move as a whole. Where all is live it is `torch.optim.AdamW`.
+    holds NaN. Parameters without a mask, and tied ones, move as a whole, but for a sparse gradient (an embedding made
+    with `sparse=True`): it moves the rows that it holds, and no others. Where all is live it is `torch.optim.AdamW`.
 
         model = fm.attach(model, subnets)
         optimizer = fm.LiveAdamW(model.parameters(), lr=5e-5, model=model)
@@ -117,10 +119,10 @@ class LiveAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         moved = [[(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        if any(gradient.is_sparse for of_group in moved for _, gradient in of_group):
-            raise RuntimeError("LiveAdamW does not support sparse gradients: build the embedding without them")
         self._look()
         live = self._live(languages)
+        if any(gradient.is_sparse and p in live for of_group in moved for p, gradient in of_group):
+            raise RuntimeError("LiveAdamW does not support sparse gradients of a weight that has a mask")
         for p, part in live.items():
             whole = part.shape if p is self._masked[p].weight else part.shape[:1]
             if part.kind != "whole" and tuple(p.shape) != whole:
@@ -129,14 +131,18 @@ class LiveAdamW(torch.optim.AdamW):
                     "with parameters in shards (FSDP, ZeRO), use torch.optim.AdamW"
                 )
         for group, of_group in zip(self.param_groups, moved, strict=True):
+            dense = [(p, gradient) for p, gradient in of_group if not gradient.is_sparse]
             updates = [
-                self._compact.update(p, gradient, self._state_of(p), live.get(p, WHOLE)) for p, gradient in of_group
+                self._compact.update(p, gradient, self._state_of(p), live.get(p, WHOLE)) for p, gradient in dense
             ]
+            by_rows = [RowUpdate(p, gradient, self._state_of(p)) for p, gradient in of_group if gradient.is_sparse]
             options = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize")}
             options |= zip(("beta1", "beta2"), map(float, group["betas"]), strict=True)
-            take_step(updates, options, self._views)
-            for (p, _), update in zip(of_group, updates, strict=True):
+            take_step([*updates, *(rows.update for rows in by_rows)], options, self._views)
+            for (p, _), update in zip(dense, updates, strict=True):
                 self._compact.put_back(p, update, self.state[p])
+            for rows in by_rows:
+                rows.put_back()
         self._announced = None
         return loss
 

@@ -25,7 +25,7 @@ from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, check_finished
 
 __all__ = ["CONTROLS", "Run", "Study", "baselines_of", "studies_of", "variant_name"]
 
-CONTROLS = ("random", "permuted", "shuffled", "shared")
+CONTROLS = ("random", "permuted", "shuffled", "shared", "vector")
 """Methods whose masks are made to be compared with, and not analysed where there are others."""
 
 

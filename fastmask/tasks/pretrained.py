@@ -18,6 +18,7 @@ from fastmask.files import FileError
 
 __all__ = [
     "check_fit",
+    "input_embeddings",
     "load_encoder",
     "load_model",
     "load_tokenizer",
@@ -208,3 +209,26 @@ def _clear_errors(name: str, what: str) -> Iterator[None]:
 def _listed(keys: Sequence[str] | set[str]) -> str:
     first = sorted(keys)
     return ", ".join(first[:3]) + (f" and {len(first) - 3} more weights" if len(first) > 3 else "")
+
+
+def input_embeddings(encoder: nn.Module) -> list[nn.Embedding]:
+    """The tables that the input of a model of transformers is made of: of pieces, and of positions and token types.
+
+    Those beside a table of pieces count as well: ``embeddings`` of BERT and its like, a decoder itself (``wpe``). A
+    table that other modules share (a tied output layer) is one of them all the same.
+
+    Raises:
+        ValueError: the model names no input embeddings.
+    """
+    try:
+        pieces: nn.Module | None = encoder.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        pieces = None
+    if not isinstance(pieces, nn.Embedding):
+        raise ValueError(f"{type(encoder).__name__} has no input embeddings that are known (expected an nn.Embedding)")
+    found: dict[nn.Embedding, None] = {}
+    for module in encoder.modules():
+        tables = [child for child in module.children() if isinstance(child, nn.Embedding)]
+        if any(table.weight is pieces.weight for table in tables):
+            found.update(dict.fromkeys(tables))
+    return list(found) or [pieces]

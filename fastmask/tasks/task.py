@@ -93,6 +93,7 @@ class Task(abc.ABC):
         name: what ``--task`` calls it.
         metric: the score that decides, one of those that `score` returns; development scores and tables show it.
         higher_is_better: of `metric`. Where it is False, pruning goes by the loss of the examples that it scores on.
+        has_vectors: whether the model can add a vector of its language to each example (method `vector`).
         percent: whether scores are percentages (as LAS and accuracy are here).
         settings: class of the task's own settings.
         example_word: what an example is called in messages.
@@ -104,6 +105,7 @@ class Task(abc.ABC):
     metric: str  # an instance may have another one, by its labels
     higher_is_better: ClassVar[bool] = True
     percent: ClassVar[bool] = True
+    has_vectors: ClassVar[bool] = False
     settings: ClassVar[type[TaskSettings]] = TaskSettings
     example_word: ClassVar[str] = "examples"
     token_word: ClassVar[str] = "tokens"
@@ -207,6 +209,34 @@ class Task(abc.ABC):
     def pretrained(self) -> bool:
         """Whether the encoder was, so that it takes smaller learning rates."""
         return True
+
+    def input_embeddings(self) -> list[nn.Module]:
+        """The tables that are looked up to make the encoder's input; see `fastmask.tasks.pretrained`.
+
+        Raises:
+            ValueError: none are known.
+        """
+        from fastmask.tasks.pretrained import input_embeddings
+
+        return list(input_embeddings(self.encoder))
+
+    def freeze_embeddings(self) -> None:
+        """Leave `input_embeddings` as they are from now on: no gradient reaches them, and no optimiser keeps moments.
+
+        A table that the output layer shares (tied weights) is frozen there, too.
+        """
+        for table in self.input_embeddings():
+            table.requires_grad_(False)
+
+    def add_vectors(self, languages: int) -> nn.Parameter:
+        """Give the model a vector for each of so many languages, zero at first; see `fastmask.tasks.language_vectors`.
+
+        Only of a task that `has_vectors`.
+        """
+        raise NotImplementedError
+
+    def add_language(self, like: int) -> None:  # noqa: B027 - few models keep anything for each language
+        """Of what the model keeps for each language, give a new one a copy of what language number `like` has."""
 
     @property
     def device(self) -> torch.device:

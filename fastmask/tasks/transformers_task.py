@@ -25,6 +25,7 @@ from fastmask.models.attach import attached
 from fastmask.models.entry import plain_class_of
 from fastmask.models.language_arguments import LanguageCounts
 from fastmask.settings import ConfigError
+from fastmask.tasks.batching import like_lengths
 from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
 
@@ -326,19 +327,17 @@ class TransformersTask(Task):
     @torch.no_grad()
     def predict(self, examples: Examples, batch_size: int = 64) -> list[Any]:
         """The `answers` for all examples, in order; batches are made of like lengths."""
-        order = np.argsort(examples.lengths, kind="stable")
         found: dict[int, Any] = {}
         was_training = self.model.training
         self.model.eval()
         try:
-            for first in range(0, len(order), batch_size):
-                rows = order[first : first + batch_size]
+            for rows in like_lengths(examples.lengths, batch_size, self.device):
                 part = examples.select(rows)
                 batch = self.collate(part).to(self.device)
                 found.update(zip(rows.tolist(), self.answers(batch, part), strict=True))
         finally:
             self.model.train(was_training)
-        return [found[row] for row in range(len(order))]
+        return [found[row] for row in range(len(examples))]
 
 
 def _padded(labels: Sequence[Any]) -> Tensor:

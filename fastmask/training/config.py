@@ -16,8 +16,9 @@ from fastmask.tasks.task import Task, TaskSettings
 
 __all__ = ["DEVICES", "METAS", "METHODS", "PRECISIONS", "UNITS", "ConfigError", "TrainConfig"]
 
-METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "shared")
+METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "shared", "vector")
 METAS = ("none", *ALGORITHMS)
+META_BUDGETS = ("sentences", "updates")
 PRECISIONS = ("no", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -61,7 +62,7 @@ class TrainConfig(Settings):
     method: str = setting(
         "static",
         "which subnetworks: none, found per language, found and then updated while training, or a control: random, "
-        "found ones over other units, another language's, one shared",
+        "found ones over other units, another language's, one shared, or the full network with a vector per language",
         choices=METHODS,
         group="subnetworks",
     )
@@ -119,22 +120,29 @@ class TrainConfig(Settings):
         choices=METAS,
         group="meta-learning",
     )
+    meta_budget: str = setting(
+        "sentences",
+        "what runs with and without meta-learning have in common: the examples that they draw (a support set counts "
+        "once), or the optimiser's steps (one episode for each)",
+        choices=META_BUDGETS,
+        group="meta-learning",
+    )
     inner_steps: int = setting(5, "SGD steps on a language's support set in an episode", low=1, group="meta-learning")
     inner_lr: float = setting(
-        0.005,
+        0.01,
         "learning rate of those steps, of everything but the encoder (published for mBERT: 1e-4)",
         above=0,
         group="meta-learning",
     )
     inner_encoder_lr: float = setting(
-        0.005,
+        0.003,
         "the same of the encoder, with the word embeddings of the small one (published for mBERT: 1e-5)",
         low=0,
         group="meta-learning",
     )
-    support_sentences: int = setting(8, "examples of a support batch", low=1, group="meta-learning")
+    support_sentences: int = setting(20, "examples of a support batch", low=1, group="meta-learning")
     query_sentences: int = setting(
-        8, "examples that a language's meta-gradient is computed on (FOMAML)", low=1, group="meta-learning"
+        20, "examples that a language's meta-gradient is computed on (FOMAML)", low=1, group="meta-learning"
     )
     meta_batch: int | None = setting(
         None, "languages per episode, drawn anew for each; all if not given", low=1, group="meta-learning"
@@ -142,6 +150,13 @@ class TrainConfig(Settings):
     meta_lr: float | None = setting(
         None,
         "peak learning rate of the episodes' outer steps (not of a pretrained encoder); lr if not given",
+        above=0,
+        high=1,
+        group="meta-learning",
+    )
+    meta_encoder_lr: float | None = setting(
+        None,
+        "the same of a pretrained encoder; encoder_lr if not given",
         above=0,
         high=1,
         group="meta-learning",
@@ -163,9 +178,16 @@ class TrainConfig(Settings):
         0.05, "share of the steps in which the learning rate climbs", low=0, below=1, group="optimisation"
     )
     schedule: str = setting("cosine", "how the learning rate falls to the end", choices=SCHEDULES, group="optimisation")
+    freeze_embeddings: bool = setting(
+        False,
+        "leave the input embeddings as they are (of a pretrained encoder: pieces, positions, token types), in training "
+        "and adaptation",
+        group="optimisation",
+    )
     optimizer: str = setting(
         "adamw",
-        "AdamW, or one that leaves alone what no language of a batch owns (live)",
+        "AdamW, or one that leaves alone what no language of a batch owns, and the rows of the input embeddings that "
+        "it does not look up (live)",
         choices=OPTIMIZERS,
         group="optimisation",
     )
@@ -242,6 +264,8 @@ class TrainConfig(Settings):
                 f"discover_at is {self.discover_at} "
                 f"(expected less: it leaves none of the {self.steps} steps for what comes after the switch)"
             )
+        if self.method == "vector" and not self.task_class.has_vectors:
+            raise ConfigError(f"method is 'vector' (expected another one: task {self.task} has no language vectors)")
         if self.meta == "reptile" and self.inner_encoder_lr == 0:
             raise ConfigError(
                 "inner_encoder_lr is 0.0 (expected > 0 with meta reptile, whose outer step is made of the inner ones)"

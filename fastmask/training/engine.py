@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -16,17 +17,21 @@ from torch import Tensor, nn
 
 from fastmask.files import held
 from fastmask.optim import LiveAdamW
+from fastmask.optim.rows import can_be_sparse
 from fastmask.tasks.task import Task
 from fastmask.training.config import DEVICES, SCHEDULES, TrainConfig
 
 __all__ = [
     "RandomState",
     "accelerator_for",
+    "add_parameter",
     "build_optimizer",
+    "clip_gradients",
     "device_of",
     "gathered",
     "held_by_first",
     "learning_rate_factor",
+    "looked_up_tables",
     "on_first",
     "peak_rates",
     "preserved_random_state",
@@ -146,10 +151,48 @@ def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(settings, fused=task.device.type in ("cpu", "cuda"))
 
 
+def add_parameter(optimizer: torch.optim.Optimizer, task: Task, parameter: nn.Parameter) -> None:
+    """Train one more matrix of the model, in the group of those that are not of a pretrained encoder."""
+    group = list(_groups(task)).index((False, True))
+    optimizer.param_groups[group]["params"].append(parameter)
+
+
+def looked_up_tables(task: Task) -> list[nn.Module]:
+    """The trainable input embeddings of which a step needs only the rows that a batch looks up: nothing else uses them.
+
+    `LiveAdamW` steps those rows alone: momentum and weight decay of a row wait until it is looked up again, as in
+    `torch.optim.SparseAdam`. (With several processes a row counts as looked up whose gradient is not all zeros.)
+    """
+    uses = Counter(parameter for _, parameter in task.model.named_parameters(remove_duplicate=False))
+    try:
+        tables = task.input_embeddings()
+    except ValueError:  # none are known
+        return []
+    weights: dict[nn.Module, Any] = {table: table.weight for table in tables if can_be_sparse(table)}
+    return [table for table, weight in weights.items() if weight.requires_grad and uses[weight] == 1]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float, accelerator: Any) -> float:
+    """Scale gradients down to the norm `limit`; returns the norm they had. Sparse ones hold each row once."""
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not any(gradient.is_sparse for gradient in gradients):
+        return float(accelerator.clip_grad_norm_(parameters, limit))
+    held = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+    norm = torch.nn.utils.get_total_norm(held)
+    torch._foreach_mul_(held, torch.clamp(limit / (norm + 1e-6), max=1.0))
+    return float(norm)
+
+
 def peak_rates(task: Task, config: TrainConfig, episodes: bool = False) -> list[float]:
     """Peak learning rate of each group of `build_optimizer`, in plain steps or as the outer rate of episodes."""
-    rate = config.meta_lr if episodes and config.meta_lr is not None else config.lr
-    return [config.encoder_lr if of_encoder else rate for of_encoder, _ in _groups(task)]
+    rate, encoder_rate = config.lr, config.encoder_lr
+    if episodes and config.meta_lr is not None:
+        rate = config.meta_lr
+    if episodes and config.meta_encoder_lr is not None:
+        encoder_rate = config.meta_encoder_lr
+    return [encoder_rate if of_encoder else rate for of_encoder, _ in _groups(task)]
 
 
 def _groups(task: Task) -> dict[tuple[bool, bool], list[nn.Parameter]]:

@@ -4,9 +4,9 @@ An episode lets every language of a meta-batch take inner steps on a support bat
 outer step follows FOMAML's gradient on query batches, or Reptile's displacement. Several processes share an episode's
 languages, and their gradients are summed.
 
-A *step* of a run is a gradient over `batch_size` examples. An episode counts as many steps as its examples make, so
-runs of the same `steps` see the same number of examples with and without meta-learning, up to what is less than an
-episode, and their learning rate, scores and checkpoints follow the same axis.
+A *step* of a run is what a plain batch of `batch_size` examples moves it on by; learning rate, scores and checkpoints
+follow that axis with and without meta-learning. How many steps an episode moves it on by follows from what runs with
+and without meta-learning have in common (`meta_budget`): the examples that they draw, or the optimiser's steps.
 """
 
 from __future__ import annotations
@@ -32,26 +32,28 @@ __all__ = ["Budget", "Episodes", "episode_sampler"]
 
 @dataclass(frozen=True)
 class Budget:
-    """How the steps of a run are spent.
+    """What a run spends, by which runs with and without meta-learning are compared.
 
     Attributes:
         steps: of the run, in all.
         plain_steps: of them, optimiser steps on one mixed batch each.
         episodes: optimiser steps on the meta-gradient of one episode each; 0 without meta-learning.
-        episode_sentences: that one episode sees, a sentence as often as it is in a batch: each language's support
-            batch counts once for each of the K inner steps.
+        outer_steps: steps of the optimiser in all: `plain_steps` + `episodes`.
+        episode_sentences: different sentences that one episode draws: for each of its languages a support batch, once
+            however many inner steps it takes (Reptile draws one for each of them), and FOMAML's query batch.
+        sentences: drawn in all, those of every plain batch and every episode; several epochs draw one several times.
         gradient_passes: forward and backward passes over a batch (of all processes together: a batch that is split
             counts once): one for a plain step; K, and for FOMAML one more, for each language of an episode. What
             looking for better masks takes (method `dynamic`) is not in it.
-        sentences: seen in all.
     """
 
     steps: int
     plain_steps: int
     episodes: int
+    outer_steps: int
     episode_sentences: int
-    gradient_passes: int
     sentences: int
+    gradient_passes: int
 
     @classmethod
     def of(cls, config: TrainConfig, n_languages: int) -> Budget:
@@ -62,29 +64,40 @@ class Budget:
                 meta-batch takes.
         """
         if config.meta == "none":
-            return cls(config.steps, config.steps, 0, 0, config.steps, config.steps * config.batch_size)
+            return cls(
+                steps=config.steps,
+                plain_steps=config.steps,
+                episodes=0,
+                outer_steps=config.steps,
+                episode_sentences=0,
+                sentences=config.steps * config.batch_size,
+                gradient_passes=config.steps,
+            )
         members = n_languages if config.meta_batch is None else config.meta_batch
         if members > n_languages:
             raise ConfigError(f"meta_batch is {members} (expected at most the number of languages, {n_languages})")
-        query = config.query_sentences if config.meta == "fomaml" else 0
-        sentences = members * (config.inner_steps * config.support_sentences + query)
+        reptile = config.meta == "reptile"
+        drawn = config.support_sentences * (config.inner_steps if reptile else 1)
+        query = 0 if reptile else config.query_sentences
+        sentences = members * (drawn + query)
         plain = config.shared_steps
-        episodes = (config.steps - plain) * config.batch_size // sentences
+        left = config.steps - plain
+        episodes = left if config.meta_budget == "updates" else left * config.batch_size // sentences
         if episodes < 1:
             raise ConfigError(
-                f"an episode sees {sentences} sentences ({members} languages, {config.inner_steps} inner steps on "
-                f"{config.support_sentences} sentences, {query} query sentences), and the {config.steps - plain} steps "
-                f"after the switch have only {(config.steps - plain) * config.batch_size}: expected more steps, or "
-                "fewer of inner_steps, support_sentences, query_sentences or meta_batch"
+                f"an episode draws {sentences} sentences ({members} languages, {drawn} support and {query} query "
+                f"sentences), and the {left} steps after the switch have only {left * config.batch_size}: expected "
+                "more steps, fewer of support_sentences, query_sentences or meta_batch, or meta_budget updates"
             )
         passes = members * (config.inner_steps + (query > 0))
         return cls(
             steps=config.steps,
             plain_steps=plain,
             episodes=episodes,
+            outer_steps=plain + episodes,
             episode_sentences=sentences,
-            gradient_passes=plain + episodes * passes,
             sentences=plain * config.batch_size + episodes * sentences,
+            gradient_passes=plain + episodes * passes,
         )
 
     def step_after(self, episode: int) -> int:
@@ -97,10 +110,23 @@ class Budget:
         share = (self.steps - self.plain_steps) * episode / self.episodes
         return min(self.plain_steps + round(share), self.steps - 1)
 
-    def passes_after(self, episode: int) -> int:
-        """`gradient_passes` after `episode` episodes."""
+    def after(self, episode: int) -> dict[str, int]:
+        """What is spent after `episode` episodes (of at least one): `outer_steps`, `sentences`, `gradient_passes`."""
+        plain_sentences = self.sentences - self.episodes * self.episode_sentences
         of_episodes = self.gradient_passes - self.plain_steps
-        return self.plain_steps + of_episodes * episode // max(self.episodes, 1)
+        return {
+            "outer_steps": self.plain_steps + episode,
+            "sentences": plain_sentences + self.episode_sentences * episode,
+            "gradient_passes": self.plain_steps + of_episodes * episode // self.episodes,
+        }
+
+    def __str__(self) -> str:
+        """One line for people."""
+        of_episodes = f" ({self.plain_steps:,} plain, {self.episodes:,} episodes)" if self.episodes else ""
+        return (
+            f"{self.outer_steps:,} optimiser steps{of_episodes}, {self.sentences:,} training examples drawn, "
+            f"{self.gradient_passes:,} gradient passes"
+        )
 
 
 def episode_sampler(config: TrainConfig, train: Mapping[str, Any]) -> EpisodeSampler:
@@ -120,7 +146,13 @@ def episode_sampler(config: TrainConfig, train: Mapping[str, Any]) -> EpisodeSam
 
 
 class Episodes:
-    """Training in episodes, through the subnetworks where some are attached."""
+    """Training in episodes, through the subnetworks where some are attached.
+
+    The inner steps of FOMAML are those of `fastmask.unseen.adapted`, to the bit: dropout is off in them, as it is when
+    the model is tested, so the meta-gradient is taken at the very weights that a language will be adapted to. It is on
+    in the query pass, whose gradient trains the model. Reptile has no other gradients than those of its inner steps,
+    and keeps dropout in them.
+    """
 
     title = "episodes"
 
@@ -146,6 +178,7 @@ class Episodes:
             algorithm=config.meta,
             inner_steps=config.inner_steps,
             inner_learning_rate=task.rates(config.inner_lr, config.inner_encoder_lr),
+            inner_dropout=config.meta == "reptile",
         )
         self.done = 0
 
@@ -174,7 +207,7 @@ class Episodes:
             {"loss": losses.get("query_loss", losses["support_loss_last"]), **losses},
             round(n_words),
             [draw.language for draw in draws],
-            {"episodes": self.done, "gradient_passes": self.budget.passes_after(self.done)},
+            {"episodes": self.done, **self.budget.after(self.done)},
         )
 
     def _tasks(self, draws: list[Draw], words: list[int]) -> Iterator[EpisodeTask]:

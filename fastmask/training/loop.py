@@ -23,6 +23,8 @@ from fastmask.files import FileError, read_json_lines, remove_tree, write_folder
 from fastmask.files.manifest import MANIFEST, Origin, check_files, write_manifest
 from fastmask.models import attach
 from fastmask.optim import LiveAdamW
+from fastmask.optim.rows import by_rows, sparse_gradients
+from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, heading
 from fastmask.training import checkpoints
@@ -31,10 +33,13 @@ from fastmask.training.checkpoints import CheckpointError
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import (
     accelerator_for,
+    add_parameter,
     build_optimizer,
+    clip_gradients,
     gathered,
     held_by_first,
     learning_rate_factor,
+    looked_up_tables,
     on_first,
     peak_rates,
     preserved_random_state,
@@ -147,6 +152,10 @@ class _Run:
         self.budget = Budget.of(config, len(self.data))
         if config.meta != "none":
             episode_sampler(config, self.data)  # what is wrong with it is said before anything is written
+        if config.method == "vector" and self.accelerator.num_processes > 1:
+            raise ConfigError(
+                "method is 'vector', whose vectors come to the model at the switch (expected one process)"
+            )
         check_out(config)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
@@ -158,8 +167,11 @@ class _Run:
             self.inputs[MASKS_INPUT] = given
         set_seed(config.seed, device_specific=True)
         task.model.to(self.accelerator.device)
+        if config.freeze_embeddings:
+            task.freeze_embeddings()
         optimizer = build_optimizer(task, config)
         self.announce = optimizer.announce if isinstance(optimizer, LiveAdamW) else None
+        self.tables = [] if self.announce is None else looked_up_tables(task)
         self.model, self.optimizer = self.accelerator.prepare(task.model, optimizer)
         rates = peak_rates(task, config)
         self.batches = MixedBatches(task, self.model, self.data, config, rates, self.accelerator)
@@ -212,11 +224,16 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.phase.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        seen = self.phase.accumulate(self.step)
+        alone = self.accelerator.num_processes == 1  # processes add up dense gradients
+        with sparse_gradients(self.tables if alone else ()):
+            seen = self.phase.accumulate(self.step)
+        for table in self.tables:
+            for weight in table.parameters():
+                by_rows(weight)
         for name, value in seen.losses.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"the {name.replace('_', ' ')} is {value}", seen.step, self.checkpoint)
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
+        norm = clip_gradients(self.model.parameters(), config.max_grad_norm, self.accelerator)
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient's norm is {norm}", seen.step, self.checkpoint)
         if self.announce is not None and self.subnetworks is not None:
@@ -302,6 +319,8 @@ class _Run:
 
     def _find_subnetworks(self) -> Subnetworks:
         """Ask for the subnetworks, or take those that a killed process had already written: they may take long."""
+        if self.config.method == "vector":
+            return Subnetworks.full(self.task.encoder, list(self.data))
         folder, origin = switch_folder(self.folder), self._origin()
 
         def known() -> bool:
@@ -325,6 +344,8 @@ class _Run:
             if name not in subnetworks.languages:
                 raise unknown("language", name, subnetworks.languages)
         attach(self.task.encoder, subnetworks)
+        if self.config.method == "vector":
+            add_parameter(self.optimizer, self.task, self.task.add_vectors(len(subnetworks.languages)))
         self.subnetworks = subnetworks
         self.batches.use_subnetworks({name: number for number, name in enumerate(subnetworks.languages)})
         if self.config.method == "dynamic":
@@ -422,9 +443,9 @@ class _Run:
     def _to_the_end(self) -> list[dict[str, Any]]:
         """A run that has finished and lost its checkpoints since: nothing is left but to score it."""
         loaded = load_run(self.folder, attached=False)
-        self.task.model.load_state_dict(loaded.task.model.state_dict())
         if loaded.subnetworks is not None:
             self._attach(loaded.subnetworks)
+        self.task.model.load_state_dict(loaded.task.model.state_dict())
         self.step = self.config.steps
         history: list[dict[str, Any]] = list(read_json_lines(self.folder / METRICS_FILE))
         self.unscored = bool(self.dev) and not any(r["step"] == self.step and "dev" in r for r in history)

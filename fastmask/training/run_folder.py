@@ -119,6 +119,8 @@ def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
     origin = check_run(folder)
     config = TrainConfig.load(folder / CONFIG_FILE)
     task = config.task_class.open(folder / MODEL)
+    if config.freeze_embeddings:
+        task.freeze_embeddings()
     masks = folder / MASKS_FILE
     subnetworks = Subnetworks.load(masks) if masks.is_file() else None
     if subnetworks is not None and attached:

@@ -1,8 +1,10 @@
 """Few-shot adaptation: a few fine-tuning steps on a support set, in place, undone afterwards unless they are kept.
 
-What is ours: every step takes the whole support set as one batch; dropout is off, so that an evaluation does not depend
-on random numbers; plain SGD as in the inner loop of meta-learning, or AdamW without weight decay, which is much less
-sensitive to the learning rate. Gradients are not clipped.
+By default these are the inner steps of an episode of FOMAML in training (`fastmask.training.episodes`), to the bit:
+plain SGD, the whole support set as one batch in each step, nothing clipped, two learning rates (`Task.rates`), and
+dropout off. What meta-learning prepares for is then what happens in the test, an evaluation does not depend on random
+numbers, and a gradient of twenty sentences has no more noise than they bring. AdamW without weight decay is much less
+sensitive to the learning rate; no episode takes such steps.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.inner_rates import rates_of
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
+from fastmask.models.modes import evaluating
 from fastmask.unseen.adam import AdamWeights
-from fastmask.unseen.choosing import evaluating
 
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL
 from fastmask.models.attach import attached
+from fastmask.models.modes import evaluating
 from fastmask.subnetworks import Subnetworks
 
 if TYPE_CHECKING:
@@ -148,18 +148,6 @@ def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:
     wide = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in tensors.items()}
     ids = torch.tensor(numbers).repeat_interleave(len(some))
     return {**dict(batch), **wide, "language_ids": ids}, len(ids)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside; every module is afterwards in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def choose(

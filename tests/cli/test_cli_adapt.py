@@ -15,6 +15,7 @@ import fastmask as fm
 from fastmask.cli import main
 from fastmask.files import LOCK_FILES
 from fastmask.training.run_folder import load_run
+from fastmask.unseen import DEFAULT_RATES, DEFAULT_STEPS
 
 TINY = ["--languages", "qaa,qac,qae", "--batch-size", "9", "--score-sentences", "8", "--dev-sentences", "6"]
 TINY += ["--eval-every", "0", "--threads", "1"]
@@ -145,6 +146,35 @@ def test_a_run_without_subnetworks(full_run, support, test_file, capsys, tmp_pat
     )
     said = output_of(capsys, "adapt", full_run, *options, "--choose", "best", "--out", tmp_path / "b", code=1)
     assert "has no subnetworks (expected full)" in said
+
+
+def test_a_run_in_episodes_is_adapted_as_it_was_trained(data, support, capsys, tmp_path):
+    """Steps and rates are those of the run's inner loop unless they are given; those of AdamW are AdamW's own."""
+    made = [
+        "--method",
+        "full",
+        "--meta",
+        "fomaml",
+        "--steps",
+        "4",
+        "--support-sentences",
+        "2",
+        "--query-sentences",
+        "2",
+    ]
+    made += ["--inner-steps", "3", "--inner-lr", "0.02", "--inner-encoder-lr", "0.004", "--out", str(tmp_path / "meta")]
+    assert main(["train", "--data", str(data), *made, *TINY]) == 0
+    for number, (options, expected) in enumerate(
+        [
+            ([], (3, 0.02, 0.004)),
+            (["--steps", "1", "--lr", "0.1"], (1, 0.1, 0.004)),
+            (["--optimizer", "adamw"], (DEFAULT_STEPS, *DEFAULT_RATES["adamw"])),
+        ]
+    ):
+        given = ["--language", "qaf", "--support", support, "--sentences", "4", *options]
+        output_of(capsys, "adapt", tmp_path / "meta", *given, "--out", tmp_path / str(number))
+        record = record_of(tmp_path / str(number))
+        assert (record["steps"], record["head_lr"], record["encoder_lr"]) == expected
 
 
 def test_zero_shot(run, data, capsys, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from udtools.udeval import evaluate, load_conllu
 
 from fastmask.tasks.data.conllu import read_sentences, with_tree
-from fastmask.tasks.parsing.scores import Scores, score
+from fastmask.tasks.parsing.scores import Gold, Scores, score
 
 
 def block(heads: list[int], deprels: list[str], forms: str = "abcdefgh", sent_id: str = "s") -> str:
@@ -109,3 +109,12 @@ def test_nothing_to_score_is_an_error() -> None:
         score([], [])
     with pytest.raises(ValueError, match="1 predicted sentences for 2 gold"):
         score([GOLD, GOLD], [GOLD])
+
+
+def test_gold_that_is_scored_against_again() -> None:
+    """What the scorer holds of gold sentences is not changed by scoring: the second time gives what the first gave."""
+    gold, other = [block([2, 0], ["nsubj", "root"])], [block([0, 1], ["root", "obj"])]
+    kept = Gold(gold)
+    for predicted in (other, gold, other):
+        assert kept.score(predicted) == score(gold, predicted)
+    assert kept.score(gold).las == 100

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "random-fomaml": {"method": "random", "meta": "fomaml", **META},
     "random-reptile": {"method": "random", "meta": "reptile", **META},
     "one-language": {"method": "random", "meta": "fomaml", **META, "meta_batch": 1},
+    "frozen": {"method": "random", "freeze_embeddings": True},
     "found": {"method": "static", "density": 0.5, "score_sentences": 8},
 }
 """`dead`: subnetworks that have whole layers dead. `one-language`: nothing to do for the second process. `found`: by

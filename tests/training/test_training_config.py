@@ -31,7 +31,10 @@ def test_yaml_by_hand(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"method": "statik"}, r"method is 'statik' \(expected one of full, static, .*random, shuffled, shared\)"),
+        (
+            {"method": "statik"},
+            r"method is 'statik' \(expected one of full, static, .*random, shuffled, shared, vector\)",
+        ),
         ({"steps": 0}, r"steps is 0 \(expected >= 1\)"),
         ({"steps": True}, "steps is True"),
         ({"steps": 2.5}, "a whole number"),

@@ -27,14 +27,17 @@ from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import checkpoints
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import build_optimizer, peak_rates
+from fastmask.training.engine import accelerator_for, build_optimizer, peak_rates
+from fastmask.training.episodes import Episodes, episode_sampler
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint
+from fastmask.unseen import adapted
 
-EPISODE = {"inner_steps": 2, "support_sentences": 2, "query_sentences": 2, "meta_lr": 2e-3}
+EPISODE = {"inner_steps": 2, "support_sentences": 3, "query_sentences": 3, "meta_lr": 2e-3}
 EPISODE |= {"inner_lr": 0.05, "inner_encoder_lr": 0.05}
-"""18 sentences an episode: of the 36 after the switch two episodes of FOMAML, or three of Reptile without queries."""
-PASSES = {"fomaml": 3 * 3, "reptile": 3 * 2}  # forward passes of the parser in an episode of three languages
+"""An episode draws 18 sentences of three languages: as many as three plain steps, for FOMAML and Reptile alike."""
+PASSES = {"fomaml": 3, "reptile": 3 * 2}
+"""Forward passes with dropout in an episode of three languages: queries, or Reptile's inner steps."""
 SMALL_EPISODES = {"steps": 24, "checkpoint_every": 3}
 
 
@@ -102,6 +105,43 @@ def test_the_optimiser_gets_the_literal_meta_gradient(
         assert line["support_loss_first"] > line["support_loss_last"], "both on one batch"
 
 
+def test_the_inner_loop_is_that_of_adaptation(tmp_path: Path) -> None:
+    """FOMAML's gradient is taken, dropout on, at the weights that adapting to the support set gives, to the bit."""
+    task = toy_task(dropout=0.2)
+    config = toy_config(tmp_path, meta="fomaml", **EPISODE)
+    data = {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
+    subnets = random_subnetworks(SwitchPoint(task, {}, {}, config, 0))
+    fm.attach(task.encoder, subnets)
+    episodes = Episodes(task, data, config, [], accelerator_for("cpu", "no"))
+    task.model.train()
+    loss, reached = episodes.learner.loss, []
+
+    def watched(batch: Any) -> torch.Tensor:
+        reached.append((task.model.training, {k: v.clone() for k, v in task.model.state_dict().items()}))
+        return loss(batch)
+
+    episodes.learner.loss = watched
+    episodes.accumulate(0)
+    passes = config.inner_steps + 1
+    assert [training for training, _ in reached] == [*[False] * config.inner_steps, True] * 3
+    for draw, (_, weights) in zip(next(episode_sampler(config, data)), reached[passes - 1 :: passes], strict=True):
+        support, number = data[draw.language].select(draw.support), subnets.index(draw.language)
+        rates = {"head_lr": config.inner_lr, "encoder_lr": config.inner_encoder_lr}
+        before = {k: v.clone() for k, v in task.model.state_dict().items()}
+        with adapted(task, support, number, steps=config.inner_steps, **rates):
+            for name, value in task.model.state_dict().items():
+                assert torch.equal(value, weights[name]), name
+        assert any(not torch.equal(value, weights[name]) for name, value in before.items())
+
+
+def test_reptile_keeps_dropout_in_its_steps(tmp_path: Path) -> None:
+    """Reptile's model is trained by its inner steps alone, which are regularised like any others."""
+    task = toy_task(dropout=0.2)
+    config = toy_config(tmp_path, meta="reptile", **EPISODE)
+    data = {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
+    assert Episodes(task, data, config, [], accelerator_for("cpu", "no")).learner.inner_dropout
+
+
 def assert_close(name: str, expected: torch.Tensor, given: torch.Tensor, ratio: float) -> None:
     """The error's norm is at most `ratio` times the expected one's, but for what is zero but for rounding."""
     error = float((given - expected).norm())
@@ -113,19 +153,27 @@ def first_moments(run: Path, parser: Parser, config: TrainConfig) -> dict[str, t
     latest = checkpoints.latest(run)
     assert latest is not None
     moments = read_tensors(latest / "optimizer.safetensors")[0]
-    order = [p for group in build_optimizer(Parsing(parser), config).param_groups for p in group["params"]]
+    task = Parsing(parser)
+    if config.freeze_embeddings:
+        task.freeze_embeddings()
+    order = [p for group in build_optimizer(task, config).param_groups for p in group["params"]]
     names = {p: name for name, p in parser.named_parameters()}
     return {names[p]: moments[f"{i}.exp_avg"] for i, p in enumerate(order) if f"{i}.exp_avg" in moments}
 
 
-def test_outer_rates_spare_a_pretrained_encoder(tmp_path: Path) -> None:
-    """If this fails, meta_lr is without effect, or destroys a pretrained encoder."""
+def test_outer_rates_of_a_pretrained_encoder_are_its_own(tmp_path: Path) -> None:
+    """`meta_lr` moves what is above a pretrained encoder, `meta_encoder_lr` the encoder; each is the plain rate if it
+    is not given.
+    """
     task = toy_task()
     config = toy_config(tmp_path, meta="fomaml", meta_lr=0.5, lr=0.1, encoder_lr=0.01)
     assert peak_rates(task, config) == [0.1] * 2
     assert peak_rates(task, config, episodes=True) == [0.5] * 2
     task.model.trigrams = None  # what a parser on a pretrained encoder looks like
     assert sorted(peak_rates(task, config, episodes=True)) == [0.01] * 2 + [0.5] * 2
+    config.meta_encoder_lr = 0.002
+    assert sorted(peak_rates(task, config, episodes=True)) == [0.002] * 2 + [0.5] * 2
+    assert sorted(peak_rates(task, config)) == [0.01] * 2 + [0.1] * 2
     unset = toy_config(tmp_path, meta="fomaml", lr=0.1)
     assert peak_rates(toy_task(), unset, episodes=True) == [0.1] * 2
 
@@ -142,6 +190,8 @@ def test_the_axis_and_what_is_logged(unbroken: dict[tuple[str, str], TrainResult
     assert [line["step"] for line in lines] == [15, 18, 21, 24]
     assert [line["episodes"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["gradient_passes"] == budget.gradient_passes == 12 + 4 * 9
+    assert [line["sentences"] for line in lines] == [6 * line["step"] for line in lines], "drawn, as in plain steps"
+    assert [line["outer_steps"] for line in lines] == [13, 14, 15, 16]
     assert all(line["loss"] == line["query_loss"] for line in lines)
     assert all("query_loss" not in r for r in metrics(result.run) if r["step"] <= 12)
     # Every 5 steps: 5 and 10 are plain steps; 15, 20 and 24 are reached or passed by episodes.
@@ -220,7 +270,8 @@ def test_killed_in_the_middle_of_an_episode(
     """If this fails, a run that dies inside an episode ends with other weights or metrics than one that does not."""
     method, meta = case
     parser = toy_parser()
-    at = 12 + PASSES[meta] * (0 if where == "in the first" else 2) + 5  # the second language's inner loop or query
+    into = 2 if meta == "fomaml" else 5  # the second language's query, or the third one's inner loop
+    at = 12 + PASSES[meta] * (0 if where == "in the first" else 2) + into
     kill_in_an_episode(parser, at)
     changes = dynamic_settings(method)
     with pytest.raises(Killed):
@@ -242,7 +293,7 @@ def train_slowly(folder: str, marker: str) -> None:
     def hook(module: torch.nn.Module, *_: Any) -> None:
         if module.training:
             time.sleep(0.03)
-            if next(passes) == 12 + 2 * PASSES["fomaml"] + 4:
+            if next(passes) == 12 + 2 * PASSES["fomaml"] + 2:
                 Path(marker).touch()
                 time.sleep(60)  # until the kill comes
 
@@ -286,7 +337,7 @@ def test_an_inner_loop_that_diverges_is_said(tmp_path: Path) -> None:
     [
         ({"meta_batch": 4}, r"meta_batch is 4 \(expected at most the number of languages, 3\)"),
         ({"support_sentences": 30, "query_sentences": 11, "batch_size": 99}, r"take 41 different .*: qaa has 40, qab"),
-        ({"inner_steps": 50}, "an episode sees 306 sentences"),
+        ({"support_sentences": 30}, "an episode draws 99 sentences"),
     ],
 )
 def test_bad_settings_are_said_before_anything_is_written(changes: Any, message: str, tmp_path: Path) -> None:
@@ -307,7 +358,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     """If this fails, `fastmask train --meta` trains in plain batches, or starts what it cannot finish."""
     write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 4, "test": 4})
     settings = (
-        "--languages qaa,qac --method full --meta fomaml --inner-steps 2 --batch-size 8 --threads 1 --eval-every 0"
+        "--languages qaa,qac --method full --meta fomaml --inner-steps 2 --batch-size 8 --threads 1 --eval-every 0 "
+        "--support-sentences 8 --query-sentences 8"
     )
     command = ["train", *settings.split(), "--data", str(tmp_path / "ud"), "--out", str(tmp_path / "run")]
     assert main([*command, "--steps", "20", "--meta-batch", "3"]) == 1
@@ -318,7 +370,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "density is 0.1: that is 3 of the 32 heads, which would kill a layer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*command, "--steps", "20"]) == 0
-    assert "words/s in episodes" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "words/s in episodes" in said.out
+    spent = "14 optimiser steps (12 plain, 2 episodes), 160 training examples drawn, 24 gradient passes"
+    assert f"  {spent}\n" in said.err
+    assert f"spent: {spent}\n" in said.out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["budget"]["episodes"] == 8 * 8 // (2 * 3 * 8) == 1
+    assert results["budget"] == {
+        "steps": 20,
+        "plain_steps": 12,
+        "episodes": 2,
+        "outer_steps": 14,
+        "episode_sentences": 2 * (8 + 8),
+        "sentences": 20 * 8,
+        "gradient_passes": 12 + 2 * 2 * 3,
+    }
     assert results["training_words_per_second"].keys() == {"full_network", "episodes"}

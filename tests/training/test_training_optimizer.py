@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -72,3 +73,42 @@ def test_resuming_is_exact(meta, tmp_path):
         train(toy_task(), toy_data(), toy_config(tmp_path / "b", **changes), halves, on_step=kill, progress=False)
     again = toy_config(tmp_path / "b", resume=True, **changes)
     assert_same_weights(unbroken.task.model, train(toy_task(), toy_data(), again, halves, progress=False).task.model)
+
+
+@pytest.mark.parametrize("meta", ["none", "fomaml", "reptile"])
+def test_rows_of_embeddings_move_when_they_are_looked_up(meta, tmp_path, monkeypatch):
+    """A step moves the rows of the trigrams of its sentences, with gradients clipped as dense ones are, and no other
+    row; in episodes, too, and with several processes, whose gradients come as dense ones.
+    """
+    settings = {
+        **ONE_LANGUAGE,
+        "method": "random",
+        "meta": meta,
+        "optimizer": "live",
+        "steps": 14,
+        "max_grad_norm": 0.1,
+        "weight_decay": 0.0,
+    }
+    weights = {}
+    for kind in ("sparse", "dense"):
+        parser, looked_up = toy_parser(dropout=0.0).double(), set()
+        parser.trigrams.register_forward_pre_hook(lambda _, inputs, ids=looked_up: ids.update(inputs[0].tolist()))
+
+        def watched(run: Any, parser: Any = parser, looked_up: Any = looked_up) -> None:
+            looked_up.clear()
+            before = parser.trigrams.weight.detach().clone()
+            loop._Run._update(run)
+            moved = (parser.trigrams.weight.detach() != before).any(1).nonzero().flatten().tolist()
+            assert moved or run.step == 1  # whose gradient is zero: the arcs' form starts there
+            assert set(moved) <= looked_up
+            assert not parser.trigrams.sparse
+
+        if kind == "dense":
+            monkeypatch.setattr(loop, "sparse_gradients", lambda tables: contextlib.nullcontext())
+        run = loop._Run(Parsing(parser), toy_data(), toy_config(tmp_path / kind, **settings), halves)
+        assert run.tables == [parser.trigrams, parser.upos]
+        run._update = lambda run=run: watched(run)  # type: ignore[method-assign]
+        run.train(None, show=False)
+        weights[kind] = parser.state_dict()
+    for name, value in weights["sparse"].items():
+        torch.testing.assert_close(value, weights["dense"][name], rtol=1e-4, atol=1e-5, msg=name)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fastmask.tasks.parsing.vocabulary import IGNORE
+
+if TYPE_CHECKING:
+    from fastmask.tasks.parsing.scores import Gold
 
 __all__ = ["Batch", "Encoded", "flat_ranges"]
 
@@ -56,6 +60,21 @@ class Encoded:
     def __len__(self) -> int:
         """Return the number of sentences."""
         return len(self.word_start) - 1
+
+    @cached_property
+    def gold(self) -> Gold:
+        """The sentences as the official scorer holds them, read once however often trees are scored against them.
+
+        Raises:
+            ValueError: they have no CoNLL-U texts, or there is no sentence.
+        """
+        from fastmask.tasks.parsing.scores import Gold
+
+        if self.texts is None:
+            raise ValueError(
+                "sentences without their CoNLL-U text cannot be scored (expected rows with a column conllu)"
+            )
+        return Gold(list(self.texts))
 
     @property
     def lengths(self) -> np.ndarray:

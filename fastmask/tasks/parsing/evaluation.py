@@ -8,12 +8,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from fastmask.tasks.batching import like_lengths
 from fastmask.tasks.data.conllu import Sentence, read_texts, with_tree, write_texts
 from fastmask.tasks.parsing.batch import Encoded
 from fastmask.tasks.parsing.parser import Parser
-from fastmask.tasks.parsing.scores import Scores, score
+from fastmask.tasks.parsing.scores import Scores
 from fastmask.tasks.parsing.vocabulary import UNKNOWN_UPOS
 from fastmask.tasks.parsing.windows import Tree, cut, join, too_long
 
@@ -79,23 +78,19 @@ def scores_of(encoded: Encoded, trees: Sequence[Tree]) -> Scores:
     Raises:
         ValueError: they have not, or there is no sentence.
     """
-    if encoded.texts is None:
-        raise ValueError("sentences without their CoNLL-U text cannot be scored (expected rows with a column conllu)")
-    return score(list(encoded.texts), _with_trees(encoded.texts, trees))
+    return encoded.gold.score(_with_trees(encoded.gold.blocks, trees))
 
 
 def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
     """Return (heads, labels) of every sentence, in the order of `encoded`, by the subnetwork that `fastmask.language`
-    says; batches are made of like lengths.
+    says; batches are made of like lengths, of `batch_size` sentences at most.
 
     A sentence that is longer than the encoder is parsed in windows; see `fastmask.tasks.parsing.windows`.
     """
     device = next(parser.parameters()).device
     windows, first = cut(parser.features, encoded)
-    order = np.argsort(windows.unit_lengths, kind="stable")
     results: list[Tree | None] = [None] * len(windows)
-    for begin in range(0, len(order), batch_size):
-        rows = order[begin : begin + batch_size]
+    for rows in like_lengths(parser.features.positions(windows), batch_size, device):
         batch = parser.features.collate(windows.select(rows)).to(device)
         for row, heads, labels in zip(rows.tolist(), *parser.predict(batch), strict=True):
             results[row] = (heads, labels)

@@ -18,6 +18,7 @@ from torch import nn
 from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import is_attached
 from fastmask.models.entry import plain_class_of
+from fastmask.tasks.language_vectors import LanguageVectors, ids_of
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer
 from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
@@ -127,6 +128,7 @@ class Parser(nn.Module):
                 self.upos.weight[0].zero_()
         else:
             self.trigrams = self.upos = None
+        self.language_vectors: LanguageVectors | None = None  # of method `vector`
         self.dropout = nn.Dropout(config.dropout)
         self.arcs = ArcScorer(hidden, config.arc_size, config.dropout)
         self.labels = LabelScorer(hidden, config.label_size, len(vocabulary.deprels), config.dropout)
@@ -202,6 +204,7 @@ class Parser(nn.Module):
         What makes the small encoder's input counts as encoder: the embeddings of words, tags and the root.
         """
         below = ["encoder"] if self.trigrams is None else ["encoder", "trigrams", "upos", "root"]
+        below += [] if self.language_vectors is None else ["language_vectors"]
         return {"": head, **dict.fromkeys(below, encoder)}
 
     def forward(self, batch: Batch, language_ids: torch.Tensor | None = None) -> ParserOutput:
@@ -237,8 +240,14 @@ class Parser(nn.Module):
             B, W = batch.upos.shape
             words = self.trigrams(batch.units, batch.places).view(B, W, -1) + self.upos(batch.upos)
             inputs = torch.cat([self.root.expand(B, 1, -1), words], dim=1)
+            if self.language_vectors is not None:
+                inputs = self.language_vectors(inputs, ids_of(self.encoder, language_ids))
             return self.encoder(inputs_embeds=inputs, attention_mask=attention, **extra).last_hidden_state
-        states = self.encoder(input_ids=batch.units, attention_mask=attention, **extra).last_hidden_state
+        given: dict[str, torch.Tensor] = {"input_ids": batch.units}
+        if self.language_vectors is not None:
+            pieces = self.encoder.get_input_embeddings()(batch.units)  # type: ignore[operator]
+            given = {"inputs_embeds": self.language_vectors(pieces, ids_of(self.encoder, language_ids))}
+        states = self.encoder(**given, attention_mask=attention, **extra).last_hidden_state
         rows = torch.arange(len(states), device=states.device)[:, None]
         root = self.root.to(states.dtype).expand(len(states), 1, -1)
         return torch.cat([root, states[rows, batch.places]], dim=1)
@@ -325,6 +334,8 @@ class Parser(nn.Module):
     def _load_own(self, path: Path) -> None:
         """Read the weights beside the encoder's."""
         found, _ = read_tensors(path)
+        if vectors := [value for name, value in found.items() if name.startswith("language_vectors.")]:
+            self.language_vectors = LanguageVectors.zero(len(vectors[0]), self.root)
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
         if found.keys() != own.keys():
             missing, more = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())

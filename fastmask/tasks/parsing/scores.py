@@ -14,7 +14,7 @@ from io import StringIO
 
 from udtools.udeval import UDError, evaluate, load_conllu
 
-__all__ = ["Scores", "score"]
+__all__ = ["Gold", "Scores", "score"]
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,40 @@ def score(gold_blocks: Sequence[str], predicted_blocks: Sequence[str]) -> Scores
     """
     if len(gold_blocks) != len(predicted_blocks):
         raise ValueError(f"{len(predicted_blocks)} predicted sentences for {len(gold_blocks)} gold sentences")
-    if not gold_blocks:
-        raise ValueError("no sentences to score")
-    gold_rows = [_rows(block) for block in gold_blocks]
-    predicted_rows = [_rows(block) for block in predicted_blocks]
-    for number, (gold, predicted) in enumerate(zip(gold_rows, predicted_rows, strict=True), start=1):
-        _check_same_words(gold, predicted, _name(number, gold_blocks[number - 1]))
-    with _deep_recursion(max(len(rows) for rows in gold_rows)):
-        results = evaluate(
-            _load(gold_rows, gold_blocks, "gold"),
-            _load(predicted_rows, gold_blocks, "predicted"),
-        )
-    las, uas, clas = (100.0 * results[metric].f1 for metric in ("LAS", "UAS", "CLAS"))
-    return Scores(las=las, uas=uas, clas=clas, words=results["Words"].gold_total)
+    return Gold(gold_blocks).score(predicted_blocks)
+
+
+class Gold:
+    """Gold sentences in the scorer's own form, which takes as long to make as trees take to score.
+
+    Args:
+        blocks: CoNLL-U blocks, one sentence each.
+
+    Raises:
+        ValueError: no sentence.
+    """
+
+    def __init__(self, blocks: Sequence[str]) -> None:
+        if not blocks:
+            raise ValueError("no sentences to score")
+        self.blocks = blocks
+        self._sentences = [_rows(block) for block in blocks]
+        self._loaded: object = None
+
+    def score(self, predicted_blocks: Sequence[str]) -> Scores:
+        """Score as many predicted blocks; raises as `score`."""
+        if len(self.blocks) != len(predicted_blocks):
+            raise ValueError(f"{len(predicted_blocks)} predicted sentences for {len(self.blocks)} gold sentences")
+        predicted_sentences = [_rows(block) for block in predicted_blocks]
+        for number, (gold, predicted) in enumerate(zip(self._sentences, predicted_sentences, strict=True), start=1):
+            if [row[:2] for row in gold] != [row[:2] for row in predicted]:
+                _refuse(gold, predicted, _name(number, self.blocks[number - 1]))
+        with _deep_recursion(max(len(rows) for rows in self._sentences)):
+            if self._loaded is None:
+                self._loaded = _load(self._sentences, self.blocks, "gold")
+            results = evaluate(self._loaded, _load(predicted_sentences, self.blocks, "predicted"))
+        las, uas, clas = (100.0 * results[metric].f1 for metric in ("LAS", "UAS", "CLAS"))
+        return Scores(las=las, uas=uas, clas=clas, words=results["Words"].gold_total)
 
 
 def _rows(block: str) -> list[list[str]]:
@@ -78,7 +99,7 @@ def _name(number: int, block: str) -> str:
     return f"sentence {number}"
 
 
-def _check_same_words(gold: list[list[str]], predicted: list[list[str]], name: str) -> None:
+def _refuse(gold: list[list[str]], predicted: list[list[str]], name: str) -> None:
     """Raise ValueError at the first line whose ID or FORM differs."""
     for position in range(max(len(gold), len(predicted))):
         left, right = (

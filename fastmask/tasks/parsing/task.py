@@ -20,6 +20,7 @@ from fastmask.settings import setting
 from fastmask.tasks.data import synthetic
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.treebanks import load_treebanks, trained_languages
+from fastmask.tasks.language_vectors import LanguageVectors
 from fastmask.tasks.parsing.batch import Batch, Encoded
 from fastmask.tasks.parsing.evaluation import encode, parse, predict_file, scores_of
 from fastmask.tasks.parsing.parser import Parser
@@ -49,6 +50,7 @@ class Parsing(Task):
     """A biaffine parser; `model` is a `fastmask.tasks.parsing.parser.Parser`."""
 
     name, metric = "parsing", "las"
+    has_vectors = True
     settings = ParsingSettings
     example_word, token_word = "sentences", "words"
     model: Parser
@@ -127,6 +129,21 @@ class Parsing(Task):
     def rates(self, head: float, encoder: float) -> dict[str, float]:
         """See `Parser.rates`: embeddings of the small encoder count as encoder."""
         return self.model.rates(head, encoder)
+
+    def input_embeddings(self) -> list[nn.Module]:
+        """Of the small encoder those of trigrams and tags."""
+        own: list[nn.Module] = [table for table in (self.model.trigrams, self.model.upos) if table is not None]
+        return own or super().input_embeddings()
+
+    def add_vectors(self, languages: int) -> nn.Parameter:
+        """A vector for each language, added to the encoder's input."""
+        self.model.language_vectors = LanguageVectors.zero(languages, self.model.root)
+        return self.model.language_vectors.weight
+
+    def add_language(self, like: int) -> None:
+        """The new language's vector is a copy, if there are any."""
+        if self.model.language_vectors is not None:
+            self.model.language_vectors = self.model.language_vectors.with_copy(like)
 
     def examples(self, rows: Rows) -> Encoded:
         """Sentences as arrays."""

@@ -1,16 +1,18 @@
 """Finding static subnetworks: `importance` scores units, `pruning` drops them, `combining` joins several draws.
 
-`entropy` and `shapley` are two other scores.
+`entropy`, `relative` and `shapley` are other scores.
 """
 
 from fastmask.discovery.combining import VOTES, Draw, Stability, combine, stability
 from fastmask.discovery.entropy import entropy
 from fastmask.discovery.importance import Importance, importance
-from fastmask.discovery.pruning import SCORES, Round, discover, live_units
+from fastmask.discovery.pruning import COMPARING, SCORES, Round, discover, live_units
 from fastmask.discovery.quality import Quality, measure
+from fastmask.discovery.relative import relative
 from fastmask.discovery.shapley import shapley
 
 __all__ = [
+    "COMPARING",
     "SCORES",
     "VOTES",
     "Draw",
@@ -24,6 +26,7 @@ __all__ = [
     "importance",
     "live_units",
     "measure",
+    "relative",
     "shapley",
     "stability",
 ]

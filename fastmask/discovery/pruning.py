@@ -22,15 +22,19 @@ from torch import Tensor, nn
 from fastmask.discovery.entropy import entropy
 from fastmask.discovery.importance import Importance, importance
 from fastmask.discovery.quality import Quality, attached_to, measured
+from fastmask.discovery.relative import relative
 from fastmask.discovery.shapley import shapley
 from fastmask.errors import unknown
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
 
-__all__ = ["RANKINGS", "SCORES", "Round", "discover", "live_units"]
+__all__ = ["COMPARING", "RANKINGS", "SCORES", "Round", "discover", "live_units"]
 
-RANKINGS: dict[str, Callable[..., dict[str, Importance]]] = {"entropy": entropy, "shapley": shapley}
+COMPARING = {"entropy": entropy, "relative": relative}
+"""Scores that compare languages: of some of them alone they are not those of all."""
+
+RANKINGS: dict[str, Callable[..., dict[str, Importance]]] = {**COMPARING, "shapley": shapley}
 """Scores that are taken once: of the attached full network, each language's batches, and the loss."""
 
 SCORES = ("gradient", *RANKINGS)
@@ -76,8 +80,9 @@ def discover(
             the masks of the round. Needed unless `density` is given. None for a language that has no development data:
             it goes by its mean loss on `batches` instead (`Quality.keeps` says how far).
         score: by what units are ranked. "gradient": `importance`, taken again in every round. "entropy": how much a
-            unit's activity is the language's own (`entropy`; needs two languages). "shapley": what a head is worth
-            beside others (`shapley`; heads only). These two are taken once, of the full network.
+            unit's activity is the language's own (`entropy`; needs two languages). "relative": how much more it matters
+            to the language than to the others (`relative`; needs two). "shapley": what a head is worth beside others
+            (`shapley`; heads only). These are taken once, of the full network.
         units: "heads", "neurons" or "both"; each kind is ranked on its own.
         tau: the share of the full network's metric that a subnetwork must keep.
         density: prune to this share of the units instead of down to tau.

@@ -75,7 +75,8 @@ class TrainConfig(Settings):
     )
     score: str = setting(
         "gradient",
-        "what ranks units: gradients of their gates, whose activity they are (entropy), or Shapley values of heads",
+        "what ranks units: gradients of their gates, these minus other languages' (relative), whose activity they are "
+        "(entropy), or Shapley values of heads",
         choices=SCORES,
         group="subnetworks",
     )

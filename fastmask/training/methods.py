@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.discovery import Draw, Quality, Round, combine, discover, measure
+from fastmask.discovery import COMPARING, Draw, Quality, Round, combine, discover, measure
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.models import attach, detach
@@ -169,7 +169,7 @@ def draws_for(
     """
     _check_density(task, config)
     # A score that compares languages needs all of them, whichever are asked for.
-    names = list(train) if only is None or config.score == "entropy" else only
+    names = list(train) if only is None or config.score in COMPARING else only
     found = []
     for draw in range(config.draws):
         scores: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Phi3Config, Phi3Model
 
 import fastmask as fm
-from fastmask.discovery import entropy, shapley
+from fastmask.discovery import entropy, importance, relative, shapley
 from fastmask.discovery.entropy import RARE
 
 LANGUAGES = ["a", "b"]
@@ -226,3 +226,33 @@ class TestShapley:
         for keep, name in zip(kept.heads, LANGUAGES, strict=True):
             best = found[name].heads == found[name].heads.amax(1, keepdim=True)
             assert found[name].heads[keep & ~best].min() >= found[name].heads[~keep].max()
+
+
+class TestRelative:
+    """How much more a unit matters to one language than to the others."""
+
+    def test_is_own_importance_minus_the_mean_of_the_others(self):
+        """By hand from `importance` of the full network, for heads and neurons."""
+        model = made()
+        fm.attach(model, fm.Subnetworks.full(model.config, LANGUAGES, units="both"))
+        loss = losses(model)
+        own = {name: importance(model, DATA[name], loss, name) for name in LANGUAGES}
+        found = relative(model, DATA, loss)
+        for kind in ("heads", "neurons"):
+            a, b = (getattr(own[name], kind) for name in LANGUAGES)
+            torch.testing.assert_close(getattr(found["a"], kind), a - b)
+            torch.testing.assert_close(getattr(found["b"], kind), b - a)
+            assert (a - b).abs().max() > 0.01
+
+    def test_masks_have_less_in_common(self):
+        """Masks by it overlap less than those by gradients, and a single language is refused."""
+        model = made()
+        found = {
+            score: fm.discover(model, DATA, losses(model), units="both", density=0.5, score=score)
+            for score in ("gradient", "relative")
+        }
+        overlap = {score: float(subnets.overlap()[0, 1]) for score, subnets in found.items()}
+        assert overlap["relative"] < overlap["gradient"]
+        assert found["relative"].neurons.sum((1, 2)).tolist() == found["gradient"].neurons.sum((1, 2)).tolist()
+        with pytest.raises(ValueError, match="expected two or more, given a"):
+            fm.discover(model, {"a": DATA["a"]}, losses(model), density=0.5, score="relative")

@@ -33,7 +33,7 @@ def test_yaml_by_hand(tmp_path) -> None:
     [
         (
             {"method": "statik"},
-            r"method is 'statik' \(expected one of full, static, .*random, shuffled, shared, vector\)",
+            r"method is 'statik' \(expected one of full, static, .*random, permuted, shuffled, shared, vector\)",
         ),
         ({"steps": 0}, r"steps is 0 \(expected >= 1\)"),
         ({"steps": True}, "steps is True"),

@@ -22,6 +22,7 @@ import torch
 
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
+from fastmask.training.conflict import without_conflict
 
 __all__ = ["MixedBatches", "MixedLanguageSampler", "Seen"]
 
@@ -67,7 +68,7 @@ class MixedBatches:
         """Set up the sampling; `model` is the task's, or what wraps it where there are several processes."""
         self.title = "full network"
         self.rates = rates
-        self.task, self.model, self.accelerator = task, model, accelerator
+        self.task, self.model, self.accelerator, self.config = task, model, accelerator, config
         parts = list(train.values())
         self.joined = type(parts[0]).join(parts)
         self.languages = list(train)
@@ -89,6 +90,8 @@ class MixedBatches:
     def accumulate(self, step: int) -> Seen:
         """Put the gradient of this process's part of the next batch into `.grad`, averaged over processes."""
         rows, languages = next(self.sampler)
+        if self.config.conflict == "pcgrad":
+            return self._without_conflict(step, rows, languages)
         examples = self.joined.select(rows)
         ids = None if self.ids is None else self.ids[torch.from_numpy(languages)]
         batch = self.task.collate(examples, ids).to(self.accelerator.device)
@@ -102,6 +105,28 @@ class MixedBatches:
         self.accelerator.backward(loss)
         mean = self.accelerator.reduce(loss.detach(), "mean").item()
         return Seen(step + 1, {"loss": mean}, words, [self.languages[number] for number in np.unique(languages)])
+
+    def _without_conflict(self, step: int, rows: np.ndarray, languages: np.ndarray) -> Seen:
+        """The same with the gradient of each language by itself, without what points against another's."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        words = self.joined.select(rows).lengths
+        present, gradients, mean, weights = np.unique(languages), [], 0.0, []
+        for number in present:
+            own = languages == number
+            examples = self.joined.select(rows[own])
+            ids = None if self.ids is None else self.ids[torch.from_numpy(languages[own])]
+            found = self.task.loss(self.task.collate(examples, ids).to(self.accelerator.device), self.model)
+            grads = torch.autograd.grad(found.mean, trained, materialize_grads=True)
+            gradients.append(torch.cat([grad.to_dense().flatten() for grad in grads]) * found.weight)
+            mean += float(found.mean.detach()) * found.weight
+            weights.append(found.weight)
+        generator = np.random.default_rng([self.config.seed, step])
+        total, share = without_conflict(gradients, generator)
+        total /= sum(weights)
+        for parameter, grad in zip(trained, total.split([p.numel() for p in trained]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+        losses = {"loss": mean / sum(weights), "conflict": share}
+        return Seen(step + 1, losses, int(words.sum()), [self.languages[number] for number in present])
 
     def state_dict(self) -> dict[str, Any]:
         """The sampler's counters, as JSON."""

@@ -23,6 +23,7 @@ PRECISIONS = ("no", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "live")
+CONFLICTS = ("none", "pcgrad")
 
 
 @dataclass
@@ -192,6 +193,13 @@ class TrainConfig(Settings):
         choices=OPTIMIZERS,
         group="optimisation",
     )
+    conflict: str = setting(
+        "none",
+        "what is done where gradients of two languages point against each other: nothing, or the part that does is "
+        "taken off (pcgrad; a gradient for each language, in plain batches)",
+        choices=CONFLICTS,
+        group="optimisation",
+    )
     weight_decay: float = setting(0.01, "AdamW's, on matrices only", low=0, high=1, group="optimisation")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0, group="optimisation")
     out: str = setting("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model", group="logging")
@@ -267,6 +275,8 @@ class TrainConfig(Settings):
             )
         if self.method == "vector" and not self.task_class.has_vectors:
             raise ConfigError(f"method is 'vector' (expected another one: task {self.task} has no language vectors)")
+        if self.conflict != "none" and self.meta != "none":
+            raise ConfigError(f"conflict is {self.conflict!r} (expected none in episodes of {self.meta})")
         if self.meta == "reptile" and self.inner_encoder_lr == 0:
             raise ConfigError(
                 "inner_encoder_lr is 0.0 (expected > 0 with meta reptile, whose outer step is made of the inner ones)"

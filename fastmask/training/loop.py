@@ -152,10 +152,9 @@ class _Run:
         self.budget = Budget.of(config, len(self.data))
         if config.meta != "none":
             episode_sampler(config, self.data)  # what is wrong with it is said before anything is written
-        if config.method == "vector" and self.accelerator.num_processes > 1:
-            raise ConfigError(
-                "method is 'vector', whose vectors come to the model at the switch (expected one process)"
-            )
+        for name, value in (("method", "vector"), ("conflict", "pcgrad")):
+            if getattr(config, name) == value and self.accelerator.num_processes > 1:
+                raise ConfigError(f"{name} is {value!r}, which runs in one process (expected another one)")
         check_out(config)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}

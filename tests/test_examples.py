@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,22 @@ def test_a_language_more_by_changing_little(tmp_path):
     assert size["none"] == 0 < size["norms"] < size["weights"] < size["all"]
     assert size["units"] < size["all"]
     assert 0.5 < size["lora"] / (0.05 * 4 * 4 * (4 * 256**2 + 2 * 256 * 1024)) < 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tagger", "sparse_decoder"])
+def test_notebooks_run(name, tmp_path, monkeypatch):
+    """The cells of a notebook run from top to bottom, here with few steps on artificial treebanks and a tiny encoder."""
+    write_treebanks(tmp_path / "ud", sentences={"train": 4, "dev": 2, "test": 2})
+    text = "".join(path.read_text() for path in (tmp_path / "ud").glob("UD_*/*.conllu"))
+    tiny_encoder(tmp_path / "encoder", text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTMASK_UD_DIR", raising=False)
+    monkeypatch.setenv("FASTMASK_ENCODER", str(tmp_path / "encoder"))
+    monkeypatch.setenv("FASTMASK_STEPS", "4")
+    notebook = json.loads((ROOT / "examples" / "notebooks" / f"{name}.ipynb").read_text())
+    names: dict[str, object] = {"__name__": "notebook"}
+    for number, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec(compile("".join(cell["source"]), f"{name}, cell {number}", "exec"), names)

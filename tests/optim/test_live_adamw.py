@@ -340,18 +340,6 @@ def test_a_closure_is_run_before_the_step():
     assert losses[-1] < losses[0] / 2
 
 
-def test_sparse_gradients_are_refused_before_anything_moves():
-    """A sparse embedding gradient would be read as a dense one, or half of the parameters would have moved."""
-    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Embedding(5, 2, sparse=True))
-    optimizer = optimizer_of(net)
-    net[1](torch.tensor([1])).sum().backward()
-    net[0].weight.grad = torch.ones(2, 2)
-    before = net[0].weight.detach().clone()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-    assert torch.equal(net[0].weight, before)
-
-
 @pytest.mark.parametrize("setting", ["amsgrad", "differentiable"])
 def test_what_it_does_not_do_is_refused(setting):
     """A group that asks for amsgrad would be trained without it."""

@@ -192,7 +192,9 @@ def _comparison(folder: Path) -> Study:
             unfinished.append(job.name)
     if not runs:
         raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
-    scores, settings = scores_table(load_results(plan)), plan.settings
+    scores = scores_table(load_results(plan))
+    settings = {"comparison": plan.settings["comparison"], "training": plan.training}
+    settings |= {f"arm {arm}": own for arm, own in plan.arms.items()}
     return Study(
         folder.resolve().name, tuple(runs), tuple(unfinished), scores, baselines_of(plan), plan.config.unseen, settings
     )

@@ -63,7 +63,7 @@ def test_a_language_more_by_changing_little(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tagger", "sparse_decoder"])
 def test_notebooks_run(name, tmp_path, monkeypatch):
-    """The cells of a notebook run from top to bottom, here with few steps on artificial treebanks and a tiny encoder."""
+    """The cells of a notebook run from top to bottom, here on artificial treebanks and a tiny encoder."""
     write_treebanks(tmp_path / "ud", sentences={"train": 4, "dev": 2, "test": 2})
     text = "".join(path.read_text() for path in (tmp_path / "ud").glob("UD_*/*.conllu"))
     tiny_encoder(tmp_path / "encoder", text)

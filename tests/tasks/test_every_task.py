@@ -182,7 +182,7 @@ def test_commands(name, tiny, tmp_path, capsys):
         assert [line["prediction"] for line in lines] == loaded.task.predict(loaded.task.examples(rows))
 
     masks = tmp_path / "masks.safetensors"
-    output_of(capsys, "discover", run, "--density", "0.5", "--masks", masks, "--seeds", "2")
+    output_of(capsys, "discover", run, "--density", "0.5", "--masks", masks, "--draws", "2")
     assert fm.Subnetworks.load(masks).languages == LANGUAGES
 
     support = write_rows(tmp_path / "support.jsonl", rows_of(case, UNSEEN, "train")[:5])

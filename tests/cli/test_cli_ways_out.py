@@ -90,14 +90,21 @@ def test_interrupted(small_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     options = ["--data", small_data, "--languages", "qaa,qac", "--out", run, *TRAIN, "--checkpoint-every", "3"]
     command = [sys.executable, "-m", "fastmask.cli", "train", *map(str, options), "--steps", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    limit = time.monotonic() + 200
-    while not list(run.glob("checkpoints/step-*/manifest.json")):
-        assert time.monotonic() < limit
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=100)
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and hand that down
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
+    try:
+        limit = time.monotonic() + 200
+        while not list(run.glob("checkpoints/step-*/manifest.json")):
+            assert time.monotonic() < limit
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=100)
+    finally:
+        process.kill()
     assert process.returncode == 130
     line = said.splitlines()[-1]
     assert line.startswith("interrupted: after step ")

@@ -1,11 +1,10 @@
-"""Benchmarks: what subnetworks save, where they break even, and how near the limit they run.
+"""Benchmarks: what subnetworks save on a CPU and how near the limit they run, each rival proven equal first.
 
-`python -m benchmarks` (`command`) measures *cases* (`cases/`, one file each) at *settings* (`setting`), in lists that
-are `plans` or sweeps (`grid`). `running` builds a case, has it prove every implementation equal, times the sides in
-turn (`measure`), counts bytes (`memory`) and makes a CSV `row` of each. `baselines` holds what people would use
-instead, `product`, `variants` and `parser_bed` the operands, models and data that cases share, `targets` what the
-numbers must be. `tables`, `pictures` and `against` show rows and compare them with an earlier run; `paper` counts what
-was never run.
+`python -m benchmarks` (`__main__`) measures a *case* (`cases/`) at a `setting`: `running` builds the case, has it prove
+every implementation against float64, times all of them in turn (`measure`), counts bytes (`memory`) and makes a `row`
+of each. `baselines` holds what people would use instead, `product` and `variants` one weight and one encoder in all
+forms. `tables`, `pictures` and `against` show rows, `targets` says what they must reach. docs/benchmarks.md says it
+to users.
 
 `python -m benchmarks.gpu` (`make gpu`) first checks the Triton kernels on a machine's GPU, then measures them.
 `pytest benchmarks --benchmark-only` runs small sizes under pytest-benchmark.

@@ -1,8 +1,146 @@
-"""`python -m benchmarks`: subnetworks measured against the dense model; see `benchmarks.command`."""
+"""`python -m benchmarks`: subnetworks measured against the dense network and other ways to mask it."""
 
+from __future__ import annotations
+
+import argparse
+import itertools
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_type_hints
 
-from benchmarks.command import main
+from benchmarks import against, row, tables
+from benchmarks.cases import CASES
+from benchmarks.machine import ROOT
+from benchmarks.row import Row
+from benchmarks.running import Job, measure_in, see
+from benchmarks.setting import Setting
+from benchmarks.targets import QUICK, TARGETS, jobs_of, placed
+from fastmask.errors import unknown
+
+__all__ = ["main"]
+
+PLANS = {"quick": QUICK, "targets": jobs_of(TARGETS)}
+SWEPT = ("shape", "layers", "unit", "density", "languages", "present", "batch", "tokens", "dtype")
+EPILOG = """examples:
+  python -m benchmarks --processes 3 --update-readme    what the README shows
+  python -m benchmarks targets                          what must hold; fails where something falls short
+  python -m benchmarks encoder --density 0.1,0.25,0.5,0.75,1 --present 1,8 --batch 16 --csv runs/encoder.csv
+  python -m benchmarks --from runs/encoder.csv --pictures runs/pictures
+  python -m benchmarks targets --from benchmarks/results/targets.csv
+  python -m benchmarks --csv runs/new.csv --compare benchmarks/results/quick.csv"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command: 0 if all is well, 1 where a target is missed or something has become slower, 2 on bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    cases = "\n".join(
+        f"  {name}: {', '.join(case.implementations)}; parts {', '.join(case.parts)}; units {', '.join(case.units)}"
+        for name, case in CASES.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Subnetworks against the dense network and other ways to mask it, each proven equal first.",
+        epilog=f"cases:\n{cases}\n\n{EPILOG}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="?", default="quick", help="quick, targets, or a case (default: quick)")
+    sweep = parser.add_argument_group("the settings of a case; several values, with commas, make a sweep")
+    defaults = {field.name: field.default for field in fields(Setting)}
+    for name in SWEPT:
+        sweep.add_argument(f"--{name}", metavar="A,B", help=f"default: {defaults[name]}, or the case's")
+    sweep.add_argument("--compile", action="store_true", help="run every implementation under torch.compile")
+    sweep.add_argument("--implementations", metavar="A,B", help="beside dense and full; default: all that apply")
+    sweep.add_argument("--parts", metavar="A,B", help="default: all of the case")
+    sweep.add_argument("--peaks", action="store_true", help="also count the most that is held at once")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each part (default: 20)")
+    parser.add_argument("--processes", type=int, default=1, help="repeat in so many processes; medians and range")
+    parser.add_argument("--threads", type=int, default=2, help="of the CPU (default: 2)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--csv", type=Path, help="write the rows here, as they come")
+    parser.add_argument("--from", dest="stored", type=Path, metavar="CSV", help="measure nothing: take these rows")
+    parser.add_argument("--compare", type=Path, metavar="CSV", help="hold the rows against those of another run")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw the rows")
+    parser.add_argument(
+        "--update-readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
+        help="put the table of the README between its two marks",
+    )  # fmt: skip
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    before = None if options.compare is None else row.read(options.compare)  # before anything is measured
+    if options.processes < 1:
+        raise ValueError(f"--processes {options.processes}: expected at least 1")
+    rows = _measured(options) if options.stored is None else row.read(options.stored)
+    if options.stored is not None:
+        tables.print_rows(rows, TARGETS)
+    good = tables.print_targets(TARGETS, rows) if options.what == "targets" else True
+    if options.pictures is not None:
+        from benchmarks.pictures import draw
+
+        for path in draw(rows, options.pictures):
+            print(f"drawn: {path}")
+    if options.update_readme is not None:
+        tables.replace_between(options.update_readme, tables.BEGIN, tables.END, tables.readme_table(rows))
+    if before is not None:
+        good = against.print_changes(before, rows, options.compare) and good
+    return 0 if good else 1
+
+
+def _measured(options: argparse.Namespace) -> list[Row]:
+    if options.csv is not None and options.csv.exists():
+        raise ValueError(f"{options.csv} is there already: name another file")
+    jobs = [see(job) for job in _jobs(options)]
+    rows: list[Row] = []
+    for number, job in enumerate(jobs, 1):
+        print(f"[{number}/{len(jobs)}] {job.setting.words()}", file=sys.stderr, flush=True)
+        found = measure_in(options.processes, job, options.seconds)
+        rows += found
+        if options.csv is not None:
+            row.write(options.csv, rows)
+        tables.print_rows(found, TARGETS)
+    return rows
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """What to measure, in order: a plan, or every combination of a case's settings."""
+    given = {name: _values(name, getattr(options, name)) for name in SWEPT if getattr(options, name) is not None}
+    names, parts = (
+        None if text is None else tuple(text.split(",")) for text in (options.implementations, options.parts)
+    )
+    if options.what in PLANS:
+        if given or names or parts or options.compile or options.peaks:
+            raise ValueError(f"the plan {options.what!r} has settings of its own; they can be given with a case")
+        return [placed(job, options.threads, options.device) for job in PLANS[options.what]]
+    if options.what not in CASES:
+        raise unknown("plan or case", options.what, [*PLANS, *CASES])
+    swept = {name: [value] for name, value in CASES[options.what].defaults.items()} | given
+    fixed = {"compiled": options.compile, "threads": options.threads, "device": options.device}
+    return [
+        Job(Setting(options.what, **dict(zip(swept, values, strict=True)), **fixed), names, parts, options.peaks)
+        for values in itertools.product(*swept.values())
+    ]
+
+
+def _values(name: str, text: str) -> list[Any]:
+    kind, found = get_type_hints(Setting)[name], []
+    for item in text.split(","):
+        try:
+            found.append(kind(item.strip()))
+        except ValueError:
+            raise ValueError(f"--{name} {text}: {item!r} is not a number") from None
+    return found
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,9 +1,9 @@
-"""What people would use instead: each baseline in a few lines of plain PyTorch, on any device, differentiable.
+"""What people would use instead: each rival in a few lines of plain PyTorch, on any device, differentiable.
 
-All have one signature: `baseline(x [B, ..., K], weight [N, K], task, bias [N] or None) -> y [B, ..., N]`. A `Task`
-holds what a program can prepare once for a mask and a batch's language ids; no baseline pays for that when it is timed.
-`dense` ignores the masks; the others compute `fastmask.masked_linear`. `packed` does so as an attached model does: the
-masked side is as wide as the widest language, live units in front.
+All have one signature: `rival(x [B, ..., K], weight [N, K], task, bias [N] or None) -> y [B, ..., N]`. A `Task` holds
+what a program can prepare once for a mask and a batch's language ids; no rival pays for that when it is timed. `dense`
+ignores the masks; the others compute `fastmask.masked_linear`. `packed` does so as an attached model does: the masked
+side is as wide as the widest language, live units in front.
 """
 
 from __future__ import annotations
@@ -18,86 +18,53 @@ from torch import Tensor, nn
 
 from fastmask.masks import Mask
 
-__all__ = [
-    "BASELINES",
-    "Baseline",
-    "BaselineLinear",
-    "Task",
-    "bsr",
-    "dense",
-    "gating",
-    "grouped",
-    "loop",
-    "multiply",
-    "packed",
-    "stack",
-    "why_not",
-]
-
-FULL = -1  # the language id of the full, unmasked network
+__all__ = ["BASELINES", "EXPLAINED", "Baseline", "BaselineLinear", "Task", "units_of_mask", "why_not"]
 
 
 class Task:
     """A mask and the languages of a batch, prepared: the languages present, their examples, and what each owns.
 
     Args:
-        mask: masks of L languages, on the device that the baseline will run on.
+        mask: masks of L languages, on the device that the rival will run on.
         language_ids: int64 [B], -1 (the full network) to L - 1.
 
     Attributes:
         languages: the G languages present, ascending.
-        examples: int64 indices of each one's examples.
+        row_of: which of them each example has, int64 [B].
         bounds, ends: where each one's examples begin and end once sorted; the ends again as int32 [G].
         order, back: int64 [B]; examples sorted by language, and where each is after sorting. None if they are sorted.
-        slots: int64 [G, most]; examples in a table with one row a language, spare places repeat example 0.
-        places, slot_of: the table flattened, and where each example is in it. None if that is the batch as it is.
         live: of row and column masks, the units each language owns, int64.
-        units, padding: of row and column masks, the same as a table [G, most], as wide as the widest of all languages;
-            bool [G, most], what is padding, or None.
-        row_of: of row and column masks, the table's row of each example, int64 [B].
-        keep: bool [G, N, K] for the languages present; of row and column masks a view of [G, N] or [G, K].
-        gates: of row and column masks, the units of each example, bool [B, N] or [B, K].
+        units, padding: the same as a table [G, most], as wide as the widest of all languages; what is padding, or None.
+        gates: of row and column masks, the units of each example, bool [B, N] or [B, K]; else None.
+        keep: bool [G, N, K] for the languages present; of row and column masks a view.
         block: (bn, bk) of block masks, else None.
     """
 
     def __init__(self, mask: Mask, language_ids: Tensor) -> None:
         ids, device = language_ids.to(mask.device), mask.device
         self.kind, self.n_examples = mask.kind, len(ids)
-        self.languages = sorted(set(ids.tolist()))
-        self.examples = [(ids == language).nonzero().flatten() for language in self.languages]
-        counts = [len(own) for own in self.examples]
-        self.bounds = list(pairwise([0, *torch.tensor(counts).cumsum(0).tolist()]))
-        self.ends = torch.tensor([last for _, last in self.bounds], dtype=torch.int32, device=device)
-        order = torch.cat(self.examples) if counts else ids
-        self.order, self.back = _unless_trivial(order), _unless_trivial(torch.argsort(order))
-        most = max(counts, default=0)
-        self.slots = torch.zeros(len(counts), most, dtype=torch.int64, device=device)
-        slot_of = torch.zeros_like(ids)
-        for row, own in enumerate(self.examples):
-            self.slots[row, : len(own)] = own
-            slot_of[own] = row * most + torch.arange(len(own), device=device)
-        self.places, self.slot_of = _unless_trivial(self.slots.flatten()), _unless_trivial(slot_of)
-        present = [language + 1 for language in self.languages]  # 0 is the full network
-        self.live: list[Tensor] = []
+        found, self.row_of, counts = ids.unique(return_inverse=True, return_counts=True)
+        self.languages: list[int] = found.tolist()
+        self.ends = counts.cumsum(0).to(torch.int32)
+        self.bounds = list(pairwise([0, *self.ends.tolist()]))
+        order = ids.argsort(stable=True)
+        self.order, self.back = _unless_trivial(order), _unless_trivial(order.argsort())
         self.gates: Tensor | None = None
         if mask.kind in ("rows", "columns"):
-            units = _units(mask)
-            self.live = [units[language].nonzero().flatten() for language in present]
+            units = units_of_mask(mask)
+            own = units[found + 1]
+            self.live = [flags.nonzero().flatten() for flags in own]
             self.gates = units[ids + 1]
-            counts_of = units.sum(1)
-            wide = max(counts_of[1:].max(), counts_of[present].max()) if present else 0
-            count = counts_of[present, None]
-            padding = torch.arange(int(wide), device=device) >= count
+            wide = int(max(units[1:].sum(1).max(), own.sum(1).max())) if self.languages else 0
+            padding = torch.arange(wide, device=device) >= own.sum(1, keepdim=True)
             self.padding = padding if bool(padding.any()) else None
-            order = torch.sort(units[present].to(torch.int8), dim=1, descending=True, stable=True).indices
-            self.units = order[:, : int(wide)].masked_fill(padding, 0)
-            self.row_of = torch.searchsorted(torch.tensor(self.languages, device=device), ids)
-            shape = (len(present), mask.out_features, mask.in_features)
-            own = units[present]
+            in_front = torch.sort(own.to(torch.int8), dim=1, descending=True, stable=True).indices
+            self.units = in_front[:, :wide].masked_fill(padding, 0)
+            shape = (len(found), mask.out_features, mask.in_features)
             self.keep = (own[:, :, None] if mask.kind == "rows" else own[:, None, :]).expand(shape)
         else:
             every = mask.to_dense()
-            self.keep = torch.cat([torch.ones_like(every[:1]), every])[present]
+            self.keep = torch.cat([torch.ones_like(every[:1]), every])[found + 1]
         self.block = tuple(mask.geometry) if mask.kind == "blocks" else None
         self._block_sparse: dict[int, list[Tensor]] = {}
 
@@ -109,17 +76,16 @@ class Task:
         """
         if self.block is None:
             raise ValueError(f"block-sparse rows are for masks over blocks, not {self.kind}")
-        made = self._block_sparse.get(weight.data_ptr())
-        if made is None:
+        if weight.data_ptr() not in self._block_sparse:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PyTorch calls them beta
                 made = [(weight.detach() * keep).to_sparse_bsr(self.block) for keep in self.keep]
             self._block_sparse[weight.data_ptr()] = made
-        return made
+        return self._block_sparse[weight.data_ptr()]
 
 
-def _units(mask: Mask) -> Tensor:
-    """Bool [1 + L, N or K]: the units of the full network, then of each language."""
+def units_of_mask(mask: Mask) -> Tensor:
+    """Bool [1 + L, N or K]: of a mask over rows or columns, the units of the full network, then of each language."""
     size = mask.out_features if mask.kind == "rows" else mask.in_features
     units = torch.zeros(1 + mask.n_languages, size, dtype=torch.bool, device=mask.device)
     units[0] = True
@@ -133,6 +99,8 @@ def _unless_trivial(examples: Tensor) -> Tensor | None:
     return None if torch.equal(examples, torch.arange(len(examples), device=examples.device)) else examples
 
 
+# ---- the rivals
+
 Baseline = Callable[[Tensor, Tensor, Task, Tensor | None], Tensor]
 
 
@@ -143,17 +111,14 @@ def dense(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> 
 
 def multiply(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
     """`F.linear(x, W * M_l)`: one language for the whole batch."""
-    if len(task.languages) > 1:
+    if len(task.languages) != 1:
         raise ValueError(f"one mask for a whole batch: given the languages {task.languages}")
-    if not task.languages:
-        return F.linear(x, weight, bias)
-    return F.linear(x, weight * task.keep[0], _gated(bias, task, 0))
+    gated = bias * task.keep[0, :, 0] if bias is not None and task.kind == "rows" else bias
+    return F.linear(x, weight * task.keep[0], gated)
 
 
 def loop(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
     """Gather each language's examples, multiply with its live (or masked) weight, put the results back."""
-    if not task.languages:
-        return F.linear(x, weight, bias)
     ordered, parts = _taken(x, task.order), []
     for g, (first, last) in enumerate(task.bounds):
         part = ordered[first:last]
@@ -170,27 +135,12 @@ def loop(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> T
     return _taken(torch.cat(parts), task.back)
 
 
-def stack(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-    """One masked copy of the weight for each language present, one batched product; short groups are filled up."""
-    if not task.languages:
-        return F.linear(x, weight, bias)
-    G, most = task.slots.shape
-    table = _taken(x, task.places).reshape(G, -1, x.shape[-1])
-    y = torch.bmm(table, (weight * task.keep).transpose(1, 2))
-    y = y.reshape(G * most, *x.shape[1:-1], weight.shape[0])
-    return _with_bias(_taken(y, task.slot_of), task, bias)
-
-
-def grouped(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-    """`stack` by `grouped_mm`: groups of any size, nothing to fill up."""
-    if not task.languages:
-        return F.linear(x, weight, bias)
-    tokens = x[0, ..., 0].numel()
-    if torch.is_autocast_enabled(x.device.type):  # which `grouped_mm` knows nothing of
-        x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
-    ordered, copies = _taken(x, task.order), (weight * task.keep).transpose(1, 2)
-    y = F.grouped_mm(ordered.reshape(-1, x.shape[-1]), copies, offs=task.ends * tokens)
-    return _with_bias(_taken(y.reshape(*ordered.shape[:-1], weight.shape[0]), task.back), task, bias)
+def gating(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
+    """Y = r o (W (c o x)): exact for masks over rows and columns, at dense cost."""
+    if task.gates is None:
+        raise ValueError(f"gates are for masks over rows or columns, not {task.kind}")
+    gates = task.gates.reshape(task.n_examples, *[1] * (x.ndim - 2), -1)
+    return F.linear(x, weight, bias) * gates if task.kind == "rows" else F.linear(x * gates, weight, bias)
 
 
 def packed(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
@@ -200,8 +150,8 @@ def packed(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) ->
     """
     if task.gates is None:
         raise ValueError(f"live rows are those of masks over rows or columns, not {task.kind}")
-    if not task.languages:
-        return x.new_zeros(*x.shape[:-1], task.units.shape[1] if task.kind == "rows" else weight.shape[0])
+    if torch.is_autocast_enabled(x.device.type):  # which `grouped_mm` knows nothing of
+        x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
     rows = weight if task.kind == "rows" else weight.t().contiguous()
     copies = rows.index_select(0, task.units.flatten()).unflatten(0, task.units.shape)  # [G, most, K or N]
     if task.padding is not None:
@@ -213,67 +163,72 @@ def packed(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) ->
     y = _taken(y.reshape(*ordered.shape[:-1], copies.shape[2]), task.back)
     if bias is None:
         return y
+    bias = bias.to(y.dtype)
     if task.kind == "columns":
         return y + bias
     own = bias[task.units] if task.padding is None else bias[task.units].masked_fill(task.padding, 0)
     return y + own[task.row_of].reshape(task.n_examples, *[1] * (y.ndim - 2), -1)
 
 
-def gating(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-    """Y = r o (W (c o x)): exact for masks over rows and columns, at dense cost."""
-    if task.gates is None:
-        raise ValueError(f"gates are for masks over rows or columns, not {task.kind}")
-    gates = task.gates.reshape(task.n_examples, *[1] * (x.ndim - 2), -1)
-    if task.kind == "rows":
-        return F.linear(x, weight, bias) * gates
-    return F.linear(x * gates, weight, bias)
-
-
 def bsr(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
     """`loop` over weights kept as PyTorch's block-sparse rows: forward only, masks over blocks."""
-    if not task.languages:
-        return F.linear(x, weight, bias)
-    ordered = _taken(x, task.order)
-    weights = task.block_sparse(weight)
+    ordered, weights = _taken(x, task.order), task.block_sparse(weight)
     parts = [F.linear(ordered[first:last], own, bias) for own, (first, last) in zip(weights, task.bounds, strict=True)]
-    return _taken(torch.cat(parts) if len(parts) > 1 else parts[0], task.back)
+    return _taken(torch.cat(parts), task.back)
+
+
+def _taken(x: Tensor, examples: Tensor | None) -> Tensor:
+    """Examples in another order. (`x[examples]` has a slower backward pass.)"""
+    return x if examples is None else x.index_select(0, examples)
 
 
 BASELINES: dict[str, Baseline] = {
     "dense": dense,
     "multiply": multiply,
     "loop": loop,
-    "stack": stack,
-    "grouped": grouped,
-    "packed": packed,
     "gating": gating,
+    "packed": packed,
     "bsr": bsr,
 }
 
+# What a table says of each implementation, the project's own ones first.
+EXPLAINED = {
+    "dense": "the whole network as PyTorch runs it, without masks",
+    "full": "our dense: the whole network through fastmask, with the same matrix products as its subnetworks",
+    "fastmask": "each language's subnetwork, dead units skipped; a step ends with torch's fused AdamW",
+    "live": "the same, and the step ends with LiveAdamW, which moves live weights only",
+    "sparse": 'attach(forward="full"): the whole network runs, masks say what each language may change; LiveAdamW',
+    "multiply": "weight times mask, or gradient times mask; one language at a time (LaSS, composable-sft)",
+    "loop": "gather each language's examples and live weights, multiply, put the results back",
+    "gating": "dense products, and dead units set to zero before or after them",
+    "packed": "torch's grouped_mm over copies of each language's live rows",
+    "compact": "a model cut down to one language: what masking could reach, and no way to share weights",
+    "bsr": "PyTorch's block-sparse rows, one matrix for each language; forward only",
+}
 
-def why_not(name: str, kind: str, present: int, *, backward: bool, half: bool) -> str | None:
-    """Why a baseline cannot compute a mask of some kind for so many languages in one batch; None if it can.
+
+def why_not(name: str, kind: str, present: int, dtype: str = "float32") -> str | None:
+    """Why a rival cannot compute a mask of some kind for so many languages in one batch; None if it can.
 
     Args:
         name: of `BASELINES`.
         kind: "rows", "columns", "blocks" or "weights".
         present: languages of the batch.
-        backward: whether gradients are needed.
-        half: whether products are in bfloat16.
+        dtype: of the products.
     """
     if name == "multiply" and present > 1:
         return "it has one mask for a whole batch"
-    if name in ("gating", "packed") and kind in ("blocks", "weights"):
+    if name in ("gating", "packed") and kind not in ("rows", "columns"):
         return "it is for rows and columns"
-    if name in ("grouped", "packed") and not (half and hasattr(F, "grouped_mm")):
-        return "grouped_mm has a fast path for bfloat16 only"
-    if name == "bsr" and (kind != "blocks" or backward):
-        return "block-sparse rows have no gradient, and are for masks over blocks"
+    if name == "packed" and not hasattr(F, "grouped_mm"):
+        return "this PyTorch has no grouped_mm"
+    if name == "bsr" and (kind != "blocks" or dtype != "float32"):
+        return "block-sparse rows are for masks over blocks, in float32"
     return None
 
 
 class BaselineLinear(nn.Module):
-    """A baseline in the place of an `nn.Linear`, with its Parameters, for one fixed batch of languages."""
+    """A rival in the place of an `nn.Linear`, with its Parameters, for one fixed batch of languages."""
 
     def __init__(self, linear: nn.Linear, task: Task, baseline: Baseline) -> None:
         super().__init__()
@@ -283,22 +238,3 @@ class BaselineLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., in] -> [B, ..., out]."""
         return self.baseline(x, self.weight, self.task, self.bias)
-
-
-def _taken(x: Tensor, examples: Tensor | None) -> Tensor:
-    """Examples in another order. (`x[examples]` has a slower backward pass.)"""
-    return x if examples is None else x.index_select(0, examples)
-
-
-def _gated(bias: Tensor | None, task: Task, g: int) -> Tensor | None:
-    """A row mask gates the bias with its row."""
-    return bias * task.keep[g, :, 0] if bias is not None and task.kind == "rows" else bias
-
-
-def _with_bias(y: Tensor, task: Task, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return y
-    if task.kind != "rows":
-        return y + bias
-    assert task.gates is not None
-    return y + (bias * task.gates).reshape(task.n_examples, *[1] * (y.ndim - 2), -1)

@@ -34,7 +34,7 @@ def check_all(
 
 
 def check_baseline(name: str, results: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
-    """See that a baseline computes what it stands for; half precision may round where it likes.
+    """See that a rival computes what it stands for; half precision may round where it likes.
 
     Raises:
         RuntimeError: a result is more than 5% off.

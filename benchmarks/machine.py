@@ -1,11 +1,11 @@
-"""What a number was measured on: device, processor, versions, commit, date."""
+"""What a number was measured on: processor with its model, versions, commit, date."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
+from dataclasses import dataclass
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,19 +13,19 @@ import torch
 import fastmask
 from fastmask.torch_path.gemm import by_onednn
 
-__all__ = ["ROOT", "commit_of", "described", "one_line", "processor"]
+__all__ = ["ROOT", "Machine", "commit_of", "processor", "this_machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def processor() -> str:
-    """The name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU by name, and by family and model: virtual machines call all of a maker's processors alike."""
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    pairs = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
+    known = {name.strip(): value.strip() for name, _, value in pairs}
+    numbers = f"family {known.get('cpu family', '?')}, model {known.get('model', '?')}"
+    return f"{known.get('model name', platform.machine())} ({numbers})"
 
 
 def commit_of(root: Path) -> str | None:
@@ -39,36 +39,26 @@ def commit_of(root: Path) -> str | None:
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
-def described(device: torch.device) -> dict[str, str]:
-    """The columns of a row that say where it comes from; empty text for what is not known."""
-    commit = commit_of(ROOT) or ""
-    return {
-        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "python": platform.python_version(),
-        "fastmask": fastmask.__version__,
-        "products": _products(device),
-        "commit": commit[:12] + commit[40:],
-        "date": date.today().isoformat(),
-    }
+@dataclass(frozen=True)
+class Machine:
+    """Where a number comes from; empty text for what is not known.
+
+    `products` is what fastmask multiplied float32 matrices with on a CPU: "torch", or "onednn" where that is faster.
+    """
+
+    processor: str
+    torch: str
+    python: str
+    fastmask: str
+    products: str
+    commit: str
+    date: str
 
 
-def one_line(described: dict[str, str], threads: int) -> str:
-    """The machine as tables name it."""
-    parts = [described["processor"], f"{threads} thread{'s' * (threads > 1)}", f"PyTorch {described['torch']}"]
-    return ", ".join([*parts, f"fastmask {described['fastmask']} ({described['commit']})", described["date"]])
-
-
-def _products(device: torch.device) -> str:
-    """What fastmask multiplies float32 matrices with on a CPU: "torch", or "onednn" where that is faster."""
-    if device.type != "cpu":
-        return ""
-    return "onednn" if by_onednn(torch.zeros(1)) else "torch"
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+def this_machine(device: torch.device) -> Machine:
+    """What runs here, on a device."""
+    commit, on_cpu = commit_of(ROOT) or "", device.type == "cpu"
+    products = ("onednn" if by_onednn(torch.zeros(1)) else "torch") if on_cpu else ""
+    name = processor() if on_cpu else torch.cuda.get_device_name(device)
+    versions = (torch.__version__, platform.python_version(), fastmask.__version__)
+    return Machine(name, *versions, products, commit[:12] + commit[40:], date.today().isoformat())

@@ -15,18 +15,8 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
-    "NOISY",
-    "Ratio",
-    "Side",
-    "break_even",
-    "captured",
-    "compare",
-    "host_compare",
-    "on_gpu",
-    "quartile_ratios",
-    "ratio_of",
-    "rounds",
-]
+    "NOISY", "Ratio", "Side", "compare", "on_gpu", "quartile_ratios", "quartiles", "ratio_of", "rounds", "wait",
+]  # fmt: skip
 
 LEAST_ROUNDS_ON_GPU, MOST_ROUNDS_ON_GPU = 11, 200
 LEAST_ROUNDS, MOST_ROUNDS = 2, 2000  # on a CPU
@@ -53,39 +43,27 @@ class Ratio:
     ours_ms: float
     pairs: int
 
-    @property
-    def noisy(self) -> bool:
-        """Whether the machine was too noisy to conclude: the quartiles differ by more than `NOISY` of the median."""
-        return self.high - self.low > NOISY * self.median
-
 
 def on_gpu(device: torch.device) -> bool:
     """Whether device events, graphs and memory counters are there."""
     return device.type == "cuda"
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile, never outside of what was seen."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
 def quartile_ratios(baseline: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile of baseline[i] / ours[i]."""
-    ratios = [a / b for a, b in zip(baseline, ours, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")  # never outside what was seen
-    return low, median, high
+    return quartiles([a / b for a, b in zip(baseline, ours, strict=True)])
 
 
 def ratio_of(baseline: Sequence[float], ours: Sequence[float]) -> Ratio:
     """The ratio of two sides' milliseconds, as `rounds` returns them."""
     low, median, high = quartile_ratios(baseline, ours)
     return Ratio(median, low, high, statistics.median(baseline), statistics.median(ours), len(ours))
-
-
-def break_even(sparsities: Sequence[float], times: Sequence[float]) -> float | None:
-    """The sparsity from which on time over the baseline's stays at most 1, interpolated; None if it never does."""
-    if times[-1] > 1:
-        return None
-    last_above = max((i for i, time in enumerate(times) if time > 1), default=None)
-    if last_above is None:
-        return sparsities[0]
-    (s0, t0), (s1, t1) = ((sparsities[i], times[i]) for i in (last_above, last_above + 1))
-    return s0 + (s1 - s0) * (t0 - 1) / (t0 - t1)
 
 
 def rounds(
@@ -108,12 +86,12 @@ def rounds(
         for _ in range(warm_up):
             side.reset()
             side.run()
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     for side in sides:
         side.reset()
         side.run()
-    _wait(device)
+    wait(device)
     if not on_gpu(device):
         return _host_times(sides, seconds, least)
     count = int(seconds / max(time.perf_counter() - start, 1e-6))
@@ -123,40 +101,6 @@ def rounds(
 def compare(baseline: Side, ours: Side, device: torch.device, seconds: float, least: int | None = None) -> Ratio:
     """Time of the baseline over time of ours, round by round: above 1 is faster than the baseline."""
     return ratio_of(*rounds([baseline, ours], device, seconds, least=least))
-
-
-def host_compare(baseline: Side, ours: Side, device: torch.device, seconds: float, runs: int = 20) -> Ratio:
-    """As `compare`, but the host's own time to launch a run: nobody waits for the device meanwhile."""
-    least = LEAST_ROUNDS_ON_GPU if on_gpu(device) else LEAST_ROUNDS
-    times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    while len(times[0]) < 1 + least or time.perf_counter() < end:
-        for side, found in zip((baseline, ours), times, strict=True):
-            side.run()
-            _wait(device)
-            start = time.perf_counter()
-            for _ in range(runs):
-                side.run()
-            found.append(1e3 * (time.perf_counter() - start) / runs)
-            _wait(device)
-    return ratio_of(*(found[1:] for found in times))  # the first round is a warm-up
-
-
-def captured(step: Callable[[], object], reset: Callable[[], object] = lambda: None) -> Side:
-    """A forward and backward pass as a CUDA graph; running the side replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            reset()
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    reset()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return Side(graph.replay)
 
 
 def _in_turn(count: int, number: int) -> Sequence[int]:
@@ -195,6 +139,7 @@ def _host_times(sides: Sequence[Side], seconds: float, least: int) -> list[list[
     return times
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what was queued."""
     if on_gpu(device):
         torch.cuda.synchronize()

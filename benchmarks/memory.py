@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.measure import on_gpu
 
-__all__ = ["available_bytes", "cache_bytes", "peak_bytes", "saved_bytes"]
+__all__ = ["cache_bytes", "peak_bytes", "saved_bytes"]
 
 
 def saved_bytes(forward: Callable[[], Tensor], not_counted: Sequence[Tensor]) -> int:
@@ -91,17 +91,6 @@ def _silent() -> Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
         os.close(nowhere)
-
-
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None where nobody says."""
-    if on_gpu(device):
-        return int(torch.cuda.mem_get_info(device)[0])
-    info = Path("/proc/meminfo")
-    if not info.is_file():
-        return None
-    sizes = dict(line.split(":", 1) for line in info.read_text(encoding="ascii").splitlines())
-    return int(sizes["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in sizes else None
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""One masked weight, its batch, and what each implementation computes with it: forward, dX and dW, apart and together.
+"""One masked weight and its batch, and what each implementation computes with it: forward, dX, dW, apart and together.
 
 A case of its own (`benchmarks.cases.op`), and what `benchmarks.gpu` measures layers with.
 """
@@ -8,47 +8,47 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastmask as fm
-from benchmarks.baselines import Baseline, Task, dense, loop, packed
+from benchmarks.baselines import BASELINES, Task
 from benchmarks.checking import check_all, check_baseline
 from benchmarks.measure import Side
 from fastmask.masks import UNPACKED
 from fastmask.operators import compute
 
-__all__ = ["PARTS", "Product", "gathered", "mixed_ids", "spread", "units_of"]
+__all__ = ["PARTS", "Product", "gathered", "mixed_ids", "units_of"]
 
 PARTS = ("forward", "dX", "dW", "forward+backward")
+PACKED = ("fastmask", "packed")  # what runs on operands as the layer before, or behind, leaves them
+_LEAVES = {"dX": [0], "dW": [1], PARTS[-1]: [0, 1, 2]}  # of x, weight, bias: those that have gradients
 Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Random tensors of one run: X and dY as baselines read them, the same as ours reads them, W and b."""
+    """Random tensors of one run."""
 
     x: Tensor
-    dy: Tensor
-    our_x: Tensor
-    our_dy: Tensor
     weight: Tensor
     bias: Tensor
+    dy: Tensor
 
 
 class Product:
     """A random layer with masks, its batch, and how each side runs on it.
 
     Args:
-        mask: over [N, K].
+        mask: over [N, K]; masks over rows and columns run packed, as in an attached model.
         ids: language of each example, int64 [B].
         tokens: of each example.
         device, dtype: of all operands.
-        packed: whether masks over rows and columns run packed, as in an attached model.
         autocast: the context that forward passes run in.
+        compiled: whether all sides run under `torch.compile`.
         copies: how many sets of operands there are; runs take them in turn, so that none finds its own in the cache.
     """
 
@@ -60,88 +60,77 @@ class Product:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         *,
-        packed: bool = True,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        compiled: bool = False,
         copies: int = 1,
     ) -> None:
         torch.manual_seed(0)
-        self.device, self.dtype, self.tokens, self.autocast = device, dtype, tokens, autocast
+        self.device, self.dtype, self.tokens, self.autocast, self.compiled = device, dtype, tokens, autocast, compiled
         self.mask, self.ids = mask.to(device), ids.to(device)
-        self.packed = packed and mask.kind in ("rows", "columns")
-        self.width = max(mask.live_counts()) if self.packed else UNPACKED
+        self.width = max(mask.live_counts()) if mask.kind in ("rows", "columns") else UNPACKED
         self.task = Task(self.mask, self.ids)
         self.operands = [self._operands() for _ in range(copies)]
+        self._packed = [self._as_packed(own) for own in self.operands]
         density = (self.mask.density[self.ids.clamp(min=0)]).mean().item()
-        # Of each of forward, dX and dW.
-        self.flops = 2.0 * len(ids) * tokens * mask.out_features * mask.in_features * density
+        self.dense_flops = 2.0 * len(ids) * tokens * mask.out_features * mask.in_features
+        self.flops = self.dense_flops * density  # of each of forward, dX and dW
         self._truth: list[Tensor] = []
 
     def _operands(self) -> Operands:
-        mask, B, T = self.mask, len(self.ids), self.tokens
-        N, K = mask.out_features, mask.in_features
+        B, T, N, K = len(self.ids), self.tokens, self.mask.out_features, self.mask.in_features
+        shapes = ((B, T, K), (N, K), (N,), (B, T, N))
+        x, weight, bias, dy = (torch.randn(shape, device=self.device, dtype=self.dtype) for shape in shapes)
+        return Operands(x, weight / K**0.5, bias, dy)
 
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, device=self.device, dtype=self.dtype)
+    def _as_packed(self, own: Operands) -> Operands:
+        if self.mask.kind == "columns":
+            return replace(own, x=gathered(own.x, self.mask, self.ids, self.width))
+        return replace(own, dy=gathered(own.dy, self.mask, self.ids, self.width)) if self.mask.kind == "rows" else own
 
-        x, dy, weight, bias = randn(B, T, K), randn(B, T, N), randn(N, K) / K**0.5, randn(N)
-        # The packed side as the layer before (or behind) leaves it; the other side is shared with the baselines.
-        our_x = gathered(x, mask, self.ids, self.width) if self.packed and mask.kind == "columns" else x
-        our_dy = gathered(dy, mask, self.ids, self.width) if self.packed and mask.kind == "rows" else dy
-        return Operands(x, dy, our_x, our_dy, weight, bias)
+    def function(self, name: str) -> Function:
+        """An implementation, of (x, weight, bias): "fastmask", "full" or a name of `BASELINES`."""
+        mask, width, ids, none = self.mask, self.width, self.ids, torch.full_like(self.ids, -1)
+        if name == "fastmask":  # the library's function for layers that were checked once
+            return lambda x, weight, bias: compute(x, weight, mask, ids, bias, width)
+        if name == "full":
+            return lambda x, weight, bias: compute(x, weight, mask, none, bias, UNPACKED)
+        baseline, task = BASELINES[name], self.task
+        return lambda x, weight, bias: baseline(x, weight, task, bias)
 
-    def ours(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What is measured: through the library's function for layers that were checked once."""
-        return compute(x, weight, self.mask, self.ids, bias, self.width)
-
-    def full(self, x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-        """The full network through the library: a dense product by whatever the library multiplies matrices with."""
-        return compute(x, weight, self.mask, torch.full_like(self.ids, -1), bias, UNPACKED)
-
-    def function(self, baseline: Baseline | None) -> Function:
-        """Ours, or a baseline's, of (x, weight, bias)."""
-        if baseline is None:
-            return self.ours
-        return lambda x, weight, bias: baseline(x, weight, self.task, bias)
-
-    def side(
-        self, part: str, baseline: Baseline | None = None, compiled: Callable[[Function], Function] | None = None
-    ) -> Side:
-        """Ours, or a baseline's: one of `PARTS`; `compiled` is applied to the function first."""
-        function = self.function(baseline)
-        call = function if compiled is None else compiled(function)
-
-        def forward(*leaves: Tensor | None) -> Tensor:
-            with self.autocast():
-                return call(*leaves)  # type: ignore[arg-type]
-
-        ours = baseline in (None, packed)
-        runs = [self._run(part, forward, operands, ours) for operands in self.operands]
+    def side(self, part: str, name: str = "fastmask") -> Side:
+        """One of `PARTS` of an implementation, with one set of operands after the other."""
+        function = self.function(name)
+        if self.compiled:
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+        runs = [self._run(part, function, own) for own in (self._packed if name in PACKED else self.operands)]
         in_turn = itertools.cycle(runs)
         return Side(lambda: next(in_turn)())
 
-    def _run(self, part: str, forward: Callable[..., Tensor], operands: Operands, ours: bool) -> Callable[[], object]:
-        """One run of a side on one set of operands."""
-        x, dy = (operands.our_x, operands.our_dy) if ours else (operands.x, operands.dy)
+    def _run(self, part: str, function: Function, own: Operands) -> Callable[[], object]:
         if part == "forward":
 
-            def run() -> object:
+            def forward() -> object:
                 with torch.no_grad():
-                    return forward(x, operands.weight, operands.bias)
+                    return self._y(function, own.x, own.weight, own.bias)
 
-            return run
-        if part in ("dX", "dW"):
-            pairs = ((x, "dX"), (operands.weight, "dW"))
-            leaves = [tensor.detach().requires_grad_(part == of) for tensor, of in pairs]
-            wanted, y = leaves[part == "dW"], forward(*leaves, None)
-            upstream = dy.to(y.dtype)
-            return lambda: torch.autograd.grad(y, wanted, upstream, retain_graph=True)
-        every = _leaves(x, operands)
+            return forward
+        wanted = _LEAVES[part]
+        every = [t.detach().requires_grad_(i in wanted) for i, t in enumerate((own.x, own.weight, own.bias))]
+        leaves = [every[i] for i in wanted]
+        if part != PARTS[-1]:
+            y = self._y(function, every[0], every[1], None)
+            upstream = own.dy.to(y.dtype)
+            return lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True)
 
         def both() -> object:
-            y = forward(*every)
-            return torch.autograd.grad(y, every, dy.to(y.dtype))
+            y = self._y(function, *every)
+            return torch.autograd.grad(y, leaves, own.dy.to(y.dtype))
 
         return both
+
+    def _y(self, function: Function, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        with self.autocast():
+            return function(x, weight, bias)
 
     # ---- proof
 
@@ -152,92 +141,52 @@ class Product:
             RuntimeError: a result is wrong.
         """
         if not self._truth:
-            found = self._packed_results(self.ours)
-            truth = self.results(loop, torch.float64)
+            truth, plain = self.results("loop", exact=True), self.results("loop")
             what = f"{self.mask.kind} {self.mask.out_features} x {self.mask.in_features}"
-            exact, plain = self._as_ours(truth), self._as_ours(self.results(loop))
-            check_all(what, ("y", "dX", "dW", "db"), found, exact, plain)
+            ours = self.results("fastmask")
+            check_all(what, ("y", "dX", "dW", "db"), ours, self._results_packed(truth), self._results_packed(plain))
             self._truth = truth
         return self._truth
 
-    def check_against(self, name: str, baseline: Baseline) -> None:
-        """See that a baseline computes the same; `full` the same as `dense`.
+    def check_against(self, name: str) -> None:
+        """See that a rival computes the same, and `full` the same as `dense`.
 
         Raises:
             RuntimeError: it does not.
         """
-        if baseline is packed:
-            return check_baseline(name, self._packed_results(self.function(packed)), self._as_ours(self.check()))
-        truth = self.results(dense, torch.float64) if baseline == self.full else self.check()
-        return check_baseline(name, self.results(baseline), truth)
+        if name == "bsr":  # which has no backward pass
+            found = self._y(self.function(name), *(getattr(self.operands[0], leaf) for leaf in ("x", "weight", "bias")))
+            check_baseline(name, [found], self.check()[:1])
+        else:
+            truth = self.results("dense", exact=True) if name == "full" else self.check()
+            check_baseline(name, self.results(name), self._results_packed(truth) if name in PACKED else truth)
 
-    def results(self, baseline: Baseline, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """y, dX, dW and db of a baseline on the first operands, not packed; in another dtype without autocast."""
-        operands = self.operands[0]
-        leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in _leaves(self._full_x(), operands)]
-        with self.autocast() if dtype is None else nullcontext():
-            y = baseline(leaves[0], leaves[1], self.task, leaves[2])
-        return [y.detach(), *torch.autograd.grad(y, leaves, self._full_dy().to(y.dtype))]
+    def results(self, name: str, exact: bool = False) -> list[Tensor]:
+        """y, dX, dW and db of an implementation on the first operands; `exact`: in float64."""
+        own = (self._packed if name in PACKED else self.operands)[0]
+        dtype = torch.float64 if exact else self.dtype
+        leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (own.x, own.weight, own.bias)]
+        with nullcontext() if exact else self.autocast():
+            y = self.function(name)(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, own.dy.to(y.dtype))]
 
-    def _packed_results(self, function: Function) -> list[Tensor]:
-        """y, dX, dW and db of what runs as ours does, on the first operands."""
-        operands = self.operands[0]
-        leaves = _leaves(operands.our_x, operands)
-        with self.autocast():
-            y = function(*leaves)
-        return [y.detach(), *torch.autograd.grad(y, leaves, operands.our_dy.to(y.dtype))]
-
-    def _as_ours(self, results: list[Tensor]) -> list[Tensor]:
-        """Reference results with y or dX packed as ours are."""
-        y, dx, dw, db = (result.detach() for result in results)
-        if self.packed and self.mask.kind == "rows":
+    def _results_packed(self, results: list[Tensor]) -> list[Tensor]:
+        """Results with y or dX packed as ours are."""
+        y, dx, dw, db = results
+        if self.mask.kind == "rows":
             y = gathered(y, self.mask, self.ids, self.width)
-        elif self.packed and self.mask.kind == "columns":
+        elif self.mask.kind == "columns":
             dx = gathered(dx, self.mask, self.ids, self.width)
         return [y, dx, dw, db]
-
-    def _full_x(self) -> Tensor:
-        """X as the unpacked reference reads it: no value where ours has none."""
-        operands = self.operands[0]
-        if not self.packed or self.mask.kind != "columns":
-            return operands.x
-        return spread(operands.our_x, self.mask, self.ids, self.mask.in_features)
-
-    def _full_dy(self) -> Tensor:
-        """The upstream gradient as the unpacked reference reads it."""
-        operands = self.operands[0]
-        if not self.packed or self.mask.kind != "rows":
-            return operands.dy
-        return spread(operands.our_dy, self.mask, self.ids, self.mask.out_features)
-
-
-def _leaves(x: Tensor, operands: Operands) -> list[Tensor]:
-    return [tensor.detach().requires_grad_() for tensor in (x, operands.weight, operands.bias)]
 
 
 def gathered(full: Tensor, mask: fm.Mask, ids: Tensor, width: int) -> Tensor:
     """[B, T, size] -> [B, T, width]: each example's live units to the front, zeros behind."""
-    packed = full.new_zeros(*full.shape[:-1], width)
-    for b, (language, own) in enumerate(_live_of(mask, ids)):
-        live = full[b] if language < 0 else full[b].index_select(-1, own)
+    packed, counts = full.new_zeros(*full.shape[:-1], width), mask.live_counts()
+    for b, language in enumerate(ids.tolist()):
+        live = full[b] if language < 0 else full[b].index_select(-1, mask.index[language, : counts[language]])
         packed[b, :, : live.shape[-1]] = live
     return packed
-
-
-def spread(packed: Tensor, mask: fm.Mask, ids: Tensor, size: int) -> Tensor:
-    """[B, T, width] -> [B, T, size]: undoes `gathered`, zeros where an example owns nothing."""
-    full = packed.new_zeros(*packed.shape[:-1], size)
-    for b, (language, own) in enumerate(_live_of(mask, ids)):
-        if language < 0:
-            full[b] = packed[b, :, :size]
-        else:
-            full[b].index_copy_(-1, own, packed[b, :, : len(own)])
-    return full
-
-
-def _live_of(mask: fm.Mask, ids: Tensor) -> list[tuple[int, Tensor]]:
-    counts = mask.live_counts()
-    return [(language, mask.index[language, : counts[language]]) for language in ids.tolist()]
 
 
 def units_of(languages: int, size: int, unit: int, density: float = 0.5, seed: int = 0) -> Tensor:

@@ -1,179 +1,180 @@
-"""`Row`: one measurement as one line of a tidy CSV file, with everything that is needed to read it later."""
+"""`Row`: one implementation of one part of a case, measured, as one line of a tidy CSV file."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
+from benchmarks.machine import Machine
+from benchmarks.measure import NOISY
 from benchmarks.setting import Setting
 from fastmask.files import write_text
 
-__all__ = ["Row", "append", "read", "setting_of", "write"]
+__all__ = ["Row", "Spread", "read", "write"]
+
+
+class Spread(NamedTuple):
+    """A median and, where they are known, the quartiles over rounds.
+
+    Of several processes: the median of their medians, the least and the most of them.
+    """
+
+    middle: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        """As tables show a speed."""
+        spread = "" if self.low is None or self.high is None else f" ({self.low:.2f}-{self.high:.2f})"
+        return f"{self.middle:.2f}x{spread}"
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Low and high; the median where they are not known."""
+        return (self.middle if self.low is None else self.low, self.middle if self.high is None else self.high)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation of one part of a case at one setting; what was not measured is None, an empty cell.
+    """What was found; what was not measured is None, an empty cell.
 
     Attributes:
-        case, part, implementation: what ran.
-        baseline: the implementation that ratios are taken to.
-        compiled, shape, layers, batch, tokens, languages, present, unit, density, dtype, threads, device: the setting;
-            `languages` are those that masks are held for, `present` those of the batch.
-        median_ms, low_ms, high_ms: median and quartiles of one run.
-        ratio, ratio_low, ratio_high: the baseline's time over this one's, round by round: above 1 is faster.
-        ideal: what the ratio would be if time followed the FLOPs; None where an implementation is not after that.
-        share: ratio / ideal.
-        examples_per_s: throughput, from the median.
-        saved_mib: what a forward pass keeps for its backward pass, without parameters and masks.
+        setting, part, implementation: what ran.
+        ms: milliseconds of one run.
+        over_dense: speed over PyTorch's dense network, of pairs of runs of one round; above 1 is faster.
+        over_full: speed over our dense: the whole network through fastmask, with the same products.
+        ideal: what `over_full` would be if time followed the FLOPs that masks leave.
+        kept_mib: what a forward pass keeps for its backward pass, without parameters and masks.
         peak_mib: the most that a run holds at once beyond what is there before it.
         masks_mib: the masks of all languages.
-        rounds: runs of each implementation.
-        noisy: whether the quartiles of the ratio lie too far apart to conclude.
+        tokens_per_s: tokens of the languages' batches that go through.
+        rounds, processes: runs of each implementation, over all processes.
         note: what else there is to say.
-        processor, torch, triton, python, fastmask, commit, date: where the numbers come from.
-        products: what fastmask multiplied float32 matrices with on a CPU, "torch" or "onednn".
+        machine: where the numbers come from.
     """
 
-    case: str
+    setting: Setting
     part: str
     implementation: str
-    baseline: str
-    compiled: bool
-    shape: str
-    layers: int
-    batch: int
-    tokens: int
-    languages: int
-    present: int
-    unit: str
-    density: float
-    dtype: str
-    threads: int
-    device: str
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    ideal: float | None
-    share: float | None
-    examples_per_s: float
-    saved_mib: float | None
+    ms: Spread
+    over_dense: Spread | None
+    over_full: Spread | None
+    ideal: float
+    kept_mib: float | None
     peak_mib: float | None
     masks_mib: float | None
+    tokens_per_s: float
     rounds: int
-    noisy: bool
+    processes: int
     note: str
-    processor: str
-    torch: str
-    triton: str
-    python: str
-    fastmask: str
-    products: str
-    commit: str
-    date: str
+    machine: Machine
 
-    def key(self) -> tuple[Any, ...]:
-        """What two runs must have in common to be compared: case, part, implementation and setting."""
-        return (self.part, self.implementation, setting_of(self))
+    @property
+    def key(self) -> tuple[Setting, str, str]:
+        """What two runs must have in common to be compared."""
+        return (self.setting, self.part, self.implementation)
 
+    @property
+    def share(self) -> float | None:
+        """Share of the ideal that is reached, of our dense."""
+        return None if self.over_full is None else self.over_full.middle / self.ideal
 
-COLUMNS = [field.name for field in fields(Row)]
-_TYPES = get_type_hints(Row)
-
-
-def setting_of(row: Row) -> Setting:
-    """The setting that a row was measured at."""
-    return Setting.stored(vars(row))
-
-
-def append(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file, all or (if the process dies while it writes) less than a line too much; see `read`."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    new = not target.is_file() or target.stat().st_size == 0
-    if not new:
-        _drop_torn_line(target)
-    with target.open("a", encoding="utf-8", newline="") as file:
-        file.write(_text(rows, header=new))
-        file.flush()
-        os.fsync(file.fileno())
+    @property
+    def noisy(self) -> bool:
+        """Whether the speed over dense is spread too widely to conclude."""
+        if self.over_dense is None:
+            return False
+        low, high = self.over_dense.bounds
+        return high - low > NOISY * self.over_dense.middle
 
 
 def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write a CSV file, replacing the whole at once."""
-    write_text(path, _text(list(rows), header=True))
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(_cells(row) for row in rows)
+    write_text(path, out.getvalue())
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
-    """Read what `append` or `write` wrote; a last line that a killed process left half written is left out.
+    """Read what `write` wrote.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not such a file; the message says what is wrong with it.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    text = text[: text.rfind("\n") + 1]
-    lines = csv.reader(io.StringIO(text, newline=""))
-    header = next(lines, [])
-    missing = [name for name in COLUMNS if name not in header]
-    if missing:
-        raise ValueError(f"{path} is not a file of benchmark rows: it has no column {missing[0]!r}")
-    found = []
+    header, *lines = [*csv.reader(io.StringIO(Path(path).read_text(encoding="utf-8"), newline=""))] or [[]]
+    if header != COLUMNS:
+        wrong = next((name for name in COLUMNS if name not in header), "more than there should be")
+        raise ValueError(f"{path} is not a file of benchmark rows: it has no column {wrong!r}")
+    found: list[Row] = []
     for number, cells in enumerate(lines, 2):
-        if len(cells) != len(header):
-            raise ValueError(f"line {number} of {path} has {len(cells)} cells (expected {len(header)})")
-        named = dict(zip(header, cells, strict=True))
         try:
-            found.append(Row(**{name: _parsed(name, named[name]) for name in COLUMNS}))
+            found.append(_built(Row, dict(zip(COLUMNS, cells, strict=True))))
         except ValueError as error:
             raise ValueError(f"line {number} of {path}: {error}") from None
     return found
 
 
-def _text(rows: Sequence[Row], header: bool) -> str:
-    out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    if header:
-        writer.writerow(COLUMNS)
-    for row in rows:
-        writer.writerow([_written(getattr(row, name)) for name in COLUMNS])
-    return out.getvalue()
+def _columns(kind: Any) -> list[str]:
+    found = []
+    for name, own in get_type_hints(kind).items():
+        many = [name, f"{name}_low", f"{name}_high"] if _is_spread(own) else [name]
+        found += _columns(own) if is_dataclass(own) else many
+    return found
 
 
-def _written(value: Any) -> str:
+def _is_spread(kind: Any) -> bool:
+    return Spread in (kind, *get_args(kind))
+
+
+COLUMNS = _columns(Row)
+
+
+def _cells(thing: Any) -> list[str]:
+    found = []
+    for field in fields(thing):
+        value = getattr(thing, field.name)
+        if is_dataclass(value):
+            found += _cells(value)
+        elif isinstance(value, Spread) or f"{field.name}_low" in COLUMNS:
+            found += [_text(number) for number in value or (None, None, None)]
+        else:
+            found.append(_text(value))
+    return found
+
+
+def _text(value: Any) -> str:
     if value is None:
         return ""
-    if isinstance(value, bool):
-        return str(value).lower()
     return f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
 
 
-def _parsed(name: str, text: str) -> Any:
-    kind = _TYPES[name]
-    if type(None) in get_args(kind):
-        return float(text) if text else None
-    if kind is bool:
-        if text not in ("true", "false"):
-            raise ValueError(f"{name} is {text!r} (expected true or false)")
-        return text == "true"
+def _built(kind: Any, cells: Mapping[str, str]) -> Any:
+    values: dict[str, Any] = {}
+    for name, own in get_type_hints(kind).items():
+        if is_dataclass(own):
+            values[name] = _built(own, cells)
+        elif _is_spread(own):
+            three = [_parsed(column, float | None, cells[column]) for column in (name, f"{name}_low", f"{name}_high")]
+            values[name] = None if three[0] is None else Spread(*three)
+        else:
+            values[name] = _parsed(name, own, cells[name])
+    return Setting.stored(values) if kind is Setting else kind(**values)
+
+
+def _parsed(name: str, kind: Any, text: str) -> Any:
+    if kind is bool and text in ("True", "False"):
+        return text == "True"
+    if get_args(kind):  # a number that may be missing
+        kind = float if text else lambda _: None
     try:
-        return kind(text)
+        return kind(text) if kind is not bool else int("")
     except ValueError:
-        raise ValueError(f"{name} is {text!r} (expected {'a number' if kind is float else 'a whole number'})") from None
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off what follows the last line's end."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+        raise ValueError(f"{name} is {text!r} (expected {'True or False' if kind is bool else 'a number'})") from None

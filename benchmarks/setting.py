@@ -11,11 +11,7 @@ import torch
 
 from fastmask.errors import unknown
 
-__all__ = ["BLOCKS", "DTYPES", "SHAPES", "UNITS", "DoesNotFitError", "Setting", "Shape", "block_of"]
-
-
-class DoesNotFitError(ValueError):
-    """A setting whose parts do not go together; a sweep with others left goes on without it."""
+__all__ = ["BLOCKS", "SHAPES", "UNITS", "Setting", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -34,9 +30,9 @@ SHAPES = {
     "xlmr-large": Shape(1024, 4096, 16),
     "7b": Shape(4096, 11008, 32),  # a layer of a decoder of 7 billion parameters
 }
-BLOCKS = ("blocks16", "blocks32", "blocks64")
-UNITS = ("heads", "neurons", "both", "head-inputs", "neuron-inputs", *BLOCKS, "weights")
-DTYPES = ("float32", "bfloat16")
+BLOCKS = {"blocks16": 16, "blocks32": 32, "blocks64": 64}  # the side of a block
+UNITS = ("both", "heads", "neurons", "neuron-inputs", *BLOCKS, "weights")
+_WORDS = {"both": "heads + neurons", "weights": "single weights"}
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,9 @@ class Setting:
     Attributes:
         case: what runs; a name of `benchmarks.cases.CASES`.
         shape: a name of `SHAPES`.
-        layers: of the model; cases of one layer have no use for it.
-        unit: what lives and dies as one; "both" is heads and neurons. Of one weight, "heads" and "neurons" are rows,
-            "head-inputs" and "neuron-inputs" the columns that consume them.
+        layers: of the model; one weight has no use for it.
+        unit: what lives and dies as one; "both" is heads and neurons. Of one weight, "neurons" are rows, and
+            "neuron-inputs" the columns that consume them.
         density: share of the units that every language owns.
         languages: masks held.
         present: languages of the batch, in equal shares, sorted.
@@ -61,7 +57,6 @@ class Setting:
 
     Raises:
         ValueError, KeyError: a number out of range, an unknown name.
-        DoesNotFitError: more languages in the batch than masks are held for, or than the batch has examples.
     """
 
     case: str
@@ -75,29 +70,23 @@ class Setting:
     tokens: int = 128
     dtype: str = "float32"
     compiled: bool = False
-    threads: int = 1
+    threads: int = 2
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name, choices in (("shape", SHAPES), ("unit", UNITS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise unknown(name, getattr(self, name), choices)
+        choices = {"shape": SHAPES, "unit": UNITS, "dtype": ("float32", "bfloat16"), "device": ("cpu", "cuda")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density:g} (expected above 0 and at most 1)")
         for name in ("layers", "languages", "present", "batch", "tokens", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} (expected at least 1)")
-        if self.present > self.languages:
-            raise DoesNotFitError(
-                f"present is {self.present} (expected at most the languages that masks are held for, {self.languages})"
-            )
-        if self.present > self.batch:
-            raise DoesNotFitError(
-                f"present is {self.present} (expected at most the examples of the batch, {self.batch})"
-            )
-        if self.device not in ("cpu", "cuda"):
-            raise unknown("device", self.device, ("cpu", "cuda"))
+        for name, what in (("languages", "the languages that masks are held for"), ("batch", "the examples")):
+            if self.present > getattr(self, name):
+                raise ValueError(f"present is {self.present} (expected at most {what}, {getattr(self, name)})")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is 'cuda', but PyTorch finds no GPU here (expected cpu)")
 
@@ -119,16 +108,9 @@ class Setting:
         """Where it runs."""
         return torch.device(self.device)
 
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """What products are cast to; None where nothing is."""
-        return None if self.dtype == "float32" else getattr(torch, self.dtype)
-
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that forward passes run in."""
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device, dtype=self.autocast_dtype)
+        return nullcontext() if self.dtype == "float32" else torch.autocast(self.device, getattr(torch, self.dtype))
 
     def ids(self) -> torch.Tensor:
         """The languages of the examples, int64 [batch], on the device."""
@@ -136,16 +118,8 @@ class Setting:
 
     def words(self) -> str:
         """The setting in one line, as tables and errors name it."""
-        unit = {"both": "heads + neurons", "weights": "single weights"}.get(self.unit, self.unit)
-        mixed = "one language" if self.present == 1 else f"{self.present} languages mixed"
-        parts = [f"{self.case} {self.shape}", f"{unit} at {self.density:.0%}", mixed, f"{self.batch} x {self.tokens}"]
-        if self.dtype != "float32":
-            parts.append(self.dtype)
-        if self.compiled:
-            parts.append("compiled")
+        mixed = "one language" if self.present == 1 else f"{self.present} languages in one batch"
+        unit = _WORDS.get(self.unit, self.unit)
+        parts = [f"{self.case} {self.shape}", f"{unit} at {self.density:.0%}", mixed]
+        parts += [f"{self.batch} x {self.tokens} tokens", self.dtype, *(["compiled"] if self.compiled else [])]
         return ", ".join(parts)
-
-
-def block_of(unit: str) -> int:
-    """The side of a block: 64 of "blocks64"."""
-    return int(unit.removeprefix("blocks"))

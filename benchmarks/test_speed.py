@@ -13,19 +13,12 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.cases import Case, case_of
+from benchmarks.cases import CASES, Case
 from benchmarks.setting import Setting
 
 SETTINGS = [
-    Setting("op", shape="small", unit="neurons"),
-    Setting("op", shape="small", unit="blocks32"),
-    Setting("op", shape="small", unit="weights"),
-    Setting("attention", shape="small", unit="heads", present=8),
-    Setting("encoder", shape="small", layers=2),
-    Setting("encoder", shape="small", layers=2, present=8),
-    Setting("inference", shape="small", layers=2, present=8),
-    Setting("step", shape="small", layers=2, languages=8, present=8, batch=16, tokens=24),
-    Setting("optimizer", shape="small", layers=2),
+    *(Setting("op", shape="small", unit=unit, threads=1) for unit in ("neurons", "blocks32", "weights")),
+    *(Setting(case, shape="small", layers=2, present=8, threads=1) for case in ("encoder", "step")),
 ]
 
 
@@ -33,24 +26,21 @@ SETTINGS = [
 def proven(setting: Setting) -> Case:
     """The case, built and checked once."""
     torch.set_num_threads(setting.threads)
-    case = case_of(setting.case)(setting)
+    case = CASES[setting.case](setting)
     case.check()
     return case
 
 
-def runs() -> list[pytest.param]:  # type: ignore[valid-type]
-    """Every implementation of every part that applies, without building anything."""
-    found = []
-    for setting in SETTINGS:
-        kind = case_of(setting.case)
-        for part in kind.parts:
-            for name in kind.implementations:
-                if kind.why_not(setting, name) is None and not (name == "bsr" and part != "forward"):
-                    found.append(pytest.param(setting, part, name, id=f"{setting.words()}, {part}, {name}"))
-    return found
+RUNS = [
+    pytest.param(setting, part, name, id=f"{setting.words()}, {part}, {name}")
+    for setting in SETTINGS
+    for part in CASES[setting.case].parts
+    for name in CASES[setting.case].implementations
+    if CASES[setting.case].why_not(setting, name) is None and not (name == "bsr" and part != "forward")
+]
 
 
-@pytest.mark.parametrize(("setting", "part", "name"), runs())
+@pytest.mark.parametrize(("setting", "part", "name"), RUNS)
 def test_speed(benchmark, setting, part, name):  # type: ignore[no-untyped-def]
     """Times one implementation; fails where it computes something else."""
     benchmark.group = f"{setting.words()}, {part}"

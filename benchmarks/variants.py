@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fastmask as fm
 from benchmarks.baselines import BASELINES, BaselineLinear, Task
 
-__all__ = ["Variants", "encoder_of", "random_weights"]
+__all__ = ["Variants", "encoder_of", "subnets_of"]
 
 
 def encoder_of(
@@ -31,9 +31,11 @@ def encoder_of(
     return BertModel(config, add_pooling_layer=False).to(device, dtype).train()
 
 
-def random_weights(model: nn.Module, languages: Sequence[str], density: float, seed: int) -> fm.Subnetworks:
-    """Subnetworks over single weights of every linear layer of the encoder, each weight live with chance `density`."""
-    generator = torch.Generator().manual_seed(seed)
+def subnets_of(model: nn.Module, languages: Sequence[str], density: float, unit: str) -> fm.Subnetworks:
+    """Random subnetworks over a unit of an encoder; over "weights", those of every linear layer, one by one."""
+    if unit != "weights":
+        return fm.Subnetworks.random(model.config, languages, density, seed=0, units=unit)
+    generator = torch.Generator().manual_seed(0)
     weights = {
         name: torch.rand(len(languages), *module.weight.shape, generator=generator) < density
         for name, module in model.named_modules()
@@ -54,57 +56,43 @@ class Variants:
 
     def __init__(self, plain: nn.Module, subnets: fm.Subnetworks, ids: Tensor, share: bool) -> None:
         self.plain, self.ids, self.share = plain, ids, share
-        self.masked = fm.attach(self._twin(), subnets)
-        self.masked_layers = {
-            name: layer for name, layer in self.masked.named_modules() if isinstance(layer, fm.MaskedLinear)
-        }
+        self.masked = fm.attach(self.twin(), subnets)
+        layers = ((name, layer) for name, layer in self.masked.named_modules() if isinstance(layer, fm.MaskedLinear))
+        self.masks = {name: layer.mask for name, layer in layers}
         self._tasks: dict[str, Task] = {}
 
     def of(self, name: str) -> nn.Module:
-        """The model in the form of a baseline ("dense", or a name of `BASELINES`), "fastmask", or "compact".
+        """The model in the form of a rival (a name of `BASELINES`, or "compact") or as attached ("fastmask", "full").
 
-        "full" is the attached model, which `fastmask.language` can run without masks.
+        `fastmask.language` can run an attached model without masks.
         """
         if name in ("fastmask", "full"):
             return self.masked
-        if name == "compact":
-            return self._compact()
-        model = self._twin()
-        if name == "dense":
-            return model
-        for path, layer in self.masked_layers.items():
-            if path not in self._tasks:
-                self._tasks[path] = Task(layer.mask, self.ids)
-            linear = model.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            _replace(model, path, BaselineLinear(linear, self._tasks[path], BASELINES[name]))
+        model = copy.deepcopy(self.plain) if name == "compact" else self.twin()
+        for path in self.masks if name != "dense" else ():
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, self._replacement(name, path, model))
         return model
 
-    def _twin(self) -> nn.Module:
+    def twin(self) -> nn.Module:
+        """The dense model once more."""
         memo = {id(parameter): parameter for parameter in self.plain.parameters()} if self.share else {}
         return copy.deepcopy(self.plain, memo)
 
-    def _compact(self) -> nn.Module:
-        """A model whose layers really are as small as the one language's subnetwork; no masks, parameters of its own.
+    def _replacement(self, name: str, path: str, model: nn.Module) -> nn.Module:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        if name == "compact":
+            return self._compact(linear, self.masks[path])
+        if path not in self._tasks:
+            self._tasks[path] = Task(self.masks[path], self.ids)
+        return BaselineLinear(linear, self._tasks[path], BASELINES[name])
 
-        Not a way to share a model: the yardstick of what masking could reach.
-        """
+    def _compact(self, linear: nn.Linear, mask: fm.Mask) -> nn.Linear:
+        """A layer that really is as small as the one language's subnetwork, with parameters of its own."""
         (language,) = set(self.ids.tolist())
-        model = copy.deepcopy(self.plain)
-        for path, layer in self.masked_layers.items():
-            live = layer.mask.index[language, : layer.mask.live_counts()[language]]
-            weight = layer.weight.detach()
-            rows = layer.mask.kind == "rows"
-            small = weight.index_select(0 if rows else 1, live)
-            linear = nn.Linear(small.shape[1], small.shape[0], bias=layer.bias is not None, device=small.device)
-            with torch.no_grad():
-                linear.weight.copy_(small)
-                if layer.bias is not None:
-                    linear.bias.copy_(layer.bias[live] if rows else layer.bias)
-            _replace(model, path, linear.to(small.dtype))
-        return model
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+        live, rows = mask.index[language, : mask.live_counts()[language]], mask.kind == "rows"
+        weight, bias = linear.weight.detach().index_select(0 if rows else 1, live), linear.bias.detach()
+        small = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+        small.weight, small.bias = nn.Parameter(weight), nn.Parameter(bias[live] if rows else bias.clone())
+        return small

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from benchmarks.measure import Side
-from benchmarks.setting import SHAPES, Setting
+from benchmarks.setting import Setting
 from fastmask.errors import unknown
 
-__all__ = ["Case", "WrongResultError"]
+__all__ = ["DENSE", "Case"]
 
-
-class WrongResultError(RuntimeError):
-    """An implementation does not compute what it should: nothing is timed."""
+DENSE = ("dense", "full")  # the whole network, as PyTorch runs it and through fastmask: ratios are taken to both
 
 
 class Case:
@@ -21,110 +19,83 @@ class Case:
 
     Args:
         setting: what is measured.
-        names: implementations to run; default all that apply. The baseline always runs.
+        names: implementations to run; default all that apply. Those of `DENSE` always run.
 
     Attributes:
-        name, units, shapes, parts: of the case; the first part is what tables show where one is shown.
-        implementations: all there are, the baseline of the ratios first.
+        name, units, parts, implementations: of the case.
         defaults: what a sweep takes for fields of the setting that are not given.
-        layered: whether the setting's number of layers counts.
-        aside: implementations that do something else, and have no ideal.
         can: what else it can be asked for: "compiled", "bfloat16", "cuda".
-        warm_up, least: untimed runs of each side, and rounds at least; None: what is usual.
-        chosen: the implementations that run here, the baseline first.
+        least: rounds at least.
+        chosen: the implementations that run here.
         notes: what was left out, and why.
     """
 
     name: ClassVar[str]
     units: ClassVar[tuple[str, ...]]
-    shapes: ClassVar[tuple[str, ...]] = tuple(SHAPES)
     parts: ClassVar[tuple[str, ...]]
     implementations: ClassVar[tuple[str, ...]]
     defaults: ClassVar[dict[str, Any]] = {}
-    layered: ClassVar[bool] = True
-    aside: ClassVar[tuple[str, ...]] = ()
     can: ClassVar[tuple[str, ...]] = ()
-    warm_up: ClassVar[int] = 2
-    least: ClassVar[int | None] = None
+    least: ClassVar[int] = 7
 
     def __init__(self, setting: Setting, names: Sequence[str] | None = None) -> None:
         self.setting = setting
-        self.notes: list[str] = []
-        baseline, *others = self.implementations
-        for name in names or ():
-            if name not in self.implementations:
-                raise unknown(f"implementation of the case {self.name!r}", name, self.implementations)
-        self.chosen = [baseline]
-        for name in others:
-            if names is not None and name not in names:
-                continue
-            reason = self.why_not(setting, name)
-            if reason is None:
-                self.chosen.append(name)
-            else:
-                self.notes.append(f"without {name}: {reason}")
-
-    @property
-    def baseline(self) -> str:
-        """The implementation that ratios are taken to."""
-        return self.implementations[0]
+        asked = self.implementations if names is None else (*DENSE, *names)
+        reasons = {name: self.why_not(setting, name) for name in self.implementations if name in asked}
+        self.chosen = [name for name, reason in reasons.items() if reason is None]
+        self.notes = [f"without {name}: {reason}" for name, reason in reasons.items() if reason is not None]
 
     @classmethod
-    def refuse(cls, setting: Setting) -> None:
-        """See that the case knows the setting's unit and shape, before anything is built.
+    def refuse(cls, setting: Setting, names: Sequence[str] = (), parts: Sequence[str] = ()) -> None:
+        """See that the case knows what is asked of it, before anything is built.
 
         Raises:
-            KeyError: it does not; the message names those it knows.
-            DoesNotFitError: parts of the setting do not go together here.
+            KeyError: a name that it does not know; the message gives those it does.
+            ValueError: what it cannot do, or parts of the setting that do not go together here.
         """
-        for what, given, known in (("unit", setting.unit, cls.units), ("shape", setting.shape, cls.shapes)):
-            if given not in known:
-                raise unknown(f"{what} of the case {cls.name!r}", given, known)
+        asked = (("unit", [setting.unit], cls.units), ("implementation", names, cls.implementations))
+        for what, given, known in (*asked, ("part", parts, cls.parts)):
+            for name in given:
+                if name not in known:
+                    raise unknown(f"{what} of the case {cls.name!r}", name, known)
+        for is_asked, what in (
+            (setting.compiled, "compiled"),
+            (setting.dtype != "float32", "bfloat16"),
+            (setting.device != "cpu", "cuda"),
+        ):
+            if is_asked and what not in cls.can:
+                raise ValueError(f"the case {cls.name!r} has no {what} form (expected one of: {', '.join(cls.can)})")
 
     @classmethod
     def why_not(cls, setting: Setting, name: str) -> str | None:
         """Why an implementation does not apply at a setting; None if it does."""
         return None
 
-    @classmethod
-    def memory_needed(cls, setting: Setting, names: Sequence[str]) -> int:
-        """Bytes that the measurement will take, roughly; 0 where that is no question."""
-        return 0
+    @property
+    def tokens(self) -> int:
+        """Tokens that one run goes through."""
+        return self.setting.batch * self.setting.tokens
 
     def check(self) -> None:
-        """Prove every implementation equal to the reference.
+        """Prove every implementation equal to the reference in float64.
 
         Raises:
-            WrongResultError: one is not; nothing is timed.
+            RuntimeError: one is not; nothing is timed.
         """
         raise NotImplementedError
 
     def sides(self, part: str) -> dict[str, Side]:
-        """What is timed: the chosen implementations, the baseline first."""
+        """What is timed: the chosen implementations that have such a part."""
         raise NotImplementedError
 
-    def ideal(self) -> float:
-        """The ratio if time followed the FLOPs that the masks leave."""
+    def ideal(self, name: str) -> float:
+        """Speed over dense if time followed the FLOPs that the masks leave to an implementation."""
         raise NotImplementedError
 
-    def ideal_of(self, name: str) -> float | None:
-        """The ideal of one implementation: 1 of the dense ones, None of those that do something else."""
-        if name in self.aside:
-            return None
-        return 1.0 if name in (self.baseline, "full") else self.ideal()
-
-    def saved(self) -> dict[str, int]:
+    def kept(self) -> dict[str, int]:
         """Bytes that each implementation keeps for its backward pass; empty where that is not counted."""
         return {}
 
-    def peaks(self) -> dict[str, int]:
-        """Most bytes that each implementation holds at once beyond what is there before; empty where not counted."""
-        return {}
-
-    def mask_bytes(self) -> int | None:
-        """Bytes of the masks of all languages; None where there are none."""
-        return None
-
-    def findings(self, times: dict[str, dict[str, list[float]]]) -> list[str]:
-        """What else there is to say once everything was timed: milliseconds by part and implementation."""
-        return []
+    def mask_bytes(self) -> int:
+        """Bytes of the masks of all languages."""
+        raise NotImplementedError

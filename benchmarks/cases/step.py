@@ -1,205 +1,136 @@
-"""Training steps of the parser, whole: sampling and collating, forward, backward, clipping, optimiser."""
+"""A training step of a BERT encoder: forward, backward and the optimiser, with AdamW or `LiveAdamW`."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 import fastmask as fm
-from benchmarks.cases.case import Case, WrongResultError
-from benchmarks.cases.encoder import live_flops
+from benchmarks.cases.case import DENSE
+from benchmarks.cases.encoder import Encoder
 from benchmarks.measure import Side
-from benchmarks.parser_bed import ParserBed
 from benchmarks.setting import Setting
-from benchmarks.variants import Variants
-from fastmask.optim import LiveAdamW
-from fastmask.tasks.parsing.batch import Batch
-from fastmask.tasks.parsing.parser import Parser
-from fastmask.tasks.parsing.task import Parsing
-from fastmask.training.batches import MixedBatches
-from fastmask.training.config import TrainConfig
-from fastmask.training.engine import accelerator_for, build_optimizer, peak_rates
+from fastmask.live import live_of, masked_parameters
 
 __all__ = ["Step"]
 
-SENTENCES = 128  # of each language
+OPTIONS: dict[str, Any] = {"lr": 1e-5}
+GRADIENTS = "gradients times masks"  # the reference of sparse fine-tuning
 
 
-class Trainer:
-    """One parser and what the training loop has around it; `step` does what the loop does between two scores."""
+class Step(Encoder):
+    """A step of each implementation on parameters of its own; the gradients are what is proven.
 
-    def __init__(self, bed: ParserBed, setting: Setting, optimizer: str, form: str) -> None:
-        masked = form == "subnetworks"
-        self.config = TrainConfig(
-            batch_size=setting.batch, optimizer=optimizer, method="static" if masked else "full", device=setting.device,
-            precision="no" if setting.autocast_dtype is None else "bf16",
-        )  # fmt: skip
-        self.accelerator = accelerator_for(setting.device, self.config.precision)
-        self.parser: Parser = copy.deepcopy(bed.parser).to(self.accelerator.device)
-        if form != "plain":
-            fm.attach(self.parser.encoder, bed.subnets)
-        self.full = form == "full"
-        task = Parsing(self.parser)
-        built = build_optimizer(task, self.config)
-        self.announce = built.announce if isinstance(built, LiveAdamW) else None
-        self.model, self.optimizer = self.accelerator.prepare(self.parser, built)
-        rates = peak_rates(task, self.config)
-        self.batches = MixedBatches(task, self.model, bed.data, self.config, rates, self.accelerator)
-        self.numbers = {name: i for i, name in enumerate(bed.languages)}
-        if masked:
-            self.batches.use_subnetworks(self.numbers)
-        self.model.train()
-        self.done = 0
-
-    def step(self) -> None:
-        """One step of the training loop."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.languages():
-            seen = self.batches.accumulate(self.done)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        if self.announce is not None:
-            self.announce([self.numbers[name] for name in seen.languages])
-        self.optimizer.step()
-        self.done = seen.step
-
-    def cycle(self) -> None:
-        """A step of each length quantile, as many as the sampler goes through before it begins again."""
-        for _ in range(self.batches.sampler.bins):
-            self.step()
-
-    def languages(self) -> AbstractContextManager[None]:
-        """What forward passes run in: the full network of an attached parser, or what the batch says."""
-        return fm.language(self.parser.encoder, None) if self.full else nullcontext()
-
-    def draw_cycle(self) -> None:
-        """The data of a cycle."""
-        for _ in range(self.batches.sampler.bins):
-            self.draw()
-
-    def draw(self) -> Batch:
-        """The data of a step: what the loop does before the forward pass."""
-        rows, languages = next(self.batches.sampler)
-        batch = self.parser.features.collate(self.batches.joined.select(rows))
-        if self.batches.ids is not None:
-            batch.language_ids = self.batches.ids[torch.from_numpy(languages)]
-        return batch.to(self.accelerator.device)
-
-
-class Step(Case):
-    """Training steps of the parser: data, forward, backward, optimiser; `tokens` is the mean length of a sentence.
-
-    A run is a cycle of ten steps, one of each length quantile: a batch of the longest sentences takes ten times as long
-    as one of the shortest, and gains twice as much, so that no single step says how many sentences a second go through.
-    "data" is what sampling and collating take of it.
+    "sparse" is sparse fine-tuning: the full network runs (`forward="full"`), and each language changes what it owns.
+    "multiply" does the same as composable-sft does: whole gradients, one language after the other, times masks.
     """
 
     name = "step"
-    units = ("both", "heads", "neurons")
-    parts = ("ten steps",)
-    warm_up = 1
-    least = 3
-    implementations = ("dense", "fastmask", "full", "fastmask-live", "data")
-    defaults: ClassVar[dict[str, Any]] = {"languages": 8, "present": 8, "batch": 32, "tokens": 24}
-    aside = ("data",)
+    parts = ("step",)
+    implementations = (*DENSE, "fastmask", "live", "sparse", "multiply")
+    ours = ("fastmask", "live", "sparse")
     can = ("bfloat16", "cuda")
+    share = False
 
     def __init__(self, setting: Setting, names: Sequence[str] | None = None) -> None:
         super().__init__(setting, names)
-        self.bed = ParserBed(setting, SENTENCES)
-        forms = {"dense": ("adamw", "plain"), "full": ("adamw", "full"), "fastmask": ("adamw", "subnetworks")}
-        forms |= {"fastmask-live": ("live", "subnetworks"), "data": ("adamw", "subnetworks")}
-        self.trainers = {name: Trainer(self.bed, setting, *forms[name]) for name in self.chosen}
-        self._flops: tuple[float, float] | None = None
+        self.optimizers = {name: self._optimizer(name, model) for name, model in self.models.items()}
 
     @classmethod
-    def refuse(cls, setting: Setting) -> None:
-        """Batches mix all languages."""
-        super().refuse(setting)
-        if setting.present != setting.languages:
-            raise ValueError(
-                f"training mixes all languages: present is {setting.present} (expected {setting.languages}, "
-                "the languages that masks are held for)"
-            )
+    def why_not(cls, setting: Setting, name: str) -> str | None:
+        """Gradients of several languages can be multiplied one after the other."""
+        return None
 
-    def check(self) -> None:
-        """The gradients of one batch, dropout off, are those of gates on heads and neurons."""
-        trainer = Trainer(self.bed, self.setting, "adamw", "subnetworks")
-        batch = trainer.draw()
-        assert batch.language_ids is not None
-        reference = copy.deepcopy(self.bed.parser).to(self.setting.torch_device)
-        reference.encoder = Variants(reference.encoder, self.bed.subnets, batch.language_ids, share=False).of("gating")
-        _compared(_gradients(trainer.parser, batch), _gradients(reference, batch), "the attached parser")
-        if "full" in self.chosen:
-            full, batch_of_all = self.trainers["full"], copy.copy(batch)
-            batch_of_all.language_ids = None
-            with full.languages():
-                found = _gradients(full.parser, batch_of_all)
-            dense = _gradients(self.trainers["dense"].parser, batch_of_all)
-            _compared(found, dense, "the parser's full network")
-        if "fastmask" in self.chosen:
-            self._flops = self._counted(batch)
+    def model(self, name: str) -> nn.Module:
+        """Plain or attached; moments are kept for the languages of the masks, so these are those of the batch."""
+        model = self.variants.twin()
+        if name == "multiply":
+            self.keep = self._flags()
+            for path, parameter in model.named_parameters():
+                parameter.requires_grad_(path in self.keep)
+        if name not in (*self.ours, "full"):
+            return model
+        own = self.subnets.select(self.subnets.languages[: self.setting.present])
+        fm.attach(model, own, forward="full" if name == "sparse" else "masked")
+        if name == "sparse":
+            fm.freeze_unmasked(model)
+        return model
 
-    def sides(self, part: str) -> dict[str, Side]:
-        """A cycle of each, or the data of one."""
-        trainers = self.trainers.items()
-        return {name: Side(trainer.draw_cycle if name == "data" else trainer.cycle) for name, trainer in trainers}
+    def _flags(self) -> dict[str, Tensor]:
+        """What each language of the batch owns of each masked parameter: float32 [present, *shape]."""
+        masked, found = masked_parameters(self.variants.masked), {}
+        for path, parameter in self.variants.masked.named_parameters():
+            if parameter in masked:
+                own = [live_of(masked[parameter].mask, [language]) for language in range(self.setting.present)]
+                found[path] = torch.stack([live.only(torch.ones_like(parameter.detach())) for live in own])
+        return found
 
-    def ideal(self) -> float:
-        """FLOPs of a dense forward and backward pass, all of the parser's, over those with the encoder's live part."""
-        if self._flops is None:
-            return 1.0
-        every, saved = self._flops
-        return every / (every - saved)
+    def _optimizer(self, name: str, model: nn.Module) -> torch.optim.Optimizer:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if name in ("live", "sparse"):
+            return fm.LiveAdamW(trained, model=model, **OPTIONS)
+        return torch.optim.AdamW(trained, fused=True, **OPTIONS)
 
-    def _counted(self, batch: Batch) -> tuple[float, float]:
-        """FLOPs of a dense pass on a batch, and how many of them masks save."""
-        parser = copy.deepcopy(self.bed.parser).to(self.setting.torch_device).eval()
-        with FlopCounterMode(display=False) as counter:
-            loss = parser(batch).loss
-            assert loss is not None
-            loss.backward()
-        subnets, shape = self.bed.subnets, (self.setting.languages, self.setting.layers)
-        shares = [
-            torch.ones(shape) if keep is None else keep.float().mean(2) for keep in (subnets.heads, subnets.neurons)
-        ]
-        width = batch.word_mask.shape[1] + 1  # with the root
-        full = live_flops(self.setting.sizes, width, *(torch.ones_like(share) for share in shares))
-        live = live_flops(self.setting.sizes, width, *shares)
-        assert batch.language_ids is not None
-        ids = batch.language_ids.cpu()
-        # Two FLOPs a multiply-add, once forward and twice backward.
-        return float(counter.get_total_flops()), float(6 * width * (full - live)[ids].sum())
+    def _side(self, name: str) -> Side:
+        inputs, optimizer = itertools.cycle(self.inputs), self.optimizers[name]
 
-    def findings(self, times: dict[str, dict[str, list[float]]]) -> list[str]:
-        """How much of a step its data take."""
-        own = times.get("ten steps", {})
-        if "data" not in own or "fastmask" not in own:
-            return []
-        shares = sorted(a / b for a, b in zip(own["data"], own["fastmask"], strict=True))
-        return [f"data take {shares[len(shares) // 2]:.1%} of a step with subnetworks"]
+        def step() -> None:
+            self.run(name, next(inputs))
+            optimizer.step()
 
+        return Side(step, optimizer.zero_grad)
 
-def _compared(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """See that gradients are equal within rounding."""
-    for name, wanted in expected.items():
-        if not (found[name] - wanted).norm() <= 1e-3 * wanted.norm() + 1e-6:
-            raise WrongResultError(f"the gradient of {name} of {what} is wrong: nothing is timed")
+    def run(self, name: str, x: Tensor) -> Tensor:
+        """Forward and backward of an implementation."""
+        if name != "multiply":
+            return super().run(name, x)
+        with self.setting.autocast():
+            return self._multiplied(self.models[name], x, self.upstream)
 
+    def _multiplied(self, model: nn.Module, x: Tensor, upstream: Tensor) -> Tensor:
+        """The full network; gradients of each language's examples, times its masks, added up."""
+        named, outputs = dict(model.named_parameters()), []
+        sums: dict[str, Tensor] = {}
+        for language in range(self.setting.present):
+            own = slice(None) if self.setting.present == 1 else self.ids == language
+            y = model(inputs_embeds=x[own])[0]
+            y.backward(upstream[own].to(y.dtype))
+            outputs.append(y.detach())
+            for path, keep in self.keep.items():
+                grad = named[path].grad
+                assert grad is not None
+                grad.mul_(keep[language])
+                sums[path] = sums[path].add_(grad) if path in sums else grad
+                named[path].grad = None
+        for path, grad in sums.items():
+            named[path].grad = grad
+        return torch.cat(outputs)
 
-def _gradients(parser: Parser, batch: Batch) -> dict[str, Tensor]:
-    """Gradients of the loss, dropout off; a key's bias, whose true gradient is 0, is left out."""
-    parser.eval()
-    parser.zero_grad()
-    loss = parser(batch).loss
-    assert loss is not None
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in parser.named_parameters() if p.grad is not None and "key.bias" not in n}
-    parser.zero_grad()
-    parser.train()
-    return found
+    # ---- proof and arithmetic
+
+    def reference(self, name: str) -> str:
+        """Sparse fine-tuning computes the full network, and masked gradients."""
+        return GRADIENTS if name in ("sparse", "multiply") else super().reference(name)
+
+    def plain(self, reference: str) -> nn.Module:
+        """A model in a plain form."""
+        return self.model("multiply") if reference == GRADIENTS else super().plain(reference)
+
+    def plain_run(self, reference: str, model: nn.Module, x: Tensor, upstream: Tensor) -> Tensor:
+        """As `run`, of a plain form."""
+        if reference == GRADIENTS:
+            return self._multiplied(model, x, upstream)
+        return super().plain_run(reference, model, x, upstream)
+
+    def ideal(self, name: str) -> float:
+        """FLOPs of the encoder; sparse fine-tuning saves the dead part of dW."""
+        if name not in ("sparse", "multiply"):
+            return super().ideal(name)
+        masks = self.variants.masks.values()
+        sizes = [mask.out_features * mask.in_features for mask in masks]
+        live = sum(n * float(m.density[: self.setting.present].mean()) for n, m in zip(sizes, masks, strict=True))
+        return 3 * sum(sizes) / (2 * sum(sizes) + live)

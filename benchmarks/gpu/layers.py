@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 import fastmask as fm
-from benchmarks.baselines import BASELINES, dense
 from benchmarks.gpu.report import Row, row_of
 from benchmarks.gpu.setup import Measurement, Setup, has_grouped
-from benchmarks.measure import break_even, compare, on_gpu
+from benchmarks.gpu.timing import break_even
+from benchmarks.measure import compare, on_gpu
 from benchmarks.memory import peak_bytes
-from benchmarks.product import PARTS, Product, gathered, mixed_ids, spread, units_of
+from benchmarks.product import PARTS, Product, gathered, mixed_ids, units_of
 
 __all__ = ["DENSITY", "Layer", "bits", "blocks", "gathered", "mixed_ids", "spread", "units", "units_of"]
 
@@ -41,13 +41,22 @@ class Layer(Product):
         """A row: our speed relative to a baseline, or our time over its time."""
         self.check()
         if baseline not in self._right:
-            self.check_against(baseline, BASELINES[baseline])
+            self.check_against(baseline)
             self._right.add(baseline)
-        ours, other = self.side(part), self.side(part, BASELINES[baseline])
+        ours, other = self.side(part), self.side(part, baseline)
         sides = (ours, other) if as_time else (other, ours)
         ratio = compare(*sides, self.device, self.setup.seconds)
         flops = self.flops * (3 if part == BOTH else 1)
         return row_of(f"{what}: {LABELS[part]}", ratio, baseline, as_time=as_time, flops=flops, **fields)
+
+
+def spread(packed: Tensor, mask: fm.Mask, ids: Tensor, size: int) -> Tensor:
+    """[B, T, width] -> [B, T, size]: undoes `gathered`, zeros where an example owns nothing."""
+    full, counts = packed.new_zeros(*packed.shape[:-1], size), mask.live_counts()
+    for b, language in enumerate(ids.tolist()):
+        live = slice(size) if language < 0 else mask.index[language, : counts[language]]
+        full[b, :, live] = packed[b, :, : size if language < 0 else counts[language]]
+    return full
 
 
 # ---- the measurements
@@ -119,7 +128,7 @@ def _at_each(setup: Setup, times: list[float]) -> str:
 
 
 def bits(setup: Setup) -> list[Measurement]:
-    """Masks over single weights at 50%: the time of one dense product, and not the memory of `stack`."""
+    """Masks over single weights at 50%: the time of one dense product, and not the memory of a loop over languages."""
     found = []
     for L, goal in ((1, 1.15), (setup.languages, 1.25)):
         what = f"bits 50%, {L} language{'s' * (L > 1)}"
@@ -128,7 +137,7 @@ def bits(setup: Setup) -> list[Measurement]:
             keep = torch.rand(L, setup.width, setup.width, generator=torch.Generator().manual_seed(2)) < DENSITY
             layer = Layer(setup, fm.Mask.weights(keep), mixed_ids(setup.examples, L))
             rows = [layer.compared(part, what, as_time=True, goal=goal, ideal=1.0) for part in reversed(PARTS)]
-            for other in ("loop", "stack") if L > 1 else ("multiply",):
+            for other in ("loop",) if L > 1 else ("multiply",):
                 rows.append(layer.compared(BOTH, f"{what}, vs {other}", baseline=other))
             return rows + (_memory(layer, what) if on_gpu(setup.device) else [])
 
@@ -138,12 +147,10 @@ def bits(setup: Setup) -> list[Measurement]:
 
 def _memory(layer: Layer, what: str) -> list[Row]:
     """Peak of a forward and backward pass beyond that of the dense one, in copies of the weight."""
-    ours, plain, stacked = (
-        peak_bytes(layer.side(BOTH, baseline).run) for baseline in (None, dense, BASELINES["stack"])
-    )
+    ours, plain, looped = (peak_bytes(layer.side(BOTH, name).run) for name in ("fastmask", "dense", "loop"))
     size = layer.operands[0].weight.nbytes
-    note = f"MiB: dense {plain / 2**20:.0f}, ours {ours / 2**20:.0f}, stack {stacked / 2**20:.0f}"
+    note = f"MiB: dense {plain / 2**20:.0f}, ours {ours / 2**20:.0f}, loop {looped / 2**20:.0f}"
     value = (ours - plain) / size
-    more = {"dense_bytes": plain, "our_bytes": ours, "stack_bytes": stacked}
+    more = {"dense_bytes": plain, "our_bytes": ours, "loop_bytes": looped}
     name = f"{what}: peak memory beyond dense, in weights"
     return [Row(name, value, unit="", goal=1.0, at_least=False, note=note, more=more)]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import fastmask as fm
 from benchmarks.gpu.report import Row, row_of
 from benchmarks.gpu.setup import Measurement, Setup
-from benchmarks.measure import Side, captured, host_compare, on_gpu, rounds
+from benchmarks.gpu.timing import captured, host_compare
+from benchmarks.measure import Side, on_gpu, rounds
 from benchmarks.product import mixed_ids, units_of
 
 __all__ = ["ceilings", "launches", "layouts"]

@@ -6,22 +6,22 @@ import pytest
 import torch
 
 import fastmask as fm
-from benchmarks.baselines import BASELINES, Task, why_not
-from benchmarks.cases import CASES, case_of
+from benchmarks import running
+from benchmarks.baselines import BASELINES, EXPLAINED, Task, why_not
+from benchmarks.cases import CASES
 from benchmarks.cases.encoder import live_flops
-from benchmarks.product import Product
 from benchmarks.running import Job, measure
 from benchmarks.setting import UNITS, Setting, Shape
-from benchmarks.variants import Variants
+from benchmarks.targets import QUICK, TARGETS
 from fastmask import Mask
 
-TINY = {"shape": "toy", "layers": 1, "tokens": 4, "batch": 4, "languages": 3}
-OF_OP = [unit for unit in CASES["op"].units if unit not in ("blocks32", "blocks64")] + ["blocks32"]
+TINY = {"shape": "toy", "layers": 1, "tokens": 4, "batch": 4, "languages": 3, "threads": 1}
+OF_OP = [unit for unit in CASES["op"].units if unit not in ("blocks16", "blocks64")]
 
 
 def tiny(case: str, **changes: object) -> Setting:
     """A setting of a case that takes no time."""
-    return Setting(case, **(TINY | case_of(case).defaults | TINY | changes))  # type: ignore[arg-type]
+    return Setting(case, **(CASES[case].defaults | TINY | changes))  # type: ignore[arg-type]
 
 
 # ---- ideals
@@ -36,36 +36,25 @@ def test_live_flops_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("setting", "ideal"),
+    ("setting", "name", "ideal"),
     [
-        (tiny("encoder", unit="both", density=0.5), 2.0),
-        (tiny("encoder", unit="neurons", density=0.5, layers=2), (4 * 1024 + 2 * 4 * 32 + 4096) / (4352 + 2048)),
-        (tiny("encoder", unit="weights", density=0.5), 1.0),
-        (tiny("attention", unit="heads", density=0.25), 4.0),
-        (tiny("op", unit="neurons", density=0.25), 4.0),
-        (tiny("op", unit="head-inputs", density=0.75), 4 / 3),
-        (tiny("op", unit="blocks16", density=0.5), 2.0),
-        (tiny("op", unit="weights", density=0.5), 1.0),
-        (tiny("discovery", density=0.7), 3 / (1 + 0.9 + 0.8)),
-        (tiny("episode", density=0.5, languages=2, present=2), 2.0),
+        (tiny("encoder", density=0.5), "fastmask", 2.0),
+        (tiny("encoder", density=0.5), "full", 1.0),
+        (tiny("encoder", unit="neurons", layers=2), "loop", (4 * 1024 + 2 * 4 * 32 + 4096) / (4352 + 2048)),
+        (tiny("encoder", unit="weights"), "fastmask", 1.0),
+        (tiny("op", unit="neurons", density=0.25), "fastmask", 4.0),
+        (tiny("op", unit="neuron-inputs", density=0.75), "fastmask", 4 / 3),
+        (tiny("op", unit="blocks16"), "bsr", 2.0),
+        (tiny("op", unit="weights"), "fastmask", 1.0),
+        (tiny("step"), "live", 2.0),
+        (tiny("step"), "sparse", 3 / 2.5),  # a third of the FLOPs are those of dW
+        (tiny("episode", present=2), "fastmask", 2.0),
     ],
     ids=lambda value: value.words() if isinstance(value, Setting) else "",
 )
-def test_ideal_by_hand(setting, ideal):
+def test_ideal_by_hand(setting, name, ideal):
     """Shares of the FLOP-ideal are shares of something else."""
-    assert case_of(setting.case)(setting).ideal() == pytest.approx(ideal)
-
-
-def test_ideal_of_the_optimiser_is_by_weights_moved():
-    """Embeddings and LayerNorm, which no mask touches, are counted as skipped."""
-    assert 1 < case_of("optimizer")(tiny("optimizer")).ideal() < 2
-
-
-def test_ideal_of_a_step_counts_what_no_mask_touches():
-    """The scorers above the encoder are counted as skipped."""
-    case = case_of("step")(tiny("step", present=3))
-    case.check()
-    assert 1 < case.ideal() < 2
+    assert CASES[setting.case](setting, (name,)).ideal(name) == pytest.approx(ideal)
 
 
 # ---- proofs
@@ -74,67 +63,63 @@ def test_ideal_of_a_step_counts_what_no_mask_touches():
 @pytest.mark.parametrize("present", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("unit", OF_OP)
-def test_every_implementation_is_proven(unit, dtype, present):
-    """A baseline does not run for some kind of mask, or computes something else."""
-    case = case_of("op")(tiny("op", unit=unit, dtype=dtype, present=present))
+def test_every_rival_is_proven(unit, dtype, present):
+    """A rival does not run for some kind of mask, or computes something else."""
+    case = CASES["op"](tiny("op", unit=unit, dtype=dtype, present=present))
     case.check()
-    assert {"dense", "fastmask", "full", "loop", "stack"} <= set(case.chosen)
-    assert ("gating" in case.chosen) is not (unit.startswith("blocks") or unit == "weights")
+    assert {"dense", "fastmask", "full", "loop"} <= set(case.chosen)
+    units = not (unit.startswith("blocks") or unit == "weights")
+    assert [name in case.chosen for name in ("gating", "packed")] == [units, units]
     assert ("multiply" in case.chosen) is (present == 1)
     assert ("bsr" in case.chosen) is (unit.startswith("blocks") and dtype == "float32")
 
 
-@pytest.mark.parametrize("name", ["multiply", "loop", "stack", "gating", "bsr"])
-def test_a_wrong_baseline_is_not_timed(name, monkeypatch):
+@pytest.mark.parametrize("name", ["multiply", "loop", "gating", "packed", "bsr"])
+def test_a_wrong_rival_is_not_timed(name, monkeypatch):
     """We are compared with something fast that computes something else."""
     right = BASELINES[name]
     monkeypatch.setitem(BASELINES, name, lambda x, weight, task, bias=None: right(x, 1.2 * weight, task, bias))
-    unit = "blocks16" if name == "bsr" else "neurons"
-    with pytest.raises(RuntimeError, match=f"{name} is wrong: nothing is timed"):
-        measure(Job(tiny("op", unit=unit)), 0)
+    with pytest.raises(RuntimeError, match=r"wrong.*nothing is timed"):
+        measure(Job(tiny("op", unit="blocks16" if name == "bsr" else "neurons"), (name,)), 0)
 
 
-@pytest.mark.parametrize("case", ["op", "encoder", "attention", "step"])
-def test_the_full_network_is_dense(case, monkeypatch):
-    """The yardstick that multiplies matrices as we do leaves something out, and our shares come out too large."""
-    made = case_of(case)(tiny(case, **({"present": 3} if case == "step" else {})), ("full",))
-    made.check()
-    assert made.ideal_of("full") == 1
-    of_language, of_all = fm.language, Product.full
-    monkeypatch.setattr(fm, "language", lambda model, name: of_language(model, name or "language 0"))
-    monkeypatch.setattr(Product, "full", lambda self, x, weight, *more: of_all(self, x, 1.5 * weight, *more))
-    with pytest.raises(RuntimeError, match=r"full is wrong|full network is wrong"):
-        made.check()
-
-
-@pytest.mark.parametrize("name", ["multiply", "gating", "compact"])
+@pytest.mark.parametrize("name", ["full", "multiply", "gating", "packed", "compact"])
 def test_a_wrong_model_is_not_timed(name):
     """The same of a whole encoder."""
-    case = case_of("encoder")(tiny("encoder"))
-    with torch.no_grad():
-        wrong = case.models[name].encoder.layer[0].output.LayerNorm
-        wrong.weight = torch.nn.Parameter(wrong.weight * 1.5)  # its own: the others share theirs
-    with pytest.raises(RuntimeError, match=f"{name} is wrong"):
-        case.check()
+    _check_with_a_wrong_norm("encoder", name)
+
+
+@pytest.mark.parametrize("name", ["full", "live", "sparse", "multiply"])
+def test_a_wrong_step_is_not_timed(name):
+    """The same of its training step."""
+    _check_with_a_wrong_norm("step", name)
+
+
+def _check_with_a_wrong_norm(case, name):  # type: ignore[no-untyped-def]
+    made = CASES[case](tiny(case), (name,))
+    wrong = made.models[name].encoder.layer[0].output.LayerNorm
+    # Its own, where others share theirs.
+    wrong.weight = torch.nn.Parameter(wrong.weight.detach() * 1.5, requires_grad=wrong.weight.requires_grad)
+    with pytest.raises(RuntimeError, match="is wrong"):
+        made.check()
 
 
 @pytest.mark.parametrize("unit", ["both", "weights"])
 def test_a_wrong_fastmask_is_not_timed(unit):
     """We are reported as fast where we are wrong."""
-    case = case_of("encoder")(tiny("encoder", unit=unit))
+    case = CASES["encoder"](tiny("encoder", unit=unit), ("fastmask",))
     layer = case.models["fastmask"].get_submodule("encoder.layer.0.output.dense")
     layer.mask = layer.mask.replaced(0, ~_own(layer.mask, 0))
-    with pytest.raises(RuntimeError, match="is wrong"):
+    with pytest.raises(RuntimeError, match="fastmask is wrong"):
         case.check()
 
 
-@pytest.mark.parametrize("case", ["op", "layer"])
-def test_a_wrong_operator_is_not_timed(case):
-    """The same where no baseline runs beside it."""
-    made = case_of(case)(tiny(case), ("fastmask",))
-    made.product.mask = made.product.mask.replaced(0, ~_own(made.product.mask, 0))
+def test_a_wrong_operator_is_not_timed():
+    """The same where no rival runs beside it."""
+    case = CASES["op"](tiny("op"), ("fastmask",))
+    case.product.mask = case.product.mask.replaced(0, ~_own(case.product.mask, 0))
     with pytest.raises(RuntimeError, match="is wrong: error"):
-        made.check()
+        case.check()
 
 
 def _own(mask: Mask, language: int) -> torch.Tensor:
@@ -142,46 +127,38 @@ def _own(mask: Mask, language: int) -> torch.Tensor:
     return {"rows": keep[:, 0], "columns": keep[0]}.get(mask.kind, keep)
 
 
-def test_wrong_discovery_is_not_timed(monkeypatch):
-    """Rounds that find other masks are timed as the same ones."""
-    from benchmarks.cases import discovery
-
-    case = case_of("discovery")(tiny("discovery"))
-    monkeypatch.setattr(discovery, "_without_lowest", lambda keep, score, count: _first_out(keep, count))
-    with pytest.raises(RuntimeError, match="finds other subnetworks"):
+def test_sparse_tuning_is_held_against_masked_gradients(monkeypatch):
+    """A step that lets a language change what is not its own is timed as sparse fine-tuning."""
+    attach = fm.attach
+    monkeypatch.setattr(fm, "attach", lambda model, subnets, forward="masked": attach(model, subnets))
+    case = CASES["step"](tiny("step", present=3), ("sparse",))
+    with pytest.raises(RuntimeError, match="of sparse is wrong"):
         case.check()
 
 
-def _first_out(keep: torch.Tensor, count: int) -> torch.Tensor:
-    flat = keep.flatten().clone()
-    flat[flat.nonzero().flatten()[1 : 1 + count]] = False
-    return flat.view_as(keep)
-
-
-def test_wrong_step_is_not_timed(monkeypatch):
-    """A training step that does not do what masks say is timed."""
-    monkeypatch.setattr(Variants, "of", lambda self, name: self.plain)  # a reference without masks: not ours
-    with pytest.raises(RuntimeError, match="of the attached parser is wrong: nothing is timed"):
-        case_of("step")(tiny("step", present=3)).check()
-
-
-def test_wrong_optimiser_is_not_timed():
-    """A step that moves dead weights is timed as one that leaves them alone."""
-    case = case_of("optimizer")(tiny("optimizer"))
-    case.ours.param_groups[0]["lr"] *= 2
-    with pytest.raises(RuntimeError, match="are not where AdamW moves them"):
-        case.check()
-
-
-def test_wrong_episode_is_not_timed():
+@pytest.mark.parametrize("name", ["full", "fastmask", "multiply"])
+def test_a_wrong_episode_is_not_timed(name):
     """An episode with another meta-gradient is timed."""
-    case = case_of("episode")(tiny("episode", languages=2, present=2))
-    case.beds["fastmask"].batches[0][1][1].zero_()
-    with pytest.raises(RuntimeError, match="the meta-gradient of"):
+    case = CASES["episode"](tiny("episode", present=2), (name,))
+    case.check()
+    with torch.no_grad():
+        case.models[name].classifier.weight.mul_(1.5)
+    with pytest.raises(RuntimeError, match="is wrong"):
         case.check()
 
 
-# ---- baselines that were not there before
+def test_speeds_are_taken_of_pairs(monkeypatch):
+    """A slower implementation is reported as a faster one, or our dense is taken for PyTorch's."""
+    times = [[4.0, 8.0, 4.0], [2.0, 4.0, 2.0], [1.0, 2.0, 0.5]]  # dense, full, fastmask
+    monkeypatch.setattr(running, "rounds", lambda *_, **__: times)
+    _, full, ours = measure(Job(tiny("op"), ("fastmask",), ("forward",)), 0)
+    assert ours.ms == (1.0, 0.75, 1.5)
+    assert (ours.over_dense, ours.over_full) == ((4, 4, 6), (2, 2, 3))
+    assert (full.over_dense, full.over_full) == ((2, 2, 2), (1, 1, 1))
+    assert ours.tokens_per_s == 16 / 1e-3
+
+
+# ---- rivals
 
 
 @pytest.mark.parametrize("ids", [[0, 0, 1, 2], [2, 1, 0, 1], [-1, 0, -1, 0], [1]])
@@ -200,17 +177,27 @@ def test_block_sparse_rows(ids):
 
 
 def test_why_not():
-    """A sweep dies of a baseline that does not apply, or leaves one out that does."""
-    assert why_not("multiply", "rows", 2, backward=True, half=False)
-    assert why_not("multiply", "rows", 1, backward=True, half=False) is None
-    assert why_not("gating", "columns", 9, backward=True, half=False) is None
-    assert why_not("gating", "weights", 1, backward=True, half=False)
-    assert why_not("bsr", "blocks", 4, backward=False, half=False) is None
-    assert why_not("bsr", "blocks", 4, backward=True, half=False)
-    assert why_not("grouped", "rows", 4, backward=True, half=False)
-    assert why_not("loop", "weights", 4, backward=True, half=True) is None
+    """A sweep dies of a rival that does not apply, or leaves one out that does."""
+    for name, kind, present, dtype, applies in [
+        ("multiply", "rows", 2, "float32", False),
+        ("multiply", "rows", 1, "float32", True),
+        ("gating", "columns", 9, "float32", True),
+        ("gating", "weights", 1, "float32", False),
+        ("packed", "blocks", 4, "float32", False),
+        ("bsr", "blocks", 4, "float32", True),
+        ("bsr", "blocks", 4, "bfloat16", False),
+        ("loop", "weights", 4, "bfloat16", True),
+    ]:
+        assert (why_not(name, kind, present, dtype) is None) is applies, name
 
 
-def test_every_unit_belongs_to_a_case():
-    """A unit can be named that nothing measures."""
+def test_what_is_asked_for_can_be_measured():
+    """A unit, an implementation or a target is named that no case knows, or that no table explains."""
     assert {unit for case in CASES.values() for unit in case.units} == set(UNITS)
+    assert {name for case in CASES.values() for name in case.implementations} == set(EXPLAINED)
+    for job in [*QUICK, *(target.job for target in TARGETS)]:
+        CASES[job.setting.case].refuse(job.setting, job.names or (), job.parts or ())
+    for target in TARGETS:
+        assert target.part in (target.job.parts or CASES[target.job.setting.case].parts)
+        assert {target.of, *target.against} <= {"dense", "full", *(target.job.names or ())}
+        assert target.job.peaks or target.metric != "peak"

@@ -1,61 +1,73 @@
-"""Rows on disk: what is read is what was measured, also after a kill."""
+"""Rows on disk, of several processes, and beside those of another run."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from made_rows import made_row, pair
+from made_rows import made_row, three
 
 from benchmarks import row as rows_file
-from benchmarks.row import setting_of
-from benchmarks.setting import Setting
+from benchmarks.against import verdict
+from benchmarks.row import Spread
+from benchmarks.running import merged
 
 
 def test_round_trip(tmp_path):
     """A value comes back as another one, or as text."""
-    rows = [*pair(), made_row(note='a "quoted" note, with a comma', saved_mib=1.5, compiled=True, noisy=True)]
-    rows.append(made_row("data", ideal=None, share=None, masks_mib=None))
+    rows = [*three(), made_row(note='a "quoted" note, with a comma', kept_mib=1.5, compiled=True, processes=3)]
+    rows.append(made_row("multiply", over_dense=None, over_full=Spread(1.25), masks_mib=None))
     path = tmp_path / "new" / "rows.csv"
-    rows_file.append(path, rows[:2])
-    rows_file.append(path, rows[2:])
+    rows_file.write(path, rows)
     assert rows_file.read(path) == rows
-    rows_file.write(path, rows[:1])
-    assert rows_file.read(path) == rows[:1]
+    assert rows_file.read(path)[-1].setting == rows[-1].setting
     assert [other.name for other in path.parent.iterdir()] == ["rows.csv"]  # nothing half-written beside it
-
-
-def test_a_torn_last_line_is_left_out_and_replaced(tmp_path):
-    """A run killed while it writes leaves a file that nobody can read or go on with."""
-    path = tmp_path / "rows.csv"
-    rows_file.append(path, pair())
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole.splitlines()[-1][:40])
-    assert rows_file.read(path) == pair()
-    rows_file.append(path, [made_row("loop")])
-    assert rows_file.read(path) == [*pair(), made_row("loop")]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("ratio_low", "ratio_down"), "has no column 'ratio_low'"),
-        (lambda text: text.replace("true", "yes").replace("false", "no"), "expected true or false"),
-        (lambda text: text.replace(",8,128,", ",8,many,"), "tokens is 'many' .expected a whole number"),
-        (lambda text: text.replace("encoder", "encoder,more"), "cells .expected"),
+        (lambda text: text.replace("over_full_low", "over_all"), "has no column 'over_full_low'"),
+        (lambda text: text.replace("False", "no"), "line 2 .*compiled is 'no' .expected True or False"),
+        (lambda text: text.replace(",8,128,", ",8,many,"), "tokens is 'many' .expected a number"),
+        (lambda text: text.replace("encoder", "encoder,more"), "line 2"),
         (lambda text: "", "has no column 'case'"),
     ],
 )
 def test_another_file_is_refused(change, message, tmp_path):
     """A file of something else is taken for measurements."""
     path = tmp_path / "rows.csv"
-    rows_file.append(path, pair())
+    rows_file.write(path, three())
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=message):
         rows_file.read(path)
 
 
-def test_setting_of_a_row():
-    """Rows of one setting are taken for those of another."""
-    setting = Setting("encoder", threads=2)
-    assert setting_of(made_row()) == setting
-    assert hash(setting_of(made_row())) == hash(setting)
-    assert setting_of(made_row(density=0.25)) != setting
+def test_several_processes_are_merged():
+    """One process's quartiles are shown for the range over processes, or a mean for the median."""
+    runs = [[made_row("dense", 1.0, 0.0), made_row(speed=speed)] for speed in (2.0, 3.2, 2.5)]
+    dense, ours = merged(runs)
+    assert (dense.implementation, ours.implementation) == ("dense", "fastmask")
+    assert ours.over_dense == Spread(2.5, 2.0, 3.2)
+    assert ours.over_full == Spread(2.5 / 1.6, 2.0 / 1.6, 3.2 / 1.6)
+    assert (ours.processes, ours.rounds) == (3, 27)
+    assert ours.share == pytest.approx(2.5 / 1.6 / 2)
+    assert ours.noisy
+    assert not runs[0][1].noisy
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (made_row(speed=2.0), made_row(speed=1.5), "slower"),
+        (made_row(speed=2.0), made_row(speed=2.6), "faster"),
+        (made_row(speed=2.0), made_row(speed=1.95), ""),  # by less than 3%
+        (made_row(speed=2.0, spread=0.2), made_row(speed=1.8, spread=0.2), ""),  # the quartiles overlap
+        (made_row(speed=2.0), None, "missing"),
+        (None, made_row(speed=2.0), "new"),
+        (replace(made_row(), over_dense=Spread(2.0)), made_row(speed=1.5), "slower"),  # stored without quartiles
+    ],
+)
+def test_verdict(before, now, expected):
+    """A slower library is not noticed, or noise is taken for one."""
+    assert verdict(before, now) == expected

@@ -207,7 +207,7 @@ EXPLAINED = {
 }
 
 
-def why_not(name: str, kind: str, present: int, dtype: str = "float32") -> str | None:
+def why_not(name: str, kind: str, present: int, dtype: str = "float32", compiled: bool = False) -> str | None:
     """Why a rival cannot compute a mask of some kind for so many languages in one batch; None if it can.
 
     Args:
@@ -215,11 +215,14 @@ def why_not(name: str, kind: str, present: int, dtype: str = "float32") -> str |
         kind: "rows", "columns", "blocks" or "weights".
         present: languages of the batch.
         dtype: of the products.
+        compiled: whether it runs under `torch.compile`.
     """
     if name == "multiply" and present > 1:
         return "it has one mask for a whole batch"
     if name in ("gating", "packed") and kind not in ("rows", "columns"):
         return "it is for rows and columns"
+    if compiled and name in ("packed", "bsr") and dtype == "float32":
+        return "torch.compile knows no such product in float32"
     if name == "packed" and not hasattr(F, "grouped_mm"):
         return "this PyTorch has no grouped_mm"
     if name == "bsr" and (kind != "blocks" or dtype != "float32"):

@@ -99,12 +99,14 @@ class Product:
 
     def side(self, part: str, name: str = "fastmask") -> Side:
         """One of `PARTS` of an implementation, with one set of operands after the other."""
-        function = self.function(name)
-        if self.compiled:
-            function = torch.compile(function, fullgraph=True, dynamic=False)
+        function = self._as_timed(name)
         runs = [self._run(part, function, own) for own in (self._packed if name in PACKED else self.operands)]
         in_turn = itertools.cycle(runs)
         return Side(lambda: next(in_turn)())
+
+    def _as_timed(self, name: str) -> Function:
+        function = self.function(name)
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
 
     def _run(self, part: str, function: Function, own: Operands) -> Callable[[], object]:
         if part == "forward":
@@ -167,7 +169,7 @@ class Product:
         dtype = torch.float64 if exact else self.dtype
         leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (own.x, own.weight, own.bias)]
         with nullcontext() if exact else self.autocast():
-            y = self.function(name)(*leaves)
+            y = (self.function if exact else self._as_timed)(name)(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, own.dy.to(y.dtype))]
 
     def _results_packed(self, results: list[Tensor]) -> list[Tensor]:

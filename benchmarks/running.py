@@ -60,6 +60,7 @@ def measure(job: Job, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     if setting.compiled:
         torch._dynamo.reset()  # what other settings compiled counts against this one's limit
+        torch._dynamo.config.recompile_limit = 64  # rivals and parts are compiled from the same lines
     case = CASES[setting.case](setting, job.names)
     case.check()
     rows = [row for part in job.parts or case.parts for row in _rows(case, part, seconds, job.peaks)]

@@ -58,7 +58,8 @@ class Encoder(Case):
         """By the kinds of the masks; a compact model holds one language and no masks over weights."""
         if name == "compact" and (setting.unit == "weights" or setting.present > 1):
             return "a compact model holds one language, and single weights make it no smaller"
-        return why_not(name, "weights" if setting.unit == "weights" else "rows", setting.present, setting.dtype)
+        kind = "weights" if setting.unit == "weights" else "rows"
+        return why_not(name, kind, setting.present, setting.dtype, setting.compiled)
 
     def model(self, name: str) -> nn.Module:
         """The model that an implementation runs."""

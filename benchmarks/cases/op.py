@@ -56,10 +56,8 @@ class Op(Case):
 
     @classmethod
     def why_not(cls, setting: Setting, name: str) -> str | None:
-        """By the kind of the mask; block-sparse rows are not compiled."""
-        if name == "bsr" and setting.compiled:
-            return "block-sparse rows run as they are"
-        return why_not(name, kind_of(setting.unit), setting.present, setting.dtype)
+        """By the kind of the mask."""
+        return why_not(name, kind_of(setting.unit), setting.present, setting.dtype, setting.compiled)
 
     def check(self) -> None:
         """Ours by the rule of the tests; every rival within rounding."""

@@ -189,6 +189,8 @@ def test_why_not():
         ("loop", "weights", 4, "bfloat16", True),
     ]:
         assert (why_not(name, kind, present, dtype) is None) is applies, name
+    assert why_not("packed", "rows", 1, "float32", compiled=True)
+    assert why_not("loop", "rows", 1, "float32", compiled=True) is None
 
 
 def test_what_is_asked_for_can_be_measured():

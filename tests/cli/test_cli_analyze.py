@@ -104,7 +104,12 @@ def test_interrupted_it_leaves_nothing(run, tmp_path):
     """If this fails, Ctrl-C leaves half a report, or processes that go on working."""
     out = tmp_path / "out"
     command = ["analyze", str(run), "--out", str(out), "--sentences", "400", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "fastmask.cli", *command], stderr=subprocess.PIPE, text=True)
+
+    def heed() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and hand that down
+
+    whole = [sys.executable, "-m", "fastmask.cli", *command]
+    process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     time.sleep(20)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -86,7 +86,8 @@ def test_settings_of_a_comparison(count, tmp_path):
     def expected(text):
         values = yaml.safe_load(text)
         config = said(CompareConfig, yaml.safe_dump(values["comparison"]).encode())
-        return {**values, "comparison": config}
+        defaults = {"question": "", "date": "", "hypotheses": {}, "zone": 0.0}
+        return {**defaults, **values, "comparison": config}
 
     for what, content in mutants(original, "yaml", count, "comparison"):
         path.write_bytes(content)

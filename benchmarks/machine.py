@@ -11,21 +11,12 @@ from pathlib import Path
 import torch
 
 import fastmask
+from fastmask.processor import processor
 from fastmask.torch_path.gemm import by_onednn
 
-__all__ = ["ROOT", "Machine", "commit_of", "processor", "this_machine"]
+__all__ = ["ROOT", "Machine", "commit_of", "this_machine"]
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def processor(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU by name, and by family and model: virtual machines call all of a maker's processors alike."""
-    if not info.is_file():
-        return platform.processor() or platform.machine()
-    pairs = (line.partition(":") for line in info.read_text().split("\n\n")[0].splitlines())
-    known = {name.strip(): value.strip() for name, _, value in pairs}
-    numbers = f"family {known.get('cpu family', '?')}, model {known.get('model', '?')}"
-    return f"{known.get('model name', platform.machine())} ({numbers})"
 
 
 def commit_of(root: Path) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmask.cli.options import given_settings
-from fastmask.compare.plan import CONDITIONS, CompareConfig, Job, Plan, arms_of, check_languages
+from fastmask.compare.plan import CONDITIONS, FREE, CompareConfig, Job, Plan, arms_of, check_languages
 from fastmask.compare.report import print_tables, write_report
 from fastmask.errors import unknown
 from fastmask.files import check_writable
@@ -22,9 +22,6 @@ from fastmask.terminal import LiteralConsole, console_of
 from fastmask.training.config import METAS, METHODS
 
 __all__ = ["run"]
-
-FREE = ("threads", "device")
-"""Settings of training that may be given beside a plan: the results do not depend on them."""
 
 
 def run(options: argparse.Namespace) -> None:

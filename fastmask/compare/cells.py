@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from fastmask.compare.branch import branch
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.scoring import Scorer
 from fastmask.files import remove_tree, replace_file
+from fastmask.processor import processor
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training import checkpoints
@@ -54,7 +53,7 @@ class Runner:
         Raises:
             ValueError: a language with too few sentences, an episode that asks for more than there is, and the like.
         """
-        masked = any(self.plan.settings_of(arm).method != "full" for arm in self.plan.arms)
+        masked = any(config.method != "full" for config in self.plan.configs.values())
         nearest = masked and self.plan.config.choose == "nearest"
         tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
         for job in self.plan.jobs:
@@ -81,8 +80,7 @@ class Runner:
     def scorer(self) -> Scorer:
         """The test sentences of all languages and the support sets of the unseen ones: the same for every arm."""
         unseen = self.plan.load(self.plan.config.unseen, optional=("train", "dev"))
-        options = self.plan.settings_of(next(iter(self.plan.arms))).task_settings
-        same = partial(self.plan.task.words_of, options=options)
+        same = partial(self.plan.task.words_of, options=self.plan.task_settings)
         return Scorer(self.plan.config, self.plan.shots, self.datasets, unseen, same)
 
     def _task(self, config: TrainConfig) -> Task:
@@ -144,12 +142,8 @@ def _made_by() -> str:
     """Processor and versions."""
     import fastmask
 
-    processor = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
     versions = {"fastmask": fastmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return f"{processor}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
+    return f"{processor()}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
 def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
@@ -161,7 +155,7 @@ def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
         if "words_per_second" in record and record["step"] > config.shared_steps
     ]
     return {
-        "outer_steps": budget.plain_steps + budget.episodes,
+        "outer_steps": budget.outer_steps,
         "gradient_passes": budget.gradient_passes,
         "sentences": budget.sentences,
         "words_per_second": round(statistics.median(speeds), 1),

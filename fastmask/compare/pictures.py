@@ -22,7 +22,7 @@ NAMES = {"none": "plain", "fomaml": "FOMAML", "reptile": "Reptile"}
 def draw_means(plan: Plan, scores: pd.DataFrame, name: str, path: str | PathLike[str]) -> None:
     """Mean score over languages of every arm: a dot for each seed, a bar for their mean; one panel per condition."""
     shown = [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
-    metas = {arm: plan.settings_of(arm).meta for arm in plan.arms}
+    metas = {arm: config.meta for arm, config in plan.configs.items()}
     figure = new_figure(1.2 + 0.42 * len(plan.arms) * len(shown), 4.2)
     for position, condition in enumerate(shown):
         axis = figure.add_subplot(1, len(shown), position + 1)

@@ -23,13 +23,15 @@ from fastmask.compare.branch import AFTER_THE_SWITCH
 from fastmask.errors import unknown
 from fastmask.files import Record, is_leftover, read_yaml, write_yaml
 from fastmask.settings import ConfigError, Settings, items_of, named_errors, setting
-from fastmask.tasks.task import Splits, Task
+from fastmask.tasks.task import Splits, Task, TaskSettings
 from fastmask.training.config import TrainConfig
 from fastmask.unseen.adapting import OPTIMIZERS
 from fastmask.unseen.choosing import CHOICES
 
 __all__ = [
+    "BASELINES",
     "CONDITIONS",
+    "FREE",
     "RESERVED",
     "SETTINGS_FILE",
     "CompareConfig",
@@ -44,8 +46,13 @@ SETTINGS_FILE = "compare.yaml"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
 """Settings of training that the comparison itself decides; an arm may say `method`, `meta` and `masks`."""
 OF_ARMS = ("method", "meta", "masks")
+FREE = ("threads", "device")
+"""Settings of training that the results do not depend on: a comparison may go on with others."""
 FOUND_BY = ("score", "draws", "units", "density", "tau", "score_sentences")
 """Settings that subnetworks are found by, beside those of what comes before."""
+
+BASELINES = ("full", "random")
+"""Methods that every arm is compared with, as far as it makes sense."""
 
 CONDITIONS = {
     "seen": "training languages, each with its own subnetwork",
@@ -215,6 +222,11 @@ class Plan:
         }
 
     @cached_property
+    def configs(self) -> dict[str, TrainConfig]:
+        """The settings of every arm, with the first seed."""
+        return {arm: self.settings_of(arm) for arm in self.arms}
+
+    @cached_property
     def jobs(self) -> tuple[Job, ...]:
         """Every job: of each seed the starts, masks and cells. Seeds come one after the other."""
         jobs: list[Job] = []
@@ -222,8 +234,7 @@ class Plan:
             starts: dict[Any, Job] = {}
             masks: dict[Any, Job] = {}
             cells = []
-            for arm in self.arms:
-                config = self.settings_of(arm)
+            for arm, config in self.configs.items():
                 before = {name: value for name, value in config.identity().items() if name not in AFTER_THE_SWITCH}
                 key = repr((before, config.shared_steps))
                 start = starts.setdefault(key, Job(_numbered(seed, "start", starts, key), seed, "start", arm))
@@ -267,27 +278,48 @@ class Plan:
         """Sentences in a support set, the same for all arms."""
         return self.config.shots or TrainConfig.from_dict(dict(self.training)).support_sentences
 
-    @cached_property
+    @property
     def task(self) -> type[Task]:
         """The class of the task of every run."""
-        return self.settings_of(next(iter(self.arms))).task_class
+        return next(iter(self.configs.values())).task_class
+
+    @property
+    def task_settings(self) -> TaskSettings:
+        """The task's settings, the same for all arms."""
+        return next(iter(self.configs.values())).task_settings
 
     def load(self, languages: str, **splits: Any) -> Splits:
         """Rows of some of the languages, see `Task.load`."""
-        return self.task.load(self.data, languages, self.settings_of(next(iter(self.arms))).task_settings, **splits)
+        return self.task.load(self.data, languages, self.task_settings, **splits)
 
     def baseline(self, arm: str, method: str) -> str | None:
         """The arm of method `method` that differs least from `arm` in all else; None if there is none but itself.
 
         Arms of that method have the one with the fewest settings of its own as their baseline.
         """
-        mine = self.settings_of(arm)
-        others = {name: found for name in self.arms if (found := self.settings_of(name)).method == method}
+        mine = self.configs[arm]
+        others = {name: found for name, found in self.configs.items() if found.method == method}
         if mine.method == method:
             first = min(others, key=lambda name: len(self.arms[name]))
             return None if first == arm else first
         others = {name: found for name, found in others.items() if name != arm}
         return min(others, key=lambda name: len(mine.differences(others[name]).keys() - {"method"}), default=None)
+
+    @cached_property
+    def baselines(self) -> dict[str, dict[str, str]]:
+        """For each of `BASELINES`: arm -> the arm that it is compared with.
+
+        Every arm with `full`, and with `random` those that have masks which mean something.
+        """
+        return {
+            method: {
+                arm: other
+                for arm, config in self.configs.items()
+                if (method == "full" or config.method not in BASELINES)
+                and (other := self.baseline(arm, method)) is not None
+            }
+            for method in BASELINES
+        }
 
     def open(self) -> None:
         """Write the settings, or see that the folder holds this very comparison.
@@ -302,7 +334,7 @@ class Plan:
             differences = [
                 f"{name.rpartition('.')[2] if name.startswith(('comparison.', 'training.')) else name} "
                 f"was {theirs.get(name)!r} and is {mine.get(name)!r}"
-                for name in sorted({*mine, *theirs} - {"training.threads", "training.device"})
+                for name in sorted({*mine, *theirs} - {f"training.{free}" for free in FREE})
                 if mine.get(name) != theirs.get(name)
             ]
             if differences:

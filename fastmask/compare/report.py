@@ -12,9 +12,9 @@ from rich.table import Table
 
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.pictures import draw_gains, draw_means
-from fastmask.compare.plan import CONDITIONS, Plan
+from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 from fastmask.compare.results import RESULT_FILE, CellResult, Score, is_done
-from fastmask.compare.tables import BASELINES, cells_table, decisions, scores_table, summary_table
+from fastmask.compare.tables import cells_table, decisions, scores_table, summary_table
 from fastmask.files import read_json, write_text
 from fastmask.literal import fenced, markdown_table
 from fastmask.tasks.task import heading
@@ -69,7 +69,7 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
         write_text(file, table.to_csv(index=False, float_format=form), follow=False)
     write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
     draw_means(plan, scores, _metric(scores), files[4])
-    plain = next((arm for arm in plan.arms if plan.settings_of(arm).method == "full"), None)
+    plain = next((arm for arm, config in plan.configs.items() if config.method == "full"), None)
     for condition in ("seen", "adapted"):
         known = set(scores.loc[scores["condition"] == condition, "arm"])
         if plain is not None and plain in known and len(known) > 1:

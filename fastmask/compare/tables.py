@@ -15,12 +15,10 @@ import pandas as pd
 
 from fastmask.analysis.paired import Paired, paired
 from fastmask.analysis.statistics import holm
-from fastmask.compare.plan import CONDITIONS, Plan
+from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
-__all__ = ["BASELINES", "cells_table", "compared", "decisions", "scores_table", "summary_table"]
+__all__ = ["cells_table", "compared", "decisions", "scores_table", "summary_table"]
 
-BASELINES = ("full", "random")
-"""Methods that every arm is compared with, as far as it makes sense."""
 SURE = 0.05
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
@@ -72,7 +70,7 @@ def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_tha
 def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     """One row per condition and arm: the score (mean and deviation over seeds), and how it differs from baselines.
 
-    What an arm's baseline is, `Plan.baseline` says. For each of `BASELINES`: ``over_full``, its interval, its two
+    What an arm's baseline is, `Plan.baselines` says. For each of `BASELINES`: ``over_full``, its interval, its two
     p-values and the larger of them, and ``p_full``, corrected over all tests of the table.
     """
     sign = 1 if plan.task.higher_is_better else -1
@@ -84,10 +82,8 @@ def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
             row: dict[str, Any] = {"condition": condition, "arm": arm, "seeds": len(by_seed)}
             row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
             row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
-            for baseline in BASELINES:
-                other = plan.baseline(arm, baseline)
-                if baseline != "full" and plan.settings_of(arm).method in BASELINES:
-                    other = None
+            for baseline, of_arms in plan.baselines.items():
+                other = of_arms.get(arm)
                 row |= _columns(baseline, None if other is None else compared(of_condition, arm, other, sign))
             rows.append(row)
     table = pd.DataFrame(rows)

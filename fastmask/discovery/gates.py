@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.layers import AttachedLinear
+from fastmask.models.modes import evaluating
 from fastmask.torch_path.activations import NONE, activate
 
 __all__ = ["Gate", "Probe", "frozen", "gate_gradients", "gated", "probes_of"]
@@ -179,15 +180,12 @@ def gate_gradients(losses: Tensor, gates: Gates, probes: Sequence[Probe]) -> tup
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode, and no gradients for parameters: the weight gradients would cost half of the backward pass."""
-    training = {module: module.training for module in model.modules()}
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
     for parameter in required:
         parameter.requires_grad_(False)
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for parameter in required:
             parameter.requires_grad_(True)

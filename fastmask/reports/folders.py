@@ -17,13 +17,13 @@ from fastmask.compare.pictures import NAMES
 from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.report import load_results
 from fastmask.compare.results import is_done
-from fastmask.compare.tables import BASELINES, scores_table
+from fastmask.compare.tables import scores_table
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import heading
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, check_finished
 
-__all__ = ["CONTROLS", "Run", "Study", "baselines_of", "studies_of", "variant_name"]
+__all__ = ["CONTROLS", "Run", "Study", "studies_of", "variant_name"]
 
 CONTROLS = ("random", "permuted", "shuffled", "shared", "vector")
 """Methods whose masks are made to be compared with, and not analysed where there are others."""
@@ -196,13 +196,5 @@ def _comparison(folder: Path) -> Study:
     settings = {"comparison": plan.settings["comparison"], "training": plan.training}
     settings |= {f"arm {arm}": own for arm, own in plan.arms.items()}
     return Study(
-        folder.resolve().name, tuple(runs), tuple(unfinished), scores, baselines_of(plan), plan.config.unseen, settings
+        folder.resolve().name, tuple(runs), tuple(unfinished), scores, plan.baselines, plan.config.unseen, settings
     )
-
-
-def baselines_of(plan: Plan) -> dict[str, dict[str, str]]:
-    """Method -> arm -> the arm of that method that it is compared with, of all that there are."""
-    return {
-        method: {arm: other for arm in plan.arms if (other := plan.baseline(arm, method)) is not None}
-        for method in BASELINES
-    }

@@ -9,7 +9,6 @@ import pandas as pd
 
 import fastmask as fm
 from fastmask.compare.plan import CONDITIONS
-from fastmask.compare.tables import BASELINES
 from fastmask.reports.folders import CONTROLS, Study
 from fastmask.reports.loading import Data, data_for, example_scores, task_of
 from fastmask.reports.sections import Gathered, SkipError
@@ -35,18 +34,13 @@ def effect(study: Study, found: Gathered) -> None:
         raise SkipError("there is no run to compare with the one of method full")
     if study.scores is None:
         return _of_sentences(study, found)
-    methods = {name: runs[0].config.method for name, runs in study.variants.items()}
     for condition in [name for name in EFFECTS if (study.scores["condition"] == name).any()]:
         table = by_variant(study.scores, condition).stack().dropna().rename("score").reset_index()
         table = table.rename(columns={"arm": "method"})
         known = set(table.method)
         for baseline, of_arms in (study.baselines or {}).items():
             # Each against what `summary.md` compares it with.
-            against = {
-                name: other
-                for name, other in of_arms.items()
-                if {name, other} <= known and (baseline == BASELINE or methods.get(name) not in BASELINES)
-            }
+            against = {name: other for name, other in of_arms.items() if {name, other} <= known}
             if against:
                 result = fm.analysis.effect(table, against, seed=found.options.seed, gaps=True)
                 parts = (condition,) if baseline == BASELINE else (condition, baseline)

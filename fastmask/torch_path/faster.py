@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmask.files import FileError, Record, partial_name, read_json
+from fastmask.processor import cpu_fields
 
 __all__ = ["GAIN", "answer_file", "faster"]
 
@@ -98,10 +99,5 @@ def _remember(path: Path, gains: list[float]) -> None:
 
 def _processor() -> str:
     """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
-        lines = (line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines())
-        found = {name.strip(): value.strip() for name, _, value in lines if name.strip() in wanted}
-        return "-".join(found[name] for name in wanted if name in found)
-    return platform.processor() or platform.machine()
+    wanted, known = ("vendor_id", "cpu family", "model", "model name", "stepping"), cpu_fields()
+    return "-".join(known[name] for name in wanted if name in known) or platform.processor() or platform.machine()

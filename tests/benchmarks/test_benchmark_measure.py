@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.machine import processor
 from benchmarks.measure import Side, compare, ratio_of, rounds
 from benchmarks.memory import peak_bytes, saved_bytes
 
@@ -61,13 +60,6 @@ def test_quartiles_lie_within_what_was_seen():
     """Quartiles are extrapolated beyond the ratios."""
     ratio = ratio_of([2.0, 4.0, 6.0], [1.0, 1.0, 1.0])
     assert (ratio.low, ratio.median, ratio.high) == (3.0, 4.0, 5.0)
-
-
-def test_a_processor_is_named_with_its_model(tmp_path):
-    """Numbers of two generations of processors that are called alike stand under one name."""
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n")
-    assert processor(info) == "AMD EPYC (family 26, model 2)"
 
 
 def test_saved_bytes_counts_each_storage_once():

@@ -14,7 +14,7 @@ from fastmask.compare.report import load_tables, page_tables, write_report
 from fastmask.compare.results import write_result
 from fastmask.compare.tables import summary_table
 from fastmask.literal import markdown_table
-from fastmask.reports.folders import Run, Study, baselines_of, studies_of
+from fastmask.reports.folders import Run, Study, studies_of
 from fastmask.reports.scores import effect
 from fastmask.reports.sections import Gathered, Options
 from fastmask.training.config import TrainConfig
@@ -69,7 +69,7 @@ def test_of_made_scores(tmp_path, lost):
         ]
         write_result(plan, cell, whole_result(scores))
         runs.append(Run(plan.folder(cell), TrainConfig(**arms[cell.arm], seed=cell.seed), cell.arm))
-    same(plan, Study("made", tuple(runs), scores=load_tables(plan)[0], baselines=baselines_of(plan)))
+    same(plan, Study("made", tuple(runs), scores=load_tables(plan)[0], baselines=plan.baselines))
 
 
 def test_of_the_committed_comparison(tmp_path):

@@ -184,6 +184,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     grid.add_argument("--methods", nargs="+", action=Joined, help=methods)
     metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"
     grid.add_argument("--metas", nargs="+", action=Joined, help=metas)
+    some = "only these arms now, as in full,static; their tables are shown, and the others can follow"
+    grid.add_argument("--arms", nargs="+", action=Joined, help=some)
     grid.add_argument("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
     add_settings(grid, settings=CompareConfig, group="the comparison")
     add_settings(grid, without=RESERVED)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,15 @@ def run(options: argparse.Namespace) -> None:
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
     plan = _plan(options)
+    jobs = plan.jobs_for(_some_of("arms", items_of(options.arms or ""), tuple(plan.arms)))
     check_writable(plan.out / "plan")
     check_languages(plan)
     Runner(plan).check()
     plan.open()
     threads = plan.training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
-    progress = _Progress(plan)
+    progress = _Progress(plan, jobs)
     try:
-        run_all(plan, options.workers, threads, progress.show, options.ray)
+        run_all(plan, jobs, options.workers, threads, progress.show, options.ray)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on where it stopped") from None
     print_tables(plan, console_of(sys.stdout))
@@ -81,11 +83,11 @@ def _some_of(name: str, given: list[str], known: tuple[str, ...]) -> list[str]:
 class _Progress:
     """One line for each job that is done."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, jobs: Sequence[Job]) -> None:
         from fastmask.compare.results import is_done
 
-        self.total = len(plan.jobs)
-        self.done = sum(is_done(plan, job) for job in plan.jobs)
+        self.total = len(jobs)
+        self.done = sum(is_done(plan, job) for job in jobs)
         self.console = LiteralConsole(stderr=True, soft_wrap=True, highlight=False)
         self.began, self.mine = time.perf_counter(), 0
         if self.done:

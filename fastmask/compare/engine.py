@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -36,12 +36,18 @@ class CellFailedError(RuntimeError):
 
 
 def run_all(
-    plan: Plan, workers: int, threads: int, on_done: Callable[[Job, Result], None], ray: str | None = None
+    plan: Plan,
+    jobs: Sequence[Job],
+    workers: int,
+    threads: int,
+    on_done: Callable[[Job, Result], None],
+    ray: str | None = None,
 ) -> None:
-    """Do all jobs of a plan that are not done; a job starts when that which it needs is done.
+    """Do the jobs that are not done; a job starts when that which it needs is done.
 
     Args:
         plan: opened.
+        jobs: of the plan, with what they need.
         workers: processes on this machine.
         threads: CPU threads of each.
         on_done: called with each job that was done while this function ran, and its result.
@@ -54,7 +60,7 @@ def run_all(
             checkpoint when the comparison is run again.
         ImportError: Ray is asked for and not installed.
     """
-    waiting = [job for job in plan.jobs if not is_done(plan, job)]
+    waiting = [job for job in jobs if not is_done(plan, job)]
     if not waiting:
         return
     engine = _processes(plan, min(workers, len(waiting)), threads) if ray is None else _ray(plan, threads, ray)

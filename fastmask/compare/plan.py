@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -251,6 +251,12 @@ class Plan:
     def cells(self) -> list[Job]:
         """The jobs that are arms of a seed."""
         return [job for job in self.jobs if job.kind == "cell"]
+
+    def jobs_for(self, arms: Collection[str]) -> list[Job]:
+        """The cells of some arms, and what they need; of all arms if none is named."""
+        cells = [job for job in self.cells if not arms or job.arm in arms]
+        names = {name for cell in cells for name in (cell.name, *cell.needs)}
+        return [job for job in self.jobs if job.name in names]
 
     def folder(self, job: Job | str) -> Path:
         """Where a job keeps its files."""

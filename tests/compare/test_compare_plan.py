@@ -35,6 +35,21 @@ def test_every_cell_needs_the_start_of_its_seed(tmp_path):
             assert job.needs == (() if job.kind == "start" else (start,))
 
 
+def test_some_arms_bring_what_they_need_and_no_more(tmp_path):
+    """The jobs of an arm are its cells, its starts and its masks; those of no arm in particular are all."""
+    plan = plan_in(tmp_path, arms={"full": {"method": "full"}, "static": {}, "other": {"lr": 0.002}}, seeds=1)
+    assert [job.name for job in plan.jobs_for(["full"])] == ["seed-0/start", "seed-0/full"]
+    assert [job.name for job in plan.jobs_for(["other"])] == ["seed-0/start-2", "seed-0/masks-2", "seed-0/other"]
+    assert plan.jobs_for([]) == list(plan.jobs)
+
+
+def test_an_arm_that_the_plan_has_not(tmp_path, capsys):
+    """It is named, with those that there are, before anything is read."""
+    command = ["compare", "--data", "d", "--train", "en", "--unseen", "fo", "--out", str(tmp_path / "out")]
+    assert main([*command, "--methods", "full", "--metas", "none", "--arms", "stattic"]) == 1
+    assert "--arms: unknown entry 'stattic'. Known: full" in capsys.readouterr().err
+
+
 def test_methods_that_need_no_subnetworks_have_none_found(tmp_path):
     """A comparison of full networks looks for no subnetworks."""
     jobs = plan_in(tmp_path, arms=arms_of(["full"], ["none", "reptile"])).jobs

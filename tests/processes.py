@@ -15,10 +15,13 @@ PRELOADED = ["accelerate", "datasets", "fastmask.compare.cells", "fastmask.train
 PRELOADED += ["transformers.models.auto", "transformers.models.bert.modeling_bert"]
 
 
-def start_process(target: Any, *args: Any) -> Any:
-    """Start a process that may be killed; the modules it needs are imported once, in the server it is forked from."""
+def start_process(target: Any, *args: Any, daemon: bool = True) -> Any:
+    """Start a process that may be killed; the modules it needs are imported once, in the server it is forked from.
+
+    A daemon ends with the tests, whatever happens to them, and may have no processes of its own.
+    """
     FORKSERVER.set_forkserver_preload(PRELOADED)
-    process = FORKSERVER.Process(target=target, args=args, daemon=True)
+    process = FORKSERVER.Process(target=target, args=args, daemon=daemon)
     process.start()
     return process
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import errno
 import importlib
-import multiprocessing
 import os
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.results import is_done, read_result, write_result
 from fastmask.files import HeldError, held, remove_leftovers, write_text
+from fastmask.workers import processes
 
 __all__ = ["CellFailedError", "do", "run_all"]
 
@@ -126,42 +124,10 @@ def _held_soon(folder: Any) -> Iterator[None]:
             time.sleep(0.2)
 
 
-# ---- processes of this machine
-
-
 @contextmanager
 def _processes(plan: Plan, workers: int, threads: int) -> Iterator[Submit]:
-    """A pool of spawned processes: a forked one inherits threads in an unknown state."""
-    before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (threads,))
-    try:
+    with processes(workers, threads) as pool:
         yield lambda job: pool.submit(do, plan, job)
-        pool.shutdown()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
-            process.join()
-        raise
-
-
-def _begin(threads: int) -> None:
-    """Be a worker: of few threads, deaf to Ctrl-C, which is the parent's to act on, and gone when the parent is."""
-    import torch
-
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-# ---- a Ray cluster
 
 
 @contextmanager

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from os import PathLike
 from pathlib import Path
-
-import torch
 
 from fastmask.reports.analyses import Analysis, chosen
 from fastmask.reports.folders import Study, studies_of
 from fastmask.reports.page import Part, page
 from fastmask.reports.sections import Gathered, Options, Section, Skipped, file_name
 from fastmask.reports.writing import REPORT, check_folder, write_files
+from fastmask.workers import processes
 
 __all__ = ["FOLDER", "Made", "make_report"]
 
@@ -117,32 +112,10 @@ def _all_done(tasks: Sequence[tuple[Study, Analysis, Options]], workers: int) ->
         for at in order:
             yield at, _found(*tasks[at])
         return
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    context = multiprocessing.get_context("spawn")  # a forked process inherits threads in an unknown state
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(threads,)) as pool:
-        try:
-            waiting = {pool.submit(_found, *tasks[at]): at for at in order}
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-
-
-def _begin(threads: int) -> None:
-    """Be a worker: as many threads as cores are left, and no life beyond that of the process that asked for it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that process is interrupted, and ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    with processes(workers, max(1, (os.cpu_count() or 1) // workers)) as pool:
+        waiting = {pool.submit(_found, *tasks[at]): at for at in order}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
 
 
 def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:

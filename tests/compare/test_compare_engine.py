@@ -93,7 +93,7 @@ def test_a_comparison_runs_once_at_a_time(data: Path, tmp_path: Path) -> None:
 def test_killed_processes(whom: str, data: Path, tmp_path: Path) -> None:
     """Nobody goes on by himself: a killed worker ends the comparison, a killed parent its workers; then it goes on."""
     plan = plan_in(tmp_path / "out", data, steps=30)
-    process = start_process(in_processes, plan)
+    process = start_process(in_processes, plan, daemon=False)
     wait_for(lambda: is_done(plan, "seed-0/start"))
     workers = children_of(process.pid)
     assert workers

@@ -171,7 +171,7 @@ class TrainConfig(Settings):
         0, "of weights, order of examples, dropout and random masks", low=0, high=2**32 - 1, group="optimisation"
     )
     lr: float = setting(
-        3e-4, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1, group="optimisation"
+        1e-3, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1, group="optimisation"
     )
     encoder_lr: float = setting(
         3e-5, "peak learning rate of a pretrained encoder", above=0, high=1, group="optimisation"

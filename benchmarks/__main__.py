@@ -84,6 +84,7 @@ def _run(options: argparse.Namespace) -> int:
     rows = _measured(options) if options.stored is None else row.read(options.stored)
     if options.stored is not None:
         tables.print_rows(rows, TARGETS)
+    tables.print_sources(rows)
     good = tables.print_targets(TARGETS, rows) if options.what == "targets" else True
     if options.pictures is not None:
         from benchmarks.pictures import draw

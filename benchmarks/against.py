@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from benchmarks.row import Row
-from fastmask.terminal import LiteralConsole
+from benchmarks.tables import aligned
+from fastmask.literal import say
 
 __all__ = ["print_changes", "verdict"]
 
@@ -35,19 +34,16 @@ def print_changes(before: Sequence[Row], now: Sequence[Row], path: str | Path) -
         {row.key: row for row in rows if row.over_dense is not None and row.implementation != "dense"}
         for rows in (before, now)
     )
-    table = Table(title=f"against {path}", title_justify="left")
-    for name in ("what", "before", "now", ""):
-        table.add_column(name, justify="left" if name in ("what", "") else "right")
+    lines = [("what", "before", "now", "")]
     found = {key: verdict(old.get(key), new.get(key)) for key in {**new, **old}}
     for key, said in found.items():
         if said:
             setting, part, implementation = key
             speeds = [str(run[key].over_dense) if key in run else "" for run in (old, new)]
-            table.add_row(f"{setting.words()}: {part}, {implementation}", *speeds, said)
-    console = LiteralConsole(width=160)
-    if table.row_count:
-        console.print(table)
+            lines.append((f"{setting.words()}: {part}, {implementation}", *speeds, said))
+    if lines[1:]:
+        say(aligned(f"against {path}", lines))
     both = len(set(old) & set(new))
     quiet = both - sum(said in ("slower", "faster") for said in found.values())
-    console.print(f"{both} measurements in both runs, {quiet} of them unchanged within noise", highlight=False)
+    say(f"{both} measurements in both runs, {quiet} of them unchanged within noise")
     return "slower" not in found.values()

@@ -34,7 +34,8 @@ def commit_of(root: Path) -> str | None:
 class Machine:
     """Where a number comes from; empty text for what is not known.
 
-    `products` is what fastmask multiplied float32 matrices with on a CPU: "torch", or "onednn" where that is faster.
+    `products` is what fastmask multiplied float32 matrices with on a CPU: "torch", or "onednn" where that is faster; on
+    a GPU Triton's version.
     """
 
     processor: str
@@ -48,8 +49,12 @@ class Machine:
 
 def this_machine(device: torch.device) -> Machine:
     """What runs here, on a device."""
-    commit, on_cpu = commit_of(ROOT) or "", device.type == "cpu"
-    products = ("onednn" if by_onednn(torch.zeros(1)) else "torch") if on_cpu else ""
-    name = processor() if on_cpu else torch.cuda.get_device_name(device)
+    commit = commit_of(ROOT) or ""
+    if device.type == "cpu":
+        name, products = processor(), "onednn" if by_onednn(torch.zeros(1)) else "torch"
+    else:
+        import triton
+
+        name, products = torch.cuda.get_device_name(device), f"triton {triton.__version__}"
     versions = (torch.__version__, platform.python_version(), fastmask.__version__)
     return Machine(name, *versions, products, commit[:12] + commit[40:], date.today().isoformat())

@@ -14,12 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = [
-    "NOISY", "Ratio", "Side", "compare", "on_gpu", "quartile_ratios", "quartiles", "ratio_of", "rounds", "wait",
-]  # fmt: skip
+__all__ = ["NOISY", "Side", "captured", "on_gpu", "quartiles", "rounds"]
 
-LEAST_ROUNDS_ON_GPU, MOST_ROUNDS_ON_GPU = 11, 200
-LEAST_ROUNDS, MOST_ROUNDS = 2, 2000  # on a CPU
+MOST_ROUNDS, MOST_ROUNDS_ON_GPU = 2000, 200
 NOISY = 0.10  # of the median: where the quartiles of a ratio lie farther apart, it says too little
 _HEAD_START = 20_000_000  # clock cycles (about 10 ms) in which the host queues work before the device begins
 
@@ -30,18 +27,6 @@ class Side:
 
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Time of the baseline over time of ours, round by round: above 1 is faster than the baseline."""
-
-    median: float
-    low: float  # first quartile
-    high: float  # third quartile
-    baseline_ms: float
-    ours_ms: float
-    pairs: int
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -55,19 +40,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def quartile_ratios(baseline: Sequence[float], ours: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile of baseline[i] / ours[i]."""
-    return quartiles([a / b for a, b in zip(baseline, ours, strict=True)])
-
-
-def ratio_of(baseline: Sequence[float], ours: Sequence[float]) -> Ratio:
-    """The ratio of two sides' milliseconds, as `rounds` returns them."""
-    low, median, high = quartile_ratios(baseline, ours)
-    return Ratio(median, low, high, statistics.median(baseline), statistics.median(ours), len(ours))
-
-
 def rounds(
-    sides: Sequence[Side], device: torch.device, seconds: float, warm_up: int = 3, least: int | None = None
+    sides: Sequence[Side], device: torch.device, seconds: float, warm_up: int = 3, least: int = 2
 ) -> list[list[float]]:
     """Run all sides in turn, A B C C B A ..., for about `seconds`; the milliseconds of each, one for each round.
 
@@ -76,31 +50,25 @@ def rounds(
 
     Args:
         sides: what is run; whoever runs second finds other things in the cache, so they change places.
-        device: where they run.
+        device: whose clock counts: where they run, or the CPU for the time until a call returns.
         seconds: for all rounds together, warm-up not counted.
         warm_up: untimed runs of each side before the first round.
-        least: rounds that are run however long they take; default 2, on a GPU 11.
+        least: rounds that are run however long they take.
     """
-    least = least or (LEAST_ROUNDS_ON_GPU if on_gpu(device) else LEAST_ROUNDS)
     for side in sides:
         for _ in range(warm_up):
             side.reset()
             side.run()
-    wait(device)
+    _wait()
     start = time.perf_counter()
     for side in sides:
         side.reset()
         side.run()
-    wait(device)
+    _wait()
     if not on_gpu(device):
         return _host_times(sides, seconds, least)
     count = int(seconds / max(time.perf_counter() - start, 1e-6))
     return _device_times(sides, min(max(count, least), MOST_ROUNDS_ON_GPU))
-
-
-def compare(baseline: Side, ours: Side, device: torch.device, seconds: float, least: int | None = None) -> Ratio:
-    """Time of the baseline over time of ours, round by round: above 1 is faster than the baseline."""
-    return ratio_of(*rounds([baseline, ours], device, seconds, least=least))
 
 
 def _in_turn(count: int, number: int) -> Sequence[int]:
@@ -139,7 +107,28 @@ def _host_times(sides: Sequence[Side], seconds: float, least: int) -> list[list[
     return times
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done what was queued."""
-    if on_gpu(device):
+def _wait() -> None:
+    """Until the GPU, if there is one, has done what was queued."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def captured(side: Side) -> Side:
+    """A side as a CUDA graph, which running it replays.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            side.reset()
+            side.run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    side.reset()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        side.run()
+    return Side(graph.replay)

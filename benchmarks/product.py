@@ -1,7 +1,4 @@
-"""One masked weight and its batch, and what each implementation computes with it: forward, dX, dW, apart and together.
-
-A case of its own (`benchmarks.cases.op`), and what `benchmarks.gpu` measures layers with.
-"""
+"""One masked weight, its batch, and what each implementation computes with it: forward, dX, dW, apart and together."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from benchmarks.measure import Side
 from fastmask.masks import UNPACKED
 from fastmask.operators import compute
 
-__all__ = ["PARTS", "Product", "gathered", "mixed_ids", "units_of"]
+__all__ = ["PARTS", "Product", "gathered", "units_of"]
 
 PARTS = ("forward", "dX", "dW", "forward+backward")
 PACKED = ("fastmask", "packed")  # what runs on operands as the layer before, or behind, leaves them
@@ -196,9 +193,3 @@ def units_of(languages: int, size: int, unit: int, density: float = 0.5, seed: i
     generator = torch.Generator().manual_seed(seed)
     rank = torch.rand(languages, size // unit, generator=generator).argsort(1).argsort(1)
     return (rank < round(density * (size // unit))).repeat_interleave(unit, 1)
-
-
-def mixed_ids(examples: int, languages: int, shuffled: bool = False) -> Tensor:
-    """Languages in equal shares, sorted or shuffled, int64 [B]."""
-    ids = torch.arange(examples) * languages // examples
-    return ids[torch.randperm(examples, generator=torch.Generator().manual_seed(1))] if shuffled else ids

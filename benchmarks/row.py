@@ -54,6 +54,8 @@ class Row:
         masks_mib: the masks of all languages.
         tokens_per_s: tokens of the languages' batches that go through.
         rounds, processes: runs of each implementation, over all processes.
+        predicted_ms: what a written model says that a run takes (`benchmarks.gpu.predicted`).
+        checked: whether the tests that run on this machine first have passed; None where there are none.
         note: what else there is to say.
         machine: where the numbers come from.
     """
@@ -71,6 +73,8 @@ class Row:
     tokens_per_s: float
     rounds: int
     processes: int
+    predicted_ms: float | None
+    checked: bool | None
     note: str
     machine: Machine
 
@@ -170,10 +174,12 @@ def _built(kind: Any, cells: Mapping[str, str]) -> Any:
 
 
 def _parsed(name: str, kind: Any, text: str) -> Any:
-    if kind is bool and text in ("True", "False"):
+    if bool in (kind, *get_args(kind)) and text in ("True", "False"):
         return text == "True"
-    if get_args(kind):  # a number that may be missing
-        kind = float if text else lambda _: None
+    if get_args(kind):  # what may be missing
+        if not text:
+            return None
+        (kind, _) = get_args(kind)
     try:
         return kind(text) if kind is not bool else int("")
     except ValueError:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import CASES, DENSE, Case
 from benchmarks.machine import this_machine
-from benchmarks.measure import quartiles, rounds
+from benchmarks.measure import Side, captured, quartiles, rounds
 from benchmarks.memory import peak_bytes
 from benchmarks.row import Row, Spread
 from benchmarks.setting import Setting
@@ -49,7 +49,8 @@ def measure(job: Job, seconds: float) -> list[Row]:
 
     Args:
         job: what; `see` is asked first.
-        seconds: for each part, once everything is warm; the case says how many rounds are run at least.
+        seconds: for each part, once everything is warm; the case says how many rounds are run at least, and with 0
+            seconds, to see that it runs, there are two.
 
     Raises:
         RuntimeError: an implementation is wrong; nothing is timed.
@@ -69,25 +70,41 @@ def measure(job: Job, seconds: float) -> list[Row]:
 
 
 def _rows(case: Case, part: str, seconds: float, peaks: bool) -> list[Row]:
-    device, sides, found = case.setting.torch_device, case.sides(part), []
-    measured = rounds(list(sides.values()), device, seconds, warm_up=2, least=case.least)
+    (name, _, how), device, found = part.partition(" "), case.setting.torch_device, []
+    sides = _as_graphs(case, case.sides(name)) if how == "graph" else case.sides(name)
+    clock = torch.device("cpu") if how == "host-time" else device
+    measured = rounds(list(sides.values()), clock, seconds, warm_up=2, least=case.least if seconds else 2)
     times, machine = dict(zip(sides, measured, strict=True)), this_machine(device)
     for name, own in times.items():
         ms, over_dense, over_full = (
             _spread(values)
             for values in (own, *([a / b for a, b in zip(times[base], own, strict=True)] for base in DENSE))
         )
-        peak = peak_bytes(sides[name].run, sides[name].reset, device) if peaks else None
+        peak = peak_bytes(sides[name].run, sides[name].reset, device) if peaks and not how else None
         note = "; ".join(case.notes) if name == DENSE[0] else ""
         found.append(
             Row(
                 case.setting, part, name, ms, over_dense, over_full, case.ideal(name),
                 kept_mib=None, peak_mib=_mib(peak), masks_mib=case.mask_bytes() / 2**20,
-                tokens_per_s=1e3 * case.tokens / ms.middle, rounds=len(own), processes=1, note=note, machine=machine,
+                tokens_per_s=1e3 * case.tokens / ms.middle, rounds=len(own), processes=1, checked=None,
+                predicted_ms=None, note=note, machine=machine,
             )
         )  # fmt: skip
     for side in sides.values():
         side.reset()
+    return found
+
+
+def _as_graphs(case: Case, sides: dict[str, Side]) -> dict[str, Side]:
+    """Those that can be captured; of the others, the dense ones excepted, a note says why not."""
+    found = {}
+    for name, side in sides.items():
+        try:
+            found[name] = captured(side)
+        except RuntimeError as error:
+            if name in DENSE:
+                raise
+            case.notes.append(f"without a graph of {name}: {str(error).splitlines()[0]}")
     return found
 
 

@@ -29,9 +29,11 @@ SHAPES = {
     "bert-base": Shape(768, 3072, 12),
     "xlmr-large": Shape(1024, 4096, 16),
     "7b": Shape(4096, 11008, 32),  # a layer of a decoder of 7 billion parameters
+    "square": Shape(4096, 4096, 32),  # one weight that fills a GPU
 }
 BLOCKS = {"blocks16": 16, "blocks32": 32, "blocks64": 64}  # the side of a block
-UNITS = ("both", "heads", "neurons", "neuron-inputs", *BLOCKS, "weights")
+UNITS = ("both", "heads", "head-inputs", "neurons", "neuron-inputs", *BLOCKS, "weights")
+DTYPES = ("float32", "bfloat16", "bfloat16-parameters")
 _WORDS = {"both": "heads + neurons", "weights": "single weights"}
 
 
@@ -44,13 +46,13 @@ class Setting:
         shape: a name of `SHAPES`.
         layers: of the model; one weight has no use for it.
         unit: what lives and dies as one; "both" is heads and neurons. Of one weight, "neurons" are rows, and
-            "neuron-inputs" the columns that consume them.
+            "neuron-inputs" the columns that consume them; so with heads.
         density: share of the units that every language owns.
         languages: masks held.
         present: languages of the batch, in equal shares, sorted.
         batch: examples.
         tokens: of each example.
-        dtype: of the products: float32, or bfloat16 by autocast (parameters stay float32).
+        dtype: of the products: float32, bfloat16 by autocast (parameters stay float32), or "bfloat16-parameters": all.
         compiled: whether every implementation runs under `torch.compile`.
         threads: of the CPU.
         device: "cpu" or "cuda".
@@ -75,7 +77,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         """Validate."""
-        choices = {"shape": SHAPES, "unit": UNITS, "dtype": ("float32", "bfloat16"), "device": ("cpu", "cuda")}
+        choices = {"shape": SHAPES, "unit": UNITS, "dtype": DTYPES, "device": ("cpu", "cuda")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
@@ -108,9 +110,14 @@ class Setting:
         """Where it runs."""
         return torch.device(self.device)
 
+    @property
+    def parameters(self) -> torch.dtype:
+        """The dtype of parameters, and of activations outside of autocast."""
+        return torch.bfloat16 if self.dtype == "bfloat16-parameters" else torch.float32
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The context that forward passes run in."""
-        return nullcontext() if self.dtype == "float32" else torch.autocast(self.device, getattr(torch, self.dtype))
+        return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
 
     def ids(self) -> torch.Tensor:
         """The languages of the examples, int64 [batch], on the device."""

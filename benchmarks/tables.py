@@ -1,4 +1,7 @@
-"""What is printed: a table of rows with a column for each question, what targets came to, and the README's table."""
+"""What is printed: a table of rows with a column for each question, what targets came to, and the README's table.
+
+Plain text: a machine with a GPU may have PyTorch and little else.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +10,67 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.table import Table
-
 from benchmarks.baselines import EXPLAINED
 from benchmarks.row import Row
 from benchmarks.targets import QUICK, Target, placed
 from fastmask.files import write_text
-from fastmask.terminal import LiteralConsole
+from fastmask.literal import say
 
-__all__ = ["BEGIN", "END", "print_rows", "print_targets", "readme_table", "replace_between"]
+__all__ = [
+    "BEGIN", "END", "aligned", "print_rows", "print_sources", "print_targets", "readme_table", "replace_between",
+]  # fmt: skip
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-WIDTH = 160
 PASS = {True: "pass", False: "SHORT", None: "not measured"}
 
 
+def aligned(title: str, lines: Sequence[Sequence[str]]) -> str:
+    """A table: under the title the names of columns, then rows; text to the left, numbers to the right.
+
+    A column that is empty in all rows is left out.
+    """
+    used = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in used]
+    numbers = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in used]
+    rows = [
+        "  ".join(
+            cell.rjust(width) if n else cell.ljust(width) for cell, width, n in zip(row, widths, numbers, strict=True)
+        )
+        for row in zip(*used, strict=True)
+    ]
+    return "\n".join([title, *(f"  {row}".rstrip() for row in rows)])
+
+
 def print_rows(rows: Sequence[Row], targets: Sequence[Target] = ()) -> None:
-    """One table for each setting and part, what its rivals are, and where the numbers come from."""
-    console = LiteralConsole(width=WIDTH)
+    """One table for each setting and part."""
     groups: dict[object, list[Row]] = {}
     for row in rows:
         groups.setdefault((row.setting, row.part), []).append(row)
     for group in groups.values():
         first, setting = group[0], group[0].setting
-        title = f"{setting.words()}: {first.part}; {setting.languages} languages held, {setting.threads} thread(s)"
-        table = Table(title=title, title_justify="left", width=WIDTH)
+        where = f", {setting.threads} thread(s)" if setting.device == "cpu" else ""
+        title = f"{setting.words()}: {first.part}; {setting.languages} languages held{where}"
         cells = [_cells(row, group, targets) for row in group]
-        for name in [name for name in cells[0] if any(own[name] for own in cells)]:
-            table.add_column(name.strip(), justify="right" if name.strip() else "left")
-        for own in cells:
-            table.add_row(*(own[name] for name in cells[0] if any(other[name] for other in cells)))
-        console.print(table)
-        if first.note:
-            console.print(first.note, style="dim", highlight=False)
+        say(aligned(title, [list(cells[0]), *(list(own.values()) for own in cells)]))
+        say(f"  {first.note}\n" if first.note else "")
+
+
+def print_sources(rows: Sequence[Row]) -> None:
+    """What the implementations of rows are, and where the numbers come from."""
     for name in [name for name in EXPLAINED if any(row.implementation == name for row in rows)]:
-        console.print(f"{name:>9}: {EXPLAINED[name]}", highlight=False)
+        say(f"{name:>9}: {EXPLAINED[name]}")
     for where in dict.fromkeys(f"{_how(row)} {_where(row)}, commit {row.machine.commit}" for row in rows):
-        console.print(where, highlight=False)
+        say(where)
 
 
 def _cells(row: Row, group: Sequence[Row], targets: Sequence[Target]) -> dict[str, str]:
-    """What a table says of a row, by column; a column that is empty everywhere is left out."""
+    """What a table says of a row, by column."""
     asked = [target for target in targets if target.asks(row)]
     verdicts = [_judged(target, group)[1] for target in asked]
     return {
         "": row.implementation,
         "ms": f"{row.ms.middle:.4g}",
+        "on paper": "" if row.predicted_ms is None else f"{row.predicted_ms:.4g}",
         "over torch dense": str(row.over_dense or ""),
         "over our dense": str(row.over_full or ""),
         "ideal": f"{row.ideal:.2f}x",
@@ -60,25 +78,22 @@ def _cells(row: Row, group: Sequence[Row], targets: Sequence[Target]) -> dict[st
         "kept MiB": "" if row.kept_mib is None else f"{row.kept_mib:.4g}",
         "peak MiB": "" if row.peak_mib is None else f"{row.peak_mib:.4g}",
         "tokens/s": f"{row.tokens_per_s:.0f}",
-        "target": "\n".join(target.words for target in asked),
-        " ": "\n".join([*verdicts, *(["noisy"] if row.noisy else [])]),
+        "target": "; ".join(target.words for target in asked),
+        " ": "; ".join([*verdicts, *["noisy"] * row.noisy, *["unchecked"] * (row.checked is False)]),
     }
 
 
 def print_targets(targets: Sequence[Target], rows: Sequence[Row]) -> bool:
     """What must hold, what was measured, and whether that is enough; true if all of it is."""
-    table = Table(title="what must hold", title_justify="left", width=WIDTH)
-    for name in ("what", "measured", "target", ""):
-        table.add_column(name, justify="left" if name in ("what", "") else "right")
-    verdicts = []
+    lines, verdicts = [("what", "measured", "target", "")], []
     for target in targets:
         ours = next((row for row in rows if target.asks(row)), None)
         value, verdict = _judged(target, [row for row in rows if ours is not None and row.setting == ours.setting])
         part = f", {target.part}" if len(target.job.parts or ()) > 1 else ""
         what = f"{target.job.setting.words()}: {target.of}{part}"
-        table.add_row(what, "-" if value is None else f"{value:.3f}", target.words, verdict)
+        lines.append((what, "-" if value is None else f"{value:.3f}", target.words, verdict))
         verdicts.append(verdict)
-    LiteralConsole(width=WIDTH).print(table)
+    say(aligned("what must hold", lines))
     return set(verdicts) <= {PASS[True]}
 
 

@@ -11,6 +11,8 @@ from fastmask.errors import unknown
 
 __all__ = ["DENSE", "Case"]
 
+HOWS = ("graph", "host-time")
+
 DENSE = ("dense", "full")  # the whole network, as PyTorch runs it and through fastmask: ratios are taken to both
 
 
@@ -24,7 +26,8 @@ class Case:
     Attributes:
         name, units, parts, implementations: of the case.
         defaults: what a sweep takes for fields of the setting that are not given.
-        can: what else it can be asked for: "compiled", "bfloat16", "cuda".
+        can: what else it can be asked for: "compiled", "bfloat16", "cuda". A part may be followed by how it runs:
+            " graph", replayed as a CUDA graph, is the device's time alone, " host-time" that until the call returns.
         least: rounds at least.
         chosen: the implementations that run here.
         notes: what was left out, and why.
@@ -54,10 +57,16 @@ class Case:
             ValueError: what it cannot do, or parts of the setting that do not go together here.
         """
         asked = (("unit", [setting.unit], cls.units), ("implementation", names, cls.implementations))
-        for what, given, known in (*asked, ("part", parts, cls.parts)):
+        names_of_parts = [part.partition(" ")[0] for part in parts]
+        for what, given, known in (*asked, ("part", names_of_parts, cls.parts)):
             for name in given:
                 if name not in known:
                     raise unknown(f"{what} of the case {cls.name!r}", name, known)
+        for how in filter(None, (part.partition(" ")[2] for part in parts)):
+            if how not in HOWS:
+                raise unknown("way to run a part", how, HOWS)
+            if how == "graph" and setting.device != "cuda":
+                raise ValueError(f"a CUDA graph needs a GPU, and the device is {setting.device!r} (expected 'cuda')")
         for is_asked, what in (
             (setting.compiled, "compiled"),
             (setting.dtype != "float32", "bfloat16"),

@@ -42,7 +42,7 @@ class Encoder(Case):
         super().__init__(setting, names)
         sizes, device = setting.sizes, setting.torch_device
         widths = (sizes.hidden, setting.layers, sizes.heads, sizes.ffn, max(8, setting.tokens))  # `attach` tries 7
-        plain = encoder_of(*widths, device, torch.float32)
+        plain = encoder_of(*widths, device, setting.parameters)
         languages = [f"language {i}" for i in range(setting.languages)]
         self.subnets, self.ids = subnets_of(plain, languages, setting.density, setting.unit), setting.ids()
         self.variants = Variants(plain, self.subnets, self.ids, self.share)
@@ -50,8 +50,8 @@ class Encoder(Case):
         self.calls = {name: self._call(name) for name in self.chosen}
         shape = (setting.batch, setting.tokens, sizes.hidden)
         copies = min(MOST_COPIES, 1 + 2 * cache_bytes(device) // (4 * self.tokens * sizes.hidden))
-        self.inputs = [torch.randn(shape, device=device) for _ in range(copies)]
-        self.upstream = torch.randn(shape, device=device)
+        of = {"device": device, "dtype": setting.parameters}
+        self.inputs, self.upstream = [torch.randn(shape, **of) for _ in range(copies)], torch.randn(shape, **of)
 
     @classmethod
     def why_not(cls, setting: Setting, name: str) -> str | None:

@@ -1,6 +1,7 @@
 """The correctness gate: the tests that run on a GPU, in several processes side by side.
 
 `repeatable` comes first, alone and with a time limit of its own: what could hang are programs that wait for each other.
+This module is also the plugin of pytest that gives each process its share (`--shard=i/n`), compiling included.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-__all__ = ["environment", "green", "repeatable", "test_files"]
+__all__ = ["green", "repeatable", "test_files"]
 
 MOST_PROCESSES = 8
 NOTHING_TO_RUN = 5  # pytest's exit code
@@ -36,12 +38,6 @@ def test_files(root: Path) -> list[str]:
     return [str(path.relative_to(root)) for path in paths if path.exists()]
 
 
-def environment(root: Path, **more: str) -> dict[str, str]:
-    """The environment of a process that finds the checkout's packages first."""
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"} | more
-
-
 def repeatable(root: Path, seconds: float) -> bool:
     """Whether two runs give the same bits, in time: programs that wait for the wrong one would wait for ever."""
     return green(root, seconds, [str(Path("tests") / "gpu"), "-k", TURNS], processes=4)
@@ -54,28 +50,21 @@ def green(root: Path, seconds: float, files: list[str] | None = None, processes:
         print("gate: hypothesis is not installed; tests that need it are left out")
     n = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
     print(f"gate: {' '.join(files)} in {n} processes", flush=True)
-    end, start = time.monotonic() + seconds, time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"{share}.log" for share in range(n)]
-        running = []
-        for share, log in enumerate(logs):
-            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.shard"]
-            command += [f"--shard={share}/{n}", "--tb=short", "--maxfail=10", *files]
-            env = environment(root, OMP_NUM_THREADS="2")
-            with log.open("w") as output:
-                running.append(subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT))
+        running = [_started(root, f"{share}/{n}", files, log) for share, log in enumerate(logs)]
         codes: list[int | None] = []
         try:
             for process in running:
                 try:
-                    codes.append(process.wait(max(0.0, end - time.monotonic())))
+                    codes.append(process.wait(max(0.0, start + seconds - time.monotonic())))
                 except subprocess.TimeoutExpired:
                     codes.append(None)
         finally:
             for process in running:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
+                process.kill()
+                process.wait()
         texts = [log.read_text(errors="replace") for log in logs]
     for share, (code, text) in enumerate(zip(codes, texts, strict=True)):
         if code not in (0, NOTHING_TO_RUN):
@@ -86,6 +75,39 @@ def green(root: Path, seconds: float, files: list[str] | None = None, processes:
     return passed > 0 and all(code in (0, NOTHING_TO_RUN) for code in codes)
 
 
+def _started(root: Path, share: str, files: list[str], log: Path) -> subprocess.Popen[bytes]:
+    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", __name__, f"--shard={share}"]
+    command += ["--tb=short", "--maxfail=10", *files]
+    with log.open("w") as output:
+        return subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
+
+
 def _count(texts: list[str], word: str) -> int:
     """Sum of pytest's closing lines."""
     return sum(int(match) for text in texts for match in re.findall(rf"\b(\d+) {word}\b", text[-500:])[-1:])
+
+
+# ---- the plugin
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Add the option."""
+    parser.addoption("--shard", help="i/n: of all tests in order, run every n-th, beginning with the i-th")
+
+
+def pytest_configure(config: Any) -> None:
+    """Let hypothesis try the same examples every time, however long the first one compiles."""
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import settings
+
+        settings.register_profile("gate", deadline=None, derandomize=True, database=None)
+        settings.load_profile("gate")
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Leave out the other shares."""
+    share, shares = (int(part) for part in config.getoption("--shard").split("/"))
+    config.hook.pytest_deselected(items=[item for number, item in enumerate(items) if number % shares != share])
+    items[:] = items[share::shares]

@@ -9,41 +9,49 @@ to call. There, two casts of gradients come to ours.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import statistics
+from collections.abc import Callable
 
 import torch
 from fastmask_kernels.recorder import Stub
 from torch import Tensor, nn
 
 import fastmask as fm
-from benchmarks.measure import Ratio, ratio_of
-from benchmarks.product import mixed_ids
+from benchmarks.measure import Side, quartiles, rounds
 from benchmarks.variants import encoder_of
 from fastmask.models.routing import Route
 
-__all__ = ["bert_sides", "host_time"]
+__all__ = ["host_time"]
 
 CPU = torch.device("cpu")
 LANGUAGES = 8
 HIDDEN, HEADS, FFN = 128, 2, 256  # heads of 64, as in BERT
 
 
-@contextmanager
-def bert_sides() -> Iterator[tuple[Callable[[], object], Callable[[], object]]]:
-    """Forward and backward of a BERT layer's six linear layers and its activation: dense, and masked as attached.
+def host_time(seconds: float = 10.0, chip: str = "sm_90", passes: int = 20) -> str:
+    """Forward and backward of a BERT layer's six linear layers and its activation, masked over dense, in turn.
 
     Heads and neurons at 50%, as a model calls them but without what is between them and the same on both sides
     (attention, LayerNorm, residuals). The plan, made once for all layers of a batch, is there already.
     """
+    torch.set_num_threads(1)  # several would wait for each other
     dense, model = (encoder_of(HIDDEN, 1, HEADS, FFN, 1, CPU, torch.float32) for _ in range(2))
     names = [f"language {i}" for i in range(LANGUAGES)]
     fm.attach(model, fm.Subnetworks.random(model.config, names, 0.5, seed=0, units="both"), verify=False)
-    route = Route(mixed_ids(LANGUAGES, LANGUAGES), None)  # as with ids on a GPU
+    route = Route(torch.arange(LANGUAGES), None)  # as with ids on a GPU
     x = torch.randn(LANGUAGES, 1, HIDDEN).requires_grad_()
-    with model._fastmask.router.using(route):  # type: ignore[union-attr]
-        yield _step(dense, x), _step(model, x)
+
+    def several(step: Callable[[], object]) -> Side:
+        return Side(lambda: [step() for _ in range(passes)])
+
+    with Stub(chip, "cpu"), model._fastmask.router.using(route):  # type: ignore[union-attr]
+        times = rounds([several(_step(own, x)) for own in (dense, model)], CPU, seconds, least=8)
+    low, middle, high = quartiles([ours / theirs for theirs, ours in zip(*times, strict=True)])
+    dense_ms, our_ms = (statistics.median(own) / passes for own in times)
+    return (
+        f"host time of a BERT layer, forward + backward: {middle:.2f} times nn.Linear's ({low:.2f} to {high:.2f}), "
+        f"{our_ms:.3f} ms and {dense_ms:.3f} ms, {len(times[0])} pairs"
+    )
 
 
 def _step(model: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -62,21 +70,3 @@ def _step(model: nn.Module, x: Tensor) -> Callable[[], object]:
         return torch.autograd.grad([y, k, v], leaves, upstream)
 
     return step
-
-
-def host_time(seconds: float = 10.0, chip: str = "sm_90", passes: int = 20) -> Ratio:
-    """Dense over masked, of the host's time for one layer's forward and backward pass, measured in turn.
-
-    The process's own time: whatever else runs on the machine does not count.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    with Stub(chip, "cpu"), bert_sides() as sides:
-        end = time.perf_counter() + seconds
-        while len(times[0]) < 10 or time.perf_counter() < end:
-            for step, found in zip(sides, times, strict=True):
-                step()
-                start = time.process_time()
-                for _ in range(passes):
-                    step()
-                found.append(1e3 * (time.process_time() - start) / passes)
-    return ratio_of(*(found[2:] for found in times))  # the first rounds are a warm-up

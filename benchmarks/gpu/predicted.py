@@ -1,23 +1,25 @@
-"""What layers take on a GPU by the cost model, on paper: products, the traffic around them, launches, the host.
+"""What dense and masked layers take on a GPU, on paper: a roofline of products, traffic and launches around them.
 
-Nothing here is measured. Block sizes are those that would be launched, times those of `fastmask_kernels.cost_model`;
-the assumptions of the rest stand below. `python -m benchmarks.gpu.recorded` prints the table; `make gpu` measures.
+Nothing here is measured: tables show these milliseconds beside those that are. Block sizes are those that would be
+launched, times those of `fastmask_kernels.cost_model`; the assumptions of the rest stand below. All is bfloat16.
+`python -m benchmarks.gpu.predicted` prints what is predicted for the sections of `make gpu`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil
 
 import torch
-from fastmask_kernels.configs import Config
 from fastmask_kernels.cost_model import L2_SHARE, WAVE, seconds
 from fastmask_kernels.limits import CHIPS
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, Table, choose
 from fastmask_kernels.row_owned_grad import owned
 
-__all__ = ["BERT", "HEADS", "ROWS", "Linear", "Workload", "dense_products", "masked_products", "predicted", "table"]
+from benchmarks.cases.op import kind_of, unit_of, weight_shape
+from benchmarks.setting import Setting
+
+__all__ = ["KERNELS", "Linear", "dense_products", "linears_of", "masked_products", "predicted_ms"]
 
 CHIP = CHIPS["sm_90"]
 # cuBLAS: FLOP/s of a product whose tiles fill every multiprocessor, and the tiles it has to choose from, with the share
@@ -25,16 +27,22 @@ CHIP = CHIPS["sm_90"]
 DENSE, DENSE_TILES = 740e12, (((128, 256), 1.0), ((256, 128), 1.0), ((128, 128), 0.85))
 GAP = 1.5e-6  # seconds between two kernels of one stream
 # Seconds of the host for an operation of PyTorch, autograd included; ours take HOST times what they stand for, as
-# `--host-time` measured.
+# `python -m benchmarks.gpu.recorded --host-time` measured.
 OPERATION, HOST = 6e-6, 1.9
-ELEMENT = 2  # bytes: bfloat16 throughout
+ELEMENT = 2  # bytes
+PASSES = ("forward", "dX", "dW")
+# Kernels that dense and masked layers launch, forward and backward, by case and unit; beside them a BERT layer launches
+# SAME on both sides (LayerNorm, residuals, attention).
+KERNELS = {("encoder", "both"): (29, 20)}
+_OURS = {"neurons": 5, "neuron-inputs": 6, "heads": 3, "head-inputs": 4, "blocks64": 7, "weights": 4}
+KERNELS |= {("op", unit): (4, ours) for unit, ours in _OURS.items()}
+SAME = 14
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Layers [N, K] that share an input, each with a mask over rows or columns in units of so many."""
+    """Layers [N, K] that share an input, each with a mask of a kind in units of so many rows or columns."""
 
-    name: str
     weights: int
     N: int
     K: int
@@ -42,120 +50,56 @@ class Linear:
     unit: int
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Layers on so many tokens of equally many in each language, half of the units alive.
+def predicted_ms(setting: Setting, part: str, implementation: str) -> float | None:
+    """Milliseconds of "dense" or "fastmask" on an H200; None for what the model knows nothing of.
 
-    Attributes:
-        others: bytes that operations around the products move, dense and masked.
-        kernels: that dense and masked layers launch; `same` are launched on both sides beside them.
+    As called, a pass takes as long as the slower of device and host; as a graph the device's time is left.
     """
-
-    name: str
-    layers: tuple[Linear, ...]
-    tokens: int
-    goal: float
-    others: tuple[tuple[str, float, float], ...]
-    kernels: tuple[int, int]
-    same: int = 0
-    languages: int = 8
-    density: float = 0.5
-
-
-def _bert(tokens: int, sentence: int, h: int, f: int, d: float) -> tuple[tuple[str, float, float], ...]:
-    """Bytes of a BERT layer beside its products, forward and backward; attention reads and writes each tensor once."""
-    one = ELEMENT * tokens
-    return (
-        ("LayerNorm, residuals", one * h * (10 + 12), one * h * (10 + 12)),
-        ("sum of Q, K, V's input gradients", one * h * 6, 0.0),
-        ("GELU and its gradient", one * f * 5, one * f * 4 * d),
-        ("attention", one * h * 12, one * h * 12 * d),
-        ("gradients of biases", one * (5 * h + f), one * (2 * h + (3 * h + f) * d)),
-    )
+    sides, (part, _, how) = ("dense", "fastmask"), part.partition(" ")
+    kernels = KERNELS.get((setting.case, setting.unit))
+    if kernels is None or implementation not in sides or setting.dtype != "bfloat16-parameters" or setting.compiled:
+        return None
+    ours = implementation == "fastmask"
+    products = [(masked_products if ours else dense_products)(linear, setting) for linear in linears_of(setting)]
+    if part in PASSES:
+        return 1e3 * sum(own[part] for own in products)
+    layers, same = (setting.layers, SAME) if setting.case == "encoder" else (1, 0)
+    device = sum(sum(own.values()) for own in products)
+    device += sum(both[ours] for both in _bytes_around(setting)) / CHIP.memory + GAP * (kernels[ours] + same)
+    host = OPERATION * (same + kernels[0] * (HOST if ours else 1))
+    return 1e3 * layers * {"": max(device, host), "graph": device, "host-time": host}[how]
 
 
-BERT = Workload(
-    "BERT-base layer, 8192 tokens",
-    (
-        Linear("Q, K, V", 3, 768, 768, "rows", 64),
-        Linear("attention output", 1, 768, 768, "columns", 64),
-        Linear("FFN up", 1, 3072, 768, "rows", 1),
-        Linear("FFN down", 1, 768, 3072, "columns", 1),
-    ),
-    tokens=8192,
-    goal=1.2,
-    others=_bert(8192, 128, 768, 3072, 0.5),
-    kernels=(29, 20),
-    same=14,  # LayerNorm, residuals and attention, forward and backward
-)
-_BIAS = ELEMENT * 16384 * 4096.0
-ROWS, HEADS = (
-    Workload(
-        f"4096 x 4096, rows of {name}, 16384 tokens",
-        (Linear(name, 1, 4096, 4096, "rows", unit),),
-        tokens=16384,
-        goal=1.6,
-        others=(("gradient of the bias", _BIAS, _BIAS / 2),),
-        kernels=(4, 5 if unit == 1 else 3),
-    )
-    for name, unit in (("neurons", 1), ("heads", 128))
-)
+def linears_of(setting: Setting) -> list[Linear]:
+    """The masked layers of one weight, or of one encoder layer with heads and neurons."""
+    if setting.case == "op":
+        return [Linear(1, *weight_shape(setting), kind_of(setting.unit), unit_of(setting))]
+    h, ffn, head = setting.sizes.hidden, setting.sizes.ffn, setting.sizes.hidden // setting.sizes.heads
+    qkv, out = Linear(3, h, h, "rows", head), Linear(1, h, h, "columns", head)
+    return [qkv, out, Linear(1, ffn, h, "rows", 1), Linear(1, h, ffn, "columns", 1)]
+
+
+def _bytes_around(setting: Setting) -> list[tuple[float, float]]:
+    """Bytes beside the products, dense and masked, in both passes; attention reads and writes each tensor once."""
+    one, d = ELEMENT * setting.batch * setting.tokens, setting.density
+    if setting.case == "op":
+        N, kind = weight_shape(setting)[0], kind_of(setting.unit)
+        return [(one * N, one * N * (d if kind == "rows" else 1))]  # the gradient of the bias
+    h, f = setting.sizes.hidden, setting.sizes.ffn
+    return [
+        (one * h * (10 + 12), one * h * (10 + 12)),  # LayerNorm, residuals
+        (one * h * 6, 0.0),  # the sum of Q, K, V's input gradients
+        (one * f * 5, one * f * 4 * d),  # GELU and its gradient
+        (one * h * 12, one * h * 12 * d),  # attention
+        (one * (5 * h + f), one * (2 * h + (3 * h + f) * d)),  # gradients of biases
+    ]
 
 
 # ---- products
 
 
-def _time(
-    table: Table, outer: dict[str, list[int]], inner: tuple[str, int], load: Workload, pieces: int = 1, unit: int = 0
-) -> tuple[Config, float, int]:
-    """The config that is launched, its time, and the programs: with equally long segments no tile is cut short."""
-    segments = load.languages + 1 if "BM" in outer else 1  # the full network's is empty
-    device = torch.device("meta")  # which counts as an H200
-    config = choose(
-        table, device, "half", True, outer, inner, pieces=pieces, segments=segments,
-        usable=lambda config: unit % config["BN"] == 0,
-    )  # fmt: skip
-    programs = pieces
-    for name, sizes in outer.items():
-        of = load.languages * [sizes[0] // load.languages] if name == "BM" else sizes
-        programs *= sum(ceil(size / config[name]) for size in of)
-    return config, seconds(config, programs, outer, inner, "half", CHIP, CHIP.multiprocessors), programs
-
-
-def masked_products(layer: Linear, load: Workload) -> dict[str, tuple[str, float]]:
-    """Forward, dX and dW of masked layers: block sizes, and seconds, zeroing, casts and copies included."""
-    M, n, L = load.tokens, layer.weights, load.languages
-    rows = layer.kind == "rows"
-    side, other = (layer.N, layer.K) if rows else (layer.K, layer.N)  # that the mask cuts, and the whole one
-    live = [round(side * load.density)] * n
-    gathered = _time(ROW_MATMUL, {"BM": [M], "BN": live}, ("BK", other), load)[:2]
-    spread = _time(ROW_MATMUL_T, {"BM": [M], "BK": [other]}, ("BN", sum(live)), load)[:2]
-    weights = n * layer.N * layer.K
-    if owned([layer.unit]):
-        outer = {"BN": [side] * n, "BK": [other]}
-        config, dw, _ = _time(ROW_OWNED_GRAD, outer, ("BM", round(M * load.density)), load, unit=layer.unit)
-    else:
-        config, dw, programs = _time(ROW_TURN_GRAD, {"BN": live, "BK": [other]}, ("BM", M // L), load, pieces=L)
-        # Each program reads and writes a float32 tile of the sums; those of one strip do so one after the other.
-        step = config["BN"] * config["BK"] * 8 / (L2_SHARE * CHIP.l2 / CHIP.multiprocessors)
-        waves = ceil(programs / (CHIP.multiprocessors * config.resident))
-        dw = max(dw + waves * step, dw / waves + L * step)
-        dw += weights * (4 + 4 + ELEMENT) / CHIP.memory  # zeroed, read, and written in the weight's dtype
-    copy = 0.0 if rows else weights * 2 * ELEMENT / CHIP.memory  # W^T, once for both passes
-    forward, dx = (gathered, spread) if rows else (spread, gathered)
-    return {
-        "forward": (_named(forward[0]), forward[1] + copy),
-        "dX": (_named(dx[0]), dx[1]),
-        "dW": (_named(config), dw),
-    }
-
-
-def _named(config: Config) -> str:
-    return "x".join(str(size) for name, size in config.blocks if name != "GROUP") + f" fit {config.resident}"
-
-
-def dense_products(layer: Linear, load: Workload) -> dict[str, float]:
-    """Seconds of the same by cuBLAS; a product with few tiles is split along what it sums over."""
+def dense_products(layer: Linear, setting: Setting) -> dict[str, float]:
+    """Seconds of forward, dX and dW by cuBLAS; a product with few tiles is split along what it sums over."""
 
     def one(rows: int, columns: int, depth: int) -> float:
         times = []
@@ -165,43 +109,81 @@ def dense_products(layer: Linear, load: Workload) -> dict[str, float]:
             times.append(flops / (DENSE * share) * (ceil(waves) / waves if waves > 1 else 1))
         return min(times) + WAVE / 3  # one program after the other: a new tile's reads hide behind the last one's sums
 
-    M, n, N, K = load.tokens, layer.weights, layer.N, layer.K
+    M, n, N, K = setting.batch * setting.tokens, layer.weights, layer.N, layer.K
     return {"forward": n * one(M, N, K), "dX": n * one(M, K, N), "dW": n * one(N, K, M)}
 
 
-# ---- the table
+def masked_products(layer: Linear, setting: Setting) -> dict[str, float]:
+    """Seconds of the same of masked layers; zeroing, casts and copies included."""
+    M = setting.batch * setting.tokens
+    if layer.kind in ("rows", "columns"):
+        return _rows_or_columns(layer, M, setting.present, setting.density)
+    flops, d = 2.0 * M * layer.N * layer.K, setting.density
+    if layer.kind == "weights":  # every tile is partial
+        return {part: _tiled(flops, 128 if part == "dW" else 256, 128) for part in PASSES}
+    # Of a pair of tiles of 64 a share d is multiplied together, the others by themselves; see `pair_matmul`.
+    return dict.fromkeys(PASSES, _tiled(flops * d * d, 256, 128) + _tiled(flops * d * (1 - d), 256, 64))
 
 
-def predicted(load: Workload) -> tuple[float, list[str]]:
-    """Dense over masked as called, and the lines of a table."""
-    lines = [f"{load.name}, {load.languages} languages, {load.density:.0%}: predicted, on paper, on {CHIP.product}"]
-    lines.append(f"{'microseconds':<40}{'dense':>8}{'ours':>8}{'ratio':>7}  blocks")
-    total = [0.0, 0.0]
-
-    def add(what: str, dense: float, ours: float, note: str = "") -> None:
-        total[0], total[1] = total[0] + dense, total[1] + ours
-        ratio = f"{dense / ours:.2f}" if ours else "-"
-        lines.append(f"{what:<40}{1e6 * dense:>8.0f}{1e6 * ours:>8.0f}{ratio:>7}  {note}".rstrip())
-
-    for layer in load.layers:
-        dense = dense_products(layer, load)
-        for part, (blocks, ours) in masked_products(layer, load).items():
-            add(f"{layer.name}: {part}", dense[part], ours, blocks)
-    for what, before, after in load.others:
-        add(what, before / CHIP.memory, after / CHIP.memory)
-    kernels = [count + load.same for count in load.kernels]
-    add(f"between {kernels[0]} and {kernels[1]} kernels", *(GAP * count for count in kernels))
-    host = [OPERATION * (load.same + load.kernels[0] * factor) for factor in (1, HOST)]
-    add_host = f"{'the host, beside the device':<40}{1e6 * host[0]:>8.0f}{1e6 * host[1]:>8.0f}"
-    lines += [f"{'on the device':<40}{1e6 * total[0]:>8.0f}{1e6 * total[1]:>8.0f}{total[0] / total[1]:>7.2f}", add_host]
-    called = [max(both) for both in zip(total, host, strict=True)]
-    ratio = called[0] / called[1]
-    short = "" if ratio >= load.goal else ", short"
-    lines.append(f"as called: {ratio:.2f} times dense's speed, asked {load.goal:g}{short}")
-    return ratio, lines
+def _tiled(flops: float, a: int, b: int) -> float:
+    """Sums over tiles [a, b]: bound by arithmetic, or by what a step reads through the L2 cache."""
+    rate = 2 * a * b / (ELEMENT * (a + b)) * L2_SHARE * CHIP.l2
+    return flops / min(CHIP.flops_16bit, rate) + WAVE
 
 
-def table() -> Iterator[str]:
-    """The lines of all workloads."""
-    for load in (BERT, ROWS, HEADS):
-        yield from (*predicted(load)[1], "")
+def _rows_or_columns(layer: Linear, M: int, L: int, density: float) -> dict[str, float]:
+    n, rows = layer.weights, layer.kind == "rows"
+    side, other = (layer.N, layer.K) if rows else (layer.K, layer.N)  # that the mask cuts, and the whole one
+    live = [round(side * density)] * n
+    gathered = _time(ROW_MATMUL, {"BM": [M], "BN": live}, ("BK", other), L)
+    spread = _time(ROW_MATMUL_T, {"BM": [M], "BK": [other]}, ("BN", sum(live)), L)
+    weights = n * layer.N * layer.K
+    if owned([layer.unit]):
+        outer = {"BN": [side] * n, "BK": [other]}
+        dw = _time(ROW_OWNED_GRAD, outer, ("BM", round(M * density)), L, unit=layer.unit)
+    else:
+        dw = _time(ROW_TURN_GRAD, {"BN": live, "BK": [other]}, ("BM", M // L), L, turns=True)
+        dw += weights * (4 + 4 + ELEMENT) / CHIP.memory  # zeroed, read, and written in the weight's dtype
+    copy = 0.0 if rows else weights * 2 * ELEMENT / CHIP.memory  # W^T, once for both passes
+    forward, dx = (gathered, spread) if rows else (spread, gathered)
+    return {"forward": forward + copy, "dX": dx, "dW": dw}
+
+
+def _time(
+    table: Table, outer: dict[str, list[int]], inner: tuple[str, int], L: int, unit: int = 0, turns: bool = False
+) -> float:
+    """Seconds with the config that is launched; of equally long segments no tile is cut short.
+
+    With `turns` each language has programs of its own, and those of one tile add to its sums one after the other.
+    """
+    segments, pieces = (L + 1 if "BM" in outer else 1), (L if turns else 1)  # the full network's segment is empty
+    config = choose(
+        table, torch.device("meta"), "half", True, outer, inner, pieces=pieces, segments=segments,
+        usable=lambda config: unit % config["BN"] == 0,
+    )  # fmt: skip  # "meta" counts as an H200
+    programs = pieces
+    for name, sizes in outer.items():
+        programs *= sum(ceil(size / config[name]) for size in (L * [sizes[0] // L] if name == "BM" else sizes))
+    found = seconds(config, programs, outer, inner, "half", CHIP, CHIP.multiprocessors)
+    if not turns:
+        return found
+    # Each program reads and writes a float32 tile of the sums.
+    step = config["BN"] * config["BK"] * 8 / (L2_SHARE * CHIP.l2 / CHIP.multiprocessors)
+    waves = ceil(programs / (CHIP.multiprocessors * config.resident))
+    return max(found + waves * step, found / waves + L * step)
+
+
+def main() -> None:
+    """Print the predictions of all sections."""
+    from benchmarks.gpu.sections import SECTIONS
+
+    print(f"predicted, on paper, on {CHIP.product}; milliseconds, and dense over ours")
+    for job in (job for jobs in SECTIONS.values() for job in jobs):
+        for part in job.parts or ():
+            dense, ours = (predicted_ms(job.setting, part, name) for name in ("dense", "fastmask"))
+            if dense is not None and ours is not None:
+                print(f"{job.setting.words()}, {part}: {dense:.3f} {ours:.3f} {dense / ours:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,21 +1,12 @@
-"""What the gate checks: sizes, masks, dtypes and models; the tests run them, and `recorded` says what they launch."""
+"""What the gate checks: sizes, masks, dtypes and models; the tests run them, and `launched` says what they launch."""
 
 from __future__ import annotations
 
 import torch
 
 __all__ = [
-    "ACTIVATIONS",
-    "CASES",
-    "DTYPES",
-    "KINDS",
-    "PACKED",
-    "PROJECTIONS",
-    "SHALLOW",
-    "cases",
-    "sides",
-    "tiny_models",
-]
+    "ACTIVATIONS", "CASES", "DTYPES", "KINDS", "PACKED", "PROJECTIONS", "SHALLOW", "cases", "sides", "tiny_models",
+]  # fmt: skip
 
 KINDS = {"rows": ("rows", 1), "columns": ("columns", 1), "blocks64": ("blocks", 64), "blocks16": ("blocks", 16)}
 KINDS["weights"] = ("weights", 1)
@@ -61,12 +52,7 @@ def cases() -> list[tuple[str, str]]:
 def sides(kind: str, N: int, K: int) -> tuple[int, int]:
     """N and K rounded up to whole units."""
     what, unit = KINDS[kind]
-    return (N if what == "columns" else sized(N, unit)), (K if what == "rows" else sized(K, unit))
-
-
-def sized(size: int, unit: int) -> int:
-    """The next multiple of a block's side."""
-    return -(-size // unit) * unit
+    return (N if what == "columns" else -(-N // unit) * unit), (K if what == "rows" else -(-K // unit) * unit)
 
 
 def tiny_models() -> dict[str, object]:

@@ -1,6 +1,6 @@
 """`python -m fastmask_kernels.compile_report`: what the compiler makes of every kernel that is launched, without a GPU.
 
-What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout, runs the gate and the sections of
+What is launched is not listed by hand: `benchmarks.gpu.launched`, in a checkout, runs the gate and the sections of
 `make gpu` on a stub (`recorder`). One row for each variant (kernel, block sizes, dtypes, flags, hints) of each chip:
 
 - `regs`: registers of one thread. `stack`: bytes of its stack frame. `spill`: bytes stored / loaded because registers
@@ -49,9 +49,9 @@ from fastmask_kernels.recorder import Variant
 from fastmask_kernels.roofline import roofline_table
 from fastmask_kernels.row_configs import expected_residents
 
-__all__ = ["RECORDED", "Row", "collect", "failures", "main", "report", "table", "warnings"]
+__all__ = ["LAUNCHED", "Row", "collect", "failures", "main", "report", "table", "warnings"]
 
-RECORDED = "benchmarks.gpu.recorded"
+LAUNCHED = "benchmarks.gpu.launched"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Row:
         return ("FLOP" if compute >= transfer else "L2"), share
 
 
-def collect(targets: Sequence[str], module: str = RECORDED, kernel: str = "", quick: bool = False) -> list[Variant]:
+def collect(targets: Sequence[str], module: str = LAUNCHED, kernel: str = "", quick: bool = False) -> list[Variant]:
     """What `variants(chip)` of a module gives for each of `targets`, where its description contains `kernel`.
 
     `quick`: of those that share kernel, flags and precision the one with the largest tile, which needs most registers.
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", default="", help="only variants whose description contains this")
     parser.add_argument("--quick", action="store_true", help="of each kernel and set of flags the largest tile only")
     parser.add_argument("--json", metavar="FILE", help="write the rows, and what is wrong, to FILE as well")
-    parser.add_argument("--module", default=RECORDED, help="whose variants(chip) to compile; default: %(default)s")
+    parser.add_argument("--module", default=LAUNCHED, help="whose variants(chip) to compile; default: %(default)s")
     parser.add_argument("--roofline", action="store_true", help="print the floors of whole layers; compile nothing")
     options = parser.parse_args(arguments)
     if options.roofline:

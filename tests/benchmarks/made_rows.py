@@ -24,7 +24,7 @@ def made_row(implementation: str = "fastmask", speed: float = 2.0, spread: float
         "part": "forward+backward", "ms": around(100 / speed), "over_dense": around(speed),
         "over_full": around(speed / FULL), "ideal": 1.0 if implementation in ("dense", "full") else 2.0,
         "kept_mib": None, "peak_mib": None, "masks_mib": 0.25, "tokens_per_s": 1e3 * speed, "rounds": 9,
-        "processes": 1, "note": "",
+        "processes": 1, "predicted_ms": None, "checked": None, "note": "",
     }  # fmt: skip
     return Row(setting, implementation=implementation, machine=MACHINE, **(values | changes))
 

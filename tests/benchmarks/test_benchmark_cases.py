@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made_rows import MACHINE
 
 import fastmask as fm
 from benchmarks import running
 from benchmarks.baselines import BASELINES, EXPLAINED, Task, why_not
 from benchmarks.cases import CASES
 from benchmarks.cases.encoder import live_flops
+from benchmarks.measure import Side
 from benchmarks.running import Job, measure
 from benchmarks.setting import UNITS, Setting, Shape
 from benchmarks.targets import QUICK, TARGETS
@@ -156,6 +158,37 @@ def test_speeds_are_taken_of_pairs(monkeypatch):
     assert (ours.over_dense, ours.over_full) == ((4, 4, 6), (2, 2, 3))
     assert (full.over_dense, full.over_full) == ((2, 2, 2), (1, 1, 1))
     assert ours.tokens_per_s == 16 / 1e-3
+
+
+def test_a_part_may_say_how_it_runs(monkeypatch):
+    """The host's time is the device's, a graph is the same as a call, or one that fails takes the others with it."""
+
+    def captured(side):  # type: ignore[no-untyped-def]
+        graphs.append(side)
+        if len(graphs) == 3:
+            raise RuntimeError("cannot be captured\nbecause")
+        return side
+
+    def rounds(sides, clock, *_, **__):  # type: ignore[no-untyped-def]
+        clocks.append(clock.type)
+        return [[1.0, 1.0]] * len(sides)
+
+    graphs: list[object] = []
+    clocks: list[str] = []
+    monkeypatch.setattr(running, "captured", captured)
+    monkeypatch.setattr(running, "rounds", rounds)
+    monkeypatch.setattr(running, "this_machine", lambda device: MACHINE)
+    case = CASES["op"](tiny("op"), ("fastmask", "loop"))
+    monkeypatch.setattr(case, "sides", lambda part: dict.fromkeys(case.chosen, {"dW": Side(list)}[part]))
+    monkeypatch.setattr(Setting, "torch_device", torch.device("cuda"))
+    assert [row.part for row in running._rows(case, "dW host-time", 0, False)] == ["dW host-time"] * 4
+    found = running._rows(case, "dW graph", 0, False)
+    assert [row.implementation for row in found] == ["dense", "full", "loop"]
+    assert found[0].note.endswith("without a graph of fastmask: cannot be captured")
+    assert clocks == ["cpu", "cuda"]
+    for part, message in (("dW twice", "unknown way to run a part 'twice'"), ("dW graph", "a CUDA graph needs a GPU")):
+        with pytest.raises((KeyError, ValueError), match=message):
+            CASES["op"].refuse(tiny("op"), parts=(part,))
 
 
 # ---- rivals

@@ -1,40 +1,35 @@
-"""Predictions on paper: they count what is launched, and say so where they fall short."""
+"""Predictions on paper: they count what is launched, and no product is faster than its arithmetic."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from fastmask_kernels.limits import CHIPS
 
-from benchmarks.gpu.predicted import BERT, DENSE, HEADS, ROWS, dense_products, masked_products, predicted, table
-from tests.benchmarks.test_gpu_recorded import run
+from benchmarks.gpu.predicted import DENSE, KERNELS, SAME, dense_products, linears_of, masked_products, predicted_ms
+from benchmarks.gpu.sections import BITS, BLOCKS_LEFT, GRAPH, HOST, LAYERS, UNITS
+from benchmarks.product import PARTS
+from tests.benchmarks.test_gpu_recorded import MOST, run
 
-WORKLOADS = (BERT, ROWS, HEADS)
+JOBS = (LAYERS, *UNITS.values(), *BLOCKS_LEFT.values(), *BITS.values())
 
-# Kernels of the layers of each workload, dense and masked: of a dense BERT layer those that its masked one has not.
+# Kernels of a BERT layer on the recorder: of the dense one those that the masked one has not, of the masked one its own
+# and those that both have.
 RECORDED = """
-import json, torch
-from dataclasses import replace
-import fastmask as fm
-from benchmarks.gpu.recorded import encoder_step, layer_step, origin, record
-from benchmarks.gpu.setup import REAL
-from benchmarks.product import mixed_ids, units_of
-from fastmask_kernels.recorder import DEVICE
+import json
+from benchmarks.gpu.passes import encoder_step, record
+from benchmarks.gpu.recorded import origin
+from benchmarks.gpu.sections import LAYERS
 
-setup = replace(REAL, device=torch.device(DEVICE))
-
-def kernels(step):
-    events = [event for event in record(step).events if event.phase in ("forward", "backward")]
+def kernels(masked):
+    events = [event for event in record(encoder_step(LAYERS.setting, masked)).events
+              if event.phase in ("forward", "backward")]
     return [sum(origin(event) == where for event in events) for where in ("masked", "other")]
 
-masked, others = kernels(encoder_step(setup, 1))
-found = [[kernels(encoder_step(setup, 1, masked=False))[1] - others, masked]]
-for unit in (1, setup.head):
-    mask = fm.Mask.rows(units_of(setup.languages, setup.width, unit), setup.width)
-    ids = mixed_ids(setup.examples, setup.languages)
-    found.append(kernels(layer_step(mask, ids, setup.tokens, setup.dtype, setup.dtype, packed=True))[0])
-print(json.dumps(found))
+masked, others = kernels(True)
+print(json.dumps([kernels(False)[1] - others, masked]))
 """
 
 
@@ -42,30 +37,37 @@ def test_they_count_the_kernels_that_are_launched() -> None:
     """A prediction stands for code that launches more, or less."""
     done = run("-c", RECORDED)
     assert done.returncode == 0, done.stderr
-    bert, rows, heads = json.loads(done.stdout)
-    assert tuple(bert) == BERT.kernels
-    assert (rows, heads) == (ROWS.kernels[1], HEADS.kernels[1])
+    assert tuple(json.loads(done.stdout)) == KERNELS["encoder", "both"]
+    for (case, unit), (_, ours) in KERNELS.items():
+        launches, operations = MOST.get(f"{unit}, packed", MOST.get(unit, ((0, 0),)))[0]
+        assert ours == launches + operations or case == "encoder"
 
 
-@pytest.mark.parametrize("load", WORKLOADS, ids=lambda load: load.name)
-def test_no_product_is_faster_than_its_arithmetic(load) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.setting.words())
+def test_no_product_is_faster_than_its_arithmetic(job) -> None:  # type: ignore[no-untyped-def]
     """A product is left out, or is faster on paper than the chip could be."""
-    for layer in load.layers:
-        flops = 2.0 * load.tokens * layer.weights * layer.N * layer.K
-        dense, ours = dense_products(layer, load), masked_products(layer, load)
-        assert dense.keys() == ours.keys() == {"forward", "dX", "dW"}
-        for part, (_, seconds) in ours.items():
-            assert seconds > load.density * flops / CHIPS["sm_90"].flops_16bit
+    setting = job.setting
+    for layer in linears_of(setting):
+        flops = 2.0 * setting.batch * setting.tokens * layer.weights * layer.N * layer.K
+        dense, ours = dense_products(layer, setting), masked_products(layer, setting)
+        assert dense.keys() == ours.keys() == set(PARTS[:3])
+        for part, seconds in ours.items():
+            live = 1 if layer.kind == "weights" else setting.density
+            assert seconds > live * flops / CHIPS["sm_90"].flops_16bit
             assert dense[part] > flops / DENSE
 
 
-def test_the_table_says_what_it_is() -> None:
-    """A number on paper is taken for a measurement, or one that falls short for one that does not."""
-    text = "\n".join(table())
-    assert text.count("predicted, on paper") == len(WORKLOADS)
-    for load in WORKLOADS:
-        ratio, lines = predicted(load)
-        assert lines[-1].startswith(f"as called: {ratio:.2f} times dense's speed")
-        assert lines[-1].endswith(", short") == (ratio < load.goal)
-        for layer in load.layers:
-            assert sum(line.startswith(f"{layer.name}: ") for line in lines) == 3
+def test_a_pass_is_more_than_its_products() -> None:
+    """Traffic, launches or layers are left out of a prediction, or it is made for what the model does not know."""
+    setting, both = UNITS["neurons"].setting, PARTS[-1]
+    for name in ("dense", "fastmask"):
+        apart = sum(predicted_ms(setting, part, name) for part in PARTS[:3])  # type: ignore[misc]
+        assert apart < predicted_ms(setting, both, name) < 1.05 * apart  # type: ignore[operator]
+        one, four = (predicted_ms(replace(LAYERS.setting, layers=n), GRAPH, name) for n in (1, 4))
+        assert four == pytest.approx(4 * one)  # type: ignore[operator]
+        device, host, called = (predicted_ms(LAYERS.setting, part, name) for part in (GRAPH, HOST, both))
+        assert called == max(device, host)  # type: ignore[type-var]
+    assert predicted_ms(LAYERS.setting, HOST, "dense") == pytest.approx(4 * 6e-3 * (29 + SAME))
+    assert predicted_ms(setting, both, "packed") is None
+    assert predicted_ms(replace(setting, dtype="float32"), both, "dense") is None
+    assert predicted_ms(replace(LAYERS.setting, unit="neurons"), both, "dense") is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,13 +37,17 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 # (Triton launches, torch operations) of a forward and backward pass of the masked layers, at most; of the plan.
 MOST = {
-    "BERT layer 768, heads and neurons": ((12, 8), (3, 5)),
-    "rows 4096 x 4096, packed": ((3, 2), (3, 1)),
-    "rows 4096 x 4096": ((5, 2), (4, 1)),
-    "columns 4096 x 4096, packed": ((3, 3), (3, 1)),
-    "columns 4096 x 4096": ((6, 3), (4, 1)),
-    "blocks 4096 x 4096": ((5, 2), (2, 1)),
-    "weights 4096 x 4096": ((3, 1), (2, 1)),
+    "BERT layer, heads and neurons": ((12, 8), (3, 5)),
+    "neurons, packed": ((3, 2), (3, 1)),
+    "neurons": ((5, 2), (4, 1)),
+    "neuron-inputs, packed": ((3, 3), (3, 1)),
+    "neuron-inputs": ((6, 3), (4, 1)),
+    "heads, packed": ((3, 0), (3, 1)),
+    "heads": ((5, 0), (4, 1)),
+    "head-inputs, packed": ((3, 1), (3, 1)),
+    "head-inputs": ((6, 1), (4, 1)),
+    "blocks64": ((5, 2), (2, 1)),
+    "weights": ((3, 1), (2, 1)),
 }
 
 
@@ -59,12 +64,21 @@ def test_a_pass_launches_no_more_than_it_did(layer: str, counts: dict[str, Any])
     assert (tuple(masked), tuple(found["plan"])) == MOST[layer]
 
 
+def test_host_time_is_measured_without_a_gpu() -> None:
+    """The way to a launch becomes slower, and nobody can tell."""
+    code = "from benchmarks.gpu import host, passes\nwith passes.forced(): print(host.host_time(0, passes=1))"
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[\d.]+ times nn.Linear's \([\d.]+ to [\d.]+\), .* 8 pairs", done.stdout)
+
+
 # ---- the gate
 
 # Prints, for each chip given, what is shipped and not launched by the gate's problems: table entries, tiles and turns.
 NOT_LAUNCHED = """
 import json, sys, torch
-from benchmarks.gpu import recorded
+from benchmarks.gpu import launched
+from benchmarks.gpu.passes import forced
 from fastmask_kernels import pair_matmul, row_configs, tile_matmul
 from fastmask_kernels.recorder import Recorder
 from fastmask_kernels.turnstile import TURNSTILE_CHIPS
@@ -107,8 +121,8 @@ def shipped_for(chip):
     return wanted
 
 found = {}
-with recorded.forced():
-    steps = list(recorded.gate())  # their masks are made once for all chips
+with forced():
+    steps = list(launched.gate())  # their masks are made once for all chips
     for chip in sys.argv[1:]:
         wanted, (launched, turns) = shipped_for(chip), launched_on(chip, steps)
         missing = sorted(map(str, wanted - launched))

@@ -54,6 +54,15 @@ def gradients(function, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tens
     return y.detach(), *(leaf.grad if leaf is not None else None for leaf in leaves)
 
 
+def spread(packed: Tensor, mask: Mask, ids: Tensor, size: int) -> Tensor:
+    """[B, T, width] -> [B, T, size]: undoes `benchmarks.product.gathered`, zeros where an example owns nothing."""
+    full, counts = packed.new_zeros(*packed.shape[:-1], size), mask.live_counts()
+    for b, language in enumerate(ids.tolist()):
+        live = slice(size) if language < 0 else mask.index[language, : counts[language]]
+        full[b, :, live] = packed[b, :, : size if language < 0 else counts[language]]
+    return full
+
+
 def check(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask, ids: Tensor) -> None:
     """`masked_linear` against the oracle: y and every gradient."""
     dy = torch.randn(*x.shape[:-1], mask.out_features)

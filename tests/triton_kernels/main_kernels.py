@@ -6,24 +6,12 @@ Row kernels in every block size that is shipped and every precision, and what ma
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
-import torch
-from fastmask_kernels.recorder import DEVICE, Recorder, Variant
+from fastmask_kernels.recorder import Variant
 
-from benchmarks.gpu.recorded import forced, sections
-from benchmarks.gpu.setup import REAL
-from benchmarks.gpu.shipped import EVEN, launch_shipped
+from benchmarks.gpu.launched import EVEN, launch_shipped, sections, variants_of
 
 
 def variants(chip: str) -> list[Variant]:
     """Of `launch_shipped` and of what is timed, where two languages do: their number decides over no kernel."""
-    setup = replace(REAL, device=torch.device(DEVICE), languages=2)
-    found: dict[tuple[object, ...], Variant] = {}
-    with forced():
-        for step in itertools.chain([lambda _: launch_shipped(chip, [EVEN], EVEN)], sections(setup)):
-            with Recorder(chip) as recorder:
-                step(recorder)
-            for launch in recorder.launches:
-                found.setdefault(launch.variant.key, launch.variant)
-    return list(found.values())
+    return variants_of(chip, itertools.chain([lambda _: launch_shipped(chip, [EVEN], EVEN)], sections(2)))

@@ -32,7 +32,9 @@ docs: .venv/installed-docs
 gpu:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu
 
-# Modules are compiled as they are imported: most of what is installed never is.
+# Modules are compiled as they are imported, once: most of what is installed never is. Where the environment forbids to
+# keep what was compiled, every process of the tests would compile PyTorch and transformers again, 14 s of a core each.
+unexport PYTHONDONTWRITEBYTECODE
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[train]'

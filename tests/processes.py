@@ -5,14 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import pytest
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 PRELOADED = ["accelerate", "datasets", "fastmask.compare.cells", "fastmask.training.loop", "torch._dynamo"]
 PRELOADED += ["transformers.models.auto", "transformers.models.bert.modeling_bert"]
+FORKSERVER.set_forkserver_preload(PRELOADED)
 
 
 def start_process(target: Any, *args: Any, daemon: bool = True) -> Any:
@@ -20,10 +24,34 @@ def start_process(target: Any, *args: Any, daemon: bool = True) -> Any:
 
     A daemon ends with the tests, whatever happens to them, and may have no processes of its own.
     """
-    FORKSERVER.set_forkserver_preload(PRELOADED)
     process = FORKSERVER.Process(target=target, args=args, daemon=daemon)
     process.start()
     return process
+
+
+def fork_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools of processes that the library starts are forked from that server, and need not import anything either."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: FORKSERVER)
+
+
+def start_command(*arguments: object, **streams: IO[Any] | int) -> Any:
+    """Start the command in a process whose `stdin`, `stdout` or `stderr` is an open file, or the number of one."""
+    files = {name: file if isinstance(file, int) else file.fileno() for name, file in streams.items()}
+    # Connections can be sent to a process; nobody reads or writes through them here.
+    sent = {name: Connection(os.dup(number)) for name, number in files.items()}
+    process = start_process(_command, [str(argument) for argument in arguments], sent)
+    for copy in sent.values():
+        copy.close()
+    return process
+
+
+def exit_code(process: Any) -> int:
+    """That of a process that was started, which must end within a few minutes."""
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError("the process did not end")
+    return int(process.exitcode)
 
 
 def run_into(stdout: int, target: Any, *args: Any) -> None:
@@ -45,6 +73,19 @@ def _script(path: Path, folder: Path, *arguments: str) -> None:
     os.chdir(folder)
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
+
+
+def _command(arguments: list[str], streams: dict[str, Connection]) -> None:
+    from fastmask.cli import main
+
+    for name, file in streams.items():
+        os.dup2(file.fileno(), ("stdin", "stdout", "stderr").index(name))
+        file.close()
+    if "stdin" in streams:  # multiprocessing has closed it
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    # Ctrl-C ends this process as it ends a shell's command; what forked it from the server ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(arguments))
 
 
 def _redirected(stream: Connection, target: Any, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Nobody is told to install somebody else's package, and one version is said everywhere."""
+"""No text tells anybody to install somebody else's package, and there is one version number."""
 
 from __future__ import annotations
 
@@ -114,11 +114,12 @@ def test_the_core_needs_no_extra():
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
-def test_general_help_does_not_wait_for_torch(arguments):
-    """Half a second of nothing before a line of help."""
+@pytest.mark.parametrize(("arguments", "says"), [(["--help"], "discover"), (["--version"], fm.__version__)])
+def test_general_help_does_not_wait_for_torch(arguments, says):
+    """General help is printed without importing torch."""
     run = light(f"from fastmask.cli import main; main({arguments})", *extra("train"), "torch", "numpy", "transformers")
     assert run.returncode == 0, run.stderr
+    assert says in run.stdout
 
 
 def test_a_missing_extra_is_named():

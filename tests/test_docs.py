@@ -80,7 +80,7 @@ def test_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_links_lead_somewhere(page):
-    """Every relative link of a page is to a file that is there, and to a heading that it has."""
+    """Every relative link leads to an existing file, and to a heading in it."""
     for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
         if re.match(r"[a-z]+:", link):
             continue
@@ -94,7 +94,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_public_name_has_a_page_and_an_example():
-    """What `fastmask` offers stands in the reference, and in a snippet that runs."""
+    """Every public name is in the reference, and in a snippet that runs."""
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     snippets = "\n".join(code for page in PAGES if page.name not in NOT_RUN for code in blocks(page, "python"))
     for name in fm.__all__:
@@ -103,7 +103,7 @@ def test_every_public_name_has_a_page_and_an_example():
 
 
 def test_the_numbers_of_the_readme_are_those_that_were_measured():
-    """The speeds of the README's table stand in the file of the last whole run, and nowhere differently."""
+    """The speeds in the README's table are those in the file of the last whole run."""
     rows = read_rows(ROOT / "benchmarks" / "results" / "targets.csv")
     table = (ROOT / "README.md").read_text().partition("<!-- benchmarks:begin -->")[2]
     for line, batch, present in (("one language, 8 x 128", 8, 1), ("8 languages in one batch, 16 x 128", 16, 8)):

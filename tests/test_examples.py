@@ -24,7 +24,7 @@ ALONE = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.na
 
 @pytest.mark.parametrize("name", ALONE)
 def test_examples_run(name, tmp_path):
-    """An example script does not run."""
+    """Every example script runs."""
     run_script(ROOT / "examples" / name, tmp_path)
 
 

@@ -59,7 +59,7 @@ def masks(names=NAMES, units=("heads", "neurons")):
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_console(is_terminal):
-    """Lines, titles, headers and cells must come out letter for letter, on a terminal and in a file."""
+    """Lines, titles, headers and cells are printed letter for letter, on a terminal and in a file."""
     from rich.table import Table
 
     file = io.StringIO()
@@ -135,7 +135,7 @@ def said_of(capsys, *arguments, code=0):
 
 
 def test_folders_of_a_stranger(tmp_path, small_run, small_data, capsys):
-    """Where `train`, `predict` and `compare` write, and what they read, is said without escape codes."""
+    """`train`, `predict` and `compare` print the names of what they read and write without escape codes."""
     folder = tmp_path / HOSTILE
     written = re.escape(printable(HOSTILE))
     said = said_of(capsys, "train", "--out", folder / "embedded", "--density", "0.0001", code=1)

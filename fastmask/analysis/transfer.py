@@ -33,8 +33,8 @@ def typology(
     correlations can be told from chance: for n = 8 it takes |rho| >= 0.74 for p < 0.05.
 
     Args:
-        gains: by unseen language: the score of a method less that of the full network, or one for each seed (or support
-            set), of which the mean counts.
+        gains: by unseen language: the score of a method minus that of the full network, or one for each seed (or
+            support set), of which the mean counts.
         similarity: by unseen language: one number, or one for each training language, of which the largest counts.
         what: what the gains are, for the picture.
         measure: what the similarities are, for the picture.

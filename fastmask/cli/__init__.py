@@ -174,7 +174,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     grid = command("compare")
     grid.add_argument("--data", required=True, help="a folder, a file or a name on the Hub")
     grid.add_argument(
-        "--out", required=True, help="folder of the comparison; the same command goes on where it stopped"
+        "--out", required=True, help="folder of the comparison; the same command resumes where it stopped"
     )
     clusters = "address of a Ray cluster to train cells on instead (auto, local, host:port; needs the extra ray)"
     grid.add_argument("--ray", metavar="ADDRESS", help=clusters)

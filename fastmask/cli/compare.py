@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         run_all(plan, jobs, options.workers, threads, progress.show, options.ray)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("the same command goes on where it stopped") from None
+        raise KeyboardInterrupt("the same command resumes where it stopped") from None
     print_tables(plan, console_of(sys.stdout))
     files = write_report(plan, options.command_line)
     say(f"comparison: {plan.out.resolve()}")

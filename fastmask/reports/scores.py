@@ -130,7 +130,7 @@ def _by_measure(
             result = fm.analysis.typology(
                 {name: gains.loc[name].tolist() for name in near if name in known},
                 near,
-                what=f"{metric} of {variant} less that of full, {condition}",
+                what=f"{metric} of {variant} minus that of full, {condition}",
                 measure=f"similarity to the nearest training language ({measure})",
                 seed=found.options.seed,
             )

@@ -53,7 +53,7 @@ def literal_change(model, batches, name, units, layer, unit):
     covering(["bert", "roberta", "distilbert", "llama", "qwen3"], ["heads", "neurons"]),
 )
 def test_equals_masked_weights(model_type, units):
-    """Broken: a flipped unit is not what its mask would make of the plain model."""
+    """Flipping a unit costs what a mask with that unit flipped costs the plain model."""
     model, batches = setting(model_type)
     result = fm.analysis.ablation(model, loss_of(model), batches, units=units)
     size = getattr(attached(model).subnets, units).shape[2]
@@ -71,7 +71,7 @@ def test_equals_masked_weights(model_type, units):
 
 
 def test_scores_are_those_of_pruning_and_the_first_order_estimate():
-    """Broken: the score that agreement is measured for is another one than pruning goes by."""
+    """The scores compared with the measured losses are those that pruning goes by."""
     model, batches = setting(density=0.75)
     result = fm.analysis.ablation(model, loss_of(model), batches)
     table = result.table
@@ -89,7 +89,7 @@ def test_scores_are_those_of_pruning_and_the_first_order_estimate():
 
 
 def test_the_last_unit_of_a_layer():
-    """Broken: a layer whose only head is removed fails, or is left out."""
+    """Removing the only head of a layer is measured like any other removal."""
     model = tiny("bert")
     heads = torch.zeros(2, 2, 4, dtype=torch.bool)
     heads[:, :, 1] = True
@@ -102,7 +102,7 @@ def test_the_last_unit_of_a_layer():
 
 
 def test_agreement_by_hand():
-    """Broken: the table that says whether the score is any good correlates the wrong columns."""
+    """The table of agreement correlates the score with the loss that was measured."""
     model, batches = setting()
     result = fm.analysis.ablation(model, loss_of(model), batches, units="neurons")
     agreement = result.more["agreement"].set_index(["language", "group"])
@@ -118,7 +118,7 @@ def test_agreement_by_hand():
 
 
 def test_leaves_the_model_as_it_was():
-    """Broken: masks, hooks or the mode differ after an ablation, or after one that failed."""
+    """Masks, hooks and mode are unchanged after an ablation, and after one that failed."""
     model, batches = setting()
     model.train()
     subnets, ids = attached(model).subnets, torch.tensor([0, 1, 1])
@@ -151,7 +151,7 @@ def test_leaves_the_model_as_it_was():
     ],
 )
 def test_bad_input(change, message):
-    """Broken: a mistake is found late, or not at all."""
+    """Bad input is refused before anything is computed."""
     model, batches = setting(units="heads")
     with pytest.raises((ValueError, KeyError), match=message):
         fm.analysis.ablation(model, loss_of(model), **{"batches": batches, **change})

@@ -21,7 +21,7 @@ def rows(**scores):
 
 
 def test_by_hand():
-    """Broken: a difference is paired wrongly, or a p-value is not that of the languages."""
+    """Differences are paired by language and seed; the p-value is that of the languages' mean differences."""
     scores = rows(
         full={"en": [60, 62], "hi": [40, 41]},
         static={"en": [61, 64], "hi": [40.5, 41.5]},
@@ -89,7 +89,7 @@ def test_gaps():
 
 
 def test_verdicts():
-    """Broken: noise is called an effect, or an effect noise."""
+    """Only a difference that exceeds its noise is called an effect."""
     generator = np.random.default_rng(0)
     noise = {name: list(generator.normal(50, 1, 6)) for name in "abcdefgh"}
     scores = rows(
@@ -108,7 +108,7 @@ def test_verdicts():
 
 
 def test_interval_is_that_of_the_pairs():
-    """Broken: the interval ignores the pairing, and differences drown in the spread of seeds."""
+    """The interval is that of the paired differences, however far the seeds themselves spread."""
     scores = rows(full={"en": [10, 20, 30, 40, 50, 60]}, static={"en": [11, 21, 31, 41, 51, 61.5]})
     row = fm.analysis.effect(scores, seed=3).table.iloc[0]
     assert (row.low, row.high) == bootstrap_interval([1, 1, 1, 1, 1, 1.5], 0.95, [3, 0, 0])
@@ -132,7 +132,7 @@ def sentences():
 
 
 def test_sentences_equal_a_literal_bootstrap():
-    """Broken: sentences are drawn unpaired, unweighted, or anew for each seed."""
+    """Sentences are drawn in pairs, weighted by their words, and alike for all seeds."""
     frame = sentences()
     result = fm.analysis.effect(frame, seed=7)
     row = result.table.set_index("language").loc["hi"]
@@ -167,14 +167,14 @@ def test_sentences_equal_a_literal_bootstrap():
     ],
 )
 def test_bad_input(change, message):
-    """Broken: unpaired or broken scores make numbers all the same."""
+    """Scores that are unpaired or not finite are refused."""
     good = rows(full={"en": [60, 62], "hi": [40, 41]}, static={"en": [61, 64], "hi": [40.5, 41.5]})
     with pytest.raises((ValueError, KeyError), match=message):
         fm.analysis.effect(change(good))
 
 
 def test_sentences_must_be_the_same():
-    """Broken: methods are compared on different sentences."""
+    """Methods that were scored on different sentences are refused."""
     frame = sentences()
     lost = frame[~((frame.method == "static") & (frame.sentence == "s3") & (frame.seed == 1))]
     with pytest.raises(ValueError, match="not scored on the same sentences of 'en'"):

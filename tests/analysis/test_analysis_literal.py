@@ -34,7 +34,7 @@ def random_heads(seed, layers=2, units=4):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("same_start", [True, False])
 def test_overlap(seed, same_start):
-    """Broken: a Jaccard similarity, the random masks' expectation, or which pairs are compared."""
+    """The Jaccard similarity of each pair, and what random masks would have, equal the literal computation."""
     runs = [random_heads(10 * seed), random_heads(10 * seed + 1)]
     subnets = [fm.Subnetworks(LANGUAGES, heads=heads) for heads in runs]
     table = fm.analysis.overlap(subnets[0], seeds=[subnets[1]], same_start=same_start).table
@@ -51,7 +51,7 @@ def test_overlap(seed, same_start):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_unit_use(seed):
-    """Broken: who owns a unit is counted wrong, or what random masks would share."""
+    """How many languages own each unit, and what random masks would give, equal the literal count."""
     heads = random_heads(seed)
     result = fm.analysis.unit_use(fm.Subnetworks(LANGUAGES, heads=heads))
     masks = [masks_of(keep) for keep in heads]
@@ -73,7 +73,7 @@ def test_unit_use(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_dynamics(seed):
-    """Broken: churn, distance, or the mean over pairs at a step."""
+    """Churn, distance and the mean over pairs at each step equal the literal computation."""
     generator = np.random.default_rng(seed)
     history = [(0, name, random_heads(seed)[row]) for row, name in enumerate(LANGUAGES)]
     for step in (10, 20, 40):
@@ -95,7 +95,7 @@ def test_dynamics(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_cross_evaluation(seed):
-    """Broken: the advantage of a language's own subnetwork, its p-value, or the means over languages."""
+    """The advantage of own subnetworks, its p-value and the means equal the literal computation."""
     generator = np.random.default_rng(seed)
     values = {pair: float(generator.normal(60, 2)) for pair in itertools.product(LANGUAGES, [*LANGUAGES, "full"])}
     result = fm.analysis.cross_evaluation(lambda a, b: values[a, b], LANGUAGES, controls=("full",))
@@ -110,7 +110,7 @@ def test_cross_evaluation(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_typology(seed):
-    """Broken: the correlation of gains with the similarity to the nearest language, or its p-value."""
+    """The correlation of gains with similarity, and its p-value, equal the literal computation."""
     generator = np.random.default_rng(seed)
     unseen = ["de", "fi", "ja", "fr", "ta", "fo"]
     gains = {name: generator.normal(size=3).round(1).tolist() for name in unseen}
@@ -123,7 +123,7 @@ def test_typology(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_effect(seed):
-    """Broken: a difference to the baseline is paired wrongly, or its p-value is another."""
+    """The paired differences to the baseline, and their p-values, equal the literal computation."""
     generator = np.random.default_rng(seed)
     methods, seeds = ["full", "static", "random"], [0, 1, 2]
     score = {key: float(generator.normal(60, 2)) for key in itertools.product(methods, LANGUAGES, seeds)}

@@ -33,7 +33,7 @@ def every_jaccard(sizes_a, sizes_b, n):
 
 @pytest.mark.parametrize(("sizes_a", "sizes_b", "n"), [([2], [3], 5), ([1, 2], [2, 3], 4), ([0, 2], [1, 2], 3)])
 def test_chance_equals_counting_all_masks(sizes_a, sizes_b, n):
-    """Broken: the band of random masks, against which every overlap is read, is wrong."""
+    """The band of random masks is that of all masks of these sizes, counted one by one."""
     every = np.array(every_jaccard(sizes_a, sizes_b, n))
     for level in (0.5, 0.8, 0.95):
         found = chance_jaccard(sizes_a, sizes_b, [n] * len(sizes_a), level)
@@ -45,7 +45,7 @@ def test_chance_equals_counting_all_masks(sizes_a, sizes_b, n):
 
 
 def test_chance_of_many_units():
-    """Broken: with thousands of units, what is left out of the sums is not negligible."""
+    """With thousands of units, the terms that the sums leave out are negligible."""
     found = chance_jaccard([1000], [1500], [3072])
     shared = np.arange(1001)
     jaccard = shared / (2500 - shared)
@@ -59,7 +59,7 @@ def test_chance_of_many_units():
 
 
 def test_chance_owners_equals_drawing_masks():
-    """Broken: the band for units that all, one or no language owns is not that of random masks."""
+    """The bands for units owned by all, one or no language are those of masks drawn at random."""
     sizes, n, draws = [3, 5, 2], 7, 20_000
     found = chance_owners(sizes, n, draws, [1])
     assert (found.sum(1) == n).all()
@@ -74,7 +74,7 @@ def test_chance_owners_equals_drawing_masks():
 
 
 def test_overlap_by_hand():
-    """Broken: a Jaccard similarity, its relation or its band is wrong."""
+    """Each pair has its Jaccard similarity, relation and band."""
     one = subnets(["110 100", "100 100", "001 011"])
     other = subnets(["110 010", "110 100", "001 011"])
     table = fm.analysis.overlap(one, seeds=[other]).table.set_index(["language_a", "seed_a", "language_b", "seed_b"])
@@ -95,7 +95,7 @@ def test_overlap_by_hand():
 
 
 def test_overlap_agrees_with_subnetworks():
-    """Broken: one library has two ideas of overlap."""
+    """`Subnetworks.overlap` and the analysis give the same numbers."""
     found = fm.Subnetworks(
         ["a", "b", "c"], neurons=torch.rand(3, 4, 50, generator=torch.Generator().manual_seed(1)) < 0.4
     )
@@ -105,7 +105,7 @@ def test_overlap_agrees_with_subnetworks():
 
 
 def test_band_says_random_masks_are_inside():
-    """Broken: masks that share nothing but chance are called similar, or languages' own masks random."""
+    """Random masks lie inside the band, and masks of related languages above it."""
     keep = torch.zeros(12, 4, 12, dtype=torch.bool)
     for at, (row, layer) in enumerate(itertools.product(range(12), range(4))):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(at))
@@ -117,7 +117,7 @@ def test_band_says_random_masks_are_inside():
 
 
 def test_families_by_hand():
-    """Broken: "related languages share more" comes out of the wrong pairs, or with a wrong p-value."""
+    """Related languages are compared with unrelated ones over the right pairs, with the right p-value."""
     masks = subnets(["1100", "1100", "0011", "0011"], ["p", "q", "r", "s"])
     families = {"p": "one", "q": "one", "r": "two", "s": "two"}
     row = fm.analysis.overlap(masks, families=families).more["families"].iloc[0]
@@ -130,7 +130,7 @@ def test_families_by_hand():
 
 
 def test_weights_overlap():
-    """Broken: masks over single weights cannot be compared."""
+    """Masks over single weights can be compared."""
     keep = torch.tensor([[[1, 1], [0, 0]], [[1, 0], [0, 0]]], dtype=torch.bool)
     table = fm.analysis.overlap(fm.Subnetworks(["a", "b"], weights={"m": keep})).table
     assert table.jaccard.tolist() == [0.5]
@@ -138,7 +138,7 @@ def test_weights_overlap():
 
 
 def test_unit_use_by_hand():
-    """Broken: who owns a unit, or what random masks would share, is counted wrong."""
+    """Owners of each unit are counted, and so is what random masks would share."""
     result = fm.analysis.unit_use(subnets(["110 100", "100 100", "101 011"]))
     table = result.table.set_index(["layer", "unit"])
     assert table.owners.tolist() == [3, 1, 1, 2, 1, 1]
@@ -168,6 +168,6 @@ def test_unit_use_by_hand():
     ],
 )
 def test_bad_input(call, message):
-    """Broken: a mistake is found late, or named badly."""
+    """Bad input is refused at once, by a message that names it."""
     with pytest.raises((ValueError, KeyError, AttributeError), match=message):
         call()

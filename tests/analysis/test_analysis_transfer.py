@@ -25,7 +25,7 @@ MATRIX = {
 
 
 def test_cross_evaluation_by_hand():
-    """Broken: rows and columns are exchanged, or the diagonal advantage is not what it says."""
+    """Rows are languages, columns are subnetworks, and the advantage is diagonal minus rest."""
     calls = []
 
     def evaluate(language, subnetwork):
@@ -53,7 +53,7 @@ def test_cross_evaluation_by_hand():
 
 
 def test_cross_evaluation_of_a_loss():
-    """Broken: for a loss, where lower is better, the worst subnetwork is called the best."""
+    """Of a loss, where lower is better, the lowest is the best subnetwork."""
     names = ["en", "no", "hi"]
     losses = {a: {b: 1 - v / 100 for b, v in row.items()} for a, row in MATRIX.items()}
     up = fm.analysis.cross_evaluation(lambda a, b: MATRIX[a][b], names)
@@ -64,7 +64,7 @@ def test_cross_evaluation_of_a_loss():
 
 
 def test_typology_by_hand():
-    """Broken: gains are set against the wrong language's similarity, or the p-value is another."""
+    """A gain is set against the same language's similarity, and the p-value is that of this correlation."""
     gains = {"de": [1.0, 2.0], "fi": 0.5, "ja": [-1.0], "fr": 0.7}
     similarity = {"ja": 0.1, "de": {"en": 0.9, "hi": 0.2}, "fi": {"en": 0.3, "hi": 0.4}, "fr": {"en": 0.8}}
     result = fm.analysis.typology(gains, similarity)
@@ -92,7 +92,7 @@ HISTORY = [
 
 
 def test_dynamics_by_hand():
-    """Broken: churn, distance or convergence is taken from the wrong masks."""
+    """Churn, distance and convergence are those of the masks of each step."""
     result = fm.analysis.dynamics(HISTORY)
     table = result.table.set_index(["step", "language"])
     assert table.churn.to_dict() == {
@@ -116,7 +116,7 @@ def test_dynamics_by_hand():
 
 
 def test_history_of_a_run(tmp_path):
-    """Broken: the file that a run leaves does not tell the history that the run had."""
+    """The file that a run leaves holds the history that the run had."""
     model = tiny("bert")
     fm.attach(model, fm.Subnetworks.random(model.config, ["en", "hi"], 0.5, seed=1, units="both"))
     target = torch.randn(24, generator=torch.Generator().manual_seed(2)).double()
@@ -186,6 +186,6 @@ def test_history_of_a_run(tmp_path):
     ],
 )
 def test_bad_input(call, message):
-    """Broken: a mistake is found late, or named badly."""
+    """Bad input is refused at once, by a message that names it."""
     with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
         call()

@@ -71,7 +71,7 @@ def owned(model, row):
 @pytest.mark.parametrize("units", ["heads", "both"])
 @pytest.mark.parametrize("model_type", ["bert", "llama", "gpt2"])
 def test_equals_literal_dense_gradients(model_type, units):
-    """Broken: cosines and shares of conflict are not those of the languages' gradients."""
+    """Cosines and shares of conflict are those of the languages' dense gradients."""
     model, batches = attached_model(model_type, units), data()
     result = fm.analysis.gradient_conflict(model, loss_of(model), batches)
     dense = [literal_gradients(model, batches, name) for name in LANGUAGES]
@@ -113,7 +113,7 @@ def test_equals_literal_dense_gradients(model_type, units):
 
 
 def test_halves_and_norms():
-    """Broken: the control, how far a language agrees with itself, is not that of its even and odd batches."""
+    """A language's agreement with itself is the cosine of its even and odd batches."""
     model, batches = attached_model(), data(batches=3)
     result = fm.analysis.gradient_conflict(model, loss_of(model), batches)
     found = result.more["languages"]
@@ -153,7 +153,7 @@ def test_halves_and_norms():
 
 
 def test_one_mask_and_one_batch_for_all_agree_fully():
-    """Broken: equal gradients do not have cosine 1 and conflict 0, or "full" still runs the subnetworks."""
+    """Equal gradients have cosine 1 and no conflict, and "full" runs no subnetwork."""
     model, batches = attached_model(), data(batches=1)
     same = {name: batches["aa"] for name in LANGUAGES}
     result = fm.analysis.gradient_conflict(model, loss_of(model), same, full=True)
@@ -167,7 +167,7 @@ def test_one_mask_and_one_batch_for_all_agree_fully():
 
 
 def test_leaves_the_model_as_it_was():
-    """Broken: an analysis in the middle of training changes gradients, the mode or the hooks."""
+    """Gradients, mode and hooks are unchanged, so it can run in the middle of training."""
     model, batches = attached_model().train(), data()
     loss = loss_of(model)
     with fm.language(model, "aa"):
@@ -258,14 +258,14 @@ def test_products_in_chunks(monkeypatch):
     ],
 )
 def test_bad_input(change, message):
-    """Broken: bad input is found late, or not at all."""
+    """Bad input is refused before anything is computed."""
     model = attached_model()
     with pytest.raises((ValueError, KeyError), match=message):
         fm.analysis.gradient_conflict(model, loss_of(model), change(data()))
 
 
 def test_loss_of_another_shape():
-    """Broken: a mean over the batch is taken for one loss for each example."""
+    """A loss that is not one number for each example is refused."""
     model = attached_model()
     with pytest.raises(ValueError, match="one loss for each example"):
         fm.analysis.gradient_conflict(model, lambda b: loss_of(model)(b).mean(), data())

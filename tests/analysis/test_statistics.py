@@ -25,7 +25,7 @@ small_numbers = st.integers(-4, 4)  # few values: many ties
 
 
 def test_sign_flip_by_hand() -> None:
-    """Broken: the p-value in every comparison table is not that of the paired test."""
+    """The paired test gives the p-value computed by hand."""
     # 8 patterns of (1, 2, 3): |sum| = 6, 4, 2, 0, each twice; observed 6.
     assert paired_sign_flip([1, 2, 3]) == 2 / 8
     # Observed |1 + 2 - 3| = 0: every pattern is as extreme.
@@ -40,7 +40,7 @@ def test_sign_flip_by_hand() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(small_numbers, min_size=1, max_size=9))
 def test_sign_flip_equals_the_literal_count(differences: list[int]) -> None:
-    """Broken: counting half of the patterns, or ties in rounding, gives another p-value."""
+    """The exact p-value counts all sign patterns, ties in rounding included."""
     d = [value / 10 for value in differences]
     sums = [
         abs(sum(s * v for s, v in zip(signs, differences, strict=True)))
@@ -50,7 +50,7 @@ def test_sign_flip_equals_the_literal_count(differences: list[int]) -> None:
 
 
 def test_sign_flip_equals_scipy() -> None:
-    """Broken: our test is not the one that scipy calls a paired permutation test."""
+    """The test is scipy's paired permutation test."""
     d = np.random.default_rng(3).normal(0.4, 1, 12)
     ours = paired_sign_flip(d)
     theirs = scipy.stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
@@ -58,7 +58,7 @@ def test_sign_flip_equals_scipy() -> None:
 
 
 def test_drawn_sign_flip_is_close_to_the_exact_one() -> None:
-    """Broken: with more than 20 differences the p-value is another, is 0, or moves with every call."""
+    """Past 20 differences, drawn patterns give the same p-value in every call, never 0."""
     d = np.random.default_rng(0).normal(0.25, 1, 24)
     sums = d[:1]
     for value in d[1:]:
@@ -71,7 +71,7 @@ def test_drawn_sign_flip_is_close_to_the_exact_one() -> None:
 
 
 def test_bootstrap_by_hand() -> None:
-    """Broken: the interval's ends are not the quantiles of the resampled means."""
+    """The ends of the interval are quantiles of the resampled means."""
     # Means of two of (0, 1): 0, 1/2, 1 with shares 1/4, 1/2, 1/4.
     assert bootstrap_interval([0, 1], 0.95) == (0, 1)
     assert bootstrap_interval([0, 1], 0.4) == (0.5, 0.5)
@@ -80,7 +80,7 @@ def test_bootstrap_by_hand() -> None:
 
 
 def test_bootstrap_equals_the_literal_loop_and_scipy() -> None:
-    """Broken: samples are drawn without replacement, shared between draws, or of another size."""
+    """Samples are drawn with replacement, each for itself, and as large as the data."""
     values = np.random.default_rng(5).gamma(2, size=15)
     generator = np.random.default_rng([3, 1])
     means = sorted(float(np.mean([values[i] for i in generator.integers(0, 15, 15)])) for _ in range(10_000))
@@ -95,7 +95,7 @@ def test_bootstrap_equals_the_literal_loop_and_scipy() -> None:
 
 
 def test_bootstrap_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken: the interval of a long test set depends on how much fits into memory."""
+    """The interval does not depend on how many samples are in memory at once."""
     values = np.arange(50.0)
     whole = bootstrap_interval(values, seed=4, draws=300)
     monkeypatch.setattr("fastmask.analysis.statistics.CHUNK", 700)
@@ -123,7 +123,7 @@ def test_crossed_interval_by_counting() -> None:
 
 
 def test_holm_by_hand() -> None:
-    """Broken: corrected p-values are too small, or land on the wrong method."""
+    """Corrected p-values are Holm's, each in its method's place."""
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9, 0.001]) == pytest.approx([1, 1, 0.003])
     assert holm([0.2]) == [0.2]
@@ -134,7 +134,7 @@ def test_holm_by_hand() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6), st.floats(0.001, 0.999))
 def test_holm_rejects_what_the_step_down_rule_rejects(p_values: list[float], level: float) -> None:
-    """Broken: comparing adjusted p-values with a level is not Holm's procedure."""
+    """Comparing adjusted p-values with a level rejects what the step-down rule rejects."""
     rejected = set()
     for k, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         if p_values[i] * (len(p_values) - k) > level:
@@ -144,7 +144,7 @@ def test_holm_rejects_what_the_step_down_rule_rejects(p_values: list[float], lev
 
 
 def test_spearman_by_hand() -> None:
-    """Broken: rank correlations and their p-values are wrong."""
+    """Rank correlations and their p-values are those computed by hand."""
     # rho of (1, 2, 3) with its six orders: 1, 1/2, 1/2, -1/2, -1/2, -1.
     assert spearman_permutation([1, 2, 3], [10, 30, 20]) == pytest.approx((0.5, 1))
     assert spearman_permutation([1, 2, 3], [3, 2, 1]) == pytest.approx((-1, 2 / 6))
@@ -154,7 +154,7 @@ def test_spearman_by_hand() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(small_numbers, small_numbers), min_size=3, max_size=6))
 def test_spearman_equals_the_literal_count(pairs: list[tuple[int, int]]) -> None:
-    """Broken: ties or rounding change the share of orders that are as extreme."""
+    """The p-value is the share of all orders that are as extreme, ties and rounding included."""
     x, y = [a for a, _ in pairs], [b for _, b in pairs]
     rho, p = spearman_permutation(x, y)
     if len(set(x)) == 1 or len(set(y)) == 1:
@@ -167,7 +167,7 @@ def test_spearman_equals_the_literal_count(pairs: list[tuple[int, int]]) -> None
 
 
 def test_drawn_spearman_is_close_to_scipys() -> None:
-    """Broken: with more than 9 points the p-value is another or moves with every call."""
+    """Past 9 points, drawn orders give a p-value close to scipy's, the same in every call."""
     generator = np.random.default_rng(2)
     x = generator.normal(size=22)
     y = 0.4 * x + generator.normal(size=22)
@@ -179,7 +179,7 @@ def test_drawn_spearman_is_close_to_scipys() -> None:
 
 
 def test_diagonal_permutation_by_hand() -> None:
-    """Broken: the diagonal advantage of a cross-evaluation has a wrong p-value."""
+    """The p-value of the diagonal advantage is that computed by hand."""
     assert diagonal_permutation(np.eye(3)) == 1 / 6
     assert diagonal_permutation(np.ones((3, 3))) == 1
     # Sums over the orders of [[2, 1], [5, 3]]: 5 (diagonal) and 6.
@@ -194,7 +194,7 @@ def test_diagonal_permutation_by_hand() -> None:
 
 
 def test_drawn_diagonal_permutation() -> None:
-    """Broken: with more than 9 languages the p-value is 0 or not the share of drawn orders."""
+    """Past 9 languages, the p-value is the share of drawn orders that are as extreme, never 0."""
     assert diagonal_permutation(np.eye(12), draws=199) == 1 / 200
     assert diagonal_permutation(np.zeros((12, 12)), draws=199) == 1
 
@@ -214,6 +214,6 @@ def test_drawn_diagonal_permutation() -> None:
     ],
 )
 def test_bad_input(call: object, message: str) -> None:
-    """Broken: numbers that mean nothing come out of numbers that cannot be used."""
+    """Numbers that cannot be used are refused."""
     with pytest.raises(ValueError, match=message):
         call()  # type: ignore[operator]

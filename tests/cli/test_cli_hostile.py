@@ -7,12 +7,11 @@ import os
 import pty
 import shutil
 import struct
-import subprocess
-import sys
 
 import pytest
 from finished_run import LANGUAGES
 from hang import no_hang
+from processes import exit_code, start_command
 from typed_command import failure_of
 
 from fastmask.cli import main
@@ -62,7 +61,7 @@ def test_settings(outside, name, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("long number", "documents")])
 def test_settings_of_a_run(outside, small_run, name, capsys, monkeypatch):
-    """The same in a run that somebody else made."""
+    """So is the file of settings in a run that somebody else made."""
     shutil.copytree(small_run, outside / "run")
     monkeypatch.chdir(outside)
     (outside / "run" / "config.yaml").write_text(CONFIGS[name])
@@ -155,13 +154,15 @@ def test_nobody_is_asked_whether_code_may_run(outside, small_data):
     arguments = ["train", "--model", folder, "--data", small_data, "--languages", LANGUAGES, "--out", outside / "run"]
     master, slave = pty.openpty()
     os.write(master, b"y\ny\ny\n")
-    command = [sys.executable, "-m", "fastmask.cli", *map(str, arguments)]
-    done = subprocess.run(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, text=True, timeout=120)
+    with (outside / "said").open("wb") as said:
+        process = start_command(*arguments, stdin=slave, stdout=slave, stderr=said)
+    assert exit_code(process) == 1
     os.close(master)
     os.close(slave)
-    assert done.returncode == 1
     assert not (outside / "ran").exists()
-    assert "[y/N]" not in done.stderr
+    said = (outside / "said").read_text()
+    assert "error: " in said
+    assert "[y/N]" not in said
 
 
 class TestLinks:

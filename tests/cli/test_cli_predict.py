@@ -5,27 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+from processes import exit_code, start_command
 from typed_command import output_of
 
 from fastmask.cli import main
 from fastmask.tasks.data.conllu import read_sentences
 
-TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--eval-every", "0", "--threads", "1", "--method", "full"]
+
+@pytest.fixture(scope="module")
+def run(small_run):
+    return small_run
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, data):
-    """A finished run of two steps."""
-    out = tmp_path_factory.mktemp("runs") / "full"
-    assert main(["train", "--data", str(data), "--out", str(out), "--steps", "2", *TINY]) == 0
-    return out
-
-
-@pytest.fixture(scope="module")
-def source(data):
-    return next(data.glob("UD_*/qac_toy-ud-test.conllu"))
+def source(small_data):
+    return next(small_data.glob("UD_*/qac_toy-ud-test.conllu"))
 
 
 @pytest.fixture(scope="module")
@@ -36,34 +33,36 @@ def expected(run, source, tmp_path_factory):
     return target.read_bytes()
 
 
-def shell(run, command: str, **options) -> subprocess.CompletedProcess:
-    """Run a line of shell in which `predict` is the command with the run."""
-    line = f'set -o pipefail; predict() {{ "{sys.executable}" -m fastmask.cli predict "{run}" "$@"; }}; {command}'
-    return subprocess.run(["bash", "-c", line], capture_output=True, **options)
-
-
-@pytest.mark.parametrize("out", ["-", pytest.param("/proc/self/fd/1", marks=pytest.mark.slow)])  # of /dev/stdout
-def test_from_standard_input_to_standard_output(run, source, expected, out):
-    """Standard output holds the sentences and nothing else; what is said goes to standard error."""
-    done = shell(run, f"cat {source} | predict - {out} | cat")
-    assert (done.returncode, done.stdout) == (0, expected)
-    assert b"12 sentences written" in done.stderr
+@pytest.mark.parametrize("out", ["-", "/proc/self/fd/1"])  # the second is where /dev/stdout leads
+def test_from_standard_input_to_standard_output(run, source, expected, tmp_path, out):
+    """Standard output holds the sentences and nothing else; messages go to standard error."""
+    read, write = os.pipe()
+    with subprocess.Popen(["cat", source], stdout=subprocess.PIPE) as cat, (tmp_path / "said").open("wb") as said:
+        process = start_command("predict", run, "-", out, stdin=cat.stdout, stdout=write, stderr=said)
+    os.close(write)
+    with open(read, "rb") as printed:
+        assert printed.read() == expected
+    assert exit_code(process) == 0
+    assert "3 sentences written" in (tmp_path / "said").read_text()
 
 
 def test_redirections_of_a_shell(run, source, expected, tmp_path):
-    """A file that a shell has opened is written into: >> keeps what is in it."""
-    log = tmp_path / "log"
+    """Input may be a pipe with a name; output that a shell has opened by >> keeps what is in it."""
+    log, pipe = tmp_path / "log", tmp_path / "pipe"
     log.write_bytes(b"kept\n")
-    done = shell(run, f"predict <(cat {source}) - >> {log}")
-    assert done.returncode == 0, done.stderr
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=[source.read_bytes()], daemon=True).start()
+    with log.open("ab") as end:
+        assert exit_code(start_command("predict", run, pipe, "-", stdout=end)) == 0
     assert log.read_bytes() == b"kept\n" + expected
 
 
 def test_a_reader_that_has_had_enough(run, source, tmp_path):
-    """`| head` must not end in a traceback or a message."""
+    """`| head` must not end in a traceback or a message, nor may what the interpreter does as it ends."""
     many = tmp_path / "many"
     many.write_bytes(source.read_bytes() * 400)
-    done = shell(run, f"predict {many} - | head -n 1")
+    line = f'set -o pipefail; "{sys.executable}" -m fastmask.cli predict "{run}" {many} - | head -n 1'
+    done = subprocess.run(["bash", "-c", line], capture_output=True)
     assert done.stdout.count(b"\n") == 1
     assert (done.returncode, done.stderr) == (141, b"")
 
@@ -107,11 +106,11 @@ def test_no_sentence_is_refused_for_a_head_or_loses_the_file_by_a_form(run, caps
 
 
 def test_a_sentence_longer_than_the_encoder(run, capsys, tmp_path):
-    """It is parsed, into one tree, and said to be long; 512 positions is what the small model has."""
-    words = "".join(f"{i}\tw{i}\t_\tNOUN" + "\t_" * 6 + "\n" for i in range(1, 1201))
+    """A sentence longer than the model's 64 positions is parsed into one tree, with a warning."""
+    words = "".join(f"{i}\tw{i}\t_\tNOUN" + "\t_" * 6 + "\n" for i in range(1, 301))
     (tmp_path / "in").write_text(f"# sent_id = long\n{words}\n")
     assert main(["predict", str(run), str(tmp_path / "in"), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().err
-    assert "warning: 1 of 1 sentences do not fit into the encoder's 512 positions" in said
-    assert "sentence 1 (long) with 1200 words" in said
-    assert len(next(read_sentences(tmp_path / "out")).words) == 1200
+    assert "warning: 1 of 1 sentences do not fit into the encoder's 64 positions" in said
+    assert "sentence 1 (long) with 300 words" in said
+    assert len(next(read_sentences(tmp_path / "out")).words) == 300

@@ -14,6 +14,12 @@ TINY = ["--batch-size", "6", "--eval-every", "0", "--threads", "1", "--score-sen
 LONG = "".join(f"{i}\tw{i}\t_\tNOUN\t_\t_\t{i - 1}\t{'obj' if i > 1 else 'root'}\t_\t_\n" for i in range(1, 601)) + "\n"
 
 
+@pytest.fixture(scope="module")
+def tiny(encoder):
+    """The options of the smallest of runs."""
+    return [*TINY, *encoder]
+
+
 @pytest.fixture
 def banks(data, tmp_path):
     """A copy of three treebanks, for changes."""
@@ -47,7 +53,7 @@ CASES = [
 
 @pytest.mark.parametrize(("command", "place"), CASES)
 def test_where_nothing_can_be_written(command, place, data, capsys, tmp_path):
-    """The output is complained of before the run or the data, which are not there either, are looked at."""
+    """A place that cannot be written to is refused before the run or the data, both missing here, are looked at."""
     (tmp_path / "file").write_text("x")
     place = place.format(tmp=tmp_path)
     arguments = [part.format(tmp=tmp_path, data=data, place=place) for part in COMMANDS[command]]
@@ -69,19 +75,19 @@ def test_a_relation_with_white_space(banks, split, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_long_sentence_ends_nothing(banks, capsys, tmp_path):
+def test_a_long_sentence_ends_nothing(banks, tiny, capsys, tmp_path):
     """One sentence that is longer than the encoder, in every file, stops no command, and is in every score."""
     words = {}
     for path in banks.glob("UD_*/*.conllu"):
         path.write_text(path.read_text() + LONG)
     out, adapted = tmp_path / "run", tmp_path / "adapted"
     languages = ["--languages", "qaa,qac"]
-    arguments = ["--data", banks, "--out", out, "--steps", "3", "--density", "0.5", *languages, *TINY]
+    arguments = ["--data", banks, "--out", out, "--steps", "3", "--density", "0.5", *languages, *tiny]
     arguments[arguments.index("--dev-sentences") + 1] = "0"
     assert main(["train", *map(str, arguments)]) == 0
     said = capsys.readouterr().err
     assert "qaa: 1 of 41 training sentences are left out" in said
-    assert said.count("1 of 13 sentences do not fit into the encoder's 512 positions") >= 1  # test
+    assert said.count("1 of 13 sentences do not fit into the encoder's 300 positions") >= 1  # test
     assert said.count("1 of 11 sentences do not fit") >= 1  # dev
     for row in json.loads((out / "results.json").read_text())["test"]:
         words[row["language"]] = row["words"]
@@ -95,35 +101,35 @@ def test_a_long_sentence_ends_nothing(banks, capsys, tmp_path):
     assert record["scores"][0]["words"] > 600
 
 
-def test_support_sentences_that_are_all_too_long(banks, data, capsys, tmp_path):
+def test_support_sentences_that_are_all_too_long(banks, data, tiny, capsys, tmp_path):
     """There is nothing to adapt to; that must be said before anything is written."""
     run = tmp_path / "run"
-    arguments = ["--data", data, "--out", run, "--steps", "2", "--method", "full", "--languages", "qaa,qac", *TINY]
+    arguments = ["--data", data, "--out", run, "--steps", "2", "--method", "full", "--languages", "qaa,qac", *tiny]
     output_of(capsys, "train", *arguments)
     (tmp_path / "support").write_text(LONG)
     arguments = ["--language", "qad", "--support", tmp_path / "support", "--out", tmp_path / "out"]
     said = output_of(capsys, "adapt", run, *arguments, code=1)
-    assert "none of the 1 support sentences fits into 512 positions" in said
+    assert "none of the 1 support sentences fits into 300 positions" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_a_comparison_prepares_everything_first(banks, capsys, tmp_path):
+def test_a_comparison_prepares_everything_first(banks, tiny, capsys, tmp_path):
     """A support set without a sentence that fits must be found before the first run is trained."""
     for split in ("train", "dev"):
         file_of(banks, "qad", split).write_text(LONG)
     options = ["--data", banks, "--train", "qaa,qac", "--unseen", "qad", "--shots", "1", "--support-sets", "1"]
-    options += ["--seeds", "1", "--methods", "full", "--metas", "none", "--steps", "2", *TINY]
+    options += ["--seeds", "1", "--methods", "full", "--metas", "none", "--steps", "2", *tiny]
     said = output_of(capsys, "compare", *options, "--out", tmp_path / "out", code=1)
-    assert "qad: none of the 1 support sentences fits into 512 positions" in said
+    assert "qad: none of the 1 support sentences fits into 300 positions" in said
     assert not (tmp_path / "out").exists()
 
 
-def test_discover_reads_the_data_of_all_runs_first(banks, capsys, tmp_path):
+def test_discover_reads_the_data_of_all_runs_first(banks, tiny, capsys, tmp_path):
     """What is wrong with the second run's data must not wait for the first run's subnetworks."""
     runs = [tmp_path / "a", tmp_path / "b"]
     for run in runs:
         bank = shutil.copytree(banks, tmp_path / f"ud-{run.name}")
-        arguments = ["--data", bank, "--out", run, "--steps", "2", "--method", "full", "--languages", "qaa,qac", *TINY]
+        arguments = ["--data", bank, "--out", run, "--steps", "2", "--method", "full", "--languages", "qaa,qac", *tiny]
         output_of(capsys, "train", *arguments)
     shutil.rmtree(tmp_path / "ud-b")
     said = output_of(capsys, "discover", *runs, "--masks", tmp_path / "m", "--density", "0.5", code=1)

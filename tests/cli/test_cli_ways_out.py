@@ -1,4 +1,4 @@
-"""What people type: it is understood, or one line names the way out."""
+"""What people type is understood, or one line says what to type instead."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import gzip
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import exit_code, start_command
 from typed_command import failure_of, output_of
 
 from fastmask.cli import main
@@ -40,10 +39,11 @@ def test_languages_with_spaces_between(small_data: Path, tmp_path: Path, capsys:
 
 
 def test_what_is_done_is_said_without_a_terminal(small_data: Path, tmp_path: Path) -> None:
-    """Under nohup a log says what is trained on what, the loss, the score, and what happens after the last step."""
+    """Under nohup the log says what is trained, on which data, the loss, and what happens after the last step."""
     options = ["--data", small_data, "--languages", "qaa,qac", "--out", tmp_path / "run", *TRAIN]
-    command = [sys.executable, "-m", "fastmask.cli", "train", *map(str, options)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    with (tmp_path / "nohup.out").open("wb") as log:
+        assert exit_code(start_command("train", *options, stdout=log, stderr=log)) == 0
+    said = (tmp_path / "nohup.out").read_text()
     assert "parsing, method full, model small" in said
     assert "on cpu, 1 threads" in said
     assert "  qaa: UD_" in said
@@ -86,26 +86,19 @@ def test_a_task_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_interrupted(small_data: Path, tmp_path: Path) -> None:
-    """Ctrl-C says the step, the checkpoint and the command that goes on; that command then finishes the run."""
+    """Ctrl-C names the step it stopped after, and the command that resumes the run."""
     run = tmp_path / "a run"
     options = ["--data", small_data, "--languages", "qaa,qac", "--out", run, *TRAIN, "--checkpoint-every", "3"]
-    command = [sys.executable, "-m", "fastmask.cli", "train", *map(str, options), "--steps", "100000"]
-
-    def heed() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and hand that down
-
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
-    try:
-        limit = time.monotonic() + 200
-        while not list(run.glob("checkpoints/step-*/manifest.json")):
-            assert time.monotonic() < limit
-            assert process.poll() is None
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=100)
-    finally:
-        process.kill()
-    assert process.returncode == 130
+    with (tmp_path / "said").open("wb") as said_to:
+        process = start_command("train", *options, "--steps", "100000", stderr=said_to)
+    limit = time.monotonic() + 200
+    while not list(run.glob("checkpoints/step-*/manifest.json")):
+        assert time.monotonic() < limit
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    assert exit_code(process) == 130
+    said = (tmp_path / "said").read_text()
     line = said.splitlines()[-1]
     assert line.startswith("interrupted: after step ")
     assert "Traceback" not in said

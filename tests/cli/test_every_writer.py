@@ -1,4 +1,4 @@
-"""Everything that writes a file where the user says, with every kind of thing that can be there already."""
+"""Everything that writes a file where the user says, whatever is there already."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def names(folder):
 
 
 def test_a_new_file(writer):
-    """It is there, and nothing half written beside it."""
+    """The file is written, and nothing half written is left beside it."""
     target, write = writer
     write(target)
     assert target.is_file()

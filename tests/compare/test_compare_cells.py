@@ -1,4 +1,4 @@
-"""Whole comparisons on tiny treebanks: cells are the runs they claim to be, and a killed comparison goes on."""
+"""Whole comparisons on tiny treebanks: cells are the runs they claim to be, and a killed comparison resumes."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def plan(tmp_path_factory, data):
 
 @pytest.mark.parametrize("name", ["full", "static-fomaml", "dynamic", "denser", "late", "twice"])
 def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
-    """A cell that goes on from the shared start ends with other weights than `fastmask train` from the beginning."""
+    """A cell that starts from the shared steps ends with the weights of `fastmask train` from the beginning."""
     job = next(job for job in plan.jobs if job.name == f"seed-0/{name}")
     config = dataclasses.replace(plan.train_config(job, tmp_path), resume=False)
     datasets = Runner(plan).datasets
@@ -101,7 +101,7 @@ def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
 
 
 def test_every_language_is_scored_under_every_condition(plan):
-    """A language, a support set or a rule of choosing is missing from the table, or the wrong subnetwork ran."""
+    """Each language is in the table for each support set and rule of choosing, scored by the right subnetwork."""
     for job in plan.cells:
         scores = pd.DataFrame(read_result(plan, job)["scores"])
         masked = job.arm != "full"
@@ -174,7 +174,7 @@ def test_models_are_kept_only_where_they_are_asked_for(plan, data, tmp_path):
 
 
 def test_plain_and_meta_cells_have_the_same_budget(plan):
-    """Meta-learning is compared after seeing more sentences, or fewer."""
+    """Meta-learning is compared after seeing as many sentences."""
     spent = {job.name: read_result(plan, job)["sentences"] for job in plan.cells}
     assert set(spent.values()) == {10 * 6}
 
@@ -193,7 +193,7 @@ def without_times(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_and_ends_the_same(data, tmp_path, capsys):
-    """Killing `fastmask compare` loses cells, repeats them with other results, or leaves a cell half done for ever."""
+    """Killed and started again, `fastmask compare` loses and repeats no cell, and ends with the same results."""
     common = ["--data", str(data), "--methods", "full,static", "--seeds", "1"]
     for name, value in {**COMPARISON, **training(data), "checkpoint_every": 1}.items():
         common += [f"--{name.replace('_', '-')}", str(value)]
@@ -224,7 +224,7 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_failing_cell_is_named_and_the_rest_stays(data, tmp_path, capsys):
-    """A cell that cannot be trained takes the others with it, or its error says nothing about where it happened."""
+    """The error names the cell that failed, and finished cells stay."""
     arguments = [
         "compare",
         "--data",

@@ -1,4 +1,4 @@
-"""Jobs side by side: each is done once, after what it needs, and a comparison that was killed goes on."""
+"""Jobs side by side: each is done once, after what it needs, and a comparison that was killed can be resumed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import start_process
+from processes import fork_pools, start_process
 from test_compare_kills import ARMS, COMPARISON, TRAINING
 
 from fastmask.compare.engine import CellFailedError, do, run_all
@@ -53,8 +53,11 @@ def children_of(process: int) -> list[int]:
     return found
 
 
-def test_two_processes_do_each_job_once_and_not_again(data: Path, tmp_path: Path) -> None:
-    """Every job is told of once, the start before the cells that need it; a second call has nothing to do."""
+def test_two_processes_do_each_job_once_and_not_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every job is reported once, the start before the cells that need it; a second call has nothing to do."""
+    fork_pools(monkeypatch)
     plan, told = plan_in(tmp_path / "out", data), []
     run_all(plan, plan.jobs_for([]), 2, 1, lambda job, result: told.append((job.name, result)))
     assert sorted(name for name, _ in told) == sorted(job.name for job in plan.jobs)
@@ -72,9 +75,10 @@ def test_a_job_that_is_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
     assert do(plan, plan.jobs[0]) == {"by": "another"}
 
 
-def test_a_job_that_fails_is_named(data: Path, tmp_path: Path) -> None:
+def test_a_job_that_fails_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error names the job and says what it raised, and the traceback is kept in a file."""
-    plan = plan_in(tmp_path / "out", data, lr=1.0, encoder_lr=1.0, max_grad_norm=1e9, steps=40, warmup=0.0)
+    fork_pools(monkeypatch)
+    plan = plan_in(tmp_path / "out", data)
     with pytest.raises(CellFailedError, match=r"seed-0/\S+: "):
         in_processes(dataclasses.replace(plan, data=str(tmp_path / "nowhere")))
     (failure,) = plan.out.glob("failed-*.txt")
@@ -82,7 +86,7 @@ def test_a_job_that_fails_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_comparison_runs_once_at_a_time(data: Path, tmp_path: Path) -> None:
-    """Two that train the same cells would destroy each other's files; the second names the first."""
+    """A second process on the same comparison is refused, and told the number of the first."""
     plan = plan_in(tmp_path / "out", data)
     with held(plan.out), pytest.raises(HeldError, match=f"in use by process {os.getpid()}"):
         in_processes(plan)
@@ -91,7 +95,7 @@ def test_a_comparison_runs_once_at_a_time(data: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("whom", ["a worker", "the parent"])
 def test_killed_processes(whom: str, data: Path, tmp_path: Path) -> None:
-    """Nobody goes on by himself: a killed worker ends the comparison, a killed parent its workers; then it goes on."""
+    """A killed worker ends the comparison, a killed parent ends its workers, and the comparison can be resumed."""
     plan = plan_in(tmp_path / "out", data, steps=30)
     process = start_process(in_processes, plan, daemon=False)
     wait_for(lambda: is_done(plan, "seed-0/start"))

@@ -116,7 +116,7 @@ def test_a_wrong_option_is_named(options, message, tmp_path, capsys):
 
 
 def test_settings_of_single_runs_are_refused(tmp_path):
-    """A seed or a method that is given for all runs would make cells the same without a word."""
+    """A seed or a method for all runs, which would make cells the same, is refused."""
     with pytest.raises(ConfigError, match="seed is a setting of single runs"):
         plan_in(tmp_path, {"seed": 3})
     with pytest.raises(ConfigError, match="steps is -1"):

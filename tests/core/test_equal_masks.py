@@ -32,7 +32,7 @@ def pieces(mask: Mask):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], [3, 1, 0, 0, 2, 1], [-1, 0, 3, 3]], ids=str)
 def test_the_result_is_that_of_each_language(kind, ids, every_way):
-    """A language would get another one's weights, or its gradient would be lost."""
+    """Each language gets its own weights, and each weight its whole gradient."""
     mask = with_equal(random_mask(kind, 4, 8, 8, unit=2, extremes=False), [0, 1, 0, 1])
     torch.manual_seed(0)
     check(torch.randn(len(ids), 5, 8), torch.randn(8, 8), torch.randn(8), mask, torch.tensor(ids))
@@ -40,7 +40,7 @@ def test_the_result_is_that_of_each_language(kind, ids, every_way):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_masks_make_one_part(kind):
-    """Languages that agree would be multiplied one after the other."""
+    """Languages with equal masks are multiplied together."""
     layer = pieces(with_equal(random_mask(kind, 4, 8, 8, unit=2, extremes=False), [0, 1, 0, 1]))
     split = Split([0, 2, 0, 2, 1, 3])
     merged = split.merged([layer.same_as])
@@ -49,7 +49,7 @@ def test_equal_masks_make_one_part(kind):
 
 
 def test_layers_must_all_agree():
-    """Q of one language would be read through the mask of another whose K alone is the same."""
+    """Languages are one part only if the masks of Q, K and V are all equal."""
     mask = random_mask("rows", 3, 8, 8, unit=2, extremes=False)
     same, other = pieces(with_equal(mask, [0, 0, 0])), pieces(with_equal(mask, [0, 0, 1]))
     split = Split([0, 1, 2])
@@ -58,12 +58,12 @@ def test_layers_must_all_agree():
 
 
 def test_a_language_that_owns_everything_is_the_full_network():
-    """Masks of which nothing is left out would cost a product for each language."""
+    """A language that owns everything is multiplied together with the full network."""
     layer = pieces(Mask.rows(torch.ones(3, 8, dtype=torch.bool), 4))
     assert Split([0, 1, -1, 2]).merged([layer.same_as]).parts == [(FULL, 0, 4)]
 
 
 def test_different_masks_stay_as_they_are():
-    """Work would be done for nothing."""
+    """Languages with different masks are left as they are."""
     layer, split = pieces(Mask.rows(torch.eye(3, dtype=torch.bool), 4)), Split([0, 1, 2])
     assert split.merged([layer.same_as]) is split

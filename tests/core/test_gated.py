@@ -35,13 +35,13 @@ def is_gated(density=0.5, tokens=16, ids=tuple(range(L)), packed=True, dtype=tor
     ids=str,
 )
 def test_the_cheaper_way(setting, gated):
-    """Few tokens pay for gathering, or many for dead units."""
+    """Few tokens are computed densely and gated; many are gathered."""
     assert is_gated(**setting) == gated
 
 
 @pytest.mark.parametrize("kind", ["blocks", "weights"])
 def test_masks_without_units_have_no_gates(kind):
-    """Blocks or single weights are gated as if whole rows were dead."""
+    """Blocks and single weights are never gated as whole rows."""
     mask = {
         "blocks": lambda: Mask.blocks(torch.rand(2, 4, 4) < 0.5, (4, 4)),
         "weights": lambda: Mask.weights(torch.rand(2, 16, 16) < 0.5),

@@ -14,7 +14,7 @@ from fastmask import Mask, MaskedLinear, masked_linear
 
 
 def test_shares_parameters_and_state_dict_with_the_linear():
-    """Training the masked layer would not train the model it came from."""
+    """Training the masked layer trains the linear layer it was made of."""
     linear = nn.Linear(6, 8)
     layer = MaskedLinear.from_linear(linear, random_mask("rows", 2, 8, 6))
     assert layer.weight is linear.weight
@@ -24,14 +24,14 @@ def test_shares_parameters_and_state_dict_with_the_linear():
 
 
 def test_forward_is_masked_linear():
-    """The module and the function disagree."""
+    """The module computes what the function computes."""
     mask = random_mask("weights", 2, 8, 6)
     layer, x, ids = MaskedLinear(6, 8, mask=mask), torch.randn(3, 2, 6), torch.tensor([0, -1, 1])
     assert torch.equal(layer(x, ids), masked_linear(x, layer.weight, mask, ids, layer.bias))
 
 
 def test_wrong_mask_shape():
-    """A mask for another layer would be taken."""
+    """A mask of another layer's shape is refused."""
     with pytest.raises(ValueError, match=r"mask is for 6 -> 8 features, the layer is 6 -> 9"):
         MaskedLinear(6, 9, mask=random_mask("rows", 2, 8, 6))
 
@@ -52,7 +52,7 @@ APPLIED = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", APPLIED)
 def test_what_is_no_move_leaves_the_mask_alone(kind, how):
-    """Indices would be emptied, or converted to numbers that are no indices."""
+    """Only moves to another device move the indices: casts and `to_empty` leave them."""
     layer = MaskedLinear(6, 8, mask=random_mask(kind, 2, 8, 6, unit=2))
     before = layer.mask.to_dense()
     layer = APPLIED[how](layer)
@@ -90,7 +90,7 @@ def test_built_while_the_default_device_is_meta(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_built_in_inference_mode(kind):
-    """Training could not save the mask for its backward pass."""
+    """A mask that was built in inference mode can be trained with."""
     build, shape = KEEP[kind]
     with torch.inference_mode():
         keep = torch.rand(2, *shape) < 0.5
@@ -102,7 +102,7 @@ def test_built_in_inference_mode(kind):
 
 
 def test_deepcopy_is_independent():
-    """A copied layer would train the original's parameters."""
+    """A copied layer has parameters of its own."""
     layer = MaskedLinear(6, 8, mask=random_mask("rows", 2, 8, 6))
     clone = copy.deepcopy(layer)
     assert clone.weight is not layer.weight
@@ -111,7 +111,7 @@ def test_deepcopy_is_independent():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiles_without_graph_breaks(kind):
-    """torch.compile falls back to eager, or recompiles when the languages of a batch change."""
+    """torch.compile makes one graph, for any languages of a batch."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     layer = MaskedLinear(6, 8, mask=random_mask(kind, 3, 8, 6, unit=2))
@@ -137,6 +137,6 @@ def test_compiles_without_graph_breaks(kind):
 
 
 def test_mask_kind_in_repr():
-    """A printed model would not say what is masked."""
+    """A printed model says which kind of mask each layer has."""
     text = repr(MaskedLinear(4, 2, mask=Mask.rows(torch.tensor([[True, False]]), 4)))
     assert "Mask.rows(1 languages, 2 x 4, unit (1,), density [0.50])" in text

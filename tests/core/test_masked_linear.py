@@ -27,7 +27,7 @@ def shape_of(unit: int) -> tuple[int, int]:
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_equals_multiplying_by_masks(kind, ids, unit, has_bias, dtype, every_way):
-    """The library computes something other than the masked model."""
+    """The masked layer computes what multiplying the weight by the mask computes, gradients included."""
     torch.manual_seed(0)
     N, K = shape_of(unit)
     mask = random_mask(kind, 4, N, K, unit=unit)
@@ -64,7 +64,7 @@ def test_any_shape_and_any_mix(kind, L, N, K, density, ids, middle, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck_in_float64(kind):
-    """The analytic gradient is not the derivative of the forward pass."""
+    """The analytic gradient is the derivative of the forward pass."""
     torch.manual_seed(0)
     mask = random_mask(kind, 3, 4, 6, unit=2)
     x, weight = torch.randn(4, 2, 6).double().requires_grad_(), torch.randn(4, 6).double().requires_grad_()
@@ -74,7 +74,7 @@ def test_gradcheck_in_float64(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_weights_get_exactly_zero_gradient(kind):
-    """An update of one language would leak into what it does not own."""
+    """What no language of the batch owns has a gradient of exactly zero."""
     mask = random_mask(kind, 2, 8, 8, unit=2)
     x, weight, bias = torch.randn(3, 4, 8), torch.randn(8, 8), torch.randn(8)
     _, _, dw, _ = gradients(masked_linear, x, weight, bias, torch.randn(3, 4, 8), mask, torch.tensor([0, 0, 0]))
@@ -84,7 +84,7 @@ def test_dead_weights_get_exactly_zero_gradient(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_contiguous_input_and_weight(kind):
-    """Strides are ignored somewhere."""
+    """Inputs and weights may have any strides."""
     torch.manual_seed(0)
     mask = random_mask(kind, 3, 6, 4, unit=2)
     x = torch.randn(4, 5, 3).transpose(0, 2)  # [3, 5, 4]
@@ -93,7 +93,7 @@ def test_non_contiguous_input_and_weight(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_keeps_float32_master_weights(kind):
-    """Under autocast the gradient of a float32 weight would come back in half precision, or nothing be cast."""
+    """Under autocast inputs are cast, and a float32 weight gets a float32 gradient."""
     torch.manual_seed(0)
     mask = random_mask(kind, 3, 8, 6, unit=2)
     x, weight, bias, ids = torch.randn(4, 3, 6), torch.randn(8, 6), torch.randn(8), torch.tensor([0, 1, 2, -1])
@@ -114,7 +114,7 @@ def test_autocast_keeps_float32_master_weights(kind):
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("unit", [1, 4])
 def test_half_precision_gradients_of_many_languages(kind, unit):
-    """A language's part of dW ends up at another's units, is left out, or the sum is rounded after each language."""
+    """Every language's part of dW is at its own units, and the sum is rounded once, at the end."""
     torch.manual_seed(0)
     order, mask = [3, 0, 5, 1, -1, 2, 4, 0, 3], random_mask(kind, 6, 24, 40, unit=unit)
     for ids in (order, order[::-1], order[:4]):  # what is remembered of one batch must not serve the next
@@ -124,7 +124,7 @@ def test_half_precision_gradients_of_many_languages(kind, unit):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_leaf_weight(kind):
-    """Fast weights of an inner loop (functions of other tensors) would get no gradient."""
+    """Fast weights of an inner loop (functions of other tensors) get gradients."""
     mask = random_mask(kind, 2, 4, 4, unit=2)
     base = torch.randn(4, 4, requires_grad=True)
     masked_linear(torch.randn(2, 4), base * 2, mask, torch.tensor([0, 1])).sum().backward()
@@ -138,7 +138,7 @@ def test_non_leaf_weight(kind):
 )
 @pytest.mark.parametrize("extremes", [True, False], ids=["extremes", "spare"])
 def test_packed_equals_unpacked(kind, unit, order, extremes, every_way):
-    """Packing moves a unit to the wrong place, or leaves something behind the live units."""
+    """Packing puts every unit in its place, and zeros behind the live ones."""
     torch.manual_seed(0)
     N, K = (8 * unit, 12) if kind == "rows" else (12, 8 * unit)
     mask, ids = random_mask(kind, 4, N, K, unit=unit, extremes=extremes), torch.tensor(order)
@@ -172,7 +172,7 @@ def test_packed_equals_unpacked(kind, unit, order, extremes, every_way):
 
 @pytest.mark.parametrize(("name", "function"), [("gelu", F.gelu), ("relu", F.relu)])
 def test_activation_inside(name, function, every_way):
-    """An activation that is computed again in the backward pass differs from one that stands before the layer."""
+    """An activation that is computed again in the backward pass equals one that stands before the layer."""
     torch.manual_seed(0)
     mask, ids = random_mask("columns", 2, 6, 8), torch.tensor([1, 0, 0])
     width = max(mask.live_counts()) + 1
@@ -191,7 +191,7 @@ def test_activation_inside(name, function, every_way):
 
 
 def test_packed_width_too_narrow_names_the_language():
-    """A full network in a buffer for a subnetwork would be cut off silently."""
+    """A buffer too narrow for a language of the batch is refused, and the error names the language."""
     mask = Mask.rows(torch.tensor([[True, False, False, False]]), 4)
     with pytest.raises(ValueError, match=r"full network \(-1\) has 4 live rows, more than the packed width 1"):
         compute(torch.randn(1, 4), torch.randn(4, 4), mask, torch.tensor([-1]), None, 1)
@@ -201,7 +201,7 @@ def test_packed_width_too_narrow_names_the_language():
 @pytest.mark.parametrize("packed_width", [-1, 6], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("activation", ["", "gelu"], ids=["plain", "gelu"])
 def test_opcheck(kind, packed_width, activation):
-    """The operators' fake kernels, schema or autograd registration are wrong, so torch.compile would be too."""
+    """The operators' schema, fake kernels and autograd registration fit what they compute."""
     if packed_width != -1 and kind not in ("rows", "columns"):
         pytest.skip("only rows and columns are packed")
     mask = random_mask(kind, 2, 6, 6, unit=2)
@@ -231,7 +231,7 @@ def test_opcheck(kind, packed_width, activation):
     ],
 )
 def test_bad_input_names_what_was_given(change, message):
-    """A user gets an error from deep inside, or a wrong result."""
+    """Bad input is refused by a message that names what was given."""
     arguments = {"x": torch.randn(3, 4), "weight": torch.randn(6, 4), "bias": None, "ids": torch.tensor([0, 1, 0])}
     arguments.update(change)
     mask = random_mask("rows", 2, 6, 4)
@@ -240,7 +240,7 @@ def test_bad_input_names_what_was_given(change, message):
 
 
 def test_full_network_is_the_plain_linear():
-    """-1 would be something other than the unmasked layer."""
+    """Language -1 is the unmasked layer."""
     x, weight, bias = torch.randn(2, 3, 4), torch.randn(6, 4), torch.randn(6)
     mask = random_mask("weights", 2, 6, 4)
     torch.testing.assert_close(masked_linear(x, weight, mask, torch.tensor([-1, -1]), bias), F.linear(x, weight, bias))

@@ -20,7 +20,7 @@ from fastmask import Mask, bits, masked_linear
     p=st.sampled_from([0, 0.3, 1]),
 )
 def test_every_kind_round_trips_to_dense(L, N, K, seed, p):
-    """The stored form loses or invents a live weight."""
+    """The stored form of every kind holds exactly the live weights."""
     generator = torch.Generator().manual_seed(seed)
 
     def flags(*shape):
@@ -41,7 +41,7 @@ def test_every_kind_round_trips_to_dense(L, N, K, seed, p):
 @settings(max_examples=50, deadline=None)
 @given(shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 100)), seed=st.integers(0, 99))
 def test_bits_round_trip(shape, seed):
-    """A bit lands in the wrong word or the padding is read."""
+    """Each bit is in its place, and the padding is not read."""
     keep = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     words = bits.pack(keep)
     assert words.shape == (*shape[:2], (shape[2] + 31) // 32)
@@ -52,7 +52,7 @@ def test_bits_round_trip(shape, seed):
 
 
 def test_units_are_found():
-    """Heads would be gathered row by row instead of as runs of head_dim rows."""
+    """Whole heads are found, and gathered as runs of head_dim rows."""
     heads = torch.tensor([[True, False, True, True], [False, False, True, True]])
     assert Mask.rows(heads.repeat_interleave(16, 1), 8).geometry == (16,)
     assert Mask.rows(torch.ones(2, 64, dtype=torch.bool), 8).geometry == (64,)
@@ -60,7 +60,7 @@ def test_units_are_found():
 
 
 def test_weights_cost_one_bit_each():
-    """Arbitrary masks of 100 languages would not fit."""
+    """A mask over single weights takes one bit for each, so those of 100 languages fit."""
     mask = Mask.weights(torch.ones(4, 64, 96, dtype=torch.bool))
     assert mask.nbytes <= 4 * 64 * 96 / 8 + 100
 
@@ -77,7 +77,7 @@ def test_weights_cost_one_bit_each():
     ],
 )
 def test_bad_masks(build, error, message):
-    """A wrong mask is accepted and fails later, far from its cause."""
+    """A wrong mask is refused where it is made."""
     with pytest.raises(error, match=message):
         build()
 
@@ -122,7 +122,7 @@ def assert_made_anew(mask, dense):
 
 @pytest.mark.parametrize("ids", [[0], [1], [1, 1], [4, 2, 0], [3, 3, 1, 3], [0, 1, 2, 3, 4]], ids=str)
 def test_select(masked, ids):
-    """A language gets the mask of another, or padding that was cut off was not padding."""
+    """A selected language has its own mask, without the padding that it no longer needs."""
     mask, dense = masked
     before = stored(mask)
     assert_made_anew(mask.select(ids), dense[ids])
@@ -135,7 +135,7 @@ def test_select(masked, ids):
 
 @pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[1], [2], [1]], [[3, 0], [2, 4, 1]], [[1, 1], [0]]], ids=str)
 def test_stack(masked, parts):
-    """Languages of a later mask are shifted, or read from tables that are too narrow."""
+    """Stacked masks keep every language's mask, in tables wide enough for all."""
     mask, dense = masked
     pieces = [mask.select(ids) for ids in parts]
     before = [stored(piece) for piece in pieces]
@@ -147,7 +147,7 @@ def test_stack(masked, parts):
 
 
 def test_units_of_stacked_masks():
-    """Heads of one mask and neurons of another would be copied in runs that are too long, or one by one."""
+    """Stacked masks are copied in runs as long as the units of all of them allow."""
     coarse = Mask.rows(torch.tensor([[True, False]]).repeat_interleave(12, 1), 3)
     fine = Mask.rows(torch.tensor([[True, False, False]]).repeat_interleave(8, 1), 3)
     assert Mask.stack([coarse, coarse]).geometry == (12,)
@@ -155,7 +155,7 @@ def test_units_of_stacked_masks():
 
 
 def test_masks_of_inference_mode(masked):
-    """Training could not use what was selected or stacked while nothing was trained."""
+    """Masks selected or stacked in inference mode can be trained with."""
     mask, dense = masked
     with torch.inference_mode():
         found = Mask.stack([mask.select([4, 1]), mask])
@@ -192,6 +192,6 @@ ROWS, ON = Mask.rows(torch.ones(2, 6, dtype=torch.bool), 4), torch.ones(1, 2, 3,
     ],
 )
 def test_what_cannot_be_selected_or_stacked(build, error, message):
-    """Languages of chance, or masks over different weights, would be one mask."""
+    """Languages that are not there, and masks over different weights, are refused."""
     with pytest.raises(error, match=message):
         build()

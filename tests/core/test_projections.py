@@ -25,7 +25,7 @@ def setting(dtype, has_bias, needs=(True, True, True)):
 @pytest.mark.parametrize("ids", [[0, 0, 0, 0, 0], [0, 2, 1, 0, 2], [-1, 0, 0, 2, -1], [1, 1, 1, 1, 1]], ids=str)
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
 def test_equals_one_after_the_other(ids, has_bias, every_way):
-    """Computing Q, K and V together changes them, or a gradient."""
+    """Q, K and V computed together are what each is alone, gradients included."""
     ids = torch.tensor(ids)
     x, weights, masks, biases, widths = setting(torch.float64, has_bias)
     together = compute_projections(x, weights, masks, ids, biases, widths)
@@ -42,7 +42,7 @@ def test_equals_one_after_the_other(ids, has_bias, every_way):
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_only_what_is_asked_for(needs):
-    """A frozen weight gets a gradient, or the others lose theirs."""
+    """A frozen weight gets no gradient, and takes none from the others."""
     x, weights, masks, biases, widths = setting(torch.float64, True, needs)
     for y in compute_projections(x, weights, masks, torch.tensor([0, 0, 1, 2, 2]), biases, widths):
         y.sum().backward(retain_graph=True)
@@ -52,7 +52,7 @@ def test_only_what_is_asked_for(needs):
 
 
 def test_an_unused_output():
-    """A projection whose output nobody uses breaks the backward pass of the others."""
+    """A projection whose output nobody uses does not disturb the backward pass of the others."""
     x, weights, masks, biases, widths = setting(torch.float64, True)
     query, _, _ = compute_projections(x, weights, masks, torch.tensor([0, 0, 2, 2, 2]), biases, widths)
     query.sum().backward()
@@ -62,7 +62,7 @@ def test_an_unused_output():
 
 @pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no_bias"])
 def test_opcheck(has_bias):
-    """The operators' fake kernels, schema or autograd registration are wrong, so torch.compile would be too."""
+    """The operators' schema, fake kernels and autograd registration fit what they compute."""
     x, weights, masks, biases, widths = setting(torch.float32, has_bias)
     ids = torch.tensor([0, 1, 2, 2, 0])
     indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
@@ -78,7 +78,7 @@ def test_opcheck(has_bias):
 @pytest.mark.parametrize("ids", [[1, 1, 1, 1], [0, 0, 1, 2], [-1, 2, 2, -1]])
 @pytest.mark.parametrize("kind", ["rows", "columns", "weights"])
 def test_weights_that_were_cast_are_kept_for_backward(kind, ids, every_way):
-    """The backward pass reads what was kept of another layer or another language."""
+    """What is kept for the backward pass is of this layer and these languages."""
     torch.manual_seed(0)
     L, N, K, tokens = 3, 96, 64, 40
     build = {

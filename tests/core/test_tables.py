@@ -29,7 +29,7 @@ def bytes_kept(*found) -> int:
 
 
 def test_tables_do_not_grow_with_packed_widths(every_way):
-    """Batches are packed to as many widths as there are languages, and each width keeps tables of all of them."""
+    """However many widths batches are packed to, the tables kept are the same few."""
     mask = random_mask("rows", L, N, K, density=0.3, extremes=False)
     x, weight = torch.randn(L, 3, K), torch.randn(N, K)
     kept = []
@@ -41,7 +41,7 @@ def test_tables_do_not_grow_with_packed_widths(every_way):
 
 
 def test_tables_of_one_batch_do_not_serve_the_next(every_way):
-    """Languages of another batch, or in another order, run through the rows of those before."""
+    """A batch of other languages, or of the same in another order, gets tables of its own."""
     mask, weight = random_mask("rows", L, N, K, density=0.3, extremes=False), torch.randn(N, K)
     for ids in (torch.arange(L), torch.arange(L).flip(0), torch.arange(2, 6)):
         x = torch.randn(len(ids), 3, K)
@@ -50,7 +50,7 @@ def test_tables_of_one_batch_do_not_serve_the_next(every_way):
 
 
 def test_a_copy_leaves_tables_behind():
-    """Copies of a model, and pickles of a mask, hold what products keep of every language."""
+    """Copies and pickles of a mask do not hold what products keep of it."""
     mask = random_mask("columns", L, K, N)
     x, weight = torch.randn(L, 3, N), torch.randn(K, N)
     y = masked_linear(x, weight, mask, torch.arange(L))

@@ -211,7 +211,7 @@ def test_another_base(plain, deltas):
 
 
 def test_twice_and_never(plain, deltas):
-    """What is there already, or was never there, is said, and nothing changes."""
+    """Adding a delta twice, or removing one that was never added, is refused, and nothing changes."""
     (de, ner), _ = deltas
     model = copy.deepcopy(plain)
     with pytest.raises(ValueError, match=r"'de' was never added to this BertModel \(added: none\)"):

@@ -86,7 +86,7 @@ def test_neither_the_order_of_draws_nor_that_of_units_decides(case, vote, random
 
 @given(draws())
 def test_one_draw_is_itself(case):
-    """A single draw must come out as it is, with a density and by every vote."""
+    """A single draw is returned as it is, with a density and by every vote."""
     density, found = case
     for vote in VOTES:
         assert combine(found[:1], vote, density) == combine(found[:1], vote) == found[0].subnetworks

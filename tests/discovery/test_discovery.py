@@ -78,7 +78,7 @@ def literal_importance(model, ids, heads, neurons):
 
 
 def test_equals_the_literal_definition(model):
-    """The score is not the mean over sentences of |dL/dxi|, or lands on the wrong unit when others are skipped."""
+    """The score of a unit is the mean over sentences of |dL/dxi|, even if other units are skipped."""
     subnets = Subnetworks.random(model.config, ["a", "b"], 0.5, seed=3, units="both")
     ids = data()
     expected = literal_importance(copy.deepcopy(model).eval(), ids, subnets.heads[1], subnets.neurons[1])
@@ -89,7 +89,7 @@ def test_equals_the_literal_definition(model):
 
 
 def test_does_not_depend_on_the_batch_size(model):
-    """Published codes sum |cumulative gradient|, which depends on how sentences fall into batches."""
+    """Scores do not depend on how sentences fall into batches, as those of published code do."""
     fm.attach(model, Subnetworks.full(model.config, ["a"], units="both"))
     ids = data()
     one, three, seven = (importance(model, ids.split(size), loss_of(model), "a") for size in (1, 3, 7))
@@ -99,7 +99,7 @@ def test_does_not_depend_on_the_batch_size(model):
 
 
 def test_leaves_the_model_as_it_was(model):
-    """Scoring would leave gradients, frozen parameters, hooks or eval mode behind."""
+    """Scoring leaves no gradients, frozen parameters, hooks or eval mode behind."""
     model.embeddings.word_embeddings.weight.requires_grad_(False)
     model.train()
     fm.attach(model, Subnetworks.full(model.config, ["a"]))
@@ -112,7 +112,7 @@ def test_leaves_the_model_as_it_was(model):
 
 
 def test_prunes_to_tau(model):
-    """Pruning stops too early or too late: the metric is a known function of the live heads."""
+    """Pruning stops at tau: here the metric is a known function of the live heads."""
     rounds = []
 
     def metric(name):
@@ -135,7 +135,7 @@ def test_prunes_to_tau(model):
 
 
 def test_drops_the_least_important_first(model):
-    """A head that provably does nothing survives."""
+    """A head that provably does nothing is dropped first."""
     with torch.no_grad():
         model.encoder.layer[1].attention.output.dense.weight[:, 4:8] = 0  # head 1 of layer 1
         model.encoder.layer[0].output.dense.weight[:, [2, 9]] = 0
@@ -146,7 +146,7 @@ def test_drops_the_least_important_first(model):
 
 @pytest.mark.parametrize("density", [0.5, 0.25, 0.01])
 def test_prunes_to_density_with_a_floor(model, density):
-    """A subnetwork of another size than asked for, or a layer without any head."""
+    """A subnetwork has the size that was asked for, and at least one head in each layer."""
     found = fm.discover(model, {"a": [data()]}, loss_of(model), units="both", density=density)
     assert found.heads.sum() == max(LAYERS, round(density * LAYERS * HEADS))
     assert found.neurons.sum() == max(LAYERS, round(density * LAYERS * FFN))
@@ -155,7 +155,7 @@ def test_prunes_to_density_with_a_floor(model, density):
 
 
 def test_prunes_down_to_the_floor_when_the_metric_never_falls(model):
-    """Tau is never reached: the loop would not end."""
+    """Where tau is never reached, pruning ends at one unit in each layer."""
     found = fm.discover(model, {"a": [data()]}, loss_of(model), lambda name: 1.0, drop=0.4)
     assert found.heads.sum(-1).tolist() == [[1, 1]]
 
@@ -248,7 +248,7 @@ def test_scores_are_the_last_ones(model):
     ],
 )
 def test_bad_options(model, options, error, message):
-    """A wrong option is accepted silently."""
+    """A wrong option is refused."""
     arguments = {"batches": {"a": [data()]}, "metric": lambda name: 1.0, **options}
     with pytest.raises(error, match=message):
         fm.discover(model, arguments.pop("batches"), loss_of(model), arguments.pop("metric"), **arguments)
@@ -303,7 +303,7 @@ def test_scores_of_layers_that_are_shared_and_of_units_in_their_slots(make, opti
 
 
 def test_rounds_towards_a_density_are_of_one_size(model):
-    """What is left over must not cost a round of its own, and both kinds of units must arrive in the same round."""
+    """A small remainder does not cost a round of its own, and both kinds of units reach their size together."""
     rounds = []
     fm.discover(model, {"a": [data()]}, loss_of(model), units="both", density=0.4, drop=0.27, on_round=rounds.append)
     # 5 of 8 heads and 14 of 24 neurons go, about 2 and 6 a round: two rounds, where full steps would need three.

@@ -1,4 +1,4 @@
-"""Readers of text and JSON: what is wrong is said with the file's name, and nothing is converted or waited for."""
+"""Readers of text and JSON: errors name the file, and nothing is converted or waited for."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_lines(tmp_path):
 
 
 def test_messages_are_of_bounded_length():
-    """A file cannot fill the screen through what is said of it."""
+    """An error message about a file stays short, whatever is in the file."""
     message = str(files.FileError("a", "x" * 10_000 + "end"))
     assert len(message) < 600
     assert message.endswith("end")

@@ -62,7 +62,7 @@ class TestReplacing:
         assert (tmp_path / "a").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
     def test_a_writer_that_makes_its_own_file(self, tmp_path):
-        """A library that writes elsewhere and renames, with permissions of its own, changes nothing of this."""
+        """The same holds for a library that writes elsewhere and renames, with permissions of its own."""
 
         def write(partial):
             (tmp_path / "own").touch(mode=0o600)
@@ -112,7 +112,7 @@ class TestReplacing:
 
     @pytest.mark.parametrize("wrapped", [False, True])
     def test_a_full_disk(self, tmp_path, wrapped):
-        """The message names the file, and what was there is there."""
+        """The message names the file, and its old content is kept."""
         (tmp_path / "a").write_text("old")
 
         def write(partial):
@@ -311,7 +311,7 @@ def test_a_name_that_is_too_long(tmp_path):
 
 @pytest.mark.parametrize("place", ["new", "old", "no/such/folder/a", "link", "/dev/null"])
 def test_a_target_that_will_do(tmp_path, place):
-    """A new file, one that is there, one in a new folder, a link and a device pass, and nothing is made."""
+    """A new file, an existing one, one in a new folder, a link and a device are accepted, and nothing is created."""
     (tmp_path / "old").write_text("old")
     (tmp_path / "link").symlink_to("old")
     files.check_writable(tmp_path / place)

@@ -1,4 +1,4 @@
-"""What a reader may do with a damaged file: read what is there, or say in one line what is wrong with which file."""
+"""What a reader may do with a damaged file: read it as it is, or say in one line which file is wrong, and how."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_layer(kind, dtypes, case):
 @pytest.mark.parametrize(("kind", "case"), cases())
 @pytest.mark.parametrize("dtypes", ["fp32", "tf32", "bf16"])
 def test_sums_are_exact(kind, dtypes, case):
-    """A product is left out, counted twice, or taken from another place: integers leave no room for rounding."""
+    """Every product is counted once, at its place: integers leave no room for rounding."""
     problem = Problem(kind, case, dtypes, integers=True)
     for name, ours, truth in zip(NAMES, problem.ours(), problem.truth(), strict=True):
         assert torch.equal(ours, truth.to(ours.dtype)), name
@@ -147,7 +147,7 @@ def test_empty_batch(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_runs_give_the_same_bits(kind):
-    """Results depend on the order in which programs happen to finish."""
+    """Results do not depend on the order in which programs finish."""
     for case in ("wide", "aligned"):
         problem = Problem(kind, case, "bf16")
         first, *others = (problem.ours() for _ in range(3))
@@ -159,7 +159,7 @@ def test_two_runs_give_the_same_bits(kind):
 @pytest.mark.parametrize("case", PACKED)
 @pytest.mark.parametrize("kind", ["rows", "columns", "heads", "columns of heads"])
 def test_packed(kind, case, dtypes):
-    """An attached model's layers, whose live units lie in front, read or write another place."""
+    """Layers of an attached model, whose live units lie in front, read and write the right places."""
     p = Problem(kind, case, dtypes)
     rows = p.mask.kind == "rows"
     width = p.mask.out_features if rows else p.mask.in_features
@@ -189,7 +189,7 @@ def test_packed(kind, case, dtypes):
 @pytest.mark.parametrize("case", PACKED)
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "fp32", "master"])
 def test_activation(dtypes, case, activation):
-    """A packed layer applies its input's activation, or the derivative, to another unit, or less accurately."""
+    """A packed layer applies its input's activation, and the derivative, to the right units, accurately."""
     p = Problem("columns", case, dtypes)
     width = max(p.mask.live_counts()) + 16
     x = gathered(p.x, p.mask, p.ids, width)
@@ -265,7 +265,7 @@ def layer_of(problem: Problem) -> fm.MaskedLinear:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_graph(kind):
-    """A captured training step cannot be captured, or replays with the languages it was captured with."""
+    """A training step can be captured, and a replay uses the languages of its own batch."""
     p = Problem(kind, "wide", "bf16")
     layer, x, ids, dy = layer_of(p), p.x.clone().requires_grad_(), p.ids.clone(), p.dy.clone()
     leaves = [x, layer.weight, layer.bias]
@@ -301,7 +301,7 @@ def test_cuda_graph(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_waits_for_the_device(kind):
-    """A forward or backward pass stops the host until the device has caught up."""
+    """No forward or backward pass makes the host wait for the device."""
     p = Problem(kind, "wide", "bf16")
     layer, x = layer_of(p), p.x.clone().requires_grad_()
     leaves = [x, layer.weight, layer.bias]
@@ -344,7 +344,7 @@ except RuntimeError as error:
     ids=["rows", "columns", "weights"],
 )
 def test_ids_out_of_range(mask, language):
-    """A wrong language id reads memory that is not the mask's, instead of being reported."""
+    """A wrong language id is reported, and reads no foreign memory."""
     code = OUT_OF_RANGE.format(mask=mask, language=language)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     said = done.stdout + done.stderr
@@ -355,7 +355,7 @@ def test_ids_out_of_range(mask, language):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_attached_model(name, dtype, monkeypatch):
-    """Through a whole model, heads and neurons packed, the GPU computes something else than the CPU."""
+    """A whole model with packed heads and neurons computes the same on a GPU as on a CPU."""
     from transformers import AutoModel
 
     config = tiny_models()[name]

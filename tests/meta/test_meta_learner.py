@@ -25,7 +25,7 @@ from tests.models.tiny_models import tiny
 
 @pytest.mark.parametrize("kind", ["rows", "columns", "blocks", "weights"])
 def test_a_masked_weight_that_is_tied_is_put_back_whole(kind):
-    """A weight that is masked in one place and whole in another stays half adapted."""
+    """A weight that is masked in one place and whole in another is put back whole."""
     net = masked_net(kind, tied=True)
     before = parameters_of(net)
     with fm.MetaLearner(net, net_loss(net), inner_learning_rate=0.1).adapt(0, net_tasks([0])[0].support):
@@ -36,7 +36,7 @@ def test_a_masked_weight_that_is_tied_is_put_back_whole(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_weights_survive_a_gradient_of_nan(kind):
-    """An inner loop that diverges spoils weights outside the language's copy for good."""
+    """An inner loop that diverges does not touch weights outside the language's copy."""
     net = masked_net(kind)
     before = parameters_of(net)
     learner = fm.MetaLearner(net, lambda sample: net_loss(net)(sample) * float("nan"), inner_learning_rate=0.1)
@@ -54,7 +54,7 @@ class Stop(Exception):  # noqa: N818
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 @pytest.mark.parametrize("when", range(6))
 def test_theta_is_put_back_after_an_error(error, when):
-    """An interrupted episode leaves a model that is half adapted."""
+    """After an interrupted episode the model is what it was."""
     net = masked_net("weights")
     before = parameters_of(net)
     calls = 0
@@ -74,7 +74,7 @@ def test_theta_is_put_back_after_an_error(error, when):
 
 
 def test_theta_is_put_back_after_an_error_in_a_backward_pass():
-    """A step is taken while gradients are still being computed; an error there must not leave it behind."""
+    """It is, too, if the error comes in a backward pass, in which steps are taken."""
     net = masked_net("rows")
     before = parameters_of(net)
 
@@ -94,7 +94,7 @@ def test_theta_is_put_back_after_an_error_in_a_backward_pass():
 
 
 def test_gradients_accumulate_over_languages_and_calls():
-    """An episode replaces `.grad`, or a meta-batch split over calls (or processes) has another meta-gradient."""
+    """Episodes add to `.grad`, so a meta-batch may be split over calls or processes."""
     net = masked_net("rows")
     learner = fm.MetaLearner(net, net_loss(net), inner_steps=2, inner_learning_rate=0.1)
     tasks = net_tasks([0, 1, 2])
@@ -108,7 +108,7 @@ def test_gradients_accumulate_over_languages_and_calls():
 
 @pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
 def test_units_nobody_owns_get_exactly_no_meta_gradient(algorithm):
-    """Languages teach heads that they do not own."""
+    """No language teaches a head that it does not own."""
     model = tiny("bert", "tokens")
     subnets = fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units="heads")
     fm.attach(model, subnets)
@@ -123,7 +123,7 @@ def test_units_nobody_owns_get_exactly_no_meta_gradient(algorithm):
 
 
 def test_reptile_by_sgd_moves_towards_the_fast_weights():
-    """The sign or the scale of Reptile's gradient is wrong."""
+    """Reptile's gradient has its sign and scale: SGD moves towards the fast weights."""
     net = masked_net("weights")
     theta = parameters_of(net)
     learner = fm.MetaLearner(net, net_loss(net), algorithm="reptile", inner_learning_rate=0.1)
@@ -140,7 +140,7 @@ def test_reptile_by_sgd_moves_towards_the_fast_weights():
 
 
 def test_reptile_without_a_query():
-    """Reptile asks for sentences that it does not use."""
+    """Reptile needs no query sentences."""
     net = masked_net("rows")
     learner = fm.MetaLearner(net, net_loss(net), algorithm="reptile", inner_learning_rate=0.1)
     (result,) = learner.episode([Task(0, net_tasks([0])[0].support)])
@@ -149,7 +149,7 @@ def test_reptile_without_a_query():
 
 
 def test_frozen_and_unused_parameters_are_left_alone():
-    """A frozen embedding is adapted, or a parameter outside the loss's graph stops the episode."""
+    """A frozen embedding is not adapted, and an unused parameter does not stop the episode."""
     net = masked_net("rows")
     net.unused = nn.Parameter(torch.ones(3))
     net.first.weight.requires_grad_(False)
@@ -165,7 +165,7 @@ def test_frozen_and_unused_parameters_are_left_alone():
 
 
 def test_adapt_keeps_on_request_only_and_never_after_an_error():
-    """Few-shot evaluation changes the model, or its result cannot be kept."""
+    """Few-shot evaluation leaves the model as it was unless its result is to be kept."""
     net = masked_net("rows")
     before = parameters_of(net)
     learner = fm.MetaLearner(net, net_loss(net), inner_steps=3, inner_learning_rate=0.1)
@@ -189,7 +189,7 @@ def test_adapt_keeps_on_request_only_and_never_after_an_error():
 
 
 def test_buffers_are_put_back():
-    """Running statistics of fast weights leak into theta, or a buffer that was replaced stays replaced."""
+    """Running statistics of fast weights are not theta's, and a replaced buffer is put back."""
 
     class Counting(nn.Module):
         def __init__(self):
@@ -210,7 +210,7 @@ def test_buffers_are_put_back():
 
 
 def test_dropout_is_a_function_of_the_random_state():
-    """A resumed episode draws other dropout masks, or the learner seeds generators behind the caller's back."""
+    """A resumed episode draws the same dropout masks, and no generator of the caller is seeded."""
     model = tiny("bert", "tokens").train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -229,7 +229,7 @@ def test_dropout_is_a_function_of_the_random_state():
 
 
 def test_embeddings_copy_looked_up_rows_only():
-    """A large vocabulary is copied whole, or rows of a later support batch are not put back."""
+    """Of a large vocabulary, only rows that support batches look up are copied and put back."""
     model = tiny("bert", "tokens")
     before = parameters_of(model)
     learner = fm.MetaLearner(model, hf_loss(model), inner_steps=4, inner_learning_rate=0.1)
@@ -244,7 +244,7 @@ def test_embeddings_copy_looked_up_rows_only():
 
 
 def test_bfloat16_autocast():
-    """Meta-learning does not run under autocast."""
+    """Meta-learning works under autocast."""
     model = tiny("bert", "tokens").float()
     fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units="both"))
     before = parameters_of(model)
@@ -261,7 +261,7 @@ def test_bfloat16_autocast():
 
 @pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
 def test_a_scaler_scales_the_meta_gradient_and_not_the_inner_steps(algorithm):
-    """Under float16 inner steps are the scale times too large, or `.grad` is not what `scaler.unscale_` expects."""
+    """Under float16 `.grad` is scaled, as `scaler.unscale_` expects, and inner steps are not."""
     net = masked_net("columns")
     options = {"algorithm": algorithm, "inner_steps": 3, "inner_learning_rate": 0.1}
     fm.MetaLearner(net, net_loss(net), **options).episode(net_tasks([0, 1]))

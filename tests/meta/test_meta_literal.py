@@ -46,7 +46,7 @@ def model_and_head(kind):
 @pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
 @pytest.mark.parametrize("kind", ["bert", "llama", "tied llama"])
 def test_heads_and_neurons_equal_the_literal_loop(kind, algorithm):
-    """Meta-gradients are not those of the method, or theta moves in an episode."""
+    """Meta-gradients are those of the literal loop, and theta does not move in an episode."""
     model, classes = model_and_head(kind)
     plain = copy.deepcopy(model)
     subnets = fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units="both")
@@ -97,7 +97,7 @@ def net_multipliers(net, language):
 @pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_mask_kind_equals_the_literal_loop(kind, algorithm):
-    """A kind of mask is adapted, copied or put back in the wrong place."""
+    """Every kind of mask is adapted, copied and put back in the right place."""
     net = masked_net(kind)
     plain = copy.deepcopy(net)
     plain.multiplied = True
@@ -118,7 +118,7 @@ def test_every_mask_kind_equals_the_literal_loop(kind, algorithm):
 
 
 def test_a_model_without_masks():
-    """The method `full` cannot be combined with meta-learning."""
+    """The full network can be meta-learned."""
     model = tiny("bert", "tokens")
     plain = copy.deepcopy(model)
     learner = fm.MetaLearner(model, hf_loss(model), inner_steps=2, inner_learning_rate=0.1)
@@ -129,7 +129,7 @@ def test_a_model_without_masks():
 
 
 def test_gradient_checkpointing():
-    """A layer that is recomputed in the backward pass sees weights that have already taken their step."""
+    """A layer that is recomputed in the backward pass sees the weights of its forward pass."""
     model, _ = model_and_head("llama")
     plain = copy.deepcopy(model)
     subnets = fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units="both")
@@ -146,7 +146,7 @@ def test_gradient_checkpointing():
 
 @pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
 def test_the_parser_equals_the_literal_loop(algorithm):
-    """The model this library trains (subnetworks on a part of it, a bag of trigrams) is adapted wrongly."""
+    """The parser (subnetworks on a part of it, a bag of trigrams) is adapted as the literal loop does."""
     parser = small_parser().double()
     plain = copy.deepcopy(parser)
     subnets = fm.Subnetworks.random(parser.encoder.config, LANGUAGES, 0.5, seed=3, units="both")

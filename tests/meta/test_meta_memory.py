@@ -22,7 +22,7 @@ def peak_bytes(run):
 
 
 def test_peak_bytes_counts():
-    """The yardstick of this file is wrong."""
+    """The measure that the other tests here use is right."""
 
     def run():
         first = torch.ones(1000)
@@ -35,7 +35,7 @@ def test_peak_bytes_counts():
 
 @pytest.mark.parametrize("algorithm", ["fomaml", "reptile"])
 def test_peak_memory_grows_neither_with_steps_nor_with_languages(algorithm):
-    """Something of every inner step or of every language is kept to the end."""
+    """Nothing of an inner step or of a language is kept to the end."""
     model = tiny("bert", "tokens").float()
     languages = ["aa", "bb", "cc", "dd", "ee", "ff"]
     subnets = fm.Subnetworks.random(model.config, languages, 0.5, seed=3, units="both")
@@ -59,7 +59,7 @@ def test_peak_memory_grows_neither_with_steps_nor_with_languages(algorithm):
 
 
 def test_gradients_of_the_whole_model_never_exist_together():
-    """Inner gradients are collected before the step, which takes as much memory as the model."""
+    """Each inner gradient is used as it comes, so they never take as much memory as the model."""
     layers = [torch.nn.Linear(256, 256, bias=False) for _ in range(12)]
     model = torch.nn.Sequential(*layers)
     size = 256 * 256 * 4
@@ -85,7 +85,7 @@ def test_gradients_of_the_whole_model_never_exist_together():
     ids=lambda value: value.kind if isinstance(value, fm.Mask) else "",
 )
 def test_only_live_slices_are_copied(mask, share):
-    """Fast weights take a copy of the whole model."""
+    """Fast weights take memory for what a language owns, not for the model."""
     layer = fm.MaskedLinear(64, 64, mask, bias=False)
     ids = torch.zeros(2, dtype=torch.int64)
     x = torch.randn(2, 64)

@@ -28,7 +28,7 @@ def by_name(model, rates):
 
 
 def test_the_longest_prefix_that_ends_at_a_dot_counts():
-    """`encoder` takes `encoder_norm` along, or the order of the groups matters."""
+    """`encoder` does not take `encoder_norm` along, and the order of groups does not matter."""
     rates = by_name(Model(), {"": 1.0, "encoder.1.weight": 4.0, "encoder": 2.0, "head": 3.0})
     assert rates["encoder.0.weight"] == rates["encoder.1.bias"] == 2.0
     assert rates["encoder.1.weight"] == 4.0
@@ -37,7 +37,7 @@ def test_the_longest_prefix_that_ends_at_a_dot_counts():
 
 
 def test_groups_as_optimisers_take_them():
-    """Groups from generators are empty at the second episode; or other parameters are adapted, too."""
+    """Groups may be generators, and exactly their parameters are adapted."""
     model = Model()
     groups = [{"params": model.head.parameters(), "lr": 0.5}, {"params": model.encoder[1].weight, "lr": 0.25}]
     learner = fm.MetaLearner(model, model, inner_learning_rate=(group for group in groups))
@@ -51,7 +51,7 @@ def test_groups_as_optimisers_take_them():
 
 
 def test_a_rate_of_zero_leaves_a_group_out_of_the_inner_loop_but_not_of_the_outer():
-    """The encoder is adapted although its rate is 0, or gets no meta-gradient."""
+    """An encoder with rate 0 is not adapted, but gets its meta-gradient."""
     model = Model()
     learner = fm.MetaLearner(model, model, inner_learning_rate={"head": 0.1, "": 0})
     before = model.encoder[0].weight.detach().clone()
@@ -74,14 +74,14 @@ def test_a_rate_of_zero_leaves_a_group_out_of_the_inner_loop_but_not_of_the_oute
     ],
 )
 def test_wrong_rates(rates, error, message):
-    """A misspelt group silently stays unadapted."""
+    """A misspelt group is refused."""
     model = Model()
     with pytest.raises(error, match=message):
         fm.MetaLearner(model, model, inner_learning_rate=rates)
 
 
 def test_a_parameter_in_two_groups():
-    """Which of two rates counts is left to chance."""
+    """A parameter with two rates is refused."""
     model = Model()
     groups = [{"params": [model.head.weight], "lr": 0.1}, {"params": [model.head.weight], "lr": 0.2}]
     with pytest.raises(ValueError, match="in another group"):
@@ -89,7 +89,7 @@ def test_a_parameter_in_two_groups():
 
 
 def test_wrong_settings():
-    """A misspelt algorithm or a number out of range is found in the middle of a run."""
+    """A misspelt algorithm or a number out of range is refused at once."""
     model = Model()
     with pytest.raises(ValueError, match="expected one of fomaml, reptile"):
         fm.MetaLearner(model, model, algorithm="maml")
@@ -101,7 +101,7 @@ def test_wrong_settings():
 
 
 def test_wrong_tasks_are_refused_before_anything_runs():
-    """An episode fails at its last language, after minutes of work on the others."""
+    """A wrong task of the last language is refused before work on the first."""
     calls = []
     model = Model()
     learner = fm.MetaLearner(model, lambda x: calls.append(x) or model(x))
@@ -121,7 +121,7 @@ def test_wrong_tasks_are_refused_before_anything_runs():
 
 
 def test_unknown_languages():
-    """A language without a subnetwork runs through another one's."""
+    """A language without a subnetwork is refused."""
     layer = fm.MaskedLinear(4, 4, fm.Mask.rows(torch.ones(2, 4, dtype=torch.bool), 4))
     learner = fm.MetaLearner(layer, lambda x: layer(x, torch.zeros(len(x), dtype=torch.int64)).sum())
     batch = torch.randn(3, 4)
@@ -132,7 +132,7 @@ def test_unknown_languages():
 
 
 def test_unknown_names():
-    """A misspelt language is not recognised as one."""
+    """A misspelt language is answered with the nearest name."""
     from tests.models.tiny_models import tiny
 
     model = tiny("bert")

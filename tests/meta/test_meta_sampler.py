@@ -36,7 +36,7 @@ def same(a, b):
 @given(samplers())
 @SETTINGS
 def test_every_draw_is_what_was_asked_for(make):
-    """A sentence is support and query at once, a language comes twice in a meta-batch, or sampling runs dry."""
+    """Support and query are disjoint, the languages of a meta-batch differ, and sampling never runs dry."""
     sampler = make()
     passes = {language: Counter() for language in sampler.languages}
     pieces = Counter()
@@ -60,7 +60,7 @@ def test_every_draw_is_what_was_asked_for(make):
 @given(samplers(), st.integers(0, 25))
 @SETTINGS
 def test_a_killed_run_goes_on_where_it_was(make, taken):
-    """A resumed run sees other sentences, also when it was killed between two languages of a meta-batch."""
+    """A resumed run sees the same sentences, wherever in a meta-batch it was stopped."""
     sampler, resumed = make(), make()
     for _ in range(taken):
         sampler.draw()
@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_where_it_was(make, taken):
 
 
 def test_what_is_left_of_a_meta_batch():
-    """After a kill in the middle of a meta-batch its languages are drawn again, or lost."""
+    """After a kill inside a meta-batch each of its remaining languages is drawn once."""
     whole, killed = (EpisodeSampler(dict.fromkeys("abcdef", 20), 3, 3, meta_batch=4, seed=1) for _ in range(2))
     killed.draw()
     first, second = next(whole), next(whole)
@@ -80,7 +80,7 @@ def test_what_is_left_of_a_meta_batch():
 
 
 def test_every_language_and_every_sentence_gets_its_turn():
-    """Some languages or sentences are never drawn, or short ones come first."""
+    """Every language and sentence is drawn, in an order that does not depend on length."""
     sampler = EpisodeSampler(dict.fromkeys("abcdef", 23), 3, 2, meta_batch=2, seed=0)
     languages, rows = Counter(), Counter()
     for _ in range(600):
@@ -93,7 +93,7 @@ def test_every_language_and_every_sentence_gets_its_turn():
 
 
 def test_seeds_differ():
-    """All seeds give one run."""
+    """Different seeds give different runs."""
     draws = [EpisodeSampler({"a": 100}, 10, 10, seed=seed).draw() for seed in (0, 0, 1)]
     assert same(draws[0], draws[1])
     assert not same(draws[0], draws[2])
@@ -118,13 +118,13 @@ def test_seeds_differ():
     ],
 )
 def test_wrong_use(options, error, message):
-    """What cannot work is found out in the middle of training."""
+    """What cannot work is refused before training."""
     with pytest.raises(error, match=message):
         EpisodeSampler({"a": 40, "b": 30}, **{"support_size": 5, "query_size": 5, **options})
 
 
 def test_a_state_of_other_data():
-    """A run goes on with sentences it was not started with."""
+    """A run cannot be resumed on other sentences."""
     state = EpisodeSampler({"a": 40}, 5, 5).state_dict()
     other = EpisodeSampler({"a": 41}, 5, 5)
     with pytest.raises(ValueError, match="resume with the data and settings of the run"):

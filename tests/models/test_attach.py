@@ -47,7 +47,7 @@ def assert_equals_multiplying(model, subnets, ids=MIXED):
 
 @pytest.mark.parametrize("model_type", [*ENCODERS, *DECODERS])
 def test_every_family(model_type, every_way):
-    """A family's heads or neurons are found in the wrong place, by one of the ways to run a mixed batch."""
+    """Heads and neurons of every family are where they are taken to be, by each way to run a mixed batch."""
     model = tiny(model_type)
     assert_equals_multiplying(model, subnetworks(model))
 
@@ -56,14 +56,14 @@ def test_every_family(model_type, every_way):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
 def test_units_and_attention_implementations(model_type, units, attention):
-    """Only one kind of unit, or one attention implementation, works."""
+    """Either kind of unit works, and both, under every attention implementation."""
     model = tiny(model_type, attention=attention)
     assert_equals_multiplying(model, subnetworks(model, units))
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "tokens"), ("distilbert", "tokens"), ("qwen2", "causal")])
 def test_under_a_task_head(model_type, head):
-    """Models under a task head have other module names."""
+    """A model under a task head is found there, whatever its modules are called."""
     model = tiny(model_type, head)
     assert_equals_multiplying(model, subnetworks(model))
 
@@ -72,14 +72,14 @@ def test_under_a_task_head(model_type, head):
     "ids", [[1, 1, 1, 1], [0, 1, 0, 1], [-1, -1], WITH_FULL], ids=["one", "interleaved", "full", "with_full"]
 )
 def test_batches(ids):
-    """Only some mixes of languages work."""
+    """Any mix of languages works."""
     model = tiny("bert")
     assert_equals_multiplying(model, subnetworks(model), ids)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
 def test_uneven_and_dead_layers(model_type):
-    """Languages of different sizes share a packed buffer; a layer without any live unit must still run."""
+    """Languages of different sizes share a packed buffer, and a layer without any live unit still runs."""
     model = tiny(model_type)
     subnets = subnetworks(model)
     heads, neurons = subnets.heads.clone(), subnets.neurons.clone()
@@ -91,7 +91,7 @@ def test_uneven_and_dead_layers(model_type):
 
 
 def test_a_zero_filled_head_contributes_nothing():
-    """The slot left over for a language with fewer heads would leak into its output or gradients."""
+    """The slots that a language with fewer heads leaves empty change neither output nor gradients."""
     model = tiny("bert")
     heads = torch.zeros(2, 2, 4, dtype=torch.bool)
     heads[0, :, :1], heads[1] = True, True
@@ -111,7 +111,7 @@ def test_a_zero_filled_head_contributes_nothing():
 
 
 def test_dead_heads_are_not_computed():
-    """Packing is lost somewhere, and with it the memory and time it saves."""
+    """Projections and neurons have the size of the live units, which is what saves memory and time."""
     model = tiny("bert")
     fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.25, 0, units="both"))
     shapes = []
@@ -124,7 +124,7 @@ def test_dead_heads_are_not_computed():
 
 @pytest.mark.parametrize(("act", "taken"), [("gelu", True), ("relu", True), ("gelu_new", False)])
 def test_activation_is_recomputed_not_kept(act, taken):
-    """An activation is lost, applied twice, or still kept for the backward pass."""
+    """The activation is applied once, and computed again in the backward pass instead of being kept."""
     model = tiny("bert", hidden_act=act)
     plain = model.encoder.layer[0].intermediate.intermediate_act_fn
     subnets = subnetworks(model)
@@ -134,7 +134,7 @@ def test_activation_is_recomputed_not_kept(act, taken):
 
 
 def test_weight_masks():
-    """Masks over single weights of named modules."""
+    """Single weights of named modules can be masked."""
     model = tiny("bert")
     name = "encoder.layer.1.intermediate.dense"
     keep = torch.rand(2, 20, 24) < 0.4
@@ -150,7 +150,7 @@ def test_weight_masks():
 
 
 def test_detach_restores_the_plain_model():
-    """After detach something of the masks is left, or training was lost."""
+    """After detach nothing of the masks is left, and what was trained is."""
     model = tiny("bert")
     inputs, keys, linear = batch(2), list(model.state_dict()), model.encoder.layer[0].output.dense
     parameters = [id(p) for p in model.parameters()]
@@ -166,7 +166,7 @@ def test_detach_restores_the_plain_model():
 
 
 def test_save_pretrained_stays_the_same(tmp_path):
-    """A fine-tuned model could not be loaded without fastmask."""
+    """A fine-tuned model can be loaded without fastmask."""
     from transformers import AutoModelForTokenClassification
 
     model = tiny("bert", "tokens")
@@ -178,7 +178,7 @@ def test_save_pretrained_stays_the_same(tmp_path):
 
 
 def test_signature_keeps_the_column_for_trainer():
-    """`transformers.Trainer` would drop the columns of languages."""
+    """`transformers.Trainer` keeps the columns of languages."""
     model = tiny("bert", "tokens")
     plain = list(inspect.signature(model.forward).parameters)
     fm.attach(model, subnetworks(model))
@@ -189,7 +189,7 @@ def test_signature_keeps_the_column_for_trainer():
 
 
 def test_deepcopy_runs_its_own_weights():
-    """A copied model would run (and train) the original."""
+    """A copied model runs, and trains, its own weights."""
     model = fm.attach(tiny("bert"), subnetworks(tiny("bert")))
     clone = copy.deepcopy(model)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def test_deepcopy_runs_its_own_weights():
 
 
 def test_data_parallel_is_refused():
-    """A replica runs the layers of another device, or ends in an error about lists."""
+    """A replica made by `DataParallel` is refused, and the message says what to use."""
     model = tiny("bert")
     replica = fm.attach(model, subnetworks(model))._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="DistributedDataParallel"):
@@ -228,7 +228,7 @@ def test_language_context():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing(use_reentrant):
-    """A layer recomputed in the backward pass would see the languages of another batch, or none."""
+    """A layer recomputed in the backward pass has the languages of its forward pass."""
     model = tiny("bert", "tokens").train()
     subnets = subnetworks(model)
     first, second = [2, 0, 0], [1, 1, 2]
@@ -247,7 +247,7 @@ def test_gradient_checkpointing(use_reentrant):
 
 
 def test_generate_with_a_decoder():
-    """Decoding step by step with a cache of packed heads gives another continuation than the full forward pass."""
+    """Decoding step by step, with a cache of packed heads, continues as the full forward pass does."""
     model = tiny("llama", "causal")
     fm.attach(model, subnetworks(model))
     prompt = batch(2)["input_ids"]
@@ -262,7 +262,7 @@ def test_generate_with_a_decoder():
 
 
 def test_float32_training_step_moves_only_the_live_part():
-    """An SGD step of one language would move weights it does not own."""
+    """An SGD step of one language moves only what it owns."""
     model = tiny("bert").float().train()
     subnets = subnetworks(model)
     fm.attach(model, subnets)
@@ -278,7 +278,7 @@ def test_float32_training_step_moves_only_the_live_part():
 
 
 def test_compiles_without_graph_breaks():
-    """torch.compile of an attached encoder breaks the graph, or recompiles when the languages change."""
+    """An attached encoder compiles to one graph, for any languages."""
     torch._dynamo.reset()
     model = tiny("bert", num_hidden_layers=1).float()
     fm.attach(model, subnetworks(model))

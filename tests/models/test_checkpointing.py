@@ -101,7 +101,7 @@ class TestWholeCalls:
 
     @pytest.mark.parametrize("later", ["nothing", "aa", "bb", None])
     def test_the_backward_pass_is_somewhere_else(self, way, later):
-        """The backward pass gives gradients of another language, or none."""
+        """Gradients are of the forward pass's language, wherever the backward pass runs."""
         model = attached()
         with fm.language(model, "aa"):
             y = way(loss(model, INPUTS), embedded(model, INPUTS))
@@ -117,7 +117,7 @@ class TestWholeCalls:
         assert_gradients_of(model, ("aa", INPUTS))
 
     def test_passes_of_several_languages(self, way):
-        """Of passes that one backward pass recomputes, some run under the language of another."""
+        """Of passes that one backward pass recomputes, each runs in its own language."""
         model, total = attached(), 0.0
         passes = [("aa", INPUTS), ("bb", LONGER), (None, INPUTS), ("cc", INPUTS), ("aa", LONGER)]
         for language, inputs in passes:
@@ -135,14 +135,14 @@ class TestWholeCalls:
         assert_gradients_of(model, ("aa", INPUTS), ("aa", INPUTS))
 
     def test_language_ids_inside(self, way):
-        """Ids that the checkpointed function gives itself are taken for a conflict with what holds by then."""
+        """Ids that the checkpointed function gives itself are used again."""
         model = attached()
         y = way(loss(model, INPUTS, language_ids=torch.tensor([2, 2])), embedded(model, INPUTS))
         backward_inside(model, "bb", y)
         assert_gradients_of(model, ("cc", INPUTS))
 
     def test_languages_entered_inside(self, way):
-        """Languages that the checkpointed function enters itself give way to those from outside."""
+        """Languages that the checkpointed function enters itself come before those from outside."""
         model = attached()
 
         def both(x):
@@ -157,7 +157,7 @@ class TestWholeCalls:
         assert_gradients_of(model, ("aa", INPUTS), ("bb", INPUTS))
 
     def test_one_from_outside_and_one_from_inside(self, way):
-        """Where it cannot be told which call had which language, the backward pass picks one."""
+        """Where it cannot be told which call had which language, the backward pass raises an error."""
         model = attached()
 
         def both(x):
@@ -171,7 +171,7 @@ class TestWholeCalls:
             backward_inside(model, "aa", y)
 
     def test_under_checkpointed_layers(self, way):
-        """A recomputed call that checkpoints its layers itself loses the language on the way."""
+        """A recomputed call that checkpoints its layers itself keeps the language."""
         model = attached()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with fm.language(model, "aa"):
@@ -186,7 +186,7 @@ class TestLayers:
     @pytest.mark.parametrize("later", ["nothing", "bb"])
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_as_transformers_does(self, use_reentrant, later):
-        """A recomputed layer has the language of another pass, or of the code around the backward pass."""
+        """A recomputed layer has the language of its own pass."""
         model, total = attached(), 0.0
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         passes = [("aa", INPUTS), ("cc", LONGER), (None, INPUTS)]
@@ -230,7 +230,7 @@ class TestLayers:
 
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_threads(self, use_reentrant):
-        """A thread recomputes under the language of another: forward passes, then backward passes, side by side."""
+        """Threads recompute side by side, each in its own language."""
         model = attached()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
         clone = copy.deepcopy(model)
@@ -256,7 +256,7 @@ class TestLayers:
 
 class TestNothingToGoBy:
     def test_a_call_in_a_backward_pass(self):
-        """What runs inside a backward pass takes the language from around it, which is not its own."""
+        """What runs inside a backward pass has its own language, not that from around it."""
         model, seen = attached(), []
         x = torch.ones(1, requires_grad=True)
 
@@ -278,7 +278,7 @@ class TestNothingToGoBy:
             assert torch.equal(seen[2], model(**INPUTS).logits)
 
     def test_a_call_in_the_backward_pass_of_what_was_recomputed(self, way):
-        """What a hook runs takes the language of the checkpoint that its backward pass began in."""
+        """What a hook runs does not take the language of the checkpoint that its backward pass began in."""
         model, seen = attached(), []
 
         def ask(grad):
@@ -299,7 +299,7 @@ class TestNothingToGoBy:
         assert_gradients_of(model, ("aa", INPUTS))
 
     def test_a_checkpoint_that_torch_has_changed(self, monkeypatch):
-        """Where a checkpoint can no longer be found, a recomputed call runs in whatever language holds by then."""
+        """Where a checkpoint can no longer be found, recomputing is an error."""
         monkeypatch.setattr(recomputation, "_checkpoint", lambda: None)
         model = attached()
         with fm.language(model, "aa"):
@@ -308,7 +308,7 @@ class TestNothingToGoBy:
             backward_inside(model, "aa", y)
 
     def test_nothing_stays_behind(self):
-        """A checkpoint or its languages outlive the graph."""
+        """Neither a checkpoint nor its languages outlive the graph."""
         model = attached()
         of_others = {id(o): o for o in gc.get_objects() if type(o) is Route}  # what other tests have left
         with fm.language(model, "aa"):
@@ -325,7 +325,7 @@ class TestNothingToGoBy:
 class TestCompiled:
     @pytest.mark.parametrize("later", ["nothing", pytest.param("aa", marks=pytest.mark.slow), "bb"])
     def test_inside_a_checkpoint(self, later):
-        """A compiled model is recomputed in the language of the code around the backward pass."""
+        """A compiled model is recomputed in the language of its forward pass."""
         torch._dynamo.reset()
         model = attached(num_hidden_layers=1)
         compiled = torch.compile(model, backend="aot_eager")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import multiprocessing
 import pickle
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from processes import FORKSERVER
 from tiny_models import batch, multiplied, tiny
 
 import fastmask as fm
@@ -72,7 +72,7 @@ def test_a_copy_is_a_model_of_its_own(model, how):
 
 
 def test_places_are_looked_after_in_a_copy(model):
-    """What happens to a copy's layers is found there, and is no matter of the original."""
+    """A layer that is replaced in a copy is noticed there, and the original still runs."""
     copied = copy.deepcopy(model)
     copied.bert.encoder.layer[0].output.dense = torch.nn.Linear(20, 24).double()
     with pytest.raises(ValueError, match=r"masked layer 'bert\.encoder\.layer\.0\.output\.dense' was replaced"):
@@ -122,7 +122,7 @@ def test_a_detached_model_is_found_under_its_own_class(model):
 
 
 def answers(model):
-    """In a process of its own: of a mixed batch, and of each language alone."""
+    """Outputs for a mixed batch, and for each language alone, computed in another process."""
     torch.set_num_threads(1)
     alone = []
     for name in LANGUAGES:
@@ -131,9 +131,9 @@ def answers(model):
     return run(model).tolist(), alone
 
 
-def test_a_spawned_process(model):
+def test_another_process(model):
     """A process that is sent the model answers in the languages it is asked for."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, FORKSERVER) as pool:
         mixed, alone = pool.submit(answers, model).result(120)
     plain = tiny("bert", "tokens")
     expected = multiplied(plain, subnetworks(plain), batch(len(IDS)), IDS)

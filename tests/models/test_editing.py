@@ -40,7 +40,7 @@ class TestEditing:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
     def test_the_standing_language_stays_the_same(self):
-        """Its number is another language's once one before it is gone."""
+        """The standing language stays the same when one before it is removed."""
         model, subnets, inputs = made()
         fm.attach(model, subnets)
         fm.set_language(model, "bb")

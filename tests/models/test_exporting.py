@@ -39,7 +39,7 @@ class TestMerge:
             torch.testing.assert_close(first_of(fm.merge(model, "b")(**inputs)), first_of(model(**inputs)))
 
     def test_tied_weights(self):
-        """The embeddings would be multiplied, too."""
+        """Merging into a tied weight is refused: the embeddings would be multiplied, too."""
         model, _, _ = made()
         keep = torch.rand(1, *model.cls.predictions.decoder.weight.shape) < 0.5
         fm.attach(model, fm.Subnetworks(["a"], weights={"cls.predictions.decoder": keep}))
@@ -78,13 +78,13 @@ class TestExtract:
         assert small.config.intermediate_size == 12
 
     def test_a_config_with_a_size_for_each_layer(self):
-        """Reading such a config raises an error of its own."""
+        """A config that has a size for each layer can be read."""
         model, subnets, inputs = made(("gemma4_unified_text", "Gemma4UnifiedForCausalLM"))
         small = fm.extract(fm.attach(model, subnets), "aa")
         torch.testing.assert_close(first_of(small(**inputs)), first_of(model(**inputs, language="aa")))
 
     def test_an_ordinary_model_generates_as_before(self):
-        """How a model generates is in no config of sizes; and random numbers go on as if nothing was."""
+        """The extracted model keeps its settings for generation, and extracting draws no random numbers."""
         model, subnets, _ = made(("llama", "LlamaForCausalLM"))
         model.generation_config.suppress_tokens, model.generation_config.max_new_tokens = [5, 6], 3
         fm.attach(model, subnets)
@@ -96,7 +96,7 @@ class TestExtract:
 
     @pytest.mark.parametrize("forward", ["masked", "full"])
     def test_subnetworks_of_an_extracted_model(self, forward, tmp_path):
-        """They would not be saved, or the sizes that its layers have would not."""
+        """An extracted model can be saved, with the sizes its layers have."""
         model, subnets, inputs = made()
         small = fm.extract(fm.attach(model, subnets), "aa")
         assert hasattr(small, "_fastmask_sizes")

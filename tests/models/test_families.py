@@ -48,7 +48,7 @@ NAMED = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(("names", "packed"), NAMED.items(), ids=[name for name, _ in NAMED])
 def test_named_families(names, packed):
-    """A family is wrong, forward or backward, or packs less than it did."""
+    """Every named family is right, forward and backward, and packs what it did before."""
     found = verdict(*names)
     assert found.word in RIGHT, found
     if packed == "all":
@@ -61,7 +61,7 @@ def test_named_families(names, packed):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_type():
-    """A model type of the installed transformers computes something else than weights times masks."""
+    """Every model type of the installed transformers computes weights times masks."""
     found = {names: verdict(*names[::2]) for names in all_types()}
     wrong = {names: of for names, of in found.items() if of.word not in (*RIGHT, "refused", "not built", "not run")}
     assert not wrong
@@ -73,7 +73,7 @@ class TestFused:
         "names", [("modernbert", "ModernBertForMaskedLM"), ("gpt2", "GPT2LMHeadModel"), ("phi3", "Phi3ForCausalLM")]
     )
     def test_another_subnetwork(self, names):
-        """Masks of the parts stay those from before."""
+        """All parts get the new masks."""
         model = tiny_model(*names)
         first, second = (fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=s, units="both") for s in (1, 2))
         inputs, _ = working_inputs(model)
@@ -117,7 +117,7 @@ class TestFused:
 )
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_of_encoder_decoders(names, beams):
-    """Caches of two kinds of attention, reordered by beams, hold heads in the wrong slots."""
+    """Caches of both kinds of attention, reordered by beams, hold every head in its slot."""
     model = tiny_model(*names)
     subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=4, units="both")
     inputs, _ = working_inputs(model)
@@ -133,7 +133,7 @@ def test_generation_of_encoder_decoders(names, beams):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("names", [("mt5", "MT5ForConditionalGeneration"), ("gpt2", "GPT2LMHeadModel")])
 def test_discovery(names):
-    """Scores of units that are not packed are read at the wrong slots, or in the order of the forward pass."""
+    """Scores of units that are not packed are those of the right units, whatever order layers run in."""
     model = tiny_model(*names)
     inputs, _ = working_inputs(model)
     subnets = fm.Subnetworks.random(model, ["aa"], 0.5, seed=4, units="both")

@@ -72,7 +72,7 @@ def test_kept_while_attached_and_used_after_detach(inputs, plain, masked):
 
 
 def test_kept_before_attach_and_put_back_after_it(inputs, plain, masked):
-    """It becomes the attached forward: `language_ids` would vanish in the model's **kwargs."""
+    """A plain forward that is put back after attach becomes the attached one, which knows `language_ids`."""
     model = tiny("llama")
     kept = model.forward
     fm.attach(model, subnetworks(model))

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "fsdp_run.py"
 
 
 def test_two_processes():
-    """Projections that are computed together miss one another's weights, or the gradient of a shard is lost."""
+    """Sharded, projections that are computed together have all weights, and every shard gets its gradient."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""The languages of a call, by name or by number, and where they are said: in the call, around it, or for the model."""
+"""The languages of a call, by name or by number, given in the call, around it, or for the model."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class TestStandingLanguage:
     def test_compiled(self, model):
         """A compiled model follows it, and is traced once for each."""
         torch._dynamo.reset()
-        count = CompileCounterWithBackend("aot_eager")
+        count = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, fullgraph=True, backend=count)
         for name in ("de", "fi", None, "de"):
             fm.set_language(model, name)
@@ -202,7 +202,7 @@ class TestCompiled:
     def test_names(self, model):
         """The languages of a call by name are traced; ids of any mix are one graph, whatever is counted beside them."""
         torch._dynamo.reset()
-        count = CompileCounterWithBackend("aot_eager")
+        count = CompileCounterWithBackend("eager")
         compiled = torch.compile(model, fullgraph=True, backend=count)
         assert_close(compiled(**INPUTS, language="fi")[0], model(**INPUTS, language="fi")[0])
         names = ["fi", "sw", "de", "de"]
@@ -218,7 +218,7 @@ class TestCompiled:
         """`model.compile()` traces the forward, which must find the languages that it is called with."""
         torch._dynamo.reset()
         compiled = copy.deepcopy(model)
-        compiled.compile(fullgraph=True, backend=(count := CompileCounterWithBackend("aot_eager")))
+        compiled.compile(fullgraph=True, backend=(count := CompileCounterWithBackend("eager")))
         for ids in ([0, 1, 2, 0], [2, 2, 2, 2], [1, 0, 1, 0]):
             ids = torch.tensor(ids)
             assert_close(compiled(**INPUTS, language_ids=ids)[0], model(**INPUTS, language_ids=ids)[0])

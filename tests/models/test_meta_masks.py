@@ -88,7 +88,7 @@ def test_attached_to_weights_inside_such_a_context(context):
 
 @pytest.mark.parametrize("kind", ["units", "weights"])
 def test_attached_in_inference_mode(kind):
-    """Masks made there could not be trained with."""
+    """Masks made in inference mode can be trained with."""
     model, plain = tiny("bert"), tiny("bert")
     name = "encoder.layer.0.output.dense"
     keep = torch.rand(3, 24, 20) > 0.5

@@ -66,7 +66,7 @@ def test_adapters_on_modules_without_masks(first):
 @pytest.mark.parametrize("targets", [("query", "value"), ("attention.output.dense",), ("intermediate.dense",)])
 @pytest.mark.parametrize("ids", [[1, 0, -1], [-1, -1], [0, 0], [0, 1]], ids=str)
 def test_adapters_on_masked_modules(targets, ids):
-    """Their outputs would land on other heads, and be right for the full network only."""
+    """Adapters on packed modules are refused: their outputs would land on other heads."""
     wrapped = with_lora(fm.attach(tiny("bert", "tokens"), subnetworks(tiny("bert"))), *targets)
     with pytest.raises(ValueError, match=r"masked layer 'bert\..*' was wrapped in peft\.tuners\.lora\.layer\.Linear"):
         run(wrapped, ids)
@@ -86,7 +86,7 @@ def test_what_the_message_advises():
 
 @pytest.mark.parametrize("how", ["the PEFT model", "its base model"])
 def test_detach_under_adapters(how):
-    """The adapters would be deleted: nothing is changed, and the message says how to get rid of them."""
+    """Detaching under adapters is refused before anything changes, and the message says how to remove them."""
     model = fm.attach(tiny("bert", "tokens"), subnetworks(tiny("bert")))
     wrapped = with_lora(model, "query", "value")
     modules = dict(wrapped.named_modules())
@@ -165,7 +165,7 @@ def test_adapters_without_a_wrapper_around_the_model():
 
 
 def test_modules_that_are_trained_beside_the_adapters():
-    """`modules_to_save` keeps a copy of a module; a masked one would run without its masks."""
+    """`modules_to_save` of a masked module is refused, as the copy would run without its masks."""
     model = tiny("bert", "tokens")
     subnets = fm.Subnetworks(LANGUAGES, weights={"classifier": torch.rand(3, 2, 24) > 0.5})
     config = peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"])

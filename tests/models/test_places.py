@@ -77,7 +77,7 @@ def assert_refused(model, message):
 
 @pytest.mark.parametrize("name", [QUERY, DOWN])
 def test_a_layer_that_was_wrapped(model, expected, name):
-    """An adapter on a packed layer adds its outputs to other heads; taken off, the model runs as before."""
+    """An adapter on a packed layer is refused; taken off, the model runs as before."""
     layer = model.get_submodule(name)
     put(model, name, Adapter(layer))
     assert_refused(model, f"masked layer '{re.escape(name)}' was wrapped in test_places.Adapter .*merge_and_unload")
@@ -106,7 +106,7 @@ def test_an_adapter_that_was_merged_into_the_weight(model):
 
 @pytest.mark.parametrize("name", [QUERY, DOWN])
 def test_a_layer_that_was_replaced(model, name):
-    """The masks are gone (quantisation, resizing): the full network would answer. Detach leaves the new layer alone."""
+    """A replaced layer, as by quantisation or resizing, is noticed; detach leaves the new layer alone."""
     put(model, name, new := nn.Linear(*reversed(model.get_submodule(name).weight.shape)).double())
     assert_refused(
         model, f"masked layer '{re.escape(name)}' was replaced by torch.nn.modules.linear.Linear after attach"
@@ -117,13 +117,13 @@ def test_a_layer_that_was_replaced(model, name):
 
 
 def test_a_layer_that_was_removed(model):
-    """Nothing stands where a masked layer stood."""
+    """A missing layer is noticed."""
     del model.encoder.layer[0].attention.self.query
     assert_refused(model, f"masked layer '{QUERY}' was removed after attach")
 
 
 def test_a_block_that_was_replaced(model):
-    """Masked layers were replaced with all that is around them: the full network would answer."""
+    """A replaced block is noticed, although its masked layers went with it."""
     model.encoder = tiny("bert").encoder
     assert_refused(model, f"masked layer '{QUERY}' was replaced by torch.nn.modules.linear.Linear")
 
@@ -179,7 +179,7 @@ def test_a_compiled_model_is_checked_while_it_is_traced():
 
 
 def test_a_weight_of_another_library(model):
-    """Quantisation in place (torchao) leaves the layer and swaps its weight."""
+    """A weight that was swapped in place (torchao) is noticed."""
     layer = model.get_submodule(DOWN)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
     assert_refused(
@@ -211,7 +211,7 @@ def test_a_parametrization_applies_behind_the_mask(model, name):
 
 
 def test_pruning(model):
-    """Pruning makes weights in hooks, of each layer in turn: projections computed together would see old ones."""
+    """Pruning in hooks is refused; made permanent, it is part of the weight behind the mask."""
     query = model.get_submodule(QUERY)
     prune.l1_unstructured(query, "weight", 0.5)
     assert_refused(model, rf"'{QUERY}' gets its weight from weight_orig in a hook .*prune\.remove")
@@ -282,7 +282,7 @@ def test_resized_embeddings_under_a_mask(tied):
 
 
 def test_a_weight_that_was_cut_in_place():
-    """A vocabulary is trimmed by `weight.data = ...`, which leaves the Parameter the same object."""
+    """A vocabulary trimmed by `weight.data = ...` is noticed, although the Parameter is the same object."""
     model = tiny("llama", "causal")
     fm.attach(model, fm.Subnetworks(LANGUAGES, weights={"lm_head": torch.rand(3, 50, 24) > 0.5}))
     model.lm_head.weight.data = model.lm_head.weight.data[:40]

@@ -85,7 +85,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_module_that_is_more_than_a_linear_layer(change):
-    """What others have hung on a module is refused: attach would lose it, or mask something else."""
+    """A module with something of others hung on it is refused, because attach would lose it or mask something else."""
     model = tiny("bert")
     change, message = CHANGES[change]
     change(model.get_submodule(QUERY))
@@ -104,7 +104,7 @@ def test_pruning_that_was_made_permanent():
 
 
 def test_an_activation_with_a_hook():
-    """A hook on an activation that the next layer takes over would never be called."""
+    """A hook on an activation that the next layer would take over is refused."""
     model = tiny("bert")
     model.get_submodule(ACTIVATION).register_forward_hook(nothing)
     assert_refused(model, subnetworks(model), "intermediate_act_fn.*it has forward hooks")
@@ -124,7 +124,7 @@ def test_hooks_elsewhere_are_called_as_before():
 
 
 def test_a_module_under_two_names():
-    """Masks would hold where the module is called under one name, and not under the other."""
+    """A module that is called under two names is refused."""
     shared = nn.Linear(8, 8)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     assert_refused(model, weight_masks("0"), "cannot mask '2': it is the same module as '0'")
@@ -146,7 +146,7 @@ def test_tied_weights_are_not_a_shared_module():
 
 
 def test_layers_whose_weights_are_read_without_a_call():
-    """Torch's fast path in evaluation would run the full network."""
+    """Layers whose weights torch's fast path reads without calling them are refused."""
     model = nn.Sequential(OrderedDict(encoder=nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)))
     assert_refused(model, weight_masks("encoder.linear1"), r"encoder\.linear1.*without calling them")
     assert_refused(model, weight_masks("encoder.self_attn.out_proj"), "NonDynamicallyQuantizableLinear")
@@ -163,7 +163,7 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapper_instead_of_the_model(wrapper):
-    """The masked layers of a wrapped model would never be told the languages."""
+    """A wrapped model is refused, and the message says to attach first."""
     wrap, message = WRAPPERS[wrapper]
     model = tiny("bert")
     with pytest.raises(ValueError, match=message):

@@ -34,7 +34,7 @@ class TestProof:
             torch.testing.assert_close(first_of(packed(**inputs, language_ids=ids)), want)
 
     def test_weights_that_are_read_directly(self):
-        """Masks would have no effect, and nobody would know."""
+        """A model that reads a weight without calling its layer, so that masks have no effect, is noticed."""
         model = tiny_model("wavlm", "WavLMForCTC")
         before = {name: p.clone() for name, p in model.named_parameters()}
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1)
@@ -44,7 +44,7 @@ class TestProof:
         assert not any(isinstance(module, fm.MaskedLinear) for module in model.modules())
 
     def test_nothing_is_left_behind(self):
-        """Trying leaves evaluation mode on, uses random numbers, or leaves gradients or hooks."""
+        """The trial leaves mode, random numbers, gradients and hooks as they were."""
         model = self.deberta().train()
         model.deberta.encoder.layer[0].eval()
         modes = [module.training for module in model.modules()]
@@ -65,7 +65,7 @@ class TestProof:
             fm.attach(model, fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1))
 
     def test_inputs_of_cross_attention_are_not_computed_twice(self):
-        """Queries read the decoder, keys and values the encoder."""
+        """In cross attention, queries of the decoder are not computed together with keys and values of the encoder."""
         model = quiet(fm.attach, *self.pair("mbart", "MBartForConditionalGeneration"))
         layer = model.model.decoder.layers[0]
         assert layer.encoder_attn.q_proj.siblings is None
@@ -77,7 +77,7 @@ class TestProof:
 
 
 def test_weights_of_zero_prove_nothing():
-    """Output projections that begin with zeros would let wrong heads pass, for every later model of the config, too."""
+    """Output projections that begin with zeros do not let wrong heads pass, now or for later models."""
     base = first_gpt2()
     subnets = fm.Subnetworks(["a", "b"], heads=torch.tensor([[[1, 1, 0, 1]], [[0, 1, 0, 1]]]).bool())
     tokens = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(1))
@@ -100,7 +100,7 @@ def first_gpt2():
 
 
 def test_a_proof_is_not_for_other_modules():
-    """Who exchanges a module of a model has another model, though its config is the same."""
+    """A model with an exchanged module is tried anew, even if its config is the same."""
     plain = tiny("bert", max_position_embeddings=43)
     subnets = fm.Subnetworks.random(plain, LANGUAGES, 0.5, seed=0, units="neurons")
     fm.attach(plain, subnets)

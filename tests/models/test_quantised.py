@@ -62,7 +62,7 @@ class TestEveryLibrary:
         torch.testing.assert_close(fm.detach(model)(**batch(2))[0], plain)
 
     def test_after_attach(self, quantise):
-        """The full network would answer (quanto), or nobody (torchao); after detach the quantised model is plain."""
+        """A masked layer that was quantised is noticed; after detach the quantised model is plain."""
         model = quantise(fm.attach(tiny("bert").float(), subnetworks()))
         with pytest.raises(ValueError, match=f"masked layer '{QUERY}' (was replaced by .*QLinear|became .*Int8Tensor)"):
             run(model)

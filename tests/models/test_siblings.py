@@ -43,7 +43,7 @@ def count_computations(monkeypatch):
 
 @pytest.mark.parametrize(("model_type", "groups"), [("bert", 1), ("distilbert", 1), ("llama", 2), ("qwen3", 2)])
 def test_one_computation_for_each_group(model_type, groups, monkeypatch):
-    """Q, K and V (gate and up) are computed apart, or more than once."""
+    """Q, K and V (gate and up) are computed together, once."""
     model = tiny(model_type)
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b"], 0.5, seed=0, units="both"))
     calls, routes, of = count_computations(monkeypatch), [], Route.of
@@ -55,7 +55,7 @@ def test_one_computation_for_each_group(model_type, groups, monkeypatch):
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
 def test_inference_mode(model_type):
-    """Tensors of inference mode, which keep no version, are refused."""
+    """Tensors of inference mode, which keep no version, are accepted."""
     model = tiny(model_type)
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b"], 0.5, seed=0, units="both"))
     model.eval()
@@ -66,7 +66,7 @@ def test_inference_mode(model_type):
 
 
 def test_another_input_is_computed_afresh(model, projections):
-    """The key of one input is handed out for another."""
+    """The key of one input is never handed out for another."""
     query, key, _ = projections
     x, other = torch.randn(3, 5, 24).double(), torch.randn(3, 5, 24).double()
     with route(model):
@@ -77,7 +77,7 @@ def test_another_input_is_computed_afresh(model, projections):
 
 
 def test_an_input_changed_in_place_is_computed_afresh(model, projections):
-    """The key of what an input was before is handed out."""
+    """A key computed before its input changed is not handed out."""
     query, key, _ = projections
     x = torch.randn(3, 5, 24).double()
     with route(model):
@@ -89,7 +89,7 @@ def test_an_input_changed_in_place_is_computed_afresh(model, projections):
 
 
 def test_another_route_or_gradient_mode_is_computed_afresh(model, projections):
-    """A key without a graph, or under another batch's languages, is handed out."""
+    """A key without a graph, or of another batch's languages, is not handed out."""
     query, key, _ = projections
     x = torch.randn(3, 5, 24).double()
     with route(model), torch.no_grad():
@@ -99,7 +99,7 @@ def test_another_route_or_gradient_mode_is_computed_afresh(model, projections):
 
 
 def test_calling_one_alone_twice(model, projections):
-    """A layer that was called and not followed by its siblings hands out an old output."""
+    """A layer that is called without its siblings never hands out an old output."""
     query, _, _ = projections
     x = torch.randn(3, 5, 24).double()
     with route(model):

@@ -39,7 +39,7 @@ class TestStructure:
         assert list(neox.rows.values()) == [(24,)]
 
     def test_layers_of_several_sizes(self):
-        """Units that do not exist are owned, or counted in a layer's share."""
+        """Units that do not exist are neither owned nor counted."""
         model = tiny_model("deepseek_v3", "DeepseekV3ForCausalLM")
         assert Geometry.of(model).neurons == (24, 16, 16)  # of an FFN, of experts, and of the shared one beside them
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=0, units="neurons")
@@ -54,12 +54,12 @@ class TestStructure:
             set_subnetwork(attached_model, "aa", neurons=wrong[0])
 
     def test_linear_attention_is_none(self):
-        """A layer with a state is taken for attention, as it has projections of the same names."""
+        """A layer with a state is not taken for attention, although its projections have the same names."""
         structure = structure_of(tiny_model("olmo_hybrid", "OlmoHybridForCausalLM"))
         assert all("linear_attn" not in group.name for group in structure.attentions)
 
     def test_no_kind_of_unit(self):
-        """A model without heads that are known is asked for some."""
+        """Masks over heads are refused for a model without heads that are known."""
         model = tiny_model("fnet", "FNetForMaskedLM")
         with pytest.raises(ValueError, match="no heads that fastmask knows"):
             fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=0)
@@ -151,7 +151,7 @@ class TestOwnFamily:
         assert structure_of(model).ffns[0].units == 4
 
     def test_a_derived_class(self):
-        """A config or a model derived from a known one is not known by its name."""
+        """A config or a model derived from a known one is treated like it."""
         from transformers import BertConfig, BertModel
 
         class Config(BertConfig):

@@ -27,7 +27,7 @@ def in_threads(function, arguments):
 
 
 def test_threads_with_languages_of_their_own(model):
-    """A thread runs through the subnetwork, or takes the projections, of another that is in the same layer."""
+    """Threads that are in one layer at the same time keep their own subnetworks and projections."""
     all_ids = [torch.tensor(ids) for ids in ([0, 0, 1, 2], [2, 1, 1, 0], [1, 1, 1, -1])]
     inputs = batch(4)
     expected = [model(**inputs, language_ids=ids)[0] for ids in all_ids]
@@ -45,7 +45,7 @@ def test_threads_with_languages_of_their_own(model):
 
 
 def test_a_language_holds_for_the_thread_that_enters_it(model):
-    """`with fm.language` of one thread reaches another, which is refused or parses in the wrong language."""
+    """`with fm.language` of one thread does not reach another."""
     inputs, together = batch(2), threading.Barrier(len(LANGUAGES))
     expected = [model(**inputs, language_ids=torch.tensor([i, i]))[0] for i in range(len(LANGUAGES))]
 

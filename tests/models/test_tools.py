@@ -121,7 +121,7 @@ def test_sft_with_a_column(sft, decoder, monkeypatch):
 
 
 def test_sft_that_packs(sft, decoder, in_finnish, monkeypatch):
-    """Rows that are packed have lost the column, and say so; one language goes on."""
+    """Packed rows have lost the column, which is an error; one language for all still works."""
     packed = {"packing": True, "packing_strategy": "wrapped", "remove_unused_columns": False}
     trainer = sft(**packed)
     trainer.data_collator = fm.LanguageCollator(trainer.data_collator, decoder)

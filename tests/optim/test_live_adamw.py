@@ -45,7 +45,7 @@ def optimizer_of(net, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.0, "betas": (0.5, 0.9), "eps": 1e-3}])
 def test_it_is_adamw_where_all_is_live(dtype, options):
-    """Training with the full network would differ from training with torch's optimiser, beyond rounding."""
+    """Training the full network equals training it with torch's optimiser, to rounding."""
     torch.manual_seed(0)
     options = {"lr": 1e-2, "weight_decay": 0.1, **options}
     net = Net("rows").to(dtype)
@@ -116,7 +116,7 @@ def test_settings_that_are_tensors(options):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_number_of_threads(kind, threads):
-    """How a step is cut into pieces depends on the threads, what comes out does not."""
+    """The number of threads decides how a step is cut into pieces, and never its result."""
     before = torch.get_num_threads()
     torch.manual_seed(0)
     net = Net(kind, N=512, K=600)
@@ -296,7 +296,7 @@ def test_frozen_masked_layers(kind):
 
 
 def test_groups_schedulers_and_missing_gradients():
-    """Groups share one setting, a scheduler has no effect, or a parameter without a gradient decays or counts steps."""
+    """Groups have their own settings, schedulers work, and parameters without a gradient stay as they are."""
     torch.manual_seed(0)
     net = Net("rows")
     other = copy.deepcopy(net)
@@ -324,7 +324,7 @@ def test_groups_schedulers_and_missing_gradients():
 
 
 def test_a_closure_is_run_before_the_step():
-    """Optimisation with a closure uses gradients of the step before, or loses its loss."""
+    """A closure's gradients are those of this step, and its loss is returned."""
     torch.manual_seed(0)
     net = Net("rows")
     optimizer = optimizer_of(net)
@@ -342,7 +342,7 @@ def test_a_closure_is_run_before_the_step():
 
 @pytest.mark.parametrize("setting", ["amsgrad", "differentiable"])
 def test_what_it_does_not_do_is_refused(setting):
-    """A group that asks for amsgrad would be trained without it."""
+    """A group that asks for amsgrad is refused."""
     net = Net("rows")
     with pytest.raises(ValueError, match=setting):
         fm.LiveAdamW([{"params": net.parameters(), setting: True}], model=net)
@@ -351,7 +351,7 @@ def test_what_it_does_not_do_is_refused(setting):
 
 
 def test_a_shard_of_a_weight_is_refused_before_anything_moves():
-    """FSDP and ZeRO leave a part of each weight in a parameter: the mask's places lie in foreign memory."""
+    """A shard of a weight, as FSDP and ZeRO leave it in a parameter, is refused."""
     net = Net("rows")
     optimizer = optimizer_of(net)
     random_gradients(net, 0)

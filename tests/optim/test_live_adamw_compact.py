@@ -115,7 +115,7 @@ def test_resuming_is_exact(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_of_torch_is_kept_whole(kind):
-    """Moments of AdamW outside of what languages own are not lost: the full network goes on with them."""
+    """Moments of AdamW outside of what languages own are kept, for the full network."""
     net = sparse_net(kind)
     plain = copy.deepcopy(net)
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.1)

@@ -43,7 +43,7 @@ def backward(net, *languages):
 
 
 def test_the_batch_of_the_gradients_counts(net):
-    """A step moves what the languages of another batch own."""
+    """A step moves what the languages of its gradients' batch own."""
     optimizer = optimizer_of(net)
     for languages in ([0], [3], [0, 3], [-1], [1], [0]):
         optimizer.zero_grad()
@@ -52,7 +52,7 @@ def test_the_batch_of_the_gradients_counts(net):
 
 
 def test_accumulated_batches_count_together(net):
-    """With gradient accumulation only the last batch's language would move, or forever all that were ever seen."""
+    """With gradient accumulation the languages of all its batches move, and in the next step no more."""
     optimizer = optimizer_of(net)
     backward(net, 0)
     backward(net, 3)
@@ -66,7 +66,7 @@ def test_accumulated_batches_count_together(net):
 
 @pytest.mark.parametrize("how", ["optimizer", "model", "in place"])
 def test_a_skipped_step_leaves_nothing(net, how):
-    """After a step that a GradScaler skips, the skipped batch's language would move in the next."""
+    """After a step that a GradScaler skips, the skipped batch's languages do not move in the next."""
     optimizer = optimizer_of(net)
     backward(net, 0)
     # The loop of the trainer: forward, zero_grad, backward.
@@ -77,7 +77,7 @@ def test_a_skipped_step_leaves_nothing(net, how):
 
 
 def test_passes_that_leave_no_gradient_do_not_count(net):
-    """Evaluation, inner loops of meta-learning and importance scores would make their languages live."""
+    """Evaluation, inner loops and importance scores make no language live."""
     optimizer = optimizer_of(net)
     x = torch.randn(1, 6)
     backward(net, 0)
@@ -90,14 +90,14 @@ def test_passes_that_leave_no_gradient_do_not_count(net):
 
 
 def test_several_uses_in_one_backward_pass(net):
-    """Of two forward passes behind one loss only one would count."""
+    """Of several forward passes behind one loss, all count."""
     optimizer = optimizer_of(net)
     (net(torch.randn(1, 6), torch.tensor([0])).sum() + net(torch.randn(1, 6), torch.tensor([3])).sum()).backward()
     assert torch.equal(moved(net, optimizer), owned(net, 0, 3))
 
 
 def test_frozen_weights_and_later_ones(net):
-    """A layer whose bias alone is trained, or that is unfrozen later, would not be noticed."""
+    """A layer whose bias alone is trained, or that is unfrozen later, is noticed."""
     net.masked.weight.requires_grad_(False)
     optimizer = optimizer_of(net)
     backward(net, 0)
@@ -110,7 +110,7 @@ def test_frozen_weights_and_later_ones(net):
 
 
 def test_given_and_announced_languages(net):
-    """What the caller says would not take precedence, or last for more than a step."""
+    """What the caller says comes first, and holds for one step."""
     optimizer = optimizer_of(net)
     backward(net, 0)
     assert torch.equal(moved(net, optimizer, languages=torch.tensor([3, 3])), owned(net, 3))
@@ -120,7 +120,7 @@ def test_given_and_announced_languages(net):
 
 
 def test_gradients_from_nowhere(net):
-    """Gradients written by hand would move everything, silently."""
+    """Gradients written by hand are refused unless the languages are given."""
     optimizer = optimizer_of(net)
     random_gradients(net, 0)
     before = copy.deepcopy(net.state_dict())
@@ -131,7 +131,7 @@ def test_gradients_from_nowhere(net):
 
 
 def test_layers_that_have_no_gradient_do_not_count():
-    """A layer that is not used any more would keep the languages of its last batch alive in all others."""
+    """A layer that is not used any more keeps no language alive."""
     torch.manual_seed(0)
     nets = torch.nn.ModuleList([Net("weights"), Net("weights")])
     optimizer = fm.LiveAdamW(nets.parameters(), lr=1e-2, model=nets)
@@ -142,7 +142,7 @@ def test_layers_that_have_no_gradient_do_not_count():
 
 
 def test_a_gradient_that_took_another_way(net):
-    """A gradient that came through no masked layer would be taken for that of a pass long ago."""
+    """A gradient that came through no masked layer is not taken for one of an earlier pass."""
     optimizer = optimizer_of(net)
     x = torch.randn(1, 6, requires_grad=True)
     torch.autograd.grad(net(x, torch.tensor([3])).sum(), x)
@@ -152,7 +152,7 @@ def test_a_gradient_that_took_another_way(net):
 
 
 def test_a_parameter_that_takes_anothers_place(net):
-    """After loading with `assign=True` the new weight would move as a whole."""
+    """After loading with `assign=True` the new weight moves where the old one did."""
     optimizer = optimizer_of(net)
     backward(net, 0)
     optimizer.step()
@@ -175,7 +175,7 @@ def test_a_parameter_that_takes_anothers_place(net):
     ],
 )
 def test_bad_languages(net, languages, error, text):
-    """A wrong language would be taken for another one, or fail half way through the step."""
+    """A wrong language is refused before anything moves."""
     optimizer = optimizer_of(net)
     backward(net, 0)
     before = copy.deepcopy(net.state_dict())
@@ -233,7 +233,7 @@ def assert_only_moved(model, optimizer, *languages):
 
 
 def test_an_attached_model_under_accelerate(bert):
-    """Through `accelerate`, or with `fm.language`, or a mixed batch, the languages of an attached model are lost."""
+    """The languages of an attached model are known through `accelerate`, `fm.language` and mixed batches."""
     from accelerate import Accelerator
 
     fm.attach(bert, subnets())
@@ -250,7 +250,7 @@ def test_an_attached_model_under_accelerate(bert):
 
 
 def test_names_of_attached_languages(bert):
-    """Languages could be given by number only, or a misspelt name would pass."""
+    """Languages can be given by name, and a misspelt name is refused."""
     fm.attach(bert, subnets())
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
     bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
@@ -261,7 +261,7 @@ def test_names_of_attached_languages(bert):
 
 
 def test_subnetworks_that_come_go_and_change(bert):
-    """Subnetworks attached, changed or detached after the optimiser was made would have no effect on it."""
+    """Subnetworks attached, changed or detached later change what the optimiser moves."""
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
     bert_loss(bert).backward()
     assert_only_moved(bert, optimizer, -1)
@@ -282,7 +282,7 @@ def test_subnetworks_that_come_go_and_change(bert):
 
 @pytest.mark.parametrize("when", ["before the backward pass", "after it", "between two"])
 def test_a_language_that_is_removed_before_the_step(bert, when):
-    """The step would be that of the language which has its number now."""
+    """If a language is removed before the step, no other is taken for it."""
     fm.attach(bert, subnets())
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
     loss = bert_loss(bert, language_ids=torch.ones(2, dtype=torch.int64))
@@ -307,7 +307,7 @@ def test_a_language_that_is_removed_before_the_step(bert, when):
 @pytest.mark.parametrize("forward", ["masked", "full"])
 @pytest.mark.parametrize("density", [0.75, 0.25], ids=["whole", "compact"])
 def test_weights_that_are_stored_transposed(forward, density):
-    """GPT-2's weights would move as a whole, be frozen with what no mask touches, and have no delta."""
+    """GPT-2's transposed weights are stepped, frozen and saved as deltas by their masks."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=16, n_head=4, n_layer=2, n_inner=24, vocab_size=30, n_positions=16)
     base = GPT2LMHeadModel(config).double().eval()
@@ -337,7 +337,7 @@ def test_weights_that_are_stored_transposed(forward, density):
 
 
 def test_scouts_and_episodes(bert):
-    """A scout's language, or one of an inner loop only, would move in the next step; an episode's would not."""
+    """An episode's languages move in the next step; those of a scout or an inner loop alone do not."""
     fm.attach(bert, subnets())
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
     dynamic = fm.DynamicSubnetworks(bert)
@@ -348,7 +348,7 @@ def test_scouts_and_episodes(bert):
 
 
 def test_gradient_checkpointing(bert):
-    """Layers that are computed again in the backward pass would not tell their languages."""
+    """Layers that are computed again in the backward pass tell their languages."""
     fm.attach(bert, subnets())
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
     for reentrant in (False, True):
@@ -361,7 +361,7 @@ def test_gradient_checkpointing(bert):
 
 
 def test_copies_of_the_model_leave_the_optimiser_behind(net):
-    """A copy of a watched model, or the file it is saved in, would hold the optimiser's moments, or be noticed too."""
+    """A copy of a watched model, or its file, holds nothing of the optimiser and is not watched."""
     size = len(pickle.dumps(net))
     optimizer = optimizer_of(net)
     backward(net, 0)
@@ -391,7 +391,7 @@ def one_of_two(rank, folder):
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_step(tmp_path):
-    """Replicas would drift apart: each would move its own languages only."""
+    """Replicas stay equal: each moves the languages of all."""
     multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first["moved"], first["owned"])

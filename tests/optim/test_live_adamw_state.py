@@ -1,4 +1,4 @@
-"""States that torch's AdamW and ours exchange, and training that goes on from them."""
+"""States that torch's AdamW and ours exchange, and training resumed from them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def net(request):
 
 @KINDS
 def test_resuming_is_exact(net):
-    """A resumed run would differ from an unbroken one."""
+    """A resumed run equals an unbroken one."""
     optimizer = trained(net, ours, 5)
     twin = copy.deepcopy(net)
     resumed = trained(twin, ours, 1, first=9)  # what it has learnt is given up
@@ -63,7 +63,7 @@ def test_resuming_is_exact(net):
 @KINDS
 @pytest.mark.parametrize("form", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 def test_states_go_both_ways(net, form):
-    """A run begun with torch's optimiser could not go on with ours, or the other way round."""
+    """A run begun with torch's optimiser can be continued with ours, and the other way round."""
     plain = copy.deepcopy(net)
     before = trained(plain, lambda n: theirs(n, **form), 3)
     optimizer = ours(net)
@@ -83,7 +83,7 @@ def test_states_go_both_ways(net, form):
 
 @KINDS
 def test_keys_and_shapes_are_those_of_torch(net):
-    """Tools that read optimiser states would not recognise ours."""
+    """Tools that read optimiser states can read ours."""
     plain = copy.deepcopy(net)
     one, other = (trained(n, make, 2).state_dict() for n, make in ((net, ours), (plain, theirs)))
     assert one["param_groups"] == other["param_groups"]
@@ -95,7 +95,7 @@ def test_keys_and_shapes_are_those_of_torch(net):
 
 
 def test_a_state_with_amsgrad_is_refused(net):
-    """A run begun with amsgrad would go on without it."""
+    """A run begun with amsgrad is not silently continued without it."""
     plain = copy.deepcopy(net)
     state = trained(plain, lambda n: theirs(n, amsgrad=True), 2).state_dict()
     optimizer = trained(net, ours, 2)
@@ -106,7 +106,7 @@ def test_a_state_with_amsgrad_is_refused(net):
 
 
 def test_a_copy_is_refused(net):
-    """A copied or pickled optimiser would have lost its model, and fail at its next step."""
+    """An optimiser cannot be copied or pickled: the copy would have lost its model."""
     optimizer = trained(net, ours, 1)
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(optimizer)

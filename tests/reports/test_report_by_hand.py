@@ -61,7 +61,7 @@ def attached_task(run):
 
 
 def test_drawn_sentences_are_of_the_split(static_run, data):
-    """If this fails, analyses run on other sentences than they say, or not on the same ones for every run."""
+    """Analyses run on sentences of the split they name, the same ones for every run."""
     drawn = rows_of(static_run, "test", "qab")
     whole = load_treebanks(data, "qab")["qab"]["test"]
     ids = [row["sent_id"] for row in drawn]
@@ -71,7 +71,7 @@ def test_drawn_sentences_are_of_the_split(static_run, data):
 
 
 def test_overlap_and_heads(comparison, tables_of):
-    """If this fails, masks of the wrong runs, units or seeds are compared."""
+    """The masks compared are those of the runs, units and seeds that the table names."""
     seeds = [masks_of(comparison / f"seed-{seed}" / "static" / "run") for seed in (0, 1)]
     found = tables_of([comparison], "overlap")
     for units in ("heads", "neurons"):
@@ -94,7 +94,7 @@ def conflict_by_hand(task, run):
 
 
 def test_conflict(static_run, full_run, tables_of):
-    """If this fails, gradients are those of other weights, sentences or networks, or change places side by side."""
+    """Gradients are those of the run's weights, of its drawn sentences, with and without masks."""
     found = tables_of([full_run, static_run], "conflict")
     wanted = {
         name: conflict_by_hand(attached_task(run), run) for name, run in (("full", full_run), ("static", static_run))
@@ -108,7 +108,7 @@ def test_conflict(static_run, full_run, tables_of):
 
 
 def test_conflict_along_checkpoints(static_run, tables_of):
-    """If this fails, a checkpoint is analysed with other weights or masks than it had."""
+    """Each checkpoint is analysed with the weights and masks it had."""
     found = tables_of([static_run], "conflict")["conflict-along-static-seed-0"]
     assert list(dict.fromkeys(found.step)) == [2, 3, 4, 6]
     networks = found.drop_duplicates("step").set_index("step").network
@@ -124,7 +124,7 @@ def test_conflict_along_checkpoints(static_run, tables_of):
 
 
 def test_cross(comparison, tables_of):
-    """If this fails, a language is parsed by another's subnetwork than the table says, or seeds are not averaged."""
+    """Each language is parsed by the subnetwork its column names, and seeds are averaged."""
     found = tables_of([comparison], "cross")
     languages = [*LANGUAGES, "qad", "qag", "qah"]
     (study,) = studies_of([comparison])
@@ -153,7 +153,7 @@ def test_cross(comparison, tables_of):
 
 
 def test_random_masks_are_not_those_of_a_run(static_run):
-    """If this fails, a run of method random is compared with its own masks: the control says that nothing matters."""
+    """A run with random masks is compared with other random masks, not with its own."""
     found = masks_of(static_run)
     rows = {"qaa": rows_of(static_run, "test", "qaa")}
     for seed in (0, 1):
@@ -166,7 +166,7 @@ def test_random_masks_are_not_those_of_a_run(static_run):
 
 
 def test_ablation(static_run, tables_of):
-    """If this fails, heads are flipped in other networks, or their worth is measured by another loss."""
+    """Heads are flipped in the run's own network, and measured by the run's loss."""
     found = tables_of([static_run], "ablation")
     task = attached_task(static_run)
     parser = task.model
@@ -183,7 +183,7 @@ def test_ablation(static_run, tables_of):
 
 
 def test_dynamics(dynamic_run, tables_of):
-    """If this fails, masks are followed at other steps than they were updated at."""
+    """Masks are followed at the steps at which they were updated."""
     found = tables_of([dynamic_run], "dynamics")
     for units in ("heads", "neurons"):
         wanted = fm.analysis.dynamics(dynamic_run / "dynamic.safetensors", units=units, steps=[4, 5])
@@ -202,7 +202,7 @@ def las_by_hand(comparison, method, condition, seed):
 
 
 def test_effect_of_a_comparison(comparison, tables_of):
-    """If this fails, scores of other conditions, seeds or support sets are compared."""
+    """Scores of one condition and seed are compared, as means over support sets."""
     found = tables_of([comparison], "effect")
     for condition in ("seen", "adapted", "zero-shot"):
         rows = [
@@ -217,7 +217,7 @@ def test_effect_of_a_comparison(comparison, tables_of):
 
 
 def test_effect_of_single_runs(static_run, full_run, tables_of):
-    """If this fails, a sentence's score is not the official one, or runs are compared on different sentences."""
+    """Sentences have their official scores, and runs are compared on the same sentences."""
     found = tables_of([static_run, full_run], "effect")["effect"].set_index("language")
     assert (found.over == "sentences").all()
     for language in LANGUAGES:
@@ -234,7 +234,7 @@ def test_effect_of_single_runs(static_run, full_run, tables_of):
 
 
 def test_typology(comparison, data, tables_of):
-    """If this fails, gains are set against the similarity of another language, or of other sentences."""
+    """A gain is set against the similarity of that language, of these sentences."""
     found = tables_of([comparison], "typology")
     unseen = ["qad", "qag", "qah"]
     loaded = load_treebanks(data, [*LANGUAGES, *unseen])
@@ -262,7 +262,7 @@ def test_typology(comparison, data, tables_of):
 
 
 def test_torch_is_left_alone(static_run, tmp_path):
-    """If this fails, a report in one process changes how many threads its caller computes with."""
+    """A report made in this process leaves the number of threads as it was."""
     before = torch.get_num_threads()
     make_report([static_run], ["overlap"], tmp_path / "out", OPTIONS)
     assert torch.get_num_threads() == before

@@ -7,6 +7,7 @@ import time
 
 import pandas as pd
 import pytest
+from processes import fork_pools
 
 from fastmask.analysis.drawing import new_figure
 from fastmask.analysis.result import Result
@@ -42,8 +43,9 @@ def tasks_of(*functions, strict=False):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_task_is_done_once(workers):
-    """An outcome must not be lost or handed to another task, nor an error of one end them all."""
+def test_every_task_is_done_once(workers, monkeypatch):
+    """No outcome is lost or handed to another task, and no error of one ends them all."""
+    fork_pools(monkeypatch)
     found = dict(making._all_done(tasks_of(quick, fail, quick), workers))
     reasons = {at: [str(reason) for reason in skipped] for at, (_, skipped, _) in found.items()}
     assert reasons == {
@@ -76,8 +78,9 @@ def test_an_analysis_that_does_not_apply_is_none_that_failed():
     assert [str(reason) for reason in found.skipped] == ["x: not here"]
 
 
-def test_workers_end_when_interrupted():
-    """Ctrl-C must not leave processes that go on for minutes."""
+def test_workers_end_when_interrupted(monkeypatch):
+    """Ctrl-C leaves no process that works on for minutes."""
+    fork_pools(monkeypatch)
     began = time.monotonic()
 
     def interrupted():

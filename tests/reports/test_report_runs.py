@@ -27,7 +27,7 @@ def says(made, *parts):
 
 
 def test_a_comparison_is_its_cells(comparison):
-    """If this fails, cells are taken for other methods or seeds, or scores of the comparison are lost."""
+    """Each cell is found under its method and seed, with the scores of the comparison."""
     (study,) = studies_of([comparison])
     assert {name: [run.config.seed for run in runs] for name, runs in study.variants.items()} == {
         "full": [0, 1],
@@ -40,7 +40,7 @@ def test_a_comparison_is_its_cells(comparison):
 
 
 def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
-    """If this fails, a comparison that still runs cannot be looked at, or a missing cell goes unnoticed."""
+    """A comparison that still runs can be looked at; unfinished cells are named."""
     copy = tmp_path / "copy"
     shutil.copytree(comparison, copy)
     (copy / "seed-1" / "static" / "result.json").unlink()
@@ -56,7 +56,7 @@ def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
 
 
 def test_runs_of_one_method_are_told_apart(static_run, tmp_path):
-    """If this fails, two runs of one method and seed become one line, or seeds of one method several."""
+    """Two runs of one method and seed are two variants; seeds of one method are one variant."""
     other = tmp_path / "other"
     shutil.copytree(static_run, other)
     (study,) = studies_of([static_run, other])
@@ -69,7 +69,7 @@ def test_runs_of_one_method_are_told_apart(static_run, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"seed": "5", "lr": "0.5"}], ids=["same seed", "other settings"])
 def test_folders_of_one_name(static_run, tmp_path, changes):
-    """If this fails, two runs whose folders are called alike become seeds of one variant."""
+    """Two runs whose folders have the same name are two variants."""
     folders = [tmp_path / name for name in ("a/runs/x", "b/runs/x", "other")]
     for folder in folders:
         shutil.copytree(static_run, folder)
@@ -85,7 +85,7 @@ def test_folders_of_one_name(static_run, tmp_path, changes):
 
 
 def test_folders_of_one_name_in_a_report(static_run, tmp_path):
-    """If this fails, the report shows one of two runs whose folders are called alike, and not the other."""
+    """The report shows both of two runs whose folders have the same name."""
     without = shutil.ignore_patterns("checkpoints")
     folders = [shutil.copytree(static_run, tmp_path / name / "x", ignore=without) for name in "ab"]
     made = make_report(folders, ["conflict"], tmp_path / "out", FEW)
@@ -107,7 +107,7 @@ def test_folders_of_one_name_in_a_report(static_run, tmp_path):
     ],
 )
 def test_what_is_no_run(make, message, tmp_path):
-    """If this fails, a mistyped folder gives a traceback, or an empty report."""
+    """A folder that is no run is named in the error."""
     make(tmp_path / "given")
     with pytest.raises(FileNotFoundError, match=message):
         make_report([tmp_path / "given"])
@@ -115,7 +115,7 @@ def test_what_is_no_run(make, message, tmp_path):
 
 
 def test_bad_names(static_run, full_run, tmp_path):
-    """If this fails, a mistyped analysis is left out silently, or found after minutes of work."""
+    """A misspelt analysis is refused before any work."""
     with pytest.raises(FastmaskKeyError, match="unknown analysis 'overlp'; did you mean 'overlap'"):
         make_report([static_run], ["overlp"])
     with pytest.raises(ValueError, match=r"expected --out"):
@@ -123,7 +123,7 @@ def test_bad_names(static_run, full_run, tmp_path):
 
 
 def test_a_run_without_masks(full_run, tmp_path):
-    """If this fails, `full` stops a report, or nobody learns why half of it is missing."""
+    """A full run gets the analyses it can have, and the report says why the others are missing."""
     copy = tmp_path / "full"
     shutil.copytree(full_run, copy)
     shutil.rmtree(copy / "checkpoints")
@@ -138,7 +138,7 @@ def test_a_run_without_masks(full_run, tmp_path):
 
 
 def test_without_checkpoints(comparison, tmp_path):
-    """If this fails, an analysis along training that cannot be made says nothing of it."""
+    """The report says why an analysis along training could not be made."""
     with pytest.raises(ValueError, match=r"nothing could be analysed:\n.*does not exist .expected a folder") as caught:
         make_report([comparison], ["conflict"], tmp_path / "out", Options(data=str(tmp_path / "nowhere")))
     assert "a cell of a comparison keeps no checkpoint" in str(caught.value)
@@ -146,7 +146,7 @@ def test_without_checkpoints(comparison, tmp_path):
 
 
 def test_languages_missing_from_the_data(static_run, comparison, data, tmp_path):
-    """If this fails, one language without a treebank takes an analysis of all others with it."""
+    """A language without a treebank is left out; the other languages are analysed."""
     some = tmp_path / "ud"
     shutil.copytree(data, some)
     codes = {path.name.split("_")[0]: path.parent for path in some.glob("UD_*/*-test.conllu")}
@@ -167,13 +167,13 @@ def test_languages_missing_from_the_data(static_run, comparison, data, tmp_path)
 
 
 def test_one_seed_only(static_run, tmp_path):
-    """If this fails, the missing comparison between seeds is not explained."""
+    """The report says that seeds cannot be compared because there is only one."""
     made = make_report([static_run], ["overlap"], tmp_path / "out")
     assert says(made, "overlap (static, between seeds)", "one seed only")
 
 
 def test_the_command_names_every_analysis():
-    """If this fails, the command's list of analyses is not the library's."""
+    """The command lists the library's analyses."""
     from fastmask.cli.analyze import NAMES
 
     assert NAMES.split(",") == [analysis.name for analysis in ANALYSES]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import train
@@ -49,9 +53,12 @@ def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
 
 
 def make_comparison(out: Path, data: Path, settings: dict[str, Any], training: dict[str, Any]) -> Path:
-    """A comparison that is done; returns its folder."""
+    """A comparison that is done, of encoders from scratch, smaller than the small one; returns its folder."""
     plan = Plan(out, str(data), CompareConfig(**settings), training, ARMS)
     plan.open()
-    for job in plan.jobs:
-        do(plan, job)
+    with pytest.MonkeyPatch.context() as patched:
+        smaller = partial(Parser.small, layers=2, heads=4, head_size=4, ffn=16, buckets=64)
+        patched.setattr(Parser, "small", smaller)
+        for job in plan.jobs:
+            do(plan, job)
     return out

@@ -21,7 +21,7 @@ def masks(seed=0, density=0.5, languages=("de", "en", "fi")):
 
 
 def test_random_has_the_asked_density_in_every_layer():
-    """A random control would be of another size than what it controls."""
+    """A random control has the density that was asked for, in every layer."""
     subnets = Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both")
     assert (subnets.heads.sum(-1) == 4).all()
     assert (subnets.neurons.sum(-1) == 12).all()
@@ -40,7 +40,7 @@ def test_names_in_any_ordered_form():
 
 
 def test_the_default_device_is_no_matter(tmp_path):
-    """Masks that are drawn, loaded or shuffled where the default device is meta would have no values."""
+    """Masks are drawn, loaded and shuffled with values even if the default device is meta."""
     expected = Subnetworks.random(CONFIG, ["a", "b"], 0.5, seed=1, units="both")
     expected.save(tmp_path / "masks.safetensors")
     with torch.device("meta"):
@@ -53,7 +53,7 @@ def test_the_default_device_is_no_matter(tmp_path):
 
 
 def test_grouped_query_attention_counts_key_value_groups():
-    """Masks of a decoder would have one entry for each query head."""
+    """Masks of a decoder have one entry for each group of query heads."""
     config = LlamaConfig(num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2, intermediate_size=10)
     assert Subnetworks.full(config, ["a"], units="both").heads.shape == (1, 2, 2)
 
@@ -68,7 +68,7 @@ def test_overlap_is_jaccard():
 
 
 def test_random_like_keeps_sizes():
-    """The mandatory control would differ in size by layer or language."""
+    """The random control has the sizes of the original in each layer and language."""
     subnets = masks()
     control = random_like(subnets, seed=4)
     assert torch.equal(control.heads.sum(-1), subnets.heads.sum(-1))
@@ -156,7 +156,7 @@ class TestBadInput:
         ids=repr,
     )
     def test_languages(self, languages, message):
-        """The letters of a name, or names in an order of chance, would be the languages."""
+        """A single name, which would be read letter by letter, and a set, which has no order, are refused."""
         size = len(languages) if hasattr(languages, "__len__") else 1
         makers = [
             lambda: Subnetworks(languages, torch.ones(size, 1, 1, dtype=torch.bool)),
@@ -179,7 +179,7 @@ class TestBadInput:
         ids=repr,
     )
     def test_ids(self, languages, error, message):
-        """The ids of a name's letters, or of another order than that of the batch."""
+        """A single name, which would be read letter by letter, and a set, which has no order, are refused."""
         with pytest.raises(error, match=message):
             masks().ids(languages)
 

@@ -40,7 +40,7 @@ def dense(subnets, name):
 @settings(max_examples=40, deadline=None)
 @given(names=st.lists(st.sampled_from(LANGUAGES), min_size=1, unique=True), parts=st.sets(st.sampled_from(PARTS)))
 def test_select_and_stack(names, parts, tmp_path_factory):
-    """A language gets another one's masks, or an order of its own; what is selected, stacked and saved comes back."""
+    """Each language keeps its masks, in the order asked for, through selecting, stacking and saving."""
     parts = sorted(parts or PARTS)
     subnets = masks(parts=parts)
     found = subnets.select(iter(names))
@@ -60,7 +60,7 @@ def test_select_and_stack(names, parts, tmp_path_factory):
 
 
 def test_neighbours_are_not_copied():
-    """A hundred languages' masks would be held twice to look at some of them."""
+    """Selecting neighbouring languages copies no masks."""
     subnets = masks()
     for names in (LANGUAGES, ["fi"], ["en", "fi", "fr"]):
         found, first = subnets.select(names), LANGUAGES.index(names[0])
@@ -70,7 +70,7 @@ def test_neighbours_are_not_copied():
 
 @pytest.mark.parametrize("own", [["en"], ["fi"], ["fr"]], ids=["empty", "full", "random"])
 def test_append(own):
-    """The new language has another mask than was given, or changes what was there."""
+    """The new language has the mask that was given, and the others keep theirs."""
     subnets = masks()
     before = masks()
     longer = subnets.append("nl", subnets.select(own))
@@ -80,7 +80,7 @@ def test_append(own):
 
 
 def test_the_default_device_is_no_matter():
-    """Masks made where the default device is meta would have no values."""
+    """Masks have values even if the default device is meta."""
     subnets, more = masks(), masks(["x"])
 
     def make():
@@ -93,7 +93,7 @@ def test_the_default_device_is_no_matter():
 
 @pytest.mark.parametrize("model_type", ["bert", "llama"])
 def test_a_model_runs_them(model_type):
-    """Attached, every language of a mixed batch must compute what the plain model with multiplied weights does."""
+    """Attached, every language of a mixed batch computes what the plain model with multiplied weights does."""
     model = tiny(model_type)
     drawn = Subnetworks.random(model.config, ["aa", "bb", "cc"], 0.5, seed=3, units="both")
     more = Subnetworks.random(model.config, ["dd"], 0.3, seed=4, units="both")

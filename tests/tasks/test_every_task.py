@@ -62,7 +62,7 @@ def double(task: Task) -> Task:
     ("name", "chosen"), covering(["tagging", "translation"], {"-".join(chosen): chosen for chosen in METHODS})
 )
 def test_every_method_trains_it(name, chosen, tiny, tmp_path):
-    """A method of the loop does not work for one kind of model, or its scores are none."""
+    """Every method of the loop works for every kind of model, and gives scores."""
     method, meta = chosen
     result = finished(name, tiny(name), tmp_path / "run", method=method, meta=meta, checkpoint_every=0, discover_at=0.5)
     metric = result.task.metric
@@ -73,7 +73,7 @@ def test_every_method_trains_it(name, chosen, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["tagging", "masked", "translation"])
 def test_a_killed_run_ends_as_an_unbroken_one(name, tiny, tmp_path):
-    """Masking, dropout or the order of examples depends on more than seed and step; or a saved model is another."""
+    """Masking, dropout and the order of examples depend on seed and step only; the saved model is the trained one."""
     whole = finished(name, tiny(name), tmp_path / "whole")
 
     class KilledError(Exception):
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_as_an_unbroken_one(name, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_saved_task_is_the_same(name, tiny, tmp_path):
-    """What is opened is not what was saved, with masks attached or without; or transformers cannot read the folder."""
+    """What was saved is what is opened, attached or not, and transformers can read the folder."""
     place = tiny(name)
     task = built(name, place, tmp_path / "run")[0]
     task.model.eval()
@@ -114,7 +114,7 @@ def test_a_saved_task_is_the_same(name, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_loss_is_the_literal_one(name, tiny, tmp_path):
-    """The mean or an example's own loss is not what the logits say, with float64 on both sides."""
+    """The mean loss and each example's own are what the logits say, in float64."""
     task = double(built(name, tiny(name), tmp_path / "run")[0])
     examples = task.training_examples(rows_of(CASES[name], "aa", "train"), "aa").select(list(range(5)))
     batch = task.collate(examples)
@@ -141,7 +141,7 @@ def test_loss_is_the_literal_one(name, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_mixed_batch_is_its_languages_one_by_one(name, tiny, tmp_path):
-    """Examples of one language run through another's subnetwork, or padding changes what an example gives."""
+    """Examples in a mixed batch give what they give alone, in their language and without padding."""
     task = double(built(name, tiny(name), tmp_path / "run")[0])
     fm.attach(task.encoder, fm.Subnetworks.random(task.encoder, LANGUAGES, 0.5, seed=1, units="both"))
     parts = [
@@ -161,7 +161,7 @@ def test_a_mixed_batch_is_its_languages_one_by_one(name, tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["tagging", "pairs", "masked", "translation"])
 def test_commands(name, tiny, tmp_path, capsys):
-    """evaluate, predict, discover or adapt does not work on a run of the task."""
+    """evaluate, predict, discover and adapt work on a run of the task."""
     place, case, run = tiny(name), CASES[name], tmp_path / "run"
     finished(name, place, run, checkpoint_every=0)
     cls = task_class(case.task)
@@ -197,7 +197,7 @@ def test_commands(name, tiny, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "called"), [("masked", "perplexity"), ("spans", "F1")])
 def test_compare(name, called, tiny, tmp_path):
-    """A comparison of methods does not run, or calls the score something else; what cannot be chosen is tried."""
+    """Methods can be compared, by the task's own score; rules of choosing that it does not support are refused."""
     place = tiny(name)
     config = config_of(name, place, tmp_path / "run", steps=4, discover_at=0.5, checkpoint_every=0)
     own = ("data", "languages", "out")
@@ -220,7 +220,7 @@ def test_compare(name, called, tiny, tmp_path):
 
 
 def test_what_a_task_cannot_do_is_said_first(tiny, tmp_path, capsys):
-    """A model that is none for the task, a column that is not there, a language that is unknown."""
+    """A model that is none for the task, a missing column or an unknown language is refused before training."""
     place = tiny("classification")
     asked = ["train", "--task", "classification", "--out", tmp_path / "run", "--data", place / "data"]
     assert "only parsing has" in failure_of(capsys, *asked, "--languages", "aa")

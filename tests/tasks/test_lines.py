@@ -29,7 +29,7 @@ class Lengths:
 
 
 def test_lines_come_back_with_predictions(tmp_path, monkeypatch):
-    """A line is lost, changed or moved; or all of a file is in memory at once."""
+    """Each line comes back in its place with its prediction, and the file is never in memory as a whole."""
     monkeypatch.setattr(lines, "CHUNK", 2)
     rows = [{"text": "ä" * n, "more": {"n": n}} for n in range(5)]
     source = tmp_path / "in.jsonl"
@@ -51,7 +51,7 @@ def test_lines_come_back_with_predictions(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_line_is_named(text, said, tmp_path):
-    """A message lacks the line, or half of the output is left."""
+    """The error names the line, and no output is left."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(text)
     target.write_text("before")
@@ -62,7 +62,7 @@ def test_what_is_no_line_is_named(text, said, tmp_path):
 
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
-    """Half of the output takes the place of a file."""
+    """After a failure the file is what it was."""
     monkeypatch.setattr(lines, "CHUNK", 1)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "a"}\n{"text": "fail"}\n')
@@ -72,7 +72,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_pipes():
-    """What is no file is opened by name, or is not written as it comes."""
+    """Pipes are read and written as they come."""
     (read_in, write_in), (read_out, write_out) = os.pipe(), os.pipe()
     with open(write_in, "wb") as stream:
         stream.write(b'{"text": "abc"}\n')

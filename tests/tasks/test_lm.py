@@ -25,7 +25,7 @@ def model(tiny, tmp_path):
 
 
 def test_masks_are_drawn_in_training_and_fixed_otherwise(model):
-    """Dev scores move from one evaluation to the next, or training sees one masking only, or not torch's numbers."""
+    """Dev scores are repeatable, and training masks other tokens each time, by torch's random numbers."""
     task = model("masked")
     examples = task.examples(rows_of(CASES["masked"], "aa", "train"))
 
@@ -48,7 +48,7 @@ def test_masks_are_drawn_in_training_and_fixed_otherwise(model):
 
 
 def test_the_share_that_is_masked(model):
-    """Special pieces or padding are predicted; another share is; masks, random and kept pieces are not 80:10:10."""
+    """The share asked for is masked, without special pieces and padding: 80% masks, 10% random, 10% kept."""
     task = model("masked")
     task.model.train()
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def test_the_share_that_is_masked(model):
 
 @pytest.mark.parametrize("name", ["masked", "causal"])
 def test_perplexity_is_over_all_tokens(name, model):
-    """Perplexities of texts are averaged; or padding and first tokens count."""
+    """Perplexity is over all tokens of all texts, without padding and first tokens."""
     task = model(name)
     examples = task.examples(rows_of(CASES[name], "aa", "train"))
     found = task.predict(examples, 5)
@@ -97,7 +97,7 @@ def test_perplexity_is_over_all_tokens(name, model):
 
 @pytest.mark.parametrize("name", ["masked", "causal"])
 def test_long_texts_are_trained_on_in_pieces(name, model):
-    """What does not fit is lost, or a text without tokens is trained on."""
+    """All of a long text is trained on, and a text without tokens is not."""
     task = model(name, max_length=8)
     words = [f"aa{n % 8}" for n in range(20)]
     examples = task.training_examples([{"text": " ".join(words)}, {"text": ""}], "aa")
@@ -110,7 +110,7 @@ def test_long_texts_are_trained_on_in_pieces(name, model):
 
 
 def test_the_kind_is_that_of_the_model_or_of_the_setting(model):
-    """BERT is causal, GPT-2 masked, or the setting is not heard."""
+    """BERT is masked and GPT-2 causal, unless the setting says otherwise."""
     assert type(model("masked").model).__name__ == "BertForMaskedLM"
     assert type(model("causal").model).__name__ == "GPT2LMHeadModel"
     task = model("masked", task_options={"kind": "causal"})
@@ -123,7 +123,7 @@ def test_the_kind_is_that_of_the_model_or_of_the_setting(model):
 
 
 def test_masking_needs_a_mask(model, tiny, tmp_path):
-    """A tokenizer without a mask piece is found out in the middle of a run."""
+    """A tokenizer without a mask piece is refused before training."""
     task = model("masked")
     task.tokenizer.mask_token = None
     with pytest.raises(ConfigError, match="the tokenizer has no mask"):

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.usefixtures("datasets_cache")
 def test_every_command_takes_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
-    """A class given as module:Class does not train, or a command knows only tasks of ours."""
+    """Every command works with a class given as module:Class."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     random = np.random.default_rng(0)
 
@@ -49,12 +49,12 @@ def test_every_command_takes_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
 
 
 def test_the_example_is_short():
-    """Writing a task takes more than is promised."""
+    """The example of a task is no longer than promised."""
     assert len((ROOT / "examples" / "own_task.py").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_commands_of_the_documentation_exist():
-    """docs/tasks.md names an option or a task that the command does not have."""
+    """Every option and task that docs/tasks.md names exists."""
     text = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     commands = re.findall(r"^fastmask ([^#\n]*)", text, re.MULTILINE)
     assert len(commands) >= 10

@@ -66,7 +66,7 @@ def test_weights_of_another_shape_or_left_over(saved, tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["root", "arcs.bilinear.weight", "labels.forms"])
 def test_the_parsers_own_weights_are_whole(saved, name) -> None:
-    """The same of what stands on the encoder, of its types of numbers, too."""
+    """So must the layers on top of the encoder be, with the right dtypes."""
     file = saved / "parser.safetensors"
     value = load_file(file)[name]
     for wrong, message in (
@@ -187,7 +187,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path) -> None:
 
 
 def test_training_words_that_the_tokenizer_does_not_know(tmp_path) -> None:
-    """Where most words of all languages are unknown training is refused; of one language it is said."""
+    """Training is refused if most words of all languages are unknown; for one language there is a warning."""
     import datasets
 
     task = Parsing(Parser.pretrained(pretrained_folder(tmp_path / "hub"), VOCABULARY))

@@ -28,7 +28,7 @@ BLOCK = """# sent_id = 1
 
 
 def test_order_is_restored_whatever_the_batches() -> None:
-    """If this fails, sentences get each other's trees."""
+    """Trees come back in the order of their sentences, whatever the batches."""
     parser = small_parser().eval()
     data = encode(parser, rows() * 3)
     singles = [parse(parser, encode(parser, [row]))[0] for row in rows() * 3]
@@ -38,7 +38,7 @@ def test_order_is_restored_whatever_the_batches() -> None:
 
 
 def test_evaluation_scores_and_leaves_the_training_alone() -> None:
-    """If this fails, evaluating changes the training that follows, or scores another tree than the parser's."""
+    """Evaluating scores the parser's own trees and leaves training as it was."""
     parser = small_parser(dropout=0.5).train()
     before = torch.get_rng_state()
     task = Parsing(parser)
@@ -58,7 +58,7 @@ def test_evaluation_scores_and_leaves_the_training_alone() -> None:
 
 
 def test_predict_file_changes_heads_and_labels_only(tmp_path) -> None:
-    """If this fails, multiword tokens, empty nodes, comments or other columns do not survive prediction."""
+    """Multiword tokens, empty nodes, comments and other columns survive prediction."""
     source, target = tmp_path / "in.conllu", tmp_path / "out.conllu"
     source.write_text("\n\n".join([BLOCK] * 700) + "\n\n", encoding="utf-8")  # more than one chunk
     assert predict_file(small_parser(), source, target) == 700
@@ -74,7 +74,7 @@ def test_predict_file_changes_heads_and_labels_only(tmp_path) -> None:
 
 
 def test_predict_file_says_what_is_wrong(tmp_path) -> None:
-    """If this fails, a bad input leaves half an output, or missing tags go unnoticed."""
+    """Bad input is refused and leaves no output; missing tags are warned of."""
     source, target = tmp_path / "in.conllu", tmp_path / "out.conllu"
     source.write_text(BLOCK + "\n\n1\tbroken\n\n", encoding="utf-8")
     with pytest.raises(ConlluError, match="columns"):
@@ -221,7 +221,7 @@ def test_an_input_that_is_missing_is_not_called_an_output(tmp_path) -> None:
 
 
 def test_a_treebank_from_the_collection(ud_dir) -> None:
-    """If this fails, real treebanks cannot be encoded, parsed and scored."""
+    """Real treebanks can be encoded, parsed and scored."""
     from fastmask.tasks.data.treebanks import load_treebanks
 
     data = load_treebanks(ud_dir, "UD_Faroese-OFT", ["test"])["fo"]["test"].select(range(20))
@@ -234,7 +234,7 @@ def test_a_treebank_from_the_collection(ud_dir) -> None:
 
 
 def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
-    """If this fails, a language is scored or predicted with another one's masks, or with the full network."""
+    """A language is scored and predicted with its own masks."""
     import fastmask as fm
 
     parser = small_parser().eval()

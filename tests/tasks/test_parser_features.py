@@ -49,7 +49,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def test_unseen_labels_are_ignored_not_replaced() -> None:
-    """If this fails, a label the parser cannot know is trained as another one."""
+    """A label that the parser does not know is left out of training."""
     vocabulary = Vocabulary.build(SENTENCES)
     assert vocabulary.deprel_ids(["root", "never-seen", "_"]).tolist() == [vocabulary.deprel("root"), IGNORE, IGNORE]
     assert vocabulary.upos_ids(["VERB", "X", "_"]).tolist()[1:] == [UNKNOWN_UPOS, UNKNOWN_UPOS]
@@ -57,7 +57,7 @@ def test_unseen_labels_are_ignored_not_replaced() -> None:
 
 
 def test_subtypes_are_dropped_or_kept() -> None:
-    """If this fails, `subtypes` does nothing or merges labels it should keep apart."""
+    """`subtypes` keeps the part of a label after its colon; without it, labels that differ there are one."""
     dropped, kept = Vocabulary.build(SENTENCES), Vocabulary.build(SENTENCES, subtypes="keep")
     assert "nsubj" in dropped.deprels
     assert not any(":" in label for label in dropped.deprels)
@@ -68,14 +68,14 @@ def test_subtypes_are_dropped_or_kept() -> None:
 
 
 def test_vocabulary_survives_its_file(tmp_path) -> None:
-    """If this fails, a saved model names labels differently after loading."""
+    """A loaded vocabulary numbers labels as the saved one did."""
     vocabulary = Vocabulary(["root", "ñ:ü"], ["VERB"], "keep")
     vocabulary.save(tmp_path / "v.json")
     assert Vocabulary.load(tmp_path / "v.json") == vocabulary
 
 
 def test_trigrams_do_not_depend_on_the_process() -> None:
-    """If this fails, a saved model reads other embeddings in another process (as with Python's own hash)."""
+    """A saved model reads the same embeddings in every process, which Python's own hash would not."""
     code = "from fastmask.tasks.parsing.features import trigrams; print(trigrams('straße', 16384))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert str(trigrams("straße", 16384)) == other.strip()
@@ -83,7 +83,7 @@ def test_trigrams_do_not_depend_on_the_process() -> None:
 
 @given(st.text(max_size=12))
 def test_every_word_has_trigrams_within_range(word: str) -> None:
-    """If this fails, some word has no features or an index outside the table."""
+    """Every word has at least one feature, and each is a row of the table."""
     units = trigrams(word, 97)
     assert units
     assert all(0 <= unit < 97 for unit in units)
@@ -91,7 +91,7 @@ def test_every_word_has_trigrams_within_range(word: str) -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
 def test_flat_ranges(pairs: list[tuple[int, int]]) -> None:
-    """If this fails, batches are cut from the wrong words."""
+    """Ranges of words are joined in order, empty ones included."""
     starts, counts = (np.array([p[i] for p in pairs], dtype=np.int64) for i in (0, 1))
     assert flat_ranges(starts, counts).tolist() == [s + i for s, n in pairs for i in range(n)]
 
@@ -99,7 +99,7 @@ def test_flat_ranges(pairs: list[tuple[int, int]]) -> None:
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.sampled_from(["trigrams", "wordpiece"]))
 def test_select_and_join_equal_encoding_the_same_sentences(rows: list[int], kind: str) -> None:
-    """If this fails, a mixed batch holds other words, heads or labels than its sentences."""
+    """A mixed batch holds the words, heads and labels of its sentences."""
     vocabulary = Vocabulary.build(SENTENCES)
     features = TrigramFeatures(64) if kind == "trigrams" else PieceFeatures(tokenizer(kind))
     wanted = features.encode([SENTENCES[i] for i in rows], vocabulary)
@@ -110,7 +110,7 @@ def test_select_and_join_equal_encoding_the_same_sentences(rows: list[int], kind
 
 
 def test_trigram_batch_points_every_word_at_its_own_trigrams() -> None:
-    """If this fails, a word is embedded with another word's trigrams, or padding with anything at all."""
+    """Each word is embedded by its own trigrams, and padding by none."""
     vocabulary = Vocabulary.build(SENTENCES)
     features = TrigramFeatures(64)
     batch = features.collate(features.encode(SENTENCES, vocabulary))
@@ -128,7 +128,7 @@ def test_trigram_batch_points_every_word_at_its_own_trigrams() -> None:
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bytes"])
 def test_piece_batch_equals_the_tokenizers_own(kind: str) -> None:
-    """If this fails, a pretrained model reads other pieces than it was trained on, or pools the wrong ones."""
+    """A pretrained model reads the pieces of its own tokenizer, and each word is pooled over its own."""
     made = tokenizer(kind)
     vocabulary = Vocabulary.build(SENTENCES)
     features = PieceFeatures(made)
@@ -144,7 +144,7 @@ def test_piece_batch_equals_the_tokenizers_own(kind: str) -> None:
 
 
 def test_a_word_without_pieces_becomes_the_unknown_piece() -> None:
-    """If this fails, such a word shifts all words after it, or crashes the run."""
+    """Such a word keeps its place, so the words after it keep theirs."""
     features = PieceFeatures(tokenizer("wordpiece"))
     sentence = {"words": ["dog", " ", "dog"], "upos": ["NOUN"] * 3, "heads": [0, 1, 1], "deprels": ["root"] * 3}
     batch = features.collate(features.encode([sentence], Vocabulary.build(SENTENCES)))
@@ -180,7 +180,7 @@ def test_words_that_a_tokenizer_does_not_know() -> None:
 
 @pytest.mark.parametrize("kind", ["trigrams", "wordpiece"])
 def test_features_survive_their_folder(kind: str, tmp_path) -> None:
-    """If this fails, a loaded model encodes words differently."""
+    """Loaded features encode words as the saved ones did."""
     features = TrigramFeatures(128, 64, False) if kind == "trigrams" else PieceFeatures(tokenizer(kind), 64)
     features.save(tmp_path)
     vocabulary = Vocabulary.build(SENTENCES)

@@ -39,7 +39,7 @@ def pretrained_folder(path, kind: str = "bert"):
 
 
 def test_arc_scores_do_not_depend_on_padding_or_neighbours() -> None:
-    """If this fails, a sentence's tree depends on what else is in its batch."""
+    """A sentence's scores do not depend on what else is in its batch."""
     parser = small_parser().eval()
     together = parser(batch_of(parser, SENTENCES))
     assert together.arc_scores.shape == (3, 4, 5)
@@ -52,7 +52,7 @@ def test_arc_scores_do_not_depend_on_padding_or_neighbours() -> None:
 
 
 def test_loss_equals_the_definition() -> None:
-    """If this fails, the loss per sentence is not the mean over words of arc plus label cross entropy."""
+    """The loss of a sentence is the mean over its words of arc plus label cross entropy."""
     parser = small_parser().eval()
     batch = batch_of(parser, SENTENCES)
     out = parser(batch)
@@ -73,7 +73,7 @@ def test_loss_equals_the_definition() -> None:
 
 
 def test_label_scores_equal_a_loop_over_labels() -> None:
-    """If this fails, the biaffine label form is not d' U_r h."""
+    """The score of a label is the biaffine form d' U_r h, with a 1 appended to d and h."""
     parser = small_parser().eval()
     states = torch.randn(2, 4, 16)
     rows, words, heads = torch.tensor([0, 1, 1]), torch.tensor([1, 2, 3]), torch.tensor([2, 0, 1])
@@ -86,7 +86,7 @@ def test_label_scores_equal_a_loop_over_labels() -> None:
 
 
 def test_words_without_gold_add_nothing() -> None:
-    """If this fails, an unseen label or a missing head is trained as if it were something."""
+    """Words with an unseen label or without a head add nothing to the loss."""
     parser = small_parser().eval()
     batch = batch_of(parser, [SENTENCES[0]])
     full = parser(batch).loss_per_sentence.item()
@@ -100,7 +100,7 @@ def test_words_without_gold_add_nothing() -> None:
 
 
 def test_predictions_are_trees_with_dropout_off() -> None:
-    """If this fails, predictions change from call to call, or training goes on with dropout off."""
+    """Predictions are the same in every call, and dropout is on again afterwards."""
     parser = small_parser(dropout=0.5).train()
     batch = batch_of(parser, SENTENCES)
     state = torch.get_rng_state()
@@ -115,7 +115,7 @@ def test_predictions_are_trees_with_dropout_off() -> None:
 
 
 def test_parser_learns_three_sentences() -> None:
-    """If this fails, some part gets no gradient or a wrong one."""
+    """Every part gets a gradient: three sentences are learnt by heart."""
     torch.manual_seed(0)
     parser = small_parser()
     batch = batch_of(parser, SENTENCES)
@@ -133,7 +133,7 @@ def test_parser_learns_three_sentences() -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_pretrained_encoder_by_path_and_back_from_a_folder(kind: str, tmp_path) -> None:
-    """If this fails, a model on disk cannot be used, or a saved parser predicts something else."""
+    """An encoder on disk can be used, and a saved parser predicts what it did before."""
     folder = pretrained_folder(tmp_path / "hub", kind)
     parser = Parser.pretrained(folder, Vocabulary.build(SENTENCES)).eval()
     assert parser.features.max_positions == 24
@@ -146,7 +146,7 @@ def test_pretrained_encoder_by_path_and_back_from_a_folder(kind: str, tmp_path) 
 
 
 def test_small_parser_back_from_a_folder(tmp_path) -> None:
-    """If this fails, a saved parser predicts something else, or an incomplete file is loaded silently."""
+    """A saved parser predicts what it did before, and an incomplete file is refused."""
     parser = small_parser(dropout=0.3).eval()
     batch = batch_of(parser, SENTENCES)
     parser.save(tmp_path)

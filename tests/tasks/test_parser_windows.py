@@ -84,7 +84,7 @@ def test_the_label_between_windows(labels: list[str], loose: str) -> None:
 
 
 def test_a_long_sentence_is_parsed_as_its_windows_and_disturbs_no_other() -> None:
-    """The tree must be that of the windows, wherever the sentence stands in a data set."""
+    """The tree is that of the windows, wherever in a data set the sentence is."""
     parser = small_parser().eval()
     long = [f"w{i}" for i in range(70)]
     rows = [sentence_of(words) for words in (["a", "b"], long, ["c"], long[:31])]

@@ -53,7 +53,7 @@ def read(tmp_path: Path):
 
 
 def test_words_are_the_syntactic_words_only(read) -> None:
-    """If this fails, the parser is trained on multiword tokens or empty nodes as if they were words."""
+    """Multiword tokens and empty nodes are not words."""
     (sentence,) = read(GOOD + "\n\n")
     assert sentence.words == ("da", "me", "lo", "ya  no")
     assert sentence.upos == ("VERB", "PRON", "PRON", "_")
@@ -69,13 +69,13 @@ def test_words_are_the_syntactic_words_only(read) -> None:
     ids=["no-newline", "no-blank-line", "many-blank-lines", "bom", "crlf"],
 )
 def test_harmless_variants_read_the_same(read, text: str) -> None:
-    """If this fails, files written on another system or by another tool are refused or read differently."""
+    """Files written on another system or by another tool are read alike."""
     (sentence,) = read(text)
     assert sentence.conllu == GOOD
 
 
 def test_sentences_stream(tmp_path: Path) -> None:
-    """If this fails, a large file is read as a whole before its first sentence is out."""
+    """The first sentence is returned before the rest of the file is read."""
     path = tmp_path / "f.conllu"
     path.write_text(f"{row(1)}\n\n{row(2)}\n\n")
     sentences = read_sentences(path)
@@ -133,7 +133,7 @@ BAD_TREES = {
 def test_malformed_files_are_refused_at_their_line(
     read, line: int, text: str, message: str, require_tree: bool
 ) -> None:
-    """If this fails, a broken file is read as something it is not, or its author looks at the wrong line."""
+    """A malformed file is refused, and the error names the line."""
     with pytest.raises(ConlluError) as error:
         read(f"{FIRST}{text}\n\n", require_tree)
     assert f"f.conllu:{line}: " in str(error.value)
@@ -215,20 +215,20 @@ def test_the_official_scorer_takes_what_is_accepted_as_a_tree(tmp_path_factory, 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "  \n"], ids=["no-bytes", "blank-lines", "spaces"])
 def test_a_file_without_sentences_is_refused(read, text: str) -> None:
-    """If this fails, an empty file quietly becomes an empty data set."""
+    """A file without a sentence is an error, not an empty data set."""
     with pytest.raises(ConlluError, match=r"f\.conllu:\d: the file is empty"):
         read(text)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
 def test_other_encodings_are_refused_at_their_line(read, encoding: str) -> None:
-    """If this fails, a file in another encoding ends in a bare UnicodeDecodeError or in wrong letters."""
+    """A file in another encoding is refused, and the error names the line."""
     with pytest.raises(ConlluError, match=r"f\.conllu:\d: byte 0x.. at column \d+ is not UTF-8"):
         read(f"{row(1)}\n{row(2, 1, form='é')}\n\n".encode(encoding))
 
 
 def test_with_tree_changes_two_columns_of_words_only() -> None:
-    """If this fails, predictions overwrite other people's annotation."""
+    """A new tree changes HEAD and DEPREL of words, and no other annotation."""
     new = with_tree(GOOD, [2, 0, 2, 3], ["a", "root", "b:c", "d"])
     before, after = GOOD.split("\n"), new.split("\n")
     assert len(before) == len(after)
@@ -258,13 +258,13 @@ def test_with_tree_changes_two_columns_of_words_only() -> None:
     ids=["length", "range", "negative", "tab", "empty"],
 )
 def test_with_tree_refuses_what_would_break_the_file(heads: list[int], deprels: list[str], message: str) -> None:
-    """If this fails, a file is written that no reader accepts."""
+    """A tree that no reader would accept is refused."""
     with pytest.raises(ValueError, match=re.escape(message)):
         with_tree(GOOD, heads, deprels)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """If this fails, a run that dies while writing leaves half a file under the final name."""
+    """Under the final name is the old file or the whole new one."""
     path = tmp_path / "out.conllu"
     assert write_blocks(path, [GOOD]) == 1
 
@@ -279,7 +279,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_real_treebanks_come_back_byte_for_byte(ud_dir: Path, tmp_path: Path) -> None:
-    """If this fails, reading real data and writing its own trees back changes it."""
+    """Real data, read and written with its own trees, is unchanged."""
     paths = sorted(ud_dir.glob("UD_*/*.conllu"))
     assert paths
     for path in paths:

@@ -50,14 +50,14 @@ def check(scores: np.ndarray) -> None:
 
 
 def test_the_number_of_trees_is_the_known_one() -> None:
-    """If this fails, the reference itself is wrong: there are n^(n-1) rooted labelled trees."""
+    """The reference lists every tree: there are n^(n-1) rooted labelled ones."""
     assert [len(all_trees(n)) for n in (1, 2, 3, 4, 5)] == [1, 2, 9, 64, 625]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", ["normal", "roots-attract", "roots-repel", "ties", "float32", "large"])
 def test_best_of_all_trees(n: int, kind: str) -> None:
-    """If this fails, decoding returns a tree that is not the best one with one root."""
+    """Decoding returns the best of all trees with one root."""
     rng = np.random.default_rng(n)
     for _ in range(40):
         scores = rng.normal(size=(n, n + 1))
@@ -81,12 +81,12 @@ def test_best_of_all_trees(n: int, kind: str) -> None:
     )
 )
 def test_any_scores_give_the_best_tree(scores: np.ndarray) -> None:
-    """If this fails, some pattern of scores (ties, zeros, one huge arc) breaks the one-root rule or the optimum."""
+    """Ties, zeros and huge scores, too, give the best tree with one root."""
     check(scores)
 
 
 def test_padding_and_self_arcs_are_not_read() -> None:
-    """If this fails, what stands in the padding or on the diagonal changes a tree."""
+    """Scores in the padding or on the diagonal do not change a tree."""
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4, 6, 7))
     lengths = [6, 3, 1, 0]
@@ -103,7 +103,7 @@ def test_padding_and_self_arcs_are_not_read() -> None:
 
 
 def test_long_sentences_are_trees() -> None:
-    """If this fails, decoding of long sentences loses the one-root rule to rounding."""
+    """Trees of long sentences have one root, whatever is lost to rounding."""
     scores = np.random.default_rng(0).normal(size=(3, 150, 151)).astype(np.float32)
     scores[1, :, 0] += 1000
     assert all(is_tree(heads) for heads in maximum_spanning_trees(scores, [150, 149, 77]))
@@ -111,7 +111,7 @@ def test_long_sentences_are_trees() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_no_numbers_are_refused(value: float) -> None:
-    """If this fails, a model that diverged yields arbitrary trees instead of an error."""
+    """Scores of a model that diverged are an error."""
     scores = np.zeros((2, 3, 4))
     scores[1, 2, 1] = value
     with pytest.raises(ValueError, match="sentence 1, word 3, head 1"):
@@ -119,7 +119,7 @@ def test_scores_that_are_no_numbers_are_refused(value: float) -> None:
 
 
 def test_wrong_shapes_and_lengths_are_refused() -> None:
-    """If this fails, a transposed or cropped score tensor is decoded into nonsense."""
+    """A transposed or cropped tensor of scores is refused."""
     with pytest.raises(ValueError, match="W\\+1"):
         maximum_spanning_trees(np.zeros((1, 3, 3)), [3])
     with pytest.raises(ValueError, match="2 lengths for 1 sentences"):

@@ -23,12 +23,12 @@ GOLD = block([2, 0, 2, 5, 2], ["nsubj", "root", "acl:relcl", "case", "obl"])
 
 
 def test_perfect_prediction_scores_100() -> None:
-    """If this fails, no number of an evaluation can be trusted."""
+    """The gold trees score 100."""
     assert score([GOLD, GOLD], [GOLD, GOLD]) == Scores(las=100.0, uas=100.0, clas=100.0, words=10)
 
 
 def test_scores_by_hand() -> None:
-    """If this fails, head, label, subtype or function word is counted other than CoNLL-18 does."""
+    """Heads, labels, subtypes and function words are counted as CoNLL-18 counts them."""
     predicted = block([2, 0, 2, 2, 2], ["obj", "root", "acl", "case", "obl"])  # one wrong label, one wrong head
     scores = score([GOLD], [predicted])
     assert scores.uas == pytest.approx(80.0)
@@ -38,7 +38,7 @@ def test_scores_by_hand() -> None:
 
 
 def test_same_numbers_as_the_scorer_on_real_text(ud_dir: Path) -> None:
-    """If this fails, what is blanked before scoring (lemmas, features, DEPS) changes the attachment scores."""
+    """What is blanked before scoring (lemmas, features, DEPS) does not change the attachment scores."""
     for name in ("UD_Italian-PUD", "UD_Arabic-PUD", "UD_Finnish-TDT"):
         sentences = [s for s, _ in zip(read_sentences(ud_dir / name / "test.conllu"), range(60), strict=False)]
         gold = [s.conllu for s in sentences]
@@ -54,7 +54,7 @@ def test_same_numbers_as_the_scorer_on_real_text(ud_dir: Path) -> None:
 
 
 def test_500_sentences_are_scored_quickly(ud_dir: Path) -> None:
-    """If this fails, evaluation after every epoch becomes the bottleneck (normally about 0.3 s)."""
+    """Scoring 500 sentences takes about 0.3 s, so that it can be done after every epoch."""
     gold = [s.conllu for s in read_sentences(ud_dir / "UD_English-PUD" / "test.conllu")]
     start = time.process_time()
     assert score(gold, gold).las == 100.0
@@ -62,7 +62,7 @@ def test_500_sentences_are_scored_quickly(ud_dir: Path) -> None:
 
 
 def test_words_that_differ_name_the_sentence() -> None:
-    """If this fails, predictions for other sentences are scored, or the user searches for the place by hand."""
+    """Predictions for other sentences are refused, and the error names the first."""
     other = block([2, 0, 2, 5, 2], ["x"] * 5, forms="abXde", sent_id="s")
     with pytest.raises(ValueError, match=r"sentence 2 \(s\): gold has '3 c', the prediction has '3 X'"):
         score([GOLD, GOLD], [GOLD, other])
@@ -79,7 +79,7 @@ BAD = {
 
 @pytest.mark.parametrize("heads", BAD.values(), ids=BAD.keys())
 def test_trees_the_scorer_refuses_name_side_and_sentence(heads: list[int]) -> None:
-    """If this fails, one bad tree among thousands ends in a message with a line number of no file."""
+    """The error says which sentence is no tree, and on which side."""
     bad = block(heads, ["x"] * 5, sent_id="bad")
     with pytest.raises(ValueError, match=r"^gold sentence 2 \(bad\): the official scorer refuses it: "):
         score([GOLD, bad], [GOLD, GOLD])
@@ -88,7 +88,7 @@ def test_trees_the_scorer_refuses_name_side_and_sentence(heads: list[int]) -> No
 
 
 def test_a_missing_head_names_the_sentence() -> None:
-    """If this fails, unparsed text given as a prediction ends in an obscure error; also inside a multiword token."""
+    """Unparsed text is refused by its sentence, inside a multiword token, too."""
     unparsed = GOLD.replace("\t2\tobl", "\t_\t_")
     with pytest.raises(ValueError, match="predicted sentence 1"):
         score([GOLD], [unparsed])
@@ -98,13 +98,13 @@ def test_a_missing_head_names_the_sentence() -> None:
 
 
 def test_very_long_chains_are_scored() -> None:
-    """If this fails, one sentence of 3000 words stops an evaluation: the scorer recurses along heads."""
+    """A sentence of 3000 words is scored, although the scorer recurses along heads."""
     chain = block([*range(2, 3001), 0], ["x"] * 3000, forms="a" * 3000)
     assert score([chain], [chain]).uas == 100.0
 
 
 def test_nothing_to_score_is_an_error() -> None:
-    """If this fails, an empty test set scores 0 (or 100) and goes into a table."""
+    """An empty test set is an error, not a score of 0 or 100."""
     with pytest.raises(ValueError, match="no sentences"):
         score([], [])
     with pytest.raises(ValueError, match="1 predicted sentences for 2 gold"):

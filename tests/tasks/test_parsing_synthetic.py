@@ -42,7 +42,7 @@ def digest(folder: Path) -> str:
 
 
 def test_same_bytes_on_every_machine(tmp_path: Path) -> None:
-    """If this fails, results on the invented data cannot be compared between machines or versions.
+    """The invented data is the same on every machine, in every version.
 
     A deliberate change of the languages changes this number; say so in the changelog.
     """
@@ -51,7 +51,7 @@ def test_same_bytes_on_every_machine(tmp_path: Path) -> None:
 
 
 def test_a_seed_gives_other_sentences_of_the_same_languages(tmp_path: Path) -> None:
-    """If this fails, seeds do nothing, or they change the languages themselves."""
+    """A seed changes the sentences, and leaves the languages as they are."""
     small = {"train": 300, "dev": 5, "test": 5}
     words = []
     for seed in (0, 1):
@@ -63,14 +63,14 @@ def test_a_seed_gives_other_sentences_of_the_same_languages(tmp_path: Path) -> N
 
 
 def test_the_test_set_does_not_depend_on_the_training_size(toy: Path, tmp_path: Path) -> None:
-    """If this fails, runs with more training data are scored on other sentences."""
+    """Runs with more training data are scored on the same sentences."""
     write_treebanks(tmp_path, sentences={"train": 25})
     name = "UD_Cidori-Toy/qac_toy-ud-test.conllu"
     assert (tmp_path / name).read_bytes() == (toy / name).read_bytes()
 
 
 def test_sizes_lengths_and_no_sentence_twice(sentences: dict[tuple[str, str], list[Sentence]]) -> None:
-    """If this fails, test sentences were trained on, or sizes are not the promised ones."""
+    """Sizes are those promised, and no test sentence is trained on."""
     for (code, split), items in sentences.items():
         assert len(items) == (UNSEEN_TRAIN if code in UNSEEN and split == "train" else SENTENCES[split])
         assert all(3 <= len(s.words) <= 25 for s in items)
@@ -80,7 +80,7 @@ def test_sizes_lengths_and_no_sentence_twice(sentences: dict[tuple[str, str], li
 
 
 def test_the_scorer_and_the_loader_accept_them(toy: Path, tmp_path: Path) -> None:
-    """If this fails, the default data cannot be evaluated or found."""
+    """The default data can be found, loaded and scored."""
     assert {treebank.code for treebank in find_treebanks(toy).values()} == set(LANGUAGES) == {*SEEN, *UNSEEN}
     loaded = load_treebanks(toy, list(LANGUAGES), cache_dir=tmp_path)
     blocks = [row for splits in loaded.values() for row in splits["test"]["conllu"]]
@@ -88,7 +88,7 @@ def test_the_scorer_and_the_loader_accept_them(toy: Path, tmp_path: Path) -> Non
 
 
 def test_every_relation_occurs_in_every_language(sentences: dict[tuple[str, str], list[Sentence]]) -> None:
-    """If this fails, a language lacks a construction that the others are trained on."""
+    """Every language has every construction that the others are trained on."""
     wanted = {
         "root",
         "nsubj",
@@ -125,7 +125,7 @@ def share_before(items: list[Sentence], deprel: str) -> float:
 
 
 def test_word_orders_are_those_of_the_table(sentences: dict[tuple[str, str], list[Sentence]]) -> None:
-    """If this fails, languages do not conflict in word order as the table says they do."""
+    """Languages order their words as the table says, and so conflict where it says."""
     for code, language in LANGUAGES.items():
         items = sentences[code, "test"]
         for deprel, before in (
@@ -143,7 +143,7 @@ def test_word_orders_are_those_of_the_table(sentences: dict[tuple[str, str], lis
 
 
 def test_relatives_share_more_trigrams_than_strangers() -> None:
-    """If this fails, there is no family to transfer within."""
+    """Related languages share more trigrams: there is a family to transfer within."""
 
     def trigrams(code: str) -> set[str]:
         forms = [form for items in lexicon(LANGUAGES[code]).values() for form in items]
@@ -157,7 +157,7 @@ def test_relatives_share_more_trigrams_than_strangers() -> None:
 
 
 def test_no_form_means_two_things() -> None:
-    """If this fails, a function word looks like another by accident of the sound changes."""
+    """Sound changes never make two function words look alike."""
     for language in LANGUAGES.values():
         classes = {name: forms for name, forms in lexicon(language).items() if not name.startswith("suffix")}
         forms = [form for items in classes.values() for form in items]
@@ -165,7 +165,7 @@ def test_no_form_means_two_things() -> None:
 
 
 def test_one_language_has_multiword_tokens(sentences: dict[tuple[str, str], list[Sentence]]) -> None:
-    """If this fails, nothing in the default data tries multiword tokens."""
+    """One language of the default data has multiword tokens."""
     for code, language in LANGUAGES.items():
         count = sum(
             line.split("\t")[0].count("-") for s in sentences[code, "test"] for line in s.conllu.split("\n")[2:]
@@ -174,7 +174,7 @@ def test_one_language_has_multiword_tokens(sentences: dict[tuple[str, str], list
 
 
 def test_texts_are_what_the_tokens_say(sentences: dict[tuple[str, str], list[Sentence]]) -> None:
-    """If this fails, `# text` and the tokens contradict each other."""
+    """`# text` is what the tokens spell."""
     for items in sentences.values():
         for s in items:
             rows = [line.split("\t") for line in s.conllu.split("\n") if not line.startswith("#")]
@@ -189,7 +189,7 @@ def test_texts_are_what_the_tokens_say(sentences: dict[tuple[str, str], list[Sen
 
 
 def test_attachment_is_neither_given_nor_random(sentences: dict[tuple[str, str], list[Sentence]]) -> None:
-    """If this fails, phrases hang where their adposition alone says (trivial) or anywhere (noise)."""
+    """An adposition tells something, but not all, about where its phrase attaches."""
     sides: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for s in sentences["qaa", "train"]:
         for head, deprel, word in zip(s.heads, s.deprels, s.words, strict=True):

@@ -54,7 +54,7 @@ def ids(dataset: datasets.Dataset) -> list[str]:
 
 
 def test_rows_have_the_promised_columns(data: Path, tmp_path: Path) -> None:
-    """If this fails, the rest of the library reads a column that is missing or of another type."""
+    """Each row has the promised columns, of the promised types."""
     loaded = load_treebanks(data, "en", cache_dir=tmp_path / "cache")
     assert list(loaded) == ["en"]
     assert list(loaded["en"]) == list(SPLITS)
@@ -73,7 +73,7 @@ def test_rows_have_the_promised_columns(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_code_joins_the_treebanks_that_have_the_split(data: Path, tmp_path: Path) -> None:
-    """If this fails, "cs" trains on one treebank of several, or a name pulls in its neighbours."""
+    """`cs` is all treebanks of Czech that have the split; a treebank's name is that one alone."""
     cache = tmp_path / "cache"
     czech = load_treebanks(data, "cs", cache_dir=cache)["cs"]
     assert ids(czech["train"]) == ["c1", "c2", "t1", "t2"]
@@ -88,14 +88,14 @@ def test_a_code_joins_the_treebanks_that_have_the_split(data: Path, tmp_path: Pa
 
 
 def test_the_folder_above_and_a_single_treebank_are_found_too(data: Path) -> None:
-    """If this fails, an unpacked release or one treebank cannot be given as it is."""
+    """An unpacked release and a single treebank can be given as they are."""
     expected = find_treebanks(data)
     assert find_treebanks(data.parent) == expected
     assert find_treebanks(data / "UD_Czech-PUD") == {"UD_Czech-PUD": expected["UD_Czech-PUD"]}
 
 
 def test_codes_come_from_file_names_first(data: Path) -> None:
-    """If this fails, an official file is filed under another language than its own prefix says."""
+    """A treebank's language is what the prefix of its files says."""
     (data / "UD_Czech-PUD" / "test.conllu").rename(data / "UD_Czech-PUD" / "xcz_pud-ud-test.conllu")
     codes = {name: treebank.code for name, treebank in find_treebanks(data).items()}
     assert codes["UD_Czech-PUD"] == "xcz"
@@ -104,7 +104,7 @@ def test_codes_come_from_file_names_first(data: Path) -> None:
 
 
 def test_codes_of_real_treebanks(ud_dir: Path) -> None:
-    """If this fails, a real treebank is filed under a wrong language code."""
+    """Each real treebank has its official language code."""
     found = find_treebanks(ud_dir)
     with open(ud_dir / "MANIFEST.tsv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
@@ -115,7 +115,7 @@ def test_codes_of_real_treebanks(ud_dir: Path) -> None:
 
 
 def test_unknown_names_are_answered_with_known_ones(data: Path) -> None:
-    """If this fails, a typing mistake ends in a bare KeyError or in nothing at all."""
+    """A misspelt name is answered with the nearest known one."""
     with pytest.raises(
         FastmaskKeyError, match="unknown language or treebank 'UD_Czech-CAK'; did you mean 'UD_Czech-CA"
     ):
@@ -129,7 +129,7 @@ def test_unknown_names_are_answered_with_known_ones(data: Path) -> None:
 
 
 def test_missing_folders_are_named(tmp_path: Path) -> None:
-    """If this fails, a wrong path to the data is reported as something else."""
+    """A wrong path to the data is named in the error."""
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_treebanks(tmp_path / "nowhere", "en")
     with pytest.raises(FileNotFoundError, match="no treebank in"):
@@ -137,7 +137,7 @@ def test_missing_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_a_missing_split_is_an_error_unless_optional(data: Path, tmp_path: Path) -> None:
-    """If this fails, a language without training data drops out of an experiment without a word."""
+    """A language without training data is an error that says so."""
     with pytest.raises(ValueError, match="language 'klingon' has no train split") as error:
         load_treebanks(data, "en,klingon", cache_dir=tmp_path / "cache")
     for part in ("train.conllu or *-ud-train.conllu", str(data / "UD_Klingon-KTB"), "(has test)"):
@@ -148,7 +148,7 @@ def test_a_missing_split_is_an_error_unless_optional(data: Path, tmp_path: Path)
 
 
 def test_a_bad_file_is_reported_as_itself(data: Path, tmp_path: Path) -> None:
-    """If this fails, file and line of a mistake are buried in an error of the `datasets` library."""
+    """The error is ours, with file and line, and is not wrapped in one of the `datasets` library."""
     with open(data / "UD_English-EWT" / "dev.conllu", "a") as file:
         file.write("1\tx\n\n")
     with pytest.raises(ConlluError, match=r"UD_English-EWT/dev\.conllu:6: 2 columns"):
@@ -160,7 +160,7 @@ def arrow_files(cache: Path) -> dict[str, int]:
 
 
 def test_a_file_is_read_again_only_if_its_content_changed(data: Path, tmp_path: Path) -> None:
-    """If this fails, every run parses all treebanks again, or an edited file is not noticed."""
+    """An unchanged treebank comes from the cache; an edited file is read again."""
     cache, path = tmp_path / "cache", data / "UD_English-EWT" / "train.conllu"
     load_treebanks(data, "en", cache_dir=cache)
     first = arrow_files(cache)
@@ -180,7 +180,7 @@ def test_a_file_is_read_again_only_if_its_content_changed(data: Path, tmp_path: 
 def test_loading_leaves_the_settings_of_datasets_alone(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    """If this fails, loading prints progress bars or switches off other people's."""
+    """Loading shows no progress bars, and leaves other people's on."""
     datasets.enable_progress_bars()
     level = datasets.logging.get_verbosity()
     load_treebanks(data, "en", cache_dir=tmp_path / "cache")
@@ -195,7 +195,7 @@ def load_in_process(data: Path, cache: Path, queue: Any) -> None:
 
 
 def test_two_processes_at_once_read_the_same(data: Path, tmp_path: Path) -> None:
-    """If this fails, two runs started together spoil each other's cache."""
+    """Two processes that fill one cache at the same time read the same."""
     queue = FORKSERVER.Queue()
     processes = [start_process(load_in_process, data, tmp_path / "cache", queue) for _ in range(2)]
     results = [queue.get(timeout=300) for _ in processes]
@@ -207,7 +207,7 @@ def test_two_processes_at_once_read_the_same(data: Path, tmp_path: Path) -> None
 
 
 def test_threads_at_once_read_the_same(data: Path, tmp_path: Path) -> None:
-    """If this fails, loading in the background while evaluating breaks either."""
+    """Threads that load at the same time read the same."""
     results: list[list[str]] = []
 
     def load() -> None:
@@ -222,7 +222,7 @@ def test_threads_at_once_read_the_same(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_of_the_data_elsewhere_loads_the_same(data: Path, tmp_path: Path) -> None:
-    """If this fails, moving the data folder breaks a cache that remembers the old place."""
+    """Data that was moved loads as before, cached or not."""
     cache = tmp_path / "cache"
     first = ids(load_treebanks(data, "cs", cache_dir=cache)["cs"]["test"])
     shutil.move(data, tmp_path / "moved")
@@ -231,7 +231,7 @@ def test_a_copy_of_the_data_elsewhere_loads_the_same(data: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_all_real_treebanks_load(ud_dir: Path, tmp_path: Path) -> None:
-    """If this fails, some real treebank does not go through the cache, or sentences are lost on the way."""
+    """Every real treebank goes through the cache without losing a sentence."""
     codes = {treebank.code for treebank in find_treebanks(ud_dir).values()}
     loaded = load_treebanks(ud_dir, sorted(codes), optional=SPLITS, cache_dir=tmp_path)
     with open(ud_dir / "MANIFEST.tsv", encoding="utf-8") as file:

@@ -54,7 +54,7 @@ def saved(folder):
     ids=["jsonl", "csv", "parquet", "folders", "saved"],
 )
 def test_every_kind_of_source(make, tmp_path, capfd):
-    """A kind gives other rows, languages or splits; or `datasets` draws bars and logs."""
+    """Every kind of source gives the same rows, languages and splits, without progress bars and logs."""
     data = make(tmp_path / "data")
     capfd.readouterr()
     assert languages_of(data, "language") == ["de", "en"]
@@ -78,7 +78,7 @@ def test_one_file_is_one_split(tmp_path):
 
 
 def test_classes_have_names(tmp_path):
-    """Numbers of classes are shown, or -1 is a class."""
+    """Classes are shown by name, and -1 is not a class."""
     kind = datasets.ClassLabel(names=["no", "yes"])
     features = datasets.Features({"language": datasets.Value("string"), "a": kind, "b": datasets.List(kind)})
     columns = {"language": ["en"] * 3, "a": [1, 0, -1], "b": [[0, 1], [], [1]]}
@@ -89,7 +89,7 @@ def test_classes_have_names(tmp_path):
 
 
 def test_treebanks_are_a_source(tmp_path):
-    """A folder of treebanks, or a file of one, is not read."""
+    """A folder of treebanks, or a single file, can be read."""
     for split in ("train", "dev"):
         path = tmp_path / "UD_English-X" / f"{split}.conllu"
         path.parent.mkdir(exist_ok=True)
@@ -102,7 +102,7 @@ def test_treebanks_are_a_source(tmp_path):
 
 
 def test_a_configuration_for_each_language_on_the_hub(monkeypatch):
-    """Languages that are configurations are not found, or all of them are loaded for one."""
+    """Configurations are languages, and only those that are asked for are loaded."""
     loaded = []
 
     def load_dataset(name, configuration):
@@ -116,7 +116,7 @@ def test_a_configuration_for_each_language_on_the_hub(monkeypatch):
 
 
 def test_what_is_wrong_is_named(tmp_path, monkeypatch):
-    """An error does not say what was given and what there is."""
+    """The error says what was given and what there is."""
     columns, folders = in_columns(tmp_path / "columns"), in_folders(tmp_path / "folders")
 
     def said(*arguments, **options):

@@ -28,7 +28,7 @@ def tagger(tiny, tmp_path):
 
 
 def test_a_word_has_its_tag_at_its_first_piece(tagger):
-    """Labels stand elsewhere, an unknown tag is learnt as another one, or ``_`` is a tag."""
+    """Labels are at first pieces; unknown tags and ``_`` are not learnt."""
     task = tagger()
     assert task.labels == ["ADJ", "NOUN", "VERB"]
     task.pieces.units_of = lambda words: [np.array([5, 6, 7][: 1 + len(word)]) for word in words]
@@ -40,7 +40,7 @@ def test_a_word_has_its_tag_at_its_first_piece(tagger):
 
 
 def test_a_long_sentence_is_tagged_whole(tagger):
-    """Words that do not fit have no tag, or that of another word; windows overlap or have gaps."""
+    """Each word of a long sentence gets its own tag, from windows without gaps."""
     task = tagger(max_length=8)
     words = rows_of(CASES["tagging"], "aa", "train")[0]["words"][:2] * 10
     with pytest.warns(UserWarning, match="1 of 1 sentences have more than 8 pieces"):
@@ -53,7 +53,7 @@ def test_a_long_sentence_is_tagged_whole(tagger):
 
 
 def test_accuracy_is_over_words_with_a_tag(tagger):
-    """Scores count words without a tag, or average over sentences; without any tag there is a score."""
+    """Accuracy is over all words with a tag, and without any there is no score."""
     task = tagger()
     rows = [{"words": ["a", "b", "c"], "upos": ["NOUN", "_", "VERB"]}, {"words": ["a"], "upos": ["NEW"]}]
     examples = Examples([{"input_ids": [1]}] * 2, rows)
@@ -76,7 +76,7 @@ def spans_of(tags):
 
 
 def test_f1_is_over_whole_spans(tagger):
-    """F1 is that of words, or of sentences."""
+    """F1 is that of spans, over all sentences."""
     task = tagger("spans")
     assert task.metric == "f1"
     random = np.random.default_rng(0)
@@ -94,7 +94,7 @@ def test_f1_is_over_whole_spans(tagger):
 
 
 def test_predictions_of_treebanks_change_upos_only(tagger, tmp_path):
-    """Another column, a comment or a line ending changes."""
+    """Other columns, comments and line endings stay as they are."""
     task = tagger()
     blocks = "\n\n".join(conllu(sentence) for sentence in SENTENCES)
     text = f"# sent_id = 1\r\n{blocks}\n\n\n".replace("barks\t", "barks \t")
@@ -114,7 +114,7 @@ def test_predictions_of_treebanks_change_upos_only(tagger, tmp_path):
 
 
 def test_unknown_tags_of_a_support_set(tagger):
-    """Unknown tags are not listed, or ignoring them drops the sentence or its other tags."""
+    """Unknown tags are listed; ignoring them keeps the sentence and its other tags."""
     task = tagger()
     rows = [{"words": ["a", "b"], "upos": ["NOUN", "XX"]}, {"words": ["a"], "upos": ["XX"]}]
     with pytest.raises(ValueError, match=r"not trained on: XX \(2\)\. It knows ADJ, NOUN, VERB"):
@@ -129,7 +129,7 @@ def test_unknown_tags_of_a_support_set(tagger):
 
 
 def test_rows_that_do_not_fit_are_named(tagger):
-    """Another number of tags than words, text instead of words, or no words at all."""
+    """A row with too few tags, with text instead of words, or without words is named."""
     task = tagger()
     with pytest.raises(ValueError, match=r"2 words with 1 tags: a b"):
         task.examples([{"words": ["a", "b"], "upos": ["NOUN"]}])
@@ -142,7 +142,7 @@ def test_rows_that_do_not_fit_are_named(tagger):
 
 
 def test_profile_is_there_where_trees_are(tagger):
-    """Languages cannot be compared by their trees, or are by none."""
+    """Languages can be compared by their trees where rows have trees, and only there."""
     task = tagger()
     assert task.profile(rows_of(CASES["tagging"], "aa", "train")) is None
     profile = task.profile(SENTENCES)
@@ -151,7 +151,7 @@ def test_profile_is_there_where_trees_are(tagger):
 
 
 def test_settings_are_checked(tagger):
-    """Accuracy can be asked for where tags look like spans."""
+    """Settings that contradict each other are refused."""
     task = tagger("spans", task_options={**CASES["spans"].options, "scheme": "words"})
     assert (task.metric, Tagging.metric) == ("accuracy", "accuracy")
     with pytest.raises(ValueError, match="scheme is 'iob'"):

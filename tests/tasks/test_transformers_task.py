@@ -29,7 +29,7 @@ def classifier(tiny, tmp_path):
 
 
 def test_examples_are_selected_and_joined():
-    """Rows and features are not moved together."""
+    """Rows and their features stay together."""
     part = Examples([{"input_ids": [0] * n, "labels": n} for n in (1, 2, 3)], [{"row": n} for n in (1, 2, 3)])
     found = Examples.join([part, part.select(np.array([2, 0]))]).select(np.array([3, 1]))
     assert (found.rows, found.lengths.tolist(), len(found)) == ([{"row": 3}, {"row": 2}], [3, 2], 2)
@@ -37,7 +37,7 @@ def test_examples_are_selected_and_joined():
 
 
 def test_a_loss_without_labels_is_zero_with_a_gradient():
-    """0 / 0: one batch without a label ends a run."""
+    """The loss of a batch without labels is zero, not 0 / 0, and has a gradient."""
     logits = torch.randn(2, 3, 4, requires_grad=True)
     found = cross_entropy(logits, torch.full((2, 3), -100))
     found.mean.backward()
@@ -46,7 +46,7 @@ def test_a_loss_without_labels_is_zero_with_a_gradient():
 
 
 def test_a_batch_without_labels_has_no_loss(classifier):
-    """Rows without a class are trained on as if they had one."""
+    """Rows without a class have no loss, and are not trained on."""
     task = classifier()
     rows = [*rows_of(CASES["classification"], "aa", "train")[:2], {"text": "aa1"}]
     with pytest.raises(ValueError, match="some of the examples have no labels"):
@@ -55,7 +55,7 @@ def test_a_batch_without_labels_has_no_loss(classifier):
 
 
 def test_long_texts_are_cut_with_a_warning(classifier):
-    """A long text fails in the model, or is cut without a word."""
+    """A text that is too long is truncated, with a warning."""
     task = classifier(max_length=6)
     with pytest.warns(UserWarning, match="1 of 2 examples may be cut: they fill the 6 tokens"):
         examples = task.examples([{"text": "aa1 " * 20}, {"text": "aa1"}])
@@ -64,7 +64,7 @@ def test_long_texts_are_cut_with_a_warning(classifier):
 
 
 def test_text_that_the_tokenizer_does_not_know_is_said(classifier):
-    """A tokenizer of another script is trained with, without a word."""
+    """Text in a script that the tokenizer does not know is warned of, or refused."""
     task = classifier()
     known, other = (
         task.training_examples([{"text": text, "label": 0}], "aa") for text in ("aa1 aa2 aa3", "x y z u v w")
@@ -77,7 +77,7 @@ def test_text_that_the_tokenizer_does_not_know_is_said(classifier):
 
 
 def test_the_seed_decides_the_head(classifier):
-    """Two builds of one seed differ, or those of two seeds do not; or a seed changes the encoder."""
+    """The head depends on the seed; the encoder does not."""
     first, again, other = (classifier(seed=seed).model.state_dict() for seed in (0, 0, 1))
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
@@ -86,7 +86,7 @@ def test_the_seed_decides_the_head(classifier):
 
 
 def test_predictions_do_not_depend_on_batches_or_touch_random_numbers(classifier):
-    """Dropout is on, the order is lost, or a random number is drawn."""
+    """Predictions come in order, without dropout and without drawing random numbers."""
     task = classifier()
     task.model.train()
     examples = task.examples(rows_of(CASES["classification"], "aa", "train"))
@@ -98,7 +98,7 @@ def test_predictions_do_not_depend_on_batches_or_touch_random_numbers(classifier
 
 
 def test_scores_of_classes(classifier):
-    """Accuracy or F1 is not what a hand computes; a class that the model does not know counts as right."""
+    """Accuracy and F1 are those computed by hand, and an unknown class counts as wrong."""
     task = classifier()
     rows = [{"text": "", "label": label} for label in (0, 0, 1, "new", None)]
     examples = Examples([{"input_ids": [1]}] * 5, rows)
@@ -110,7 +110,7 @@ def test_scores_of_classes(classifier):
 
 
 def test_unknown_classes_of_a_support_set(classifier):
-    """An unknown class is not listed, or its rows stay."""
+    """Unknown classes are listed, or their rows are left out."""
     task = classifier()
     rows = [{"text": "aa1", "label": label} for label in (0, 7, 7)]
     with pytest.raises(ValueError, match=r"not trained on: 7 \(2\)\. It knows 0, 1, 2"):
@@ -120,7 +120,7 @@ def test_unknown_classes_of_a_support_set(classifier):
 
 
 def test_damaged_folders_are_named(classifier, tmp_path, capfd):
-    """A damaged folder loads with random weights, or a message does not name it; or transformers reports beside it."""
+    """A damaged folder is refused by name, and never loaded with random weights."""
     task = classifier()
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -166,7 +166,7 @@ def test_damaged_folders_are_named(classifier, tmp_path, capfd):
 
 
 def test_a_model_below_the_head_must_be_whole(classifier, tiny, tmp_path):
-    """An encoder with a weight missing is filled up with random numbers."""
+    """An encoder with a missing weight is refused."""
     folder = tmp_path / "model"
     shutil.copytree(tiny("classification") / "model", folder)
     found = load_file(folder / "model.safetensors")

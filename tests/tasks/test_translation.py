@@ -30,7 +30,7 @@ def translator(tiny, tmp_path):
 
 
 def test_the_decoder_reads_the_target_shifted_by_one(translator):
-    """The decoder sees what it is to predict; or padding counts."""
+    """The decoder reads the target shifted by one, and padding does not count."""
     rows = [{"source": "aa1", "target": "aa2 aa3"}, {"source": "aa1 aa2", "target": "aa4"}]
     batch = translator.collate(translator.examples(rows))
     a2, a3, a4 = translator.tokenizer.convert_tokens_to_ids(["aa2", "aa3", "aa4"])
@@ -44,7 +44,7 @@ def _literal_shift(labels):
 
 
 def test_models_without_a_shift_of_their_own_get_one(translator):
-    """A model that does not say what its decoder reads is given something else."""
+    """A model that does not shift its labels itself gets them shifted."""
 
     class Bare:
         def __init__(self, model):
@@ -57,7 +57,7 @@ def test_models_without_a_shift_of_their_own_get_one(translator):
 
 
 def test_chrf_is_over_all_rows_with_a_translation(translator):
-    """Rows without a translation count, or scores are averaged over rows."""
+    """The chrF score is of the whole corpus, without rows that have no translation."""
     from sacrebleu.metrics import CHRF
 
     rows = [{"source": "a", "target": "one two"}, {"source": "a"}, {"source": "a", "target": "three"}]
@@ -69,7 +69,7 @@ def test_chrf_is_over_all_rows_with_a_translation(translator):
 
 
 def test_generation_follows_the_settings(translator):
-    """Translations do not depend on the order; they are longer than asked for."""
+    """Translations do not depend on the order of rows, and are no longer than asked for."""
     examples = translator.examples(rows_of(CASES["translation"], "aa", "test"))
     translator.model.config.forced_eos_token_id = translator.model.generation_config.forced_eos_token_id = None
     found = translator.predict(examples)
@@ -79,7 +79,7 @@ def test_generation_follows_the_settings(translator):
 
 @pytest.mark.parametrize("cls", [MBartTokenizer, MBart50Tokenizer, NllbTokenizer])
 def test_codes_of_languages(cls, tmp_path):
-    """A code of a setting or a column does not reach the tokenizer, or a translation does not begin with it."""
+    """Codes from settings or columns reach the tokenizer, and a translation begins with its code."""
     pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁a", "▁b", "▁", *"abcdefghij"]
     if cls is NllbTokenizer:
         merges = [("▁", "a"), ("▁", "b")]
@@ -128,6 +128,6 @@ def test_codes_of_languages(cls, tmp_path):
 
 
 def test_codes_need_a_tokenizer_that_knows_some(translator):
-    """Codes are given and nothing happens."""
+    """Codes are refused where the tokenizer does not know any."""
     with pytest.raises(ConfigError, match="knows no language codes"):
         Translation(translator.model, translator.tokenizer, TranslationSettings(target_code="de_DE"))

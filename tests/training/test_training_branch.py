@@ -57,7 +57,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_branch_ends_like_an_unbroken_run(
     name: str, source: str, sources: dict[str, Path], masks: Path, tmp_path: Path
 ) -> None:
-    """If this fails, a comparison that shares the first steps compares other runs than `fastmask train` makes."""
+    """A comparison that shares the first steps makes the runs that `fastmask train` makes."""
     changes = {k: str(masks) if v == "given" else v for k, v in SETTINGS[name].items()}
     unbroken = run(tmp_path / "unbroken", **changes)
     branch(sources[source], toy_config(tmp_path / "branch", **changes, resume=True))
@@ -72,7 +72,7 @@ def test_a_branch_ends_like_an_unbroken_run(
 
 
 def test_the_source_stays_as_it_is(sources: dict[str, Path], tmp_path: Path) -> None:
-    """If this fails, a branch that trains on writes into the checkpoint that others start from."""
+    """A branch that trains on does not change the checkpoint that others start from."""
     start = checkpoints.folder_of(sources["full"], 6)
     before = {path.name: path.read_bytes() for path in start.iterdir()}
     branch(sources["full"], toy_config(tmp_path / "b", method="random", resume=True))
@@ -81,7 +81,7 @@ def test_the_source_stays_as_it_is(sources: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_a_branch_of_which_only_half_was_made(sources: dict[str, Path], tmp_path: Path) -> None:
-    """If this fails, a process killed while branching leaves a folder that goes on wrongly."""
+    """Where a branch was only half made, its folder still trains as a branch: from the step it starts at."""
     config = toy_config(tmp_path / "b", method="random", resume=True)
     branch(sources["full"], config)
     (tmp_path / "b" / "config.yaml").unlink()  # it is written last
@@ -92,7 +92,7 @@ def test_a_branch_of_which_only_half_was_made(sources: dict[str, Path], tmp_path
 
 @pytest.mark.parametrize("name", ["batch_size", "lr", "seed", "eval_every", "steps"])
 def test_settings_of_the_shared_steps_must_agree(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    """If this fails, a branch goes on from steps that its settings would not have taken."""
+    """A branch whose settings would have taken other first steps is refused."""
     value = {"batch_size": 9, "lr": 1e-3, "seed": 4, "eval_every": 7, "steps": 24}[name]
     with pytest.raises(ConfigError, match=rf"cannot branch off from .*: {name} is .* there and {value} here"):
         branch(sources["full"], toy_config(tmp_path / "b", method="random", **{name: value}))
@@ -110,7 +110,7 @@ def test_a_damaged_start(sources: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_where_no_branch_can_start(sources: dict[str, Path], tmp_path: Path) -> None:
-    """If this fails, a branch starts from masked steps, from nowhere, or over another run."""
+    """A branch cannot start from masked steps, from nowhere, or over another run."""
     late = toy_config(tmp_path / "b", method="static", discover_at=0.75)
     with pytest.raises(ConfigError, match=r"switched at step 6 \(expected not before 9\)"):
         branch(sources["random"], late)

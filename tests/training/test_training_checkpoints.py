@@ -148,7 +148,7 @@ def test_every_damaged_file_is_named(wrong: str, tmp_path: Path) -> None:
 
 
 def test_a_newer_one_that_is_damaged_is_gone_back_beyond(tmp_path: Path) -> None:
-    """The newest whole checkpoint is taken, and what is wrong with those after it is said."""
+    """The newest whole checkpoint is taken, with a warning that says what is wrong with later ones."""
     paths = [write(tmp_path, step, keep=0) for step in (1, 2, 3)]
     (paths[2] / checkpoints.MODEL).unlink()
     (paths[1] / checkpoints.RANDOM).write_bytes(b"short")
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_step_or_method(tmp_path: Path) -> None:
 
 
 def test_a_newer_version_is_said(tmp_path: Path) -> None:
-    """A manifest of a later fastmask is not read as if it were of this one."""
+    """A manifest written by a later version of fastmask is refused."""
     path = write(tmp_path, 1)
     text = (path / MANIFEST).read_text()
     (path / MANIFEST).write_text(text.replace('"version": 1', '"version": 2'))

@@ -13,14 +13,14 @@ from fastmask.training.engine import learning_rate_factor
 
 
 def test_yaml_gives_back_the_settings(tmp_path) -> None:
-    """If this fails, a run cannot be repeated from its config.yaml; `no` must not become false."""
+    """A run can be repeated from its config.yaml; the language `no` is not false there."""
     config = TrainConfig(languages="en,no,UD_Czech-CAC", density=0.5, lr=1e-5, method="random", data="däta")
     config.save(tmp_path / "c.yaml")
     assert TrainConfig.load(tmp_path / "c.yaml") == config
 
 
 def test_yaml_by_hand(tmp_path) -> None:
-    """If this fails, YAML's own ideas (no = false, 3e-4 = text) turn into errors or, worse, other settings."""
+    """YAML's own ideas (no = false, 3e-4 = text) are read as the settings they stand for."""
     path = tmp_path / "c.yaml"
     path.write_text("languages: [en, no, ru]\nprecision: no\nlr: 3e-4\ndensity: 1\nsteps: 10\n")
     config = TrainConfig.load(path)
@@ -48,13 +48,13 @@ def test_yaml_by_hand(tmp_path) -> None:
     ],
 )
 def test_a_wrong_value_is_named(values: dict, message: str) -> None:
-    """If this fails, a wrong setting is accepted, or the message does not say which and what is allowed."""
+    """A wrong value is refused; the message names the setting and what is allowed."""
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**values)
 
 
 def test_an_unknown_name_gets_the_nearest(tmp_path) -> None:
-    """If this fails, a misspelt setting is silently without effect."""
+    """A misspelt setting is refused, and the nearest name is given."""
     path = tmp_path / "c.yaml"
     path.write_text("bach_size: 3\n")
     with pytest.raises(FastmaskKeyError, match=r"c.yaml: .*'bach_size'.*'batch_size'"):
@@ -114,14 +114,14 @@ def test_settings_replace_a_file_whole(tmp_path) -> None:
 
 
 def test_every_setting_has_a_help_text() -> None:
-    """If this fails, the command line shows an option without an explanation."""
+    """Every option of the command line is explained."""
     for item in dataclasses.fields(TrainConfig):
         assert len(item.metadata["help"]) > 10, item.name
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_the_learning_rate_falls_and_never_climbs_again(kind: str) -> None:
-    """If this fails, training past the schedule's end runs at a rate that climbs, as in published code."""
+    """Past the schedule's end the rate stays low; in published code it climbs again."""
     rates = [learning_rate_factor(step, 100, 10, kind) for step in range(260)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == max(rates) == 1.0

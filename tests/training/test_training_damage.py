@@ -94,7 +94,7 @@ def damage(how: str, name: str, killed: Path, folder: Path) -> str:
 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_checkpoint_is_gone_back_beyond(how: str, killed: Path, tmp_path: Path) -> None:
-    """Whichever file of the newest checkpoint is damaged: it is named, and the one before is gone on from."""
+    """Whichever file of the newest checkpoint is damaged, it is named, and the run resumes from the one before."""
     for name in names_of(killed):
         folder = tmp_path / name
         with pytest.warns(UserWarning, match=damage(how, name, killed, folder)):
@@ -152,7 +152,7 @@ def test_never_from_the_start_if_there_was_a_checkpoint(killed: Path, tmp_path: 
 
 
 def test_a_run_without_settings_goes_on_with_its_own(killed: Path, tmp_path: Path) -> None:
-    """A lost ``config.yaml`` does not let a run go on with other settings."""
+    """A run whose ``config.yaml`` is lost is not resumed with other settings."""
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
     (folder / "config.yaml").unlink()
@@ -197,7 +197,7 @@ def changed(split: str, column: str) -> Any:
 @pytest.mark.parametrize("split", ["train", "dev"])
 @pytest.mark.parametrize("column", ["words", "heads", "deprels"])
 def test_changed_data_are_refused(split: str, column: str, killed: Path, tmp_path: Path) -> None:
-    """A run does not go on with sentences that changed, though there are as many, of as many words."""
+    """A run is not resumed on sentences that changed, even if there are as many, of as many words."""
     shutil.copytree(killed, tmp_path / "run")
     name = {"train": "training", "dev": "dev"}[split]
     with pytest.raises(ConfigError, match=f"other inputs: {name} data of {LANGUAGES[1]} changed since"):
@@ -206,7 +206,7 @@ def test_changed_data_are_refused(split: str, column: str, killed: Path, tmp_pat
 
 @pytest.mark.parametrize("killed_at", [4, 10])
 def test_a_changed_masks_file_is_refused(killed_at: int, tmp_path: Path) -> None:
-    """A run does not go on, before or after the switch, if the file of masks it was given holds others by now."""
+    """A run is not resumed, before or after the switch, if the file of masks it was given has changed."""
     config, masks = toy_parser().encoder.config, tmp_path / "masks.safetensors"
     changes = {"method": "static", "masks": str(masks)}
     fm.Subnetworks.random(config, LANGUAGES, 0.5, seed=0).save(masks)

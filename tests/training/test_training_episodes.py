@@ -32,6 +32,7 @@ from fastmask.training.episodes import Episodes, episode_sampler
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint
 from fastmask.unseen import adapted
+from tests.compare.tiny_encoder import tiny_encoder
 
 EPISODE = {"inner_steps": 2, "support_sentences": 3, "query_sentences": 3, "meta_lr": 2e-3}
 EPISODE |= {"inner_lr": 0.05, "inner_encoder_lr": 0.05}
@@ -75,7 +76,7 @@ def dynamic_settings(method: str) -> dict[str, Any]:
 def test_the_optimiser_gets_the_literal_meta_gradient(
     meta: str, method: str, inner: tuple[float, float], tmp_path: Path
 ) -> None:
-    """If this fails, episodes train something else: wrong batches, rates, masks, averages, or Reptile's scale."""
+    """Batches, rates, masks, averages and Reptile's scale are those of a literal episode."""
     parser = toy_parser(dropout=0.0).double()
     changes = {
         "discover_at": 0.0,
@@ -182,7 +183,7 @@ def test_outer_rates_of_a_pretrained_encoder_are_its_own(tmp_path: Path) -> None
 
 
 def test_the_axis_and_what_is_logged(unbroken: dict[tuple[str, str], TrainResult]) -> None:
-    """If this fails, scores, checkpoints or learning rates of a run with episodes stand at other steps than planned."""
+    """Scores, checkpoints and learning rates are logged at the steps that were planned."""
     result = unbroken["random", "fomaml"]
     budget = result.budget
     assert (budget.plain_steps, budget.episodes) == (12, 4)
@@ -205,7 +206,7 @@ def test_the_axis_and_what_is_logged(unbroken: dict[tuple[str, str], TrainResult
 def test_plain_steps_are_those_of_a_run_without_episodes(
     unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path
 ) -> None:
-    """If this fails, plain and meta runs start their second phases from different networks."""
+    """Plain and meta runs start their second phase from the same network."""
     plain = train(toy_task(), toy_data(), toy_config(tmp_path / "plain", **SMALL_EPISODES), progress=False)
     for result in unbroken.values():
         theirs = [r for r in metrics(result.run) if r["step"] <= 12]
@@ -213,14 +214,14 @@ def test_plain_steps_are_those_of_a_run_without_episodes(
 
 
 def test_a_line_of_the_metrics_is_of_one_phase(tmp_path: Path) -> None:
-    """If this fails, the loss of plain steps is averaged into that of the first episode."""
+    """A logged loss is an average over plain steps or over episodes, never over both."""
     lines = [r for r in metrics(run(tmp_path / "run", "fomaml", log_every=7).run) if "loss" in r]
     assert [line["step"] for line in lines] == [7, 12, 15, 21, 24]
     assert ["query_loss" in line for line in lines] == [False, False, True, True, True]
 
 
 def test_dynamic_masks_change_after_episodes(unbroken: dict[tuple[str, str], TrainResult]) -> None:
-    """If this fails, method dynamic does nothing in episodes because no episode ends on a multiple of update_every."""
+    """Masks are updated between episodes even if no episode ends on a multiple of update_every."""
     result = unbroken["dynamic", "fomaml"]
     changed = [r["step"] for r in result.history if "masks_changed" in r]
     assert changed
@@ -229,7 +230,7 @@ def test_dynamic_masks_change_after_episodes(unbroken: dict[tuple[str, str], Tra
 
 
 def test_bf16_runs_episodes_and_differs(tmp_path: Path, unbroken: dict[tuple[str, str], TrainResult]) -> None:
-    """If this fails, mixed precision breaks the inner loop, or is silently off in it."""
+    """Mixed precision works in the inner loop, and is on there."""
     result = run(tmp_path / "run", "fomaml", precision="bf16", discover_at=0.0, steps=12)
     single = run(tmp_path / "single", "fomaml", discover_at=0.0, steps=12)
     ours, theirs = (next(r for r in metrics(x.run) if "loss" in r) for x in (result, single))
@@ -241,7 +242,7 @@ def test_bf16_runs_episodes_and_differs(tmp_path: Path, unbroken: dict[tuple[str
 
 @pytest.mark.parametrize("meta", ["fomaml", pytest.param("reptile", marks=pytest.mark.slow)])
 def test_episodes_learn(meta: str, tmp_path: Path) -> None:
-    """If this fails, the episodes run but do not train."""
+    """Training in episodes lowers the loss."""
     changes = {"discover_at": 0.0, "steps": 90, "checkpoint_every": 0, "eval_every": 0, "meta_lr": 3e-3}
     losses = [r["loss"] for r in metrics(run(tmp_path / "run", meta, "full", **changes).run) if "loss" in r]
     assert min(losses[-3:]) < 0.8 * losses[0]
@@ -267,7 +268,7 @@ def kill_in_an_episode(parser: Parser, at: int) -> None:
 def test_killed_in_the_middle_of_an_episode(
     case: tuple[str, str], where: str, unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path
 ) -> None:
-    """If this fails, a run that dies inside an episode ends with other weights or metrics than one that does not."""
+    """A run that dies inside an episode resumes to the weights and metrics of an unbroken one."""
     method, meta = case
     parser = toy_parser()
     into = 2 if meta == "fomaml" else 5  # the second language's query, or the third one's inner loop
@@ -303,7 +304,7 @@ def train_slowly(folder: str, marker: str) -> None:
 
 @pytest.mark.slow
 def test_sigkill_in_the_middle_of_an_episode(unbroken: dict[tuple[str, str], TrainResult], tmp_path: Path) -> None:
-    """If this fails, a process that is killed inside an episode leaves a run that ends differently."""
+    """A process killed inside an episode leaves a run that resumes to the same end."""
     marker = tmp_path / "half way"
     process = start_process(train_slowly, str(tmp_path / "run"), str(marker))
     limit = time.monotonic() + 120
@@ -325,7 +326,7 @@ def test_sigkill_in_the_middle_of_an_episode(unbroken: dict[tuple[str, str], Tra
 
 
 def test_an_inner_loop_that_diverges_is_said(tmp_path: Path) -> None:
-    """If this fails, a NaN meta-gradient spoils the weights, or nobody says where the last good ones are."""
+    """A NaN meta-gradient ends the run, and the error names the last good checkpoint."""
     parser = toy_parser()
     with pytest.raises(TrainingDiverged, match=r"is (nan|inf) at step 15; the last good checkpoint is .*step-00000012"):
         run(tmp_path / "run", "fomaml", parser=parser, inner_lr=1e30, inner_encoder_lr=1e30)
@@ -341,21 +342,21 @@ def test_an_inner_loop_that_diverges_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_bad_settings_are_said_before_anything_is_written(changes: Any, message: str, tmp_path: Path) -> None:
-    """If this fails, a run that cannot be finished is started."""
+    """Settings that cannot work are refused before a run is started."""
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", "fomaml", **changes)
     assert not (tmp_path / "run").exists()
 
 
 def test_reptile_needs_an_inner_rate_everywhere(tmp_path: Path) -> None:
-    """If this fails, Reptile silently never trains the encoder."""
+    """Reptile with an inner rate of 0 for the encoder, which would never train it, is refused."""
     with pytest.raises(ConfigError, match=r"inner_encoder_lr is 0.0 \(expected > 0 with meta reptile"):
         toy_config(tmp_path, meta="reptile", inner_encoder_lr=0.0)
     toy_config(tmp_path, meta="fomaml", inner_encoder_lr=0.0)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """If this fails, `fastmask train --meta` trains in plain batches, or starts what it cannot finish."""
+    """`fastmask train --meta` trains in episodes, and refuses what it could not finish."""
     write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 4, "test": 4})
     settings = (
         "--languages qaa,qac --method full --meta fomaml --inner-steps 2 --batch-size 8 --threads 1 --eval-every 0 "
@@ -369,7 +370,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "--method", "static", "--density", "0.1"]) == 1
     assert "density is 0.1: that is 3 of the 32 heads, which would kill a layer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    assert main([*command, "--steps", "20"]) == 0
+    tiny_encoder(tmp_path / "encoder", "".join(path.read_text() for path in tmp_path.glob("ud/UD_*/*.conllu")))
+    assert main([*command, "--steps", "20", "--model", str(tmp_path / "encoder")]) == 0
     said = capsys.readouterr()
     assert "words/s in episodes" in said.out
     spent = "14 optimiser steps (12 plain, 2 episodes), 160 training examples drawn, 24 gradient passes"

@@ -1,4 +1,4 @@
-"""The loop: a broken run ends like an unbroken one, and bad news stops it with something left to go on from."""
+"""The loop: a resumed run ends like an unbroken one, and a run that fails leaves something to resume from."""
 
 import json
 import math
@@ -63,7 +63,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]
 
 
 def test_same_seed_same_run_and_another_seed_another(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
-    """If this fails, results cannot be repeated, or the seed does nothing."""
+    """The seed decides the run: the same one repeats it, another one changes it."""
     again = run(tmp_path / "again")
     assert_same_weights(again.task.model, unbroken["full"].task.model)
     assert metrics(again.run) == metrics(unbroken["full"].run)
@@ -73,7 +73,7 @@ def test_same_seed_same_run_and_another_seed_another(unbroken: dict[str, TrainRe
 
 @pytest.mark.parametrize("killed_at", [2, 7, 12])
 def test_resumed_full_run_ends_like_the_unbroken_one(killed_at: int, unbroken: Any, tmp_path: Path) -> None:
-    """If this fails, a resumed run ends with other weights or metrics; 2 is before the first checkpoint."""
+    """A resumed run ends with the weights and metrics of an unbroken one; step 2 is before the first checkpoint."""
     with pytest.raises(Killed):
         run(tmp_path / "run", kill_at(killed_at))
     if killed_at == 7:
@@ -87,7 +87,7 @@ def test_resumed_full_run_ends_like_the_unbroken_one(killed_at: int, unbroken: A
 
 @pytest.mark.parametrize("killed_at", [4, 6, 8, 10])
 def test_resumed_run_with_subnetworks_ends_like_the_unbroken_one(killed_at: int, unbroken: Any, tmp_path: Path) -> None:
-    """If this fails, a run killed before, at or after the switch goes on with other masks, weights or metrics."""
+    """Stopped before, at or after the switch, a run ends with the same masks, weights and metrics."""
     with pytest.raises(Killed):
         run(tmp_path / "run", kill_at(killed_at), method="random")
     resumed = run(tmp_path / "run", method="random", resume=True)
@@ -98,7 +98,7 @@ def test_resumed_run_with_subnetworks_ends_like_the_unbroken_one(killed_at: int,
 
 
 def test_killed_while_looking_for_subnetworks(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
-    """If this fails, hours of training before the switch are lost when discovery is killed."""
+    """Discovery that is killed loses none of the training before the switch."""
 
     def fail(point: SwitchPoint) -> Any:
         raise Killed
@@ -114,7 +114,7 @@ def test_killed_while_looking_for_subnetworks(unbroken: dict[str, TrainResult], 
 
 
 def test_all_methods_train_alike_until_the_switch(unbroken: dict[str, TrainResult]) -> None:
-    """If this fails, methods start their subnetworks from different networks; and the switch must do something."""
+    """All methods start their subnetworks from one network, and differ after the switch."""
     full, masked = (metrics(unbroken[method].run) for method in ("full", "random"))
     assert [r for r in full if r["step"] <= 6] == [r for r in masked if r["step"] <= 6]
     assert [r for r in full if r["step"] > 6] != [r for r in masked if r["step"] > 6]
@@ -122,7 +122,7 @@ def test_all_methods_train_alike_until_the_switch(unbroken: dict[str, TrainResul
 
 
 def test_dead_units_of_all_languages_get_no_gradient(tmp_path: Path) -> None:
-    """If this fails, training goes on with the full network although masks are attached."""
+    """Once masks are attached, units that no language owns stay as they are."""
 
     def one_dead_head(point: SwitchPoint) -> Any:
         heads = torch.ones(len(LANGUAGES), 2, 2, dtype=torch.bool)
@@ -145,7 +145,7 @@ def test_dead_units_of_all_languages_get_no_gradient(tmp_path: Path) -> None:
 
 
 def test_dev_scores_are_those_of_the_saved_model(unbroken: dict[str, TrainResult]) -> None:
-    """If this fails, the metrics describe another model than the one in the run's folder."""
+    """The scores in the metrics are those of the model in the run's folder."""
     result = unbroken["random"]
     parser = Parser.load(result.run / "model")
     subnetworks = fm.Subnetworks.load(result.run / "masks.safetensors")
@@ -167,7 +167,7 @@ def train_in_a_process(folder: str, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["full", "random"])
 def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
-    """If this fails, a killed process leaves a run that ends differently or cannot be resumed."""
+    """A killed process leaves a run that resumes to the same end."""
     process = start_process(train_in_a_process, str(tmp_path / "run"), method)
     limit = time.monotonic() + 120
     while (path := checkpoints.latest(tmp_path / "run")) is None or path.name < "step-00000009":
@@ -183,14 +183,14 @@ def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_pa
 
 
 def test_keep_checkpoints_reaches_the_run(tmp_path: Path) -> None:
-    """If this fails, `--keep-checkpoints` has no effect, or makes a resumed run another run."""
+    """`--keep-checkpoints` decides how many are kept, and may change when a run is resumed."""
     run(tmp_path / "run", keep_checkpoints=0, checkpoint_every=4)
     assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path / "run")] == [4, 6, 8, 12]
     run(tmp_path / "run", keep_checkpoints=1, checkpoint_every=4, resume=True)
 
 
 def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    """If this fails, a NaN loss trains on, or nobody says where the last good weights are."""
+    """A loss that is NaN ends the run, and the error names the last good checkpoint."""
     parser = toy_parser()
 
     def poison(step: int) -> None:
@@ -206,7 +206,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
 
 
 def test_spoilt_weights_are_not_checkpointed(tmp_path: Path) -> None:
-    """If this fails, a good checkpoint is replaced by one full of NaN."""
+    """Weights with a NaN never replace a good checkpoint."""
     parser = toy_parser()
 
     def poison(step: int) -> None:
@@ -221,7 +221,7 @@ def test_spoilt_weights_are_not_checkpointed(tmp_path: Path) -> None:
 
 
 def test_another_run_is_never_overwritten(unbroken: dict[str, TrainResult], tmp_path: Path) -> None:
-    """If this fails, a finished run is lost to a second one in the same folder."""
+    """A second run cannot be started in the folder of the first."""
     folder = unbroken["full"].run
     with pytest.raises(ConfigError, match="holds a run"):
         run(folder)
@@ -232,7 +232,7 @@ def test_another_run_is_never_overwritten(unbroken: dict[str, TrainResult], tmp_
 
 
 def test_subnetworks_without_a_language_of_the_data(tmp_path: Path) -> None:
-    """If this fails, a language is trained with another one's subnetwork."""
+    """Masks that lack a language of the data are refused."""
 
     def too_few(point: SwitchPoint) -> Any:
         return fm.Subnetworks.random(point.task.model.encoder.config, LANGUAGES[:1], density=0.5, seed=0)
@@ -242,7 +242,7 @@ def test_subnetworks_without_a_language_of_the_data(tmp_path: Path) -> None:
 
 
 def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:
-    """If this fails, mixed precision or TensorBoard does not work, or long sentences vanish without a word."""
+    """Mixed precision and TensorBoard work, and sentences left out for their length are reported."""
     changes = {"precision": "bf16", "tensorboard": True, "max_length": 12, "steps": 3}
     with pytest.warns(UserWarning, match="training sentences are left out"):
         result = run(tmp_path / "run", **changes)
@@ -266,7 +266,7 @@ train(toy_task(dropout=0.0), toy_data(), config, random_subnetworks, hook, progr
 
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    """If this fails, splitting a batch over processes changes what is trained, or such a run cannot be resumed."""
+    """A batch split over two processes trains the same, and such a run can be resumed."""
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -288,7 +288,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    """If this fails, the loop runs but does not train."""
+    """Training lowers the loss."""
     result = run(tmp_path / "run", steps=60, eval_every=60, log_every=10, checkpoint_every=0)
     losses = [record["loss"] for record in metrics(result.run) if "loss" in record]
     assert losses[-1] < 0.75 * losses[0]
@@ -317,7 +317,7 @@ def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trai
 
 @pytest.mark.parametrize("strategy", ["swap", "learned"])
 def test_dynamic_masks_change_and_are_what_the_run_leaves(strategy: str, unbroken_dynamic: Any) -> None:
-    """If this fails, masks are never updated, or the file of the run holds those it started with."""
+    """Masks are updated during training, and the run's file holds the last ones."""
     result = unbroken_dynamic[strategy]
     start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run), 0))
     stored = fm.Subnetworks.load(result.run / "masks.safetensors")
@@ -347,7 +347,7 @@ def test_masks_are_frozen_at_the_end(tmp_path: Path) -> None:
 def test_resumed_dynamic_run_ends_like_the_unbroken_one(
     strategy: str, killed_at: int, unbroken_dynamic: Any, tmp_path: Path
 ) -> None:
-    """If this fails, averages, scores or masks are lost when a run is killed."""
+    """Averages, scores and masks survive being stopped."""
     with pytest.raises(Killed):
         dynamic_run(tmp_path / "run", kill_at(killed_at), strategy=strategy)
     torch.rand(7)

@@ -1,4 +1,4 @@
-"""What is wrong with the subnetworks asked for is said before anything is trained."""
+"""Subnetworks that cannot be made as asked are refused before anything is trained."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ def check(out: Path, **changes: Any) -> None:
 
 
 def test_a_density_that_would_kill_a_layer(tmp_path: Path) -> None:
-    """If this fails, `--density 0.1` silently keeps a quarter of the heads, one in each layer of two times two."""
+    """A density that would leave a layer without a head or neuron is refused, and the least that works is named."""
     message = r"density is 0.1: that is 0 of the 4 heads, which would kill a layer \(expected at least 0.5: one in each"
     with pytest.raises(ValueError, match=message):
         check(tmp_path, density=0.1, units="both")
@@ -45,7 +45,7 @@ def training_data(task: Any) -> dict[str, Any]:
 
 
 def test_several_draws_at_the_switch_are_joined_by_vote(tmp_path: Path) -> None:
-    """A run must draw as often as it is told, other sentences each time, and train what `combine` makes of them."""
+    """A run draws as often as asked, other sentences each time, and trains what `combine` makes of them."""
     task = toy_task()
     with torch.no_grad():  # an untrained parser's output layer is zero, and so is every score
         for parameter in task.model.parameters():
@@ -66,7 +66,7 @@ def test_several_draws_at_the_switch_are_joined_by_vote(tmp_path: Path) -> None:
 
 
 def test_masks_that_do_not_fit(tmp_path: Path) -> None:
-    """If this fails, a run trains up to the switch and fails there."""
+    """Masks that do not fit the model are refused before the first step."""
     path = tmp_path / "masks.safetensors"
     with pytest.raises(OSError, match=r"masks.safetensors"):
         check(tmp_path, masks=str(path))
@@ -85,7 +85,7 @@ def test_masks_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_shuffling_needs_two_languages(tmp_path: Path) -> None:
-    """If this fails, the control that exchanges masks fails at the switch."""
+    """The control that exchanges masks is refused, before the first step, for one language."""
     parser = toy_parser()
     with pytest.raises(ValueError, match=f"method is 'shuffled' .*single language, {LANGUAGES[0]}"):
         check_subnetworks(parser, toy_config(tmp_path, method="shuffled"), LANGUAGES[:1])

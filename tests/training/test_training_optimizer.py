@@ -30,7 +30,7 @@ def up_projection(parser: Any) -> torch.Tensor:
 @pytest.mark.parametrize("meta", ["fomaml", "reptile"])
 @pytest.mark.parametrize("optimizer", ["live", "adamw"])
 def test_a_step_of_one_language_moves_its_units_only(meta, optimizer, tmp_path, monkeypatch):
-    """Momentum and decay of other languages' steps move a unit that is dead for the language of this one."""
+    """A step moves no unit that is dead for its language, whatever momentum and decay other languages have left."""
     parser, seen, dead_moved, live_moved = toy_parser(), [], [], []
     update = loop._Run._update
 
@@ -61,7 +61,7 @@ def test_a_step_of_one_language_moves_its_units_only(meta, optimizer, tmp_path, 
 
 @pytest.mark.parametrize("meta", ["none", "fomaml"])
 def test_resuming_is_exact(meta, tmp_path):
-    """Moments of slices that were not live are lost in a checkpoint, or the languages of a step are."""
+    """A checkpoint holds the moments of all slices, and the languages of a step."""
     changes = {**ONE_LANGUAGE, "method": "random", "meta": meta, "optimizer": "live", "steps": 16}
     unbroken = train(toy_task(), toy_data(), toy_config(tmp_path / "a", **changes), halves, progress=False)
 

@@ -58,7 +58,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_gradients_of_one(case: str, one: Path, two: Path) -> None:
-    """If this fails, splitting a batch or a meta-batch over processes changes what is trained."""
+    """A batch or a meta-batch split over processes has the gradients of the whole."""
     parser = toy_parser().double()
     config = toy_config(one, **CASES[case])
     ours, theirs = (first_moments(folder / f"{case}-gradient", parser, config) for folder in (two, one))
@@ -70,7 +70,7 @@ def test_two_processes_have_the_gradients_of_one(case: str, one: Path, two: Path
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_end_with_the_metrics_of_one(case: str, one: Path, two: Path) -> None:
-    """If this fails, a run on two processes is another experiment than the same run on one."""
+    """A run on two processes is the same experiment as the run on one."""
     latest = checkpoints.latest(two / case)
     assert latest is not None
     assert checkpoints.check(latest).processes == 2
@@ -89,7 +89,7 @@ def test_two_processes_find_the_subnetworks_of_one(one: Path, two: Path) -> None
 
 
 def test_gradients_that_only_some_processes_have(two: Path) -> None:
-    """If this fails, a parameter of languages on one process gets a part of its gradient, or the run hangs."""
+    """A parameter that only one process's languages use gets its whole gradient on both."""
     first, second = (torch.load(two / f"sums-{rank}.pt", weights_only=True) for rank in range(2))
     assert first["summed"].keys() == second["summed"].keys() == {"both", "first", "second", "half", "large"}
     for name, summed in first["summed"].items():
@@ -119,7 +119,7 @@ train(Parsing(parser), toy_data(), config, subnetworks, progress=False)
 
 
 def test_two_processes_killed_in_an_episode(tmp_path: Path) -> None:
-    """If this fails, a run on several processes that dies inside an episode ends differently."""
+    """A run on two processes that dies inside an episode resumes to the same end."""
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     launched(script, HERE, tmp_path / "killed", "kill", succeeds=False)
@@ -142,7 +142,7 @@ def test_two_processes_where_another_one_trains(tmp_path: Path) -> None:
 
 
 def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
-    """If this fails, `accelerate launch -m fastmask.cli train` hangs, prints twice, or trains on other sentences."""
+    """`accelerate launch -m fastmask.cli train` trains on the same sentences as one process, and prints once."""
     write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 6, "test": 6})
     settings = ["--data", tmp_path / "ud", "--languages", "qaa,qac,qad", "--steps", "24", "--density", "0.5"]
     settings += ["--meta", "fomaml", "--inner-steps", "2", "--support-sentences", "4", "--query-sentences", "4"]

@@ -65,7 +65,7 @@ def test_a_second_process_is_told_who_is_training_there(unbroken: TrainResult, t
     assert process.exitcode == 0
     assert metrics(folder) == metrics(unbroken.run)
     assert_same_weights(load_run(folder).task.model, load_run(unbroken.run).task.model)
-    run(folder, resume=True)  # it has been let go of
+    run(folder, resume=True)  # the folder is free again
 
 
 def test_branching_where_somebody_trains(unbroken: TrainResult, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def assert_nothing_half_done(folder: Path) -> None:
 
 
 def test_a_full_disk(small_disk: Path, unbroken: TrainResult) -> None:
-    """It is said which file did not fit, the checkpoints before are whole, and with more room the run goes on."""
+    """The error names the file that did not fit, earlier checkpoints are whole, and with more room the run resumes."""
     folder = small_disk / "run"
     with pytest.raises(OSError, match=rf"cannot write: No space left on device.*{folder}") as full:
         run(folder, keep_checkpoints=0)

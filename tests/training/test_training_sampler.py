@@ -17,7 +17,7 @@ def lengths_of(*sizes: int, seed: int = 0) -> list[np.ndarray]:
 
 
 def test_equal_shares_are_equal_in_every_batch() -> None:
-    """If this fails, 8 languages in 32 sentences are not 4 each."""
+    """Of 8 languages in 32 sentences, each has 4 in every batch."""
     sampler = MixedLanguageSampler(lengths_of(*[50 + 30 * i for i in range(8)]), 32)
     for _ in range(200):
         rows, languages = next(sampler)
@@ -34,7 +34,7 @@ def test_equal_shares_are_equal_in_every_batch() -> None:
     st.integers(0, 5),
 )
 def test_counts_are_never_off_by_one(sizes: list[int], batch_size: int, temperature: float, seed: int) -> None:
-    """If this fails, a language gets more or less than its share of a batch, or a batch has another size."""
+    """Each language's count is its share rounded up or down, and batches are full."""
     sampler = MixedLanguageSampler(lengths_of(*sizes), batch_size, temperature, seed)
     expected = sampler.shares * batch_size
     for _ in range(20):
@@ -46,7 +46,7 @@ def test_counts_are_never_off_by_one(sizes: list[int], batch_size: int, temperat
 
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 def test_shares_are_unbiased(temperature: float) -> None:
-    """If this fails, some language is trained more than its temperature says."""
+    """In the long run each language is drawn as often as its temperature says."""
     sizes = np.array([900, 100, 37, 350])
     sampler = MixedLanguageSampler(lengths_of(*sizes), 10, temperature, seed=1)
     wanted = sizes**temperature / (sizes**temperature).sum()
@@ -55,7 +55,7 @@ def test_shares_are_unbiased(temperature: float) -> None:
 
 
 def test_every_sentence_once_per_epoch_in_another_order() -> None:
-    """If this fails, some sentences are trained more often than others."""
+    """Each sentence is drawn once in each epoch, in another order."""
     sizes = [64, 23, 7]
     sampler = MixedLanguageSampler(lengths_of(*sizes), 9, seed=2)
     drawn: dict[int, list[int]] = {0: [], 1: [], 2: []}
@@ -70,7 +70,7 @@ def test_every_sentence_once_per_epoch_in_another_order() -> None:
 
 
 def test_length_buckets_save_padding_without_tying_languages_to_lengths() -> None:
-    """If this fails, bucketing is useless, or makes some languages meet only short or only long neighbours."""
+    """Buckets save padding, and in each batch all languages are short or long together."""
     lengths = lengths_of(2000, 1500, 800, 3000)
     flat = np.concatenate(lengths)
 
@@ -92,7 +92,7 @@ def test_length_buckets_save_padding_without_tying_languages_to_lengths() -> Non
 
 
 def test_a_resumed_sampler_draws_the_same() -> None:
-    """If this fails, a resumed run sees other batches than an unbroken one."""
+    """A resumed run sees the batches of an unbroken one."""
     lengths = lengths_of(40, 13, 5)
     unbroken = MixedLanguageSampler(lengths, 7, 0.5, seed=4)
     for _ in range(33):
@@ -106,14 +106,14 @@ def test_a_resumed_sampler_draws_the_same() -> None:
 
 
 def test_another_runs_state_is_refused() -> None:
-    """If this fails, a run resumed on other data goes on as if nothing had happened."""
+    """A run cannot be resumed on other data."""
     state = MixedLanguageSampler(lengths_of(40, 13), 7).state_dict()
     with pytest.raises(ValueError, match="made for"):
         MixedLanguageSampler(lengths_of(40, 14), 7).load_state_dict(state)
 
 
 def test_ranks_share_a_batch() -> None:
-    """If this fails, processes train on the same sentences, or one on fewer languages than the others."""
+    """Processes share each batch out among them: different sentences, but the same mix of languages."""
     whole = MixedLanguageSampler(lengths_of(40, 40, 40, 40), 16, seed=5)
     parts = [MixedLanguageSampler(lengths_of(40, 40, 40, 40), 16, seed=5, rank=r, world_size=4) for r in range(4)]
     for _ in range(12):
@@ -128,6 +128,6 @@ def test_ranks_share_a_batch() -> None:
     [({"temperature": 1.5}, "temperature is 1.5"), ({"batch_size": 0}, "batch_size 0"), ({"lengths": []}, "without")],
 )
 def test_wrong_settings(change: dict, message: str) -> None:
-    """If this fails, a wrong setting shows as a crash later on."""
+    """Wrong settings are refused at once."""
     with pytest.raises(ValueError, match=message):
         MixedLanguageSampler(**{"lengths": lengths_of(5), "batch_size": 4, **change})

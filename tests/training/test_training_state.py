@@ -33,7 +33,7 @@ class Tied(torch.nn.Module):
 
 
 def test_tied_and_transposed_weights(tmp_path: Path) -> None:
-    """Every name of a tied weight is there, and all values come back."""
+    """A state has every name of a tied weight, and all values come back."""
     model, other = Tied(), Tied()
     checkpoints.save_weights(model, tmp_path / "w")
     assert load_file(tmp_path / "w").keys() == model.state_dict().keys()
@@ -121,7 +121,7 @@ def draws() -> list[Any]:
 
 
 def test_random_states_come_back(tmp_path: Path) -> None:
-    """Every process goes on with its own numbers, of python, numpy and torch."""
+    """Every process resumes with its own random numbers, of Python, numpy and torch."""
     draws()
     states, expected = [], []
     for _ in range(2):

@@ -26,6 +26,7 @@ from fastmask.tasks.parsing.parser import Parser
 from fastmask.training import checkpoints
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.run_folder import load_run
+from tests.compare.tiny_encoder import tiny_encoder
 
 SETTINGS = {"method": "dynamic", "update_every": 2, "scout_sentences": 2}
 PICKLES = ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "pytorch_model.bin", "scaler.pt")
@@ -201,11 +202,12 @@ def test_a_manifest_that_points_out_of_its_folder(name: str, finished: Path, tmp
 def test_settings_that_point_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run is resumed where it is, not where its settings say; and what is gone back beyond is said."""
+    """A run is resumed in its own folder, not where its settings say, with a warning about a damaged checkpoint."""
     write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 4, "test": 4})
     monkeypatch.chdir(tmp_path)
     options = ["--languages", ",".join(LANGUAGES[:2]), "--method", "full", "--batch-size", "8", "--threads", "1"]
-    options += ["--steps", "4", "--checkpoint-every", "1", "--eval-every", "0"]
+    options += ["--steps", "4", "--checkpoint-every", "1", "--eval-every", "0", "--model", "encoder"]
+    tiny_encoder(tmp_path / "encoder", "".join(path.read_text() for path in tmp_path.glob("ud/UD_*/*.conllu")))
     assert main(["train", "--data", "ud", *options]) == 0
     settings = tmp_path / "runs" / "run" / "config.yaml"
     settings.write_text(settings.read_text().replace("out: runs/run", f"out: {tmp_path / 'home'}"))

@@ -14,6 +14,7 @@ from typing import Any
 SERVER = """
 import json, os, sys, traceback
 import prepared_launches
+import torch._dynamo  # the first launch imports it
 
 for line in sys.stdin:
     code, file = json.loads(line)

@@ -43,7 +43,7 @@ def run(s: Sample, activation: str, config: Config | None, wanted: bool = True) 
 
 @pytest.mark.parametrize(("shape", "dtypes", "activation"), covering(SHAPES, DTYPES, ["gelu", "relu"], whole=ON_GPU))
 def test_against_float64(shape: tuple, dtypes: tuple, activation: str) -> None:
-    """A wrong derivative, or one of another unit or token; something other than zero behind the live units."""
+    """The derivative is right for each unit and token, and zero behind the live units."""
     s = sample(*shape, dtype=dtypes[0], weight_dtype=dtypes[1])
     before = s.packed[0].nan_to_num()  # zeros behind the live units, as a packed layer leaves them
     for config in (SMALL, None):
@@ -60,7 +60,7 @@ def test_against_float64(shape: tuple, dtypes: tuple, activation: str) -> None:
 
 
 def test_only_the_gradient() -> None:
-    """With a frozen weight nobody reads the activation's output: nothing may be written for it."""
+    """Where only the gradient is asked for, the activation is not written."""
     s = sample([2, -1, 0], 7, 3, [40], 33)
     out, active = run(s, "gelu", SMALL, wanted=False)
     assert torch.equal(out, run(s, "gelu", SMALL)[0])
@@ -68,7 +68,7 @@ def test_only_the_gradient() -> None:
 
 
 def test_slices_of_one_buffer() -> None:
-    """Gradient and input may lie between other columns: a kernel that took the width for the stride would mix rows."""
+    """Gradient and input may be slices of a wider buffer."""
     s = sample([2, -1, 0, 1], 7, 3, [40], 34)
     expected, _ = run(s, "gelu", SMALL)
     wide = torch.cat([s.x, s.packed[0], s.x], 1)
@@ -88,7 +88,7 @@ def test_slices_of_one_buffer() -> None:
 )  # of infinity PyTorch's own GELU makes NaN on some processors
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in multiply:RuntimeWarning")
 def test_extreme_inputs(activation: str, largest: float) -> None:
-    """Infinite or huge inputs of an activation make another NaN than PyTorch's, or hide one."""
+    """Infinite and huge inputs give NaN where PyTorch's do, and nowhere else."""
     s = sample([0] * 7, 1, 1, [1], 1, spare=0, whole=True)
     s.counts[0].fill_(1)
     s.weights[0].fill_(1)
@@ -112,7 +112,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_use_is_named(changes: dict, message: str) -> None:
-    """A wrong buffer would be read past its end."""
+    """A buffer of the wrong shape is refused."""
     s = sample([0], 5, 2, [16], 34)
     changes = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in changes.items()}
     arguments = {"activation": "gelu", "before": torch.zeros(5, 16, device=DEVICE), "active": None} | changes

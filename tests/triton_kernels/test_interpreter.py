@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
-    """A kernel reads memory that is not the GPU's."""
+    """A CPU tensor is refused where kernels run on a GPU."""
     plan = fastmask_kernels.Plan(torch.tensor([0]), 4, 1)
     monkeypatch.setattr(interpreter, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="run on a GPU, given a tensor on cpu"):
@@ -31,7 +31,7 @@ def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off on a GPU")
 def test_an_interpreter_that_cannot_loop_says_what_it_needs(monkeypatch):
-    """Every kernel fails inside of Triton with a TypeError of numpy."""
+    """An interpreter that cannot loop with this numpy is refused, and the error says what is needed."""
 
     class Broken:
         def __getitem__(self, grid):
@@ -49,7 +49,7 @@ def test_an_interpreter_that_cannot_loop_says_what_it_needs(monkeypatch):
 @pytest.mark.skipif(interpreter.interpreter_problem() is not None, reason="it says so")
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is off on a GPU")
 def test_bfloat16_in_the_interpreter():
-    """The interpreter's wrong products are taken for results."""
+    """bfloat16 products, which the interpreter gets wrong, are refused there."""
     plan = fastmask_kernels.Plan(torch.tensor([0]), 4, 1)
     x, weight = torch.randn(4, 8).bfloat16(), torch.randn(8, 8).bfloat16()
     with pytest.raises(RuntimeError, match="multiplies bfloat16 wrongly"):

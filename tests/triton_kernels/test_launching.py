@@ -22,7 +22,7 @@ class Kernel:
 
 
 def test_the_tensors_device_is_current_during_a_launch(current: list[int]) -> None:
-    """Triton launches on another device than the tensors': the kernel cannot read them."""
+    """A kernel is launched on the device of its tensors."""
     kernel = Kernel(current)
     on_second = SimpleNamespace(is_cuda=True, get_device=lambda: 1)
     launch(kernel, (2,), on_second, "x", SIZE=3)
@@ -33,7 +33,7 @@ def test_the_tensors_device_is_current_during_a_launch(current: list[int]) -> No
 
 
 def test_every_launch_goes_this_way() -> None:
-    """A kernel is launched on whatever device happens to be current."""
+    """Every launch sets the device of its tensors."""
     folder = Path(fastmask_kernels.__file__).parent
     direct = {
         path.name: re.findall(r"\w+_kernel\[", path.read_text())

@@ -46,19 +46,19 @@ def check(
 
 @pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, [torch.float32, torch.float16], whole=ON_GPU))
 def test_pack_and_unpack(shape: tuple, dtype: torch.dtype) -> None:
-    """Units in the wrong place, or something other than zero in dead ones."""
+    """Units are in their places, and dead ones are zero."""
     check(*shape, dtype=dtype, config=SMALL)
 
 
 def test_default_blocks() -> None:
-    """The block sizes that are shipped are not run otherwise."""
+    """The block sizes that are shipped give the same."""
     check([1, -1, 0, 2], 20, 3, 300, torch.float16, None)
 
 
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_any_shape_and_mask(data: st.DataObject) -> None:
-    """Some combination of sizes, languages and masks that no list of cases has."""
+    """Any combination of sizes, languages and masks is right."""
     L = data.draw(st.integers(1, 4), "L")
     ids = data.draw(st.lists(st.integers(-1, L - 1), min_size=1, max_size=4), "ids")
     tokens, N = data.draw(st.integers(1, 9), "tokens"), data.draw(st.integers(1, 36), "N")
@@ -66,7 +66,7 @@ def test_any_shape_and_mask(data: st.DataObject) -> None:
 
 
 def test_unpack_undoes_pack() -> None:
-    """A layer that packs and one that unpacks would not fit together."""
+    """A layer that unpacks reads what a layer that packs has written."""
     s = sample([2, -1, 0, 1], 7, 3, [40], 1)
     wide = torch.randn(len(s.languages), 40, device=DEVICE)
     mask = s.indices[0], s.counts[0], s.plan
@@ -80,7 +80,7 @@ def test_unpack_undoes_pack() -> None:
 
 
 def test_positions_invert_the_index() -> None:
-    """Padding of the index (zeros) must not be taken for unit 0."""
+    """Padding of the index (zeros) is not taken for unit 0."""
     index = torch.tensor([[1, 3, 4], [2, 0, 0], [0, 0, 0]], device=DEVICE)
     table = positions(index, torch.tensor([3, 1, 0], device=DEVICE), 5)
     assert table.dtype == torch.int32
@@ -88,7 +88,7 @@ def test_positions_invert_the_index() -> None:
 
 
 def test_slices_are_read_and_written() -> None:
-    """A kernel that took the width for the stride would mix rows, or write beside a slice."""
+    """Slices of wider buffers are read and written, and nothing beside them."""
     s = sample([2, -1, 0, 1], 7, 3, [40], 1)
     index, counts, width = s.indices[0], s.counts[0], s.widths[0]
     M = len(s.languages)
@@ -101,7 +101,7 @@ def test_slices_are_read_and_written() -> None:
 
 
 def test_an_empty_batch() -> None:
-    """A batch of no examples (the last shard of a data set) must give empty outputs."""
+    """A batch of no examples (the last shard of a data set) gives empty outputs."""
     s = sample([], 7, 3, [40], 1)
     mask = s.indices[0], s.counts[0], s.plan
     assert pack(torch.zeros(0, 40, device=DEVICE), *mask, 9).shape == (0, 9)
@@ -109,7 +109,7 @@ def test_an_empty_batch() -> None:
 
 
 def test_wrong_use_is_named() -> None:
-    """A wrong argument would become an access past a tensor's end."""
+    """A wrong argument is refused by a message that names it."""
     s = sample([0], 5, 2, [16], 1)
     index, counts, plan = s.indices[0], s.counts[0], s.plan
     x = torch.zeros(5, 16, device=DEVICE)

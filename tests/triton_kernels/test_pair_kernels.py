@@ -52,7 +52,7 @@ def grad_of(problem: Problem, **options: Any) -> Tensor:
 CASES = {
     "1 language": ([0, 0], 19, 1, (4, 3)),
     "3 languages": (IDS, 19, 3, (5, 4)),
-    "8 languages": ([7, 0, 4, -1, 3, 0, 5], 19, 8, (3, 7)),
+    "8 languages": ([7, 0, 4, -1, 3], 19, 8, (3, 5)),
 }
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -63,7 +63,7 @@ DTYPES = {
 
 @pytest.mark.parametrize(("case", "dtypes"), covering(CASES, DTYPES, whole=ON_GPU))
 def test_results(case: tuple[Any, ...], dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """If this fails, the kernels do not compute the masked model, or not its gradient."""
+    """The kernels compute the masked model, and its gradients."""
     check_all(paired(*case, dtype=dtypes[0], weight_dtype=dtypes[1], density=0.6))
 
 
@@ -76,21 +76,21 @@ def test_results(case: tuple[Any, ...], dtypes: tuple[torch.dtype, torch.dtype])
     ),
 )
 def test_few_tiles_and_single_segments(ids: list[int], sides: tuple[int, int]) -> None:
-    """If this fails, the row or column without a neighbour is wrong, or one segment alone, or one that owns nothing."""
+    """A row or column without a neighbour is right, and so is a single segment, or one that owns nothing."""
     check_all(paired(ids, 7, 4, sides, dtype=torch.float16))
 
 
 def test_shipped_block_sizes() -> None:
-    """If this fails, the block sizes that a launch picks itself do not fit tiles of 64, with odd numbers of them."""
+    """The block sizes that a launch picks itself fit tiles of 64, odd numbers of them, too."""
     for dtype in (torch.float32, torch.float16):
-        check_all(paired([0, 2, 0, 1, 1], 70, 3, (5, 3), (64, 64), dtype=dtype, density=0.7), None, None)
+        check_all(paired([0, 2, 1], 70, 3, (3, 3), (64, 64), dtype=dtype, density=0.7), None, None)
     check_all(paired([0, 0], 300, 1, (1, 2), (64, 64), dtype=torch.float16, density=0.7), None, None)
 
 
 def test_more_strips_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, the order of programs skips strips once there is more than one group of them."""
+    """No strip is skipped where there is more than one group of them."""
     monkeypatch.setattr(pair_weight_grad_module, "multiprocessors", lambda device: 4)
-    check_all(paired(IDS, 5, 3, (5, 9)))
+    check_all(paired([0, -1, 2], 5, 3, (5, 9)))
 
 
 def whole(problem: Problem) -> Problem:
@@ -101,8 +101,8 @@ def whole(problem: Problem) -> Problem:
 
 
 def test_same_as_one_tile_at_a_time() -> None:
-    """If this fails, which kernel runs shows in the results."""
-    problem = whole(paired([*IDS, 3, 0], 5, 4, (5, 3), (32, 32), dtype=torch.float16))
+    """Which kernel runs does not show in the results."""
+    problem = whole(paired([0, -1, 2, 0, 3], 5, 4, (3, 3), (32, 32), dtype=torch.float16))
     alone = copy.copy(problem.layout)
     alone.row_pairs = alone.column_pairs = None
     p, grads = problem, {"weight_dtype": torch.float32}
@@ -116,7 +116,7 @@ def test_same_as_one_tile_at_a_time() -> None:
 
 
 def test_one_launch_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, gradients are wrong, or other ones, on chips where programs cannot take turns."""
+    """Gradients are the same on chips where programs cannot take turns."""
     problem = paired(IDS, 19, 3, (5, 4), dtype=torch.float16, weight_dtype=torch.float32)
     in_turns = grad_of(problem)
     monkeypatch.setattr(pair_weight_grad_module, "TURNSTILE_CHIPS", ())
@@ -132,9 +132,9 @@ def test_one_launch_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     ),
 )
 def test_accumulate_into_any_strides(ids: list[int], weight_dtype: torch.dtype) -> None:
-    """If this fails, a gradient is lost when a second micro-batch adds to the first, or a neighbour is overwritten."""
+    """A second micro-batch adds to the gradient of the first, and to nothing beside it."""
     for columns_apart in (False, True):
-        problem = paired(ids, 9, 3, (3, 4), dtype=torch.float16, weight_dtype=weight_dtype)
+        problem = paired(ids, 9, 3, (3, 2), dtype=torch.float16, weight_dtype=weight_dtype)
         N, K = problem.layout.shape
         room = torch.randn((K, 2 * N) if columns_apart else (N, K + 16), device=DEVICE).to(weight_dtype)
         view = room[:, ::2].t() if columns_apart else room[:, :K]
@@ -150,7 +150,7 @@ def test_accumulate_into_any_strides(ids: list[int], weight_dtype: torch.dtype) 
 
 
 def test_output_views_and_strided_inputs() -> None:
-    """If this fails, results are wrong for slices and transposed tensors, or land outside of `out`."""
+    """Slices and transposed tensors give the same results, and nothing is written outside of `out`."""
     problem = paired(IDS, 7, 3, (3, 3), dtype=torch.float16)
     (N, K), M = problem.layout.shape, problem.plan.n_rows
     room = torch.full((M, N + 9), float("nan"), dtype=torch.float16, device=DEVICE)
@@ -164,7 +164,7 @@ def test_output_views_and_strided_inputs() -> None:
 
 
 def test_update_is_seen_by_the_next_launch() -> None:
-    """If this fails, a dynamic subnetwork trains with the mask it had before."""
+    """After an update of a mask the next launch uses the new one."""
     problem = paired([0, 3, 1, 3], 8, 4, (5, 3))
     flags = torch.rand(5, 3, device=DEVICE) < 0.5
     problem.layout.update(3, keep=flags)
@@ -173,7 +173,7 @@ def test_update_is_seen_by_the_next_launch() -> None:
 
 
 def test_reruns_are_bit_identical() -> None:
-    """If this fails, a run cannot be repeated: something depends on the order in which programs finish."""
+    """Two runs give the same bits, whatever order programs finish in."""
     problem = paired(IDS, *((40, 3, (9, 6)) if ON_GPU else (9, 3, (3, 4))), dtype=torch.float16)
     assert torch.equal(grad_of(problem), grad_of(problem))
     ys = [pair_matmul(problem.x, problem.weight, problem.layout, problem.plan) for _ in range(2)]
@@ -181,7 +181,7 @@ def test_reruns_are_bit_identical() -> None:
 
 
 def test_dead_weights_and_foreign_rows_are_not_read() -> None:
-    """If this fails, what a language does not own reaches its results: here it is not a number."""
+    """What a language does not own never reaches its results, even if it is not a number."""
     problem = paired([0, 3], 9, 4, (5, 4))
     owned = problem.keep[0] | problem.keep[3]
     problem.keep[1], problem.keep[2] = owned, owned
@@ -198,7 +198,7 @@ def test_dead_weights_and_foreign_rows_are_not_read() -> None:
 
 
 def test_empty_batch() -> None:
-    """If this fails, a rank without examples crashes, or its gradient is undefined."""
+    """A batch without examples gives empty outputs and zero gradients."""
     problem = paired([], 4, 3, (2, 3))
     assert problem.check_matmul(False, bias=True, multiply=pair_matmul).shape == (0, 32)
     assert problem.check_matmul(True, bias=False, multiply=pair_matmul).shape == (0, 96)
@@ -209,7 +209,7 @@ def test_empty_batch() -> None:
 
 
 def test_who_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, tiles of 64 are never worked on in pairs, or those with bits are."""
+    """Tiles of 64 are worked on in pairs; those with bits are not."""
     called: list[str] = []
     for module, name in ((tile_matmul_module, "pair_matmul"), (tile_weight_grad_module, "pair_weight_grad")):
         monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: called.append(name))
@@ -228,7 +228,7 @@ def test_who_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_pairs_pay() -> None:
-    """If this fails, a gradient is given to a kernel that leaves most of a GPU idle, or mostly adds."""
+    """A gradient goes to the paired kernel only where that keeps a GPU busy, and mostly multiplies."""
 
     def worth(ids: list[int], T: int, sides: int, dtype: torch.dtype = torch.float16, block: int = 64) -> bool:
         L, size = 8, sides * 64
@@ -247,7 +247,7 @@ def test_where_pairs_pay() -> None:
 
 
 def test_refusals() -> None:
-    """If this fails, operands that do not belong together give numbers rather than an error."""
+    """Operands that do not belong together are an error."""
     p = paired([0, 1], 4, 3, (2, 2))
     bits = Problem([0, 1], 4, 3, 32, 64).layout
     grads: dict[str, Any] = {"weight_dtype": torch.float32}
@@ -278,11 +278,11 @@ def test_refusals() -> None:
 @given(
     ids=st.lists(st.integers(-1, 3), min_size=1, max_size=4),
     T=st.integers(1, 20),
-    sides=st.tuples(st.integers(1, 6), st.integers(1, 4)),
+    sides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     density=st.floats(0, 1),
     half=st.booleans(),
 )
 def test_any_problem(ids: list[int], T: int, sides: tuple[int, int], density: float, half: bool) -> None:
-    """If this fails, there are batches, shapes or masks for which the kernels are wrong."""
+    """The kernels are right for any batch, shape and mask."""
     dtype = torch.float16 if half else torch.float32
     check_all(paired(ids, T, 4, sides, density=density, dtype=dtype, weight_dtype=torch.float32, seed=T))

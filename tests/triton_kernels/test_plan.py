@@ -36,7 +36,7 @@ def segments(plan: Plan) -> list[list[int]]:
 @slow_launches
 @given(BATCHES)
 def test_segments_hold_the_rows_of_their_language_in_order(batch: tuple[list[int], int, int]) -> None:
-    """A token in another language's segment gets that language's subnetwork, and nothing says so."""
+    """Each segment holds the rows of its language, in order, and no others."""
     ids, tokens, L = batch
     plan = make(*batch)
     languages = [language for language in ids for _ in range(tokens)]
@@ -50,7 +50,7 @@ def test_segments_hold_the_rows_of_their_language_in_order(batch: tuple[list[int
 @slow_launches
 @given(BATCHES)
 def test_present_lists_the_segments_that_have_tokens(batch: tuple[list[int], int, int]) -> None:
-    """A segment that is left out gets no weight gradient; one listed twice gets it twice."""
+    """Each segment that has tokens is listed once."""
     ids, tokens, L = batch
     plan = make(*batch)
     expected = sorted({language + 1 for language in ids}) if tokens else []
@@ -61,7 +61,7 @@ def test_present_lists_the_segments_that_have_tokens(batch: tuple[list[int], int
 @slow_launches
 @given(BATCHES, st.integers(1, 16))
 def test_tiles_cut_the_segments_into_pieces(batch: tuple[list[int], int, int], size: int) -> None:
-    """Tokens outside of all tiles are never computed; those in two tiles of different segments are overwritten."""
+    """Each token is in exactly one tile, and each tile in one segment."""
     plan = make(*batch)
     tiles = plan.tiles(size).tolist()
     assert len(tiles) == plan.n_tiles(size)
@@ -77,7 +77,7 @@ def test_tiles_cut_the_segments_into_pieces(batch: tuple[list[int], int, int], s
 @slow_launches
 @given(BATCHES, st.sampled_from([-3, -2, 6, 10**9, -(2**40)]))
 def test_ids_out_of_range_are_reported(batch: tuple[list[int], int, int], wrong: int) -> None:
-    """A wrong id goes unnoticed, or a right one is reported; rows of the batch are all that is ever read."""
+    """A wrong id is reported, a right one is not, and no row outside of the batch is read."""
     ids, tokens, L = batch
     assert make(*batch).ok.item() == 1
     plan = make([*ids, wrong], tokens, L)
@@ -96,16 +96,20 @@ def test_many_languages_and_examples(L: int, sorts: bool, monkeypatch: pytest.Mo
     """More languages than a block of programs compares at once, more examples, more tokens than a program writes."""
     if sorts:
         monkeypatch.setattr(plan_module, "_MANY", 1)
+    examples, tokens = 300, 700
+    if not ON_GPU:  # the interpreter runs a program for each example
+        monkeypatch.setattr(plan_module, "_BLOCK", 32)
+        examples, tokens = 40, 90
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(-1, L, (300,), generator=generator).tolist()
+    ids = torch.randint(-1, L, (examples,), generator=generator).tolist()
     plan = make(ids, 2, L)
     expected = [[row for b, own in enumerate(ids) if own == s - 1 for row in (2 * b, 2 * b + 1)] for s in range(L + 1)]
     assert segments(plan) == expected
     needed = [tile for tile in plan.tiles(4).tolist() if tile[0] >= 0]
-    assert sum(last - first for _, first, last in needed) == 600
+    assert sum(last - first for _, first, last in needed) == 2 * examples
     assert all(plan.starts[s] <= first < last <= plan.starts[s + 1] for s, first, last in needed)
-    long = make([0, 0], 700, L)
-    assert segments(long)[1] == list(range(1400))
+    long = make([0, 0], tokens, L)
+    assert segments(long)[1] == list(range(2 * tokens))
 
 
 @slow_launches

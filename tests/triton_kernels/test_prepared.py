@@ -24,7 +24,7 @@ def prepared(code: str) -> Any:
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_driver_gets_the_same(chip: str) -> None:
-    """A kernel reads a number or a tensor in another's place, or is the variant of other dtypes or sizes."""
+    """A prepared launch hands the driver the variant, grid and arguments that the binder would."""
     seen, turns, kept, after = prepared(f"""
 with Driver({chip!r}) as driver:
     seen = {{}}
@@ -51,7 +51,7 @@ print(json.dumps([seen, TURNS, kept, len(launching._found)]))
 
 
 def test_addresses_that_are_no_multiple_of_16() -> None:
-    """A variant that copies 16 bytes at a time runs on addresses that do not allow it: the GPU reports an error."""
+    """Addresses that are no multiple of 16 get the variant that copies element by element."""
     keys = prepared("""
 memory = torch.zeros(80, dtype=torch.bfloat16)
 run = Prepared(scale, (3,), (0, 1), 48, 7, 1, FLAG=True, BLOCK=64, num_warps=4)
@@ -66,7 +66,7 @@ print(json.dumps([key for key, _, _ in driver.given]))
 
 
 def test_unaligned_activations_get_their_own_block_sizes() -> None:
-    """Block sizes are kept for a shape, and those of aligned rows spill where rows are not."""
+    """Unaligned rows do not get the block sizes kept for aligned ones of the same shape."""
     found = prepared("""
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul
@@ -83,7 +83,7 @@ print(json.dumps([key for key, _, _ in driver.given]))
 
 
 def test_block_sizes_are_chosen_once_for_a_shape() -> None:
-    """The host weighs all block sizes against each other at every launch."""
+    """Block sizes are chosen once for a shape, not at every launch."""
     found = prepared("""
 from fastmask_kernels import row_matmul, row_matmul_t, row_problem
 chosen = []
@@ -106,7 +106,7 @@ print(json.dumps([counts, len(every)]))
 
 
 def test_a_profiler_sees_every_launch() -> None:
-    """Launches that go past Triton's own way are missing from a profile."""
+    """Prepared launches are in a profile, too."""
     found = prepared("""
 import triton
 memory, runtime = torch.zeros(64), triton.knobs.runtime
@@ -124,7 +124,7 @@ print(json.dumps([driver.hooks, driver.given[0] == driver.given[1] == driver.giv
 
 
 def test_wrong_use_is_named_after_right_use() -> None:
-    """What was checked once is taken for what was never checked."""
+    """What was checked once for one call is checked again for another."""
     found = prepared("""
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul
@@ -154,7 +154,7 @@ print(json.dumps([len(wrong), errors]))
 
 
 def test_measured_block_sizes_are_used_at_once(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """Block sizes are measured and remembered, and those of before are used until the process ends."""
+    """Block sizes that have just been measured are used from the next launch on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     launching._found["a launch"] = 1
     try:
@@ -166,7 +166,7 @@ def test_measured_block_sizes_are_used_at_once(tmp_path, monkeypatch) -> None:  
 
 
 def test_shapes_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each new number of tokens leaves something behind for ever."""
+    """However many numbers of tokens there are, only so many launches are kept."""
     monkeypatch.setattr(launching, "_MOST", 3)
     monkeypatch.setattr(launching, "_found", {})
     monkeypatch.setattr(launching.triton.knobs.runtime, "interpret", False)
@@ -196,7 +196,7 @@ class Kernel:
 
 
 def test_the_tensors_device_and_its_stream(current: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch that goes past the binder goes to another device, or another stream, than the tensors' current one."""
+    """A prepared launch goes to the device of its tensors, and to its current stream."""
     driver = SimpleNamespace(get_current_device=lambda: current[0], get_current_stream=lambda device: 70 + device)
     monkeypatch.setattr(launching.drivers, "_active", driver)
     kernel = Kernel(current)

@@ -10,7 +10,7 @@ from recorded_code import recorded
 
 
 def test_launches_are_the_variants_that_triton_would_compile() -> None:
-    """Broken: the report compiles other kernels than a GPU runs: other types, hints, flags, warps or grids."""
+    """Types, hints, flags, warps and grids are those with which a GPU would run."""
     found = recorded("""
 x = torch.empty(64, 48, dtype=torch.bfloat16, device="meta")
 with Recorder("sm_80") as recorder:
@@ -44,7 +44,7 @@ print(json.dumps({
 
 
 def test_operations_are_those_with_a_kernel() -> None:
-    """Broken: views are counted, or fills, casts and copies are not."""
+    """Fills, casts and copies are counted; views are not."""
     found = recorded("""
 x = torch.empty(4, 6, device="meta")
 ids = torch.tensor([1, 2])
@@ -69,7 +69,7 @@ print(json.dumps([
 
 
 def test_phases_and_callers() -> None:
-    """Broken: nobody can say whether the plan, the forward or the backward pass launched something."""
+    """Each launch is known to belong to the plan, the forward or the backward pass, and by whom it was made."""
     found = recorded("""
 x = torch.empty(4, 6, device="meta", requires_grad=True)
 with Recorder() as recorder:
@@ -86,7 +86,7 @@ print(json.dumps([[event.name, event.phase, event.callers] for event in recorder
 
 
 def test_waiting_for_the_device_raises() -> None:
-    """Broken: a pass that stops the host until the device has caught up looks like any other."""
+    """A pass that makes the host wait for the device raises an error."""
     found = recorded("""
 x = torch.empty(4, device="meta")
 def error(function):
@@ -103,7 +103,7 @@ print(json.dumps([error(lambda: x.sum().item()), error(lambda: x.nonzero()), err
 
 
 def test_nothing_is_left_behind() -> None:
-    """Broken: a launch after a recording goes to the stub, and its results are never written."""
+    """After a recording, launches go to the GPU again."""
     found = recorded("""
 from triton.runtime import driver
 from fastmask_kernels import chips, interpreter
@@ -124,6 +124,6 @@ print(json.dumps([before == state(), inside == before, len(scale.device_caches),
 
 
 def test_the_interpreter_is_refused() -> None:
-    """Broken: under the interpreter nothing is launched, and the recorder says that a pass costs nothing."""
+    """The recorder refuses to work under the interpreter, where nothing is launched."""
     with pytest.raises(AssertionError, match="TRITON_INTERPRET"):
         recorded("triton.knobs.runtime.interpret = True\nRecorder()")

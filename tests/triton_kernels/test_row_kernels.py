@@ -31,7 +31,7 @@ SHAPES = {
     "eight, some absent": ([7, 3, 3, 5, 1], 5, 8, [21], 17),
     "only a dead language": ([1, 1], 5, 3, [20], 16),
     "only the full network": ([-1], 21, 1, [35], 18),
-    "q, k and v": ([2, 0, -1, 0, 1], 7, 3, [40, 17, 33], 34),
+    "q, k and v": ([2, 0, -1, 0, 1], 7, 3, [20, 17, 9], 18),
     "two weights": ([0, 2, 1], 18, 3, [16, 48], 32),
     "one of everything": ([0], 1, 1, [1], 1),
 }
@@ -66,26 +66,26 @@ def check_row_matmul_t(s: Sample, config: Config | None, bias: bool = True) -> N
 
 @pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, DTYPES, whole=ON_GPU))
 def test_forward(shape: tuple, dtype: torch.dtype) -> None:
-    """Wrong outputs of a row mask's layer, or something other than zero in dead units."""
+    """Outputs of a row mask's layer are right, and zero in dead units."""
     check_row_matmul(sample(*shape, dtype=dtype), SMALL)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, DTYPES, whole=ON_GPU))
 def test_input_gradient(shape: tuple, dtype: torch.dtype) -> None:
-    """Wrong gradients below a row mask's layer, or NaN from units that a language does not own."""
+    """Gradients below a row mask's layer are right, and nothing of units that a language does not own reaches them."""
     check_row_matmul_t(sample(*shape, dtype=dtype), SMALL)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, DTYPES, whole=ON_GPU))
 def test_weight_gradient(shape: tuple, dtype: torch.dtype) -> None:
-    """Wrong gradients of a shared weight or bias: a language's part lost, doubled or in another's rows."""
+    """The gradient of a shared weight or bias has each language's part once, in its own rows."""
     check_row_weight_grad(sample(*shape, dtype=dtype), SMALL_GRAD, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_default_blocks(dtype: torch.dtype) -> None:
-    """The block sizes that are shipped are never run otherwise: their edges are far larger than small shapes."""
-    s = sample([1, -1, 0, 2], 40, 3, [80, 30, 50], 48, dtype=dtype)
+    """The block sizes that are shipped, whose edges are far larger than small shapes, give the same."""
+    s = sample([0, -1, 2], 40, 3, [80, 30], 24, dtype=dtype)
     check_row_matmul(s, None)
     check_row_matmul_t(s, None)
     check_row_weight_grad(s, None, dtype)
@@ -93,8 +93,8 @@ def test_default_blocks(dtype: torch.dtype) -> None:
 
 def test_aligned_blocks() -> None:
     """Sizes that are multiples of the blocks take loops without masks: another path through each kernel."""
-    s = sample([2, 0, -1, 1], 5, 3, [32, 48], 64, dtype=torch.float16, spare=0)  # segments stay uneven
-    assert s.widths == [32, 48]
+    s = sample([2, 0, -1], 5, 3, [16, 32], 32, dtype=torch.float16, spare=0)  # segments stay uneven
+    assert s.widths == [16, 32]
     for bias in (True, False):
         check_row_matmul(s, SMALL, bias)
         check_row_matmul_t(s, SMALL, bias)
@@ -103,7 +103,7 @@ def test_aligned_blocks() -> None:
 
 def test_float32_weight_with_float16_activations() -> None:
     """Master weights under autocast: cast in the kernel, and their gradient is not rounded to float16 on the way."""
-    s = sample([2, -1, 0, 2, 1], 5, 3, [40, 17], 34, dtype=torch.float16, weight_dtype=torch.float32)
+    s = sample([2, -1, 0, 2], 5, 3, [20, 17], 18, dtype=torch.float16, weight_dtype=torch.float32)
     check_row_matmul(s, SMALL)
     check_row_matmul_t(s, SMALL)
     check_row_weight_grad(s, SMALL_GRAD, torch.float32)
@@ -136,12 +136,12 @@ def test_column_masks_are_row_masks_of_the_transposed_weight() -> None:
 @pytest.mark.parametrize("ids", [[2, -1, 0, 2, 1], [0]], ids=["mixed", "one language"])
 @pytest.mark.parametrize("accumulate", [True, False])
 def test_given_gradient_buffers(ids: list[int], accumulate: bool) -> None:
-    """Gradient accumulation over micro-batches would lose what was there, or add to what should be overwritten."""
-    s = sample(ids, 7, 3, [40, 17], 34, dtype=torch.float16)
-    before = [torch.randn(40, 34, device=DEVICE), torch.randn(17, 34, device=DEVICE)]
+    """Gradients are added to a given buffer, or overwrite it."""
+    s = sample(ids, 7, 3, [20, 17], 18, dtype=torch.float16)
+    before = [torch.randn(20, 18, device=DEVICE), torch.randn(17, 18, device=DEVICE)]
     outs = [part.clone() if accumulate else torch.full_like(part, torch.nan) for part in before]
     dW, _ = row_weight_grad(
-        s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float16, outs=outs, accumulate=accumulate,
+        s.packed, s.x, *s.masks, s.plan, [20, 17], weight_dtype=torch.float16, outs=outs, accumulate=accumulate,
         config=SMALL_GRAD,
     )  # fmt: skip
     for g, (result, out) in enumerate(zip(dW, outs, strict=True)):
@@ -156,7 +156,7 @@ def test_given_gradient_buffers(ids: list[int], accumulate: bool) -> None:
 
 def test_outputs_may_be_slices_of_one_buffer() -> None:
     """Attention reads Q, K and V from one buffer; a launch must write each slice and nothing beside it."""
-    s = sample([2, -1, 0, 1], 7, 3, [40, 17, 33], 34)
+    s = sample([2, -1, 0, 1], 7, 3, [20, 17, 9], 18)
     buffer = torch.full((len(s.languages), sum(s.widths) + 5), torch.nan, device=DEVICE)
     outs = list(buffer[:, :-5].split(s.widths, 1))
     fresh = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, s.biases, config=SMALL)
@@ -166,19 +166,19 @@ def test_outputs_may_be_slices_of_one_buffer() -> None:
         assert other.data_ptr() == out.data_ptr()
     assert buffer[:, -5:].isnan().all()
 
-    wide = torch.full((len(s.languages), 50), torch.nan, device=DEVICE)
-    result = row_matmul_t(s.packed, s.weights, *s.masks, s.plan, out=wide[:, 3:37], config=SMALL)
+    wide = torch.full((len(s.languages), 30), torch.nan, device=DEVICE)
+    result = row_matmul_t(s.packed, s.weights, *s.masks, s.plan, out=wide[:, 3:21], config=SMALL)
     assert torch.equal(result, row_matmul_t(s.packed, s.weights, *s.masks, s.plan, config=SMALL))
     assert wide[:, :3].isnan().all()
-    assert wide[:, 37:].isnan().all()
+    assert wide[:, 21:].isnan().all()
 
 
 def test_activations_may_be_slices() -> None:
-    """The attention output's gradient arrives as slices; a kernel that took the width for the stride would mix rows."""
-    s = sample([2, -1, 0, 1], 7, 3, [40, 17], 34)
-    n_rows = [40, 17]
+    """Gradients may arrive as slices of a wider buffer, as those of attention do."""
+    s = sample([2, -1, 0], 7, 3, [20, 17], 18)
+    n_rows = [20, 17]
     joined = torch.cat([*s.packed, s.x], 1)
-    *packed, x = joined.split([*s.widths, 34], 1)
+    *packed, x = joined.split([*s.widths, 18], 1)
     for one, other in zip(
         row_matmul(x, s.weights, *s.masks, s.plan, s.widths, config=SMALL),
         row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, config=SMALL),
@@ -196,9 +196,9 @@ def test_activations_may_be_slices() -> None:
 
 
 def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training would not be reproducible; nor may the order in which strips are walked show in the sums."""
+    """Training is reproducible, and the order in which strips are walked does not show in the sums."""
     sizes = ([40, 17, 33], 50) if ON_GPU else ([20, 17], 34)
-    s = sample([2, -1, 0, 2, 1, 0], 7 if ON_GPU else 3, 3, *sizes, dtype=torch.float16)
+    s = sample([2, -1, 0, 2], 7 if ON_GPU else 3, 3, *sizes, dtype=torch.float16)
 
     def run() -> list[torch.Tensor]:
         y = row_matmul(s.x, s.weights, *s.masks, s.plan, s.widths, config=SMALL)
@@ -215,7 +215,7 @@ def test_two_runs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strips_are_walked_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wide weight is walked in groups of strips, the last one smaller: a strip would be left out or summed twice."""
+    """No strip of a wide weight is left out or summed twice, the last, smaller group included."""
     # Two chunks, five strips with the bias: 2 + 2 + 1.
     monkeypatch.setattr(row_turn_grad, "multiprocessors", lambda device: 2)
     check_row_weight_grad(sample([2, -1, 0, 1], 5, 3, [20], 64, spare=0), SMALL_GRAD, torch.float32)
@@ -255,26 +255,26 @@ def test_every_chunk_takes_its_turn_once(monkeypatch: pytest.MonkeyPatch) -> Non
     ),
 )
 def test_sums_of_columns(ids: list[int], dtype: torch.dtype, weight_dtype, turns, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """The bias's gradient of a column mask: a token of any language left out, counted twice, or read past the end."""
+    """The bias's gradient of a column mask counts each token of each language once."""
     if not turns:
         monkeypatch.setattr(row_turn_grad, "TURNSTILE_CHIPS", ())
-    s = sample(ids, 7, 4, [40], 34, dtype=dtype)
+    s = sample(ids, 7, 4, [20], 34, dtype=dtype)
     own = weight_dtype or dtype
     (dW,), (sums,) = row_weight_grad(
-        s.packed, s.x, *s.masks, s.plan, [40], weight_dtype=own, column_sums=True, transposed=True, config=SMALL_GRAD
+        s.packed, s.x, *s.masks, s.plan, [20], weight_dtype=own, column_sums=True, transposed=True, config=SMALL_GRAD
     )
     assert sums.dtype == own
     assert_close("sums", sums, s.x.double().sum(0), s.x.to(own).sum(0))
     assert dW.is_contiguous()
-    plain, _ = row_weight_grad(s.packed, s.x, *s.masks, s.plan, [40], weight_dtype=own, config=SMALL_GRAD)
+    plain, _ = row_weight_grad(s.packed, s.x, *s.masks, s.plan, [20], weight_dtype=own, config=SMALL_GRAD)
     assert torch.equal(dW, plain[0].t())
 
 
 def test_results_are_aligned_parts_of_one_tensor() -> None:
     """Results are zeroed and rounded at once; one that does not begin at 16 bytes is copied element by element."""
-    s = sample([2, -1, 0, 1], 5, 3, [40, 17, 33], 34, dtype=torch.float16)
+    s = sample([2, -1, 0], 5, 3, [20, 17, 9], 18, dtype=torch.float16)
     dW, db = row_weight_grad(
-        s.packed, s.x, *s.masks, s.plan, [40, 17, 33], weight_dtype=torch.float16, with_bias=True, config=SMALL_GRAD
+        s.packed, s.x, *s.masks, s.plan, [20, 17, 9], weight_dtype=torch.float16, with_bias=True, config=SMALL_GRAD
     )
     every = [*dW, *(db or [])]
     assert len({part.untyped_storage().data_ptr() for part in every}) == 1
@@ -284,13 +284,13 @@ def test_results_are_aligned_parts_of_one_tensor() -> None:
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_one_launch_for_each_language_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, accumulate: bool) -> None:
     """Chips whose barrier does not order stores have no turnstile: their sums must be the others'."""
-    s = sample([2, -1, 0, 2, 1, 0], 3, 3, [40, 17], 34)
+    s = sample([2, -1, 0, 2], 3, 3, [20, 17], 18)
     results = []
     for chips in (row_turn_grad.TURNSTILE_CHIPS, ()):
         monkeypatch.setattr(row_turn_grad, "TURNSTILE_CHIPS", chips)
-        outs = [torch.ones(40, 34, device=DEVICE), torch.ones(17, 34, device=DEVICE)]
+        outs = [torch.ones(20, 18, device=DEVICE), torch.ones(17, 18, device=DEVICE)]
         dW, db = row_weight_grad(
-            s.packed, s.x, *s.masks, s.plan, [40, 17], weight_dtype=torch.float32, with_bias=True, outs=outs,
+            s.packed, s.x, *s.masks, s.plan, [20, 17], weight_dtype=torch.float32, with_bias=True, outs=outs,
             accumulate=accumulate, config=SMALL_GRAD,
         )  # fmt: skip
         results.append([*dW, *(db or [])])
@@ -309,7 +309,7 @@ def test_an_empty_batch() -> None:
 
 
 def test_a_dead_rows_nan_stays_there() -> None:
-    """A row that a language does not own may have diverged for another language; it must not reach this one."""
+    """A row that a language does not own may be NaN without reaching its results."""
     s = sample([0, 0], 5, 2, [40], 34)
     live = s.indices[0][0, : int(s.counts[0][0])]
     dead = [row for row in range(40) if row not in live.tolist()]
@@ -321,11 +321,11 @@ def test_a_dead_rows_nan_stays_there() -> None:
 @given(data=st.data())
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape_and_mask(data: st.DataObject) -> None:
-    """Some combination of sizes, languages and masks that no list of cases has."""
+    """Any combination of sizes, languages and masks is right."""
     L = data.draw(st.integers(1, 4), "L")
     ids = data.draw(st.lists(st.integers(-1, L - 1), min_size=1, max_size=4), "ids")
-    tokens, K = data.draw(st.integers(1, 20), "tokens"), data.draw(st.integers(1, 36), "K")
-    Ns = data.draw(st.lists(st.integers(1, 36), min_size=1, max_size=2), "Ns")
+    tokens, K = data.draw(st.integers(1, 20), "tokens"), data.draw(st.integers(1, 20), "K")
+    Ns = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=2), "Ns")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     # Sums of whole numbers are exact, so nothing has to be allowed for: the norm of a few errors is a matter of luck.
     s = sample(ids, tokens, L, Ns, K, dtype=dtype, seed=data.draw(st.integers(0, 99), "seed"), whole=True)
@@ -380,7 +380,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("changes", "error", "message"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_use_is_named(changes: dict, error: type, message: str) -> None:
-    """A wrong argument would become an access past a tensor's end, or a result that nobody notices is wrong."""
+    """A wrong argument is refused by a message that names it."""
     index, counts = row_mask(torch.ones(2, 16, dtype=torch.bool))
     arguments = {
         "x": torch.zeros(5, 34),

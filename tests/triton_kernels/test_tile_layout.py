@@ -86,14 +86,14 @@ SHAPES = [(1, 1, 1), (3, 7, 33), (2, 64, 64), (4, 33, 130), (3, 48, 96)]
 @pytest.mark.parametrize(("L", "N", "K"), SHAPES)
 @pytest.mark.parametrize("tile", [(16, 32), (32, 64)])
 def test_from_bits(L: int, N: int, K: int, tile: tuple[int, int]) -> None:
-    """If this fails, kernels skip live tiles, or read tiles as full that are not, at an edge or anywhere."""
+    """Live tiles are listed, and only those without a dead weight are taken as full, at the edges, too."""
     for density in (0.02, 0.5, 0.999):
         keep = keep_of(L, N, K, density)
         check(TileLayout.from_bits(pack(keep), N, K, tile), keep)
 
 
 def test_bits_past_the_edge_are_ignored() -> None:
-    """If this fails, a caller's undefined padding bits turn a full tile into a partial one."""
+    """Padding bits past the edge, which are the caller's and undefined, make no tile partial."""
     keep = torch.ones(1, 16, 33, dtype=torch.bool, device=DEVICE)
     bits = pack(keep)
     bits[..., -1] = -1
@@ -107,7 +107,7 @@ def test_bits_past_the_edge_are_ignored() -> None:
     ("block", "has_bits"), [((16, 32), False), ((32, 64), False), ((16, 16), True), ((1, 1), True), ((5, 7), True)]
 )
 def test_from_blocks(block: tuple[int, int], has_bits: bool) -> None:
-    """If this fails, block masks lose or gain weights; or they read bits that they do not need."""
+    """Block masks keep exactly their weights, and hold bits only where tiles are not whole blocks."""
     flags = keep_of(3, 4, 5, 0.5, seed=1)  # an odd number of columns, of rows below
     layout = TileLayout.from_blocks(flags, block, (16, 32))
     assert (layout.bits is not None) == has_bits
@@ -117,14 +117,14 @@ def test_from_blocks(block: tuple[int, int], has_bits: bool) -> None:
 @pytest.mark.parametrize("tile", [(16, 32), (16, 128), (128, 32), (128, 128)])
 @pytest.mark.parametrize("sides", [(1, 1), (3, 2), (5, 4)])
 def test_pairs(tile: tuple[int, int], sides: tuple[int, int]) -> None:
-    """If this fails, two rows of tiles that are worked on together lose tiles, or take those of a neighbour."""
+    """Rows of tiles that are worked on together have the tiles of both, and no others."""
     flags = keep_of(4, *sides, 0.5, seed=2)
     layout = TileLayout.from_blocks(flags, tile, tile)
     check(layout, flags.repeat_interleave(tile[0], 1).repeat_interleave(tile[1], 2))
 
 
 def test_chunks_give_the_same_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If this fails, large masks, which are read in several pieces, get another layout than small ones."""
+    """A large mask, read in several pieces, gets the layout it would get in one."""
     keep = keep_of(5, 33, 70, 0.3)
     whole = TileLayout.from_bits(pack(keep), 33, 70, (16, 32))
     monkeypatch.setattr("fastmask_kernels.tile_layout._CHUNK", 1)
@@ -134,7 +134,7 @@ def test_chunks_give_the_same_layout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_update_replaces_one_language() -> None:
-    """If this fails, a dynamic subnetwork keeps an old mask, or changes another language's."""
+    """An update replaces one language's mask and leaves the others."""
     keep, other = keep_of(4, 33, 70, 0.4), keep_of(4, 33, 70, 0.05, seed=5)
     layout = TileLayout.from_bits(pack(keep), 33, 70, (16, 32))
     flags, other_flags = keep_of(4, 3, 2, 0.5), keep_of(4, 3, 2, 0.5, seed=9)
@@ -158,7 +158,7 @@ def test_update_replaces_one_language() -> None:
 
 
 def test_nbytes_is_what_the_docstring_says() -> None:
-    """If this fails, the memory a user plans with is wrong."""
+    """The memory of a layout is what its docstring promises."""
     flags = torch.ones(10, 64, 64, dtype=torch.bool, device=DEVICE)
     layout = TileLayout.from_blocks(flags, (64, 64), (64, 64))
     tiles = 11 * 64 * 64
@@ -169,7 +169,7 @@ def test_nbytes_is_what_the_docstring_says() -> None:
 
 
 def test_default_tile() -> None:
-    """If this fails, masks over aligned blocks read bits, or small weights leave most of a GPU idle."""
+    """Masks over aligned blocks need no bits, and small weights get tiles small enough to keep a GPU busy."""
     large = (4096, 4096)
     assert default_tile((128, 256), large) == (128, 128)
     assert default_tile((64, 128), large) == (64, 128)
@@ -179,7 +179,7 @@ def test_default_tile() -> None:
 
 
 def test_refusals() -> None:
-    """If this fails, a wrong mask is read as if it were right."""
+    """A wrong mask is an error."""
     bits = torch.zeros(2, 32, 2, dtype=torch.int32, device=DEVICE)
     layout = TileLayout.from_bits(bits, 32, 64, (16, 32))
     blocks = TileLayout.from_blocks(torch.ones(2, 2, 2, dtype=torch.bool, device=DEVICE), (16, 32), (16, 32))
@@ -208,7 +208,7 @@ def test_refusals() -> None:
     st.integers(1, 3), st.integers(1, 70), st.integers(1, 100), st.floats(0, 1), st.sampled_from([(16, 32), (32, 32)])
 )
 def test_any_shape(L: int, N: int, K: int, density: float, tile: tuple[int, int]) -> None:
-    """If this fails, there are shapes at which a layout does not hold its masks."""
+    """A layout holds its masks, whatever the shape."""
     keep = keep_of(L, N, K, density, seed=N * K)
     check(TileLayout.from_bits(pack(keep), N, K, tile), keep)
     check(TileLayout.from_blocks(keep, (1, 1), tile), keep)

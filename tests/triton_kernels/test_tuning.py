@@ -29,7 +29,7 @@ def setting(rows=4, tokens=8):
 
 
 def test_kept_on_disk_and_read_by_another_process():
-    """What was measured is lost, or is not what comes back."""
+    """What was measured comes back as it was, in another process, too."""
     x, plan = setting()
     assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
     tuning.remember(tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
@@ -40,7 +40,7 @@ def test_kept_on_disk_and_read_by_another_process():
 
 
 def test_another_number_of_tokens_is_another_problem_only_if_far_off():
-    """A config for few tokens is taken for many, or every batch size counts as new."""
+    """Similar numbers of tokens share a config; far larger ones have their own."""
     x, plan = setting(tokens=8)
     near, far = setting(tokens=9)[1], setting(tokens=80)[1]
     name = tuning.problem("k", x, None, [1], plan, False)
@@ -53,7 +53,7 @@ BROKEN = ["", "{", "[]", "3", '{"format": 99, "configs": {}}', '{"format": 2, "c
 
 @pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_file_counts_as_none(content):
-    """A damaged cache stops every launch."""
+    """A broken cache stops no launch."""
     tuning.cache_file().parent.mkdir(parents=True)
     tuning.cache_file().write_text(content, encoding="latin-1")
     x, plan = setting()
@@ -96,7 +96,7 @@ def test_it_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_a_launch_takes_it(monkeypatch):
-    """Tuning has no effect."""
+    """A launch uses the config that was measured."""
     x, plan = setting()
     arguments = (x, [torch.randn(16, 32)], [torch.arange(16).expand(2, 16).contiguous()], [torch.tensor([16, 8])])
     plainly = row_matmul(*arguments, plan, [16])[0]
@@ -120,7 +120,7 @@ def test_a_launch_takes_it(monkeypatch):
 
 
 def test_the_fastest_that_runs_is_chosen():
-    """A slow config wins, or one that does not fit the chip ends the search."""
+    """The fastest config wins, and one that does not fit the chip is passed over."""
     times = {2: 3.0, 3: 1.0, 4: 2.0}
     candidates = [Config((("BM", 16),), 4, stages) for stages in (1, 2, 3, 4)]
 
@@ -136,6 +136,6 @@ def test_the_fastest_that_runs_is_chosen():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(capsys):
-    """The command fails with a traceback where there is nothing to measure."""
+    """Where there is nothing to measure, the command says so, without a traceback."""
     assert autotune.main([]) == 2
     assert "there is none here" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 
 
 def test_each_stream_makes_its_own(device: Device) -> None:
-    """Another stream may not have written yet what is handed out."""
+    """Each stream makes its own, as another one's may not be written yet."""
     made: Kept[list[int]] = Kept()
     tensor = torch.ones(1)
     first = made.of(tensor, lambda: [1])
@@ -56,7 +56,7 @@ def test_each_stream_makes_its_own(device: Device) -> None:
 
 
 def test_what_a_capture_makes_is_not_kept(device: Device) -> None:
-    """A graph's memory holds nothing before a replay: it must not be handed out outside of the graph."""
+    """What is made in a graph's capture is used only inside the graph, as its memory is empty before a replay."""
     made: Kept[list[int]] = Kept()
     tensor, of_others = never_written(torch.ones(1)), torch.ones(1)
     device.capturing = True
@@ -70,7 +70,7 @@ def test_what_a_capture_makes_is_not_kept(device: Device) -> None:
 
 
 def test_what_was_written_is_made_again() -> None:
-    """A batch runs with the languages of the one before, whose ids lay in the same tensor."""
+    """After ids are written in place, what was made of them is made again."""
     made: Kept[int] = Kept()
     tensor = torch.zeros(1)
     assert [made.of(tensor, lambda: 1), made.of(tensor, lambda: 2)] == [1, 1]
@@ -82,7 +82,7 @@ def test_what_was_written_is_made_again() -> None:
 
 
 def test_each_key_and_each_user_has_its_own() -> None:
-    """One table is handed out for another."""
+    """Each key and each user has tables of its own."""
     first: Kept[int] = Kept()
     second: Kept[int] = Kept()
     for tensor in (torch.ones(1), never_written(torch.ones(1))):
@@ -91,7 +91,7 @@ def test_each_key_and_each_user_has_its_own() -> None:
 
 
 def test_tensors_of_others_stay_as_they_are() -> None:
-    """Ids that a user saves or copies take along what was made of them."""
+    """Ids that a user saves or copies carry nothing of what was made of them."""
     made: Kept[int] = Kept()
     tensor = torch.ones(1)
     made.of(tensor, lambda: 1)
@@ -99,7 +99,7 @@ def test_tensors_of_others_stay_as_they_are() -> None:
 
 
 def test_nothing_outlives_its_tensor(device: Device) -> None:
-    """Memory grows with every mask."""
+    """What was made of a tensor goes with it."""
     made: Kept[Tensor] = Kept()
     for prepared in (lambda tensor: tensor, never_written):
         tensor = prepared(torch.ones(1))
@@ -112,7 +112,7 @@ def test_nothing_outlives_its_tensor(device: Device) -> None:
 
 @pytest.mark.parametrize("kind", ["rows", "blocks", "weights"])
 def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
-    """A mask that is first used inside of a capture leaves a table behind that nobody has written."""
+    """A mask that is first used inside a capture leaves no unwritten table behind."""
     mask = {
         "rows": lambda: fm.Mask.rows(torch.rand(2, 32) < 0.5, 16),
         "blocks": lambda: fm.Mask.blocks(torch.rand(2, 2, 2) < 0.5, (16, 16)),
@@ -139,7 +139,7 @@ def plan_of(ids: Tensor) -> object:
 
 
 def test_plans_are_made_for_each_stream(device: Device) -> None:
-    """A layer on another stream reads a plan that is still being made."""
+    """A layer on another stream makes a plan of its own."""
     ids = torch.tensor([0, 1])
     first = plan_of(ids)
     device.stream = 2
@@ -149,7 +149,7 @@ def test_plans_are_made_for_each_stream(device: Device) -> None:
 
 
 def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
-    """A replay computes with the languages of the batch that was captured."""
+    """A replay computes with the languages of its own batch."""
     ids = torch.tensor([0, 1])
     eager = plan_of(ids)
     device.capturing = True
@@ -165,7 +165,7 @@ def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
 
 
 def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
-    """A layer that the kernels cannot run takes the plan of one that they can for its own list, or the reverse."""
+    """Layers of the two paths in one pass each use the lists of their own path."""
     ids = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
     plan, split = plan_of(ids), Split.of(ids, 3)
     assert plan_of(ids) is plan
@@ -178,7 +178,7 @@ def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
 def test_a_backward_pass_on_another_stream(
     kind: str, of_one_pass: bool, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The backward pass reads a plan, or a table, that another stream may still be making."""
+    """A backward pass on another stream makes plans and tables of its own."""
     monkeypatch.setattr(operators, "FORCED", "triton")
     keep, make = torch.rand(3, 32) < 0.5, (fm.Mask.rows if kind == "rows" else fm.Mask.columns)
     mask, ids = make(keep, 32), torch.tensor([0, 2])

@@ -44,7 +44,7 @@ def literal(parser, number, optimizer, steps, rates, support):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("number", [1, 3, -1])
 def test_the_steps_of_torch(optimizer, number):
-    """Steps are others than those of torch's optimiser, or a parameter has the rate of the other group."""
+    """Steps are those of torch's optimiser, with each group's own rate."""
     parser, _ = parser_with_subnets()
     support = support_of(parser, times=3)
     before = bits_of(parser)
@@ -62,7 +62,7 @@ def test_the_steps_of_torch(optimizer, number):
 
 
 def test_sgd_is_the_inner_loop_of_meta_learning():
-    """Few-shot evaluation takes other steps than the ones that meta-learning prepares for."""
+    """Few-shot evaluation takes the steps that meta-learning prepares for."""
     parser, _ = parser_with_subnets()
     support = support_of(parser)
     batch = parser.features.collate(support)
@@ -77,7 +77,7 @@ def test_sgd_is_the_inner_loop_of_meta_learning():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_dead_units_keep_their_bits(optimizer):
-    """A step moves the weights of a head or neuron that the language does not own."""
+    """No step moves the weights of a head or neuron that the language does not own."""
     parser, subnets = parser_with_subnets()
     before = bits_of(parser)
     with adapted(Parsing(parser), support_of(parser), 0, steps=3, optimizer=optimizer, **RATES):
@@ -94,7 +94,7 @@ def test_dead_units_keep_their_bits(optimizer):
 
 
 def test_kept_unless_something_goes_wrong():
-    """Kept weights are put back, or those of a failed evaluation stay."""
+    """Weights are kept where that was asked for, and put back after a failed evaluation."""
     parser, _ = parser_with_subnets()
     support, before = support_of(parser), bits_of(parser)
     with pytest.raises(ZeroDivisionError), adapted(Parsing(parser), support, 0, steps=2, keep=True, **RATES):
@@ -107,7 +107,7 @@ def test_kept_unless_something_goes_wrong():
 
 
 def test_dropout():
-    """Dropout is on unless asked for, draws from the caller's random numbers, or modes do not come back."""
+    """Dropout is off unless asked for; the caller's random numbers and the modes are left as they were."""
     parser, _ = parser_with_subnets(dropout=0.3)
     support = support_of(parser)
     parser.train()
@@ -132,7 +132,7 @@ def test_dropout():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("steps", [1, 6])
 def test_divergence_leaves_the_model(optimizer, steps):
-    """A learning rate that is far too high leaves weights that give NaN, also when only the last step breaks them."""
+    """A learning rate that is far too high leaves the model as it was, even if only the last step breaks it."""
     parser, _ = parser_with_subnets()
     before = bits_of(parser)
     rates = {"head_lr": 1e200, "encoder_lr": 1e200}
@@ -145,7 +145,7 @@ def test_divergence_leaves_the_model(optimizer, steps):
 
 
 def test_without_subnetworks_and_without_steps():
-    """A parser without masks cannot be adapted, or no step at all is an error."""
+    """A parser without masks can be adapted, and no steps at all are allowed."""
     parser = small_parser()
     before = bits_of(parser)
     with adapted(Parsing(parser), support_of(parser), -1, steps=2, head_lr=1e-4, encoder_lr=1e-4) as losses:

@@ -18,7 +18,7 @@ def per_sentence(parser):
 
 
 class TestUnion:
-    """`with_union` and `with_language` lose a unit, or change the languages that were there."""
+    """`with_union` and `with_language` keep every unit, and the languages that were there."""
 
     def test_every_unit_that_somebody_owns(self):
         heads = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 0, 0], [1, 1, 0]]], dtype=torch.bool)
@@ -54,7 +54,7 @@ class TestUnion:
 
 
 class TestSupportLosses:
-    """All candidates at once give other losses than one at a time."""
+    """All candidates at once have the losses they have one at a time."""
 
     @pytest.mark.parametrize("at_once", [None, 1, 2])
     def test_parser(self, at_once):
@@ -72,7 +72,7 @@ class TestSupportLosses:
 
     @pytest.mark.parametrize("model_type", ["bert", "llama"])
     def test_any_hugging_face_model(self, model_type):
-        """The README's way: a model with a head of its own, and a loss written on the spot."""
+        """As in the README: a model with its own head, and a loss written by the user."""
         model = tiny(model_type, "tokens" if model_type == "bert" else "causal")
         subnets = with_union(fm.Subnetworks.random(model.config, LANGUAGES, 0.5, seed=3, units="both"))
         fm.attach(model, subnets)
@@ -93,7 +93,7 @@ class TestSupportLosses:
             torch.testing.assert_close(found[number], expected, rtol=1e-12, atol=1e-12)
 
     def test_pieces(self):
-        """A batch of subword pieces is repeated in another way than one of trigrams."""
+        """Batches of subword pieces are repeated as those of trigrams are."""
         from fastmask.tasks.parsing.batch import Batch
 
         parser, _ = parser_with_subnets()
@@ -106,7 +106,7 @@ class TestSupportLosses:
         assert len(twice.word_mask) == 6
 
     def test_modes_and_gradients(self):
-        """Dropout is on while candidates are scored, or modules come back in another mode."""
+        """Dropout is off while candidates are scored, and modules come back in their mode."""
         parser, _ = parser_with_subnets(dropout=0.5)
         one = parser.features.collate(support_of(parser))
         parser.train()
@@ -136,7 +136,7 @@ class TestSupportLosses:
 
 
 class TestChoose:
-    """Another subnetwork is chosen than the one that the numbers say."""
+    """The subnetwork that is chosen is the one the numbers say."""
 
     def test_best(self):
         """The lowest support loss among the training languages; the union and the full network are asked for."""
@@ -151,7 +151,7 @@ class TestChoose:
         assert choice.losses.items() <= with_full.losses.items()
 
     def test_best_may_be_the_full_network(self):
-        """The full network wins and another one's number is returned."""
+        """If the full network wins, its number is returned."""
         parser, subnets = parser_with_subnets()
         support = support_of(parser)
         with adapted(

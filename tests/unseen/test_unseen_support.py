@@ -21,7 +21,7 @@ def many(count: int, word: str) -> list[dict]:
 
 
 class TestSets:
-    """Support sets repeat sentences, are not those of the seed, or are picked by their place."""
+    """Support sets have no sentence twice, and depend on the seed, not on the order of the file."""
 
     def test_drawn_from_the_seed(self):
         sets = support_sets(50, 20, 30, seed=3, language="fo")
@@ -41,7 +41,7 @@ class TestSets:
 
 
 class TestPool:
-    """Support and test share a sentence, or the pool is of another split than it should be."""
+    """Support and test share no sentence, and the pool is of the right split."""
 
     @pytest.mark.parametrize(
         ("train", "dev", "source", "size"), [(30, 30, "train", 30), (5, 30, "dev", 30), (5, 5, "test", 20)]
@@ -55,7 +55,7 @@ class TestPool:
         assert not words[0] & words[1]
 
     def test_the_part_of_a_test(self):
-        """It is not drawn from the seed, or is larger than asked."""
+        """The part of a test set is drawn by the seed, and no larger than asked."""
         splits = {"test": many(500, "c")}
         pool = split_pool(splits, 20, seed=0, language="fo")
         assert (len(pool.support), len(pool.test), pool.dropped) == (100, 400, 0)
@@ -65,7 +65,7 @@ class TestPool:
         assert len(split_pool({"test": many(30, "c")}, 0, seed=0, language="fo").test) == 30
 
     def test_the_same_words_twice(self):
-        """A sentence of the pool is tested on because it stands in the test, too."""
+        """A sentence of the pool that also stands in the test is not tested on."""
         splits = {"train": rows_of("yes .", "no .", "no ."), "test": rows_of("no .", "yes", "yes .", "maybe")}
         pool = split_pool(splits, 2, seed=0, language="fo")
         assert [row["words"] for row in pool.test] == [["yes"], ["maybe"]]
@@ -82,7 +82,7 @@ class TestPool:
 
 
 class TestDeprels:
-    """A relation that the model does not know gets a wrong label, or none without a word."""
+    """A relation that the model does not know is refused, ignored or mapped as asked, never guessed."""
 
     ROWS = ({"deprels": ["nsubj:outer", "root", "objj"]}, {"deprels": ["root", "nsubj:outer"]})
 
@@ -104,7 +104,7 @@ class TestDeprels:
         assert self.ROWS[1] == {"deprels": ["root", "nsubj:outer"]}
 
     def test_universal_that_is_unknown_too(self):
-        """`xyz:outer` becomes `xyz`, which the model does not know either."""
+        """`xyz:outer` is refused if the model does not know `xyz` either."""
         with pytest.raises(ValueError, match=r"xyz:outer \(1\)"):
             check_deprels([{"deprels": ["xyz:outer"]}], Vocabulary(["nsubj"], [], "keep"), "universal")
 

@@ -33,11 +33,11 @@ COUNTS = {"det": (1, 0), "amod": (1, 0), "nsubj": (1, 1), "advmod": (0, 2), "aux
 
 class TestHeadDirection:
     def test_counts(self):
-        """A dependent is counted on the wrong side, with its subtype, or as punctuation or root."""
+        """Each dependent is counted on its side, without its subtype; punctuation and root are not."""
         assert HeadDirection.of_rows(ROWS).counts == COUNTS
 
     def test_similarity_by_hand(self):
-        """The formula is another one than the one that is written down."""
+        """The similarity is the documented formula."""
         one, other = HeadDirection({"a": (3, 1), "b": (0, 2), "c": (9, 9)}), HeadDirection({"a": (0, 4), "b": (6, 6)})
         w_a, w_b = 1 / (1 / 4 + 1 / 4), 1 / (1 / 2 + 1 / 12)
         d_a, d_b = abs(3.5 / 5 - 0.5 / 5), abs(0.5 / 3 - 6.5 / 13)
@@ -65,7 +65,7 @@ def nearest(values):
 
 @pytest.mark.parametrize("language", list(ARTIFICIAL))
 def test_artificial_languages(artificial, language):
-    """From 20 sentences, the nearest other language is one whose verb stands elsewhere.
+    """From 20 sentences, the nearest other language is one of the same word order.
 
     Each language in turn is left out. What is known of them: the head-final ones (postpositions) are nearest to each
     other; the ones with the verb first or in the middle, to one of those; qah (verb last, all else head-first) has
@@ -82,7 +82,7 @@ def test_artificial_languages(artificial, language):
 
 
 def test_real_treebanks(ud_dir):
-    """Faroese is not nearest to Norwegian, or Japanese not to Korean, from 20 sentences."""
+    """From 20 sentences, Faroese is nearest to Norwegian, and Japanese to Korean."""
     banks = ["UD_English-EWT", "ar", "UD_Norwegian-Bokmaal", "UD_Korean-GSD"]
     profiles = {
         code: HeadDirection.of_rows(splits["train"].select_columns(["heads", "deprels"]))
@@ -99,7 +99,7 @@ def test_real_treebanks(ud_dir):
 
 
 class TestMeasure:
-    """URIEL is used where it cannot be, or the error does not say what to do."""
+    """URIEL is used only where it can be, and the error says what to do."""
 
     @pytest.fixture
     def without_lang2vec(self, monkeypatch):
@@ -137,7 +137,7 @@ class TestMeasure:
 
 
 def test_uriel():
-    """Codes of treebanks are not those of URIEL, or its features are not those of syntax."""
+    """Codes of treebanks become those of URIEL, and features are those of syntax."""
     pytest.importorskip("lang2vec.lang2vec")
     assert similarity_measure("fo", ["en", "ar", "no", "ko"], has_support=False) == "uriel"
     languages = ["en", "ar", "cs", "hi", "it", "ko", "no", "ru"]
@@ -152,7 +152,7 @@ def test_uriel():
 
 
 def test_uriel_from_an_installed_command(tmp_path, monkeypatch):
-    """A command finds the script that lang2vec installs beside it instead of the package."""
+    """A command finds the package, not the script that lang2vec installs beside it."""
     pytest.importorskip("lang2vec.lang2vec")
     (tmp_path / "lang2vec.py").write_text("raise OSError('the script')")
     for name in [name for name in sys.modules if name.startswith("lang2vec")]:

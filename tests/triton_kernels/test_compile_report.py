@@ -45,7 +45,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     ids=["some", "all"],
 )
 def test_launched_kernels_compile_well(arguments: tuple[str, ...]) -> None:
-    """Broken: a launch in use spills registers, misses the tensor cores, or asks for more memory than the chip has."""
+    """No launch in use spills registers, misses the tensor cores, or asks for more memory than the chip has."""
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -75,12 +75,12 @@ def failures_of(samples: dict[str, Any], kernel: str, target: str = "sm_90") -> 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_good_kernel_has_no_failure(samples: dict[str, Any], target: str) -> None:
-    """Broken: the report rejects kernels that are as they should be."""
+    """Kernels that are as they should be pass."""
     assert failures_of(samples, "good", target) == []
 
 
 def test_the_inner_loop_is_read(samples: dict[str, Any]) -> None:
-    """Broken: the counts are of another loop, or of the whole kernel with what runs before and after its loop."""
+    """Instructions are counted in the inner loop alone, without what runs before and after it."""
     made = row(samples, "good")["build"]
     # 128 x 128 x 64 with two warp groups of 64 rows: four instructions of depth 16; 32 KiB in 256 threads x 16 bytes.
     assert made["tensor"] == {"HGMMA.64x128x16": 4}
@@ -97,14 +97,14 @@ def test_the_inner_loop_is_read(samples: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_narrow_loads_are_told_from_wide_ones(samples: dict[str, Any], target: str) -> None:
-    """Broken: a kernel that lost its alignment hints, and copies two bytes at a time, looks like one that has them."""
+    """A kernel without alignment hints, which copies two bytes at a time, can be told from one that has them."""
     made = row(samples, "unaligned, 3 odd sizes", target)["build"]
     assert made["async_copies"] == {}
     assert made["loads"] == {"16": 2 * 64 * 32 // (128 if target == "sm_90" else 256)}
 
 
 def test_a_prediction_weighs_flops_against_bytes(samples: dict[str, Any]) -> None:
-    """Broken: the predicted bound does not follow from the case and the chip's rates."""
+    """The predicted bound follows from the case and the chip's rates."""
     found, chip = row(samples, "good"), CHIPS["sm_90"]
     assert found["bound"] == "L2"
     assert found["predicted_share"] == pytest.approx(128 * 128 / (128 + 128) * chip.l2 / chip.flops_16bit)
@@ -130,12 +130,12 @@ def build_of(registers: int, shared: int) -> Build:
     ],
 )
 def test_programs_that_fit_a_multiprocessor(chip, registers, shared_kib, warps, expected) -> None:  # type: ignore[no-untyped-def]
-    """Broken: block sizes are chosen for more, or fewer, programs at a time than there is room for."""
+    """Registers, shared memory and warps limit how many programs run at a time."""
     assert resident(build_of(registers, 1024 * shared_kib), warps, CHIPS[chip]) == expected
 
 
 def test_fewer_residents_than_the_table_says_are_noticed() -> None:
-    """Broken: a compiler takes more registers than the model that chose the block sizes knows of."""
+    """A kernel fails if fewer of its programs fit than the model that chose its block sizes assumed."""
     fits = Row("a", "", "bf16", "sm_90", 0, 0, 16, False, build_of(126, 96 * 1024), num_warps=8, expected=2)
     assert failures([fits]) == []
     (line,) = failures([replace(fits, expected=3)])
@@ -149,7 +149,7 @@ def test_fewer_residents_than_the_table_says_are_noticed() -> None:
 
 
 def test_spills_are_noticed(samples: dict[str, Any]) -> None:
-    """Broken: a kernel that keeps its accumulator in slow memory passes."""
+    """A kernel that keeps its accumulator in slow memory fails."""
     made, lines = row(samples, "spilling")["build"], failures_of(samples, "spilling")
     assert made["stack"] > 0
     assert made["spill_stores"] > 0
@@ -162,20 +162,20 @@ def test_spills_are_noticed(samples: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_missing_tensor_cores_are_noticed(samples: dict[str, Any], target: str) -> None:
-    """Broken: a kernel that multiplies at a tenth of the chip's rate passes."""
+    """A kernel that does not use the chip's matrix units fails."""
     (line,) = failures_of(samples, "dotless", target)
     assert "has no" in line
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_too_much_shared_memory_is_noticed(samples: dict[str, Any], target: str) -> None:
-    """Broken: a launch that every such chip refuses passes."""
+    """A launch that every such chip refuses fails."""
     (line,) = failures_of(samples, "too_big", target)
     assert "shared memory" in line
 
 
 def test_a_case_that_does_not_compile_is_a_failure(samples: dict[str, Any]) -> None:
-    """Broken: one bad case hides all others, or goes unnoticed."""
+    """A case that does not compile is reported, and hides no other."""
     (line,) = failures_of(samples, "misdescribed")
     assert "does not compile" in line
 
@@ -192,7 +192,7 @@ def stand_in(name: str, **constexprs: Any) -> Variant:
 
 
 def test_the_quick_form_takes_the_largest_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken: the quick form leaves a variant of a kernel out, or compiles its small tiles alone, which never spill."""
+    """The quick form compiles every variant of a kernel, with its largest tiles: small ones never spill."""
     tiles = [("a", False, 64), ("a", False, 128), ("a", True, 64), ("b", True, 32)]
     variants = [stand_in(name, FLAG=flag, BM=size, BN=64, BK=64) for name, flag, size in tiles]
     monkeypatch.setattr(sample_kernels, "variants", lambda chip: [replace(v, chip=chip) for v in variants])
@@ -203,7 +203,7 @@ def test_the_quick_form_takes_the_largest_tile(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_crashing_compiler_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken: an abort inside the compiler takes the whole report with it, without saying which kernel it was."""
+    """An abort inside the compiler costs its own kernel only, which is named."""
 
     def build(variant: Variant) -> None:
         if variant.kernel == "crash":
@@ -219,14 +219,14 @@ def test_a_crashing_compiler_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Broken: under the interpreter the report fails somewhere inside Triton instead of saying why."""
+    """Under the interpreter, which compiles nothing, the report says so."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     assert compile_report.main(["--target", "sm_90"]) == 2
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
 def test_an_empty_report_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Broken: a misspelt target or kernel looks like a report without failures."""
+    """A misspelt target or kernel is an error, not a report without failures."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     with pytest.raises(SystemExit) as stopped:
         compile_report.main(["--target", "sm_91"])
@@ -273,7 +273,7 @@ kernel:
 
 
 def test_loops_of_sass() -> None:
-    """Broken: a jump back from a wait behind the kernel's end counts as a loop, or the loop lacks the wait."""
+    """A jump back from a wait behind the kernel's end is no loop of its own; its wait belongs to the loop."""
     code = read_sass(SASS)
     assert sorted(map(sorted, loops(code))) == [[1, 2, 3, 4, 5, 6, 7, 9, 10, 11], [2, 3, 4, 5, 9, 10, 11], [9, 10]]
     assert [i.opcode.split(".")[0] for i in inner_loop(code, ("HGMMA",))] == [
@@ -282,7 +282,7 @@ def test_loops_of_sass() -> None:
 
 
 def test_divergent_threads_meet_where_sass_says() -> None:
-    """Broken: a loop with a branch inside ends at the branch."""
+    """A loop with a branch inside does not end at the branch."""
     code = read_sass("""
         /*0000*/                   BSSY B0, 0x40 ;
         /*0010*/               @P0 BRA 0x30 ;
@@ -296,7 +296,7 @@ def test_divergent_threads_meet_where_sass_says() -> None:
 
 
 def test_loops_of_amd_assembly() -> None:
-    """Broken: AMD's labels are not followed, or the text after the kernel is read as code."""
+    """AMD's labels are followed, and the text after the kernel is not read as code."""
     code = read_amdgcn(AMDGCN)
     assert len(code) == 6
     assert len(inner_loop(code, ("v_mfma",))) == 4
@@ -306,7 +306,7 @@ def test_loops_of_amd_assembly() -> None:
 
 
 def test_roofline() -> None:
-    """Broken: a floor is not the slower of arithmetic and transfers."""
+    """A floor is the slower of arithmetic and transfers."""
     chip = CHIPS["sm_90"]
     assert roofline(790e12, 1, chip) == (pytest.approx(1), "compute")
     assert roofline(1, 4.3e12, chip) == (pytest.approx(1), "memory")
@@ -316,7 +316,7 @@ def test_roofline() -> None:
 
 
 def test_work_of_a_linear_layer() -> None:
-    """Broken: a kernel is compared with FLOPs or bytes that are not those of its operation."""
+    """FLOPs and bytes are those of the operation, counted by hand."""
     M, N, K = 10, 128, 64
     dense = masked_linear("dense", M, N, K, 1.0, 8)
     assert {work.flops for work in dense.values()} == {2 * 10 * 128 * 64}
@@ -339,7 +339,7 @@ def test_work_of_a_linear_layer() -> None:
 
 
 def test_roofline_table_lists_every_pass() -> None:
-    """Broken: a workload or a pass is missing from the table of floors."""
+    """Every workload and every pass stands in the table of floors."""
     text = roofline_table()
     for expected in ("rows 50%", "BERT-base", "blocks 70%", "blocks 50%", "blocks 30%", "bits 50%"):
         assert sum(expected in line for line in text.splitlines()) >= 3

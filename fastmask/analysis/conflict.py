@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastmask.analysis.gradients import gradients_of, products
 from fastmask.analysis.result import Result, span
 from fastmask.linear import MaskedLinear
 from fastmask.models.attach import attached, is_attached, language, owner_of
+from fastmask.models.modes import evaluating
 from fastmask.models.structure import layers_of, structure_of
 
 __all__ = ["gradient_conflict"]
@@ -94,7 +95,7 @@ def gradient_conflict(
 
     scopes = _scopes(model, whole, layers)
     sums: dict[str, dict[str, Any]] = {}
-    with _evaluating(whole):
+    with evaluating(whole):  # dropout would make halves and languages differ by chance
         for name, rows, gradients in gradients_of(whole, run, data):
             found = dict.fromkeys(scopes[name], products(gradients))
             if name in owned:
@@ -161,18 +162,6 @@ def _scopes(model: nn.Module, whole: nn.Module, layers: Sequence[str] | None) ->
         + ([f"layer {number[id(parameter)]}"] if id(parameter) in number else [])
         for name, parameter in whole.named_parameters()
     }
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode: dropout would make halves and languages differ by chance."""
-    training = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in training.items():
-            part.training = mode
 
 
 def _order(scope: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The `fastmask` command: train, discover, evaluate, predict, compare, adapt, analyze, masks."""
+"""The `fastmask` command. Each of `COMMANDS` is a module of this folder with `add_options` and `run`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A failure prints one message and no traceback unless `--debug` is given.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # The options of commands are known where PyTorch is: who asks for help in general does not wait for it.
+    # A command's options stand in its module, which may load PyTorch: help in general does not wait for it.
     try:
         parser = _parser(arguments) if arguments and arguments[0] in COMMANDS else _commands()[0]
     except ModuleNotFoundError as error:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             _print_warnings_plainly(options.command)
-            _run(options)
+            importlib.import_module(f"fastmask.cli.{options.command}").run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read what was written, such as `head`, has had enough. Nothing is left to be flushed at the exit.
@@ -98,11 +98,6 @@ def _print_warnings_plainly(command: str) -> None:
     warnings.showwarning = show
 
 
-def _run(options: argparse.Namespace) -> None:
-    # Each command imports what it needs when it runs: `--help` answers at once.
-    importlib.import_module(f"fastmask.cli.{options.command}").run(options)
-
-
 def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the command line, and those of its commands, which have no options yet."""
     import fastmask
@@ -120,89 +115,7 @@ def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    from fastmask.cli import analyze
-    from fastmask.cli.adapt import add_options
-    from fastmask.cli.options import Joined, add_settings, add_task_settings, output_file
-    from fastmask.compare.plan import RESERVED, CompareConfig
-    from fastmask.discovery import VOTES
-    from fastmask.training.config import DEVICES, METAS, METHODS
-
+    """The parser of the command line with the options of the command that `arguments` name."""
     parser, commands = _commands()
-    command = commands.__getitem__
-
-    def data_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--data", help="a folder, a file or a name on the Hub; that of the run if not given")
-        sub.add_argument("--languages", nargs="+", help="codes or treebank names; those of the run if not given")
-        sub.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
-
-    train = command("train")
-    train.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here override it")
-    add_settings(train)
-    if arguments[0] == "train":
-        add_task_settings(train, arguments)
-
-    find = command("discover")
-    find.add_argument(
-        "runs", nargs="+", metavar="RUN", help="finished runs of one encoder, on the same languages or others"
-    )
-    masks = "where to write the subnetworks (-: standard output)"
-    find.add_argument("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
-    find.add_argument(
-        "--combine",
-        choices=tuple(VOTES),
-        default="majority",
-        help="vote of the draws; with a density, the units with the most votes are kept, whatever this is",
-    )
-    add_settings(find, only=("score", "units", "density", "tau", "score_sentences", "draws", "dev_sentences", "seed"))
-    data_options(find)
-
-    score = command("evaluate")
-    score.add_argument("run", metavar="RUN", help="folder of a finished run")
-    score.add_argument("--split", default="test", choices=("train", "dev", "test"), help="which part of the data")
-    scores = "also write the scores to this file (-: standard output)"
-    score.add_argument("--json", metavar="FILE", type=output_file, help=scores)
-    data_options(score)
-
-    write = command("predict")
-    write.add_argument("run", metavar="RUN", help="folder of a finished run")
-    reads = "file to read, - for standard input: CoNLL-U (parsing), or JSON lines"
-    write.add_argument("input", metavar="INPUT", help=reads)
-    write.add_argument("output", metavar="OUTPUT", help="file to write, - for standard output")
-    write.add_argument("--language", help="whose subnetwork to use; the full network if not given")
-    write.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
-
-    grid = command("compare")
-    grid.add_argument("--data", required=True, help="a folder, a file or a name on the Hub")
-    grid.add_argument(
-        "--out", required=True, help="folder of the comparison; the same command resumes where it stopped"
-    )
-    clusters = "address of a Ray cluster to train cells on instead (auto, local, host:port; needs the extra ray)"
-    grid.add_argument("--ray", metavar="ADDRESS", help=clusters)
-    plan = "YAML file that says everything: arms, settings, hypotheses (as compare.yaml of a comparison)"
-    grid.add_argument("--plan", metavar="FILE", help=plan)
-    methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all but vector)"
-    grid.add_argument("--methods", nargs="+", action=Joined, help=methods)
-    metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"
-    grid.add_argument("--metas", nargs="+", action=Joined, help=metas)
-    some = "only these arms now, as in full,static; their tables are shown, and the others can follow"
-    grid.add_argument("--arms", nargs="+", action=Joined, help=some)
-    grid.add_argument("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
-    add_settings(grid, settings=CompareConfig, group="the comparison")
-    add_settings(grid, without=RESERVED)
-    if arguments[0] == "compare":
-        add_task_settings(grid, arguments)
-
-    learn = command("adapt")
-    learn.add_argument("run", metavar="RUN", help="folder of a finished run")
-    add_options(learn)
-    learn.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
-
-    look = command("analyze")
-    analyze.add_options(look)
-    look.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
-
-    show = command("masks")
-    show.add_argument("file", metavar="FILE", help="file that `train` or `discover` wrote, or the folder of a run")
-    picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
-    show.add_argument("--picture", metavar="FILE", type=output_file, help=picture)
+    importlib.import_module(f"fastmask.cli.{arguments[0]}").add_options(commands[arguments[0]], arguments)
     return parser

@@ -6,13 +6,14 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from fastmask.cli.options import add_device
 from fastmask.files import check_writable
 from fastmask.literal import say
 from fastmask.settings import ConfigError
@@ -31,14 +32,15 @@ Rows = list[Mapping[str, Any]]
 Score = tuple[str, int, dict[str, float]]  # which network, after how many steps, its scores
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options, but for RUN and where to compute."""
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the command's options."""
     from fastmask.tasks.task import UNKNOWN_LABELS
     from fastmask.unseen import CHOICES, DEFAULT_RATES, DEFAULT_STEPS, OPTIMIZERS
     from fastmask.unseen.typology import SIMILARITIES
 
     heads, below = (", ".join(f"{rates[i]:g} for {name}" for name, rates in DEFAULT_RATES.items()) for i in (0, 1))
     add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
     add("--language", required=True, metavar="CODE", help="what the unseen language is called")
     add("--support", metavar="FILE", help="file of support examples (parsing: CoNLL-U); zero-shot if not given")
     add("--sentences", type=int, metavar="N", help="so many of them, drawn by the seed; all of them if not given")
@@ -69,6 +71,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     test.add_argument("--data", metavar="DIR", help="or data that has the language: its test split")
     add("--seed", type=int, default=0, help="of the draw of support examples")
     add("--out", required=True, metavar="DIR", help="folder of the new run")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastmask.cli.options import add_device
 from fastmask.settings import items_of
 from fastmask.terminal import LiteralConsole
 
@@ -18,8 +20,8 @@ __all__ = ["add_options", "run"]
 NAMES = "effect,overlap,heads,conflict,cross,typology,ablation,dynamics"
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options, but for where to compute."""
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the command's options."""
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folders of finished runs, put side by side, and of comparisons")
     add("--what", metavar="LIST", help=f"which analyses, by commas (default: {NAMES})")
@@ -28,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sentences", type=int, metavar="N", help="of each language, for what runs the model (default: 64 to 200)")
     add("--seed", type=int, default=0, help="of the draw of sentences, random masks and permutations")
     add("--workers", type=int, metavar="N", help="processes (default: one for each core, as far as there is work)")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmask.cli.options import given_settings
-from fastmask.compare.plan import CONDITIONS, FREE, CompareConfig, Job, Plan, arms_of, check_languages
-from fastmask.compare.report import print_tables, write_report
+from fastmask.cli.options import Joined, add_settings, add_task_settings, given_settings
+from fastmask.compare.plan import CONDITIONS, FREE, RESERVED, CompareConfig, Job, Plan, arms_of, check_languages
 from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.literal import say
@@ -22,13 +21,35 @@ from fastmask.tasks.task import heading
 from fastmask.terminal import LiteralConsole, console_of
 from fastmask.training.config import METAS, METHODS
 
-__all__ = ["run"]
+__all__ = ["add_options", "run"]
+
+
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add an option for every setting of a comparison and of its runs, and for those of the task."""
+    add = parser.add_argument
+    add("--data", required=True, help="a folder, a file or a name on the Hub")
+    add("--out", required=True, help="folder of the comparison; the same command resumes where it stopped")
+    clusters = "address of a Ray cluster to train cells on instead (auto, local, host:port; needs the extra ray)"
+    add("--ray", metavar="ADDRESS", help=clusters)
+    plan = "YAML file that says everything: arms, settings, hypotheses (as compare.yaml of a comparison)"
+    add("--plan", metavar="FILE", help=plan)
+    methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all but vector)"
+    add("--methods", nargs="+", action=Joined, help=methods)
+    metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"
+    add("--metas", nargs="+", action=Joined, help=metas)
+    some = "only these arms now, as in full,static; their tables are shown, and the others can follow"
+    add("--arms", nargs="+", action=Joined, help=some)
+    add("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
+    add_settings(parser, settings=CompareConfig, group="the comparison")
+    add_settings(parser, without=RESERVED)
+    add_task_settings(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
     from fastmask.compare.cells import Runner
     from fastmask.compare.engine import run_all
+    from fastmask.compare.report import print_tables, write_report
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")

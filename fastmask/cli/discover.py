@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastmask.cli.masks import print_masks
-from fastmask.cli.options import given_settings
+from fastmask.cli.options import add_data, add_settings, given_settings, output_file
 from fastmask.cli.report import quality_text, round_printer, stability_lines, stream_beside
+from fastmask.discovery import VOTES
 from fastmask.files import check_writable
 from fastmask.literal import say
 from fastmask.settings import ConfigError
@@ -29,7 +30,20 @@ if TYPE_CHECKING:
 
 from fastmask.tasks.task import heading
 
-__all__ = ["run"]
+__all__ = ["add_options", "run"]
+
+
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="finished runs of one encoder, on the same languages or others")
+    masks = "where to write the subnetworks (-: standard output)"
+    add("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
+    votes = "vote of the draws; with a density, the units with the most votes are kept, whatever this is"
+    add("--combine", choices=tuple(VOTES), default="majority", help=votes)
+    settings = ("score", "units", "density", "tau", "score_sentences", "draws", "dev_sentences", "seed")
+    add_settings(parser, only=settings)
+    add_data(parser)
 
 
 @dataclasses.dataclass(frozen=True)

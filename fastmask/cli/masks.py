@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.table import Table
 
+from fastmask.cli.options import output_file
 from fastmask.cli.report import stream_beside
 from fastmask.files import check_writable, read_metadata
 from fastmask.literal import say
@@ -14,7 +16,15 @@ from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.storage import masks_file
 from fastmask.terminal import console_of
 
-__all__ = ["print_masks", "run"]
+__all__ = ["add_options", "print_masks", "run"]
+
+
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="file that `train` or `discover` wrote, or the folder of a run")
+    picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
+    add("--picture", metavar="FILE", type=output_file, help=picture)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from fastmask.files import read_yaml
-from fastmask.training.config import TrainConfig
+from fastmask.training.config import DEVICES, TrainConfig
 
-__all__ = ["STANDARD_OUTPUT", "Joined", "add_settings", "add_task_settings", "given_settings", "output_file"]
+__all__ = [
+    "STANDARD_OUTPUT", "Joined", "add_data", "add_device", "add_settings", "add_task_settings", "given_settings",
+    "output_file",
+]  # fmt: skip
 
 STANDARD_OUTPUT = "/dev/stdout"
 SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a namespace
@@ -20,6 +23,18 @@ SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a name
 def output_file(name: str) -> str:
     """What an option that names a file to write stands for: ``-`` is standard output."""
     return STANDARD_OUTPUT if name == "-" else name
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say on which data, and on what, a finished run is computed."""
+    parser.add_argument("--data", help="a folder, a file or a name on the Hub; that of the run if not given")
+    parser.add_argument("--languages", nargs="+", help="codes or treebank names; those of the run if not given")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where to compute."""
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
 
 
 def add_settings(

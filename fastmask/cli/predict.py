@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 
+from fastmask.cli.options import add_device
 from fastmask.files import check_writable, descriptor_of
 from fastmask.literal import say
 
-__all__ = ["run"]
+__all__ = ["add_options", "run"]
 
 STANDARD = "-"
+
+
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the command's options."""
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a finished run")
+    reads = "file to read, - for standard input: CoNLL-U (parsing), or JSON lines"
+    add("input", metavar="INPUT", help=reads)
+    add("output", metavar="OUTPUT", help="file to write, - for standard output")
+    add("--language", help="whose subnetwork to use; the full network if not given")
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -8,10 +8,11 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastmask.cli.options import given_settings
+from fastmask.cli.options import add_settings, add_task_settings, given_settings
 from fastmask.cli.report import (
     parts_of,
     print_scores,
@@ -30,10 +31,17 @@ from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
 
-__all__ = ["run"]
+__all__ = ["add_options", "run"]
 
 RESULTS_FILE = "results.json"
 EMBEDDED_STEPS = 600  # about a minute and a half on two cores
+
+
+def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add an option for every setting of a run, and for those of the task that `arguments` name."""
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here override it")
+    add_settings(parser)
+    add_task_settings(parser, arguments)
 
 
 def run(options: argparse.Namespace) -> None:

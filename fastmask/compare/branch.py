@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from fastmask.files import FileError, held, remove_leftovers, replace_file, write_folder
-from fastmask.files.manifest import MANIFEST, Origin, write_manifest
+from fastmask.files.manifest import MANIFEST, Origin, files_in, write_manifest
 from fastmask.settings import ConfigError
 from fastmask.training import checkpoints
 from fastmask.training.checkpoints import CheckpointError
@@ -75,7 +75,7 @@ def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
     with held(out):
         check_out(alone)
         remove_leftovers(checkpoints.folder_of(out))
-        names = checkpoints.files_of(config, step)
+        names = files_in(start) - {MANIFEST}
         files = {name: partial(_link, start / name) for name in sorted(names)}
         manifest = partial(write_manifest, origin=_origin(origin, config), names=names)
         write_folder(checkpoints.folder_of(out, step), {**files, MANIFEST: manifest})

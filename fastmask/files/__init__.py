@@ -3,13 +3,13 @@
 Every other module reads JSON, YAML and safetensors, replaces files and removes folders through this one.
 """
 
-from fastmask.files.descriptors import descriptor_of
 from fastmask.files.folders import remove_leftovers, remove_tree, write_folder
 from fastmask.files.locking import LOCK_FILES, HeldError, held
 from fastmask.files.reading import (
     FileError,
     Record,
     check,
+    descriptor_of,
     parse_json,
     read_json,
     read_json_lines,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ __all__ = [
     "check",
     "check_regular",
     "compressed",
+    "descriptor_of",
     "parse_json",
     "read_json",
     "read_json_lines",
@@ -32,6 +34,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_NUMBERED = re.compile(r"/(?:dev|proc/self)/fd/([0-9]+)")
+_LINKS = 40  # as many as Linux follows
 
 JSON_BYTES = 1 << 28  # records of a run of a million steps have some 20 MB
 
@@ -63,6 +69,24 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise FileError(path, f"is {'a folder' if stat.S_ISDIR(mode) else 'not a regular file'} (expected a file)")
     with open(handle, "rb") as file:
         yield file
+
+
+def descriptor_of(path: str | os.PathLike[str]) -> int | None:
+    """The number of the open file that a path stands for, perhaps through links; None for any other path.
+
+    That is standard output, or what a shell hands over as ``/dev/fd/63``. Such a file must not be opened again, nor
+    replaced: a shell's ``>>`` would lose what is in it, and a socket cannot be opened at all.
+    """
+    name = os.path.abspath(path)
+    for _ in range(_LINKS):
+        if name in _STANDARD:
+            return _STANDARD[name]
+        if number := _NUMBERED.fullmatch(name):
+            return int(number[1])
+        if not os.path.islink(name):
+            break
+        name = os.path.abspath(os.path.join(os.path.dirname(name), os.readlink(name)))
+    return None
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

@@ -19,8 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastmask.files.descriptors import descriptor_of
-from fastmask.files.reading import FileError
+from fastmask.files.reading import FileError, descriptor_of
 
 __all__ = [
     "check_writable",

@@ -8,13 +8,11 @@ so the state is a handful of counters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from fastmask.errors import unknown
 
 __all__ = ["Draw", "EpisodeSampler"]
 
@@ -33,9 +31,7 @@ class Draw:
 class EpisodeSampler:
     """Yields meta-batches for ever, each a list of `Draw`s of different languages.
 
-    `draw()` gives them one language at a time; state is exact after every draw, so a run that is killed between two
-    languages of a meta-batch goes on with the ones left. The same on every process: to split a meta-batch over
-    processes, let process r of n take `draws[r::n]`.
+    The same on every process: to split a meta-batch over processes, let process r of n take `draws[r::n]`.
     """
 
     def __init__(
@@ -44,7 +40,6 @@ class EpisodeSampler:
         support_size: int,
         query_size: int,
         *,
-        languages: Sequence[str] | None = None,
         meta_batch: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -54,21 +49,17 @@ class EpisodeSampler:
             sizes: number of sentences of each language.
             support_size: sentences in a support set.
             query_size: sentences in a query set; 0 for Reptile without queries.
-            languages: which of `sizes` are drawn, all if not given.
             meta_batch: languages in a meta-batch, drawn without repetition; all of them, in order, if not given.
             seed: of all random choices.
 
         Raises:
-            ValueError: a number out of its range, a language with fewer sentences than support and query take, a
-                language named twice, or a meta-batch larger than the number of languages.
-            KeyError: a language that is not in `sizes`.
+            ValueError: a number out of its range, no language or one with fewer sentences than support and query take,
+                or a meta-batch larger than the number of languages.
         """
-        self.languages = tuple(sizes if languages is None else languages)
-        for language in self.languages:
-            if language not in sizes:
-                raise unknown("language", language, sizes)
-        if not self.languages or len(set(self.languages)) != len(self.languages):
-            raise ValueError(f"expected at least one language, each once, given {', '.join(self.languages) or 'none'}")
+        self.sizes = {language: int(size) for language, size in sizes.items()}
+        self.languages = tuple(self.sizes)
+        if not self.languages:
+            raise ValueError("expected at least one language, given none")
         _at_least("support_size", support_size, 1)
         _at_least("query_size", query_size, 0)
         _at_least("seed", seed, 0)
@@ -79,7 +70,6 @@ class EpisodeSampler:
                 f"a meta-batch of {self.meta_batch} languages needs as many, given {len(self.languages)}: "
                 f"{', '.join(self.languages)}"
             )
-        self.sizes = {language: int(sizes[language]) for language in self.languages}
         need = support_size + query_size
         small = [f"{language} has {size}" for language, size in self.sizes.items() if size < need]
         if small:
@@ -88,8 +78,7 @@ class EpisodeSampler:
                 f"{', '.join(small)}"
             )
         self.support_size, self.query_size, self.seed = support_size, query_size, seed
-        self._number = 0  # of the current meta-batch
-        self._position = 0  # in it
+        self._number = 0  # of the next meta-batch
         self._drawn = [0] * len(self.languages)  # so many pieces of each language
 
     def __iter__(self) -> Iterator[list[Draw]]:
@@ -97,30 +86,23 @@ class EpisodeSampler:
         return self
 
     def __next__(self) -> list[Draw]:
-        """Return the next meta-batch, or what is left of one that was begun; never runs dry."""
-        return [self.draw() for _ in range(self.meta_batch - self._position)]
+        """Return the next meta-batch; never runs dry."""
+        draws = [self._draw(number) for number in self._members()]
+        self._number += 1
+        return draws
 
-    def draw(self) -> Draw:
-        """Return the next language of the current meta-batch, or the first of the next one."""
-        number = self._members()[self._position]
+    def _draw(self, number: int) -> Draw:
+        """The next piece of a language."""
         language, need = self.languages[number], self.support_size + self.query_size
         size = self.sizes[language]
         passed, place = divmod(self._drawn[number], size // need)
         rows = self._random(_SENTENCES, number, passed).permutation(size)[place * need : (place + 1) * need]
         self._drawn[number] += 1
-        self._position += 1
-        if self._position == self.meta_batch:
-            self._number, self._position = self._number + 1, 0
         return Draw(language, rows[: self.support_size], rows[self.support_size :])
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters that JSON can hold; the same on every process that has drawn as much."""
-        return {
-            "meta_batch": self._number,
-            "position": self._position,
-            "drawn": list(self._drawn),
-            "made_for": self._made_for(),
-        }
+        return {"meta_batch": self._number, "drawn": list(self._drawn), "made_for": self._made_for()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was called.
@@ -133,7 +115,7 @@ class EpisodeSampler:
                 f"the sampler's state was made for {state['made_for']} (expected {self._made_for()}): "
                 "resume with the data and settings of the run"
             )
-        self._number, self._position = int(state["meta_batch"]), int(state["position"])
+        self._number = int(state["meta_batch"])
         self._drawn = [int(n) for n in state["drawn"]]
 
     def _made_for(self) -> dict[str, Any]:
@@ -147,7 +129,7 @@ class EpisodeSampler:
         }
 
     def _members(self) -> list[int]:
-        """The languages of the current meta-batch."""
+        """The languages of the next meta-batch."""
         if self.meta_batch == len(self.languages):
             return list(range(self.meta_batch))
         members: list[int] = self._random(_LANGUAGES, self._number).permutation(len(self.languages)).tolist()

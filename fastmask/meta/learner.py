@@ -173,20 +173,26 @@ class MetaLearner:
 
     @contextmanager
     def adapt(
-        self, language: Language, support: Sequence[Any], *, steps: int | None = None, keep: bool = False
+        self,
+        language: Language,
+        support: Sequence[Any],
+        *,
+        steps: int | None = None,
+        keep: bool = False,
+        weights: type[FastWeights] = FastWeights,
     ) -> Iterator[Adapted]:
         """The model after `steps` inner steps (default K) on `support`, inside the context; afterwards as before.
 
         For few-shot evaluation: an unseen language takes the subnetwork of `language`. Inside, the caller says which
         subnetwork runs, with `language_ids` or `fastmask.language`. With `keep` the adapted weights stay, unless the
-        context is left by an exception.
+        context is left by an exception. `weights` takes the steps: of SGD, unless it is a subclass that does otherwise.
 
         Raises:
             ValueError, TypeError, KeyError: as in `episode`; without steps `support` may be empty.
         """
         steps = self.inner_steps if steps is None else _steps(steps, low=0)
         _check_support(language, support, steps)
-        with FastWeights(self.model, rates_of(self.model, self.inner_learning_rate), self._number(language)) as fast:
+        with weights(self.model, rates_of(self.model, self.inner_learning_rate), self._number(language)) as fast:
             losses = self._inner_loop(fast, language, support, steps)
             if keep:
                 fast.keep()

@@ -12,14 +12,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from fastmask.files import FileError, read_tensors
 from fastmask.models import attach
 from fastmask.reports.folders import Run
 from fastmask.reports.sections import Options, SkipError
 from fastmask.settings import items_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Task
-from fastmask.training.checkpoints import MASKS
+from fastmask.training import checkpoints
 from fastmask.training.engine import device_of
 from fastmask.training.run_folder import data_of, load_run
 
@@ -102,12 +101,8 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
         FileError: the checkpoint's weights are damaged, or not those of the run's model.
     """
     task, _ = task_of(run, options, attached=False)
-    file = checkpoint / "model.safetensors"
-    try:
-        task.model.load_state_dict(read_tensors(file)[0])
-    except RuntimeError as error:  # names or shapes, one a line
-        raise FileError(file, " ".join(str(error).split())[:500]) from None
-    masks = checkpoint / MASKS
+    checkpoints.load_weights(task.model, checkpoint / checkpoints.MODEL)
+    masks = checkpoint / checkpoints.MASKS
     subnets = Subnetworks.load(masks) if masks.is_file() else None
     if subnets is not None:
         attach(task.encoder, subnets)

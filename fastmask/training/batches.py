@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
-from fastmask.training.conflict import without_conflict
 
-__all__ = ["MixedBatches", "MixedLanguageSampler", "Seen"]
+__all__ = ["MixedBatches", "MixedLanguageSampler", "Seen", "without_conflict"]
 
 _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
 
@@ -72,7 +72,7 @@ class MixedBatches:
         parts = list(train.values())
         self.joined = type(parts[0]).join(parts)
         self.languages = list(train)
-        self.ids: torch.Tensor | None = None
+        self.ids: Tensor | None = None
         self.sampler = MixedLanguageSampler(
             [examples.lengths for examples in parts],
             config.batch_size,
@@ -90,51 +90,69 @@ class MixedBatches:
     def accumulate(self, step: int) -> Seen:
         """Put the gradient of this process's part of the next batch into `.grad`, averaged over processes."""
         rows, languages = next(self.sampler)
+        words = int(self.joined.lengths[rows].sum())
         if self.config.conflict == "pcgrad":
-            return self._without_conflict(step, rows, languages)
-        examples = self.joined.select(rows)
-        ids = None if self.ids is None else self.ids[torch.from_numpy(languages)]
-        batch = self.task.collate(examples, ids).to(self.accelerator.device)
-        found = self.task.loss(batch, self.model)
-        loss, words = found.mean, int(examples.lengths.sum())
-        if self.accelerator.num_processes > 1:
-            # Gradients are averaged over processes; a process with more to average over has more to say.
-            counts = torch.tensor([found.weight, words], dtype=torch.float64, device=loss.device)
-            total, words = (int(count) for count in self.accelerator.reduce(counts, "sum").tolist())
-            loss = loss * (found.weight * self.accelerator.num_processes / total)
-        self.accelerator.backward(loss)
-        mean = self.accelerator.reduce(loss.detach(), "mean").item()
-        return Seen(step + 1, {"loss": mean}, words, [self.languages[number] for number in np.unique(languages)])
+            losses = self._without_conflict(step, rows, languages)
+        else:
+            loss, weight = self._loss(rows, languages)
+            if self.accelerator.num_processes > 1:
+                # Gradients are averaged over processes; a process with more to average over has more to say.
+                counts = torch.tensor([weight, words], dtype=torch.float64, device=loss.device)
+                total, words = (int(count) for count in self.accelerator.reduce(counts, "sum").tolist())
+                loss = loss * (weight * self.accelerator.num_processes / total)
+            self.accelerator.backward(loss)
+            losses = {"loss": self.accelerator.reduce(loss.detach(), "mean").item()}
+        return Seen(step + 1, losses, words, [self.languages[number] for number in np.unique(languages)])
 
-    def _without_conflict(self, step: int, rows: np.ndarray, languages: np.ndarray) -> Seen:
-        """The same with the gradient of each language by itself, without what points against another's."""
+    def _loss(self, rows: np.ndarray, languages: np.ndarray) -> tuple[Tensor, int]:
+        """The mean loss of some examples, and over how many words or tokens it is one."""
+        ids = None if self.ids is None else self.ids[torch.from_numpy(languages)]
+        batch = self.task.collate(self.joined.select(rows), ids).to(self.accelerator.device)
+        found = self.task.loss(batch, self.model)
+        return found.mean, found.weight
+
+    def _without_conflict(self, step: int, rows: np.ndarray, languages: np.ndarray) -> dict[str, float]:
+        """Put the languages' gradients without what points against another's into `.grad`; in one process."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        words = self.joined.select(rows).lengths
-        present, gradients, mean, weights = np.unique(languages), [], 0.0, []
-        for number in present:
+        gradients, losses, weights = [], [], []
+        for number in np.unique(languages):
             own = languages == number
-            examples = self.joined.select(rows[own])
-            ids = None if self.ids is None else self.ids[torch.from_numpy(languages[own])]
-            found = self.task.loss(self.task.collate(examples, ids).to(self.accelerator.device), self.model)
-            grads = torch.autograd.grad(found.mean, trained, materialize_grads=True)
-            gradients.append(torch.cat([grad.to_dense().flatten() for grad in grads]) * found.weight)
-            mean += float(found.mean.detach()) * found.weight
-            weights.append(found.weight)
-        generator = np.random.default_rng([self.config.seed, step])
-        total, share = without_conflict(gradients, generator)
+            loss, weight = self._loss(rows[own], languages[own])
+            grads = torch.autograd.grad(loss, trained, materialize_grads=True)
+            gradients.append(torch.cat([grad.to_dense().flatten() for grad in grads]) * weight)
+            losses.append(float(loss.detach()) * weight)
+            weights.append(weight)
+        total, share = without_conflict(gradients, np.random.default_rng([self.config.seed, step]))
         total /= sum(weights)
         for parameter, grad in zip(trained, total.split([p.numel() for p in trained]), strict=True):
             parameter.grad = grad.view_as(parameter)
-        losses = {"loss": mean / sum(weights), "conflict": share}
-        return Seen(step + 1, losses, int(words.sum()), [self.languages[number] for number in present])
+        return {"loss": sum(losses) / sum(weights), "conflict": share}
 
-    def state_dict(self) -> dict[str, Any]:
-        """The sampler's counters, as JSON."""
-        return self.sampler.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from them."""
-        self.sampler.load_state_dict(state)
+def without_conflict(gradients: Sequence[Tensor], generator: np.random.Generator) -> tuple[Tensor, float]:
+    """PCGrad (Yu et al. 2020, arXiv 2001.06782): the sum of the gradients, each without its conflicts.
+
+    For every other language in random order, where the inner product of the two is negative, the projection onto the
+    other's own gradient is taken off.
+
+    Args:
+        gradients: of each language, [n] each, float32 or wider.
+        generator: of the order in which a language meets the others.
+
+    Returns:
+        The sum [n], and the share of the ordered pairs of languages that were in conflict (0 with one language).
+    """
+    lengths = torch.stack([torch.dot(gradient, gradient) for gradient in gradients])
+    total, conflicts = torch.zeros_like(gradients[0]), 0
+    for number, gradient in enumerate(gradients):
+        own = gradient.clone()
+        for other in generator.permutation(len(gradients)).tolist():
+            product = torch.dot(own, gradients[other])
+            if other != number and bool(product < 0):
+                own.sub_(gradients[other], alpha=float(product / lengths[other]))
+                conflicts += 1
+        total += own
+    return total, conflicts / max(1, len(gradients) * (len(gradients) - 1))
 
 
 class MixedLanguageSampler:
@@ -165,20 +183,15 @@ class MixedLanguageSampler:
             world_size: number of processes.
 
         Raises:
-            ValueError: a language without sentences, or a number out of its range.
+            ValueError: a language without sentences, or a batch smaller than the number of processes.
         """
         if not lengths or any(len(n) == 0 for n in lengths):
             empty = [i for i, n in enumerate(lengths) if len(n) == 0]
             raise ValueError(f"languages without training sentences: {empty or 'all'} (expected at least one each)")
-        if not 0 <= temperature <= 1:
-            raise ValueError(f"temperature is {temperature} (expected 0 for equal shares .. 1 for proportional ones)")
-        if batch_size < world_size or not 0 <= rank < world_size or bins < 1:
-            raise ValueError(
-                f"batch_size {batch_size}, rank {rank} of {world_size}, bins {bins} "
-                "(expected batch_size >= world_size > rank >= 0 and bins >= 1)"
-            )
+        if batch_size < world_size:
+            raise ValueError(f"batch_size is {batch_size} (expected at least one for each of {world_size} processes)")
         self.lengths = [np.asarray(n, dtype=np.int64) for n in lengths]
-        self.batch_size, self.temperature, self.seed, self.bins = batch_size, temperature, seed, bins
+        self.seed, self.bins = seed, bins
         self.rank, self.world_size = rank, world_size
         sizes = np.array([len(n) for n in self.lengths], dtype=np.float64)
         weights = sizes**temperature
@@ -210,39 +223,12 @@ class MixedLanguageSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters that JSON can hold; the same on every rank."""
-        return {
-            "step": self._step,
-            "epochs": list(self._epochs),
-            "taken": [list(taken) for taken in self._taken],
-            "made_for": self._made_for(),
-        }
+        return {"step": self._step, "epochs": list(self._epochs), "taken": [list(taken) for taken in self._taken]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called.
-
-        Raises:
-            ValueError: the state is of a sampler with other data or settings; nothing is changed.
-        """
-        if state["made_for"] != self._made_for():
-            raise ValueError(
-                f"the sampler's state was made for {state['made_for']} (expected {self._made_for()}): "
-                "resume with the data and settings of the run"
-            )
-        self._step = int(state["step"])
-        self._epochs = [int(epoch) for epoch in state["epochs"]]
-        self._taken = [[int(n) for n in taken] for taken in state["taken"]]
+        """Go on where `state_dict` was called, with the same data and settings."""
+        self._step, self._epochs, self._taken = state["step"], list(state["epochs"]), [list(t) for t in state["taken"]]
         self._orders = [self._order(language) for language in range(len(self.lengths))]
-
-    def _made_for(self) -> dict[str, Any]:
-        words = [int(n.sum()) for n in self.lengths]
-        return {
-            "sentences": [len(n) for n in self.lengths],
-            "words": words,
-            "batch_size": self.batch_size,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "bins": self.bins,
-        }
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stream])

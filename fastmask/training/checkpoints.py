@@ -24,10 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastmask.files import FileError, Record, read_json, read_tensors, remove_tree, write_folder
-from fastmask.files.manifest import MANIFEST, Origin, check_files, files_in, write_manifest
+from fastmask.files.manifest import MANIFEST, Origin, check_files, write_manifest
 from fastmask.optim import LiveAdamW
 from fastmask.optim.compact import HELD
-from fastmask.training.config import TrainConfig
 from fastmask.training.engine import RandomState, set_random_state
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "Progress",
     "check",
     "complete",
-    "files_of",
     "folder_of",
     "latest",
     "load_optimizer",
@@ -105,14 +103,6 @@ def latest(run: str | os.PathLike[str]) -> Path | None:
     return found[-1] if found else None
 
 
-def files_of(config: TrainConfig, step: int) -> set[str]:
-    """What a checkpoint of a run with these settings holds after `step` steps, beside its manifest."""
-    names = {MODEL, OPTIMIZER, RANDOM, PROGRESS}
-    if config.switch_step is None or step <= config.switch_step or config.method == "full":
-        return names
-    return names | {MASKS} | ({DYNAMIC} if config.method == "dynamic" else set())
-
-
 def check(path: Path) -> Origin:
     """Return the origin of a checkpoint that is as it was written.
 
@@ -125,8 +115,8 @@ def check(path: Path) -> Origin:
     return origin
 
 
-def newest_whole(run: str | os.PathLike[str], config: TrainConfig) -> tuple[Path, Origin] | None:
-    """The newest checkpoint of a run that is whole, and has the files that the run's settings ask for.
+def newest_whole(run: str | os.PathLike[str]) -> tuple[Path, Origin] | None:
+    """The newest checkpoint of a run that is whole.
 
     Newer ones that are damaged are named in a warning; None if there are no checkpoints at all.
 
@@ -137,7 +127,6 @@ def newest_whole(run: str | os.PathLike[str], config: TrainConfig) -> tuple[Path
     for path in reversed(complete(run)):
         try:
             origin = check(path)
-            _check_kind(path, config)
         except FileError as error:
             faults.append(str(error))
             continue
@@ -149,18 +138,6 @@ def newest_whole(run: str | os.PathLike[str], config: TrainConfig) -> tuple[Path
             f"no checkpoint in {folder_of(run)} is whole (expected one to go on from): {'; '.join(faults)}"
         )
     return None
-
-
-def _check_kind(path: Path, config: TrainConfig) -> None:
-    """See that a checkpoint, which is whole, is of the run's method, before or after the switch as its step is."""
-    expected, there = files_of(config, step_of(path)), files_in(path) - {MANIFEST}
-    for name in sorted(expected ^ there):
-        what = "does not belong into" if name in there else "is missing from"
-        raise FileError(path / name, f"{what} a checkpoint of method {config.method} after {step_of(path)} steps")
-    in_episodes = config.meta != "none" and step_of(path) > config.shared_steps
-    if (read_progress(path).episodes is not None) != in_episodes:
-        fault = "has no episodes" if in_episodes else "has episodes, which do not belong"
-        raise FileError(path / PROGRESS, f"{fault} after {step_of(path)} steps with meta {config.meta}")
 
 
 def save(

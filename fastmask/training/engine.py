@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmask.files import held
 from fastmask.optim import LiveAdamW
 from fastmask.optim.rows import can_be_sparse
 from fastmask.tasks.task import Task
-from fastmask.training.config import DEVICES, SCHEDULES, TrainConfig
+from fastmask.training.config import TrainConfig
 
 __all__ = [
     "RandomState",
@@ -29,7 +27,6 @@ __all__ = [
     "clip_gradients",
     "device_of",
     "gathered",
-    "held_by_first",
     "learning_rate_factor",
     "looked_up_tables",
     "on_first",
@@ -51,8 +48,6 @@ def device_of(name: str) -> torch.device:
     Raises:
         ValueError: a GPU is asked for and there is none.
     """
-    if name not in DEVICES:
-        raise ValueError(f"device is {name!r} (expected one of {', '.join(DEVICES)})")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch finds no GPU here (expected cpu, or auto)")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -100,18 +95,6 @@ def gathered(items: list[T]) -> list[T]:
 
     found: list[T] = gather_object(items)
     return found
-
-
-@contextmanager
-def held_by_first(accelerator: Any, folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for all processes of a run; see `fastmask.files.held`."""
-    with ExitStack() as stack:
-
-        def hold() -> None:
-            stack.enter_context(held(folder))
-
-        on_first(accelerator, hold)
-        yield
 
 
 @torch.no_grad()
@@ -173,12 +156,9 @@ def looked_up_tables(task: Task) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], limit: float, accelerator: Any) -> float:
-    """Scale gradients down to the norm `limit`; returns the norm they had. Sparse ones hold each row once."""
-    parameters = list(parameters)
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
+    """`torch.nn.utils.clip_grad_norm_`, also of sparse gradients, which hold each row once; the norm they had."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not any(gradient.is_sparse for gradient in gradients):
-        return float(accelerator.clip_grad_norm_(parameters, limit))
     held = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
     norm = torch.nn.utils.get_total_norm(held)
     torch._foreach_mul_(held, torch.clamp(limit / (norm + 1e-6), max=1.0))
@@ -209,13 +189,8 @@ def learning_rate_factor(step: int, steps: int, warmup: int, kind: str = "cosine
     """The factor of the peak learning rate at `step` (0 is the first step); no schedule has a state to save.
 
     It climbs over `warmup` steps to 1, falls to 0 at `steps`, and stays there: a cosine that is not held at its end
-    climbs again.
-
-    Raises:
-        ValueError: `kind` is not one of `SCHEDULES`.
+    climbs again. `kind` is one of `SCHEDULES`.
     """
-    if kind not in SCHEDULES:
-        raise ValueError(f"schedule is {kind!r} (expected one of {', '.join(SCHEDULES)})")
     if step < warmup:
         return (step + 1) / warmup
     if kind == "constant":
@@ -259,13 +234,10 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put all random states back at the end, so that what runs inside does not show in what follows."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Put the random state back at the end, so that what runs inside does not show in what follows."""
+    state = random_state(device)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        set_random_state(state, device)

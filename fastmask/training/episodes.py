@@ -63,40 +63,28 @@ class Budget:
             ConfigError: the steps after the switch hold less than one episode, or there are fewer languages than a
                 meta-batch takes.
         """
-        if config.meta == "none":
-            return cls(
-                steps=config.steps,
-                plain_steps=config.steps,
-                episodes=0,
-                outer_steps=config.steps,
-                episode_sentences=0,
-                sentences=config.steps * config.batch_size,
-                gradient_passes=config.steps,
-            )
-        members = n_languages if config.meta_batch is None else config.meta_batch
-        if members > n_languages:
-            raise ConfigError(f"meta_batch is {members} (expected at most the number of languages, {n_languages})")
-        reptile = config.meta == "reptile"
-        drawn = config.support_sentences * (config.inner_steps if reptile else 1)
-        query = 0 if reptile else config.query_sentences
-        sentences = members * (drawn + query)
-        plain = config.shared_steps
-        left = config.steps - plain
-        episodes = left if config.meta_budget == "updates" else left * config.batch_size // sentences
-        if episodes < 1:
-            raise ConfigError(
-                f"an episode draws {sentences} sentences ({members} languages, {drawn} support and {query} query "
-                f"sentences), and the {left} steps after the switch have only {left * config.batch_size}: expected "
-                "more steps, fewer of support_sentences, query_sentences or meta_batch, or meta_budget updates"
-            )
-        passes = members * (config.inner_steps + (query > 0))
+        plain, episodes, drawn, passes = config.steps, 0, 0, 0
+        if config.meta != "none":
+            members = n_languages if config.meta_batch is None else config.meta_batch
+            if members > n_languages:
+                raise ConfigError(f"meta_batch is {members} (expected at most the number of languages, {n_languages})")
+            support, query = _sizes(config)
+            drawn, passes = members * (support + query), members * (config.inner_steps + (query > 0))
+            plain, left = config.shared_steps, config.steps - config.shared_steps
+            episodes = left if config.meta_budget == "updates" else left * config.batch_size // drawn
+            if episodes < 1:
+                raise ConfigError(
+                    f"an episode draws {drawn} sentences ({members} languages, {support} support and {query} query "
+                    f"sentences), and the {left} steps after the switch have only {left * config.batch_size}: expected "
+                    "more steps, fewer of support_sentences, query_sentences or meta_batch, or meta_budget updates"
+                )
         return cls(
             steps=config.steps,
             plain_steps=plain,
             episodes=episodes,
             outer_steps=plain + episodes,
-            episode_sentences=sentences,
-            sentences=plain * config.batch_size + episodes * sentences,
+            episode_sentences=drawn,
+            sentences=plain * config.batch_size + episodes * drawn,
             gradient_passes=plain + episodes * passes,
         )
 
@@ -135,14 +123,15 @@ def episode_sampler(config: TrainConfig, train: Mapping[str, Any]) -> EpisodeSam
     Raises:
         ValueError: a meta-batch larger than the number of languages, or languages with too few sentences.
     """
-    reptile = config.meta == "reptile"
-    return EpisodeSampler(
-        {code: len(examples) for code, examples in train.items()},
-        support_size=config.support_sentences * (config.inner_steps if reptile else 1),
-        query_size=0 if reptile else config.query_sentences,
-        meta_batch=config.meta_batch,
-        seed=config.seed,
-    )
+    sizes = {code: len(examples) for code, examples in train.items()}
+    return EpisodeSampler(sizes, *_sizes(config), meta_batch=config.meta_batch, seed=config.seed)
+
+
+def _sizes(config: TrainConfig) -> tuple[int, int]:
+    """Different support and query sentences of a language in an episode; Reptile has a batch for each inner step."""
+    if config.meta == "reptile":
+        return config.support_sentences * config.inner_steps, 0
+    return config.support_sentences, config.query_sentences
 
 
 class Episodes:

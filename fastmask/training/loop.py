@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fastmask.errors import unknown
-from fastmask.files import FileError, read_json_lines, remove_tree, write_folder
+from fastmask.files import FileError, held, read_json_lines, remove_tree, write_folder
 from fastmask.files.manifest import MANIFEST, Origin, check_files, write_manifest
 from fastmask.models import attach
 from fastmask.optim import LiveAdamW
@@ -37,7 +37,6 @@ from fastmask.training.engine import (
     build_optimizer,
     clip_gradients,
     gathered,
-    held_by_first,
     learning_rate_factor,
     looked_up_tables,
     on_first,
@@ -175,7 +174,6 @@ class _Run:
         rates = peak_rates(task, config)
         self.batches = MixedBatches(task, self.model, self.data, config, rates, self.accelerator)
         self.phase: MixedBatches | Episodes = self.batches
-        self.switched = False
         self.subnetworks: Subnetworks | None = None
         self.dynamic: DynamicMasks | None = None
         self.step = 0
@@ -184,6 +182,11 @@ class _Run:
         self.counts: dict[str, int] = {}  # of episodes, for the metrics
         self.window = Window()
 
+    @property
+    def switched(self) -> bool:
+        """Whether there are subnetworks or episodes by now."""
+        return self.subnetworks is not None or self.phase is not self.batches
+
     # ---- the steps
 
     def train(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
@@ -191,7 +194,7 @@ class _Run:
         config = self.config
         self.accelerator.wait_for_everyone()
         with ExitStack() as stack:
-            stack.enter_context(held_by_first(self.accelerator, self.folder))
+            on_first(self.accelerator, lambda: stack.enter_context(held(self.folder)))
             history = self._resume()
             self.log = MetricsLog(self.folder, history, config.tensorboard, self.accelerator.is_main_process)
             stack.callback(self.log.close)
@@ -232,7 +235,7 @@ class _Run:
         for name, value in seen.losses.items():
             if not math.isfinite(value):
                 raise TrainingDiverged(f"the {name.replace('_', ' ')} is {value}", seen.step, self.checkpoint)
-        norm = clip_gradients(self.model.parameters(), config.max_grad_norm, self.accelerator)
+        norm = clip_gradients(self.model.parameters(), config.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingDiverged(f"the gradient's norm is {norm}", seen.step, self.checkpoint)
         if self.announce is not None and self.subnetworks is not None:
@@ -311,7 +314,6 @@ class _Run:
             if not self.window.empty:
                 self._log_window()  # plain steps and episodes do not go into one line
             self.phase = self._episodes()
-        self.switched = True
         self.optimizer.zero_grad(set_to_none=True)
         self.model.train()
         self.window.restart_clock()
@@ -328,7 +330,7 @@ class _Run:
             return False
 
         if not on_first(self.accelerator, known):
-            with preserved_random_state():
+            with preserved_random_state(self.accelerator.device):
                 process, processes = self.accelerator.process_index, self.accelerator.num_processes
                 point = SwitchPoint(self.task, self.datasets, self.data, self.config, self.step, process, processes)
                 found = self.discover(point)
@@ -382,7 +384,7 @@ class _Run:
             **self._mask_writers(),
         }
         progress = checkpoints.Progress(
-            sampler=self.batches.state_dict(),
+            sampler=self.batches.sampler.state_dict(),
             window=self.window.state_dict(),
             history=self.log.history,
             evaluate=self.unscored,
@@ -420,14 +422,12 @@ class _Run:
 
     def _to_checkpoint(self, path: Path) -> list[dict[str, Any]]:
         progress = checkpoints.read_progress(path)
-        self.batches.load_state_dict(progress.sampler)
+        self.batches.sampler.load_state_dict(progress.sampler)
         if (path / checkpoints.MASKS).is_file():
             self._attach(Subnetworks.load(path / checkpoints.MASKS))
-            self.switched = True
         if progress.episodes is not None:
             self.phase = self._episodes()
             self.phase.load_state_dict(progress.episodes)
-            self.switched = True
         checkpoints.load_weights(self.task.model, path / checkpoints.MODEL)
         checkpoints.load_optimizer(self.optimizer, path / checkpoints.OPTIMIZER)
         if self.dynamic is not None:

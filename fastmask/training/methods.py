@@ -20,6 +20,7 @@ from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.models import attach, detach
 from fastmask.models.attach import attached
+from fastmask.models.modes import evaluating
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
@@ -132,15 +133,13 @@ def _check_density(task: Task, config: TrainConfig) -> None:
 
 def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
     """The subnetworks of the run's method, from those found."""
-    if config.method == "random":
-        return random_like(found, config.seed)
-    if config.method == "shuffled":
-        return shuffled(found)
-    if config.method == "permuted":
-        return permuted_like(found, config.seed)
-    if config.method == "shared":
-        return shared_like(found)
-    return found
+    controls = {
+        "random": lambda: random_like(found, config.seed),
+        "permuted": lambda: permuted_like(found, config.seed),
+        "shuffled": lambda: shuffled(found),
+        "shared": lambda: shared_like(found),
+    }
+    return controls[config.method]() if config.method in controls else found
 
 
 def draws_for(
@@ -237,12 +236,8 @@ def _scoring(
             return None
         return task.score(prepared[language], task.predict(prepared[language]))[task.metric]
 
-    was_training = task.model.training
-    task.model.eval()
-    try:
+    with evaluating(task.model):
         yield _Scoring(batches, loss, metric)
-    finally:
-        task.model.train(was_training)
 
 
 def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
@@ -311,16 +306,11 @@ class DynamicMasks:
         """Update the masks after `step` steps, unless they are frozen; returns the languages whose masks changed."""
         if not self.masks.due(step):
             return []
-        was_training = self.task.model.training
-        self.task.model.eval()  # dropout would add noise to the scores
-        try:
-            with preserved_random_state():
-                for position, (language, examples) in enumerate(self.train.items()):
-                    self.masks.scout(language, self._batch(step, position, examples), self._loss)
-        finally:
-            self.task.model.train(was_training)
-        several = self.accelerator.num_processes > 1
-        return self.masks.update(step, self._sum_over_processes if several else None)
+        # Dropout would add noise to the scores.
+        with evaluating(self.task.model), preserved_random_state(self.accelerator.device):
+            for position, (language, examples) in enumerate(self.train.items()):
+                self.masks.scout(language, self._batch(step, position, examples), self._loss)
+        return self.masks.update(step, self._sum_over_processes)
 
     def _batch(self, step: int, position: int, examples: Any) -> Any:
         seed = [self.config.seed, step, position, self.accelerator.process_index]

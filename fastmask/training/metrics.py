@@ -125,22 +125,27 @@ class TrainingProgress:
         from fastmask.terminal import LiteralConsole
 
         self._console = LiteralConsole(stderr=True)
+        on_terminal = self._console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                f"loss {{task.fields[loss]}} · dev {metric} {{task.fields[score]}} · {{task.fields[rate]}} words/s"
-            ),
+            TextColumn("{task.fields[values]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not enabled or not self._console.is_terminal,
+            disable=not enabled or not on_terminal,
+            speed_estimate_period=600.0,
         )
-        self._task = self._bar.add_task("full network", total=total, completed=done, loss="-", score="-", rate="-")
-        self._lines = enabled and not self._console.is_terminal
-        self._total, self._done, self._metric, self._title = total, done, metric, "full network"
-        self._began = self._last = time.perf_counter()
+        self._lines = enabled and not on_terminal
+        self._forms = {
+            "loss": "loss {:.3f}",
+            "dev_score": f"dev {metric} {{:.2f}}",
+            "words_per_second": "{:,.0f} words/s",
+        }
         self._values: dict[str, str] = {}
+        self._bar.add_task("full network", total=total, completed=done, values="")
+        (self._state,) = self._bar.tasks
+        self._last = time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
         """Show the bar."""
@@ -153,36 +158,32 @@ class TrainingProgress:
 
     def phase(self, name: str) -> None:
         """Say what is being trained or done."""
-        self._title = name
-        self._bar.update(self._task, description=name)
+        self._bar.update(self._state.id, description=name)
         if self._lines:
-            self._console.print(f"{name}", highlight=False)
+            self._console.print(name, highlight=False)
 
     def step(self, step: int) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=step)
-        if self._lines and time.perf_counter() - self._last > self.EVERY:
-            self._line(step)
+        self._bar.update(self._state.id, completed=step)
+        if time.perf_counter() - self._last > self.EVERY:
+            self._line()
 
     def show(self, step: int, record: dict[str, Any]) -> None:
         """Show what of loss, score and speed the record holds."""
-        names = {"loss": ("loss", "{:.3f}"), "dev_score": ("score", "{:.2f}"), "words_per_second": ("rate", "{:,.0f}")}
-        found = {name: form.format(record[key]) for key, (name, form) in names.items() if key in record}
-        self._values |= found
-        fields: dict[str, Any] = dict(found)
-        self._bar.update(self._task, completed=step, **fields)
-        if self._lines and (step == self._total or "score" in found):
-            self._line(step)
+        self._values |= {name: form.format(record[name]) for name, form in self._forms.items() if name in record}
+        values = " · ".join(self._values[name] for name in self._forms if name in self._values)
+        self._bar.update(self._state.id, completed=step, values=values)
+        if step == self._state.total or "dev_score" in record:
+            self._line()
 
-    def _line(self, step: int) -> None:
+    def _line(self) -> None:
+        """Where there is no bar, say how far it is."""
         self._last = time.perf_counter()
-        seconds = (self._last - self._began) / max(step - self._done, 1) * (self._total - step)
-        shown = {"loss": "loss {}", "score": f"dev {self._metric} {{}}", "rate": "{} words/s"}
-        parts = [form.format(self._values[name]) for name, form in shown.items() if name in self._values]
-        left = f"about {seconds / 60:.0f} min left" if step < self._total else "done"
-        self._console.print(
-            f"step {step}/{self._total} ({self._title}): {', '.join([*parts, left])}", highlight=False, soft_wrap=True
-        )
+        if self._lines:
+            at, left = self._state, self._state.time_remaining
+            rest = "done" if at.remaining == 0 else "" if left is None else f"about {left / 60:.0f} min left"
+            text = f"step {at.completed:.0f}/{at.total:.0f} ({at.description}): {at.fields['values']}"
+            self._console.print(f"{text}, {rest}" if rest else text, highlight=False, soft_wrap=True)
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -212,7 +212,7 @@ def _start(config: TrainConfig) -> tuple[Path, Origin] | None:
     folder = Path(config.out)
     newest, failure = None, None
     try:
-        newest = checkpoints.newest_whole(folder, config)
+        newest = checkpoints.newest_whole(folder)
     except CheckpointError as error:
         failure = error
     if newest is not None and newest[1].step == config.steps:

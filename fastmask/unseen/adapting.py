@@ -10,7 +10,7 @@ sensitive to the learning rate; no episode takes such steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmask.errors import unknown
 from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights
-from fastmask.meta.inner_rates import rates_of
+from fastmask.meta.learner import MetaLearner
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
 from fastmask.models.modes import evaluating
@@ -84,33 +84,33 @@ def adapted(
     if steps and not len(support):
         raise ValueError("no support example to adapt to")
     name = _name(task, language_id)
-    rates = rates_of(task.model, task.rates(head_lr, encoder_lr)) if steps else {}
-    losses: list[Tensor] = []
-    with OPTIMIZERS[optimizer](task.model, rates, language_id) as weights:
-        if steps:
-            batch = task.collate(support).to(task.device)
+    if not steps:
+        with FastWeights(task.model, {}, language_id):  # buffers come back all the same
+            yield torch.zeros(0)
+        return
+    done = 0
 
-            def loss() -> Tensor:
-                found = task.loss(batch).mean
-                if not torch.isfinite(found):
-                    raise AdaptationDiverged(
-                        f"the support loss is {found.item()} after {len(losses)} of {steps} steps of {optimizer} with "
-                        f"learning rates {head_lr:g} (head) and {encoder_lr:g} (encoder): choose lower ones"
-                    )
-                return found
+    def loss(batch: Any) -> Tensor:
+        nonlocal done
+        found = task.loss(batch).mean
+        if not torch.isfinite(found):
+            raise AdaptationDiverged(
+                f"the support loss is {found.item()} after {done} of {steps} steps of {optimizer} with "
+                f"learning rates {head_lr:g} (head) and {encoder_lr:g} (encoder): choose lower ones"
+            )
+        done += 1
+        return found
 
-            with ExitStack() as stack:
-                stack.enter_context(_drawn_from(task.model, seed) if dropout else evaluating(task.model))
-                if task.is_attached:
-                    stack.enter_context(run_with(task.encoder, name))
-                with torch.enable_grad():
-                    for _ in range(steps):
-                        losses.append(weights.step(loss))
-                with torch.no_grad():
-                    loss()  # the last step, too, must have left a model that works
-        if keep:
-            weights.keep()
-        yield torch.stack(losses) if losses else torch.zeros(0)
+    rates = task.rates(head_lr, encoder_lr)
+    learner = MetaLearner(task.model, loss, inner_learning_rate=rates, inner_dropout=dropout)
+    batch = task.collate(support).to(task.device)
+    with ExitStack() as stack:
+        with _drawn_from(task.model, seed) if dropout else evaluating(task.model):
+            fast = learner.adapt(language_id, [batch], steps=steps, keep=keep, weights=OPTIMIZERS[optimizer])
+            losses = stack.enter_context(fast).support_losses
+            with run_with(task.encoder, name) if task.is_attached else nullcontext(), torch.no_grad():
+                loss(batch)  # the last step, too, must have left a model that works
+        yield losses
 
 
 def _name(task: Task, language_id: int) -> str | None:
@@ -129,12 +129,7 @@ def _name(task: Task, language_id: int) -> str | None:
 def _drawn_from(model: nn.Module, seed: int) -> Iterator[None]:
     """Dropout on, drawn from `seed`; modes and torch's random state are afterwards what they were."""
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.train()
+        torch.manual_seed(seed)
+        yield

@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_gone_back_beyond(how: str, killed: Path, tmp_pa
     for name in names_of(killed):
         folder = tmp_path / name
         with pytest.warns(UserWarning, match=damage(how, name, killed, folder)):
-            newest = checkpoints.newest_whole(folder, toy_config(folder, **SETTINGS))
+            newest = checkpoints.newest_whole(folder)
         assert newest is not None
         assert newest[0] == checkpoints.folder_of(folder, 6)
         assert newest[1].step == 6

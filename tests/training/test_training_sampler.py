@@ -105,13 +105,6 @@ def test_a_resumed_sampler_draws_the_same() -> None:
             np.testing.assert_array_equal(found, wanted)
 
 
-def test_another_runs_state_is_refused() -> None:
-    """A run cannot be resumed on other data."""
-    state = MixedLanguageSampler(lengths_of(40, 13), 7).state_dict()
-    with pytest.raises(ValueError, match="made for"):
-        MixedLanguageSampler(lengths_of(40, 14), 7).load_state_dict(state)
-
-
 def test_ranks_share_a_batch() -> None:
     """Processes share each batch out among them: different sentences, but the same mix of languages."""
     whole = MixedLanguageSampler(lengths_of(40, 40, 40, 40), 16, seed=5)
@@ -125,7 +118,7 @@ def test_ranks_share_a_batch() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"temperature": 1.5}, "temperature is 1.5"), ({"batch_size": 0}, "batch_size 0"), ({"lengths": []}, "without")],
+    [({"batch_size": 0}, "batch_size is 0"), ({"lengths": []}, "without")],
 )
 def test_wrong_settings(change: dict, message: str) -> None:
     """Wrong settings are refused at once."""

@@ -65,7 +65,7 @@ ARMS = {
     "static-fomaml": {"meta": "fomaml"},
     "denser": {"density": 0.8},  # other subnetworks of the same start
     "late": {"discover_at": 0.8},  # another start
-    "twice": {"lr": 1e-3},
+    "twice": {"lr": 2e-3},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from fastmask.cli.options import add_device
 from fastmask.files import check_writable, descriptor_of
@@ -34,6 +35,8 @@ def run(options: argparse.Namespace) -> None:
     source = "/dev/stdin" if options.input == STANDARD else options.input
     target = "/dev/stdout" if options.output == STANDARD else options.output
     check_writable(target)
+    if not Path(source).exists():
+        raise FileNotFoundError(f"no file {source} to predict")
     loaded = load_run(options.run)
     task = loaded.task
     task.model.to(device_of(options.device))

@@ -122,7 +122,8 @@ def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     from fastmask.training.episodes import Budget
 
     device = device_of(config.device)
-    threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    number = config.threads or torch.get_num_threads()
+    threads = f", {number} thread{'s' if number > 1 else ''}" if device.type == "cpu" else ""
     size = sum(parameter.numel() for parameter in task.model.parameters())
     frozen = {p for table in task.input_embeddings() for p in table.parameters()} if config.freeze_embeddings else ()
     left = sum(parameter.numel() for parameter in frozen)

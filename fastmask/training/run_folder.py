@@ -72,10 +72,10 @@ def check_finished(run: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"{folder} is not a run of `fastmask train`: it has no {CONFIG_FILE}")
     if not is_finished(folder):
         last = checkpoints.latest(folder)
-        state = f"its last checkpoint is {last.name}" if last else "it has no checkpoint yet"
+        state = f"goes on from {last.name}" if last else "begins it anew, as it has no checkpoint yet"
         raise FileNotFoundError(
-            f"the run in {folder} has not finished (it has no {MANIFEST}); {state}: go on with "
-            f"`fastmask train --out {folder} --resume`"
+            f"the run in {folder} has not finished (it has no {MANIFEST}): "
+            f"`fastmask train --out {folder} --resume` {state}"
         )
     return folder
 

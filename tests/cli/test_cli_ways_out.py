@@ -45,7 +45,7 @@ def test_what_is_done_is_said_without_a_terminal(small_data: Path, tmp_path: Pat
         assert exit_code(start_command("train", *options, stdout=log, stderr=log)) == 0
     said = (tmp_path / "nohup.out").read_text()
     assert "parsing, method full, model small" in said
-    assert "on cpu, 1 threads" in said
+    assert "on cpu, 1 thread;" in said
     assert "  qaa: UD_" in said
     assert "12 train, 3 dev, 3 test sentences" in said
     assert "step 4/4 (" in said

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +15,7 @@ from benchmarks.measure import Side, captured, quartiles, rounds
 from benchmarks.memory import peak_bytes
 from benchmarks.row import Row, Spread
 from benchmarks.setting import Setting
+from fastmask import workers
 
 __all__ = ["Job", "measure", "measure_in", "merged", "see"]
 
@@ -119,7 +118,7 @@ def measure_in(processes: int, job: Job, seconds: float) -> list[Row]:
         return measure(job, seconds)
     runs = []
     for _ in range(processes):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        with workers.processes(1, job.setting.threads) as fresh:
             runs.append(fresh.submit(measure, job, seconds).result())
     return merged(runs)
 

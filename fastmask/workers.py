@@ -1,4 +1,4 @@
-"""Processes of this machine that do the work of a comparison, or of a report, side by side."""
+"""Processes of this machine that do the work of a comparison, a report or a benchmark."""
 
 from __future__ import annotations
 

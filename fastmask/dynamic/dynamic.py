@@ -22,7 +22,7 @@ from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["STRATEGIES", "DynamicSubnetworks"]
 
-STRATEGIES = ("swap", "learned")
+STRATEGIES = ("swap", "random-swap", "learned")
 VERSION = 2  # of the state: in 1, units came in by magnitude (`swap`), and Adam moved scores (`learned`)
 
 
@@ -41,11 +41,13 @@ class DynamicSubnetworks:
 
     Scouts may also be spread over the steps in between: what they see is added up until the next update. The number of
     live heads and of live neurons of every language stays what it is, and every layer keeps at least one of each.
-    Parameters are never touched, so optimisers need not know. Nothing is random.
+    Parameters are never touched, so optimisers need not know. No random state is read
+    or changed.
 
     Args:
         model: a Hugging Face model with subnetworks over heads, neurons or both attached.
-        strategy: "swap" (weak live units for dead ones of higher importance) or "learned" (scores trained by gradient).
+        strategy: "swap" (weak live units for dead ones of higher importance), "random-swap" (its control: the dead ones
+            are drawn) or "learned" (scores trained by gradient).
         every: steps between updates.
         until: the last step after which masks are updated; None: no end. Leave some steps at the end in which the
             weights are trained with the masks that stay: what comes in has not been trained for its language before.
@@ -94,10 +96,10 @@ class DynamicSubnetworks:
         self.history = History(subnets)
         self.seconds = 0.0
         self._strategy: Swap | Learned
-        if strategy == "swap":
-            self._strategy = Swap(masks, swaps, margin, decay)
-        else:
+        if strategy == "learned":
             self._strategy = Learned(masks, learning_rate, decay)
+        else:
+            self._strategy = Swap(masks, swaps, margin, decay, shuffled=strategy == "random-swap")
         # What scouts have seen since the last update: sums over examples, and how many.
         self._sums = {
             what: {kind: torch.zeros(keep.shape, dtype=torch.float64) for kind, keep in masks.items()}

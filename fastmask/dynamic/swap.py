@@ -11,6 +11,9 @@ exponentially over updates.
 Both are divided by one number, the L2 norm over all units of the layer of the mean absolute gradient, so that layers
 can be compared and that the two stay on one scale: loss per unit of gate, in shares of its layer. As
 |mean| <= mean of | |, a unit comes in only where its examples agree.
+
+The strategy `random-swap` is its control: what dead units would bring is dealt out among them anew, so as many are
+swapped, and the same ones leave, but which ones come in is chance.
 """
 
 from __future__ import annotations
@@ -31,12 +34,16 @@ class Swap:
         swaps: most pairs swapped in one update: a number from 1 on, or a share of the live units (at least one pair).
         margin: a unit comes in if what it would bring is more than (1 + margin) times the worth of the one that leaves.
         decay: weight of the old average when a new score comes in; 0 keeps the last score only.
+        shuffled: deal out what dead units would bring among them, by random numbers that follow from the language, its
+            number of updates and the kind of unit.
     """
 
     reads = ("absolute", "signed")
 
-    def __init__(self, masks: Mapping[str, Tensor], swaps: float, margin: float, decay: float) -> None:
-        self.swaps, self.margin, self.decay = swaps, margin, decay
+    def __init__(
+        self, masks: Mapping[str, Tensor], swaps: float, margin: float, decay: float, shuffled: bool = False
+    ) -> None:
+        self.swaps, self.margin, self.decay, self.shuffled = swaps, margin, decay, shuffled
         self.state: dict[str, Tensor] = {}
         for kind, keep in masks.items():
             for name in self.reads:
@@ -61,7 +68,14 @@ class Swap:
         signed.mul_(decay).add_(sums["signed"] / norms, alpha=1 - decay)
         updates[row] += 1
         pairs = int(self.swaps) if self.swaps >= 1 else max(1, int(self.swaps * int(keep.sum())))
-        return swapped(keep, torch.where(keep, absolute, -signed), pairs, self.margin)
+        scores = torch.where(keep, absolute, -signed)
+        if self.shuffled:
+            kinds = [name for name in self.state if name.startswith("updates.")]
+            seed = (int(updates[row]) * len(updates) + row) * len(kinds) + kinds.index(f"updates.{kind}")
+            dead = scores[~keep]
+            order = torch.randperm(len(dead), generator=torch.Generator().manual_seed(seed))
+            scores[~keep] = dead[order]
+        return swapped(keep, scores, pairs, self.margin)
 
 
 def layer_norms(scores: Tensor) -> Tensor:

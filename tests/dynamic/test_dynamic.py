@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
 from fastmask.discovery import importance
-from fastmask.dynamic import scout
+from fastmask.dynamic import STRATEGIES, scout
 from fastmask.dynamic.learned import Learned, standard_errors, strongest
 from fastmask.dynamic.swap import Swap, layer_norms, swapped
 from fastmask.models.attach import attached
@@ -124,7 +124,7 @@ class TestScout:
             live = (live / layer_norms(live)).float()
             torch.testing.assert_close(live, getattr(expected, kind), rtol=1e-5, atol=1e-6)
 
-    @pytest.mark.parametrize("strategy", ["swap", "learned"])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_does_not_depend_on_the_batch_size(self, strategy):
         """Scores do not depend on how examples fall into batches."""
         states = []
@@ -263,6 +263,25 @@ class TestSwap:
         assert after(1, 0.0) == [[1, 0, 1, 0, 1, 0]]  # 5 for 2, not 8, which is harmful
         assert after(3, 0.0) == [[1, 0, 1, 0, 1, 0]]  # 4 does not come in for 5
         assert after(3, 1.6) == [[1, 1, 1, 0, 0, 0]]  # 5 is not more than 2.6 times 2
+
+    def test_a_random_swap_lets_the_same_units_leave_and_draws_those_that_come_in(self):
+        """The control swaps as many units, the same weak ones for others, by numbers that differ by language and update
+        and are the same in a run that is repeated.
+        """
+        keep = (torch.arange(60) % 2 == 0).view(1, 60)
+        sums = {"absolute": torch.linspace(1, 2, 60).double()[None], "signed": -torch.linspace(5, 9, 60).double()[None]}
+
+        def two_updates(shuffled, row=0):
+            strategy = Swap({"heads": keep.expand(2, 1, 60)}, 5, 0.0, 0.8, shuffled)
+            first, second = (strategy.update("heads", row, keep, sums, 1) for _ in range(2))
+            return first, second
+
+        chosen, random, other = two_updates(False)[0], two_updates(True), two_updates(True, row=1)
+        assert (keep & ~chosen).nonzero().tolist() == (keep & ~random[0]).nonzero().tolist()
+        assert (keep & ~chosen).sum() == 5
+        came = [(after & ~keep).nonzero().flatten().tolist() for after in (chosen, *random, *other)]
+        assert len({tuple(units) for units in came}) == 5
+        assert all(torch.equal(one, again) for one, again in zip(random, two_updates(True), strict=True))
 
     def test_swaps_lower_the_loss(self):
         """At fixed weights, the units that come in for as many weak ones must make the language's loss smaller."""
@@ -549,7 +568,7 @@ def trained(dynamic, optimizer, first, last):
 
 
 class TestTraining:
-    @pytest.mark.parametrize("strategy", ["swap", "learned"])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_resumed_run_continues_exactly(self, strategy):
         """A checkpoint holds everything: a resumed run has the same masks, weights and history."""
         options = {"every": 2, "swaps": 1, "margin": 0.05, "learning_rate": 0.5}
@@ -633,7 +652,7 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"update\(step=2\): masks were last changed after step"):
             dynamic.update(2)
 
-    @pytest.mark.parametrize("strategy", ["swap", "learned"])
+    @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_several_processes_see_one_batch(self, strategy):
         """Processes that scout one batch together end with the same masks."""
         halves = [{name: value[part] for name, value in batch(6).items()} for part in (slice(0, 2), slice(2, 6))]

@@ -120,6 +120,17 @@ def test_the_numbers_of_the_readme_are_those_that_were_measured():
         assert ours.machine.processor in table
 
 
+def test_the_speeds_on_another_processor_are_those_that_were_measured():
+    """What the README and the page on benchmarks say in words of an Intel Xeon is what its file says."""
+    rows = [row for row in read_rows(ROOT / "benchmarks" / "results" / "quick-xeon.csv") if row.over_full is not None]
+    one, mixed = ({row.implementation: row for row in rows if row.setting.present == n} for n in (1, 8))
+    ours = " and ".join(f"{found['fastmask'].over_full.middle:.2f}x" for found in (one, mixed))
+    for page in ("README.md", "docs/benchmarks.md"):
+        text = (ROOT / page).read_text()
+        assert ours in text
+        assert f"{mixed['packed'].over_full.middle:.2f}x" in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs the extra docs")
 def test_the_site_builds(tmp_path):

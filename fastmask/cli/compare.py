@@ -39,6 +39,8 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     add("--metas", nargs="+", action=Joined, help=metas)
     some = "only these arms now, as in full,static; their tables are shown, and the others can follow"
     add("--arms", nargs="+", action=Joined, help=some)
+    known = "folder with results.csv and cells.csv of this plan: cells in them are not trained again"
+    add("--known", metavar="FOLDER", help=known)
     add("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
     add_settings(parser, settings=CompareConfig, group="the comparison")
     add_settings(parser, without=RESERVED)
@@ -49,12 +51,14 @@ def run(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
     from fastmask.compare.cells import Runner
     from fastmask.compare.engine import run_all
-    from fastmask.compare.report import print_tables, write_report
+    from fastmask.compare.report import print_tables, read_tables, write_report
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
     plan = _plan(options)
-    jobs = plan.jobs_for(_some_of("arms", items_of(options.arms or ""), tuple(plan.arms)))
+    known = None if options.known is None else read_tables(Path(options.known))
+    done = () if known is None else set(zip(known[1]["seed"], known[1]["arm"], strict=True))
+    jobs = plan.jobs_for(_some_of("arms", items_of(options.arms or ""), tuple(plan.arms)), done)
     check_writable(plan.out / "plan")
     check_languages(plan)
     Runner(plan).check()
@@ -65,8 +69,8 @@ def run(options: argparse.Namespace) -> None:
         run_all(plan, jobs, options.workers, threads, progress.show, options.ray)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command resumes where it stopped") from None
-    print_tables(plan, console_of(sys.stdout))
-    files = write_report(plan, options.command_line)
+    print_tables(plan, console_of(sys.stdout), known)
+    files = write_report(plan, options.command_line, known)
     say(f"comparison: {plan.out.resolve()}")
     say(f"            {', '.join(file.name for file in files)}")
 

@@ -252,9 +252,12 @@ class Plan:
         """The jobs that are arms of a seed."""
         return [job for job in self.jobs if job.kind == "cell"]
 
-    def jobs_for(self, arms: Collection[str]) -> list[Job]:
-        """The cells of some arms, and what they need; of all arms if none is named."""
-        cells = [job for job in self.cells if not arms or job.arm in arms]
+    def jobs_for(self, arms: Collection[str], known: Collection[tuple[int, str]] = ()) -> list[Job]:
+        """The cells of some arms, and what they need; of all arms if none is named.
+
+        Cells in `known`, (seed, arm), are left out, and so is what they alone need.
+        """
+        cells = [job for job in self.cells if (not arms or job.arm in arms) and (job.seed, job.arm) not in known]
         names = {name for cell in cells for name in (cell.name, *cell.needs)}
         return [job for job in self.jobs if job.name in names]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from rich.table import Table
@@ -15,12 +17,12 @@ from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 from fastmask.compare.results import RESULT_FILE, CellResult, Score, is_done
 from fastmask.compare.tables import cells_table, decisions, scores_table, summary_table
-from fastmask.files import read_json, write_text
+from fastmask.files import FileError, read_json, write_text
 from fastmask.literal import fenced, markdown_table
 from fastmask.tasks.task import heading
 from fastmask.terminal import LiteralConsole
 
-__all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "write_report"]
+__all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "read_tables", "write_report"]
 
 SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
@@ -51,17 +53,63 @@ def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
     return results
 
 
-def load_tables(plan: Plan) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Every score, and every cell: of the cells that are done, or of the tables where only those were kept."""
+Tables = tuple[pd.DataFrame, pd.DataFrame]
+
+
+def read_tables(folder: Path) -> Tables:
+    """Every score, and every cell, of a comparison of which only the tables were kept.
+
+    Raises:
+        FileNotFoundError: the folder has no tables.
+        FileError: they are no tables of a comparison.
+    """
+    tables = []
+    for name in (SCORES_FILE, CELLS_FILE):
+        try:
+            table = pd.read_csv(folder / name)
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise FileError(folder / name, f"{error} (expected a table of a comparison)") from error
+        if not {"seed", "arm"} <= set(table.columns):
+            raise FileError(folder / name, "no columns seed and arm (expected a table of a comparison)")
+        tables.append(table)
+    scores, cells = tables
+    return scores, cells
+
+
+def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
+    """Every score, and every cell: of the cells that are done, or of the tables where only those were kept.
+
+    Args:
+        plan: opened or stored.
+        known: tables of cells of this plan that were done elsewhere. One that is done here, too, is taken from here.
+    """
     results = load_results(plan)
-    if not results and (plan.out / SCORES_FILE).is_file():
-        return pd.read_csv(plan.out / SCORES_FILE), pd.read_csv(plan.out / CELLS_FILE)
-    return scores_table(results), cells_table(results)
+    if known is None and not results and (plan.out / SCORES_FILE).is_file():
+        return read_tables(plan.out)
+    tables = scores_table(results), cells_table(results)
+    if known is None:
+        return tables
+    order = {(job.seed, job.arm): number for number, job in enumerate(plan.cells)}
+    scores, cells = (_joined(own, other, order) for own, other in zip(tables, known, strict=True))
+    return scores, cells
 
 
-def write_report(plan: Plan, command: str | None = None) -> list[Path]:
-    """Write the tables and pictures of the cells that are done; returns the files."""
-    scores, cells = load_tables(plan)
+def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, str], int]) -> pd.DataFrame:
+    """The rows of two tables by the order of cells; of a cell that is in both, those of `own`."""
+
+    def cells(table: pd.DataFrame) -> list[tuple[int, str]]:
+        return [] if table.empty else list(zip(table["seed"], table["arm"], strict=True))
+
+    mine = set(cells(own))
+    rest = other[[cell in order and cell not in mine for cell in cells(other)]]
+    table = pd.concat([part for part in (own, rest) if not part.empty] or [own], ignore_index=True)
+    places = np.argsort([order[cell] for cell in cells(table)], kind="stable")
+    return table.iloc[places].reset_index(drop=True)
+
+
+def write_report(plan: Plan, command: str | None = None, known: Tables | None = None) -> list[Path]:
+    """Write the tables and pictures of the cells that are done, here or as `known`; returns the files."""
+    scores, cells = load_tables(plan, known)
     names = (SCORES_FILE, CELLS_FILE, "summary.csv", "summary.md", "means.png")
     files = [plan.out / name for name in names]
     tables = (scores, None), (cells, "%.4g"), (summary_table(plan, scores), "%.4g")
@@ -71,16 +119,16 @@ def write_report(plan: Plan, command: str | None = None) -> list[Path]:
     draw_means(plan, scores, _metric(scores), files[4])
     plain = next((arm for arm, config in plan.configs.items() if config.method == "full"), None)
     for condition in ("seen", "adapted"):
-        known = set(scores.loc[scores["condition"] == condition, "arm"])
-        if plain is not None and plain in known and len(known) > 1:
+        there = set(scores.loc[scores["condition"] == condition, "arm"])
+        if plain is not None and plain in there and len(there) > 1:
             files.append(plan.out / f"gains-{condition}.png")
             draw_gains(plan, scores, plain, condition, _metric(scores), files[-1])
     return files
 
 
-def print_tables(plan: Plan, console: LiteralConsole) -> None:
+def print_tables(plan: Plan, console: LiteralConsole, known: Tables | None = None) -> None:
     """What was decided, one table for each condition, and one of the cells' cost."""
-    scores, cells = load_tables(plan)
+    scores, cells = load_tables(plan, known)
     for title, rows in page_tables(plan, scores, cells):
         table = Table(title=title)
         for name in rows[0]:

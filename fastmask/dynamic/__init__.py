@@ -1,7 +1,7 @@
 """Dynamic subnetworks: masks that are updated jointly with the model.
 
-`scout` computes all units of the model, dead ones too, and reads their gates' gradients; `swap` (with its control,
-`random-swap`) and `learned` turn these into new masks; `history` remembers the masks that were; `dynamic` joins them.
+`scout` computes all units of the model, dead ones too, and reads their gates' gradients; `swap` turns these into new
+masks; `history` remembers the masks that were; `dynamic` joins them.
 """
 
 from fastmask.dynamic.dynamic import STRATEGIES, DynamicSubnetworks

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastmask.discovery.gates import probes_of
 from fastmask.dynamic.history import History
-from fastmask.dynamic.learned import Learned
 from fastmask.dynamic.scout import scout
 from fastmask.dynamic.swap import Swap
 from fastmask.errors import unknown
@@ -22,8 +21,8 @@ from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["STRATEGIES", "DynamicSubnetworks"]
 
-STRATEGIES = ("swap", "random-swap", "learned")
-VERSION = 2  # of the state: in 1, units came in by magnitude (`swap`), and Adam moved scores (`learned`)
+STRATEGIES = ("swap", "random-swap")
+VERSION = 2  # of the state: in 1, units came in by magnitude
 
 
 class DynamicSubnetworks:
@@ -46,18 +45,16 @@ class DynamicSubnetworks:
 
     Args:
         model: a Hugging Face model with subnetworks over heads, neurons or both attached.
-        strategy: "swap" (weak live units for dead ones of higher importance), "random-swap" (its control: the dead ones
-            are drawn) or "learned" (scores trained by gradient).
+        strategy: "swap" (weak live units for dead ones of higher importance) or "random-swap" (its control: the dead
+            ones are drawn).
         every: steps between updates.
         until: the last step after which masks are updated; None: no end. Leave some steps at the end in which the
             weights are trained with the masks that stay: what comes in has not been trained for its language before.
-        swaps: `swap` only: most pairs of heads, and of neurons, that a language swaps in one update: a whole number
-            from 1 on, or a share of its live units below 1 (then at least one pair).
-        margin: `swap` only: a unit comes in if what it would bring is more than (1 + margin) times the worth of the
+        swaps: most pairs of heads, and of neurons, that a language swaps in one update: a whole number from 1 on, or a
+            share of its live units below 1 (then at least one pair).
+        margin: a unit comes in if what it would bring is more than (1 + margin) times the worth of the
             leaving one (`fastmask.dynamic.swap` says in which numbers).
         decay: weight of what was seen before an update, beside what is new, 0 to below 1.
-        learning_rate: `learned` only: what a standard error beyond noise moves a score by; scores start at 1 for live
-            and 0 for dead units.
 
     Attributes:
         languages: names, in the order of the attached subnetworks.
@@ -81,11 +78,10 @@ class DynamicSubnetworks:
         swaps: float = 0.05,
         margin: float = 0.2,
         decay: float = 0.8,
-        learning_rate: float = 0.5,
     ) -> None:
         if strategy not in STRATEGIES:
             raise unknown("strategy", strategy, STRATEGIES)
-        _check_options(every, until, swaps, margin, decay, learning_rate)
+        _check_options(every, until, swaps, margin, decay)
         probes_of(model)  # sees that there are units to score
         subnets = attached(model).subnets
         masks = _masks_of(subnets)
@@ -95,15 +91,11 @@ class DynamicSubnetworks:
         self.strategy, self.every, self.until = strategy, every, until
         self.history = History(subnets)
         self.seconds = 0.0
-        self._strategy: Swap | Learned
-        if strategy == "learned":
-            self._strategy = Learned(masks, learning_rate, decay)
-        else:
-            self._strategy = Swap(masks, swaps, margin, decay, shuffled=strategy == "random-swap")
+        self._swap = Swap(masks, swaps, margin, decay, shuffled=strategy == "random-swap")
         # What scouts have seen since the last update: sums over examples, and how many.
         self._sums = {
             what: {kind: torch.zeros(keep.shape, dtype=torch.float64) for kind, keep in masks.items()}
-            for what in self._strategy.reads
+            for what in self._swap.reads
         }
         self._examples = torch.zeros(len(self.languages), dtype=torch.float64)
 
@@ -167,7 +159,7 @@ class DynamicSubnetworks:
         for kind, masks in _masks_of(subnets).items():
             keep = masks[row].cpu()
             seen = {what: sums[kind][row] for what, sums in self._sums.items()}
-            after = self._strategy.update(kind, row, keep, seen, float(self._examples[row]))
+            after = self._swap.update(kind, row, keep, seen)
             if not torch.equal(after, keep):
                 new[kind] = after
         if not new:
@@ -263,10 +255,10 @@ class DynamicSubnetworks:
         return {"examples": self._examples, **sums}
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All state by name; that of the strategy and the sums are the tensors themselves, not copies."""
+        """All state by name; those of the swaps and the sums are the tensors themselves, not copies."""
         return {
             **{f"scouted.{name}": tensor for name, tensor in self._scouted().items()},
-            **{f"{self.strategy}.{name}": tensor for name, tensor in self._strategy.state.items()},
+            **{f"swap.{name}": tensor for name, tensor in self._swap.state.items()},
             **{f"masks.{kind}": keep.cpu() for kind, keep in _masks_of(self._subnetworks()).items()},
             **{f"history.{name}": tensor for name, tensor in self.history.tensors().items()},
         }
@@ -279,9 +271,7 @@ def _masks_of(subnets: Subnetworks) -> dict[str, Tensor]:
     return {kind: keep for kind in ("heads", "neurons") if (keep := getattr(subnets, kind)) is not None}
 
 
-def _check_options(
-    every: int, until: int | None, swaps: float, margin: float, decay: float, learning_rate: float
-) -> None:
+def _check_options(every: int, until: int | None, swaps: float, margin: float, decay: float) -> None:
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of steps, at least 1, given {every!r}")
     if until is not None and (not isinstance(until, int) or until < 0):
@@ -292,8 +282,6 @@ def _check_options(
         raise ValueError(f"margin must be at least 0, given {margin!r}")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be at least 0 and below 1, given {decay!r}")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be above 0, given {learning_rate!r}")
 
 
 def _check_masks(languages: tuple[str, ...], masks: Mapping[str, Tensor]) -> None:

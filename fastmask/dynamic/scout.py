@@ -32,13 +32,11 @@ class Scouted:
         examples: how many examples were summed.
         absolute: sum of |dL_example / dgate|.
         signed: sum of dL_example / dgate; negative where more of the unit lowers the loss.
-        squared: sum of (dL_example / dgate)^2, for the spread of the two.
     """
 
     examples: int
     absolute: dict[str, Tensor]
     signed: dict[str, Tensor]
-    squared: dict[str, Tensor]
 
 
 def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any], Tensor]) -> Scouted:
@@ -77,9 +75,8 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
         losses.shape[0],
         _by_kind(probes, [grad.abs().sum(0) for grad in grads]),
         _by_kind(probes, [grad.sum(0) for grad in grads]),
-        _by_kind(probes, [grad.square().sum(0) for grad in grads]),
     )
-    if not all(bool(sums.isfinite().all()) for sums in found.squared.values()):
+    if not all(bool(sums.isfinite().all()) for sums in found.absolute.values()):
         raise FloatingPointError(f"scouting {language_name!r}: the loss or a gradient of it is not finite")
     return found
 

@@ -50,7 +50,7 @@ class Swap:
                 self.state[f"{name}.{kind}"] = torch.zeros(keep.shape, dtype=torch.float64)
             self.state[f"updates.{kind}"] = torch.zeros(keep.shape[0], dtype=torch.int64)
 
-    def update(self, kind: str, row: int, keep: Tensor, sums: Mapping[str, Tensor], examples: float) -> Tensor:
+    def update(self, kind: str, row: int, keep: Tensor, sums: Mapping[str, Tensor]) -> Tensor:
         """One language's new mask.
 
         Args:
@@ -58,7 +58,6 @@ class Swap:
             row: the language.
             keep: its mask, bool [layers, units].
             sums: of its gates' gradients since the last update, over examples: those named in `reads`.
-            examples: how many these were.
         """
         absolute, signed = (self.state[f"{name}.{kind}"][row] for name in self.reads)
         updates = self.state[f"updates.{kind}"]

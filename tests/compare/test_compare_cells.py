@@ -19,7 +19,9 @@ from fastmask.cli import main
 from fastmask.compare.cells import Runner
 from fastmask.compare.engine import do
 from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of
+from fastmask.compare.report import load_tables, read_tables, write_report
 from fastmask.compare.results import is_done, read_result
+from fastmask.files import FileError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.loop import train
@@ -220,6 +222,30 @@ def test_a_killed_comparison_goes_on_and_ends_the_same(data, tmp_path, capsys):
         )
     assert main([*arguments, "--steps", "11"]) == 1
     assert "steps was 10 and is 11" in capsys.readouterr().err
+
+
+def test_tables_stand_for_cells_that_were_done_elsewhere(plan, tmp_path):
+    """What is reported of one cell done here, and of the others' tables, is what is reported of all done here."""
+    write_report(plan)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("results.csv", "cells.csv"):
+        table = pd.read_csv(plan.out / name)
+        table.loc[table["arm"] == "dynamic", "arm"] = "of another plan"
+        table[table["arm"] != "static"].to_csv(elsewhere / name, index=False)
+    known = read_tables(elsewhere)
+    here = dataclasses.replace(plan, out=tmp_path / "here")
+    for name in ("seed-0/static", "seed-0/dynamic"):
+        here.folder(name).mkdir(parents=True)
+        (here.folder(name) / "result.json").write_bytes((plan.folder(name) / "result.json").read_bytes())
+    for whole, joined in zip(load_tables(plan), load_tables(here, known), strict=True):
+        assert list(joined["arm"]) == list(whole["arm"])
+        pd.testing.assert_frame_equal(joined, whole, check_dtype=False, rtol=1e-3)
+    nothing_here = dataclasses.replace(plan, out=tmp_path / "nothing")
+    assert {"static", "dynamic"} == set(plan.arms) - set(load_tables(nothing_here, known)[0]["arm"])
+    (elsewhere / "cells.csv").write_text("")
+    with pytest.raises(FileError, match=r"cells\.csv.*expected a table of a comparison"):
+        read_tables(elsewhere)
 
 
 @pytest.mark.slow

@@ -41,6 +41,8 @@ def test_some_arms_bring_what_they_need_and_no_more(tmp_path):
     assert [job.name for job in plan.jobs_for(["full"])] == ["seed-0/start", "seed-0/full"]
     assert [job.name for job in plan.jobs_for(["other"])] == ["seed-0/start-2", "seed-0/masks-2", "seed-0/other"]
     assert plan.jobs_for([]) == list(plan.jobs)
+    assert plan.jobs_for([], {(0, "other")}) == plan.jobs_for(["full", "static"])
+    assert plan.jobs_for(["other"], {(0, "other"), (1, "full")}) == []
 
 
 def test_an_arm_that_the_plan_has_not(tmp_path, capsys):

@@ -304,21 +304,18 @@ def halves(point: SwitchPoint) -> Any:
 
 
 def dynamic_run(out: Path, on_step: Any = None, **changes: Any) -> TrainResult:
-    evidence = {"scout_sentences": 40} if changes.get("strategy") == "learned" else {}
-    config = toy_config(out, **{**DYNAMIC, **evidence, **changes})
+    config = toy_config(out, **{**DYNAMIC, **changes})
     return train(toy_task(), toy_data(), config, halves, on_step, progress=False)
 
 
 @pytest.fixture(scope="module")
-def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
-    folder = tmp_path_factory.mktemp("dynamic")
-    return {strategy: dynamic_run(folder / strategy, strategy=strategy) for strategy in ("swap", "learned")}
+def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return dynamic_run(tmp_path_factory.mktemp("dynamic") / "run")
 
 
-@pytest.mark.parametrize("strategy", ["swap", "learned"])
-def test_dynamic_masks_change_and_are_what_the_run_leaves(strategy: str, unbroken_dynamic: Any) -> None:
+def test_dynamic_masks_change_and_are_what_the_run_leaves(unbroken_dynamic: TrainResult) -> None:
     """Masks are updated during training, and the run's file holds the last ones."""
-    result = unbroken_dynamic[strategy]
+    result = unbroken_dynamic
     start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run), 0))
     stored = fm.Subnetworks.load(result.run / "masks.safetensors")
     assert torch.equal(stored.neurons, result.subnetworks.neurons)
@@ -342,18 +339,17 @@ def test_masks_are_frozen_at_the_end(tmp_path: Path) -> None:
         assert toy_config(tmp_path, freeze_masks=share, steps=steps, discover_at=0.6).last_mask_step == last
 
 
-@pytest.mark.parametrize("strategy", ["swap", "learned"])
 @pytest.mark.parametrize("killed_at", [6, 8, 10])
 def test_resumed_dynamic_run_ends_like_the_unbroken_one(
-    strategy: str, killed_at: int, unbroken_dynamic: Any, tmp_path: Path
+    killed_at: int, unbroken_dynamic: TrainResult, tmp_path: Path
 ) -> None:
     """Averages, scores and masks survive being stopped."""
     with pytest.raises(Killed):
-        dynamic_run(tmp_path / "run", kill_at(killed_at), strategy=strategy)
+        dynamic_run(tmp_path / "run", kill_at(killed_at))
     torch.rand(7)
-    resumed = dynamic_run(tmp_path / "run", strategy=strategy, resume=True)
-    assert_same_weights(resumed.task.model, unbroken_dynamic[strategy].task.model)
-    assert metrics(resumed.run) == metrics(unbroken_dynamic[strategy].run)
+    resumed = dynamic_run(tmp_path / "run", resume=True)
+    assert_same_weights(resumed.task.model, unbroken_dynamic.task.model)
+    assert metrics(resumed.run) == metrics(unbroken_dynamic.run)
     for name in ("masks.safetensors", "dynamic.safetensors"):
-        ours, theirs = (load_file(run.run / name) for run in (resumed, unbroken_dynamic[strategy]))
+        ours, theirs = (load_file(run.run / name) for run in (resumed, unbroken_dynamic))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from fastmask.cli.inputs import check_inputs
 from fastmask.literal import say
 
 __all__ = ["main"]
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             _print_warnings_plainly(options.command)
+            check_inputs(options)
             importlib.import_module(f"fastmask.cli.{options.command}").run(options)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -111,6 +113,7 @@ def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPar
     for name, help in COMMANDS.items():
         found[name] = commands.add_parser(name, help=help, description=help, formatter_class=_Formatter)
         found[name].add_argument("--debug", action="store_true", help="show the traceback of an error")
+        found[name].set_defaults(parser=found[name])
     return parser, found
 
 

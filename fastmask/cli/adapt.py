@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from fastmask.cli.inputs import DATA, FILE, RUN
 from fastmask.cli.options import add_device
 from fastmask.files import check_writable
 from fastmask.literal import say
@@ -40,9 +41,10 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
     heads, below = (", ".join(f"{rates[i]:g} for {name}" for name, rates in DEFAULT_RATES.items()) for i in (0, 1))
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a finished run")
+    add("run", metavar="RUN", type=RUN, help="folder of a finished run")
     add("--language", required=True, metavar="CODE", help="what the unseen language is called")
-    add("--support", metavar="FILE", help="file of support examples (parsing: CoNLL-U); zero-shot if not given")
+    support = "file of support examples (parsing: CoNLL-U); zero-shot if not given"
+    add("--support", metavar="FILE", type=FILE, help=support)
     add("--sentences", type=int, metavar="N", help="so many of them, drawn by the seed; all of them if not given")
     add(
         "--choose",
@@ -67,8 +69,8 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     )
     add("--unknown-labels", choices=UNKNOWN_LABELS, default="fail", help="what to do with labels new to the model")
     test = parser.add_mutually_exclusive_group()
-    test.add_argument("--test", metavar="FILE", help="file to score before and after")
-    test.add_argument("--data", metavar="DIR", help="or data that has the language: its test split")
+    test.add_argument("--test", metavar="FILE", type=FILE, help="file to score before and after")
+    test.add_argument("--data", metavar="DIR", type=DATA, help="or data that has the language: its test split")
     add("--seed", type=int, default=0, help="of the draw of support examples")
     add("--out", required=True, metavar="DIR", help="folder of the new run")
     add_device(parser)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fastmask.cli.inputs import DATA, Input
 from fastmask.cli.options import add_device
 from fastmask.settings import items_of
 from fastmask.terminal import LiteralConsole
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["add_options", "run"]
 
+RUNS = Input("the folder of a finished run or of a comparison", folder=True)
 NAMES = "effect,overlap,heads,conflict,cross,typology,ablation,dynamics"
 
 
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folders of finished runs, put side by side, and of comparisons")
+    runs = "folders of finished runs, put side by side, and of comparisons"
+    add("runs", nargs="+", metavar="RUN", type=RUNS, help=runs)
     add("--what", metavar="LIST", help=f"which analyses, by commas (default: {NAMES})")
     add("--out", metavar="DIR", help="folder of the report (default, with one RUN: RUN/analysis)")
-    add("--data", metavar="DIR", help="folder of UD treebanks; that of the runs if not given")
+    add("--data", metavar="DIR", type=DATA, help="folder of UD treebanks; that of the runs if not given")
     add("--sentences", type=int, metavar="N", help="of each language, for what runs the model (default: 64 to 200)")
     add("--seed", type=int, default=0, help="of the draw of sentences, random masks and permutations")
     add("--workers", type=int, metavar="N", help="processes (default: one for each core, as far as there is work)")

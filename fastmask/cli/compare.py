@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastmask.cli.inputs import DATA, FILE
 from fastmask.cli.options import Joined, add_settings, add_task_settings, given_settings
 from fastmask.compare.plan import CONDITIONS, FREE, RESERVED, CompareConfig, Job, Plan, arms_of, check_languages
 from fastmask.errors import unknown
@@ -27,12 +28,12 @@ __all__ = ["add_options", "run"]
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add an option for every setting of a comparison and of its runs, and for those of the task."""
     add = parser.add_argument
-    add("--data", required=True, help="a folder, a file or a name on the Hub")
+    add("--data", required=True, type=DATA, help="a folder, a file or a name on the Hub")
     add("--out", required=True, help="folder of the comparison; the same command resumes where it stopped")
     clusters = "address of a Ray cluster to train cells on instead (auto, local, host:port; needs the extra ray)"
     add("--ray", metavar="ADDRESS", help=clusters)
     plan = "YAML file that says everything: arms, settings, hypotheses (as compare.yaml of a comparison)"
-    add("--plan", metavar="FILE", help=plan)
+    add("--plan", metavar="FILE", type=FILE, help=plan)
     methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all but vector)"
     add("--methods", nargs="+", action=Joined, help=methods)
     metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"

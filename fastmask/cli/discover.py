@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastmask.cli.inputs import RUN
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import add_data, add_settings, given_settings, output_file
 from fastmask.cli.report import quality_text, round_printer, stability_lines, stream_beside
@@ -36,7 +37,8 @@ __all__ = ["add_options", "run"]
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="finished runs of one encoder, on the same languages or others")
+    runs = "finished runs of one encoder, on the same languages or others"
+    add("runs", nargs="+", metavar="RUN", type=RUN, help=runs)
     masks = "where to write the subnetworks (-: standard output)"
     add("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
     votes = "vote of the draws; with a density, the units with the most votes are kept, whatever this is"

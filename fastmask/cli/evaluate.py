@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from fastmask.cli.inputs import RUN
 from fastmask.cli.options import add_data, output_file
 from fastmask.cli.report import parts_of, print_scores, scored, stream_beside
 from fastmask.files import check_writable, write_text
@@ -20,7 +21,7 @@ __all__ = ["add_options", "run", "which_data"]
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a finished run")
+    add("run", metavar="RUN", type=RUN, help="folder of a finished run")
     add("--split", default="test", choices=("train", "dev", "test"), help="which part of the data")
     scores = "also write the scores to this file (-: standard output)"
     add("--json", metavar="FILE", type=output_file, help=scores)

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from rich.table import Table
 
+from fastmask.cli.inputs import MASKS
 from fastmask.cli.options import output_file
 from fastmask.cli.report import stream_beside
 from fastmask.files import check_writable, read_metadata
@@ -22,7 +23,7 @@ __all__ = ["add_options", "print_masks", "run"]
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("file", metavar="FILE", help="file that `train` or `discover` wrote, or the folder of a run")
+    add("file", metavar="FILE", type=MASKS, help="file that `train` or `discover` wrote, or the folder of a run")
     picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
     add("--picture", metavar="FILE", type=output_file, help=picture)
 

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
+from fastmask.cli.inputs import DATA, MASKS, MODEL
 from fastmask.files import read_yaml
 from fastmask.training.config import DEVICES, TrainConfig
 
@@ -18,6 +19,7 @@ __all__ = [
 
 STANDARD_OUTPUT = "/dev/stdout"
 SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a namespace
+INPUTS = {"data": DATA, "masks": MASKS, "model": MODEL}  # settings that name what is read
 
 
 def output_file(name: str) -> str:
@@ -27,7 +29,8 @@ def output_file(name: str) -> str:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the options that say on which data, and on what, a finished run is computed."""
-    parser.add_argument("--data", help="a folder, a file or a name on the Hub; that of the run if not given")
+    data = "a folder, a file or a name on the Hub; that of the run if not given"
+    parser.add_argument("--data", type=DATA, help=data)
     parser.add_argument("--languages", nargs="+", help="codes or treebank names; those of the run if not given")
     add_device(parser)
 
@@ -63,7 +66,7 @@ def add_settings(
         if kinds[0] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = kinds[0]
+            options["type"] = INPUTS.get(item.name, kinds[0])
             options["choices"] = None if item.metadata.get("list") else item.metadata.get("choices")
             if options["choices"] is None:
                 options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kinds[0]]

@@ -5,24 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from fastmask.cli.options import add_device
+from fastmask.cli.inputs import FILE, RUN
+from fastmask.cli.options import add_device, output_file
 from fastmask.files import check_writable, descriptor_of
 from fastmask.literal import say
 
 __all__ = ["add_options", "run"]
 
-STANDARD = "-"
-
 
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add the command's options."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a finished run")
+    add("run", metavar="RUN", type=RUN, help="folder of a finished run")
     reads = "file to read, - for standard input: CoNLL-U (parsing), or JSON lines"
-    add("input", metavar="INPUT", help=reads)
-    add("output", metavar="OUTPUT", help="file to write, - for standard output")
+    add("input", metavar="INPUT", type=FILE, help=reads)
+    add("output", metavar="OUTPUT", type=output_file, help="file to write, - for standard output")
     add("--language", help="whose subnetwork to use; the full network if not given")
     add_device(parser)
 
@@ -32,15 +30,11 @@ def run(options: argparse.Namespace) -> None:
     from fastmask.training.engine import device_of
     from fastmask.training.run_folder import load_run
 
-    source = "/dev/stdin" if options.input == STANDARD else options.input
-    target = "/dev/stdout" if options.output == STANDARD else options.output
-    check_writable(target)
-    if not Path(source).exists():
-        raise FileNotFoundError(f"no file {source} to predict")
+    check_writable(options.output)
     loaded = load_run(options.run)
     task = loaded.task
     task.model.to(device_of(options.device))
     with task.reading(options.language):
-        count = task.predict_file(source, target)
-    to_stdout = descriptor_of(target) == 1
+        count = task.predict_file(options.input, options.output)
+    to_stdout = descriptor_of(options.output) == 1
     say(f"{count} {task.example_word} written to {options.output}", sys.stderr if to_stdout else sys.stdout)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastmask.cli.inputs import FILE
 from fastmask.cli.options import add_settings, add_task_settings, given_settings
 from fastmask.cli.report import (
     parts_of,
@@ -39,7 +40,8 @@ EMBEDDED_STEPS = 600  # about a minute and a half on two cores
 
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add an option for every setting of a run, and for those of the task that `arguments` name."""
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; options given here override it")
+    file = "YAML file of settings; options given here override it"
+    parser.add_argument("--config", metavar="FILE", type=FILE, help=file)
     add_settings(parser)
     add_task_settings(parser, arguments)
 

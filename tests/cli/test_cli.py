@@ -315,7 +315,7 @@ class TestErrors:
 
     def test_no_data(self, capsys, tmp_path):
         said = output_of(capsys, "train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", code=1)
-        assert f"{tmp_path / 'nowhere'} does not exist (expected a folder of UD_* treebanks)" in said
+        assert f"--data is {tmp_path / 'nowhere'}: there is no such folder or file" in said
         assert not (tmp_path / "run").exists()
 
     def test_unknown_language(self, data, capsys, tmp_path):

@@ -46,13 +46,6 @@ def test_from_standard_input_to_standard_output(run, source, expected, tmp_path,
     assert "3 sentences written" in (tmp_path / "said").read_text()
 
 
-def test_no_file_to_predict(capsys, tmp_path):
-    """It is said before a model is loaded, and nothing is written."""
-    assert main(["predict", str(tmp_path / "no run"), str(tmp_path / "in.conllu"), str(tmp_path / "out")]) == 1
-    assert f"no file {tmp_path / 'in.conllu'} to predict" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_redirections_of_a_shell(run, source, expected, tmp_path):
     """Input may be a pipe with a name; output that a shell has opened by >> keeps what is in it."""
     log, pipe = tmp_path / "log", tmp_path / "pipe"

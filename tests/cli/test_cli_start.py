@@ -35,12 +35,12 @@ def file_of(banks, code, split):
 
 PLACES = ["/proc/nowhere/x", "{tmp}", "{tmp}/file/x"]
 COMMANDS = {
-    "predict": ["predict", "{tmp}/no-run", "{tmp}/no-input", "{place}"],
-    "evaluate": ["evaluate", "{tmp}/no-run", "--json", "{place}"],
-    "discover": ["discover", "{tmp}/no-run", "--masks", "{place}"],
-    "masks": ["masks", "{tmp}/no-file", "--picture", "{place}"],
+    "predict": ["predict", "{data}", "{tmp}/file", "{place}"],
+    "evaluate": ["evaluate", "{data}", "--json", "{place}"],
+    "discover": ["discover", "{data}", "--masks", "{place}"],
+    "masks": ["masks", "{tmp}/file", "--picture", "{place}"],
     "train": ["train", "--data", "{data}", "--languages", "no-language", "--out", "{place}"],
-    "adapt": ["adapt", "{tmp}/no-run", "--language", "qaf", "--out", "{place}"],
+    "adapt": ["adapt", "{data}", "--language", "qaf", "--out", "{place}"],
     "compare": ["compare", "--data", "{data}", "--train", "no-language", "--unseen", "qad", "--out", "{place}"],
 }
 
@@ -53,7 +53,7 @@ CASES = [
 
 @pytest.mark.parametrize(("command", "place"), CASES)
 def test_where_nothing_can_be_written(command, place, data, capsys, tmp_path):
-    """A place that cannot be written to is refused before the run or the data, both missing here, are looked at."""
+    """A place that cannot be written to is refused before the run or the data, which are none here, are looked at."""
     (tmp_path / "file").write_text("x")
     place = place.format(tmp=tmp_path)
     arguments = [part.format(tmp=tmp_path, data=data, place=place) for part in COMMANDS[command]]

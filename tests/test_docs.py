@@ -16,6 +16,7 @@ import fastmask as fm
 from benchmarks.row import read as read_rows
 from benchmarks.setting import Setting
 from fastmask.cli import _parser
+from tests.cli import options_page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -129,6 +130,11 @@ def test_the_speeds_on_another_processor_are_those_that_were_measured():
         text = (ROOT / page).read_text()
         assert ours in text
         assert f"{mixed['packed'].over_full.middle:.2f}x" in text
+
+
+def test_the_page_of_the_command_line_has_the_options_of_the_parsers():
+    """`python tests/cli/options_page.py` writes its tables anew: every option with its default and its meaning."""
+    assert options_page.PAGE.read_text(encoding="utf-8") == options_page.page()
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults in the help text, where there is one worth showing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, argparse.SUPPRESS, False):
+        if action.default is None or action.default is False or action.default == argparse.SUPPRESS:  # but not 0
             return action.help
         return super()._get_help_string(action)
 

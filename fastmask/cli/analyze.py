@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     runs = "folders of finished runs, put side by side, and of comparisons"
     add("runs", nargs="+", metavar="RUN", type=RUNS, help=runs)
     add("--what", metavar="LIST", help=f"which analyses, by commas (default: {NAMES})")
-    add("--out", metavar="DIR", help="folder of the report (default, with one RUN: RUN/analysis)")
+    add("--out", metavar="DIR", help="folder of the report (default: RUN/analysis, if there is one RUN)")
     add("--data", metavar="DIR", type=DATA, help="folder of UD treebanks; that of the runs if not given")
     add("--sentences", type=int, metavar="N", help="of each language, for what runs the model (default: 64 to 200)")
     add("--seed", type=int, default=0, help="of the draw of sentences, random masks and permutations")

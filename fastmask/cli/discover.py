@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     votes = "vote of the draws; with a density, the units with the most votes are kept, whatever this is"
     add("--combine", choices=tuple(VOTES), default="majority", help=votes)
     settings = ("score", "units", "density", "tau", "score_sentences", "draws", "dev_sentences", "seed")
-    add_settings(parser, only=settings)
+    add_settings(parser, only=settings, default="that of the run")
     add_data(parser)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -47,10 +48,11 @@ def add_settings(
     settings: type[Any] = TrainConfig,
     prefix: str = SETTING,
     group: str | None = None,
+    default: str | None = None,
 ) -> None:
     """Add an option for every field of `settings`, or for some; what is not given stays out of the namespace.
 
-    Options stand in the groups that fields name, or all in `group`.
+    Options stand in the groups that fields name, or all in `group`. Their help says `default`, or that of the field.
     """
     hints = get_type_hints(settings)
     groups: dict[str, Any] = {}
@@ -61,8 +63,7 @@ def add_settings(
         if title and title not in groups:
             groups[title] = parser.add_argument_group(title)
         kinds = [kind for kind in get_args(hints[item.name]) if kind is not type(None)] or [hints[item.name]]
-        default = "" if item.default is None else f" (default: {item.default})"
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": item.metadata["help"] + default}
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_of(item, default)}
         if kinds[0] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -75,6 +76,18 @@ def add_settings(
         (groups[title] if title else parser).add_argument(
             f"--{item.name.replace('_', '-')}", dest=f"{prefix}{item.name}", **options
         )
+
+
+def _help_of(item: dataclasses.Field[Any], default: str | None) -> str:
+    """What an option says, with its default: `default`, or that of the field."""
+    text: str = item.metadata["help"]
+    if default is not None:
+        text = re.sub("; [^;]* if not given$", "", text)
+    elif isinstance(item.default, bool):
+        default = "on" if item.default else "off"
+    elif item.default not in (None, ""):
+        default = str(item.default)
+    return text if default is None else f"{text} (default: {default})"
 
 
 def add_task_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

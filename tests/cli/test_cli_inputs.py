@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
 
 import pytest
+from options_page import parser_of
 from typed_command import failure_of
 
-from fastmask.cli import COMMANDS, _commands
+from fastmask.cli import COMMANDS
 from fastmask.cli.inputs import DATA, FILE, RUN, Input
 
 # The folder is neither a run nor data, and the file holds nothing: whatever was loaded would complain of these.
@@ -58,11 +58,8 @@ def test_what_is_missing(command, option, arguments, places, capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_input_is_tested(command):
     """An option that is an `Input` stands among the cases above."""
-    parser = _commands()[1][command]
-    import_module(f"fastmask.cli.{command}").add_options(parser, [command])
-    inputs = {
-        (action.option_strings or [action.metavar])[0] for action in parser._actions if isinstance(action.type, Input)
-    }
+    actions = parser_of(command)._actions
+    inputs = {(action.option_strings or [action.metavar])[0] for action in actions if isinstance(action.type, Input)}
     assert inputs == {option for name, option, _ in MISSING if name == command}
 
 

@@ -15,8 +15,9 @@ import pytest
 import fastmask as fm
 from benchmarks.row import read as read_rows
 from benchmarks.setting import Setting
-from fastmask.cli import _parser
+from fastmask.cli import _parser, main
 from tests.cli import options_page
+from tests.compare.tiny_encoder import tiny_encoder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -45,6 +46,17 @@ def test_python_runs(page, tmp_path, monkeypatch):
     names: dict[str, object] = {"__name__": "page"}
     for number, code in enumerate(blocks(page, "python")):
         exec(compile(code, f"{named(page)}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize(("page", "task"), [("quickstart.md", "classification"), ("tasks.md", "tagging")])
+def test_lines_of_data_can_be_trained_on(page, task, tmp_path):
+    """A page shows lines of JSON that the task reads."""
+    (lines,) = blocks(DOCS / page, "json")
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(lines)
+    tiny_encoder(tmp_path / "encoder", lines)
+    given = ["--task", task, "--data", tmp_path, "--model", tmp_path / "encoder", "--out", tmp_path / "run"]
+    assert main([str(word) for word in ("train", *given, "--method", "full", "--steps", 2, "--threads", 1)]) == 0
 
 
 def commands(page: Path) -> list[list[str]]:

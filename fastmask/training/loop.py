@@ -213,8 +213,8 @@ class _Run:
                         bar.phase(self.phase.title)
                 before = self.step
                 self._update()
-                bar.step(self.step)
                 self._after(before, bar)
+                bar.step(self.step)
                 if on_step is not None:
                     on_step(self.step)
             return self._result()
@@ -268,10 +268,12 @@ class _Run:
         """Do what comes after the checkpoint of a step: scores last, as they may fail where the training did not."""
         if self.step == self.config.steps:
             self._write_model()
+            bar.phase(self.phase.title)
         if self.unscored:
             bar.phase("scoring dev data")
-            bar.show(self.step, self._evaluate())
+            scores = self._evaluate()
             bar.phase(self.phase.title)
+            bar.show(self.step, scores)
             self.unscored = False
             self.window.restart_clock()
 

@@ -143,6 +143,7 @@ class TrainingProgress:
             "words_per_second": "{:,.0f} words/s",
         }
         self._values: dict[str, str] = {}
+        self._said: set[str] = set()
         self._bar.add_task("full network", total=total, completed=done, values="")
         (self._state,) = self._bar.tasks
         self._last = time.perf_counter()
@@ -152,20 +153,23 @@ class TrainingProgress:
         self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave the bar as it stands."""
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Leave the bar as it stands; only now is everything known that the line of the last step shows."""
         self._bar.stop()
+        if failure is None and self._values and self._done:
+            self._line()
 
     def phase(self, name: str) -> None:
-        """Say what is being trained or done."""
+        """Show what is being trained or done; where there is no bar, it is said once."""
         self._bar.update(self._state.id, description=name)
-        if self._lines:
+        if self._lines and name not in self._said:
             self._console.print(name, highlight=False)
+        self._said.add(name)
 
     def step(self, step: int) -> None:
         """Move the bar."""
         self._bar.update(self._state.id, completed=step)
-        if time.perf_counter() - self._last > self.EVERY:
+        if not self._done and time.perf_counter() - self._last > self.EVERY:
             self._line()
 
     def show(self, step: int, record: dict[str, Any]) -> None:
@@ -173,15 +177,19 @@ class TrainingProgress:
         self._values |= {name: form.format(record[name]) for name, form in self._forms.items() if name in record}
         values = " · ".join(self._values[name] for name in self._forms if name in self._values)
         self._bar.update(self._state.id, completed=step, values=values)
-        if step == self._state.total or "dev_score" in record:
+        if not self._done and "dev_score" in record:
             self._line()
+
+    @property
+    def _done(self) -> bool:
+        return self._state.remaining == 0
 
     def _line(self) -> None:
         """Where there is no bar, say how far it is."""
         self._last = time.perf_counter()
         if self._lines:
             at, left = self._state, self._state.time_remaining
-            rest = "done" if at.remaining == 0 else "" if left is None else f"about {left / 60:.0f} min left"
+            rest = "done" if self._done else "" if left is None else f"about {left / 60:.0f} min left"
             text = f"step {at.completed:.0f}/{at.total:.0f} ({at.description}): {at.fields['values']}"
             self._console.print(f"{text}, {rest}" if rest else text, highlight=False, soft_wrap=True)
 

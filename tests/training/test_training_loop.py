@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,6 +251,26 @@ def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:
     assert list((result.run / "tensorboard").iterdir())
     assert next(result.task.model.parameters()).dtype == torch.float32
     json.loads((result.run / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_progress_without_a_terminal(tmp_path: Path, capsys: Any) -> None:
+    """Each phase is said once, and so is each step; the line of the last one stands at the end."""
+    train(toy_task(), toy_data(), toy_config(tmp_path / "run", method="random"), random_subnetworks)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "full network", "scoring dev data", "step 5/12 (full network)", "finding subnetworks", "subnetworks",
+        "step 10/12 (subnetworks)", "saving", "step 12/12 (subnetworks)",
+    ]  # fmt: skip
+    assert re.search(r": loss [0-9.]+ · dev LAS [0-9.]+ · [0-9,]+ words/s, done$", lines[-1])
+
+
+def test_progress_without_dev_data(tmp_path: Path, capsys: Any) -> None:
+    """The line of the last step needs no score."""
+    data = {name: {"train": splits["train"]} for name, splits in toy_data().items()}
+    train(toy_task(), data, toy_config(tmp_path / "run", steps=2))
+    *others, last = capsys.readouterr().err.splitlines()
+    assert others == ["full network", "saving"]
+    assert re.fullmatch(r"step 2/2 \(full network\): loss [0-9.]+ · [0-9,]+ words/s, done", last)
 
 
 TWO_PROCESSES = """

@@ -12,7 +12,8 @@ import warnings
 from collections.abc import Sequence
 
 from fastmask.cli.inputs import check_inputs
-from fastmask.literal import say
+from fastmask.errors import nearest
+from fastmask.literal import one_line, say
 
 __all__ = ["main"]
 
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, OSError) as error:  # a task that is not there
         say(f"fastmask {arguments[0]}: error: {error}", sys.stderr)
         return 2
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        options.parser.error(_not_understood(rest[0], options.parser))
     options.command_line = shlex.join(["fastmask", *arguments])
     try:
         with warnings.catch_warnings():
@@ -80,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
         return 1
     return 0
+
+
+def _not_understood(given: str, parser: argparse.ArgumentParser) -> str:
+    """What is wrong with an argument that a command has no place for; argparse names no option near to it."""
+    name = given.partition("=")[0]
+    close = nearest(name, parser._option_string_actions, 1) if name.startswith("-") else []
+    return one_line(f"unrecognized argument: {given}{f' (did you mean {close[0]}?)' if close else ''}")
 
 
 def _missing(error: ModuleNotFoundError, command: str) -> int:

@@ -370,6 +370,23 @@ class TestErrors:
         assert stopped.value.code == 2
         assert "invalid choice: 'sttic'" in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("arguments", "wrong"),
+        [
+            (["evaluate", "runs/x", "--splt=dev"], "--splt=dev (did you mean --split?)"),
+            (["discover", "runs/x", "--draw-seeds", "3"], "--draw-seeds (did you mean --draws?)"),
+            (["train", "--encoder-rate", "1e-4"], "--encoder-rate (did you mean --encoder-lr?)"),
+            (["masks", "runs/x", "runs/y"], "runs/y"),
+            (["masks", "runs/x", "--\x1b[0m"], "--\\x1b[0m"),
+        ],
+    )
+    def test_an_argument_that_no_option_takes(self, arguments, wrong, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last == f"fastmask {arguments[0]}: error: unrecognized argument: {wrong}"
+
     def test_debug_shows_the_traceback(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             main(["evaluate", str(tmp_path / "nowhere"), "--debug"])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmask.cli.inputs import DATA, FILE
+from fastmask.cli.inputs import DATA, FILE, Input
 from fastmask.cli.options import Joined, add_settings, add_task_settings, given_settings
 from fastmask.compare.plan import CONDITIONS, FREE, RESERVED, CompareConfig, Job, Plan, arms_of, check_languages
 from fastmask.errors import unknown
@@ -23,6 +23,8 @@ from fastmask.terminal import LiteralConsole, console_of
 from fastmask.training.config import METAS, METHODS
 
 __all__ = ["add_options", "run"]
+
+TABLES = Input("a folder with results.csv and cells.csv", folder=True)
 
 
 def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -41,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     some = "only these arms now, as in full,static; their tables are shown, and the others can follow"
     add("--arms", nargs="+", action=Joined, help=some)
     known = "folder with results.csv and cells.csv of this plan: cells in them are not trained again"
-    add("--known", metavar="FOLDER", help=known)
+    add("--known", metavar="FOLDER", type=TABLES, help=known)
     add("--workers", type=int, default=1, help="processes on this machine that train cells side by side")
     add_settings(parser, settings=CompareConfig, group="the comparison")
     add_settings(parser, without=RESERVED)

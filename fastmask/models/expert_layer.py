@@ -43,6 +43,10 @@ class AttachedExperts(nn.Module):
         self.training = plain.training
         self.stacked, self.router, self.packs = tuple(stacked), router, packs
         self.mask = mask
+        # A graph ends here: which subnetworks run on how many tokens is known only now, and traced, the loop over them
+        # would be compiled anew for every batch. Not where the class is made, as this loads the compiler.
+        if not hasattr(AttachedExperts.forward, "_torchdynamo_disable"):
+            AttachedExperts.forward = torch.compiler.disable(AttachedExperts.forward)  # type: ignore[method-assign]
 
     def __getattr__(self, name: str) -> Any:
         # Models look at how many experts there are. What others have hung on the plain module (`_hf_hook`) stays there.

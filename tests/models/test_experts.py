@@ -11,6 +11,7 @@ import torch
 from covering import covering
 from every_model import LANGUAGES, first_of, made, masked_parameters, multiplied, tiny_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
 from fastmask.discovery import importance
@@ -288,14 +289,18 @@ def test_threads():
 
 
 def test_compiles():
-    """The graph ends at the experts, and another one begins behind them."""
-    model = tiny_model(*MODELS[0], num_hidden_layers=1)
-    words, ids = torch.randint(4, 60, (3, 7)), torch.tensor([1, 0, 1])
+    """The graph ends at the experts, and another one begins behind them; both serve every batch."""
+    model = tiny_model("mixtral", "MixtralModel", num_hidden_layers=1)
     fm.attach(model, neurons_of(model, 0.5, 0.3))
-    want = first_of(model(words, use_cache=False, language_ids=ids))
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
-    torch.testing.assert_close(first_of(compiled(words, use_cache=False, language_ids=ids)), want)
+    count = CompileCounterWithBackend("eager")
+    compiled, graphs = torch.compile(model, backend=count), []
+    for ids in ([1, 0, 1], [0, 0, 1], [1, 1, 1]):
+        given = {"input_ids": torch.randint(4, 60, (3, 7)), "use_cache": False, "language_ids": torch.tensor(ids)}
+        torch.testing.assert_close(first_of(compiled(**given)), first_of(model(**given)))
+        graphs.append(count.frame_count)
+    assert graphs == 3 * graphs[:1]
+    assert graphs[0] > 1
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -10,19 +10,18 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from benchmarks import against, row, tables
+from benchmarks import row, tables
 from benchmarks.cases import CASES
-from benchmarks.machine import ROOT
-from benchmarks.row import Row
-from benchmarks.running import Job, measure_in, see
+from benchmarks.row import ROOT, Row
+from benchmarks.running import Job, measure_in
 from benchmarks.setting import Setting
-from benchmarks.targets import QUICK, TARGETS, jobs_of, placed
+from benchmarks.targets import QUICK, TARGETS
 from fastmask.errors import unknown
 
 __all__ = ["main"]
 
-PLANS = {"quick": QUICK, "targets": jobs_of(TARGETS)}
-SWEPT = ("shape", "layers", "unit", "density", "languages", "present", "batch", "tokens", "dtype")
+PLANS = {"quick": QUICK, "targets": list(dict.fromkeys(target.job for target in TARGETS))}
+SWEPT = [field for field in fields(Setting) if field.name not in ("case", "compiled", "threads", "device")]
 EPILOG = """examples:
   python -m benchmarks --processes 3 --update-readme    what the README shows
   python -m benchmarks targets                          what must hold; fails where something falls short
@@ -55,12 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", nargs="?", default="quick", help="quick, targets, or a case (default: quick)")
     sweep = parser.add_argument_group("the settings of a case; several values, with commas, make a sweep")
-    defaults = {field.name: field.default for field in fields(Setting)}
-    for name in SWEPT:
-        sweep.add_argument(f"--{name}", metavar="A,B", help=f"default: {defaults[name]}, or the case's")
+    for field in SWEPT:
+        said = f"default: {field.default}, or the case's"
+        sweep.add_argument(f"--{field.name}", type=_items, metavar="A,B", help=said)
     sweep.add_argument("--compile", action="store_true", help="run every implementation under torch.compile")
-    sweep.add_argument("--implementations", metavar="A,B", help="beside dense and full; default: all that apply")
-    sweep.add_argument("--parts", metavar="A,B", help="default: all of the case")
+    for name, said in (
+        ("implementations", "beside dense and full; default: all that apply"),
+        ("parts", "default: all"),
+    ):
+        sweep.add_argument(f"--{name}", type=_items, default=(), metavar="A,B", help=said)
     sweep.add_argument("--peaks", action="store_true", help="also count the most that is held at once")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each part (default: 20)")
     parser.add_argument("--processes", type=int, default=1, help="repeat in so many processes; medians and range")
@@ -79,10 +81,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     before = None if options.compare is None else row.read(options.compare)  # before anything is measured
-    if options.processes < 1:
-        raise ValueError(f"--processes {options.processes}: expected at least 1")
-    rows = _measured(options) if options.stored is None else row.read(options.stored)
-    if options.stored is not None:
+    if options.stored is None:
+        rows = _measured(options)
+    else:
+        rows = row.read(options.stored)
         tables.print_rows(rows, TARGETS)
     tables.print_sources(rows)
     good = tables.print_targets(TARGETS, rows) if options.what == "targets" else True
@@ -92,16 +94,20 @@ def _run(options: argparse.Namespace) -> int:
         for path in draw(rows, options.pictures):
             print(f"drawn: {path}")
     if options.update_readme is not None:
-        tables.replace_between(options.update_readme, tables.BEGIN, tables.END, tables.readme_table(rows))
+        tables.update_readme(options.update_readme, rows)
     if before is not None:
-        good = against.print_changes(before, rows, options.compare) and good
+        good = tables.print_changes(before, rows, options.compare) and good
     return 0 if good else 1
 
 
 def _measured(options: argparse.Namespace) -> list[Row]:
     if options.csv is not None and options.csv.exists():
         raise ValueError(f"{options.csv} is there already: name another file")
-    jobs = [see(job) for job in _jobs(options)]
+    if options.processes < 1:
+        raise ValueError(f"--processes {options.processes}: expected at least 1")
+    jobs = _jobs(options)
+    for job in jobs:
+        job.refuse()
     rows: list[Row] = []
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.setting.words()}", file=sys.stderr, flush=True)
@@ -115,17 +121,16 @@ def _measured(options: argparse.Namespace) -> list[Row]:
 
 def _jobs(options: argparse.Namespace) -> list[Job]:
     """What to measure, in order: a plan, or every combination of a case's settings."""
-    given = {name: _values(name, getattr(options, name)) for name in SWEPT if getattr(options, name) is not None}
-    names, parts = (
-        None if text is None else tuple(text.split(",")) for text in (options.implementations, options.parts)
-    )
+    given = {field.name: texts for field in SWEPT if (texts := getattr(options, field.name))}
+    names, parts = options.implementations, options.parts
     if options.what in PLANS:
         if given or names or parts or options.compile or options.peaks:
             raise ValueError(f"the plan {options.what!r} has settings of its own; they can be given with a case")
-        return [placed(job, options.threads, options.device) for job in PLANS[options.what]]
+        return [job.on(options.threads, options.device) for job in PLANS[options.what]]
     if options.what not in CASES:
         raise unknown("plan or case", options.what, [*PLANS, *CASES])
-    swept = {name: [value] for name, value in CASES[options.what].defaults.items()} | given
+    swept: dict[str, list[Any]] = {name: [value] for name, value in CASES[options.what].defaults.items()}
+    swept |= {name: [_value(name, text) for text in texts] for name, texts in given.items()}
     fixed = {"compiled": options.compile, "threads": options.threads, "device": options.device}
     return [
         Job(Setting(options.what, **dict(zip(swept, values, strict=True)), **fixed), names, parts, options.peaks)
@@ -133,14 +138,16 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     ]
 
 
-def _values(name: str, text: str) -> list[Any]:
-    kind, found = get_type_hints(Setting)[name], []
-    for item in text.split(","):
-        try:
-            found.append(kind(item.strip()))
-        except ValueError:
-            raise ValueError(f"--{name} {text}: {item!r} is not a number") from None
-    return found
+def _value(name: str, text: str) -> Any:
+    try:
+        return get_type_hints(Setting)[name](text)
+    except ValueError:
+        raise ValueError(f"--{name}: {text!r} is not a number") from None
+
+
+def _items(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(item.strip() for item in text.split(","))
 
 
 if __name__ == "__main__":

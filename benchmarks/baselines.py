@@ -3,13 +3,13 @@
 All have one signature: `rival(x [B, ..., K], weight [N, K], task, bias [N] or None) -> y [B, ..., N]`. A `Task` holds
 what a program can prepare once for a mask and a batch's language ids; no rival pays for that when it is timed. `dense`
 ignores the masks; the others compute `fastmask.masked_linear`. `packed` does so as an attached model does: the masked
-side is as wide as the widest language, live units in front.
+side holds live units only.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastmask.masks import Mask
 
-__all__ = ["BASELINES", "EXPLAINED", "Baseline", "BaselineLinear", "Task", "units_of_mask", "why_not"]
+__all__ = ["BASELINES", "EXPLAINED", "Baseline", "BaselineLinear", "Task", "why_not", "with_rival"]
 
 
 class Task:
@@ -33,39 +33,35 @@ class Task:
         row_of: which of them each example has, int64 [B].
         bounds, ends: where each one's examples begin and end once sorted; the ends again as int32 [G].
         order, back: int64 [B]; examples sorted by language, and where each is after sorting. None if they are sorted.
-        live: of row and column masks, the units each language owns, int64.
-        units, padding: the same as a table [G, most], as wide as the widest of all languages; what is padding, or None.
+        keep: what the languages present own, bool, which broadcasts to [G, N, K].
+        live: of row and column masks, the units of each, int64.
+        units: the same as a table [G, live] where all own equally many; else None.
         gates: of row and column masks, the units of each example, bool [B, N] or [B, K]; else None.
-        keep: bool [G, N, K] for the languages present; of row and column masks a view.
-        block: (bn, bk) of block masks, else None.
+        block: of block masks, (bn, bk).
     """
 
     def __init__(self, mask: Mask, language_ids: Tensor) -> None:
-        ids, device = language_ids.to(mask.device), mask.device
-        self.kind, self.n_examples = mask.kind, len(ids)
+        self.kind, ids = mask.kind, language_ids.to(mask.device)
         found, self.row_of, counts = ids.unique(return_inverse=True, return_counts=True)
         self.languages: list[int] = found.tolist()
         self.ends = counts.cumsum(0).to(torch.int32)
         self.bounds = list(pairwise([0, *self.ends.tolist()]))
         order = ids.argsort(stable=True)
-        self.order, self.back = _unless_trivial(order), _unless_trivial(order.argsort())
+        is_sorted = torch.equal(order, torch.arange(len(ids), device=ids.device))  # as a loader can give them
+        self.order, self.back = (None, None) if is_sorted else (order, order.argsort())
+        every = mask.to_dense()
+        self.keep = torch.cat([torch.ones_like(every[:1]), every])[found + 1]
+        self.live: list[Tensor] = []
+        self.units: Tensor | None = None
         self.gates: Tensor | None = None
         if mask.kind in ("rows", "columns"):
-            units = units_of_mask(mask)
-            own = units[found + 1]
-            self.live = [flags.nonzero().flatten() for flags in own]
-            self.gates = units[ids + 1]
-            wide = int(max(units[1:].sum(1).max(), own.sum(1).max())) if self.languages else 0
-            padding = torch.arange(wide, device=device) >= own.sum(1, keepdim=True)
-            self.padding = padding if bool(padding.any()) else None
-            in_front = torch.sort(own.to(torch.int8), dim=1, descending=True, stable=True).indices
-            self.units = in_front[:, :wide].masked_fill(padding, 0)
-            shape = (len(found), mask.out_features, mask.in_features)
-            self.keep = (own[:, :, None] if mask.kind == "rows" else own[:, None, :]).expand(shape)
-        else:
-            every = mask.to_dense()
-            self.keep = torch.cat([torch.ones_like(every[:1]), every])[found + 1]
-        self.block = tuple(mask.geometry) if mask.kind == "blocks" else None
+            along = 2 if mask.kind == "rows" else 1
+            units = self.keep.any(along)
+            self.keep = units.unsqueeze(along)
+            self.live = [flags.nonzero().flatten() for flags in units]
+            self.units = torch.stack(self.live) if len(set(map(len, self.live))) == 1 else None
+            self.gates = units[self.row_of]
+        self.block = mask.geometry
         self._block_sparse: dict[int, list[Tensor]] = {}
 
     def block_sparse(self, weight: Tensor) -> list[Tensor]:
@@ -74,29 +70,14 @@ class Task:
         Raises:
             ValueError: not a mask over blocks.
         """
-        if self.block is None:
+        if self.kind != "blocks":
             raise ValueError(f"block-sparse rows are for masks over blocks, not {self.kind}")
-        if weight.data_ptr() not in self._block_sparse:
+        made = self._block_sparse.setdefault(weight.data_ptr(), [])
+        if not made:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # PyTorch calls them beta
-                made = [(weight.detach() * keep).to_sparse_bsr(self.block) for keep in self.keep]
-            self._block_sparse[weight.data_ptr()] = made
-        return self._block_sparse[weight.data_ptr()]
-
-
-def units_of_mask(mask: Mask) -> Tensor:
-    """Bool [1 + L, N or K]: of a mask over rows or columns, the units of the full network, then of each language."""
-    size = mask.out_features if mask.kind == "rows" else mask.in_features
-    units = torch.zeros(1 + mask.n_languages, size, dtype=torch.bool, device=mask.device)
-    units[0] = True
-    for language, count in enumerate(mask.live_counts()):
-        units[1 + language, mask.index[language, :count]] = True
-    return units
-
-
-def _unless_trivial(examples: Tensor) -> Tensor | None:
-    """None for examples that are in order already: a program that sorts its batches moves nothing."""
-    return None if torch.equal(examples, torch.arange(len(examples), device=examples.device)) else examples
+                made += [(weight.detach() * keep).to_sparse_bsr(self.block) for keep in self.keep]
+        return made
 
 
 # ---- the rivals
@@ -139,35 +120,31 @@ def gating(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) ->
     """Y = r o (W (c o x)): exact for masks over rows and columns, at dense cost."""
     if task.gates is None:
         raise ValueError(f"gates are for masks over rows or columns, not {task.kind}")
-    gates = task.gates.reshape(task.n_examples, *[1] * (x.ndim - 2), -1)
+    gates = task.gates.reshape(len(x), *[1] * (x.ndim - 2), -1)
     return F.linear(x, weight, bias) * gates if task.kind == "rows" else F.linear(x * gates, weight, bias)
 
 
 def packed(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-    """`grouped_mm` over copies of each language's live rows (columns): ragged and compact, by the vendor's kernels.
+    """`grouped_mm` over copies of each language's live rows (columns), by the vendor's kernels; examples are sorted.
 
-    A row mask makes [B, ..., most], a column mask takes it; what is behind the live units of x must be zero.
+    A row mask makes y [B, ..., live], a column mask takes x [B, ..., live]; all languages own equally many units.
     """
-    if task.gates is None:
-        raise ValueError(f"live rows are those of masks over rows or columns, not {task.kind}")
+    units = task.units
+    if units is None or task.order is not None:
+        raise ValueError("live rows are those of masks over rows or columns, equally many each, of sorted examples")
     if torch.is_autocast_enabled(x.device.type):  # which `grouped_mm` knows nothing of
         x, weight = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (x, weight))
     rows = weight if task.kind == "rows" else weight.t().contiguous()
-    copies = rows.index_select(0, task.units.flatten()).unflatten(0, task.units.shape)  # [G, most, K or N]
-    if task.padding is not None:
-        copies = copies.masked_fill(task.padding[..., None], 0)
+    copies = rows.index_select(0, units.flatten()).unflatten(0, units.shape)  # [G, live, K or N]
     if task.kind == "rows":
         copies = copies.transpose(1, 2)
-    ordered, ends = _taken(x, task.order), task.ends * x[0, ..., 0].numel()
-    y = F.grouped_mm(ordered.reshape(-1, x.shape[-1]), copies, offs=ends)
-    y = _taken(y.reshape(*ordered.shape[:-1], copies.shape[2]), task.back)
+    y = F.grouped_mm(x.reshape(-1, x.shape[-1]), copies, offs=task.ends * x[0, ..., 0].numel())
+    y = y.reshape(*x.shape[:-1], copies.shape[2])
     if bias is None:
         return y
     bias = bias.to(y.dtype)
-    if task.kind == "columns":
-        return y + bias
-    own = bias[task.units] if task.padding is None else bias[task.units].masked_fill(task.padding, 0)
-    return y + own[task.row_of].reshape(task.n_examples, *[1] * (y.ndim - 2), -1)
+    own = bias if task.kind == "columns" else bias[units][task.row_of].reshape(len(x), *[1] * (y.ndim - 2), -1)
+    return y + own
 
 
 def bsr(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
@@ -208,15 +185,7 @@ EXPLAINED = {
 
 
 def why_not(name: str, kind: str, present: int, dtype: str = "float32", compiled: bool = False) -> str | None:
-    """Why a rival cannot compute a mask of some kind for so many languages in one batch; None if it can.
-
-    Args:
-        name: of `BASELINES`.
-        kind: "rows", "columns", "blocks" or "weights".
-        present: languages of the batch.
-        dtype: of the products.
-        compiled: whether it runs under `torch.compile`.
-    """
+    """Why a rival cannot compute a mask of some kind for so many languages in one batch; None if it can."""
     if name == "multiply" and present > 1:
         return "it has one mask for a whole batch"
     if name in ("gating", "packed") and kind not in ("rows", "columns"):
@@ -241,3 +210,10 @@ class BaselineLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, ..., in] -> [B, ..., out]."""
         return self.baseline(x, self.weight, self.task, self.bias)
+
+
+def with_rival(model: nn.Module, baseline: Baseline, tasks: Mapping[str, Task]) -> nn.Module:
+    """The model, with a rival in the place of the linear layers that are named."""
+    for path, task in tasks.items():
+        model.set_submodule(path, BaselineLinear(model.get_submodule(path), task, baseline))  # type: ignore[arg-type]
+    return model

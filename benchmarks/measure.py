@@ -1,23 +1,22 @@
-"""Timing, in this one place: sides run in turn, and what counts is the ratio of two runs of the same round.
+"""Time and memory of what runs, in this one place.
 
-The speed of a machine that is not quiet moves by tens of percent within a minute. Two runs side by side see the same
-speed, so ratios are taken round by round, and their quartiles say how far they can be trusted. On a GPU device events
-measure a run, on a CPU the host's clock.
+The speed of a machine that is not quiet moves by tens of percent within a minute. So sides run in turn, and what counts
+is the ratio of two runs of the same round: they see the same speed. Bytes are counted.
 """
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-__all__ = ["NOISY", "Side", "captured", "on_gpu", "quartiles", "rounds"]
+__all__ = ["Side", "captured", "peak_bytes", "rounds", "saved_bytes"]
 
-MOST_ROUNDS, MOST_ROUNDS_ON_GPU = 2000, 200
-NOISY = 0.10  # of the median: where the quartiles of a ratio lie farther apart, it says too little
+MOST_ROUNDS = {"cpu": 2000, "cuda": 200}
 _HEAD_START = 20_000_000  # clock cycles (about 10 ms) in which the host queues work before the device begins
 
 
@@ -28,83 +27,55 @@ class Side:
     run: Callable[[], object]
     reset: Callable[[], object] = lambda: None
 
-
-def on_gpu(device: torch.device) -> bool:
-    """Whether device events, graphs and memory counters are there."""
-    return device.type == "cuda"
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile, never outside of what was seen."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
+    def once(self) -> None:
+        """Reset, then run, untimed."""
+        self.reset()
+        self.run()
 
 
-def rounds(
-    sides: Sequence[Side], device: torch.device, seconds: float, warm_up: int = 3, least: int = 2
-) -> list[list[float]]:
+def rounds(sides: Sequence[Side], clock: str, seconds: float, warm_up: int = 3, least: int = 2) -> list[list[float]]:
     """Run all sides in turn, A B C C B A ..., for about `seconds`; the milliseconds of each, one for each round.
-
-    On a GPU the device's own time between the beginning and the end of a run. The host queues runs ahead, so its own
-    time counts only where it is slower than the device, as in training.
 
     Args:
         sides: what is run; whoever runs second finds other things in the cache, so they change places.
-        device: whose clock counts: where they run, or the CPU for the time until a call returns.
+        clock: "cpu" takes the time until a call returns. "cuda" takes the device's between the beginning and the end of
+            a run: the host queues runs ahead, so its own time counts only where it is slower, as in training.
         seconds: for all rounds together, warm-up not counted.
         warm_up: untimed runs of each side before the first round.
         least: rounds that are run however long they take.
     """
     for side in sides:
         for _ in range(warm_up):
-            side.reset()
-            side.run()
+            side.once()
     _wait()
     start = time.perf_counter()
     for side in sides:
-        side.reset()
-        side.run()
+        side.once()
     _wait()
-    if not on_gpu(device):
-        return _host_times(sides, seconds, least)
-    count = int(seconds / max(time.perf_counter() - start, 1e-6))
-    return _device_times(sides, min(max(count, least), MOST_ROUNDS_ON_GPU))
-
-
-def _in_turn(count: int, number: int) -> Sequence[int]:
-    """The order of the sides in one round: forth, then back."""
-    return range(count) if number % 2 == 0 else range(count - 1, -1, -1)
-
-
-def _device_times(sides: Sequence[Side], count: int) -> list[list[float]]:
-    torch.cuda._sleep(_HEAD_START)
-    events = []
-    for number in range(count):
-        for i in _in_turn(len(sides), number):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    fitting = round(seconds / max(time.perf_counter() - start, 1e-6))
+    if clock == "cuda":
+        torch.cuda._sleep(_HEAD_START)
+    taken: list[list[Callable[[], float]]] = [[] for _ in sides]
+    for number in range(min(max(fitting, least), MOST_ROUNDS[clock])):
+        for i in range(len(sides)) if number % 2 == 0 else reversed(range(len(sides))):
             sides[i].reset()
-            start.record()
-            sides[i].run()
-            end.record()
-            events.append((i, start, end))
-    torch.cuda.synchronize()
-    times: list[list[float]] = [[] for _ in sides]
-    for i, start, end in events:
-        times[i].append(start.elapsed_time(end))
-    return times
+            taken[i].append(_timed(sides[i].run, clock))
+    _wait()
+    return [[milliseconds() for milliseconds in own] for own in taken]
 
 
-def _host_times(sides: Sequence[Side], seconds: float, least: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in sides]
-    end, number = time.perf_counter() + seconds, 0
-    while number < least or (number < MOST_ROUNDS and time.perf_counter() < end):
-        for i in _in_turn(len(sides), number):
-            sides[i].reset()
-            start = time.perf_counter()
-            sides[i].run()
-            times[i].append(1e3 * (time.perf_counter() - start))
-        number += 1
-    return times
+def _timed(run: Callable[[], object], clock: str) -> Callable[[], float]:
+    """Run once; what is returned tells the milliseconds, on a GPU once it has done what was queued."""
+    if clock == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        return lambda: begin.elapsed_time(end)
+    start = time.perf_counter()
+    run()
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    return lambda: milliseconds
 
 
 def _wait() -> None:
@@ -119,16 +90,75 @@ def captured(side: Side) -> Side:
     Raises:
         RuntimeError: it cannot be captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
-            side.reset()
-            side.run()
-    torch.cuda.current_stream().wait_stream(stream)
+            side.once()
     torch.cuda.synchronize()
     side.reset()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         side.run()
     return Side(graph.replay)
+
+
+# ---- memory
+
+
+def saved_bytes(forward: Callable[[], Tensor], not_counted: Sequence[Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass.
+
+    Counts the storage of every tensor that autograd saves, once each, except those of `not_counted` (parameters and
+    masks, which are there anyway).
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []  # a freed storage's address would be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor.detach())
+        return tensor.detach()  # a saved output itself would hold the graph that holds it, for good
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(storages.values())
+
+
+def peak_bytes(side: Side, device: str) -> int:
+    """Most memory that a run takes beyond what there was before; its results are dropped.
+
+    On a GPU the allocator's own count; on a CPU the running sum of what PyTorch's allocator reports to the profiler.
+    The run is the second of two: scratch memory that outlives a call was there before.
+    """
+    side.once()
+    side.reset()
+    if device == "cpu":
+        found = _host_peak(side)
+    else:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.run()
+        torch.cuda.synchronize()
+        found = torch.cuda.max_memory_allocated() - before
+    side.reset()
+    return found
+
+
+def _host_peak(side: Side) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would greet on standard error
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = side.run()
+    del result
+    held = highest = 0
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    return highest

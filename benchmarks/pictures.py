@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.row import Row
-from benchmarks.setting import Setting
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, new_figure
 
 __all__ = ["draw", "lines_of"]
 
 
-def draw(rows: Sequence[Row], folder: str | Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what the rows are enough for, as PNG files; returns their paths.
 
     Raises:
         ValueError: there are nowhere three densities that are else alike.
     """
-    groups: dict[tuple[Setting, str], list[Row]] = {}
+    groups: dict[object, list[Row]] = {}
     for row in rows:
         if row.implementation == "fastmask" and row.over_full is not None:
-            alike = Setting.stored(vars(row.setting) | {"density": 1.0, "languages": 1, "present": 1, "batch": 1})
+            alike = replace(row.setting, density=1.0, languages=1, present=1, batch=1)
             groups.setdefault((alike, row.part), []).append(row)
-    drawn = [_drawn(own, Path(folder)) for own in groups.values() if lines_of(own)]
+    drawn = [_drawn(own, folder) for own in groups.values() if lines_of(own)]
     if not drawn:
         raise ValueError("nothing to draw: expected rows of fastmask and full at three densities, else alike")
     return drawn
@@ -48,7 +48,7 @@ def _drawn(rows: Sequence[Row], folder: Path) -> Path:
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         speeds = [row.over_full for row in own if row.over_full is not None]
         axis.plot(densities, [speed.middle for speed in speeds], color=colour, marker=marker, label=label)
-        lows, highs = zip(*(speed.bounds for speed in speeds), strict=True)
+        _, lows, highs = zip(*speeds, strict=True)
         axis.fill_between(densities, lows, highs, color=colour, alpha=0.18, linewidth=0)
     axis.axhline(1, color="black", linewidth=1, label="the full network through fastmask")
     axis.set_xlim(0, 1)

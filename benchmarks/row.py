@@ -1,42 +1,70 @@
-"""`Row`: one implementation of one part of a case, measured, as one line of a tidy CSV file."""
+"""`Row`: one implementation of one part of a case, measured on one machine, as one line of a tidy CSV file."""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Iterable, Mapping
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from benchmarks.machine import Machine
-from benchmarks.measure import NOISY
+import torch
+
+import fastmask
 from benchmarks.setting import Setting
 from fastmask.files import write_text
+from fastmask.processor import processor
+from fastmask.torch_path.gemm import by_onednn
 
-__all__ = ["Row", "Spread", "read", "write"]
+__all__ = ["ROOT", "Machine", "Row", "Spread", "read", "this_machine", "write"]
+
+ROOT = Path(__file__).resolve().parents[1]
+NOISY = 0.10  # of the median: where the quartiles of a ratio lie farther apart, it says too little
 
 
 class Spread(NamedTuple):
-    """A median and, where they are known, the quartiles over rounds.
+    """A median and the quartiles over rounds; where those are not known, the median again.
 
     Of several processes: the median of their medians, the least and the most of them.
     """
 
     middle: float
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Median and quartiles, which lie within what was seen."""
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(middle, low, high)
 
     def __str__(self) -> str:
         """As tables show a speed."""
-        spread = "" if self.low is None or self.high is None else f" ({self.low:.2f}-{self.high:.2f})"
+        spread = "" if self.low == self.high else f" ({self.low:.2f}-{self.high:.2f})"
         return f"{self.middle:.2f}x{spread}"
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Low and high; the median where they are not known."""
-        return (self.middle if self.low is None else self.low, self.middle if self.high is None else self.high)
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a number comes from; empty text for what is not known.
+
+    `products` is what fastmask multiplied float32 matrices with on a CPU: "torch", or "onednn" where that is faster; on
+    a GPU Triton's version. `commit` ends with a plus where files differ from it.
+    """
+
+    processor: str
+    torch: str
+    python: str
+    fastmask: str
+    products: str
+    commit: str
+    date: str
 
 
 @dataclass(frozen=True)
@@ -91,19 +119,66 @@ class Row:
     @property
     def noisy(self) -> bool:
         """Whether the speed over dense is spread too widely to conclude."""
-        if self.over_dense is None:
-            return False
-        low, high = self.over_dense.bounds
-        return high - low > NOISY * self.over_dense.middle
+        speed = self.over_dense
+        return speed is not None and speed.high - speed.low > NOISY * speed.middle
+
+
+def this_machine(device: str) -> Machine:
+    """What runs here, on "cpu" or "cuda"."""
+    if device == "cpu":
+        name, products = processor(), "onednn" if by_onednn(torch.zeros(1)) else "torch"
+    else:
+        import triton
+
+        name, products = torch.cuda.get_device_name(device), f"triton {triton.__version__}"
+    versions = (torch.__version__, platform.python_version(), fastmask.__version__)
+    return Machine(name, *versions, products, _commit(), date.today().isoformat())
+
+
+def _commit() -> str:
+    ask = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# ---- as a file
+
+SPREADS = {name: (name, f"{name}_low", f"{name}_high") for name in ("ms", "over_dense", "over_full")}
+
+
+def _columns(kind: type) -> dict[str, Any]:
+    """The columns of a dataclass, those inside of it included, and what their cells hold."""
+    found: dict[str, Any] = {}
+    for name, own in get_type_hints(kind).items():
+        if is_dataclass(own):
+            found |= _columns(own)  # type: ignore[arg-type]
+        else:
+            found |= dict.fromkeys(SPREADS[name], float | None) if name in SPREADS else {name: own}
+    return found
+
+
+COLUMNS = _columns(Row)
 
 
 def write(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
     """Write a CSV file, replacing the whole at once."""
     out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(_cells(row) for row in rows)
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        values = vars(row) | vars(row.setting) | vars(row.machine)
+        for name, columns in SPREADS.items():
+            values |= dict(zip(columns, values[name] or (None, None, None), strict=True))
+        writer.writerow({name: _text(value) for name, value in values.items()})
     write_text(path, out.getvalue())
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
@@ -114,73 +189,33 @@ def read(path: str | os.PathLike[str]) -> list[Row]:
         ValueError: not such a file; the message says what is wrong with it.
     """
     header, *lines = [*csv.reader(io.StringIO(Path(path).read_text(encoding="utf-8"), newline=""))] or [[]]
-    if header != COLUMNS:
+    if header != [*COLUMNS]:
         wrong = next((name for name in COLUMNS if name not in header), "more than there should be")
         raise ValueError(f"{path} is not a file of benchmark rows: it has no column {wrong!r}")
     found: list[Row] = []
     for number, cells in enumerate(lines, 2):
         try:
-            found.append(_built(Row, dict(zip(COLUMNS, cells, strict=True))))
-        except ValueError as error:
+            found.append(_row(dict(zip(COLUMNS, cells, strict=True))))
+        except (ValueError, KeyError) as error:
             raise ValueError(f"line {number} of {path}: {error}") from None
     return found
 
 
-def _columns(kind: Any) -> list[str]:
-    found = []
-    for name, own in get_type_hints(kind).items():
-        many = [name, f"{name}_low", f"{name}_high"] if _is_spread(own) else [name]
-        found += _columns(own) if is_dataclass(own) else many
-    return found
+def _row(cells: Mapping[str, str]) -> Row:
+    values = {name: _parsed(name, text) for name, text in cells.items()}
+    for name, columns in SPREADS.items():
+        middle, low, high = (values.pop(column) for column in columns)
+        values[name] = middle and Spread(middle, low or middle, high or middle)
+    for name, kind in (("setting", Setting), ("machine", Machine)):
+        values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+    return Row(**values)
 
 
-def _is_spread(kind: Any) -> bool:
-    return Spread in (kind, *get_args(kind))
-
-
-COLUMNS = _columns(Row)
-
-
-def _cells(thing: Any) -> list[str]:
-    found = []
-    for field in fields(thing):
-        value = getattr(thing, field.name)
-        if is_dataclass(value):
-            found += _cells(value)
-        elif isinstance(value, Spread) or f"{field.name}_low" in COLUMNS:
-            found += [_text(number) for number in value or (None, None, None)]
-        else:
-            found.append(_text(value))
-    return found
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
-
-
-def _built(kind: Any, cells: Mapping[str, str]) -> Any:
-    values: dict[str, Any] = {}
-    for name, own in get_type_hints(kind).items():
-        if is_dataclass(own):
-            values[name] = _built(own, cells)
-        elif _is_spread(own):
-            three = [_parsed(column, float | None, cells[column]) for column in (name, f"{name}_low", f"{name}_high")]
-            values[name] = None if three[0] is None else Spread(*three)
-        else:
-            values[name] = _parsed(name, own, cells[name])
-    return Setting.stored(values) if kind is Setting else kind(**values)
-
-
-def _parsed(name: str, kind: Any, text: str) -> Any:
-    if bool in (kind, *get_args(kind)) and text in ("True", "False"):
-        return text == "True"
-    if get_args(kind):  # what may be missing
-        if not text:
-            return None
-        (kind, _) = get_args(kind)
+def _parsed(name: str, text: str) -> Any:
+    kind, *optional = get_args(COLUMNS[name]) or [COLUMNS[name]]
+    if optional and not text:
+        return None
     try:
-        return kind(text) if kind is not bool else int("")
-    except ValueError:
+        return {"True": True, "False": False}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
         raise ValueError(f"{name} is {text!r} (expected {'True or False' if kind is bool else 'a number'})") from None

@@ -10,14 +10,12 @@ from typing import Any
 import torch
 
 from benchmarks.cases import CASES, DENSE, Case
-from benchmarks.machine import this_machine
-from benchmarks.measure import Side, captured, quartiles, rounds
-from benchmarks.memory import peak_bytes
-from benchmarks.row import Row, Spread
+from benchmarks.measure import Side, captured, peak_bytes, rounds
+from benchmarks.row import SPREADS, Row, Spread, this_machine
 from benchmarks.setting import Setting
 from fastmask import workers
 
-__all__ = ["Job", "measure", "measure_in", "merged", "see"]
+__all__ = ["Job", "measure", "measure_in", "merged"]
 
 
 @dataclass(frozen=True)
@@ -26,67 +24,64 @@ class Job:
 
     Attributes:
         setting: at which setting.
-        names: implementations; None: all that apply.
-        parts: of the case; None: all.
+        names: implementations; none: all that apply.
+        parts: of the case; none: all.
         peaks: whether to count the most that each implementation holds at once, which takes a run under the profiler.
     """
 
     setting: Setting
-    names: tuple[str, ...] | None = None
-    parts: tuple[str, ...] | None = None
+    names: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     peaks: bool = False
 
+    def on(self, threads: int, device: str) -> Job:
+        """The same on so many threads of a CPU, or on another device."""
+        return replace(self, setting=replace(self.setting, threads=threads, device=device))
 
-def see(job: Job) -> Job:
-    """The job, once it is seen that it can be done; nothing is built. Raises as `Case.refuse` does."""
-    CASES[job.setting.case].refuse(job.setting, job.names or (), job.parts or ())
-    return job
+    def refuse(self) -> None:
+        """See that it can be done; nothing is built. Raises as `Case.refuse` does."""
+        CASES[self.setting.case].refuse(self.setting, self.names, self.parts)
 
 
 def measure(job: Job, seconds: float) -> list[Row]:
     """Build a case, prove every implementation equal to the reference, and time its parts.
 
     Args:
-        job: what; `see` is asked first.
+        job: what.
         seconds: for each part, once everything is warm; the case says how many rounds are run at least, and with 0
             seconds, to see that it runs, there are two.
 
     Raises:
         RuntimeError: an implementation is wrong; nothing is timed.
-        KeyError, ValueError: see `see`.
+        KeyError, ValueError: see `Job.refuse`.
     """
-    setting = see(job).setting
-    torch.set_num_threads(setting.threads)
+    job.refuse()
+    torch.set_num_threads(job.setting.threads)
     torch.manual_seed(0)
-    if setting.compiled:
+    if job.setting.compiled:
         torch._dynamo.reset()  # what other settings compiled counts against this one's limit
         torch._dynamo.config.recompile_limit = 64  # rivals and parts are compiled from the same lines
-    case = CASES[setting.case](setting, job.names)
+    case = CASES[job.setting.case](job.setting, job.names)
     case.check()
-    rows = [row for part in job.parts or case.parts for row in _rows(case, part, seconds, job.peaks)]
-    kept = case.kept()
-    return [replace(row, kept_mib=_mib(kept.get(row.implementation))) for row in rows]
+    return [row for part in job.parts or case.parts for row in _rows(case, part, seconds, job.peaks)]
 
 
 def _rows(case: Case, part: str, seconds: float, peaks: bool) -> list[Row]:
-    (name, _, how), device, found = part.partition(" "), case.setting.torch_device, []
-    sides = _as_graphs(case, case.sides(name)) if how == "graph" else case.sides(name)
-    clock = torch.device("cpu") if how == "host-time" else device
+    (what, _, how), device, found = part.partition(" "), case.setting.device, []
+    sides = _as_graphs(case, case.sides(what)) if how == "graph" else case.sides(what)
+    clock = "cpu" if how == "host-time" else device
     measured = rounds(list(sides.values()), clock, seconds, warm_up=2, least=case.least if seconds else 2)
-    times, machine = dict(zip(sides, measured, strict=True)), this_machine(device)
+    times, kept, machine = dict(zip(sides, measured, strict=True)), case.kept(), this_machine(device)
+    masks = sum(mask.nbytes for mask in case.masks.values())
     for name, own in times.items():
-        ms, over_dense, over_full = (
-            _spread(values)
-            for values in (own, *([a / b for a, b in zip(times[base], own, strict=True)] for base in DENSE))
-        )
-        peak = peak_bytes(sides[name].run, sides[name].reset, device) if peaks and not how else None
+        ms, (over_dense, over_full) = Spread.of(own), (_over(times[base], own) for base in DENSE)
+        peak = peak_bytes(sides[name], device) if peaks and not how else None
         note = "; ".join(case.notes) if name == DENSE[0] else ""
         found.append(
             Row(
-                case.setting, part, name, ms, over_dense, over_full, case.ideal(name),
-                kept_mib=None, peak_mib=_mib(peak), masks_mib=case.mask_bytes() / 2**20,
-                tokens_per_s=1e3 * case.tokens / ms.middle, rounds=len(own), processes=1, checked=None,
-                predicted_ms=None, note=note, machine=machine,
+                case.setting, part, name, ms, over_dense, over_full, case.ideal(name), _mib(kept.get(name)),
+                _mib(peak), _mib(masks), tokens_per_s=1e3 * case.tokens / ms.middle, rounds=len(own),
+                processes=1, predicted_ms=None, checked=None, note=note, machine=machine,
             )
         )  # fmt: skip
     for side in sides.values():
@@ -107,9 +102,13 @@ def _as_graphs(case: Case, sides: dict[str, Side]) -> dict[str, Side]:
     return found
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    low, middle, high = quartiles(values)
-    return Spread(middle, low, high)
+def _over(base: Sequence[float], own: Sequence[float]) -> Spread:
+    """The speed over another implementation, of pairs of runs of one round."""
+    return Spread.of([a / b for a, b in zip(base, own, strict=True)])
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
 
 
 def measure_in(processes: int, job: Job, seconds: float) -> list[Row]:
@@ -128,14 +127,10 @@ def merged(runs: Sequence[Sequence[Row]]) -> list[Row]:
     found = []
     for same in zip(*runs, strict=True):
         changes: dict[str, Any] = {}
-        for name in ("ms", "over_dense", "over_full"):
+        for name in SPREADS:
             values = [getattr(row, name).middle for row in same]
             changes[name] = Spread(statistics.median(values), min(values), max(values))
         changes["tokens_per_s"] = statistics.median(row.tokens_per_s for row in same)
         changes |= {name: sum(getattr(row, name) for row in same) for name in ("rounds", "processes")}
         found.append(replace(same[0], **changes))
     return found
-
-
-def _mib(size: int | None) -> float | None:
-    return None if size is None else size / 2**20

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +13,7 @@ from fastmask.errors import unknown
 __all__ = ["BLOCKS", "SHAPES", "UNITS", "Setting", "Shape"]
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One Transformer layer: width of the residual stream, neurons, heads."""
 
     hidden: int
@@ -26,6 +24,7 @@ class Shape:
 SHAPES = {
     "toy": Shape(32, 64, 4),  # for tests
     "small": Shape(256, 1024, 8),  # the parser that `fastmask train` makes from scratch
+    "minilm": Shape(384, 1536, 12),  # multilingual MiniLM and E5 small
     "bert-base": Shape(768, 3072, 12),
     "xlmr-large": Shape(1024, 4096, 16),
     "7b": Shape(4096, 11008, 32),  # a layer of a decoder of 7 billion parameters
@@ -33,7 +32,12 @@ SHAPES = {
 }
 BLOCKS = {"blocks16": 16, "blocks32": 32, "blocks64": 64}  # the side of a block
 UNITS = ("both", "heads", "head-inputs", "neurons", "neuron-inputs", *BLOCKS, "weights")
-DTYPES = ("float32", "bfloat16", "bfloat16-parameters")
+_CHOICES = {
+    "shape": SHAPES,
+    "unit": UNITS,
+    "dtype": ("float32", "bfloat16", "bfloat16-parameters"),
+    "device": ("cpu", "cuda"),
+}
 _WORDS = {"both": "heads + neurons", "weights": "single weights"}
 
 
@@ -76,9 +80,7 @@ class Setting:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        """Validate."""
-        choices = {"shape": SHAPES, "unit": UNITS, "dtype": DTYPES, "device": ("cpu", "cuda")}
-        for name, known in choices.items():
+        for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
         if not 0 < self.density <= 1:
@@ -89,16 +91,6 @@ class Setting:
         for name, what in (("languages", "the languages that masks are held for"), ("batch", "the examples")):
             if self.present > getattr(self, name):
                 raise ValueError(f"present is {self.present} (expected at most {what}, {getattr(self, name)})")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is 'cuda', but PyTorch finds no GPU here (expected cpu)")
-
-    @classmethod
-    def stored(cls, values: Mapping[str, Any]) -> Setting:
-        """A setting as a file names it, all fields given. Not checked: its GPU need not be here."""
-        setting = object.__new__(cls)
-        for field in fields(cls):
-            object.__setattr__(setting, field.name, values[field.name])
-        return setting
 
     @property
     def sizes(self) -> Shape:
@@ -106,22 +98,17 @@ class Setting:
         return SHAPES[self.shape]
 
     @property
-    def torch_device(self) -> torch.device:
-        """Where it runs."""
-        return torch.device(self.device)
-
-    @property
     def parameters(self) -> torch.dtype:
         """The dtype of parameters, and of activations outside of autocast."""
         return torch.bfloat16 if self.dtype == "bfloat16-parameters" else torch.float32
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that forward passes run in."""
+        """The context that forward passes run in; it leaves float64 alone."""
         return torch.autocast(self.device, torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
 
     def ids(self) -> torch.Tensor:
         """The languages of the examples, int64 [batch], on the device."""
-        return (torch.arange(self.batch) * self.present // self.batch).to(self.torch_device)
+        return (torch.arange(self.batch) * self.present // self.batch).to(self.device)
 
     def words(self) -> str:
         """The setting in one line, as tables and errors name it."""

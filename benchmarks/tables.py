@@ -1,44 +1,38 @@
-"""What is printed: a table of rows with a column for each question, what targets came to, and the README's table.
+"""What is printed: rows with a column for each question, what targets came to, what has changed; the README's table.
 
 Plain text: a machine with a GPU may have PyTorch and little else.
 """
 
 from __future__ import annotations
 
-import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.baselines import EXPLAINED
-from benchmarks.row import Row
-from benchmarks.targets import QUICK, Target, placed
+from benchmarks.row import Row, Spread
+from benchmarks.targets import PASS, QUICK, Target
 from fastmask.files import write_text
 from fastmask.literal import say
 
-__all__ = [
-    "BEGIN", "END", "aligned", "print_rows", "print_sources", "print_targets", "readme_table", "replace_between",
-]  # fmt: skip
+__all__ = ["print_changes", "print_rows", "print_sources", "print_targets", "update_readme", "verdict"]
 
+LEAST = 0.03  # a change of the median by less says nothing
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-PASS = {True: "pass", False: "SHORT", None: "not measured"}
 
 
-def aligned(title: str, lines: Sequence[Sequence[str]]) -> str:
+def aligned(title: str, lines: Sequence[Iterable[str]]) -> str:
     """A table: under the title the names of columns, then rows; text to the left, numbers to the right.
 
     A column that is empty in all rows is left out.
     """
-    used = [column for column in zip(*lines, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in used]
-    numbers = [all(cell[:1].isdigit() or cell in ("", "-") for cell in column[1:]) for column in used]
-    rows = [
-        "  ".join(
-            cell.rjust(width) if n else cell.ljust(width) for cell, width, n in zip(row, widths, numbers, strict=True)
-        )
-        for row in zip(*used, strict=True)
-    ]
-    return "\n".join([title, *(f"  {row}".rstrip() for row in rows)])
+    columns = []
+    for name, *cells in zip(*lines, strict=True):
+        if any(cells):
+            width = max(map(len, (name, *cells)))
+            numbers = all(cell[:1].isdigit() or cell in ("", "-") for cell in cells)
+            columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in (name, *cells)])
+    return "\n".join([title, *("  " + "  ".join(row).rstrip() for row in zip(*columns, strict=True))])
 
 
 def print_rows(rows: Sequence[Row], targets: Sequence[Target] = ()) -> None:
@@ -51,22 +45,14 @@ def print_rows(rows: Sequence[Row], targets: Sequence[Target] = ()) -> None:
         where = f", {setting.threads} thread(s)" if setting.device == "cpu" else ""
         title = f"{setting.words()}: {first.part}; {setting.languages} languages held{where}"
         cells = [_cells(row, group, targets) for row in group]
-        say(aligned(title, [list(cells[0]), *(list(own.values()) for own in cells)]))
+        say(aligned(title, [cells[0], *(own.values() for own in cells)]))
         say(f"  {first.note}\n" if first.note else "")
-
-
-def print_sources(rows: Sequence[Row]) -> None:
-    """What the implementations of rows are, and where the numbers come from."""
-    for name in [name for name in EXPLAINED if any(row.implementation == name for row in rows)]:
-        say(f"{name:>9}: {EXPLAINED[name]}")
-    for where in dict.fromkeys(f"{_how(row)} {_where(row)}, commit {row.machine.commit}" for row in rows):
-        say(where)
 
 
 def _cells(row: Row, group: Sequence[Row], targets: Sequence[Target]) -> dict[str, str]:
     """What a table says of a row, by column."""
     asked = [target for target in targets if target.asks(row)]
-    verdicts = [_judged(target, group)[1] for target in asked]
+    verdicts = [target.verdict(group)[1] for target in asked]
     return {
         "": row.implementation,
         "ms": f"{row.ms.middle:.4g}",
@@ -83,70 +69,88 @@ def _cells(row: Row, group: Sequence[Row], targets: Sequence[Target]) -> dict[st
     }
 
 
+def print_sources(rows: Sequence[Row]) -> None:
+    """What the implementations of rows are, and where the numbers come from."""
+    for name in [name for name in EXPLAINED if any(row.implementation == name for row in rows)]:
+        say(f"{name:>9}: {EXPLAINED[name]}")
+    for where in dict.fromkeys(f"{_how(row)} {_where(row)}, commit {row.machine.commit}" for row in rows):
+        say(where)
+
+
 def print_targets(targets: Sequence[Target], rows: Sequence[Row]) -> bool:
     """What must hold, what was measured, and whether that is enough; true if all of it is."""
-    lines, verdicts = [("what", "measured", "target", "")], []
+    lines, good = [("what", "measured", "target", "")], True
     for target in targets:
-        ours = next((row for row in rows if target.asks(row)), None)
-        value, verdict = _judged(target, [row for row in rows if ours is not None and row.setting == ours.setting])
-        part = f", {target.part}" if len(target.job.parts or ()) > 1 else ""
+        value, verdict = target.verdict(rows)
+        part = f", {target.part}" if len(target.job.parts) > 1 else ""
         what = f"{target.job.setting.words()}: {target.of}{part}"
         lines.append((what, "-" if value is None else f"{value:.3f}", target.words, verdict))
-        verdicts.append(verdict)
+        good = good and verdict == PASS
     say(aligned("what must hold", lines))
-    return set(verdicts) <= {PASS[True]}
+    return good
 
 
-def _judged(target: Target, rows: Sequence[Row]) -> tuple[float | None, str]:
-    value = target.value(rows)
-    return value, PASS[None if value is None else target.reached(value)]
+def verdict(before: Spread | None, now: Spread | None) -> str:
+    """What has become of a measurement: slower or faster only where the spreads of the two runs do not overlap.
+
+    Speeds over dense are compared: times of two runs are of two states of the machine.
+    """
+    if before is None or now is None:
+        return "new" if before is None else "missing"
+    ratio = now.middle / before.middle
+    if now.high < before.low and ratio < 1 - LEAST:
+        return "slower"
+    return "faster" if now.low > before.high and ratio > 1 + LEAST else ""
 
 
-def readme_table(rows: Sequence[Row]) -> str:
-    """Markdown: our rows at the settings of `QUICK`, and a line on where the numbers come from.
+def print_changes(before: Sequence[Row], now: Sequence[Row], path: Path) -> bool:
+    """Print what changed; true if nothing has become slower. Of a measurement that a run has twice, the last counts."""
+    old, new = (
+        {row.key: row.over_dense for row in rows if row.over_dense is not None and row.implementation != "dense"}
+        for rows in (before, now)
+    )
+    found = {key: verdict(old.get(key), new.get(key)) for key in {**new, **old}}
+    lines = [("what", "before", "now", "")]
+    for key, said in found.items():
+        if said:
+            setting, part, implementation = key
+            speeds = (str(run.get(key, "")) for run in (old, new))
+            lines.append((f"{setting.words()}: {part}, {implementation}", *speeds, said))
+    if lines[1:]:
+        say(aligned(f"against {path}", lines))
+    both = len(set(old) & set(new))
+    quiet = both - sum(said in ("slower", "faster") for said in found.values())
+    say(f"{both} measurements in both runs, {quiet} of them unchanged within noise")
+    return "slower" not in found.values()
+
+
+def update_readme(path: Path, rows: Sequence[Row]) -> None:
+    """Put our rows at the settings of `QUICK`, and where they come from, between two lines of a Markdown file.
 
     Raises:
-        ValueError: one of them is missing.
+        ValueError: a row is missing, or one of the lines, or they are in the wrong order; nothing is written.
     """
     lines = ["| half of the heads and neurons, float32, two CPU threads | over our dense | over PyTorch's | ideal | "
              "memory kept |", "|---|---|---|---|---|"]  # fmt: skip
     for job, name in zip(QUICK, ("BERT-base encoder", "the same"), strict=True):
-        wanted = placed(job, 2, "cpu").setting
-        found = {row.implementation: row for row in rows if row.setting == wanted}
+        setting = job.setting
+        found = {row.implementation: row for row in rows if row.setting == setting}
         if not {"dense", "full", "fastmask"} <= set(found):
-            raise ValueError(f"no measurement of {wanted.words()} with 2 threads: the README shows it")
+            raise ValueError(f"no measurement of {setting.words()} with 2 threads: the README shows it")
         ours, kept = found["fastmask"], found["dense"].kept_mib
-        languages = "one language" if wanted.present == 1 else f"{wanted.present} languages in one batch"
-        cells = [
-            f"{name}, {languages}, {wanted.batch} x {wanted.tokens} tokens",
-            str(ours.over_full),
-            str(ours.over_dense),
-            f"{ours.ideal:.2f}x",
-            f"{ours.kept_mib / kept:.2f}x" if ours.kept_mib and kept else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        languages = "one language" if setting.present == 1 else f"{setting.present} languages in one batch"
+        what = f"{name}, {languages}, {setting.batch} x {setting.tokens} tokens"
+        memory = f"{ours.kept_mib / kept:.2f}x" if ours.kept_mib and kept else ""
+        lines.append(f"| {what} | {ours.over_full} | {ours.over_dense} | {ours.ideal:.2f}x | {memory} |")
     about = (
         f"Forward and backward, {_where(ours)}. {_how(ours)} *Our dense* is the full network through `fastmask`, with "
         "the same matrix products. [How it is measured, and against what else](docs/benchmarks.md)."
     )
-    return "\n".join([*lines, "", *textwrap.wrap(about, 118)])
-
-
-def replace_between(path: str | os.PathLike[str], begin: str, end: str, new: str) -> None:
-    """Replace what stands between two lines of a file, which is replaced at once.
-
-    Raises:
-        ValueError: the lines are missing, or in the wrong order; nothing is written.
-    """
-    target = Path(path)
-    text = target.read_text(encoding="utf-8")
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(
-            f"{target} needs one line {begin!r} and, below it, one line {end!r}: the table goes between them"
-        )
-    before, rest = text.split(begin)
-    _, after = rest.split(end)
-    write_text(target, f"{before}{begin}\n{new}\n{end}{after}")
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} needs one line {BEGIN!r} and, below it, one {END!r}: the table goes between them")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    write_text(path, "\n".join([before + BEGIN, *lines, "", *textwrap.wrap(about, 118), END + after]))
 
 
 def _how(row: Row) -> str:

@@ -5,142 +5,113 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import ClassVar
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastmask as fm
-from benchmarks.baselines import why_not
+from benchmarks.baselines import BASELINES, Task, why_not, with_rival
 from benchmarks.cases.case import DENSE, Case
-from benchmarks.checking import check_all, check_baseline
-from benchmarks.measure import Side
-from benchmarks.memory import cache_bytes, saved_bytes
+from benchmarks.measure import Side, saved_bytes
 from benchmarks.setting import Setting, Shape
-from benchmarks.variants import Variants, encoder_of, subnets_of
 
-__all__ = ["Encoder", "live_flops"]
+__all__ = [
+    "Encoder", "bert_config", "encoder_of", "gradients", "ideal_of", "live_flops", "masks_in", "subnets_of", "twin_of",
+]  # fmt: skip
 
-MOST_COPIES = 4
+COPIES = 4  # of the inputs, so that no run finds its own in the cache
+Call = Callable[[Tensor], Tensor]
 
 
 class Encoder(Case):
-    """Forward and backward of a whole encoder."""
+    """Forward and backward of a whole encoder, in as many forms as there are ways to mask it."""
 
     name = "encoder"
-    units: ClassVar[tuple[str, ...]] = ("both", "heads", "neurons", "weights")
-    parts: ClassVar[tuple[str, ...]] = ("forward+backward",)
-    implementations: ClassVar[tuple[str, ...]] = (
-        *DENSE, "fastmask", "multiply", "loop", "gating", "packed", "compact",
-    )  # fmt: skip
-    can: ClassVar[tuple[str, ...]] = ("compiled", "bfloat16", "cuda")
-    ours: ClassVar[tuple[str, ...]] = ("fastmask",)  # what takes the languages of a batch
-    share: ClassVar[bool] = True  # whether all implementations have the same parameters
+    units = ("both", "heads", "neurons", "weights")
+    parts = ("forward+backward",)
+    implementations = (*DENSE, "fastmask", "multiply", "loop", "gating", "packed", "compact")
+    results_are = ("output", "gradients")
+    can = ("compiled", "bfloat16", "cuda")
 
-    def __init__(self, setting: Setting, names: Sequence[str] | None = None) -> None:
+    def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
         super().__init__(setting, names)
-        sizes, device = setting.sizes, setting.torch_device
-        widths = (sizes.hidden, setting.layers, sizes.heads, sizes.ffn, max(8, setting.tokens))  # `attach` tries 7
-        plain = encoder_of(*widths, device, setting.parameters)
-        languages = [f"language {i}" for i in range(setting.languages)]
-        self.subnets, self.ids = subnets_of(plain, languages, setting.density, setting.unit), setting.ids()
-        self.variants = Variants(plain, self.subnets, self.ids, self.share)
+        tokens, options = setting.tokens, {"device": setting.device, "dtype": setting.parameters}
+        self.plain = encoder_of(setting.sizes, setting.layers, max(8, tokens)).to(**options)  # `attach` tries 7
+        self.subnets, self.ids = subnets_of(self.plain, setting), setting.ids()
+        self.masked = fm.attach(self.twin(), self.subnets)
+        self.masks = masks_in(self.masked)
         self.models = {name: self.model(name) for name in self.chosen}
-        self.calls = {name: self._call(name) for name in self.chosen}
-        shape = (setting.batch, setting.tokens, sizes.hidden)
-        copies = min(MOST_COPIES, 1 + 2 * cache_bytes(device) // (4 * self.tokens * sizes.hidden))
-        of = {"device": device, "dtype": setting.parameters}
-        self.inputs, self.upstream = [torch.randn(shape, **of) for _ in range(copies)], torch.randn(shape, **of)
+        self.calls = {name: self.call(name, model) for name, model in self.models.items()}
+        shape = (setting.batch, tokens, setting.sizes.hidden)
+        *self.inputs, self.upstream = (torch.randn(shape, **options) for _ in range(COPIES + 1))
 
     @classmethod
     def why_not(cls, setting: Setting, name: str) -> str | None:
-        """By the kinds of the masks; a compact model holds one language and no masks over weights."""
         if name == "compact" and (setting.unit == "weights" or setting.present > 1):
             return "a compact model holds one language, and single weights make it no smaller"
         kind = "weights" if setting.unit == "weights" else "rows"
         return why_not(name, kind, setting.present, setting.dtype, setting.compiled)
 
+    # ---- the forms of the encoder
+
     def model(self, name: str) -> nn.Module:
-        """The model that an implementation runs."""
-        return self.variants.of(name)
+        """The encoder as an implementation runs it; all have the very same Parameters, but for "compact"."""
+        if name in (*self.ours, "full"):
+            return self.masked
+        if name == "compact":
+            return fm.extract(self.masked, self.subnets.languages[0])
+        return self.twin() if name == "dense" else with_rival(self.twin(), BASELINES[name], self.tasks)
+
+    def twin(self) -> nn.Module:
+        """The dense model once more."""
+        return twin_of(self.plain)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """What rivals prepare for each layer."""
+        return {path: Task(mask, self.ids) for path, mask in self.masks.items()}
+
+    def call(self, name: str, model: nn.Module, eager: bool = False) -> Call:
+        """What makes last hidden states [B, T, hidden] of inputs; it knows the languages where the model takes them."""
+        more = {"language_ids": self.ids} if name in self.ours else {}
+        forward = self.as_timed(lambda x: model(inputs_embeds=x, **more)[0], eager)
+        return fm.language(model, None)(forward) if name == "full" else forward
 
     # ---- what runs
 
-    def _call(self, name: str) -> Callable[[Tensor], Tensor]:
-        model, more = self.models[name], {"language_ids": self.ids} if name in self.ours else {}
-
-        def call(x: Tensor) -> Tensor:
-            return model(inputs_embeds=x, **more)[0]
-
-        return torch.compile(call, fullgraph=True, dynamic=False) if self.setting.compiled else call
-
-    def output(self, name: str, x: Tensor) -> Tensor:
-        """The last hidden states of an implementation."""
-        with self.setting.autocast(), fm.language(self.models[name], None) if name == "full" else nullcontext():
-            return self.calls[name](x)
-
-    def run(self, name: str, x: Tensor) -> Tensor:
+    def run(self, name: str, model: nn.Module, call: Call, x: Tensor, upstream: Tensor) -> Tensor:
         """Forward and backward; returns the output, gradients are left in the model."""
-        y = self.output(name, x)
-        y.backward(self.upstream.to(y.dtype))
+        y = call(x)
+        y.backward(upstream.to(y.dtype))
         return y
 
     def sides(self, part: str) -> dict[str, Side]:
         """Each with one input after the other."""
-        return {name: self._side(name) for name in self.chosen}
+        return {name: self._side(name, model) for name, model in self.models.items()}
 
-    def _side(self, name: str) -> Side:
-        inputs = itertools.cycle(self.inputs)
-        return Side(lambda: self.run(name, next(inputs)), self.models[name].zero_grad)
+    def _side(self, name: str, model: nn.Module) -> Side:
+        inputs, call = itertools.cycle(self.inputs), self.calls[name]
+        return Side(lambda: self.run(name, model, call, next(inputs), self.upstream), model.zero_grad)
 
     # ---- proof
 
-    def check(self) -> None:
-        """Output and gradients of ours by the rule of the tests, the others within rounding."""
-        known: dict[str, list[list[Tensor]]] = {}
-        for name in self.chosen:
-            reference = self.reference(name)
-            if reference not in known:
-                known[reference] = self._references(reference)
-            (truth, plain), found = known[reference], self.results(name)
-            if name in self.ours:
-                check_all(self.setting.words(), (f"output of {name}", f"gradients of {name}"), found, truth, plain)
-            else:  # the gradients of a compact model are smaller
-                check_baseline(name, *((found[:1], truth[:1]) if name == "compact" else (found, truth)))
+    def references(self, name: str) -> tuple[str, str]:
+        plain = "loop" if self.setting.unit == "weights" else "gating"
+        return ("dense", "dense") if name in DENSE else (plain, plain)
 
-    def reference(self, name: str) -> str:
-        """The plain form that says what an implementation must compute."""
-        return "dense" if name in DENSE else "loop" if self.setting.unit == "weights" else "gating"
-
-    def plain(self, reference: str) -> nn.Module:
-        """A model in a plain form."""
-        return self.variants.of(reference)
-
-    def plain_run(self, reference: str, model: nn.Module, x: Tensor, upstream: Tensor) -> Tensor:
-        """As `run`, of a plain form."""
-        y: Tensor = model(inputs_embeds=x)[0]
-        y.backward(upstream.to(y.dtype))
-        return y
-
-    def _references(self, reference: str) -> list[list[Tensor]]:
-        """Results of a plain form in float64, and as it is."""
-        model, both = self.plain(reference), []
-        for own, exact in ((copy.deepcopy(model).double(), True), (model, False)):
-            x, upstream = (t.double() if exact else t for t in (self.inputs[0], self.upstream))
-            own.zero_grad()
-            with nullcontext() if exact else self.setting.autocast():
-                y = self.plain_run(reference, own, x, upstream)
-            both.append([y.detach(), _gradients(own)])
-            own.zero_grad()
-        return both
-
-    def results(self, name: str) -> list[Tensor]:
-        """Output and gradients of one run."""
-        self.models[name].zero_grad()
-        found = [self.run(name, self.inputs[0]).detach(), _gradients(self.models[name])]
-        self.models[name].zero_grad()
-        return found
+    def results(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        if dtype is None:
+            model, call = self.models[name], self.calls[name]
+        else:
+            model = copy.deepcopy(self.model(name)).to(dtype)
+            call = self.call(name, model, eager=True)
+        model.zero_grad()
+        x, upstream = (t.to(dtype or t.dtype) for t in (self.inputs[0], self.upstream))
+        found = [self.run(name, model, call, x, upstream).detach(), gradients(model)]
+        model.zero_grad()
+        return found[:1] if name == "compact" else found  # whose gradients are smaller
 
     # ---- arithmetic
 
@@ -151,19 +122,56 @@ class Encoder(Case):
         return ideal_of(self.subnets, self.setting, self.ids.cpu())
 
     def kept(self) -> dict[str, int]:
-        """Without parameters and masks."""
+        """Without parameters and masks; not of what is compiled."""
         if self.setting.compiled:
             return {}
-        found = {}
-        for name, model in self.models.items():
-            masks = [module.mask for module in model.modules() if isinstance(module, fm.MaskedLinear)]
-            known = [*model.parameters(), *self.inputs, *(t for mask in masks for t in (mask.index, mask.extents))]
-            found[name] = saved_bytes(lambda name=name: self.output(name, self.inputs[0]), known)  # type: ignore[misc]
-        return found
+        masks = [tensor for mask in self.masks.values() for tensor in (mask.index, mask.extents)]
+        return {
+            name: saved_bytes(partial(self.calls[name], self.inputs[0]), [*model.parameters(), *self.inputs, *masks])
+            for name, model in self.models.items()
+        }
 
-    def mask_bytes(self) -> int:
-        """In all layers."""
-        return sum(mask.nbytes for mask in self.variants.masks.values())
+
+def encoder_of(sizes: Shape, layers: int, positions: int) -> nn.Module:
+    """A random BERT encoder in training mode, fed with `inputs_embeds`."""
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    return BertModel(bert_config(sizes, layers, max_position_embeddings=positions), add_pooling_layer=False).train()
+
+
+def bert_config(sizes: Shape, layers: int, **more: int) -> Any:
+    """BERT without dropout: a CPU draws its random numbers one by one, which would hide the rest."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        hidden_size=sizes.hidden, num_hidden_layers=layers, num_attention_heads=sizes.heads,
+        intermediate_size=sizes.ffn, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **more,
+    )  # fmt: skip
+
+
+def subnets_of(model: nn.Module, setting: Setting) -> fm.Subnetworks:
+    """Random subnetworks over a setting's unit; over "weights", those of every linear layer, one by one."""
+    languages = [f"language {i}" for i in range(setting.languages)]
+    if setting.unit != "weights":
+        return fm.Subnetworks.random(model.config, languages, setting.density, seed=0, units=setting.unit)
+    generator = torch.Generator().manual_seed(0)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {
+        name: torch.rand(len(languages), *module.weight.shape, generator=generator) < setting.density
+        for name, module in linear.items()
+    }
+    return fm.Subnetworks(languages, weights=weights)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """A copy of a model that has the very same Parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def masks_in(model: nn.Module) -> dict[str, fm.Mask]:
+    """The masks of an attached model, by layer."""
+    return {name: layer.mask for name, layer in model.named_modules() if isinstance(layer, fm.MaskedLinear)}
 
 
 def ideal_of(subnets: fm.Subnetworks, setting: Setting, ids: Tensor) -> float:
@@ -185,7 +193,7 @@ def live_flops(sizes: Shape, tokens: int, heads: Tensor, neurons: Tensor) -> Ten
     return (heads * of_heads + neurons * of_neurons).sum(1)
 
 
-def _gradients(model: nn.Module) -> Tensor:
+def gradients(model: nn.Module) -> Tensor:
     """All gradients in one vector.
 
     What a key's bias adds to the scores of a query is the same for every key: its true gradient is 0, and left out.

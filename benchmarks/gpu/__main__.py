@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
-import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +18,14 @@ from benchmarks import row, tables
 from benchmarks.gpu import gate
 from benchmarks.gpu.predicted import predicted_ms
 from benchmarks.gpu.sections import SECTIONS, TARGETS, tiny
-from benchmarks.gpu.worker import Worker
-from benchmarks.machine import ROOT
-from benchmarks.row import Row
+from benchmarks.row import ROOT, Row
 from benchmarks.running import Job, measure
-from benchmarks.targets import placed
+from fastmask import workers
 
 TURNS_SECONDS = 45  # in which programs that take turns must have ended, compiling included
 GATE_SECONDS = 180  # of all tests, and at most half of what is left
 JOB_SECONDS = 90  # after which a job is taken to hang
 PART_SECONDS = 1.0  # of timing; checking and compiling take longer
-COUNT_SECONDS = 60
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,24 +38,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     end = start + options.seconds
-    tested = not (options.no_tests or options.dry_run)
-    # A red test does not stop what can still be learned; the rows say that they are unchecked.
-    green = tested and all([gate.repeatable(ROOT, min(TURNS_SECONDS, options.seconds)), _green(end)])
+    green = tested = not (options.no_tests or options.dry_run)
+    if tested:  # a red test does not stop what can still be learned; the rows say that they are unchecked
+        repeatable = gate.repeatable(ROOT, min(TURNS_SECONDS, options.seconds))
+        green = gate.green(ROOT, min(GATE_SECONDS, (end - time.monotonic()) / 2)) and repeatable
     warning = "" if green else f" UNCHECKED: {'a test failed' if tested else 'the tests did not run'}."
+    sections = {section: SECTIONS[section] for section in options.only or SECTIONS}
+    jobs = [job for section in sections.values() for job in section]
+    jobs = [tiny(job) if options.dry_run else job.on(job.setting.threads, "cuda") for job in jobs]
+    results = measured(jobs, 0.0 if options.dry_run else PART_SECONDS, end)
     rows: list[Row] = []
     failed: list[str] = []
-    with Worker(measure) as worker:
-        for section in options.only or SECTIONS:
-            found, wrong = _measured(worker, SECTIONS[section], end, options.dry_run)
-            found = [replace(own, checked=green) for own in found]
-            rows, failed = rows + found, failed + wrong
-            print(f"==== {section}: done at {time.monotonic() - start:.0f} s.{warning}\n")
-            tables.print_rows(found, TARGETS)
-            if section == "launches":
-                print(_counted(min(COUNT_SECONDS, end - time.monotonic())))
-            print("\n".join(wrong), flush=True)
-            if rows and not options.dry_run:
-                row.write(options.out / file_name(rows[0].machine.processor), rows)
+    for section, own in sections.items():
+        found, wrong = zip(*itertools.islice(results, len(own)), strict=True)
+        new = [replace(one, checked=green) for rows_of_job in found for one in rows_of_job]
+        rows += new
+        failed += filter(None, wrong)
+        print(f"==== {section}: done at {time.monotonic() - start:.0f} s.{warning}\n")
+        tables.print_rows(new, TARGETS)
+        print("\n".join(filter(None, wrong)), flush=True)
+        if rows and not options.dry_run:
+            row.write(options.out / file_name(rows[0].machine.processor), rows)
     reached = tables.print_targets(TARGETS, rows)
     tables.print_sources(rows)
     print(f"on paper: milliseconds on an H200 by benchmarks/gpu/predicted.py.{warning}", *failed, sep="\n")
@@ -75,36 +76,26 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _green(end: float) -> bool:
-    return gate.green(ROOT, min(GATE_SECONDS, (end - time.monotonic()) / 2))
+def measured(jobs: Iterable[Job], seconds: float, end: float) -> Iterator[tuple[list[Row], str]]:
+    """The rows of each job with what is predicted of them, and a line on what went wrong.
 
-
-def _measured(worker: Worker[list[Row]], jobs: list[Job], end: float, dry_run: bool) -> tuple[list[Row], list[str]]:
-    """The rows of a section with what is predicted of them, and a line on each job that failed."""
-    found, wrong = [], []
-    for job in jobs:
-        limit = min(JOB_SECONDS, end - time.monotonic())
+    Another process measures: a kernel that crashes, hangs or breaks the GPU's state costs its own rows alone. Behind it
+    a new process begins.
+    """
+    left = iter(jobs)
+    for job in left:
+        limit = 0.0
         try:
-            if limit <= 0:
-                raise RuntimeError("out of time")
-            here = tiny(job) if dry_run else placed(job, job.setting.threads, "cuda")
-            found += worker(here, 0.0 if dry_run else PART_SECONDS, limit=limit)
-        except RuntimeError as error:
-            wrong.append(f"FAILED {job.setting.words()}: {error}")
-    return [replace(own, predicted_ms=predicted_ms(own.setting, own.part, own.implementation)) for own in found], wrong
-
-
-def _counted(seconds: float) -> str:
-    """What the launch recorder counts: the table of `benchmarks.gpu.recorded`, which no interpreter may replace."""
-    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTMASK_BACKEND")}
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.recorded"]
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=env, timeout=max(0.0, seconds), capture_output=True, text=True, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"launches were not counted in {seconds:.0f} s\n"
-    return done.stdout if done.returncode == 0 else f"launches were not counted: {done.stderr[-300:]}\n"
+            with workers.processes(1, job.setting.threads) as process:
+                for job in itertools.chain([job], left):  # noqa: B020
+                    limit = min(JOB_SECONDS, end - time.monotonic())
+                    if limit <= 0:
+                        raise RuntimeError("out of time")
+                    rows = process.submit(measure, job, seconds).result(limit)
+                    yield [replace(one, predicted_ms=predicted_ms(*one.key)) for one in rows], ""
+        except Exception as error:
+            why = str(error).partition("\n")[0][:300] or f"took over {limit:.0f} s"
+            yield [], f"FAILED {job.setting.words()}: {type(error).__name__}: {why}"
 
 
 def file_name(gpu: str) -> str:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +53,8 @@ def green(root: Path, seconds: float, files: list[str] | None = None, processes:
     n = processes or max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2))
     print(f"gate: {' '.join(files)} in {n} processes", flush=True)
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        logs = [Path(folder) / f"{share}.log" for share in range(n)]
-        running = [_started(root, f"{share}/{n}", files, log) for share, log in enumerate(logs)]
-        codes: list[int | None] = []
-        try:
-            for process in running:
-                try:
-                    codes.append(process.wait(max(0.0, start + seconds - time.monotonic())))
-                except subprocess.TimeoutExpired:
-                    codes.append(None)
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
-        texts = [log.read_text(errors="replace") for log in logs]
+    with ThreadPoolExecutor(n) as threads:
+        codes, texts = zip(*threads.map(lambda i: _share(f"{i}/{n}", root, files, seconds), range(n)), strict=True)
     for share, (code, text) in enumerate(zip(codes, texts, strict=True)):
         if code not in (0, NOTHING_TO_RUN):
             why = f"over {seconds:.0f} s" if code is None else f"exit code {code}"
@@ -75,16 +64,23 @@ def green(root: Path, seconds: float, files: list[str] | None = None, processes:
     return passed > 0 and all(code in (0, NOTHING_TO_RUN) for code in codes)
 
 
-def _started(root: Path, share: str, files: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _share(share: str, root: Path, files: list[str], seconds: float) -> tuple[int | None, str]:
+    """Run one share: pytest's exit code, None if it took too long, and what it printed."""
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", __name__, f"--shard={share}"]
     command += ["--tb=short", "--maxfail=10", *files]
-    with log.open("w") as output:
-        return subprocess.Popen(command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile("w+", errors="replace") as log:  # a pipe would wait for processes of tests
+        options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "timeout": max(0.0, seconds)}
+        try:
+            code = subprocess.run(command, cwd=root, env=env, check=False, **options).returncode
+        except subprocess.TimeoutExpired:
+            code = None
+        log.seek(0)
+        return code, log.read()
 
 
-def _count(texts: list[str], word: str) -> int:
+def _count(texts: Sequence[str], word: str) -> int:
     """Sum of pytest's closing lines."""
     return sum(int(match) for text in texts for match in re.findall(rf"\b(\d+) {word}\b", text[-500:])[-1:])
 

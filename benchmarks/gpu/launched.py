@@ -8,8 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
+from fastmask_kernels.chips import chip_of
 from fastmask_kernels.live_adamw import DTYPES, Job, live_adamw
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.recorder import DEVICE, Recorder, Variant
@@ -17,14 +19,14 @@ from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRA
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
-from torch import Tensor
 
 import fastmask as fm
-from benchmarks.cases.op import mask_of
+from benchmarks.cases.op import mask_of, mask_over
 from benchmarks.gpu import problems
-from benchmarks.gpu.passes import Step, encoder_step, forced, layer_step, model_step, randn
+from benchmarks.gpu.recorded import Pass, encoder_pass, forced, layer_pass, model_pass, randn
 from benchmarks.gpu.sections import SECTIONS
 from fastmask.live import live_of
+from fastmask.torch_path.activations import NONE
 
 __all__ = ["EVEN", "gate", "launch_shipped", "sections", "variants", "variants_of"]
 
@@ -38,64 +40,67 @@ def variants(chip: str) -> list[Variant]:
     return variants_of(chip, itertools.chain(gate(), sections()))
 
 
-def variants_of(chip: str, steps: Iterable[Step]) -> list[Variant]:
+def variants_of(chip: str, passes: Iterable[Pass]) -> list[Variant]:
     """What is launched, once each, in the order of the first launches."""
     found: dict[tuple[object, ...], Variant] = {}
     with forced():
-        for step in steps:
+        for run in passes:
             with Recorder(chip) as recorder:
-                step(recorder)
+                run()
             for launch in recorder.launches:
                 found.setdefault(launch.variant.key, launch.variant)
     return list(found.values())
 
 
-def sections(languages: int | None = None) -> Iterator[Step]:
+def sections(languages: int | None = None) -> Iterator[Pass]:
     """The passes of what is timed, each setting once; on request with so many languages. Densities change no launch."""
     settings = [replace(job.setting, density=0.5) for jobs in SECTIONS.values() for job in jobs]
     for setting in dict.fromkeys(setting for setting in settings if not setting.compiled):
         if languages is not None:
             setting = replace(setting, languages=languages, present=min(setting.present, languages))
         if setting.case == "encoder":
-            yield encoder_step(setting)
+            yield encoder_pass(setting)
         else:
-            yield layer_step([mask_of(setting)], setting.ids(), setting.tokens, _BF16, _BF16)
+            yield layer_pass([mask_of(setting)], setting.ids(), setting.tokens, _BF16, _BF16)
 
 
-# ---- the gate
-
-
-def gate() -> Iterator[Step]:
+def gate() -> Iterator[Pass]:
     """The passes of the tests: `tests/gpu` on every problem."""
-    for (of, name), (dtypes, (act, own)) in itertools.product(problems.cases(), problems.DTYPES.items()):
-        (kind, unit), (L, ids, tokens, N, K) = problems.KINDS[of], problems.CASES[name]
-        masks = [_mask(kind, unit, L, *problems.sides(of, N, K))]
-        for packed in (False, True) if name in problems.PACKED else (False,):
-            yield _with_tf32(dtypes == "tf32", layer_step(masks, torch.tensor(ids), tokens, act, own, packed))
-    for name, (dtypes, (act, own)), activation in itertools.product(
-        problems.PACKED, problems.DTYPES.items(), problems.ACTIVATIONS
-    ):
-        L, ids, tokens, N, K = problems.CASES[name]
-        step = layer_step([_mask("columns", 1, L, N, K)], torch.tensor(ids), tokens, act, own, True, activation)
-        yield _with_tf32(dtypes == "tf32", step)
-    case, sizes, K = problems.PROJECTIONS
+    for (kind, case), dtypes in itertools.product(problems.cases(), problems.DTYPES):
+        for packed in (False, True) if case in problems.PACKED else (False,):
+            yield _layer(kind, case, dtypes, packed)
+    for case, dtypes, activation in itertools.product(problems.PACKED, problems.DTYPES, problems.ACTIVATIONS):
+        yield _layer("columns", case, dtypes, True, activation)
+    case, rows_of, K = problems.PROJECTIONS
     L, ids, tokens, _, _ = problems.CASES[case]
-    for (unit, rows), (act, own), n in itertools.product(sizes.items(), problems.DTYPES.values(), (2, 3)):
-        masks = [_mask("rows", unit, L, size, K) for size in rows[:n]]
-        yield layer_step(masks, torch.tensor(ids), tokens, act, own)
-    yield lambda recorder: launch_shipped(recorder.chip, [128, 256], EDGES)
-    yield lambda recorder: launch_shipped(recorder.chip, [256], EVEN)
+    for (unit, rows), (act, own), n in itertools.product(rows_of.items(), problems.DTYPES.values(), (2, 3)):
+        masks = [_mask("rows", unit, L, N, K) for N in rows[:n]]
+        yield layer_pass(masks, torch.tensor(ids), tokens, act, own)
+    yield partial(launch_shipped, [128, 256], EDGES)
+    yield partial(launch_shipped, [256], EVEN)
     yield from _optimizer_steps()
-    for config, dtype in itertools.product(problems.tiny_models().values(), (torch.float32, torch.bfloat16)):
-        yield _tiny_model_step(config, dtype)
+    for config, dtype in itertools.product(problems.tiny_models().values(), (_FP32, _BF16)):
+        yield _tiny_model(config, dtype)
 
 
-def launch_shipped(chip: str, rows: list[int], columns: int, unit: int = 128) -> None:
+def _layer(name: str, case: str, dtypes: str, packed: bool, activation: str = NONE) -> Pass:
+    (kind, unit), (L, ids, tokens, N, K), (act, own) = (
+        problems.KINDS[name], problems.CASES[case], problems.DTYPES[dtypes],
+    )  # fmt: skip
+    masks = [_mask(kind, unit, L, *problems.sides(name, N, K))]
+    return layer_pass(masks, torch.tensor(ids), tokens, act, own, packed, activation, tf32=dtypes == "tf32")
+
+
+def _mask(kind: str, unit: int, L: int, N: int, K: int) -> fm.Mask:
+    return mask_over(kind, unit, N, K, lambda *shape: torch.rand(L, *shape) < 0.5)
+
+
+def launch_shipped(rows: list[int], columns: int, unit: int = 128) -> None:
     """The row kernels with every block size of their tables, as `tests/triton_kernels/test_shipped_rows.py`.
 
     For weights [rows, columns]; columns that no block divides are tried in half precision only.
     """
-    L, ids, tokens = 3, 4, 37
+    chip, L, ids, tokens = chip_of(torch.device(DEVICE)), 3, 4, 37
     plan = Plan(randn(ids, dtype=torch.int64), tokens, L)
     masks = [randn(L, n, dtype=torch.int64) for n in rows], [randn(L, dtype=torch.int64) for _ in rows]
     for table, grad in ((ROW_MATMUL, False), (ROW_MATMUL_T, False), (ROW_OWNED_GRAD, True), (ROW_TURN_GRAD, True)):
@@ -116,7 +121,7 @@ def launch_shipped(chip: str, rows: list[int], columns: int, unit: int = 128) ->
                     row_matmul_t(packed, weights, *masks, plan, randn(columns, dtype=own), **options)
 
 
-def _optimizer_steps() -> Iterator[Step]:
+def _optimizer_steps() -> Iterator[Pass]:
     """Steps of the optimiser: on weights that live one by one, and on those that a vector instruction moves."""
     options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
     n = 64
@@ -124,41 +129,15 @@ def _optimizer_steps() -> Iterator[Step]:
         live = live_of(_mask(kind, 1, 2, n, n), [0])
         tensors = (randn(n, n, dtype=dtype) for _ in range(4))
         job = Job(*tensors, randn(dtype=torch.float32), live.words.to(DEVICE), live.cell)
-        yield lambda _, job=job, lr=lr: live_adamw([job], lr=lr, **options)  # type: ignore[misc]
+        yield partial(live_adamw, [job], lr=lr, **options)
 
 
-def _tiny_model_step(config: object, dtype: torch.dtype) -> Step:
+def _tiny_model(config: object, dtype: torch.dtype) -> Pass:
     from transformers import AutoModel
 
     model = AutoModel.from_config(config).to(dtype)
     fm.attach(model, fm.Subnetworks.random(model.config, ["a", "b", "c"], 0.5, seed=0, units="both"), verify=False)
-    tokens = torch.zeros(5, 6, dtype=torch.int64, device=DEVICE)
-    ids = torch.tensor([2, 0, 0, -1, 1])  # on the CPU, as in the tests: ids on a device may not ask for everything
-    # A whole mask, as transformers looks at positions or at a mask of tokens, which waits for the device.
-    inputs = {"input_ids": tokens, "attention_mask": randn(5, 1, 6, 6, dtype=dtype), "language_ids": ids}
-    return model_step(model.to(DEVICE), inputs, None)
-
-
-def _mask(kind: str, unit: int, L: int, N: int, K: int) -> fm.Mask:
-    def keep(*shape: int) -> Tensor:
-        return torch.rand(L, *shape) < 0.5
-
-    if kind == "rows":
-        return fm.Mask.rows(keep(N // unit).repeat_interleave(unit, 1), K)
-    if kind == "columns":
-        return fm.Mask.columns(keep(K // unit).repeat_interleave(unit, 1), N)
-    if kind == "blocks":
-        return fm.Mask.blocks(keep(-(-N // unit), -(-K // unit)), (unit, unit))
-    return fm.Mask.weights(keep(N, K))
-
-
-def _with_tf32(allowed: bool, step: Step) -> Step:
-    def run(recorder: Recorder) -> None:
-        switch = torch.backends.cuda.matmul
-        before, switch.fp32_precision = switch.fp32_precision, "tf32" if allowed else "ieee"
-        try:
-            step(recorder)
-        finally:
-            switch.fp32_precision = before
-
-    return run
+    # A whole mask, as transformers looks at positions or at a mask of tokens, which waits for the device. Ids are on
+    # the CPU, as in the tests: on a device they may not ask for everything.
+    batch = {"input_ids": randn(5, 6, dtype=torch.int64), "attention_mask": randn(5, 1, 6, 6, dtype=dtype)}
+    return model_pass(model, batch | {"language_ids": torch.tensor([2, 0, 0, -1, 1])}, None)

@@ -7,8 +7,8 @@ launched, times those of `fastmask_kernels.cost_model`; the assumptions of the r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from fastmask_kernels.cost_model import L2_SHARE, WAVE, seconds
@@ -16,7 +16,7 @@ from fastmask_kernels.limits import CHIPS
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, Table, choose
 from fastmask_kernels.row_owned_grad import owned
 
-from benchmarks.cases.op import kind_of, unit_of, weight_shape
+from benchmarks.cases.op import PARTS, kind_of, unit_of, weight_shape
 from benchmarks.setting import Setting
 
 __all__ = ["KERNELS", "Linear", "dense_products", "linears_of", "masked_products", "predicted_ms"]
@@ -26,11 +26,11 @@ CHIP = CHIPS["sm_90"]
 # of that rate each reaches.
 DENSE, DENSE_TILES = 740e12, (((128, 256), 1.0), ((256, 128), 1.0), ((128, 128), 0.85))
 GAP = 1.5e-6  # seconds between two kernels of one stream
-# Seconds of the host for an operation of PyTorch, autograd included; ours take HOST times what they stand for, as
-# `python -m benchmarks.gpu.recorded --host-time` measured.
+# Seconds of the host for an operation of PyTorch, autograd included; ours take HOST times what they stand for
+# (docs/log/2026-11-29-gpu-host-time.md).
 OPERATION, HOST = 6e-6, 1.9
 ELEMENT = 2  # bytes
-PASSES = ("forward", "dX", "dW")
+PASSES = PARTS[:3]
 # Kernels that dense and masked layers launch, forward and backward, by case and unit; beside them a BERT layer launches
 # SAME on both sides (LayerNorm, residuals, attention).
 KERNELS = {("encoder", "both"): (29, 20)}
@@ -39,8 +39,7 @@ KERNELS |= {("op", unit): (4, ours) for unit, ours in _OURS.items()}
 SAME = 14
 
 
-@dataclass(frozen=True)
-class Linear:
+class Linear(NamedTuple):
     """Layers [N, K] that share an input, each with a mask of a kind in units of so many rows or columns."""
 
     weights: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.product import PARTS
+from benchmarks.cases.op import PARTS
 from benchmarks.running import Job
 from benchmarks.setting import BLOCKS, Setting
 from benchmarks.targets import BOTH_WAYS, Target
@@ -14,21 +14,21 @@ __all__ = ["SECTIONS", "TARGETS", "tiny"]
 
 GRAPH, HOST = f"{BOTH_WAYS} graph", f"{BOTH_WAYS} host-time"
 RIVALS = ("fastmask", "packed", "loop", "gating")  # packed: the vendor's grouped product over each language's live rows
+_COMMON: dict[str, Any] = {"present": 8, "dtype": "bfloat16-parameters"}
+_SMALL: dict[str, Any] = {"shape": "small", "batch": 8, "tokens": 8}  # so small that only the host's time counts
 
 
 def _op(unit: str, *parts: str, names: tuple[str, ...] = RIVALS, peaks: bool = False, **more: Any) -> Job:
     """One weight of 4096 x 4096 on 16,384 tokens of eight languages."""
-    sizes = {"shape": "square", "present": 8, "batch": 32, "tokens": 512, "dtype": "bfloat16-parameters"} | more
+    sizes = _COMMON | {"shape": "square", "batch": 32, "tokens": 512} | more
     return Job(Setting("op", unit=unit, **sizes), names, parts or (BOTH_WAYS,), peaks)
 
 
 def _encoder(*parts: str, names: tuple[str, ...] = RIVALS, peaks: bool = False, **more: Any) -> Job:
     """BERT-base layers on 8,192 tokens of eight languages."""
-    sizes = {"present": 8, "batch": 64, "dtype": "bfloat16-parameters"} | more
-    return Job(Setting("encoder", **sizes), names, parts, peaks)
+    return Job(Setting("encoder", **(_COMMON | {"batch": 64} | more)), names, parts, peaks)
 
 
-_SMALL: dict[str, Any] = {"shape": "small", "batch": 8, "tokens": 8}  # so small that only the host's time counts
 _ROWS_AND_COLUMNS = ("neurons", "neuron-inputs", "heads", "head-inputs")
 UNITS = {unit: _op(unit, *(PARTS if unit == "neurons" else ())) for unit in _ROWS_AND_COLUMNS}
 LAYERS = _encoder(BOTH_WAYS, GRAPH, peaks=True)
@@ -41,7 +41,6 @@ LAUNCHES = [
     _encoder(HOST, layers=1, **_SMALL),
     *(_op(unit, HOST, **_SMALL) for unit in (*_ROWS_AND_COLUMNS, "blocks64", "weights")),
 ]
-
 SECTIONS: dict[str, list[Job]] = {
     "units": list(UNITS.values()),
     "encoder": [LAYERS],
@@ -52,7 +51,6 @@ SECTIONS: dict[str, list[Job]] = {
         _encoder(BOTH_WAYS, names=("fastmask", name), layers=1, compiled=True) for name in ("packed", "gating", "loop")
     ],
 }
-
 TARGETS: list[Target] = [
     *(Target(job, "over dense", 1.7) for job in UNITS.values()),
     *(Target(LAYERS, "over dense", 1.4, part) for part in (BOTH_WAYS, GRAPH)),
@@ -68,8 +66,8 @@ TARGETS: list[Target] = [
 def tiny(job: Job) -> Job:
     """A job to try the code out with, in Triton's interpreter on a CPU, which has no graphs."""
     sizes: dict[str, Any] = {"shape": "toy", "layers": 1, "languages": 2, "batch": 2, "tokens": 4, "dtype": "float32"}
-    sizes |= {"present": min(job.setting.present, 2), "compiled": False, "device": "cpu"}
+    sizes |= {"present": min(job.setting.present, 2), "compiled": False}
     if job.setting.unit in BLOCKS:
         sizes["unit"] = "blocks32"
-    parts = tuple(part for part in job.parts or () if part != GRAPH)
+    parts = tuple(part for part in job.parts if part != GRAPH)
     return replace(job, setting=replace(job.setting, **sizes), parts=parts)

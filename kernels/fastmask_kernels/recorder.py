@@ -84,7 +84,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a Triton kernel.
+    """One launch of a Triton kernel, in the "forward" or the "backward" phase.
 
     `callers` are the modules of the Python functions that led to it, innermost first, without torch's and Triton's own.
     """
@@ -175,13 +175,11 @@ class Recorder(Stub, TorchDispatchMode):
 
     Attributes:
         launches, operations: what ran, in order; `events` holds both together.
-        phase: a name that events are marked with; set it to what begins.
     """
 
     def __init__(self, chip: str = "sm_90") -> None:
         TorchDispatchMode.__init__(self)
         Stub.__init__(self, chip)
-        self.phase = ""
         self.events: list[Launch | Operation] = []
 
     @property
@@ -205,7 +203,7 @@ class Recorder(Stub, TorchDispatchMode):
 
     def _runner(self, variant: Variant) -> Callable[..., None]:
         def run(x: int, y: int, z: int, *_: Any) -> None:
-            self.events.append(Launch(variant, (x, y, z), self.phase, _callers(sys._getframe(1))))
+            self.events.append(Launch(variant, (x, y, z), _phase(), _callers(sys._getframe(1))))
 
         return run
 
@@ -215,8 +213,13 @@ class Recorder(Stub, TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _runs_on_device(func, args, kwargs or {}, result):
             name = str(func).removeprefix("aten.")
-            self.events.append(Operation(name, self.phase, _callers(sys._getframe(1))))
+            self.events.append(Operation(name, _phase(), _callers(sys._getframe(1))))
         return result
+
+
+def _phase() -> str:
+    """Which pass it is: autograd's engine runs the backward one."""
+    return "forward" if torch._C._current_graph_task_id() == -1 else "backward"
 
 
 def _is_autocast_enabled(device_type: str | None = None, ask: Any = torch.is_autocast_enabled) -> bool:

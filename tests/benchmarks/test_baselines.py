@@ -9,11 +9,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
-from oracle import spread
+from oracle import gathered, spread
 
 from benchmarks import baselines
 from benchmarks.baselines import BASELINES, BaselineLinear, Task
-from benchmarks.product import Product, gathered, units_of
+from benchmarks.cases.op import mask_of as mask_at
+from benchmarks.setting import Setting
 from fastmask import Mask
 from fastmask.torch_path.naive import masked_linear_naive
 
@@ -83,24 +84,12 @@ def test_dense_knows_no_masks():
     assert torch.equal(baselines.dense(x, weight, task, bias), torch.nn.functional.linear(x, weight, bias))
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
-@pytest.mark.parametrize("ids", ["mixed", "dead", "shares", "uneven"])
-@pytest.mark.parametrize("kind", ["rows", "columns"])
-def test_packed_equals_an_attached_layer(kind, ids):
-    """The vendor's grouped product over live rows computes less, or something else."""
-    mask, language_ids = mask_of(kind), torch.tensor(IDS[ids])
-    product = Product(mask, language_ids, 8, torch.device("cpu"), torch.bfloat16)
-    product.check_against("packed")
-
-
-@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this PyTorch has no grouped_mm")
-def test_a_wrong_packed_baseline_is_noticed(monkeypatch):
-    """We are compared with something that computes less."""
-    product = Product(mask_of("rows"), torch.tensor([0, 2]), 8, torch.device("cpu"), torch.bfloat16)
-    wrong = lambda x, w, task, b: baselines.packed(x, 1.2 * w, task, b)  # noqa: E731
-    monkeypatch.setitem(BASELINES, "packed", wrong)
-    with pytest.raises(RuntimeError, match="baseline packed is wrong"):
-        product.check_against("packed")
+@pytest.mark.parametrize(("kind", "ids"), [("rows", "mixed"), ("columns", "uneven"), ("weights", "one")])
+def test_packed_refuses_what_it_cannot_pack(kind, ids):
+    """Live rows of languages that own more and less, or of unsorted examples, are refused, and not mixed up."""
+    task = Task(mask_of(kind), torch.tensor(IDS[ids]))
+    with pytest.raises(ValueError, match="live rows are those of masks over rows or columns, equally many each"):
+        baselines.packed(torch.randn(len(IDS[ids]), 3, K), torch.randn(N, K), task)
 
 
 def test_baseline_linear_shares_parameters():
@@ -128,8 +117,9 @@ def test_packed_and_spread(kind):
     assert torch.equal(spread(packed, mask, ids, size), full * own[:, None])
 
 
-def test_units_of_a_density():
-    """Masks are not as dense as the row says."""
-    keep = units_of(8, 64, 16, 0.5)
-    assert keep.sum(1).tolist() == [32] * 8
-    assert torch.equal(keep, keep[:, ::16].repeat_interleave(16, 1))
+def test_masks_are_as_dense_as_the_row_says():
+    """Every language owns exactly its share, in whole heads."""
+    setting = Setting("op", shape="toy", unit="heads")
+    keep = mask_at(setting).to_dense()[:, :, 0]
+    assert keep.sum(1).tolist() == [16] * 8
+    assert torch.equal(keep, keep[:, ::8].repeat_interleave(8, 1))

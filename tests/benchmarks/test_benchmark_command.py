@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.targets import Target
 TOY = ["--shape", "toy", "--layers", "1", "--tokens", "4", "--batch", "4", "--languages", "2", "--seconds", "0"]
 TOY += ["--threads", "1"]
 JOB = Job(Setting("encoder"))
+DENSE = ("dense",)
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def test_processes(toy):
         (["op", "--unit", "neuron"], "unknown unit 'neuron'; did you mean 'neurons'"),
         (["op", "--unit", "both"], "unknown unit of the case 'op' 'both'"),
         (["op", "--density", "1.5"], "density is 1.5 (expected above 0 and at most 1)"),
-        (["op", "--density", "half"], "--density half: 'half' is not a number"),
+        (["op", "--density", "half"], "--density: 'half' is not a number"),
         (["op", "--present", "9", "--languages", "8"], "present is 9 (expected at most the languages"),
         (["op", "--present", "8", "--languages", "8"], "present is 8 (expected at most the examples, 4)"),
         (["op", "--unit", "blocks64"], "blocks64 do not divide a weight of (64, 32) (shape toy)"),
@@ -118,12 +120,16 @@ def test_compare(tmp_path, capsys):
 
 
 def test_readme(tmp_path):
-    """The README's table drifts away from what was measured, or the text around it is lost."""
-    csv, readme = tmp_path / "rows.csv", tmp_path / "README.md"
+    """The README's table is what was measured; the text around it stays, and a link to a file stays one."""
+    csv, readme, real = tmp_path / "rows.csv", tmp_path / "README.md", tmp_path / "real.md"
     one, mixed = three(2.97, kept_mib=100.0), three(2.4, present=8, batch=16)
     rows_file.write(csv, [*one[:2], replace(one[2], kept_mib=51.0), *mixed, made_row("multiply", 0.97)])
-    readme.write_text("before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n")
+    real.write_text("before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n")
+    real.chmod(0o600)
+    readme.symlink_to("real.md")
     assert main(["--from", str(csv), "--update-readme", str(readme)]) == 0
+    assert readme.is_symlink()
+    assert stat.S_IMODE(real.stat().st_mode) == 0o600
     text = readme.read_text()
     assert text.startswith("before\n<!-- benchmarks:begin -->\n| half of")
     assert text.endswith("<!-- benchmarks:end -->\nafter\n")
@@ -173,12 +179,12 @@ def test_pictures(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("metric", "bound", "against", "value", "reached"),
     [
-        ("over dense", 1.8, (), 1.8, True),
-        ("over full", 1.2, (), 1.8 / FULL, False),
-        ("share", 0.56, (), 0.5625, True),
-        ("share", 0.57, (), 0.5625, False),
-        ("kept", 0.5, (), 0.5, True),
-        ("peak", 0.7, (), 0.75, False),
+        ("over dense", 1.8, DENSE, 1.8, True),
+        ("over full", 1.2, DENSE, 1.8 / FULL, False),
+        ("share", 0.56, DENSE, 0.5625, True),
+        ("share", 0.57, DENSE, 0.5625, False),
+        ("kept", 0.5, DENSE, 0.5, True),
+        ("peak", 0.7, DENSE, 0.75, False),
         ("speed", 1.25, ("loop", "gating"), 1.2, False),  # the faster of the two
         ("peak", 1.0, ("loop", "gating"), 1.5, False),  # the leaner
         ("speed", 1.0, ("compact",), None, None),
@@ -192,9 +198,9 @@ def test_readings(metric, bound, against, value, reached):
     target = Target(JOB, metric, bound, against=against)
     assert target.asks(ours)
     assert not target.asks(full)
-    found = target.value([dense, full, ours, *rivals])
+    found, verdict = target.verdict([dense, full, ours, *rivals])
     assert found == (None if value is None else pytest.approx(value))
-    assert found is None or target.reached(found) is reached
+    assert verdict == {True: "pass", False: "SHORT", None: "not measured"}[reached]
 
 
 def test_targets_of_a_stored_run(tmp_path, capsys, monkeypatch):
@@ -215,4 +221,4 @@ def test_targets_of_a_stored_run(tmp_path, capsys, monkeypatch):
 
 def test_a_spread_is_shown_where_it_is_known():
     """A number without quartiles looks as if it had some."""
-    assert (str(Spread(2.0)), str(Spread(2.0, 1.9, 2.1))) == ("2.00x", "2.00x (1.90-2.10)")
+    assert (str(Spread(2.0, 2.0, 2.0)), str(Spread(2.0, 1.9, 2.1))) == ("2.00x", "2.00x (1.90-2.10)")

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import Side, quartiles, rounds
-from benchmarks.memory import peak_bytes, saved_bytes
-
-CPU = torch.device("cpu")
+from benchmarks.measure import Side, peak_bytes, rounds, saved_bytes
+from benchmarks.row import Spread
 
 
 class Clock:
@@ -35,14 +33,14 @@ def test_only_the_run_is_timed(monkeypatch):
     """What is done before a run counts as the run, or the warm-up as a round."""
     clock = Clock(monkeypatch)
     sides = [clock.side(9, 9, 9, 9, *[0.3] * 9, reset=5), clock.side(9, 9, 9, 9, *[0.1] * 9, reset=7)]
-    dense, ours = rounds(sides, CPU, seconds=0, least=7)
+    dense, ours = rounds(sides, "cpu", seconds=0, least=7)
     assert (dense, ours) == (pytest.approx([300] * 7), pytest.approx([100] * 7))
 
 
 def test_every_side_runs_in_turn(monkeypatch):
     """One side always runs first, with the other's data in the cache, or in another round than its rivals."""
     order: list[str] = []
-    times = rounds([Side(lambda name=name: order.append(name)) for name in "abc"], CPU, seconds=0, warm_up=1)
+    times = rounds([Side(lambda name=name: order.append(name)) for name in "abc"], "cpu", seconds=0, warm_up=1)
     assert "".join(order) == "abc" + "abc" + "abccba"
     assert [len(own) for own in times] == [2, 2, 2]
 
@@ -50,14 +48,14 @@ def test_every_side_runs_in_turn(monkeypatch):
 def test_runs_for_as_long_as_asked(monkeypatch):
     """`--seconds` is ignored, or runs without an end."""
     clock = Clock(monkeypatch)
-    times = rounds([clock.side(0.3), clock.side(0.2)], CPU, seconds=10, least=3)
+    times = rounds([clock.side(0.3), clock.side(0.2)], "cpu", seconds=10, least=3)
     assert [len(own) for own in times] == [20, 20]
-    assert [len(own) for own in rounds([clock.side(9.0)], CPU, seconds=10, least=3)] == [3]
+    assert [len(own) for own in rounds([clock.side(9.0)], "cpu", seconds=10, least=3)] == [3]
 
 
 def test_quartiles_lie_within_what_was_seen():
     """Quartiles are extrapolated beyond the ratios."""
-    assert quartiles([2.0, 4.0, 6.0]) == (3.0, 4.0, 5.0)
+    assert Spread.of([2.0, 4.0, 6.0]) == (4.0, 3.0, 5.0)
 
 
 def test_saved_bytes_counts_each_storage_once():
@@ -88,11 +86,11 @@ def test_peak_is_of_what_is_alive_at_once():
         del second
         return third
 
-    found = peak_bytes(run, device=CPU)
+    found = peak_bytes(Side(run), "cpu")
     assert 400_000 <= found < 420_000
 
 
 def test_the_profiler_is_silent(capfd):
     """Counting memory writes the profiler's greetings between the lines of a table."""
-    peak_bytes(lambda: torch.zeros(10), device=CPU)
+    peak_bytes(Side(lambda: torch.zeros(10)), "cpu")
     assert capfd.readouterr() == ("", "")

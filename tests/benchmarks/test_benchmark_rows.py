@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from made_rows import made_row, three
 
 from benchmarks import row as rows_file
-from benchmarks.against import verdict
 from benchmarks.row import Spread
 from benchmarks.running import merged
+from benchmarks.tables import verdict
 
 
 def test_round_trip(tmp_path):
     """A value comes back as another one, or as text."""
     rows = [*three(), made_row(note='a "quoted" note, with a comma', kept_mib=1.5, compiled=True, processes=3)]
-    rows.append(made_row("multiply", over_dense=None, over_full=Spread(1.25), masks_mib=None))
+    rows.append(made_row("multiply", over_dense=None, over_full=Spread(1.25, 1.25, 1.25), masks_mib=None))
     path = tmp_path / "new" / "rows.csv"
     rows_file.write(path, rows)
     assert rows_file.read(path) == rows
@@ -56,16 +54,25 @@ def test_several_processes_are_merged():
     assert not runs[0][1].noisy
 
 
+def test_a_file_may_know_no_quartiles(tmp_path):
+    """A stored median without quartiles is read as it is, and shown without a range."""
+    path = tmp_path / "rows.csv"
+    rows_file.write(path, three())
+    one, *others = path.read_text().splitlines()
+    path.write_text("\n".join([one, *(line.replace(",1.96,2.04,", ",,,") for line in others)]))
+    assert rows_file.read(path)[-1].over_dense == (2, 2, 2)
+    assert str(rows_file.read(path)[-1].over_dense) == "2.00x"
+
+
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        (made_row(speed=2.0), made_row(speed=1.5), "slower"),
-        (made_row(speed=2.0), made_row(speed=2.6), "faster"),
-        (made_row(speed=2.0), made_row(speed=1.95), ""),  # by less than 3%
-        (made_row(speed=2.0, spread=0.2), made_row(speed=1.8, spread=0.2), ""),  # the quartiles overlap
-        (made_row(speed=2.0), None, "missing"),
-        (None, made_row(speed=2.0), "new"),
-        (replace(made_row(), over_dense=Spread(2.0)), made_row(speed=1.5), "slower"),  # stored without quartiles
+        (Spread(2.0, 1.96, 2.04), Spread(1.5, 1.47, 1.53), "slower"),
+        (Spread(2.0, 1.96, 2.04), Spread(2.6, 2.55, 2.65), "faster"),
+        (Spread(2.0, 2.0, 2.0), Spread(1.95, 1.95, 1.95), ""),  # by less than 3%
+        (Spread(2.0, 1.6, 2.4), Spread(1.8, 1.44, 2.16), ""),  # the quartiles overlap
+        (Spread(2.0, 1.96, 2.04), None, "missing"),
+        (None, Spread(2.0, 1.96, 2.04), "new"),
     ],
 )
 def test_verdict(before, now, expected):

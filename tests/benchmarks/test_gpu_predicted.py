@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from fastmask_kernels.limits import CHIPS
 
+from benchmarks.cases.op import PARTS
 from benchmarks.gpu.predicted import DENSE, KERNELS, SAME, dense_products, linears_of, masked_products, predicted_ms
 from benchmarks.gpu.sections import BITS, BLOCKS_LEFT, GRAPH, HOST, LAYERS, UNITS
-from benchmarks.product import PARTS
 from tests.benchmarks.test_gpu_recorded import MOST, run
 
 JOBS = (LAYERS, *UNITS.values(), *BLOCKS_LEFT.values(), *BITS.values())
@@ -19,16 +19,16 @@ JOBS = (LAYERS, *UNITS.values(), *BLOCKS_LEFT.values(), *BITS.values())
 # and those that both have.
 RECORDED = """
 import json
-from benchmarks.gpu.passes import encoder_step, record
+from benchmarks.gpu.recorded import encoder_pass, record
 from benchmarks.gpu.recorded import origin
 from benchmarks.gpu.sections import LAYERS
 
 def kernels(masked):
-    events = [event for event in record(encoder_step(LAYERS.setting, masked)).events
-              if event.phase in ("forward", "backward")]
+    events = record(encoder_pass(LAYERS.setting, masked)).events
     return [sum(origin(event) == where for event in events) for where in ("masked", "other")]
 
 masked, others = kernels(True)
+others -= 1  # the batch's ids, which come to the device
 print(json.dumps([kernels(False)[1] - others, masked]))
 """
 

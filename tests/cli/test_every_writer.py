@@ -14,13 +14,10 @@ from typed_command import failure_of
 
 import fastmask as fm
 from benchmarks import row as benchmark_row
-from benchmarks import tables as benchmark_tables
 from fastmask.analysis import Result
 from fastmask.cli import main
 from fastmask.cli.pictures import head_use
 from fastmask.training.config import TrainConfig
-
-BEGIN, END = "<!-- a -->", "<!-- b -->"
 
 
 def command(*arguments):
@@ -218,15 +215,3 @@ class TestCommands:
             assert fm.Subnetworks.load(tmp_path / "printed") == fm.Subnetworks.load(tmp_path / "file")
         else:
             assert printed == expected
-
-
-def test_readme_between_two_lines(tmp_path):
-    """A table that is put into a file replaces it whole, through links, too."""
-    (tmp_path / "real.md").write_text(f"a\n{BEGIN}\nold\n{END}\nb\n")
-    (tmp_path / "real.md").chmod(0o600)
-    (tmp_path / "README.md").symlink_to("real.md")
-    benchmark_tables.replace_between(tmp_path / "README.md", BEGIN, END, "new")
-    assert (tmp_path / "README.md").is_symlink()
-    assert (tmp_path / "real.md").read_text() == f"a\n{BEGIN}\nnew\n{END}\nb\n"
-    assert stat.S_IMODE((tmp_path / "real.md").stat().st_mode) == 0o600
-    assert names(tmp_path) == ["README.md", "real.md"]

@@ -54,8 +54,17 @@ def gradients(function, x: Tensor, weight: Tensor, bias: Tensor | None, dy: Tens
     return y.detach(), *(leaf.grad if leaf is not None else None for leaf in leaves)
 
 
+def gathered(full: Tensor, mask: Mask, ids: Tensor, width: int) -> Tensor:
+    """[B, T, size] -> [B, T, width]: each example's live units to the front, zeros behind."""
+    packed, counts = full.new_zeros(*full.shape[:-1], width), mask.live_counts()
+    for b, language in enumerate(ids.tolist()):
+        live = full[b] if language < 0 else full[b].index_select(-1, mask.index[language, : counts[language]])
+        packed[b, :, : live.shape[-1]] = live
+    return packed
+
+
 def spread(packed: Tensor, mask: Mask, ids: Tensor, size: int) -> Tensor:
-    """[B, T, width] -> [B, T, size]: undoes `benchmarks.product.gathered`, zeros where an example owns nothing."""
+    """[B, T, width] -> [B, T, size]: undoes `gathered`, zeros where an example owns nothing."""
     full, counts = packed.new_zeros(*packed.shape[:-1], size), mask.live_counts()
     for b, language in enumerate(ids.tolist()):
         live = slice(size) if language < 0 else mask.index[language, : counts[language]]

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU here: these tests are for real hardware", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
-from oracle import assert_close, random_mask, spread
+from oracle import assert_close, gathered, random_mask, spread
 
 import fastmask as fm
 from benchmarks.baselines import Task, loop
@@ -36,7 +36,6 @@ from benchmarks.gpu.problems import (
     sides,
     tiny_models,
 )
-from benchmarks.product import gathered
 from fastmask.operators import compute, compute_projections
 from fastmask.torch_path.activations import activate
 from fastmask.torch_path.naive import masked_linear_naive

@@ -14,4 +14,4 @@ from benchmarks.gpu.launched import EVEN, launch_shipped, sections, variants_of
 
 def variants(chip: str) -> list[Variant]:
     """Of `launch_shipped` and of what is timed, where two languages do: their number decides over no kernel."""
-    return variants_of(chip, itertools.chain([lambda _: launch_shipped(chip, [EVEN], EVEN)], sections(2)))
+    return variants_of(chip, itertools.chain([lambda: launch_shipped([EVEN], EVEN)], sections(2)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -152,8 +153,7 @@ def peak_bytes(side: Side, device: str) -> int:
 def _host_peak(side: Side) -> int:
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would greet on standard error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         result = side.run()
     del result
     held = highest = 0
@@ -162,3 +162,16 @@ def _host_peak(side: Side) -> int:
         held += event.nbytes()
         highest = max(highest, held)
     return highest
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on standard error: the profiler greets there, and warns, below Python."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

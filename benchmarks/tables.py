@@ -13,7 +13,6 @@ from benchmarks.baselines import EXPLAINED
 from benchmarks.row import Row, Spread
 from benchmarks.targets import PASS, QUICK, Target
 from fastmask.files import write_text
-from fastmask.literal import say
 
 __all__ = ["print_changes", "print_rows", "print_sources", "print_targets", "update_readme", "verdict"]
 
@@ -45,8 +44,8 @@ def print_rows(rows: Sequence[Row], targets: Sequence[Target] = ()) -> None:
         where = f", {setting.threads} thread(s)" if setting.device == "cpu" else ""
         title = f"{setting.words()}: {first.part}; {setting.languages} languages held{where}"
         cells = [_cells(row, group, targets) for row in group]
-        say(aligned(title, [cells[0], *(own.values() for own in cells)]))
-        say(f"  {first.note}\n" if first.note else "")
+        print(aligned(title, [cells[0], *(own.values() for own in cells)]))
+        print(f"  {first.note}\n" if first.note else "")
 
 
 def _cells(row: Row, group: Sequence[Row], targets: Sequence[Target]) -> dict[str, str]:
@@ -72,9 +71,9 @@ def _cells(row: Row, group: Sequence[Row], targets: Sequence[Target]) -> dict[st
 def print_sources(rows: Sequence[Row]) -> None:
     """What the implementations of rows are, and where the numbers come from."""
     for name in [name for name in EXPLAINED if any(row.implementation == name for row in rows)]:
-        say(f"{name:>9}: {EXPLAINED[name]}")
+        print(f"{name:>9}: {EXPLAINED[name]}")
     for where in dict.fromkeys(f"{_how(row)} {_where(row)}, commit {row.machine.commit}" for row in rows):
-        say(where)
+        print(where)
 
 
 def print_targets(targets: Sequence[Target], rows: Sequence[Row]) -> bool:
@@ -86,7 +85,7 @@ def print_targets(targets: Sequence[Target], rows: Sequence[Row]) -> bool:
         what = f"{target.job.setting.words()}: {target.of}{part}"
         lines.append((what, "-" if value is None else f"{value:.3f}", target.words, verdict))
         good = good and verdict == PASS
-    say(aligned("what must hold", lines))
+    print(aligned("what must hold", lines))
     return good
 
 
@@ -117,10 +116,10 @@ def print_changes(before: Sequence[Row], now: Sequence[Row], path: Path) -> bool
             speeds = (str(run.get(key, "")) for run in (old, new))
             lines.append((f"{setting.words()}: {part}, {implementation}", *speeds, said))
     if lines[1:]:
-        say(aligned(f"against {path}", lines))
+        print(aligned(f"against {path}", lines))
     both = len(set(old) & set(new))
     quiet = both - sum(said in ("slower", "faster") for said in found.values())
-    say(f"{both} measurements in both runs, {quiet} of them unchanged within noise")
+    print(f"{both} measurements in both runs, {quiet} of them unchanged within noise")
     return "slower" not in found.values()
 
 

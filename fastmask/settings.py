@@ -16,9 +16,8 @@ from typing_extensions import Self
 from fastmask.errors import FastmaskKeyError, unknown
 from fastmask.files import read_yaml, write_yaml
 
-__all__ = ["ConfigError", "Settings", "items_of", "named_errors", "setting"]
+__all__ = ["ConfigError", "Settings", "flat", "items_of", "named_errors", "setting"]
 
-LARGEST = 2**53  # of whole numbers; beyond it a float skips some
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 
 
@@ -119,15 +118,11 @@ def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any
         value = "no"  # YAML 1.1 reads Norwegian, and "no" mixed precision, as false
     if kind is float and isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value)  # YAML 1.1 reads 3e-4 as text
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise ConfigError(f"{name} is {value!r} (expected a number of ordinary size)")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
         raise ConfigError(f"{name} is {value!r:.200} (expected {words[kind]})")
-    if kind is str and not _possible(value):
-        raise ConfigError(f"{name} is {value!r:.200} (expected text that a file's name could have)")
     choices = limits.get("choices")
     if choices:
         for item in items_of(value) if limits.get("list") else [value]:
@@ -147,14 +142,6 @@ def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any
     return value
 
 
-def _possible(text: str) -> bool:
-    """Whether there can be a file of this name: no zero bytes, no halves of letters."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
 def _one_of(limits: Mapping[str, Any]) -> str:
     return "a comma-separated list out of" if limits.get("list") else "one of"
 
@@ -162,3 +149,12 @@ def _one_of(limits: Mapping[str, Any]) -> str:
 def items_of(value: str) -> list[str]:
     """The entries of a comma-separated list, in order."""
     return [item.strip() for item in value.split(",") if item.strip()]
+
+
+def flat(nested: Mapping[str, Any], separator: str, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, their names joined."""
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = isinstance(value, Mapping)
+        found |= flat(value, separator, f"{prefix}{name}{separator}") if inner else {f"{prefix}{name}": value}
+    return found

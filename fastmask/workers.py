@@ -1,4 +1,4 @@
-"""Processes of this machine that do the work of a comparison, a report or a benchmark."""
+"""Processes of this machine that do the work of a comparison or a benchmark."""
 
 from __future__ import annotations
 

@@ -37,16 +37,9 @@ _MODULES = {
 }
 
 __all__ = [
-    "Result",
-    "ablation",
-    "cross_evaluation",
-    "dynamics",
-    "effect",
-    "gradient_conflict",
-    "overlap",
-    "typology",
+    "Result", "ablation", "cross_evaluation", "dynamics", "effect", "gradient_conflict", "overlap", "typology",
     "unit_use",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Chance", "chance_jaccard", "chance_owners"]
+__all__ = ["Chance", "chance_jaccard", "chance_owners", "jaccard"]
 
 NEGLIGIBLE = 1e-20  # probabilities below this are left out of sums over a layer
 
@@ -24,6 +24,12 @@ class Chance:
     expected: float
     low: float
     high: float
+
+
+def jaccard(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """The Jaccard similarity |A and B| / |A or B| of two masks; 1 of two that own nothing."""
+    either = int((a | b).sum())
+    return int((a & b).sum()) / either if either else 1.0
 
 
 def chance_jaccard(sizes_a: Sequence[int], sizes_b: Sequence[int], units: Sequence[int], level: float = 0.95) -> Chance:

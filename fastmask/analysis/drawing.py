@@ -1,8 +1,7 @@
 """What the pictures share: colours that colour-blind readers can tell apart, figures without a display, labels.
 
 Categories take the palette of Okabe and Ito (2008) and a marker each; amounts take matplotlib's "cividis", and signed
-amounts "PuOr", both made for readers with a colour vision deficiency. Text and lines are black, which a page may turn
-into white; what lies on a coloured cell is `ON_LIGHT` or white and stays so.
+amounts "PuOr", both made for readers with a colour vision deficiency.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.text import Text
 
 from fastmask.analysis.language_families import families_of, family_colour
 
@@ -32,19 +30,9 @@ SIGNED = "PuOr"
 WRITTEN = 14  # rows and columns up to which numbers fit into the cells of a heatmap
 
 
-class LiteralFigure(Figure):
-    """A figure whose texts are drawn as they are: names are other people's, and a `$` in them is no mathematics."""
-
-    def draw(self, renderer: Any) -> None:
-        """Draw; matplotlib calls it, also to lay the texts out."""
-        for text in self.findobj(Text):
-            text.set_parse_math(False)
-        super().draw(renderer)
-
-
 def new_figure(width: float, height: float) -> Any:
     """A `matplotlib.figure.Figure` of so many inches, laid out so that texts do not run into each other."""
-    return LiteralFigure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06))
 
 
 def bare(*axes: Any) -> None:
@@ -127,7 +115,7 @@ def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Seque
     turns = np.arange(16) * np.pi / 8
     ways = np.column_stack([np.cos(turns), np.sin(turns)])
     for at in np.argsort(crowd, kind="stable"):
-        probe = axis.text(0, 0, names[at], fontsize=8, parse_math=False)
+        probe = axis.text(0, 0, names[at], fontsize=8)
         extent = probe.get_window_extent(renderer)
         probe.remove()
         half = np.array([extent.width / 2 + 1.5 * scale, extent.height / 2 + scale])

@@ -28,34 +28,27 @@ def effect(
     *,
     level: float = 0.95,
     seed: int = 0,
-    gaps: bool = False,
 ) -> Result:
-    """Differences of each method to its baseline, paired by language and seed, and by sentence where those are there.
+    """Differences of each method to its baseline, paired by language and seed, over those that both have.
 
     d(method, language, seed) = score(method, language, seed) - score(baseline, language, seed), higher is better.
 
-    - For a language, the mean of d over seeds. Its interval is a paired percentile bootstrap: over **sentences** where
-      the table has them (each with the mean over seeds of its difference, weighted by `weight`; it says how the method
-      would do on other sentences, with these seeds), else over **seeds**. Below 6 seeds no test can reach p = 0.05, and
-      the interval of so few is too narrow, so the verdict is then "too few".
+    - For a language, the mean of d over seeds, with a paired percentile bootstrap over seeds. Below 6 seeds no test can
+      reach p = 0.05, and the interval of so few is too narrow, so the verdict is then "too few".
     - For a method, the mean over languages (each the mean over its seeds), a bootstrap interval over languages and
       seeds, and the larger of the p-values of a sign-flip test over languages and a t-test over seeds (`paired`),
       corrected over methods (Holm). Below 6 languages no test can reach p = 0.05: "too few". All languages of a seed
       come from one pair of models, so of one seed nothing follows for others: "one seed", and no p-value.
 
     Args:
-        scores: a table with columns `method`, `language`, `seed`, `score`, or rows as mappings. A column `sentence`
-            makes it one row for each sentence, with `weight` (such as its words; default 1): a language's score is then
-            the weighted mean, as LAS is of the words.
+        scores: a table with columns `method`, `language`, `seed`, `score`, or rows as mappings.
         baseline: the method that all others are compared with; or, for each method that is to be compared, with which.
         level: of the intervals; 1 - level is where a p-value counts.
         seed: of the bootstrap.
-        gaps: whether scores may be missing: a method is then compared over the languages and seeds that it and its
-            baseline both have, and left out where there are none.
 
     Returns:
-        table: one row for each method and language: `score`, `baseline`, `difference`, `low`, `high`, `n` (sentences or
-            seeds), `over` ("sentences" or "seeds"), `verdict` ("better", "worse", "inside noise", "too few").
+        table: one row for each method and language: `score`, `baseline`, `difference`, `low`, `high`, `n` seeds,
+            `verdict` ("better", "worse", "inside noise", "too few").
         more["methods"]: one row for each method: `against` (its baseline), `difference`, `low`, `high`, `languages`,
             `languages_better`, `p`, `p_holm`, `seeds`, `seeds_agree`, `verdict` ("better", "worse", "inside noise",
             "one seed", "too few").
@@ -63,38 +56,29 @@ def effect(
     Raises:
         KeyError: an unknown baseline, or a method that has no scores.
         ValueError: missing columns, scores that are not finite, repeated rows, no method besides the baseline, a method
-            that is its own baseline, or one without scores where its baseline has some (or the other way round; with
-            `gaps`: no score that a method and its baseline both have).
+            that is its own baseline, or no language and seed that a method and its baseline both have.
     """
-    frame, sentences = _checked(scores)
+    frame = _checked(scores)
     against = _against(baseline, list(dict.fromkeys(frame.method)))
-    wide = _per_seed(frame).unstack("method")
+    wide = frame.set_index(KEYS)["score"].unstack("method")
     every = list(dict.fromkeys(frame.language))
     rows, summary = [], []
     for number, (method, other) in enumerate(against.items()):
-        pair = _paired(wide, method, other, gaps)
+        pair = wide[[method, other]].dropna()
         gains = pair[method] - pair[other]
         for place, language in enumerate(name for name in every if name in gains.index.get_level_values("language")):
             d = gains.loc[language].to_numpy()
-            where = [seed, number, place]
-            if sentences:
-                shared = frame[(frame.language == language) & frame.seed.isin(gains.loc[language].index)]
-                values, weights = _of_sentences(shared, method, other, language)
-            else:
-                values, weights = d, None
-            low, high = bootstrap_interval(values, level, where, draws=DRAWS, weights=weights)
-            enough = sentences or len(values) >= ENOUGH
-            says = "too few" if not enough else "better" if low > 0 else "worse" if high < 0 else "inside noise"
+            low, high = bootstrap_interval(d, level, [seed, number, place], draws=DRAWS)
+            says = "better" if low > 0 else "worse" if high < 0 else "inside noise"
             means = (pair.loc[language][method].mean(), pair.loc[language][other].mean(), float(d.mean()))
-            over = "sentences" if sentences else "seeds"
-            rows.append((method, language, *means, low, high, len(values), over, says))
+            rows.append((method, language, *means, low, high, len(d), says if len(d) >= ENOUGH else "too few"))
         if len(gains):
             found = paired(gains, level=level)
             languages, seeds = (len(found.by_language), found.wins), (len(found.by_seed), found.seeds_agree)
             summary.append((method, other, found.difference, found.low, found.high, *languages, found.p, *seeds))
     if not summary:
         raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
-    columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "over", "verdict"]
+    columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
     columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
     more = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
@@ -102,7 +86,7 @@ def effect(
     more["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in more.itertuples()]
     ends = pd.concat([table[["low", "high"]], more[["low", "high"]]])
     extent = float(ends.abs().max(axis=None)) or 1.0
-    caption = _caption(table, more, sentences, level)
+    caption = _caption(table, more, level)
     return Result("effect", table, caption, lambda extent=extent: _draw(table, more, extent), {"methods": more}, extent)
 
 
@@ -130,67 +114,32 @@ def _against(baseline: str | Mapping[str, str], methods: Sequence[str]) -> dict[
     return {name: wanted[name] for name in methods if name in wanted}
 
 
-def _caption(table: pd.DataFrame, methods: pd.DataFrame, sentences: bool, level: float) -> str:
+def _caption(table: pd.DataFrame, methods: pd.DataFrame, level: float) -> str:
     languages, seeds = table.language.nunique(), int(methods.seeds.max())
     groups = methods.groupby("against", sort=False)["method"]
     pairs = "; ".join(f"to {name!r} of {', '.join(of)}" for name, of in groups)
-    few = not sentences and seeds < ENOUGH
+    few = ", too narrow with so few seeds: read them as the spread of seeds" if seeds < ENOUGH else ""
     return (
         f"Difference {pairs}, paired; {languages} languages, {seeds} seed{'s' if seeds > 1 else ''}. "
-        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over {'sentences' if sentences else 'seeds'} "
-        f"({DRAWS:,} samples){', too narrow with so few seeds: read them as the spread of seeds' if few else ''}. "
+        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({DRAWS:,} samples){few}. "
         "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
         "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
         "this table. Right of 0 the method is better; it is only known to be where p is small."
     )
 
 
-def _checked(scores: pd.DataFrame | Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, bool]:
-    """The rows as a table with `weight`, and whether they are of single sentences."""
-    frame = scores.copy() if isinstance(scores, pd.DataFrame) else pd.DataFrame(list(scores))
+def _checked(scores: pd.DataFrame | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The rows as a table."""
+    frame = scores if isinstance(scores, pd.DataFrame) else pd.DataFrame(list(scores))
     missing = [column for column in (*KEYS, "score") if column not in frame.columns]
     if missing:
         raise ValueError(f"expected columns {', '.join([*KEYS, 'score'])}; {', '.join(missing)} missing")
-    sentences = "sentence" in frame.columns
-    if "weight" not in frame.columns:
-        frame["weight"] = 1.0
-    if not np.isfinite(frame[["score", "weight"]].to_numpy(dtype=float)).all() or (frame.weight < 0).any():
-        raise ValueError("expected finite scores, and weights that are finite and not negative")
-    keys = [*KEYS, "sentence"] if sentences else KEYS
-    repeated = frame[frame.duplicated(keys)]
+    if not np.isfinite(frame["score"].to_numpy(dtype=float)).all():
+        raise ValueError("expected finite scores")
+    repeated = frame[frame.duplicated(KEYS)]
     if len(repeated):
-        raise ValueError(f"several scores for {dict(repeated.iloc[0][keys])}: expected one")
-    return frame, sentences
-
-
-def _per_seed(frame: pd.DataFrame) -> pd.Series:
-    """The score of each method, language and seed: a weighted mean where there are sentences."""
-    weighted = frame.assign(product=frame.score * frame.weight).groupby(KEYS, sort=False)[["product", "weight"]].sum()
-    return weighted["product"] / weighted["weight"]
-
-
-def _paired(wide: pd.DataFrame, method: str, baseline: str, gaps: bool) -> pd.DataFrame:
-    """The scores of two methods, over the (language, seed) that both have."""
-    pair = wide[[method, baseline]].dropna(how="all")
-    lonely = pair[pair.isna().any(axis=1)]
-    if len(lonely) and not gaps:
-        language, seed = lonely.index[0]
-        has, lacks = (method, baseline) if np.isnan(lonely.iloc[0][baseline]) else (baseline, method)
-        raise ValueError(f"{has!r} has a score for language {language!r}, seed {seed}, and {lacks!r} has none")
-    return pair.dropna()
-
-
-def _of_sentences(frame: pd.DataFrame, method: str, baseline: str, language: str) -> tuple[Any, Any]:
-    """The mean over seeds of each sentence's difference, and the sentences' weights."""
-    mine, theirs = (frame[frame.method == name].set_index(["sentence", "seed"]) for name in (method, baseline))
-    if mine.index.symmetric_difference(theirs.index).size:
-        raise ValueError(f"{method!r} and {baseline!r} were not scored on the same sentences of {language!r}")
-    theirs = theirs.loc[mine.index]
-    if not np.array_equal(mine.weight, theirs.weight):
-        raise ValueError(f"the weights of sentences of {language!r} differ between {method!r} and {baseline!r}")
-    weights = mine.weight.groupby("sentence").sum()
-    weighted = ((mine.score - theirs.score) * mine.weight).groupby("sentence").sum()
-    return (weighted / weights.where(weights > 0, 1)).to_numpy(), weights.to_numpy()
+        raise ValueError(f"several scores for {dict(repeated.iloc[0][KEYS])}: expected one")
+    return frame
 
 
 def _draw(table: pd.DataFrame, methods: pd.DataFrame, extent: float) -> Any:

@@ -15,7 +15,7 @@ from fastmask.tasks.data.synthetic_languages import LANGUAGES as ARTIFICIAL
 __all__ = ["LANGUAGE_FAMILIES", "UNKNOWN_FAMILY", "families_of", "family_colour"]
 
 UNKNOWN_FAMILY = "other"
-LUMINANCE = 0.2
+LIGHTNESS = 0.45
 
 _CODES = {
     "Germanic": "af ang bar da de en fo fy got gsw is lb nb nds nl nn no non sv yi",
@@ -71,7 +71,7 @@ def family_colour(family: str, other: str) -> str:
     """The colour of a family, the same everywhere.
 
     Hues are golden angles apart in the order of the table, so families that follow each other differ most. All have
-    the relative luminance of a grey that stands out from white and from black alike (WCAG 2: 4:1 and more).
+    the same lightness, which stands out from white and from black alike.
 
     Args:
         family: any name; those that are not in the table get a hue by their name.
@@ -82,9 +82,4 @@ def family_colour(family: str, other: str) -> str:
     known = list(dict.fromkeys(LANGUAGE_FAMILIES.values()))
     place = known.index(family) if family in known else zlib.crc32(family.encode())
     hue = (0.58 + place * 0.618034) % 1
-    for lightness in range(30, 80):
-        parts = colorsys.hls_to_rgb(hue, lightness / 100, 0.62)
-        red, green, blue = (part**2.2 for part in parts)
-        if 0.2126 * red + 0.7152 * green + 0.0722 * blue >= LUMINANCE:
-            break
-    return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, LIGHTNESS, 0.62))

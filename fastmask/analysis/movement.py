@@ -12,13 +12,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fastmask.analysis.chance import chance_jaccard
+from fastmask.analysis.chance import chance_jaccard, jaccard
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
-from fastmask.analysis.result import Result
+from fastmask.analysis.result import Result, kind_of
 from fastmask.dynamic.history import History, Snapshot
-from fastmask.errors import unknown
-from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed
+from fastmask.files import FileError, parse_json, read_sealed
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["dynamics", "read_history"]
@@ -58,11 +57,7 @@ def dynamics(
     entries = read_history(history) if isinstance(history, str | PathLike) else history
     if not len(entries):
         raise ValueError("this history has no masks")
-    first: Snapshot = entries[0]
-    known = [kind for kind in ("heads", "neurons") if getattr(first, kind) is not None]
-    units = units or known[0]
-    if units not in known:
-        raise unknown("masked part", units, known)
+    units = kind_of(entries[0], units)
     changes: dict[int, dict[str, NDArray[np.bool_]]] = {}
     for entry in entries:
         changes.setdefault(entry.step, {})[entry.language] = getattr(entry, units).cpu().numpy()
@@ -76,7 +71,7 @@ def dynamics(
         current = {name: mask for change in past for name, mask in change.items()}
         for name in languages:
             live, fresh = int(current[name].sum()), int((current[name] & ~before[name]).sum())
-            distance = 1 - _jaccard(current[name], start[name])
+            distance = 1 - jaccard(current[name], start[name])
             rows.append((step, name, fresh / live if live else 0.0, distance, live))
         pairs += _pairs(step, current, languages, groups)
         before = current
@@ -100,15 +95,6 @@ def dynamics(
     )
 
 
-class _Header(Record):
-    """What `DynamicSubnetworks.state_dict` says beside its tensors."""
-
-    version: int
-    strategy: str
-    languages: tuple[str, ...]
-    seconds: float
-
-
 def read_history(path: str | PathLike[str]) -> History:
     """The history in a file that a run of method `dynamic` left (`dynamic.safetensors`).
 
@@ -116,23 +102,17 @@ def read_history(path: str | PathLike[str]) -> History:
         FileNotFoundError: no such file.
         FileError: not such a file, or a damaged one.
     """
-    text = read_metadata(path).get("header")
-    if text is None:
+    tensors, header = read_sealed(path)
+    if "header" not in header:
         raise FileError(path, "is a safetensors file, but not a history of masks")
-    header: _Header = parse_json(path, text, _Header)
-    tensors, _ = read_sealed(path)
+    state: dict[str, Any] = parse_json(path, header["header"])
     past = {name.removeprefix("history."): tensor for name, tensor in tensors.items() if name.startswith("history.")}
     try:
-        history = History(Subnetworks(header.languages, tensors.get("masks.heads"), tensors.get("masks.neurons")))
+        history = History(Subnetworks(state["languages"], tensors.get("masks.heads"), tensors.get("masks.neurons")))
         history.load(past)
     except ValueError as error:
         raise FileError(path, str(error)) from None
     return history
-
-
-def _jaccard(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
-    either = int((a | b).sum())
-    return int((a & b).sum()) / either if either else 1.0
 
 
 def _pairs(
@@ -144,7 +124,7 @@ def _pairs(
     for a, b in itertools.combinations(languages, 2):
         relation = "one family" if groups[a] == groups[b] != UNKNOWN_FAMILY else "two families"
         random = chance(tuple(current[a].sum(1).tolist()), tuple(current[b].sum(1).tolist()))
-        found.setdefault(relation, []).append((_jaccard(current[a], current[b]), random))
+        found.setdefault(relation, []).append((jaccard(current[a], current[b]), random))
     return [
         (step, relation, len(values), *(float(mean) for mean in np.mean(values, 0)))
         for relation, values in sorted(found.items())

@@ -12,12 +12,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fastmask.analysis.chance import chance_jaccard
+from fastmask.analysis.chance import chance_jaccard, jaccard
 from fastmask.analysis.drawing import GREY, ON_LIGHT, bare, colour_languages, heatmap, new_figure
 from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of, family_colour
-from fastmask.analysis.result import Result
+from fastmask.analysis.result import Result, kind_of
 from fastmask.analysis.statistics import p_text, share_of_orders
-from fastmask.errors import unknown
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["overlap"]
@@ -105,10 +104,7 @@ Masks = list[list[list[NDArray[np.bool_]]]]
 def _masks(runs: Sequence[Subnetworks], units: str | None) -> tuple[str, Masks]:
     """Which units are compared, and the masks over them."""
     first = runs[0]
-    known = [kind for kind in ("heads", "neurons", "weights") if getattr(first, kind) is not None]
-    units = known[0] if units is None else units
-    if units not in known:
-        raise unknown("masked part", units, known)
+    units = kind_of(first, units, ("heads", "neurons", "weights"))
     found: Masks = []
     for run in runs:
         if run.languages != first.languages:
@@ -139,12 +135,11 @@ def _pairs(
         if seed_a != seed_b and not same_start:
             continue
         random = chance(*sorted((sizes_a, sizes_b)))
-        either = int((one | other).sum())
-        jaccard = int((one & other).sum()) / either if either else 1.0
-        band = "above" if jaccard > random.high else "below" if jaccard < random.low else "inside"
+        common = jaccard(one, other)
+        band = "above" if common > random.high else "below" if common < random.low else "inside"
         relation = LANGUAGES if seed_a == seed_b else SEEDS if a == b else BOTH
         related = groups[a] == groups[b] != UNKNOWN_FAMILY
-        values = (jaccard, random.expected, random.low, random.high, band, related)
+        values = (common, random.expected, random.low, random.high, band, related)
         rows.append((relation, a, seed_a, b, seed_b, *values))
     columns = ["relation", "language_a", "seed_a", "language_b", "seed_b"]
     return pd.DataFrame(rows, columns=[*columns, "jaccard", "expected", "low", "high", "band", "related"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from os import PathLike
@@ -11,10 +11,12 @@ from typing import Any
 
 import pandas as pd
 
+from fastmask.errors import unknown
 from fastmask.files import replace_file
 
-__all__ = ["Result", "span"]
+__all__ = ["Result", "kind_of", "span"]
 
+DPI = 150  # of a PNG
 # Letters stay letters in an SVG, so that it is small and can be searched; the fonts are equally wide.
 SVG = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 
@@ -55,7 +57,7 @@ class Result:
         from matplotlib import rc_context
 
         figure, png, svg = self.figure(extent), BytesIO(), BytesIO()
-        figure.savefig(png, dpi=150, format="png")
+        figure.savefig(png, dpi=DPI, format="png")
         with rc_context({**SVG, "svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
             figure.savefig(svg, dpi=100, format="svg", metadata={"Date": None}, transparent=True)
         return {"png": png.getvalue(), "svg": svg.getvalue()}
@@ -64,16 +66,33 @@ class Result:
         """All tables by the names that their files have: the analysis's own, then the further ones."""
         return {self.name: self.table, **{f"{self.name}_{key}": table for key, table in self.more.items()}}
 
+    def files(self, pictures: Mapping[str, bytes]) -> dict[str, bytes]:
+        """The names and contents of its files: every table as CSV, and the pictures."""
+        contents = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables().items()}
+        return contents | {f"{self.name}.{kind}": content for kind, content in pictures.items()}
+
     def save(self, folder: str | PathLike[str]) -> list[Path]:
         """Write every table as CSV and the picture as PNG and SVG; returns the paths. Replaces files atomically.
 
         CSV files hold names as they are, to be read again; a spreadsheet takes one starting with ``=`` for a formula.
         """
-        contents = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables().items()}
-        contents |= {f"{self.name}.{kind}": content for kind, content in self.pictures().items()}
+        contents = self.files(self.pictures())
         for name, content in contents.items():
             replace_file(Path(folder, name), lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
         return [Path(folder, name) for name in contents]
+
+
+def kind_of(masks: Any, units: str | None, kinds: Sequence[str] = ("heads", "neurons")) -> str:
+    """Which of `kinds` is looked at: `units`, by default the first that `masks` have.
+
+    Raises:
+        KeyError: they do not have it, or none.
+    """
+    known = [kind for kind in kinds if getattr(masks, kind) is not None]
+    units = units or next(iter(known), kinds[0])
+    if units not in known:
+        raise unknown("masked part", units, known)
+    return units
 
 
 def span(counts: Iterable[int]) -> str:

@@ -57,12 +57,7 @@ def paired_sign_flip(differences: ArrayLike, *, seed: Seed = 0, draws: int = DRA
 
 
 def bootstrap_interval(
-    values: ArrayLike,
-    level: float = 0.95,
-    seed: Seed = 0,
-    *,
-    draws: int = 10_000,
-    weights: ArrayLike | None = None,
+    values: ArrayLike, level: float = 0.95, seed: Seed = 0, *, draws: int = 10_000
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron 1979).
 
@@ -75,7 +70,6 @@ def bootstrap_interval(
         level: of confidence, between 0 and 1.
         seed: of the samples; the same seed gives the same interval.
         draws: number of samples.
-        weights: [n], of a weighted mean; each goes with its value.
 
     Raises:
         ValueError: no values, some that are not finite, or a level outside (0, 1).
@@ -83,12 +77,10 @@ def bootstrap_interval(
     v = _finite(values, "values")
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, given {level}")
-    w = np.ones_like(v) if weights is None else _finite(weights, "weights")
     generator = np.random.default_rng(seed)
     means = []
     for count in _chunks(draws, len(v)):
-        drawn = generator.integers(0, len(v), (count, len(v)))
-        means.append((w * v)[drawn].sum(1) / np.maximum(w[drawn].sum(1), np.finfo(float).tiny))
+        means.append(v[generator.integers(0, len(v), (count, len(v)))].sum(1) / len(v))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from fastmask.analysis.chance import chance_owners
 from fastmask.analysis.drawing import COLOURS, MARKERS, bare, heatmap, legend_above, new_figure
-from fastmask.analysis.result import Result
-from fastmask.errors import unknown
+from fastmask.analysis.result import Result, kind_of
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["unit_use"]
@@ -44,10 +43,7 @@ def unit_use(
         KeyError: no such units are masked.
         ValueError: a single language.
     """
-    known = [kind for kind in ("heads", "neurons") if getattr(subnets, kind) is not None]
-    units = units or next(iter(known), "heads")
-    if units not in known:
-        raise unknown("masked part", units, known)
+    units = kind_of(subnets, units)
     if len(subnets.languages) < 2:
         raise ValueError(f"who shares a unit needs at least two languages, given {list(subnets.languages)}")
     keep = getattr(subnets, units).cpu().numpy()

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 from fastmask.cli.inputs import check_inputs
 from fastmask.errors import nearest
-from fastmask.literal import one_line, say
 
 __all__ = ["main"]
 
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _missing(error, arguments[0])
     except (ValueError, KeyError, OSError) as error:  # a task that is not there
-        say(f"fastmask {arguments[0]}: error: {error}", sys.stderr)
+        print(f"fastmask {arguments[0]}: error: {error}", file=sys.stderr)
         return 2
     options, rest = parser.parse_known_args(arguments)
     if rest:
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as error:
-        say(f"interrupted{f': {error}' if str(error) else ''}", sys.stderr)
+        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         return _missing(error, options.command)
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         expected = isinstance(error, (ValueError, KeyError, OSError, RuntimeError, ImportError))
         what = "error" if expected else f"unexpected {type(error).__name__}"
-        say(f"fastmask {options.command}: {what}: {error}", sys.stderr)
+        print(f"fastmask {options.command}: {what}: {error}", file=sys.stderr)
         if not expected:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
         return 1
@@ -89,14 +88,14 @@ def _not_understood(given: str, parser: argparse.ArgumentParser) -> str:
     """What is wrong with an argument that a command has no place for; argparse names no option near to it."""
     name = given.partition("=")[0]
     close = nearest(name, parser._option_string_actions, 1) if name.startswith("-") else []
-    return one_line(f"unrecognized argument: {given}{f' (did you mean {close[0]}?)' if close else ''}")
+    return f"unrecognized argument: {given}{f' (did you mean {close[0]}?)' if close else ''}"
 
 
 def _missing(error: ModuleNotFoundError, command: str) -> int:
     if (error.name or "fastmask").startswith("fastmask"):
         raise error
     what = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
-    say(f"fastmask {command}: error: {error.name} is not installed: {what}", sys.stderr)
+    print(f"fastmask {command}: error: {error.name} is not installed: {what}", file=sys.stderr)
     return 1
 
 
@@ -105,7 +104,7 @@ def _print_warnings_plainly(command: str) -> None:
 
     def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
         if category is UserWarning:
-            say(f"fastmask {command}: warning: {message}", sys.stderr)
+            print(f"fastmask {command}: warning: {message}", file=sys.stderr)
 
     warnings.showwarning = show
 

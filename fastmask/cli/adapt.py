@@ -6,26 +6,25 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from fastmask.cli.inputs import DATA, FILE, RUN
 from fastmask.cli.options import add_device
+from fastmask.cli.report import console_of
 from fastmask.files import check_writable
-from fastmask.literal import say
 from fastmask.settings import ConfigError
-from fastmask.terminal import console_of
+from fastmask.tasks.task import heading
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastmask.tasks.task import Task
     from fastmask.training.run_folder import FinishedRun
     from fastmask.unseen import Choice
-
-from fastmask.tasks.task import heading
 
 __all__ = ["add_options", "run"]
 
@@ -46,27 +45,16 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     support = "file of support examples (parsing: CoNLL-U); zero-shot if not given"
     add("--support", metavar="FILE", type=FILE, help=support)
     add("--sentences", type=int, metavar="N", help="so many of them, drawn by the seed; all of them if not given")
-    add(
-        "--choose",
-        choices=CHOICES,
-        help="which subnetwork (default: nearest; full for a run without subnetworks)",
-    )
+    which = "which subnetwork (default: nearest; full for a run without subnetworks)"
+    add("--choose", choices=CHOICES, help=which)
     add("--similarity", choices=SIMILARITIES, help="what nearest means (default: uriel where lang2vec is installed)")
     trained = "; of a run in episodes, that of its inner steps"
-    add(
-        "--steps",
-        type=int,
-        metavar="K",
-        help=f"gradient steps, each on all of them (default: {DEFAULT_STEPS}{trained})",
-    )
+    steps = f"gradient steps, each on all of them (default: {DEFAULT_STEPS}{trained})"
+    add("--steps", type=int, metavar="K", help=steps)
     add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="that takes the steps")
     add("--lr", type=float, metavar="X", help=f"learning rate above the encoder (default: {heads}{trained})")
-    add(
-        "--encoder-lr",
-        type=float,
-        metavar="X",
-        help=f"learning rate of the encoder (default: {below}{trained}; a pretrained one takes less)",
-    )
+    rate = f"learning rate of the encoder (default: {below}{trained}; a pretrained one takes less)"
+    add("--encoder-lr", type=float, metavar="X", help=rate)
     add("--unknown-labels", choices=UNKNOWN_LABELS, default="fail", help="what to do with labels new to the model")
     test = parser.add_mutually_exclusive_group()
     test.add_argument("--test", metavar="FILE", type=FILE, help="file to score before and after")
@@ -80,61 +68,45 @@ def run(options: argparse.Namespace) -> None:
     """Choose a subnetwork, adapt, score before and after where there is a test, and save a run."""
     from fastmask.training.engine import device_of
     from fastmask.training.run_folder import load_run
-    from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, held_for_new
+    from fastmask.unseen import adapted
+    from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, save_adapted
+    from fastmask.unseen.choosing import FULL_CHOICE
 
     # What can be wrong with what was given is found before anything is computed or written.
     out = check_new_folder(options.out)
     check_writable(out / "model")
     loaded = load_run(options.run, attached=False)
     task, earlier = loaded.task, adaptations_of(options.run)
-    check_new(options.language, loaded, options.run, earlier)
-    how, steps = _defaults(options, loaded)
+    check_new(options.language, loaded, earlier)
+    how, how_fast = _defaults(options, loaded)
+    steps = how_fast["steps"]
     rows = task.fitting(task.known_labels(_support(options, loaded), options.unknown_labels))
     support = task.training_examples(rows, options.language, "support") if rows else None
     test = _test(options, loaded, rows)
     task.model.to(device_of(options.device))
-    with held_for_new(out):
-        _adapt(options, out, loaded, how, steps, rows, support, test, earlier)
 
-
-def _adapt(
-    options: argparse.Namespace,
-    out: Path,
-    loaded: FinishedRun,
-    how: str,
-    steps: int,
-    rows: Rows,
-    support: Any,
-    test: Any,
-    earlier: list[dict[str, Any]],
-) -> None:
-    from fastmask.unseen import adapted
-    from fastmask.unseen.adapted_run import save_adapted
-    from fastmask.unseen.choosing import FULL_CHOICE
-
-    task = loaded.task
     choice, by = _choose(options, how, loaded, rows, support, earlier)
     _print_choice(choice, options.language, by)
-    networks = {each.language_id: each for each in (FULL_CHOICE, choice)}
-    scores = [(_network(each), 0, _score(task, test, each)) for each in networks.values()] if test is not None else []
-    _, head_lr, encoder_lr = _inner_steps(options, loaded)
-    how_fast = {
-        "head_lr": head_lr if options.lr is None else options.lr,
-        "encoder_lr": encoder_lr if options.encoder_lr is None else options.encoder_lr,
-        "optimizer": options.optimizer,
-    }
-    if steps and test is not None and choice.language_id != FULL_CHOICE.language_id:
+    scores: list[Score] = []
+
+    def score(network: Choice, taken: int) -> None:
+        if test is not None:
+            with task.reading(None if network.language_id < 0 else network.name):
+                scores.append((_network(network), taken, task.score(test, task.predict(test))))
+
+    for network in {each.language_id: each for each in (FULL_CHOICE, choice)}.values():
+        score(network, 0)
+    if steps and choice.language_id != FULL_CHOICE.language_id and test is not None:
         # The control: what the same steps bring without a subnetwork. It is undone.
-        with adapted(task, support, FULL_CHOICE.language_id, steps=steps, **how_fast):
-            scores.append((_network(FULL_CHOICE), steps, _score(task, test, FULL_CHOICE)))
-    with adapted(task, support, choice.language_id, steps=steps, keep=True, **how_fast) as losses:
+        with adapted(task, support, FULL_CHOICE.language_id, **how_fast):
+            score(FULL_CHOICE, steps)
+    with adapted(task, support, choice.language_id, keep=True, **how_fast) as losses:
         pass
     if steps:
-        say(f"training loss {losses[0]:.3f} before the first of {steps} steps, {losses[-1]:.3f} before the last")
+        print(f"training loss {losses[0]:.3f} before the first of {steps} steps, {losses[-1]:.3f} before the last")
         if losses[-1] > losses[0]:
             print("it rose: lower --lr and --encoder-lr", file=sys.stderr)
-        if test is not None:
-            scores.append((_network(choice), steps, _score(task, test, choice)))
+        score(choice, steps)
     _print_scores(scores, task, test)
 
     record = {
@@ -144,7 +116,6 @@ def _adapt(
         "sent_ids": [row.get("sent_id") for row in rows],
         "seed": options.seed,
         "choice": {"how": how, "by": by, **dataclasses.asdict(choice)},
-        "steps": steps,
         **how_fast,
         "support_losses": losses.tolist(),
         "scores": [
@@ -154,37 +125,32 @@ def _adapt(
     }
     task.add_language(choice.language_id)
     save_adapted(out, loaded, choice, record, earlier, task.profile(rows))
-    say(f"run: {out.resolve()}")
+    print(f"run: {out.resolve()}")
 
 
-def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, int]:
-    """How to choose, and the number of steps."""
+def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, dict[str, Any]]:
+    """How to choose, and how to adapt: in the steps that the run was trained for, if it was in episodes of SGD."""
+    from fastmask.unseen import DEFAULT_RATES, DEFAULT_STEPS
+
     if options.support is None and (options.steps or options.sentences):
         raise ConfigError("steps and sentences are of support examples (expected --support FILE, too)")
-    if options.steps is not None and options.steps < 0:
-        raise ConfigError(f"steps is {options.steps} (expected at least 0)")
-    if options.sentences is not None and options.sentences < 1:
-        raise ConfigError(f"sentences is {options.sentences} (expected at least 1)")
-    if options.seed < 0:
-        raise ConfigError(f"seed is {options.seed} (expected at least 0)")
-    usual, *_ = _inner_steps(options, loaded)
-    steps = 0 if options.support is None else usual if options.steps is None else options.steps
+    for name, least in (("steps", 0), ("sentences", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value} (expected at least {least})")
+    config = loaded.config
+    usual = (DEFAULT_STEPS, *DEFAULT_RATES[options.optimizer])
+    if config.meta != "none" and options.optimizer == "sgd":
+        usual = config.inner_steps, config.inner_lr, config.inner_encoder_lr
+    given = (0 if options.support is None else options.steps, options.lr, options.encoder_lr)
+    steps, head_lr, encoder_lr = (mine if own is None else own for own, mine in zip(given, usual, strict=True))
+    how_fast = {"steps": steps, "head_lr": head_lr, "encoder_lr": encoder_lr, "optimizer": options.optimizer}
     if loaded.subnetworks is None:
         if options.choose not in (None, "full"):
             raise ConfigError(f"choose is {options.choose!r}, but {options.run} has no subnetworks (expected full)")
-        return "full", steps
+        return "full", how_fast
     # Not "best": losses of subnetworks that are more or less sure of themselves do not compare well.
-    return options.choose or "nearest", steps
-
-
-def _inner_steps(options: argparse.Namespace, loaded: FinishedRun) -> tuple[int, float, float]:
-    """Number of steps and learning rates where none are given: what the run was trained for in episodes of SGD."""
-    from fastmask.unseen import DEFAULT_RATES, DEFAULT_STEPS
-
-    config = loaded.config
-    if config.meta != "none" and options.optimizer == "sgd":
-        return config.inner_steps, config.inner_lr, config.inner_encoder_lr
-    return (DEFAULT_STEPS, *DEFAULT_RATES[options.optimizer])
+    return options.choose or "nearest", how_fast
 
 
 def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:
@@ -218,7 +184,7 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
     left = without_repeats(rows, support, partial(task.words_of, options=settings))
     if len(left) < len(rows):
         word = task.example_word
-        say(f"{len(rows) - len(left)} test {word} are left out: they stand in the support set, too", sys.stderr)
+        print(f"{len(rows) - len(left)} test {word} are left out: they stand in the support set, too", file=sys.stderr)
     if not left:
         word = task.example_word.rstrip("s")
         raise ConfigError(f"every test {word} is also a support {word} (expected others)")
@@ -226,12 +192,7 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
 
 
 def _choose(
-    options: argparse.Namespace,
-    how: str,
-    loaded: FinishedRun,
-    rows: Rows,
-    support: Any,
-    earlier: list[dict[str, Any]],
+    options: argparse.Namespace, how: str, loaded: FinishedRun, rows: Rows, support: Any, earlier: list[dict[str, Any]]
 ) -> tuple[Choice, str | None]:
     """Attach the subnetworks and choose one; and by which similarity the nearest one was found."""
     from fastmask.models import attach
@@ -258,11 +219,6 @@ def _choose(
     return choose(task, subnets, support, how, similarity=similarity), by
 
 
-def _score(task: Task, test: Any, choice: Choice) -> dict[str, float]:
-    with task.reading(None if choice.language_id < 0 else choice.name):
-        return task.score(test, task.predict(test))
-
-
 def _network(choice: Choice) -> str:
     return "full network" if choice.language_id < 0 else f"subnetwork {choice.name}"
 
@@ -271,7 +227,7 @@ def _print_choice(choice: Choice, language: str, by: str | None) -> None:
     """The table of candidates, best first, or one line where nothing was compared."""
     values = choice.losses or choice.similarities
     if values is None:
-        say(f"{language}: {_network(choice)}")
+        print(f"{language}: {_network(choice)}")
         return
     table = Table(title=f"which subnetwork for {language}")
     table.add_column("subnetwork")
@@ -279,7 +235,7 @@ def _print_choice(choice: Choice, language: str, by: str | None) -> None:
     table.add_column("")
     for name, value in sorted(values.items(), key=lambda item: item[1], reverse=choice.losses is None):
         table.add_row(name, f"{value:.4f}", "chosen" if name == choice.name else "")
-    _print(table)
+    console_of(sys.stdout).print(table)
 
 
 def _print_scores(scores: list[Score], task: Task, test: Any) -> None:
@@ -292,8 +248,4 @@ def _print_scores(scores: list[Score], task: Task, test: Any) -> None:
         table.add_column(name, justify="left" if name == "network" else "right")
     for network, steps, found in scores:
         table.add_row(network, str(steps), *(f"{found[name]:.2f}" for name in names))
-    _print(table)
-
-
-def _print(table: Table) -> None:
     console_of(sys.stdout).print(table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 from fastmask.cli.inputs import DATA, Input
 from fastmask.cli.options import add_device
 from fastmask.settings import items_of
-from fastmask.terminal import LiteralConsole
 
 if TYPE_CHECKING:
     from fastmask.reports.page import Part
@@ -27,12 +25,11 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     add = parser.add_argument
     runs = "folders of finished runs, put side by side, and of comparisons"
     add("runs", nargs="+", metavar="RUN", type=RUNS, help=runs)
-    add("--what", metavar="LIST", help=f"which analyses, by commas (default: {NAMES})")
+    add("--what", metavar="LIST", default=NAMES, help="which analyses, by commas")
     add("--out", metavar="DIR", help="folder of the report (default: RUN/analysis, if there is one RUN)")
     add("--data", metavar="DIR", type=DATA, help="folder of UD treebanks; that of the runs if not given")
     add("--sentences", type=int, metavar="N", help="of each language, for what runs the model (default: 64 to 200)")
     add("--seed", type=int, default=0, help="of the draw of sentences, random masks and permutations")
-    add("--workers", type=int, metavar="N", help="processes (default: one for each core, as far as there is work)")
     add_device(parser)
 
 
@@ -45,29 +42,22 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--sentences is {options.sentences} (expected at least 2)")
     if options.seed < 0:
         raise ValueError(f"--seed is {options.seed} (expected at least 0)")
-    if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers is {options.workers} (expected at least 1)")
-    what = None if options.what is None else items_of(options.what)
-    if what == []:
+    if not (what := items_of(options.what)):
         raise ValueError(f"--what names no analysis (expected some of {NAMES})")
     made = make_report(
         options.runs,
         what,
         options.out,
         Options(options.seed, options.sentences, options.data, options.device, options.debug),
-        workers=options.workers or os.cpu_count() or 1,
         command=options.command_line,
         on_part=_show,
     )
-    console = LiteralConsole(soft_wrap=True, highlight=False)
     for reason in made.skipped:
-        console.print(f"skipped {reason}")
-    console.print(f"report: {made.report.resolve()} ({made.sections} sections)")
+        print(f"skipped {reason}")
+    print(f"report: {made.report.resolve()} ({made.sections} sections)")
 
 
-def _show(part: Part, done: int, total: int) -> None:
+def _show(part: Part) -> None:
     """One line for each analysis that is done."""
     what = f"{part.seconds:.0f} s" if part.sections else "skipped"
-    LiteralConsole(file=sys.stderr, soft_wrap=True, highlight=False).print(
-        f"[{done}/{total}] {part.analysis.name}: {what}"
-    )
+    print(f"{part.study.title}, {part.analysis}: {what}", file=sys.stderr, flush=True)

@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from fastmask.cli.inputs import DATA, FILE, Input
 from fastmask.cli.options import Joined, add_settings, add_task_settings, given_settings
+from fastmask.cli.report import console_of
 from fastmask.compare.plan import CONDITIONS, FREE, RESERVED, CompareConfig, Job, Plan, arms_of, check_languages
 from fastmask.errors import unknown
 from fastmask.files import check_writable
-from fastmask.literal import say
 from fastmask.settings import ConfigError, items_of
 from fastmask.tasks.task import heading
-from fastmask.terminal import LiteralConsole, console_of
 from fastmask.training.config import METAS, METHODS
 
 __all__ = ["add_options", "run"]
@@ -74,8 +75,8 @@ def run(options: argparse.Namespace) -> None:
         raise KeyboardInterrupt("the same command resumes where it stopped") from None
     print_tables(plan, console_of(sys.stdout), known)
     files = write_report(plan, options.command_line, known)
-    say(f"comparison: {plan.out.resolve()}")
-    say(f"            {', '.join(file.name for file in files)}")
+    print(f"comparison: {plan.out.resolve()}")
+    print(f"            {', '.join(file.name for file in files)}")
 
 
 def _plan(options: argparse.Namespace) -> Plan:
@@ -116,10 +117,9 @@ class _Progress:
 
         self.total = len(jobs)
         self.done = sum(is_done(plan, job) for job in jobs)
-        self.console = LiteralConsole(stderr=True, soft_wrap=True, highlight=False)
         self.began, self.mine = time.perf_counter(), 0
         if self.done:
-            self.console.print(f"{self.done} of {self.total} jobs are done already")
+            print(f"{self.done} of {self.total} jobs are done already", file=sys.stderr)
 
     def show(self, job: Job, result: dict[str, Any]) -> None:
         self.done, self.mine = self.done + 1, self.mine + 1
@@ -127,15 +127,12 @@ class _Progress:
         scores = ", ".join(f"{name} {value:.2f}" for name, value in _means(result).items())
         shared = {"start": "the shared start", "masks": "subnetworks"}.get(job.kind)
         what = shared or f"{heading(next(iter(result['scores'][0]['scores'])))} {scores}"
-        self.console.print(
-            f"[{self.done}/{self.total}] {job.name}: {what}; {result['seconds']:.0f} s, about {left / 60:.0f} min left"
-        )
+        took = f"{result['seconds']:.0f} s, about {left / 60:.0f} min left"
+        print(f"[{self.done}/{self.total}] {job.name}: {what}; {took}", file=sys.stderr, flush=True)
 
 
 def _means(result: dict[str, Any]) -> dict[str, float]:
     """Mean score of each condition."""
-    scores: dict[str, list[float]] = {}
-    for score in result.get("scores", []):
-        if score["condition"] in CONDITIONS:
-            scores.setdefault(score["condition"], []).append(score["score"])
-    return {condition: sum(values) / len(values) for condition, values in scores.items()}
+    scores = pd.DataFrame(result.get("scores", []), columns=["condition", "score"])
+    means = scores.groupby("condition")["score"].mean()
+    return {condition: means[condition] for condition in CONDITIONS if condition in means}

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 from fastmask.cli.inputs import RUN
 from fastmask.cli.masks import print_masks
 from fastmask.cli.options import add_data, add_settings, given_settings, output_file
-from fastmask.cli.report import quality_text, round_printer, stability_lines, stream_beside
+from fastmask.cli.report import round_printer, stability_lines, stream_beside
 from fastmask.discovery import VOTES
 from fastmask.files import check_writable
-from fastmask.literal import say
 from fastmask.settings import ConfigError
 from fastmask.training.config import TrainConfig
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from fastmask.discovery import Draw
     from fastmask.subnetworks import Subnetworks
     from fastmask.tasks.task import Task
-
-from fastmask.tasks.task import heading
 
 __all__ = ["add_options", "run"]
 
@@ -69,20 +66,18 @@ def run(options: argparse.Namespace) -> None:
     config = runs[0].config
     draws: list[Draw] = []
     for one in runs:
-        say(f"{one.folder}: {', '.join(one.train)}", sys.stderr)
+        print(f"{one.folder}: {', '.join(one.train)}", file=sys.stderr)
         show = round_printer(sys.stderr, config.tau, one.task.metric)
         draws += draws_for(one.task, one.train, one.dev, one.config, show)
     subnets = combine(draws, options.combine, config.density)
     made_from = _made_from(options, config, draws, subnets)
-    if made_from["vote"] and config.density is None:
-        made_from["quality"] = _checked(runs, subnets)
     subnets.save(options.masks, {"made_from": json.dumps(made_from)})
     stream = stream_beside(options.masks)
     print_masks(subnets, stream)
-    say(_kept(made_from, draws), stream)
+    print(_kept(made_from, draws), file=stream)
     for line in stability_lines(draws):
-        say(line, stream)
-    say(f"written to {options.masks}", stream)
+        print(line, file=stream)
+    print(f"written to {options.masks}", file=stream)
 
 
 def _runs(options: argparse.Namespace) -> list[_Run]:
@@ -167,28 +162,3 @@ def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
     how = {None: "", "most votes": f", those with the most votes of {made_from['draws']} draws"}
     text = how.get(made_from["vote"], f", by {made_from['vote']} of {made_from['draws']} draws")
     return f"kept, mean over languages: {' and '.join(parts)}{text}"
-
-
-def _checked(runs: Sequence[_Run], subnets: Subnetworks) -> dict[str, Any]:
-    """Whether combined masks keep what tau asks for, run by run and language by language; says where they do not."""
-    from fastmask.training.methods import quality_for
-
-    found: dict[str, Any] = {}
-    missed = 0
-    for one in runs:
-        qualities = quality_for(one.task, one.train, one.dev, one.config, subnets)
-        found[one.folder] = {}
-        for name, (full, own) in qualities.items():
-            met = own.keeps(one.config.tau, full)
-            missed += not met
-            by = f"dev {heading(one.task.metric)}" if full.metric is not None else "loss on the scoring examples"
-            numbers = (full.loss, own.loss) if full.metric is None else (full.metric, own.metric)
-            found[one.folder][name] = {"by": by, "full": numbers[0], "combined": numbers[1], "keeps_tau": met}
-            if not met:
-                text = (
-                    f"{quality_text(own, one.task.metric)}, of the full network {quality_text(full, one.task.metric)}"
-                )
-                say(f"{one.folder}, {name}: the combined subnetwork misses tau: {text}", sys.stderr)
-    total = sum(len(one.train) for one in runs)
-    say(f"tau {runs[0].config.tau:g} is kept by the combined subnetworks in {total - missed} of {total} cases")
-    return found

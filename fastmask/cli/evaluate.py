@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fastmask.cli.inputs import RUN
 from fastmask.cli.options import add_data, output_file
-from fastmask.cli.report import parts_of, print_scores, scored, stream_beside
+from fastmask.cli.report import examples_of, print_scores, scored, stream_beside
 from fastmask.files import check_writable, write_text
 from fastmask.settings import items_of
 from fastmask.training.config import TrainConfig
@@ -40,11 +40,7 @@ def run(options: argparse.Namespace) -> None:
     data, languages = which_data(loaded.config, options.run, options)
     splits = task.load(data, languages, loaded.config.task_settings, splits=(options.split,))
     task.model.to(device_of(options.device))
-    tests = {
-        name: {part: task.examples(rows) for part, rows in parts_of(of[options.split]).items()}
-        for name, of in splits.items()
-    }
-    rows = scored(task, loaded.subnetworks, tests)
+    rows = scored(task, loaded.subnetworks, examples_of(task, splits, options.split))
     print_scores(rows, task, stream_beside(options.json), options.split)
     if options.json:
         write_text(options.json, json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

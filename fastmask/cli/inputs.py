@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmask.errors import nearest
-from fastmask.literal import one_line
 
 __all__ = ["DATA", "FILE", "MASKS", "MODEL", "RUN", "Input", "check_inputs"]
 
@@ -50,14 +49,14 @@ class Input:
                 return
             kinds = " or ".join(["folder"] * self.folder + ["file"] * self.file)
             problem = f"there is no such {kinds} (expected {self.expected}){_nearest_to(path)}"
-            raise FileNotFoundError(one_line(f"{option} is {given}: {problem}"))
+            raise FileNotFoundError(f"{option} is {given}: {problem}")
         if not (self.folder if is_folder else self.file):
             problem = f"that is a {'folder' if is_folder else 'file'} (expected {self.expected})"
         elif not os.access(path, os.R_OK):
             problem = f"you may not read it (expected {self.expected})"
         else:
             return
-        raise ValueError(one_line(f"{option} is {given}: {problem}"))
+        raise ValueError(f"{option} is {given}: {problem}")
 
 
 FILE = Input("a file", file=True)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TextIO
 
 from rich.table import Table
 
 from fastmask.cli.inputs import MASKS
-from fastmask.cli.options import output_file
-from fastmask.cli.report import stream_beside
-from fastmask.files import check_writable, read_metadata
-from fastmask.literal import say
+from fastmask.cli.report import console_of
+from fastmask.files import read_metadata
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.storage import masks_file
-from fastmask.terminal import console_of
 
 __all__ = ["add_options", "print_masks", "run"]
 
@@ -24,24 +22,13 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     """Add the command's options."""
     add = parser.add_argument
     add("file", metavar="FILE", type=MASKS, help="file that `train` or `discover` wrote, or the folder of a run")
-    picture = "also draw head use by language and layer (.png, .svg, .pdf; -: PNG to standard output)"
-    add("--picture", metavar="FILE", type=output_file, help=picture)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the table, and draw the picture if asked."""
-    if options.picture:
-        check_writable(options.picture)
-    subnets = Subnetworks.load(options.file)
-    stream = stream_beside(options.picture)
-    print_masks(subnets, stream)
+    """Print the table."""
+    print_masks(Subnetworks.load(options.file), sys.stdout)
     if made_from := read_metadata(masks_file(options.file)).get("made_from"):
-        say(f"made from {made_from}", stream)
-    if options.picture:
-        from fastmask.cli.pictures import head_use
-
-        head_use(subnets, options.picture)
-        say(f"picture written to {options.picture}", stream)
+        print(f"made from {made_from}")
 
 
 def print_masks(subnets: Subnetworks, file: TextIO) -> None:

@@ -10,22 +10,20 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_type_hints
 
 from fastmask.cli.inputs import DATA, MASKS, MODEL
-from fastmask.files import read_yaml
+from fastmask.files import STDOUT, read_yaml
 from fastmask.training.config import DEVICES, TrainConfig
 
 __all__ = [
-    "STANDARD_OUTPUT", "Joined", "add_data", "add_device", "add_settings", "add_task_settings", "given_settings",
-    "output_file",
+    "Joined", "add_data", "add_device", "add_settings", "add_task_settings", "given_settings", "output_file",
 ]  # fmt: skip
 
-STANDARD_OUTPUT = "/dev/stdout"
 SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a namespace
 INPUTS = {"data": DATA, "masks": MASKS, "model": MODEL}  # settings that name what is read
 
 
 def output_file(name: str) -> str:
     """What an option that names a file to write stands for: ``-`` is standard output."""
-    return STANDARD_OUTPUT if name == "-" else name
+    return STDOUT if name == "-" else name
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

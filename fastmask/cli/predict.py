@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from fastmask.cli.inputs import FILE, RUN
 from fastmask.cli.options import add_device, output_file
-from fastmask.files import check_writable, descriptor_of
-from fastmask.literal import say
+from fastmask.cli.report import stream_beside
+from fastmask.files import check_writable
 
 __all__ = ["add_options", "run"]
 
@@ -36,5 +35,4 @@ def run(options: argparse.Namespace) -> None:
     task.model.to(device_of(options.device))
     with task.reading(options.language):
         count = task.predict_file(options.input, options.output)
-    to_stdout = descriptor_of(options.output) == 1
-    say(f"{count} {task.example_word} written to {options.output}", sys.stderr if to_stdout else sys.stdout)
+    print(f"{count} {task.example_word} written to {options.output}", file=stream_beside(options.output))

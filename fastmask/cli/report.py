@@ -10,30 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
-from fastmask.cli.options import STANDARD_OUTPUT
-from fastmask.literal import say
+from fastmask.files import STDOUT
 from fastmask.tasks.task import heading
-from fastmask.terminal import console_of
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw, Quality, Round
     from fastmask.subnetworks import Subnetworks
-    from fastmask.tasks.task import Task
+    from fastmask.tasks.task import Splits, Task
 
 __all__ = [
-    "Row",
-    "parts_of",
-    "print_scores",
-    "print_summary",
-    "quality_text",
-    "round_printer",
-    "scored",
-    "stability_lines",
+    "Row", "console_of", "examples_of", "print_scores", "print_summary", "round_printer", "scored", "stability_lines",
     "stream_beside",
-    "treebanks_in",
-]
+]  # fmt: skip
+
+
+WIDTH = 130  # of tables that do not go to a terminal
+
+
+def console_of(file: TextIO) -> Console:
+    """Where tables go, as wide as the terminal, or `WIDTH` columns in a file or a pipe; nothing in a name is markup."""
+    return Console(file=file, width=None if file.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,20 @@ class Row:
     all_neurons: int | None = None
 
 
-def treebanks_in(rows: Any) -> list[str]:
-    """The treebanks that rows are of, in order; none of other data."""
-    return list(rows.unique("treebank")) if "treebank" in getattr(rows, "column_names", ()) else []
+def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | None, Any]]:
+    """Language -> treebank -> `Examples` of one split, where there is one.
+
+    Where the examples of a language are not of several treebanks, which a code may join, None stands for all of them.
+    """
+    return {
+        name: {part: task.examples(rows) for part, rows in _parts_of(of[split]).items()}
+        for name, of in splits.items()
+        if split in of
+    }
 
 
-def parts_of(rows: Any) -> dict[str | None, Any]:
-    """Rows by treebank where they are of several (a code may join some for training), else all of them as one part."""
-    distinct = treebanks_in(rows)
+def _parts_of(rows: Any) -> dict[str | None, Any]:
+    distinct = list(rows.unique("treebank")) if "treebank" in getattr(rows, "column_names", ()) else []
     if len(distinct) < 2:
         return {None: rows}
     names = list(rows["treebank"])
@@ -81,7 +87,7 @@ def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[
     Args:
         task: the subnetworks are attached to its encoder.
         subnets: None where there are none.
-        tests: language -> part -> `Examples`; see `parts_of`.
+        tests: see `examples_of`.
     """
     rows = []
     for name, parts in tests.items():
@@ -143,21 +149,17 @@ def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "te
     console_of(file).print(table)
 
 
-def print_summary(
-    folder: Path, speed: dict[str, float], words: str, scouting: float | None, pictures: Sequence[Path], file: TextIO
-) -> None:
+def print_summary(folder: Path, speed: dict[str, float], words: str, scouting: float | None) -> None:
     """Training speed, the share of time that scouts took (method `dynamic`), and where everything is."""
     names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
-    console = console_of(file)
     if speed:
         parts = [f"{value:,.0f} {words}/s {names[name]}" for name, value in speed.items()]
-        console.print(f"training: {', '.join(parts)}", highlight=False)
+        print(f"training: {', '.join(parts)}")
     if scouting is not None:
-        console.print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")
+        print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")
     files = [f"{name} {what}" for name, what in _FILES.items() if (folder / name).exists()]
-    files += [f"{path.name} (heads by language and layer)" for path in pictures]
-    console.print(f"run: {folder.resolve()}", highlight=False, soft_wrap=True)
-    console.print(f"     {', '.join(files)}", highlight=False, soft_wrap=True)
+    print(f"run: {folder.resolve()}")
+    print(f"     {', '.join(files)}")
 
 
 _FILES = {
@@ -174,12 +176,12 @@ def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], No
 
     def show(found: Round) -> None:
         counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
-        quality = quality_text(found.quality, metric)
+        quality = _quality_text(found.quality, metric)
         if found.number == 0 and found.quality.loss is not None:
             quality += f" (no dev score to go by; the loss may rise by {-math.log(tau):.3f})"
         stopped = "" if found.kept else "  too far: back to the round before"
         parts = [f"  {found.language} round {found.number}: {', '.join(counts)}", *([quality] if quality else ())]
-        say(f"{'  '.join(parts)}{stopped}", file)
+        tqdm.write(f"{'  '.join(parts)}{stopped}", file=file)  # above the bar of a run
 
     return show
 
@@ -200,10 +202,10 @@ def stability_lines(draws: Sequence[Draw]) -> list[str]:
 
 def stream_beside(target: str | None) -> TextIO:
     """Where a command prints that also writes to the file `target`: not between the lines of that file."""
-    return sys.stderr if target == STANDARD_OUTPUT else sys.stdout
+    return sys.stderr if target == STDOUT else sys.stdout
 
 
-def quality_text(quality: Quality, metric: str) -> str:
+def _quality_text(quality: Quality, metric: str) -> str:
     """What a number that pruning goes by is, and the number."""
     if quality.metric is not None:
         return f"dev {heading(metric)} {quality.metric:.2f}"

@@ -1,4 +1,4 @@
-"""`fastmask train`: from settings to a trained run, a table and a picture."""
+"""`fastmask train`: from settings to a trained run and a table."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from fastmask.cli.inputs import FILE
 from fastmask.cli.options import add_settings, add_task_settings, given_settings
-from fastmask.cli.report import (
-    parts_of,
-    print_scores,
-    print_summary,
-    round_printer,
-    scored,
-    stability_lines,
-    treebanks_in,
-)
+from fastmask.cli.report import examples_of, print_scores, print_summary, round_printer, scored, stability_lines
 from fastmask.files import check_writable, write_text
-from fastmask.literal import say
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
@@ -61,26 +54,21 @@ def run(options: argparse.Namespace) -> None:
     task_class, settings = config.task_class, config.task_settings
     first = os.environ.get("RANK", "0") == "0"
     if config.data is None and first:
-        say(f"no --data given: training on the embedded artificial languages ({data})", sys.stderr)
+        print(f"no --data given: training on the embedded artificial languages ({data})", file=sys.stderr)
     datasets = task_class.load(data, languages, settings, optional=("dev", "test"))
     task = task_class.build(config, datasets)
     check_subnetworks(task, config, datasets)
     tests: dict[str, Any] = {}
     if first:  # what cannot be scored is said before training
-        rows = {name: splits["test"] for name, splits in datasets.items() if "test" in splits}
-        if others:
-            unseen = task_class.load(data, others, settings, splits=("test",))
-            rows |= {name: splits["test"] for name, splits in unseen.items()}
-        tests = {
-            name: {part: task.examples(some) for part, some in parts_of(found).items()} for name, found in rows.items()
-        }
+        unseen = task_class.load(data, others, settings, splits=("test",)) if others else {}
+        tests = examples_of(task, {**datasets, **unseen}, "test")
         print_start(task, config, datasets)
     on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
     done = 0
 
     def show_agreement(draws: list[Draw]) -> None:
         for line in stability_lines(draws) if first else ():
-            say(line, sys.stderr)
+            tqdm.write(line, file=sys.stderr)
 
     def note(step: int) -> None:
         nonlocal done
@@ -89,31 +77,25 @@ def run(options: argparse.Namespace) -> None:
     try:
         result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round, show_agreement), note)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(config, done)) from None
+        again = shlex.join(["fastmask", "train", "--out", config.out, "--resume"])
+        raise KeyboardInterrupt(f"after step {done}; to go on from the last checkpoint: {again}") from None
     if not first:
         return
 
-    say("scoring the test sets", sys.stderr)
-    rows_of = scored(result.task, result.subnetworks, tests)
-    folder = Path(config.out)
+    print("scoring the test sets", file=sys.stderr)
+    rows = scored(result.task, result.subnetworks, tests)
     speed = _training_speed(result.history, config)
     report = {
         "settings": dataclasses.asdict(config),
         "training_words_per_second": speed,
         "budget": dataclasses.asdict(result.budget),
         "scouting_share": result.scouting_share,
-        "test": [dataclasses.asdict(row) for row in rows_of],
+        "test": [dataclasses.asdict(row) for row in rows],
     }
-    write_text(folder / RESULTS_FILE, json.dumps(report, indent=1), follow=False)
-    pictures = []
-    if result.subnetworks is not None:
-        from fastmask.cli.pictures import head_use
-
-        pictures.append(folder / "head_use.png")
-        head_use(result.subnetworks, pictures[0], follow=False)
-    print_scores(rows_of, task, sys.stdout)
-    say(f"spent: {result.budget}")
-    print_summary(folder, speed, task.token_word, result.scouting_share, pictures, sys.stdout)
+    write_text(Path(config.out, RESULTS_FILE), json.dumps(report, indent=1))
+    print_scores(rows, task, sys.stdout)
+    print(f"spent: {result.budget}")
+    print_summary(Path(config.out), speed, task.token_word, result.scouting_share)
 
 
 def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
@@ -124,23 +106,21 @@ def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     from fastmask.training.episodes import Budget
 
     device = device_of(config.device)
-    number = config.threads or torch.get_num_threads()
-    threads = f", {number} thread{'s' if number > 1 else ''}" if device.type == "cpu" else ""
+    threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
     size = sum(parameter.numel() for parameter in task.model.parameters())
     frozen = {p for table in task.input_embeddings() for p in table.parameters()} if config.freeze_embeddings else ()
     left = sum(parameter.numel() for parameter in frozen)
     need = (12 * size - 8 * left) * (1 + (config.keep_checkpoints or config.steps // max(config.checkpoint_every, 1)))
     of_them = f", {(size - left) / 1e6:.1f} M of them trained" if frozen else ""
-    say(
+    print(
         f"{config.task}, method {config.method}, model {config.model} ({size / 1e6:.1f} M parameters{of_them}) on "
         f"{device}{threads}; checkpoints take up to {need / 1e9:.1f} GB in {config.out}",
-        sys.stderr,
+        file=sys.stderr,
     )
     for name, splits in datasets.items():
-        banks = sorted({bank for rows in splits.values() for bank in treebanks_in(rows)})
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
-        say(f"  {name}: {', '.join(banks) + ': ' if banks else ''}{sizes} {task.example_word}", sys.stderr)
-    say(f"  {Budget.of(config, len(datasets))}", sys.stderr)
+        print(f"  {name}: {sizes} {task.example_word}", file=sys.stderr)
+    print(f"  {Budget.of(config, len(datasets))}", file=sys.stderr)
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
@@ -158,15 +138,6 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     if config.data is None and file is None and "steps" not in given:
         config = dataclasses.replace(config, steps=EMBEDDED_STEPS)
     return config
-
-
-def _how_to_go_on(config: TrainConfig, step: int) -> str:
-    from fastmask.training import checkpoints
-
-    last = checkpoints.latest(config.out)
-    since = f"step {checkpoints.step_of(last)}, its last checkpoint" if last else "the beginning"
-    where = f"after step {step}" if step else "before the first step"
-    return f"{where}; to go on from {since}: {shlex.join(['fastmask', 'train', '--out', config.out, '--resume'])}"
 
 
 def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:

@@ -8,26 +8,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastmask.files import FileError, held, remove_leftovers, replace_file, write_folder
-from fastmask.files.manifest import MANIFEST, Origin, files_in, write_manifest
+from fastmask.files.manifest import MANIFEST, check_files, files_in, write_manifest
 from fastmask.settings import ConfigError
-from fastmask.training import checkpoints
-from fastmask.training.checkpoints import CheckpointError
+from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import MASKS_INPUT
 from fastmask.training.methods import digest_of_masks
-from fastmask.training.run_folder import CONFIG_FILE, check_out
 
 __all__ = ["AFTER_THE_SWITCH", "branch"]
 
-AFTER_THE_SWITCH = (
-    "method", "masks", "units", "density", "score_sentences", "tau", "strategy", "update_every", "scout_sentences",
-    "meta", "inner_steps", "inner_lr", "inner_encoder_lr", "support_sentences", "query_sentences", "meta_batch",
-    "meta_lr", "meta_encoder_lr", "meta_budget", "checkpoint_every", "discover_at", "freeze_masks", "draws", "score",
-)  # fmt: skip
+AFTER_THE_SWITCH = {"checkpoint_every"} | {
+    item.name for item in dataclasses.fields(TrainConfig) if item.metadata["group"] in ("subnetworks", "meta-learning")
+}
 """Settings that a branch may change: the shared steps do not depend on them. (The step of the switch itself must be one
 at which the source stood before a switch of its own.)"""
 
@@ -51,48 +49,42 @@ def branch(source: str | os.PathLike[str], config: TrainConfig) -> None:
         HeldError: another process is training in `config.out`.
     """
     folder, step = Path(source), config.shared_steps
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} is not a run of `fastmask train`: it has no {CONFIG_FILE}")
-    theirs = TrainConfig.load(folder / CONFIG_FILE)
+    if not (folder / run_folder.CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{folder} is not a run of `fastmask train`: it has no {run_folder.CONFIG_FILE}")
+    theirs = TrainConfig.load(folder / run_folder.CONFIG_FILE)
     differences = {k: v for k, v in theirs.differences(config).items() if k not in AFTER_THE_SWITCH}
     if differences:
         listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in differences.items())
         raise ConfigError(f"cannot branch off from {folder}: {listed} (expected the same until the switch)")
     if theirs.switch_step is not None and theirs.switch_step < step:
         raise ConfigError(f"the run in {folder} switched at step {theirs.switch_step} (expected not before {step})")
-    start = checkpoints.folder_of(folder, step)
+    start = run_folder.folder_of(folder, step)
     if not start.is_dir():
-        last = checkpoints.latest(folder)
+        last = run_folder.latest(folder)
         state = f"its last one is {last.name}" if last else "it has none yet"
         raise FileNotFoundError(f"the run in {folder} has no checkpoint of step {step}; {state}")
     try:
-        origin = checkpoints.check(start)
+        check_files(start)
+        progress = run_folder.read_progress(start)
     except FileError as error:
-        raise CheckpointError(f"cannot branch off from a damaged checkpoint: {error}") from error
+        raise run_folder.CheckpointError(f"cannot branch off from a damaged checkpoint: {error}") from error
+    inputs = {name: digest for name, digest in progress.inputs.items() if name != MASKS_INPUT}
+    if masks := digest_of_masks(config):
+        inputs[MASKS_INPUT] = masks
+    changed = progress.model_copy(update={"inputs": inputs}).model_dump_json()
     alone = dataclasses.replace(config, resume=False)
-    check_out(alone)
+    run_folder.check_out(alone)
     out = Path(config.out)
     with held(out):
-        check_out(alone)
-        remove_leftovers(checkpoints.folder_of(out))
-        names = files_in(start) - {MANIFEST}
-        files = {name: partial(_link, start / name) for name in sorted(names)}
-        manifest = partial(write_manifest, origin=_origin(origin, config), names=names)
-        write_folder(checkpoints.folder_of(out, step), {**files, MANIFEST: manifest})
+        run_folder.check_out(alone)
+        remove_leftovers(run_folder.folder_of(out))
+        names = [name for name in files_in(start) if name != MANIFEST]
+        files: dict[str, Callable[[Path], Any]] = {name: partial(_link, start / name) for name in names}
+        files[run_folder.PROGRESS] = lambda path: path.write_text(changed, encoding="utf-8")
+        manifest = partial(write_manifest, names=names)
+        write_folder(run_folder.folder_of(out, step), {**files, MANIFEST: manifest})
         # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
-        replace_file(out / CONFIG_FILE, alone.save)
-
-
-def _origin(source: Origin, config: TrainConfig) -> Origin:
-    """The same moment and sentences, under the settings and masks of the branch."""
-    data = {name: digest for name, digest in source.inputs.items() if name != MASKS_INPUT}
-    masks = digest_of_masks(config)
-    return Origin(
-        step=source.step,
-        processes=source.processes,
-        settings=config.identity(),
-        inputs={**data, **({MASKS_INPUT: masks} if masks else {})},
-    )
+        replace_file(out / run_folder.CONFIG_FILE, alone.save)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +20,15 @@ from fastmask.files import remove_tree, replace_file
 from fastmask.processor import processor
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
-from fastmask.training import checkpoints
 from fastmask.training.config import TrainConfig
 from fastmask.training.episodes import Budget, episode_sampler
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.methods import SwitchPoint, check_subnetworks, subnetworks_of
-from fastmask.training.run_folder import is_finished
+from fastmask.training.run_folder import MASKS_FILE, folder_of, latest
 
-__all__ = ["MASKS_FILE", "RUN", "Runner"]
+__all__ = ["RUN", "Runner"]
 
 RUN = "run"  # the folder of a job's training run, in the job's
-MASKS_FILE = checkpoints.MASKS
 
 
 class Runner:
@@ -43,9 +40,17 @@ class Runner:
     def run(self, job: Job) -> dict[str, Any]:
         """Do a job, from its last checkpoint if it was begun before; returns what its ``result.json`` holds."""
         began, origin = time.perf_counter(), {"day": datetime.date.today().isoformat(), "made_by": _made_by()}
-        resumed = checkpoints.latest(self.plan.folder(job) / RUN) is not None
+        resumed = latest(self.plan.folder(job) / RUN) is not None
         result = {"start": self._start, "masks": self._masks, "cell": self._cell}[job.kind](job)
         return {**origin, "seconds": round(time.perf_counter() - began, 1), "resumed": resumed, **result}
+
+    def tidy(self, job: Job) -> None:
+        """Remove what nobody needs once the result of a job is there; a cell's model stays where it is asked for."""
+        run = self.plan.folder(job) / RUN
+        if job.kind == "masks" or (job.kind == "cell" and not self.plan.config.keep_models):
+            remove_tree(run)
+        elif job.kind == "cell":
+            remove_tree(folder_of(run))
 
     def check(self) -> None:
         """See that data and settings fit, before anything is trained.
@@ -94,11 +99,10 @@ class Runner:
     def _masks(self, job: Job) -> dict[str, Any]:
         """Find the subnetworks that arms start from, in the network of the start."""
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
-        if checkpoints.latest(config.out) is None:
+        if latest(config.out) is None:
             branch(self.plan.folder(job.needs[0]) / RUN, config)
         found = self._to_the_switch(job, subnetworks_of)
-        replace_file(self.plan.folder(job) / MASKS_FILE, found.save, follow=False)
-        remove_tree(Path(config.out))
+        replace_file(self.plan.folder(job) / MASKS_FILE, found.save)
         return {"density": _density(found)}
 
     def _to_the_switch(self, job: Job, work: Callable[[SwitchPoint], Any]) -> Any:
@@ -120,22 +124,19 @@ class Runner:
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
         if masks:
             config = dataclasses.replace(config, masks=str(masks[0] / MASKS_FILE))
-        if checkpoints.latest(config.out) is None and not is_finished(config.out):
+        if latest(config.out) is None:
             branch(start / RUN, config)
         began = time.perf_counter()
         trained = train(self._task(config), self.datasets, config, progress=False)
         scored = time.perf_counter()
         scores = self.scorer.scores(trained.task, trained.subnetworks, config)
-        result = {
+        return {
             "training_seconds": round(scored - began, 1),
             "scoring_seconds": round(time.perf_counter() - scored, 1),
             **_spent(config, trained),
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
             "scores": scores,
         }
-        # Model and masks stay, where they are asked for.
-        remove_tree(checkpoints.folder_of(config.out) if self.plan.config.keep_models else trained.run)
-        return result
 
 
 def _made_by() -> str:

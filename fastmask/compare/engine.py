@@ -6,10 +6,8 @@ the job goes on when the comparison is started again.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -19,7 +17,7 @@ from typing import Any
 
 from fastmask.compare.plan import Job, Plan
 from fastmask.compare.results import is_done, read_result, write_result
-from fastmask.files import HeldError, held, remove_leftovers, write_text
+from fastmask.files import held, remove_leftovers, write_text
 from fastmask.workers import processes
 
 __all__ = ["CellFailedError", "do", "run_all"]
@@ -80,7 +78,7 @@ def _result(plan: Plan, job: Job, future: Future[Result]) -> Result:
         raise CellFailedError(f"{job.name}: a worker was killed") from None
     except Exception as error:
         text = "".join(traceback.format_exception(error))
-        write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text, follow=False)
+        write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text)
         raise CellFailedError(f"{job.name}: {type(error).__name__}: {error}") from error
 
 
@@ -92,36 +90,17 @@ def do(plan: Plan, job: Job) -> Result:
 
     Raises:
         HeldError: another process is doing it, and does not end.
-        OSError: its folder is a link.
     """
     from fastmask.compare.cells import Runner
 
     folder = plan.folder(job)
-    for place in (folder.parent, folder):
-        if place.is_symlink():
-            raise OSError(errno.ELOOP, "is a link (expected a folder of the comparison)", str(place))
-    with _held_soon(folder):
+    with held(folder, wait=WAIT):
         remove_leftovers(folder)
-        if is_done(plan, job):
-            return read_result(plan, job)
-        result: Result = _runners.setdefault(os.fspath(plan.out), Runner(plan)).run(job)
-        write_result(plan, job, result)
-        return result
-
-
-@contextmanager
-def _held_soon(folder: Any) -> Iterator[None]:
-    """Hold a folder; of a comparison that was killed just now, a process may still be ending."""
-    limit = time.monotonic() + WAIT
-    while True:
-        try:
-            with held(folder):
-                yield
-            return
-        except HeldError:
-            if time.monotonic() > limit:
-                raise
-            time.sleep(0.2)
+        runner = _runners.setdefault(os.fspath(plan.out), Runner(plan))
+        if not is_done(plan, job):
+            write_result(plan, job, runner.run(job))
+        runner.tidy(job)
+        return read_result(plan, job)
 
 
 @contextmanager

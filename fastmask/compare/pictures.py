@@ -77,4 +77,4 @@ def _save(figure: Any, path: str | PathLike[str]) -> None:
     def write(partial: Path) -> Any:
         figure.savefig(partial, dpi=150, format=target.suffix.lstrip(".") or "png")
 
-    replace_file(target, write, follow=False)
+    replace_file(target, write)

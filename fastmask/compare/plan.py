@@ -22,25 +22,16 @@ from pydantic import Field
 from fastmask.compare.branch import AFTER_THE_SWITCH
 from fastmask.errors import unknown
 from fastmask.files import Record, is_leftover, read_yaml, write_yaml
-from fastmask.settings import ConfigError, Settings, items_of, named_errors, setting
+from fastmask.settings import ConfigError, Settings, flat, items_of, named_errors, setting
 from fastmask.tasks.task import Splits, Task, TaskSettings
 from fastmask.training.config import TrainConfig
 from fastmask.unseen.adapting import OPTIMIZERS
 from fastmask.unseen.choosing import CHOICES
 
 __all__ = [
-    "BASELINES",
-    "CONDITIONS",
-    "FREE",
-    "RESERVED",
-    "SETTINGS_FILE",
-    "CompareConfig",
-    "Hypothesis",
-    "Job",
-    "Plan",
-    "arms_of",
-    "check_languages",
-]
+    "BASELINES", "CONDITIONS", "FREE", "RESERVED", "SETTINGS_FILE", "CompareConfig", "Hypothesis", "Job", "Plan",
+    "arms_of", "check_languages",
+]  # fmt: skip
 
 SETTINGS_FILE = "compare.yaml"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
@@ -337,9 +328,9 @@ class Plan:
             ConfigError: it holds something else, or a comparison with other settings.
             FileError: ``compare.yaml`` is damaged.
         """
-        file, mine = self.out / SETTINGS_FILE, _flat(self.settings)
+        file, mine = self.out / SETTINGS_FILE, flat(self.settings, ".")
         if file.is_file():
-            theirs = _flat(Plan.stored(self.out).settings)
+            theirs = flat(Plan.stored(self.out).settings, ".")
             differences = [
                 f"{name.rpartition('.')[2] if name.startswith(('comparison.', 'training.')) else name} "
                 f"was {theirs.get(name)!r} and is {mine.get(name)!r}"
@@ -354,7 +345,7 @@ class Plan:
             return
         if self.out.is_dir() and not all(is_leftover(path.name) for path in self.out.iterdir()):
             raise ConfigError(f"out is {str(self.out)!r}, which is not empty and holds no comparison")
-        write_yaml(file, self.settings, follow=False)
+        write_yaml(file, self.settings)
 
 
 def arms_of(methods: Iterable[str], metas: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -370,15 +361,6 @@ def _numbered(seed: int, kind: str, known: Mapping[Any, Job], key: Any) -> str:
     """``seed-0/start``, ``seed-0/start-2``, ..."""
     number = len(known) + 1
     return f"seed-{seed}/{kind}" + ("" if key in known or number == 1 else f"-{number}")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        nested = isinstance(value, Mapping)
-        flat.update(_flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value})
-    return flat
 
 
 def check_languages(plan: Plan) -> None:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import yaml
+from rich.console import Console
 from rich.table import Table
 
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.pictures import draw_gains, draw_means
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
-from fastmask.compare.results import RESULT_FILE, CellResult, Score, is_done
-from fastmask.compare.tables import cells_table, decisions, scores_table, summary_table
-from fastmask.files import FileError, read_json, write_text
-from fastmask.literal import fenced, markdown_table
+from fastmask.compare.results import is_done, read_result
+from fastmask.compare.tables import SCORE_COLUMNS, cells_table, decisions, scores_table, summary_table
+from fastmask.files import FileError, write_text
 from fastmask.tasks.task import heading
-from fastmask.terminal import LiteralConsole
 
 __all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "read_tables", "write_report"]
 
@@ -45,12 +45,7 @@ def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
     Raises:
         FileError: a result is damaged.
     """
-    results = {}
-    for job in plan.cells:
-        if is_done(plan, job):
-            result: CellResult = read_json(plan.folder(job) / RESULT_FILE, CellResult)
-            results[job.seed, job.arm] = result.model_dump()
-    return results
+    return {(job.seed, job.arm): read_result(plan, job) for job in plan.cells if is_done(plan, job)}
 
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
@@ -110,13 +105,16 @@ def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, st
 def write_report(plan: Plan, command: str | None = None, known: Tables | None = None) -> list[Path]:
     """Write the tables and pictures of the cells that are done, here or as `known`; returns the files."""
     scores, cells = load_tables(plan, known)
-    names = (SCORES_FILE, CELLS_FILE, "summary.csv", "summary.md", "means.png")
-    files = [plan.out / name for name in names]
-    tables = (scores, None), (cells, "%.4g"), (summary_table(plan, scores), "%.4g")
-    for file, (table, form) in zip(files, tables, strict=False):
-        write_text(file, table.to_csv(index=False, float_format=form), follow=False)
-    write_text(files[3], _markdown(plan, scores, cells, command), follow=False)
-    draw_means(plan, scores, _metric(scores), files[4])
+    texts = {
+        SCORES_FILE: scores.to_csv(index=False),
+        CELLS_FILE: cells.to_csv(index=False, float_format="%.4g"),
+        "summary.csv": summary_table(plan, scores).to_csv(index=False, float_format="%.4g"),
+        "summary.md": _markdown(plan, scores, cells, command),
+    }
+    for name, text in texts.items():
+        write_text(plan.out / name, text)
+    files = [plan.out / name for name in (*texts, "means.png")]
+    draw_means(plan, scores, _metric(scores), files[-1])
     plain = next((arm for arm, config in plan.configs.items() if config.method == "full"), None)
     for condition in ("seen", "adapted"):
         there = set(scores.loc[scores["condition"] == condition, "arm"])
@@ -126,7 +124,7 @@ def write_report(plan: Plan, command: str | None = None, known: Tables | None = 
     return files
 
 
-def print_tables(plan: Plan, console: LiteralConsole, known: Tables | None = None) -> None:
+def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> None:
     """What was decided, one table for each condition, and one of the cells' cost."""
     scores, cells = load_tables(plan, known)
     for title, rows in page_tables(plan, scores, cells):
@@ -142,7 +140,7 @@ def print_tables(plan: Plan, console: LiteralConsole, known: Tables | None = Non
 
 def _metric(scores: pd.DataFrame) -> str:
     """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
-    own = [name for name in scores.columns if name not in ("seed", "arm", *Score.model_fields)]
+    own = [name for name in scores.columns if name not in SCORE_COLUMNS]
     return heading(own[0]) if own else "score"
 
 
@@ -229,7 +227,7 @@ def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: st
     days, hours = sorted(set(cells["day"])), cells["seconds"].sum() / 3600
     lines = [f"# {plan.question or 'Comparison'}", ""]
     if command:
-        lines += [*fenced(command), ""]
+        lines += ["```", command, "```", ""]
     when = f"plan of {plan.date}, runs of " if plan.date else ""
     lines += [
         f"{when}{' to '.join(dict.fromkeys((days[0], days[-1])))}; {'; '.join(dict.fromkeys(cells['made_by']))}; "
@@ -241,8 +239,18 @@ def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: st
     for title, rows in page_tables(plan, scores, cells):
         lines += ["", f"## {title}", "", *markdown_table(list(rows[0]), [list(row.values()) for row in rows])]
     settings = yaml.safe_dump(plan.settings, sort_keys=False, allow_unicode=True, width=110)
-    lines += ["", "## plan", "", *fenced(settings.rstrip())]
+    lines += ["", "## plan", "", "```", settings.rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table in which every cell reads as it is."""
+    lines = [f"| {' | '.join(map(_cell, header))} |", f"|{' --- |' * len(header)}"]
+    return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", text)
 
 
 def _interval(low: float, high: float) -> str:

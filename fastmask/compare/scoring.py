@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,12 @@ from fastmask.models import attach, detach
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
-from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
+from fastmask.unseen import Choice, Pool, adapted, choose, split_pool, support_sets, with_union
 from fastmask.unseen.choosing import FULL_CHOICE
 
 __all__ = ["Scorer"]
 
 SEED = 0  # of which sentences are tested, and which may be in support sets: in every cell alike
-
-
-@dataclass(frozen=True)
-class _Unseen:
-    """Rows of one unseen language: those that support sets are drawn from, and the test, which has none of them."""
-
-    pool: list[Mapping[str, Any]]
-    test: list[Mapping[str, Any]]
 
 
 class Scorer:
@@ -46,25 +38,20 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        config: CompareConfig,
-        shots: int,
-        seen: Splits,
-        unseen: Splits,
-        same: Callable[[Mapping[str, Any]], Any],
+        self, config: CompareConfig, shots: int, seen: Splits, unseen: Splits, same: Callable[[Mapping[str, Any]], Any]
     ) -> None:
         self.config, self.shots = config, shots
         self._train = {language: splits["train"] for language, splits in seen.items()}
         self._profiles: dict[str, Any] = {}
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
-        self.unseen: dict[str, _Unseen] = {}
+        self.unseen: dict[str, Pool] = {}
         for language, splits in unseen.items():
             pool = split_pool(splits, shots, SEED, language, same=same)
-            self.unseen[language] = _Unseen(pool.support, self._some(language, pool.test))
+            self.unseen[language] = replace(pool, test=self._some(language, pool.test))
 
     def supports(self, language: str, seed: int) -> list[list[Mapping[str, Any]]]:
         """The support sets of an unseen language for the runs of a seed."""
-        pool = self.unseen[language].pool
+        pool = self.unseen[language].support
         sets = support_sets(len(pool), self.shots, self.config.support_sets, seed, language)
         return [[pool[row] for row in rows.tolist()] for rows in sets]
 

@@ -17,9 +17,13 @@ from fastmask.analysis.paired import Paired, paired
 from fastmask.analysis.statistics import holm
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
-__all__ = ["cells_table", "compared", "decisions", "scores_table", "summary_table"]
+__all__ = ["SCORE_COLUMNS", "cells_table", "compared", "decisions", "scores_table", "summary_table"]
 
 SURE = 0.05
+SCORE_COLUMNS = (
+    "seed", "arm", "language", "condition", "choice", "subnetwork", "support_set", "steps", "score", "words",
+)  # fmt: skip
+"""Of a row of scores, beside the task's own scores; see `fastmask.compare.scoring.Scorer.scores`."""
 
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
 """(seed, arm) -> what the cell's ``result.json`` holds."""
@@ -94,14 +98,21 @@ def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def _numbers(found: Paired | None, more_than: float = 0.0) -> dict[str, float]:
+    """The numbers of a difference, from which `more_than` was taken off; NaN where there is none."""
+    if found is None:
+        return dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
+    shifted = {"difference": found.difference, "low": found.low, "high": found.high}
+    tests = {"p_languages": found.p_languages, "p_seeds": found.p_seeds, "uncorrected_p": found.p}
+    return {**{name: value + more_than for name, value in shifted.items()}, **tests}
+
+
 def _columns(baseline: str, found: Paired | None) -> dict[str, Any]:
     """What a row of the summary says of a difference."""
-    values: dict[str, Any] = dict.fromkeys(("over", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
-    values |= {"wins": "", "by_seed": ()}
-    if found is not None:
-        values |= {"over": found.difference, "low": found.low, "high": found.high, "uncorrected_p": found.p}
-        values |= {"p_languages": found.p_languages, "p_seeds": found.p_seeds}
-        values |= {"wins": f"{found.wins}/{len(found.by_language)}", "by_seed": found.by_seed}
+    difference: dict[str, Any] = dict(_numbers(found))
+    values = {"over": difference.pop("difference"), **difference}
+    values["wins"] = "" if found is None else f"{found.wins}/{len(found.by_language)}"
+    values["by_seed"] = () if found is None else found.by_seed
     return {f"{name}_{baseline}": value for name, value in values.items()}
 
 
@@ -117,15 +128,10 @@ def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     for name, wanted in plan.hypotheses.items():
         of_condition = scores[scores["condition"] == wanted.condition]
         found = compared(of_condition, wanted.arm, wanted.over, sign, wanted.more_than)
-        row: dict[str, Any] = {"hypothesis": name, **wanted.model_dump()}
-        numbers = dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
         counts = {"languages": 0, "languages_better": 0, "seeds": 0}
         if found is not None:
-            shifted = {"difference": found.difference, "low": found.low, "high": found.high}
-            numbers |= {key: value + wanted.more_than for key, value in shifted.items()}
-            numbers |= {"p_languages": found.p_languages, "p_seeds": found.p_seeds, "uncorrected_p": found.p}
             counts = {"languages": len(found.by_language), "languages_better": found.wins, "seeds": len(found.by_seed)}
-        rows.append({**row, **numbers, **counts})
+        rows.append({"hypothesis": name, **wanted.model_dump(), **_numbers(found, wanted.more_than), **counts})
     table = pd.DataFrame(rows)
     if len(table):
         table["p"] = holm(table["uncorrected_p"].tolist())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -85,28 +84,9 @@ class Part:
     def decoded(
         cls, shape: tuple[int, ...], base: str, code: Tensor, difference: Tensor, places: Tensor, values: Tensor
     ) -> Part:
-        """A part of what was written.
-
-        Raises:
-            ValueError: these do not go together.
-        """
+        """A part of what was written; raises ValueError if it is of a parameter of another shape."""
         live = WHOLE if code.shape == (0,) else Live.decoded(code, shape)
-        part = cls(live, shape, base, difference, places, values)
-        part._check()
-        return part
-
-    def _check(self) -> None:
-        of_cell = prod(self.live.cell) if len(self.shape) == 2 else 1
-        n = prod(self.shape) if self.live is WHOLE else int(self.live.cells().sum()) * of_cell
-        m = len(self.places)
-        if self.difference.shape != (n,) or self.values.shape != (m,) or self.places.dtype != torch.int64:
-            raise ValueError(f"expected {n} differences of a live part, given {tuple(self.difference.shape)}")
-        if self.values.dtype != self.dtype or not self.dtype.is_floating_point:
-            raise ValueError(f"expected differences and values of one float dtype, given {self.dtype}")
-        if m and not (int(self.places.min()) >= 0 and int(self.places.max()) < n and len(self.places.unique()) == m):
-            raise ValueError(f"expected distinct places below {n}")
-        if not (bool(self.difference.isfinite().all()) and bool(self.values.isfinite().all())):
-            raise ValueError("it holds NaN or infinity")
+        return cls(live, shape, base, difference, places, values)
 
 
 def digest_of(values: Tensor) -> str:

@@ -7,7 +7,7 @@ from fastmask.discovery.combining import VOTES, Draw, Stability, combine, stabil
 from fastmask.discovery.entropy import entropy
 from fastmask.discovery.importance import Importance, importance
 from fastmask.discovery.pruning import COMPARING, SCORES, Round, discover, live_units
-from fastmask.discovery.quality import Quality, measure
+from fastmask.discovery.quality import Quality
 from fastmask.discovery.relative import relative
 from fastmask.discovery.shapley import shapley
 
@@ -25,7 +25,6 @@ __all__ = [
     "entropy",
     "importance",
     "live_units",
-    "measure",
     "relative",
     "shapley",
     "stability",

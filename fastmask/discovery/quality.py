@@ -15,7 +15,7 @@ from fastmask.discovery.gates import frozen
 from fastmask.models.attach import attach, detach, language
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["Quality", "attached_to", "measure", "measured"]
+__all__ = ["Quality", "attached_to", "measured"]
 
 
 @dataclass(frozen=True)
@@ -43,28 +43,6 @@ class Quality:
         return self.loss <= full.loss - math.log(tau)
 
 
-def measure(
-    model: nn.Module,
-    subnets: Subnetworks,
-    name: str,
-    batches: Iterable[Any],
-    loss: Callable[[Any], Tensor],
-    metric: Callable[[str], float | None] | None,
-) -> Quality:
-    """Measure the subnetwork of one language in a plain model, which comes back as it was.
-
-    Args:
-        model: nothing attached.
-        subnets: one of them is the language's.
-        name: the language.
-        batches: its scoring examples.
-        loss: see `discover`.
-        metric: see `discover`; the loss is taken where it is None or returns None.
-    """
-    with attached_to(model, subnets):
-        return measured(model, name, batches, loss, metric)
-
-
 def measured(
     model: nn.Module,
     name: str,
@@ -72,7 +50,15 @@ def measured(
     loss: Callable[[Any], Tensor],
     metric: Callable[[str], float | None] | None,
 ) -> Quality:
-    """The same of a model that has the subnetworks attached."""
+    """Measure the subnetwork of one language in a model that has it attached.
+
+    Args:
+        model: with subnetworks attached.
+        name: the language.
+        batches: its scoring examples.
+        loss: see `discover`.
+        metric: see `discover`; the loss is taken where it is None or returns None.
+    """
     with language(model, name):
         value = None if metric is None else metric(name)
         if value is not None:

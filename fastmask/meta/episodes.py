@@ -102,31 +102,12 @@ class EpisodeSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters that JSON can hold; the same on every process that has drawn as much."""
-        return {"meta_batch": self._number, "drawn": list(self._drawn), "made_for": self._made_for()}
+        return {"meta_batch": self._number, "drawn": list(self._drawn)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was called.
-
-        Raises:
-            ValueError: the state is of a sampler with other data or settings; nothing is changed.
-        """
-        if state["made_for"] != self._made_for():
-            raise ValueError(
-                f"the sampler's state was made for {state['made_for']} (expected {self._made_for()}): "
-                "resume with the data and settings of the run"
-            )
+        """Go on where `state_dict` was called, with the same data and settings."""
         self._number = int(state["meta_batch"])
         self._drawn = [int(n) for n in state["drawn"]]
-
-    def _made_for(self) -> dict[str, Any]:
-        return {
-            "sizes": dict(self.sizes),
-            "languages": list(self.languages),
-            "support_size": self.support_size,
-            "query_size": self.query_size,
-            "meta_batch": self.meta_batch,
-            "seed": self.seed,
-        }
 
     def _members(self) -> list[int]:
         """The languages of the next meta-batch."""

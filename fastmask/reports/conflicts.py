@@ -9,20 +9,21 @@ import numpy as np
 import pandas as pd
 
 import fastmask as fm
+from fastmask.analysis.conflict import PANELS
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, legend_above, new_figure
 from fastmask.analysis.result import Result
+from fastmask.files.manifest import check_files
 from fastmask.reports.folders import Run, Study
-from fastmask.reports.loading import Row, batches_of, data_for, example_losses, task_at, task_of
+from fastmask.reports.loading import Row, batches_of, data_for, task_at, task_of
 from fastmask.reports.sections import Gathered, SkipError
 from fastmask.tasks.task import Task
-from fastmask.training import checkpoints
+from fastmask.training.run_folder import complete, step_of
 
 __all__ = ["conflict"]
 
 SENTENCES = 64  # of each language: two halves of two batches each
 SPLIT = "train"
 MOST = 16  # checkpoints of a run
-SCOPES = {"all": "all parameters", "encoder": "encoder", "shared": "weights both own"}
 
 
 def conflict(study: Study, found: Gathered) -> None:
@@ -52,8 +53,7 @@ def _rows(run: Run, found: Gathered) -> dict[str, list[Row]]:
     """Sentences of each of a run's languages that can be read."""
     options = found.options
     data = data_for(run, SPLIT, options.data)
-    for name, why in data.missing.items():
-        found.skip(name, why)
+    found.skip_all(data.missing)
     masks = run.masks
     names = [name for name in data.splits if masks is None or name in masks.languages]
     if len(names) < 2:
@@ -64,14 +64,12 @@ def _rows(run: Run, found: Gathered) -> dict[str, list[Row]]:
 def _conflict(task: Task, rows: Mapping[str, Sequence[Row]]) -> Result:
     """`fastmask.analysis.gradient_conflict` of a model on training examples."""
     batches = {language: batches_of(task, given, language) for language, given in rows.items()}
-    return fm.analysis.gradient_conflict(
-        task.encoder, lambda batch: example_losses(task, batch), batches, whole=task.model
-    )
+    return fm.analysis.gradient_conflict(task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model)
 
 
 def _along(study: Study, found: Gathered) -> None:
     """The conflict at each checkpoint of every run that kept several."""
-    kept = [(run, checkpoints.complete(run.folder)) for runs in study.analysed.values() for run in runs]
+    kept = [(run, complete(run.folder)) for runs in study.analysed.values() for run in runs]
     several = [(run, steps) for run, steps in kept if len(steps) > 1]
     if not several:
         one = "one checkpoint" if any(steps for _, steps in kept) else "no checkpoint"
@@ -82,11 +80,11 @@ def _along(study: Study, found: Gathered) -> None:
             rows, tables = _rows(run, found), []
             for at in np.unique(np.linspace(0, len(steps) - 1, MOST).round().astype(int)):
                 with found.attempt(f"{run.variant}, {steps[at].name}"):
-                    checkpoints.check(steps[at])
+                    check_files(steps[at])
                     task, subnets = task_at(run, steps[at], found.options)
                     result = _conflict(task, rows)
                     table = result.more["scopes"]
-                    table.insert(0, "step", checkpoints.step_of(steps[at]))
+                    table.insert(0, "step", step_of(steps[at]))
                     table.insert(1, "network", "full network" if subnets is None else "subnetworks")
                     table.insert(2, "sentences", int(result.more["languages"].examples.max()))
                     tables.append(table)
@@ -110,7 +108,7 @@ def _side_by_side(table: pd.DataFrame) -> Result:
 
 
 def _draw_side_by_side(table: pd.DataFrame) -> Any:
-    scopes = [scope for scope in SCOPES if (table.scope == scope).any()]
+    scopes = [scope for scope in PANELS if (table.scope == scope).any()]
     variants = list(dict.fromkeys(table.variant))
     figure = new_figure(1.6 + 2.9 * len(scopes), 0.36 * len(variants) + 1.7)
     panels = figure.subplots(1, len(scopes), sharey=True, sharex=True, squeeze=False)[0]
@@ -125,7 +123,7 @@ def _draw_side_by_side(table: pd.DataFrame) -> Any:
             means = rows.groupby("variant")[column].mean().reindex(variants)
             panel.plot(means, np.arange(len(variants)) + shift, markersize=7, label=label, fillstyle="none", **style)
         panel.axvline(0, color=GREY, linewidth=0.8)
-        panel.set_title(SCOPES[scope], fontsize=10)
+        panel.set_title(PANELS[scope], fontsize=10)
         panel.set_xlabel("cosine of gradients")
         panel.grid(axis="x", color=GREY, alpha=0.2)
         panel.set_axisbelow(True)
@@ -160,7 +158,7 @@ def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:
     left.axhline(0, color=GREY, linewidth=0.8)
     for at, scope in enumerate(("encoder", "shared")):
         rows = table[table.scope == scope]
-        right.plot(rows.step, 100 * rows.conflict, f"{MARKERS[at]}-", color=COLOURS[at], label=SCOPES[scope])
+        right.plot(rows.step, 100 * rows.conflict, f"{MARKERS[at]}-", color=COLOURS[at], label=PANELS[scope])
     right.axhline(50, color=GREY, linewidth=0.8)
     for panel, label in ((left, "cosine in the encoder"), (right, "coordinates in conflict, %")):
         panel.set(xlabel="step", ylabel=label)

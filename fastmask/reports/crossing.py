@@ -12,7 +12,7 @@ import pandas as pd
 import fastmask as fm
 from fastmask.models import attach
 from fastmask.reports.folders import Run, Study
-from fastmask.reports.loading import Row, batches_of, data_for, example_losses, score_of, task_of
+from fastmask.reports.loading import Row, batches_of, data_for, score_of, task_of
 from fastmask.reports.masks import first_masked
 from fastmask.reports.sections import Gathered, SkipError
 from fastmask.subnetworks import Subnetworks
@@ -39,8 +39,7 @@ def cross(study: Study, found: Gathered) -> None:
         networks[CONTROL] = others
     options, names = found.options, runs[0][1].languages
     data = data_for(runs[0][0], SPLIT, options.data, study.unseen)
-    for name, why in data.missing.items():
-        found.skip(name, why)
+    found.skip_all(data.missing)
     languages = sorted(data.splits, key=lambda name: name not in names)  # the training languages first
     if len(names) < 2:
         raise SkipError("there is one language, whose subnetwork can be exchanged with no other")
@@ -124,8 +123,7 @@ def ablation(study: Study, found: Gathered) -> None:
         raise SkipError("the subnetworks do not mask heads")
     options = found.options
     data = data_for(run, SPLIT, options.data)
-    for name, why in data.missing.items():
-        found.skip(name, why)
+    found.skip_all(data.missing)
     task, _ = task_of(run, options)
     n = options.sentences or ABLATED
     batches = {
@@ -135,7 +133,7 @@ def ablation(study: Study, found: Gathered) -> None:
     }
     if batches:
         result = fm.analysis.ablation(
-            task.encoder, lambda batch: example_losses(task, batch), batches, whole=task.model, seed=options.seed
+            task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model, seed=options.seed
         )
         note = f"Sentences of the {SPLIT} split; loss: that of training."
         found.add(f"heads of {variant}, seed {run.config.seed}", result, variant, note=note)

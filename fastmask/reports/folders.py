@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -13,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from fastmask.compare.pictures import NAMES
 from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.report import load_results
 from fastmask.compare.results import is_done
@@ -120,7 +118,7 @@ class Study:
 
 def variant_name(method: str, meta: str) -> str:
     """What a method with a kind of meta-learning is called."""
-    return method if meta == "none" else f"{method} + {NAMES[meta]}"
+    return method if meta == "none" else f"{method} + {'FOMAML' if meta == 'fomaml' else meta.capitalize()}"
 
 
 def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
@@ -140,11 +138,9 @@ def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
         elif not folder.is_dir():
             raise FileNotFoundError(f"no run at {folder}: there is no such folder")
         else:
-            inside = [name for name in ("run", "final") if (folder / name / CONFIG_FILE).is_file()]
-            hint = f"; did you mean {folder / inside[0]}?" if inside else ""
             raise FileNotFoundError(
                 f"{folder} holds neither a run of `fastmask train` ({CONFIG_FILE}) nor a comparison of "
-                f"`fastmask compare` ({SETTINGS_FILE}){hint}"
+                f"`fastmask compare` ({SETTINGS_FILE})"
             )
     return ([_alone(runs)] if runs else []) + studies
 
@@ -152,31 +148,17 @@ def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
 def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
     """A study of runs that were trained one by one."""
     runs = []
-    labels = _labels([folder for folder, _ in given])
+    above = Path(os.path.commonpath([folder.resolve().parent for folder, _ in given]))
+    labels = [folder.resolve().relative_to(above).as_posix() for folder, _ in given]
     for (folder, config), label in zip(given, labels, strict=True):
         name = variant_name(config.method, config.meta)
         alike = [other for where, other in given if where != folder and variant_name(other.method, other.meta) == name]
-        if any(other.seed == config.seed or _differ(config, other) for other in alike):
+        if any(other.seed == config.seed or config.differences(other).keys() - {"seed", "masks"} for other in alike):
             name = f"{name} ({label})"
         runs.append(Run(folder, config, name))
     shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
     unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""
     return Study(", ".join(labels), tuple(runs), unseen=unseen)
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The name of each folder, with as many of those above it as tell it from the others."""
-    ends = [
-        [Path(*parts[-n:]).as_posix() for n in range(1, len(parts) + 1)]
-        for parts in (folder.resolve().parts for folder in folders)
-    ]
-    known = Counter(end for of_one in ends for end in of_one)
-    return [next(end for end in of_one if known[end] == 1) for of_one in ends]
-
-
-def _differ(one: TrainConfig, other: TrainConfig) -> bool:
-    """Whether two runs of one method differ in more than their seeds."""
-    return bool(one.differences(other).keys() - {"seed", "masks"})
 
 
 def _comparison(folder: Path) -> Study:

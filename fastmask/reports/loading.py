@@ -9,21 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from torch import Tensor
 
+from fastmask.files import read_tensors
 from fastmask.models import attach
 from fastmask.reports.folders import Run
 from fastmask.reports.sections import Options, SkipError
 from fastmask.settings import items_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Task
-from fastmask.training import checkpoints
 from fastmask.training.engine import device_of
-from fastmask.training.run_folder import data_of, load_run
+from fastmask.training.run_folder import MASKS_FILE, WEIGHTS, data_of, load_run
 
 __all__ = [
-    "Data", "Row", "batches_of", "data_for", "example_losses", "example_scores", "score_of", "task_at", "task_of",
+    "Data", "Row", "batches_of", "data_for", "score_of", "task_at", "task_of",
 ]  # fmt: skip
 
 BATCH = 16  # examples that are computed at once, in an order that has nothing to do with their length
@@ -101,8 +99,8 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
         FileError: the checkpoint's weights are damaged, or not those of the run's model.
     """
     task, _ = task_of(run, options, attached=False)
-    checkpoints.load_weights(task.model, checkpoint / checkpoints.MODEL)
-    masks = checkpoint / checkpoints.MASKS
+    task.model.load_state_dict(read_tensors(checkpoint / WEIGHTS)[0])
+    masks = checkpoint / MASKS_FILE
     subnets = Subnetworks.load(masks) if masks.is_file() else None
     if subnets is not None:
         attach(task.encoder, subnets)
@@ -121,11 +119,6 @@ def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
     return [task.collate(examples.select(piece)).to(task.device) for piece in pieces]
 
 
-def example_losses(task: Task, batch: Any) -> Tensor:
-    """The loss of each example, [B]."""
-    return task.loss(batch).each
-
-
 def score_of(task: Task, rows: Sequence[Row], networks: Mapping[str, str | None]) -> dict[str, float]:
     """`Task.metric` of the rows under each of the attached subnetworks that are named, None: the full network."""
     examples, found = task.examples(rows), {}
@@ -133,18 +126,3 @@ def score_of(task: Task, rows: Sequence[Row], networks: Mapping[str, str | None]
         with task.reading(network):
             found[name] = task.score(examples, task.predict(examples))[task.metric]
     return found
-
-
-def example_scores(task: Task, rows: Sequence[Row], network: str | None) -> pd.DataFrame:
-    """`Task.metric` of each example: `sentence` (its position), `score`, `weight` (its words or tokens).
-
-    For LAS and accuracy the weighted mean is the score of them all.
-    """
-    examples = task.examples(rows)
-    with task.reading(network):
-        predictions = task.predict(examples)
-    found = [
-        (at, task.score(examples.select(np.array([at])), [prediction])[task.metric], int(examples.lengths[at]))
-        for at, prediction in enumerate(predictions)
-    ]
-    return pd.DataFrame(found, columns=["sentence", "score", "weight"])

@@ -1,27 +1,39 @@
-"""The whole of a report: every analysis of every study, in several processes; the files and the page."""
+"""The whole of a report: every analysis of every study, the files and the page."""
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from fastmask.reports.analyses import Analysis, chosen
+from fastmask.errors import unknown
+from fastmask.files import is_leftover, read_json, replace_file, write_text
+from fastmask.reports import conflicts, crossing, masks, scores
 from fastmask.reports.folders import Study, studies_of
 from fastmask.reports.page import Part, page
 from fastmask.reports.sections import Gathered, Options, Section, Skipped, file_name
-from fastmask.reports.writing import REPORT, check_folder, write_files
-from fastmask.workers import processes
 
-__all__ = ["FOLDER", "Made", "make_report"]
+__all__ = ["ANALYSES", "Made", "make_report"]
+
+ANALYSES: dict[str, Callable[[Study, Gathered], None]] = {
+    "effect": scores.effect,
+    "overlap": masks.overlap,
+    "heads": masks.use,
+    "conflict": conflicts.conflict,
+    "cross": crossing.cross,
+    "typology": scores.typology,
+    "ablation": crossing.ablation,
+    "dynamics": masks.dynamics,
+}
+"""By name, in the order of the report: adds to what was found in a study, or raises `SkipError`."""
 
 FOLDER = "analysis"  # of the report, in that of the run
-Found = tuple[list[Section], list[Skipped], float]
-LONG = ("cross", "conflict", "ablation")  # which run models: begun first
+REPORT = "report.html"
+CONTENTS = "contents.json"  # the names of the files that belong to the report
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,8 @@ def make_report(
     out: str | PathLike[str] | None = None,
     options: Options | None = None,
     *,
-    workers: int = 1,
     command: str | None = None,
-    on_part: Callable[[Part, int, int], None] | None = None,
+    on_part: Callable[[Part], None] | None = None,
 ) -> Made:
     """Analyse runs and comparisons, and write ``report.html`` with every table and picture beside it.
 
@@ -55,34 +66,33 @@ def make_report(
 
     Args:
         folders: of runs, which are put side by side, and of comparisons.
-        what: names of analyses (`analyses.ANALYSES`); None: all.
+        what: names of `ANALYSES`; None: all.
         out: folder of the report; with a single run or comparison by default ``analysis`` in its folder.
         options: what holds for every analysis.
-        workers: processes; each does one analysis of one study at a time.
         command: that the page shows to make it again.
-        on_part: called after each analysis of each study, with how many are done and how many there are.
+        on_part: called after each analysis of each study.
 
     Raises:
         FileNotFoundError: a folder that is no finished run or comparison.
         FastmaskKeyError: an unknown analysis.
         ValueError: several folders and no `out`, a folder that holds something else, or nothing that could be done.
     """
-    analyses, options = chosen(what), options or Options()
+    options = options or Options()
+    for name in what or ():
+        if name not in ANALYSES:
+            raise unknown("analysis", name, ANALYSES)
     studies = studies_of(folders)
     if out is None and len(folders) > 1:
         raise ValueError(f"{len(folders)} folders were given (expected --out, the folder of the report)")
     target = Path(folders[0], FOLDER) if out is None else Path(out)
-    if out is None and target.is_symlink():  # a run may come from somebody else
-        raise ValueError(f"{target} is a link (expected --out, to write the report where it leads)")
-    check_folder(target)
+    _check_folder(target)
 
-    tasks = [(study, analysis, options) for study in studies for analysis in analyses]
-    done: dict[int, Part] = {}
-    for at, (sections, lacking, seconds) in _all_done(tasks, workers):
-        done[at] = Part(tasks[at][0], tasks[at][1], sections, lacking, seconds)
-        if on_part is not None:
-            on_part(done[at], len(done), len(tasks))
-    parts = [done[at] for at in range(len(tasks))]
+    parts = []
+    for study in studies:
+        for name in ANALYSES if what is None else [name for name in ANALYSES if name in what]:
+            parts.append(_part(study, name, options))
+            if on_part is not None:
+                on_part(parts[-1])
     skipped = [
         Skipped("comparison", name, "this cell is not done yet") for study in studies for name in study.unfinished
     ]
@@ -91,31 +101,15 @@ def make_report(
     if not parts:
         raise ValueError("nothing could be analysed:\n" + "\n".join(f"  {reason}" for reason in skipped))
     files = {name: content for part in parts for section in part.sections for name, content in section.files.items()}
-    files[REPORT] = page(studies, parts, skipped, command).encode()
-    write_files(target, files)
+    _write_files(target, {**files, REPORT: page(studies, parts, skipped, command).encode()})
     return Made(target / REPORT, sum(len(part.sections) for part in parts), skipped)
 
 
-def _found(study: Study, analysis: Analysis, options: Options) -> Found:
-    """One analysis of one study: its sections, what could not be done, and how many seconds it took."""
-    began, found = time.perf_counter(), Gathered(analysis.name, options)
+def _part(study: Study, name: str, options: Options) -> Part:
+    began, found = time.perf_counter(), Gathered(name, options)
     with found.attempt(""):
-        analysis.gather(study, found)
-    return found.sections(), found.skipped, time.perf_counter() - began
-
-
-def _all_done(tasks: Sequence[tuple[Study, Analysis, Options]], workers: int) -> Iterator[tuple[int, Found]]:
-    """Position and outcome of each task, as it is done; with one worker this process does the work."""
-    order = sorted(range(len(tasks)), key=lambda at: tasks[at][1].name not in LONG)
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        for at in order:
-            yield at, _found(*tasks[at])
-        return
-    with processes(workers, max(1, (os.cpu_count() or 1) // workers)) as pool:
-        waiting = {pool.submit(_found, *tasks[at]): at for at in order}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+        ANALYSES[name](study, found)
+    return Part(study, name, found.sections(), found.skipped, time.perf_counter() - began)
 
 
 def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:
@@ -123,14 +117,13 @@ def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:
     taken: set[str] = set()
 
     def renamed(section: Section, stem: str) -> Section:
-        wanted = name = f"{stem}{section.name}"
+        wanted = name = f"{stem}{section.result.name}"
         number = 1
         while name in taken:
             number += 1
             name = f"{wanted}-{number}"
         taken.add(name)
-        tables = {f"{name}{key.removeprefix(section.name)}": table for key, table in section.tables.items()}
-        return replace(section, name=name, tables=tables)
+        return replace(section, result=replace(section.result, name=name))
 
     found = []
     for part in parts:
@@ -138,3 +131,26 @@ def _distinct(parts: Sequence[Part], studies: Sequence[Study]) -> list[Part]:
         stem = f"{file_name(str(number), part.study.title)[:40]}-" if len(studies) > 1 else ""
         found.append(replace(part, sections=[renamed(section, stem) for section in part.sections]))
     return found
+
+
+# ---- the files
+
+
+def _check_folder(folder: Path) -> None:
+    """See that a report can go into a folder: there is none yet, or it is empty, or it holds a report."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    if folder.is_file() or (not all(map(is_leftover, names)) and CONTENTS not in names):
+        raise ValueError(f"{folder} is there already and holds no report (expected a new or an empty folder)")
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a report, the page last, then remove those of the report before."""
+    contents = folder / CONTENTS
+    before: list[str] = read_json(contents, list[str]) if contents.is_file() else []
+    # Until all is in place both belong to the report: interrupted, it leaves nothing that would stay for ever.
+    write_text(contents, json.dumps(sorted({*before, *files}), indent=1))
+    for name, content in files.items():
+        replace_file(folder / name, lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
+    for name in set(before) - set(files):
+        (folder / Path(name).name).unlink(missing_ok=True)
+    write_text(contents, json.dumps(sorted(files), indent=1))

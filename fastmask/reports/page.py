@@ -7,9 +7,8 @@ import datetime
 import importlib.resources
 import math
 import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
@@ -19,29 +18,56 @@ import transformers
 
 from fastmask.analysis.effects import verdict
 from fastmask.analysis.language_families import families_of, family_colour
+from fastmask.analysis.result import DPI
 from fastmask.analysis.statistics import holm, p_text
-from fastmask.reports.analyses import Analysis
 from fastmask.reports.folders import Study
 from fastmask.reports.sections import Section, Skipped
 
-__all__ = ["ROOM", "SHOWN_ROWS", "Part", "page"]
+__all__ = ["SHOWN_ROWS", "Part", "page"]
 
 TEMPLATE = "report.html.j2"
 SHOWN_ROWS = 40  # longer tables are in their CSV file only
-ROOM = 1_200_000  # characters of pictures; those that find no room stand beside the page
-THEME = (
-    b"<style>:root{color:#1c1c1c;fill:currentColor}text{font-family:'DejaVu Sans','Verdana',sans-serif}"
-    b"@media(prefers-color-scheme:dark){:root{color:#e6e6e6}}</style>"
-)
-NEEDLESS = re.compile(rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu[^;"]*;? ?""")
+SHOWS = {
+    "effect": (
+        "Effect of each method",
+        "What each method does to each language's score, against the full network and against random masks of the same "
+        "sizes, and what of it is inside the noise.",
+    ),
+    "overlap": (
+        "Overlap of masks",
+        "How much the languages' subnetworks have in common, beside random masks of the same sizes.",
+    ),
+    "heads": (
+        "Use of heads and neurons",
+        "How many languages own each head or neuron, and how many units all, one or none of them own.",
+    ),
+    "conflict": (
+        "Gradient conflict",
+        "Whether the languages' gradients pull the shared parameters the same way, beside how far one language's "
+        "gradients agree with themselves.",
+    ),
+    "cross": (
+        "Cross-evaluation",
+        "How well each language is parsed by every language's subnetwork, and whether its own is the best.",
+    ),
+    "typology": ("Typology", "Whether unseen languages gain more, the nearer they are to a training language."),
+    "ablation": (
+        "Ablation of single heads",
+        "What each head is worth to each language, and whether the importance score foresees it.",
+    ),
+    "dynamics": (
+        "Dynamics of masks",
+        "How dynamic masks move in training: what changes, how far they get, whether related languages' come together.",
+    ),
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """One analysis of one study: its sections, what could not be done, and how many seconds it took."""
+    """One analysis, by its name, of one study: its sections, what could not be done, and how many seconds it took."""
 
     study: Study
-    analysis: Analysis
+    analysis: str
     sections: list[Section]
     skipped: list[Skipped] = field(default_factory=list)
     seconds: float = 0.0
@@ -63,7 +89,6 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    room = iter(_pictures(parts))
     return environment.from_string(text).render(
         title=f"Analyses of {', '.join(study.title for study in studies)}",
         date=datetime.date.today().isoformat(),
@@ -72,7 +97,7 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
         several=len(studies) > 1,
         tests=sum(1 for _ in _tests(parts)),
         results=_results(parts),
-        parts=[_part(part, number, room) for number, part in enumerate(parts, start=1)],
+        parts=[_part(part, number) for number, part in enumerate(parts, start=1)],
         skipped=skipped,
         versions={
             "fastmask": fastmask.__version__,
@@ -92,7 +117,7 @@ def _tests(parts: Sequence[Part]) -> Iterator[float]:
     """Every p-value in the tables of the page."""
     for part in parts:
         for section in part.sections:
-            for table in section.tables.values() if section.on_page else ():
+            for table in section.result.tables().values() if section.on_page else ():
                 yield from table.p.dropna() if "p" in table else ()
 
 
@@ -108,47 +133,29 @@ def _corrected(parts: Sequence[Part]) -> list[Part]:
         table.insert(table.columns.get_loc("p") + 1, "p_page", values)
         return table
 
-    found = []
-    for part in parts:
-        sections = [
-            Section(
-                section.title,
-                section.name,
-                section.caption,
-                {name: table_of(table) for name, table in section.tables.items()},
-                section.pictures,
-            )
-            if section.on_page
-            else section
-            for section in part.sections
-        ]
-        found.append(Part(part.study, part.analysis, sections, part.skipped, part.seconds))
-    return found
+    def section_of(section: Section) -> Section:
+        if not section.on_page:
+            return section
+        result = replace(section.result, table=table_of(section.result.table))  # in the order of `tables`
+        return replace(
+            section, result=replace(result, more={name: table_of(table) for name, table in result.more.items()})
+        )
+
+    return [replace(part, sections=[section_of(section) for section in part.sections]) for part in parts]
 
 
 def _results(parts: Sequence[Part]) -> dict[str, Any] | None:
     """Every method against its baselines, with p-values over the whole page; None where effects were not analysed."""
     rows = []
     for part in parts:
-        for section in part.sections if part.analysis.name == "effect" else ():
-            for row in section.tables[f"{section.name}_methods"].itertuples():
-                interval = f"{row.low:+.2f} to {row.high:+.2f}"
-                counts = f"{row.languages_better} of {row.languages}", f"{row.seeds_agree} of {row.seeds}"
-                says = verdict(row, row.p_page)
-                what = row.method, row.against, section.title.partition(",")[0]
-                rows.append((*what, f"{row.difference:+.2f}", interval, *counts, row.p, row.p_page, says))
-    columns = [
-        "method",
-        "against",
-        "on",
-        "difference",
-        "95% interval",
-        "languages better",
-        "seeds agree",
-        "p",
-        "p_page",
-    ]
-    table = pd.DataFrame(rows, columns=[*columns, "verdict"])
+        for section in part.sections if part.analysis == "effect" else ():
+            for row in section.result.more["methods"].itertuples():
+                found = {"method": row.method, "against": row.against, "on": section.title.partition(",")[0]}
+                found |= {"difference": f"{row.difference:+.2f}", "95% interval": f"{row.low:+.2f} to {row.high:+.2f}"}
+                found |= {"languages better": f"{row.languages_better} of {row.languages}"}
+                found |= {"seeds agree": f"{row.seeds_agree} of {row.seeds}", "p": row.p, "p_page": row.p_page}
+                rows.append({**found, "verdict": verdict(row, row.p_page)})
+    table = pd.DataFrame(rows)
     return {**_table("results", table), "verdicts": table.verdict.value_counts().to_dict()} if rows else None
 
 
@@ -186,50 +193,29 @@ def _families(studies: Sequence[Study]) -> list[dict[str, Any]]:
     ]
 
 
-def _part(part: Part, number: int, room: Iterator[Any]) -> dict[str, Any]:
+def _part(part: Part, number: int) -> dict[str, Any]:
+    title, shows = SHOWS[part.analysis]
     return {
-        "id": f"part-{number}-{part.analysis.name}",  # no section is called so
+        "id": f"part-{number}-{part.analysis}",  # no section is called so
         "study": part.study.title,
-        "title": part.analysis.title,
-        "shows": part.analysis.shows,
-        "sections": [_section(section, next(room)) for section in part.sections if section.on_page],
-        "beside": [section.name for section in part.sections if not section.on_page],
+        "title": title,
+        "shows": shows,
+        "sections": [_section(section) for section in part.sections if section.on_page],
+        "beside": [section.result.name for section in part.sections if not section.on_page],
     }
 
 
-def _section(section: Section, picture: Mapping[str, Any] | None) -> dict[str, Any]:
-    tables = sorted(section.tables.items(), key=lambda item: len(item[1]))  # summaries first
+def _section(section: Section) -> dict[str, Any]:
+    tables = sorted(section.result.tables().items(), key=lambda item: len(item[1]))  # summaries first
+    png = section.pictures["png"]
     return {
-        "id": section.name,
+        "id": section.result.name,
         "title": section.title,
-        "caption": section.caption,
-        "picture": picture,
+        "caption": section.result.caption,
+        "picture": base64.b64encode(png).decode("ascii"),
+        "width": int.from_bytes(png[16:20], "big") * 96 // DPI,
         "tables": [_table(name, table) for name, table in tables if len(table)],
     }
-
-
-def _pictures(parts: Sequence[Part]) -> Iterator[dict[str, Any] | None]:
-    """The picture of each section on the page, as long as there is room."""
-    used = 0
-    for section in (section for part in parts for section in part.sections if section.on_page):
-        svg, width = _for_the_page(section.pictures["svg"])
-        used += len(svg)
-        yield {"content": svg, "width": width} if used <= ROOM else None
-
-
-def _for_the_page(svg: bytes) -> tuple[str, int]:
-    """A picture of matplotlib in the page's colours and without what nobody sees; in base64, and its width."""
-    width = re.search(rb'<svg[^>]*? width="([0-9.]+)pt"', svg)
-    assert width is not None
-
-    def shortened(tag: re.Match[bytes]) -> bytes:
-        text = NEEDLESS.sub(b"", tag[0].replace(b"#000000", b"currentColor"))
-        return re.sub(rb"\s+", b" ", re.sub(rb"(\.[0-9]{2})[0-9]+", rb"\1", text))  # hundredths of a point
-
-    svg = re.sub(rb"<metadata>.*?</metadata>", THEME, svg, flags=re.DOTALL)
-    svg = re.sub(rb"<[^>]+>", shortened, re.sub(rb"<!--.*?-->", b"", svg))
-    svg = re.sub(rb">\s+<", b"><", svg)
-    return base64.b64encode(svg).decode("ascii"), round(float(width[1]) * 4 / 3)
 
 
 def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:

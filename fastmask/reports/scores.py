@@ -10,7 +10,7 @@ import pandas as pd
 import fastmask as fm
 from fastmask.compare.plan import CONDITIONS
 from fastmask.reports.folders import CONTROLS, Study
-from fastmask.reports.loading import Data, data_for, example_scores, task_of
+from fastmask.reports.loading import Data, data_for, score_of, task_of
 from fastmask.reports.sections import Gathered, SkipError
 from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
 
@@ -26,14 +26,14 @@ GAINED = ("zero-shot", "chosen", "adapted")
 def effect(study: Study, found: Gathered) -> None:
     """Every variant against `full`, and every one with masks against `random`.
 
-    By the scores of a comparison, or by test sentences that are parsed anew.
+    By the scores of a comparison, or by test examples that are scored anew.
     """
     if BASELINE not in study.variants:
         raise SkipError("there is no run of method full without meta-learning to compare with")
     if len(study.variants) < 2:
         raise SkipError("there is no run to compare with the one of method full")
     if study.scores is None:
-        return _of_sentences(study, found)
+        return _of_runs(study, found)
     for condition in [name for name in EFFECTS if (study.scores["condition"] == name).any()]:
         table = by_variant(study.scores, condition).stack().dropna().rename("score").reset_index()
         table = table.rename(columns={"arm": "method"})
@@ -42,7 +42,7 @@ def effect(study: Study, found: Gathered) -> None:
             # Each against what `summary.md` compares it with.
             against = {name: other for name, other in of_arms.items() if {name, other} <= known}
             if against:
-                result = fm.analysis.effect(table, against, seed=found.options.seed, gaps=True)
+                result = fm.analysis.effect(table, against, seed=found.options.seed)
                 parts = (condition,) if baseline == BASELINE else (condition, baseline)
                 found.add(
                     f"{condition}, over {baseline}", result, *parts, note=f"{study.metric}; {CONDITIONS[condition]}."
@@ -50,27 +50,26 @@ def effect(study: Study, found: Gathered) -> None:
     return None
 
 
-def _of_sentences(study: Study, found: Gathered) -> None:
+def _of_runs(study: Study, found: Gathered) -> None:
     options = found.options
     data = {run.folder: data_for(run, SPLIT, options.data) for run in study.runs}
     for of_run in data.values():
-        for name, why in of_run.missing.items():
-            found.skip(name, why)
+        found.skip_all(of_run.missing)
     first, *others = data.values()
     languages = [name for name in first.splits if all(name in other.splits for other in others)]
     if not languages:
         raise SkipError("the runs have no language in common")
-    tables = []
+    scores = []
     for run in (run for runs in study.variants.values() for run in runs):
-        with found.attempt(f"{run.variant}, seed {run.config.seed}"):
+        seed = run.config.seed
+        with found.attempt(f"{run.variant}, seed {seed}"):
             task, subnets = task_of(run, options)
             for language in languages:
                 rows = data[run.folder].rows(language, SPLIT, options.sentences or SENTENCES, options.seed)
-                owns = subnets is not None and language in subnets.languages
-                table = example_scores(task, rows, language if owns else None)
-                tables.append(table.assign(method=run.variant, language=language, seed=run.config.seed))
-    scores = pd.concat(tables, ignore_index=True)
-    note = f"{study.metric} of single examples of the {SPLIT} split."
+                own = language if subnets is not None and language in subnets.languages else None
+                score = score_of(task, rows, {"": own})[""]
+                scores.append({"method": run.variant, "language": language, "seed": seed, "score": score})
+    note = f"{study.metric} on the {SPLIT} split."
     for baseline in (BASELINE, CONTROL):
         names = [name for name in study.variants if name not in (BASELINE, baseline)]
         if baseline in study.variants and names:
@@ -90,8 +89,7 @@ def typology(study: Study, found: Gathered) -> None:
         raise SkipError(f"a gain needs a run of method {BASELINE} and another one, not a control")
     seen = data_for(study.runs[0], "train", found.options.data)
     every = data_for(study.runs[0], None, found.options.data, study.unseen)
-    for name, why in {**seen.missing, **every.missing}.items():
-        found.skip(name, why)
+    found.skip_all({**seen.missing, **every.missing})
     unseen = [name for name in every.splits if name not in seen.splits and name not in seen.missing]
     if len(unseen) < 3 or not seen.splits:
         raise SkipError(f"a correlation needs at least three unseen languages, and there are {len(unseen)}")
@@ -112,11 +110,7 @@ def _head_direction(seen: Data, every: Data, unseen: Sequence[str]) -> dict[str,
 
 
 def _by_measure(
-    study: Study,
-    variants: Sequence[str],
-    measure: str,
-    near: Mapping[str, Mapping[str, float]],
-    found: Gathered,
+    study: Study, variants: Sequence[str], measure: str, near: Mapping[str, Mapping[str, float]], found: Gathered
 ) -> None:
     """A correlation for each condition and variant, pictures of those after adaptation."""
     scores, metric = study.scores, study.metric

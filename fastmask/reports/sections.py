@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pandas as pd
 
 from fastmask.analysis.result import Result
 
@@ -39,29 +38,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Section:
-    """One analysis of something, drawn: nothing in it needs the model any more, so it passes between processes.
+    """One analysis of something, drawn.
 
     Attributes:
         title: what was analysed.
-        name: of its files; those of further tables begin with it.
-        caption: what was computed, on what, with which n, against which control, and what to conclude.
-        tables: file name without ending -> table.
+        result: its name is that of its files.
         pictures: "png", "svg" -> the file's content.
         on_page: False for more of the same, such as another seed: its files stand beside the page.
     """
 
     title: str
-    name: str
-    caption: str
-    tables: Mapping[str, pd.DataFrame]
+    result: Result
     pictures: Mapping[str, bytes]
     on_page: bool = True
 
     @property
     def files(self) -> dict[str, bytes]:
         """File name -> content."""
-        tables = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables.items()}
-        return tables | {f"{self.name}.{kind}": content for kind, content in self.pictures.items()}
+        return self.result.files(self.pictures)
 
 
 @dataclass(frozen=True)
@@ -106,6 +100,11 @@ class Gathered:
         if (skipped := Skipped(self.analysis, part, why)) not in self.skipped:
             self.skipped.append(skipped)
 
+    def skip_all(self, reasons: Mapping[str, str]) -> None:
+        """Note what cannot be done, and why."""
+        for part, why in reasons.items():
+            self.skip(part, why)
+
     @contextmanager
     def attempt(self, part: str) -> Iterator[None]:
         """Note what goes wrong inside, and go on after it."""
@@ -120,10 +119,7 @@ class Gathered:
         """Draw what was found, all of it to one scale."""
         extents = [result.extent for _, result, _ in self.results if result.extent == result.extent]
         extent = float(np.max(extents)) if extents else None
-        return [
-            Section(title, result.name, result.caption, result.tables(), result.pictures(extent), on_page)
-            for title, result, on_page in self.results
-        ]
+        return [Section(title, result, result.pictures(extent), on_page) for title, result, on_page in self.results]
 
 
 def file_name(*parts: str) -> str:

@@ -54,22 +54,12 @@ def load(path: str | PathLike[str]) -> Subnetworks:
     metadata_of(path)  # before the tensors of what may be another kind of file
     tensors, header = read_sealed(path)
     content: Content = parse_json(path, header.get(CONTENT, ""), Content)
-    if tensors.keys() != content.shapes.keys():
-        different = ", ".join(sorted(tensors.keys() ^ content.shapes.keys()))
-        raise FileError(path, f"is damaged: {different} is a tensor without a shape, or the other way round")
-    units, weights = {}, {}
-    for name, packed in tensors.items():
-        keep = _unpacked(path, name, packed, content.shapes[name])
-        if name in ("heads", "neurons"):
-            units[name] = keep
-        elif name.startswith("weights."):
-            weights[name.removeprefix("weights.")] = keep
-        else:
-            raise FileError(path, f"has a mask over {name!r} (expected heads, neurons or weights.MODULE)")
     try:
-        return Subnetworks(content.languages, **units, weights=weights)
-    except ValueError as error:
-        raise FileError(path, str(error)) from None
+        masks = {name: _unpacked(tensors[name], shape) for name, shape in content.shapes.items()}
+        weights = {name.removeprefix("weights."): keep for name, keep in masks.items() if name.startswith("weights.")}
+        return Subnetworks(content.languages, masks.get("heads"), masks.get("neurons"), weights=weights)
+    except (ValueError, KeyError) as error:
+        raise FileError(path, f"is damaged: {error}") from None
 
 
 def masks_file(path: str | PathLike[str]) -> str | PathLike[str]:
@@ -105,14 +95,7 @@ def _packed(keep: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(flags.reshape(flags.shape[0], -1), axis=1, bitorder="little"))
 
 
-def _unpacked(path: str | PathLike[str], name: str, packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """The mask that a tensor stands for, after checking that it stands for one of this shape."""
-    size = prod(shape[1:])
-    expected = (shape[0], -(-size // 8))
-    if packed.dtype != torch.uint8 or packed.shape != expected:
-        given = f"{packed.dtype} {tuple(packed.shape)}"
-        raise FileError(path, f"{name} is {given} (expected uint8 {expected} for masks of shape {shape})")
-    if size % 8 and bool((packed[:, -1] >> size % 8).any()):
-        raise FileError(path, f"{name} has bits beyond its {size} units")
-    flags = np.unpackbits(packed.numpy(), axis=1, count=size, bitorder="little")
+def _unpacked(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """The mask that a tensor stands for."""
+    flags = np.unpackbits(packed.numpy(), axis=1, count=prod(shape[1:]), bitorder="little")
     return torch.from_numpy(flags.view(bool).reshape(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.literal import is_plain
 
 __all__ = ["UNITS", "Subnetworks"]
 
 UNITS = ("heads", "neurons", "both")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Subnetworks:
@@ -285,7 +286,7 @@ def _distinct_names(languages: Iterable[str]) -> tuple[str, ...]:
     names = _in_order(languages)
     if not names:
         raise ValueError(f"expected at least one language name, given {languages!r}")
-    wrong = [name for name in names if not isinstance(name, str) or not name or not is_plain(name)]
+    wrong = [name for name in names if not isinstance(name, str) or not name or _CONTROL.search(name)]
     if wrong:
         raise ValueError(
             f"expected language names that are text, not empty and without control characters, given {wrong[:5]!r}"

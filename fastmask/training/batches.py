@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
+from fastmask.training.engine import peak_rates
 
 __all__ = ["MixedBatches", "MixedLanguageSampler", "Seen", "without_conflict"]
 
@@ -57,17 +58,11 @@ class MixedBatches:
     """
 
     def __init__(
-        self,
-        task: Task,
-        model: torch.nn.Module,
-        train: Mapping[str, Any],
-        config: TrainConfig,
-        rates: list[float],
-        accelerator: Any,
+        self, task: Task, model: torch.nn.Module, train: Mapping[str, Any], config: TrainConfig, accelerator: Any
     ) -> None:
         """Set up the sampling; `model` is the task's, or what wraps it where there are several processes."""
         self.title = "full network"
-        self.rates = rates
+        self.rates = peak_rates(task, config)
         self.task, self.model, self.accelerator, self.config = task, model, accelerator, config
         parts = list(train.values())
         self.joined = type(parts[0]).join(parts)

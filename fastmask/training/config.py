@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastmask.discovery.pruning import SCORES
@@ -26,204 +28,148 @@ OPTIMIZERS = ("adamw", "live")
 CONFLICTS = ("none", "pcgrad")
 
 
+def _group(title: str) -> Callable[..., Any]:
+    """`setting`, for fields of one group."""
+    return partial(setting, group=title)
+
+
+_data, _model, _subnetworks, _meta, _optimisation, _logging = map(
+    _group, ("data", "model", "subnetworks", "meta-learning", "optimisation", "logging")
+)
+
+
 @dataclass
 class TrainConfig(Settings):
     """Settings of a run. Every field's `metadata` has "help", its "group" and the limits that `validate` checks."""
 
-    task: str = setting("parsing", "parsing, tagging, classification, lm, translation, or module:Class", group="data")
-    data: str | None = setting(
-        None, "where the data is: a folder, a file or a name on the Hub; a demonstration if not given", group="data"
+    task: str = _data("parsing", "parsing, tagging, classification, lm, translation, or module:Class")
+    data: str | None = _data(
+        None, "where the data is: a folder, a file or a name on the Hub; a demonstration if not given"
     )
-    languages: str | None = setting(
-        None,
-        "comma-separated codes or treebank names, as in en,ar,UD_Czech-CAC; all if not given",
-        list=True,
-        group="data",
+    languages: str | None = _data(
+        None, "comma-separated codes or treebank names, as in en,ar,UD_Czech-CAC; all if not given", list=True
     )
-    task_options: dict[str, Any] = setting({}, "settings of the task, by name", group="data")  # noqa: RUF009
-    max_length: int = setting(
-        512,
-        "words or pieces per training example; longer ones are left out or cut, as the task says",
-        low=4,
-        group="data",
+    task_options: dict[str, Any] = _data({}, "settings of the task, by name")  # noqa: RUF009
+    max_length: int = _data(
+        512, "words or pieces per training example; longer ones are left out or cut, as the task says", low=4
     )
-    temperature: float = setting(
-        0.0, "languages are drawn in proportion to size ** temperature; 0: equally", low=0, high=1, group="data"
+    temperature: float = _data(
+        0.0, "languages are drawn in proportion to size ** temperature; 0: equally", low=0, high=1
     )
-    model: str = setting(
-        "small", "an encoder on disk or on the Hub; 'small' is trained from scratch (parsing)", group="model"
-    )
-    precision: str = setting(
-        "no", "numbers in matrix products: float32 (no) or bfloat16 (bf16)", choices=PRECISIONS, group="model"
-    )
-    device: str = setting(
-        "auto", "where to compute: a GPU where there is one (auto), cpu or cuda", choices=DEVICES, group="model"
-    )
-    threads: int | None = setting(None, "CPU threads; PyTorch's choice if not given", low=1, group="model")
-    method: str = setting(
+
+    model: str = _model("small", "an encoder on disk or on the Hub; 'small' is trained from scratch (parsing)")
+    precision: str = _model("no", "numbers in matrix products: float32 (no) or bfloat16 (bf16)", choices=PRECISIONS)
+    device: str = _model("auto", "where to compute: a GPU where there is one (auto), cpu or cuda", choices=DEVICES)
+    threads: int | None = _model(None, "CPU threads; PyTorch's choice if not given", low=1)
+
+    method: str = _subnetworks(
         "static",
         "which subnetworks: none, found per language, found and then updated while training, or a control: random, "
         "found ones over other units, another language's, one shared, or the full network with a vector per language",
         choices=METHODS,
-        group="subnetworks",
     )
-    units: str = setting("both", "what a subnetwork is made of", choices=UNITS, group="subnetworks")
-    density: float | None = setting(
-        None, "share of units kept; found by tau if not given", above=0, high=1, group="subnetworks"
-    )
-    masks: str | None = setting(
-        None, "file of subnetworks to train instead of finding them (`fastmask discover`)", group="subnetworks"
-    )
-    score: str = setting(
+    units: str = _subnetworks("both", "what a subnetwork is made of", choices=UNITS)
+    density: float | None = _subnetworks(None, "share of units kept; found by tau if not given", above=0, high=1)
+    masks: str | None = _subnetworks(None, "file of subnetworks to train instead of finding them (`fastmask discover`)")
+    score: str = _subnetworks(
         "gradient",
         "what ranks units: gradients of their gates, these minus other languages' (relative), whose activity they are "
         "(entropy), or Shapley values of heads",
         choices=SCORES,
-        group="subnetworks",
     )
-    score_sentences: int = setting(
-        256, "training examples per language that units are scored on", low=1, group="subnetworks"
-    )
-    draws: int = setting(
-        1, "draws of those examples; a language keeps the units that most of them keep", low=1, group="subnetworks"
-    )
-    tau: float = setting(
+    score_sentences: int = _subnetworks(256, "training examples per language that units are scored on", low=1)
+    draws: int = _subnetworks(1, "draws of those examples; a language keeps the units that most of them keep", low=1)
+    tau: float = _subnetworks(
         0.95,
         "prune while the dev score is at least tau of the full network's (without one, the loss may rise by -ln tau)",
         above=0,
         high=1,
-        group="subnetworks",
     )
-    discover_at: float = setting(
-        0.6,
-        "share of the steps, on the full network, after which subnetworks and episodes begin",
-        low=0,
-        below=1,
-        group="subnetworks",
+    discover_at: float = _subnetworks(
+        0.6, "share of the steps, on the full network, after which subnetworks and episodes begin", low=0, below=1
     )
-    strategy: str = setting("swap", "how dynamic subnetworks are updated", choices=STRATEGIES, group="subnetworks")
-    update_every: int = setting(100, "steps between updates of dynamic subnetworks", low=1, group="subnetworks")
-    freeze_masks: float = setting(
+    strategy: str = _subnetworks("swap", "how dynamic subnetworks are updated", choices=STRATEGIES)
+    update_every: int = _subnetworks(100, "steps between updates of dynamic subnetworks", low=1)
+    freeze_masks: float = _subnetworks(
         0.25,
         "share of the steps after the switch, at their end, in which dynamic subnetworks stay as they are",
         low=0,
         high=1,
-        group="subnetworks",
     )
-    scout_sentences: int = setting(
-        8,
-        "training examples per language that an update looks at, in each process",
-        low=1,
-        group="subnetworks",
+    scout_sentences: int = _subnetworks(
+        8, "training examples per language that an update looks at, in each process", low=1
     )
-    meta: str = setting(
+
+    meta: str = _meta(
         "none",
         "after the switch train in plain mixed batches (none), or in episodes of meta-learning: FOMAML or Reptile",
         choices=METAS,
-        group="meta-learning",
     )
-    meta_budget: str = setting(
+    meta_budget: str = _meta(
         "sentences",
         "what runs with and without meta-learning have in common: the examples that they draw (a support set counts "
         "once), or the optimiser's steps (one episode for each)",
         choices=META_BUDGETS,
-        group="meta-learning",
     )
-    inner_steps: int = setting(5, "SGD steps on a language's support set in an episode", low=1, group="meta-learning")
-    inner_lr: float = setting(
-        0.01,
-        "learning rate of those steps, of everything but the encoder (published for mBERT: 1e-4)",
-        above=0,
-        group="meta-learning",
+    inner_steps: int = _meta(5, "SGD steps on a language's support set in an episode", low=1)
+    inner_lr: float = _meta(
+        0.01, "learning rate of those steps, of everything but the encoder (published for mBERT: 1e-4)", above=0
     )
-    inner_encoder_lr: float = setting(
-        0.003,
-        "the same of the encoder, with the word embeddings of the small one (published for mBERT: 1e-5)",
-        low=0,
-        group="meta-learning",
+    inner_encoder_lr: float = _meta(
+        0.003, "the same of the encoder, with the word embeddings of the small one (published for mBERT: 1e-5)", low=0
     )
-    support_sentences: int = setting(20, "examples of a support batch", low=1, group="meta-learning")
-    query_sentences: int = setting(
-        20, "examples that a language's meta-gradient is computed on (FOMAML)", low=1, group="meta-learning"
-    )
-    meta_batch: int | None = setting(
-        None, "languages per episode, drawn anew for each; all if not given", low=1, group="meta-learning"
-    )
-    meta_lr: float | None = setting(
+    support_sentences: int = _meta(20, "examples of a support batch", low=1)
+    query_sentences: int = _meta(20, "examples that a language's meta-gradient is computed on (FOMAML)", low=1)
+    meta_batch: int | None = _meta(None, "languages per episode, drawn anew for each; all if not given", low=1)
+    meta_lr: float | None = _meta(
         None,
         "peak learning rate of the episodes' outer steps (not of a pretrained encoder); lr if not given",
         above=0,
         high=1,
-        group="meta-learning",
     )
-    meta_encoder_lr: float | None = setting(
-        None,
-        "the same of a pretrained encoder; encoder_lr if not given",
-        above=0,
-        high=1,
-        group="meta-learning",
+    meta_encoder_lr: float | None = _meta(
+        None, "the same of a pretrained encoder; encoder_lr if not given", above=0, high=1
     )
-    steps: int = setting(
-        1500, "optimiser steps in all; 600 if not given on the demonstration", low=1, group="optimisation"
-    )
-    batch_size: int = setting(32, "examples per step, over all languages and processes", low=1, group="optimisation")
-    seed: int = setting(
-        0, "of weights, order of examples, dropout and random masks", low=0, high=2**32 - 1, group="optimisation"
-    )
-    lr: float = setting(
-        1e-3, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1, group="optimisation"
-    )
-    encoder_lr: float = setting(
-        3e-5, "peak learning rate of a pretrained encoder", above=0, high=1, group="optimisation"
-    )
-    warmup: float = setting(
-        0.05, "share of the steps in which the learning rate climbs", low=0, below=1, group="optimisation"
-    )
-    schedule: str = setting("cosine", "how the learning rate falls to the end", choices=SCHEDULES, group="optimisation")
-    freeze_embeddings: bool = setting(
+
+    steps: int = _optimisation(1500, "optimiser steps in all; 600 if not given on the demonstration", low=1)
+    batch_size: int = _optimisation(32, "examples per step, over all languages and processes", low=1)
+    seed: int = _optimisation(0, "of weights, order of examples, dropout and random masks", low=0, high=2**32 - 1)
+    lr: float = _optimisation(1e-3, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1)
+    encoder_lr: float = _optimisation(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
+    warmup: float = _optimisation(0.05, "share of the steps in which the learning rate climbs", low=0, below=1)
+    schedule: str = _optimisation("cosine", "how the learning rate falls to the end", choices=SCHEDULES)
+    freeze_embeddings: bool = _optimisation(
         False,
         "leave the input embeddings as they are (of a pretrained encoder: pieces, positions, token types), in training "
         "and adaptation",
-        group="optimisation",
     )
-    optimizer: str = setting(
+    optimizer: str = _optimisation(
         "adamw",
         "AdamW, or one that leaves alone what no language of a batch owns, and the rows of the input embeddings that "
         "it does not look up (live)",
         choices=OPTIMIZERS,
-        group="optimisation",
     )
-    conflict: str = setting(
+    conflict: str = _optimisation(
         "none",
         "what is done where gradients of two languages point against each other: nothing, or the part that does is "
         "taken off (pcgrad; a gradient for each language, in plain batches)",
         choices=CONFLICTS,
-        group="optimisation",
     )
-    weight_decay: float = setting(0.01, "AdamW's, on matrices only", low=0, high=1, group="optimisation")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm", above=0, group="optimisation")
-    out: str = setting("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model", group="logging")
-    resume: bool = setting(
-        False, "go on from the last checkpoint in `out`, with the settings of that run", group="logging"
+    weight_decay: float = _optimisation(0.01, "AdamW's, on matrices only", low=0, high=1)
+    max_grad_norm: float = _optimisation(1.0, "gradients are scaled down to this norm", above=0)
+
+    out: str = _logging("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model")
+    resume: bool = _logging(False, "go on from the last checkpoint in `out`, with the settings of that run")
+    eval_every: int = _logging(250, "steps between dev scores; 0: only at the end", low=0)
+    dev_sentences: int = _logging(
+        100, "random dev examples per language to score in training, the same in all runs; 0: all", low=0
     )
-    eval_every: int = setting(250, "steps between dev scores; 0: only at the end", low=0, group="logging")
-    dev_sentences: int = setting(
-        100,
-        "random dev examples per language to score in training, the same in all runs; 0: all",
-        low=0,
-        group="logging",
+    checkpoint_every: int = _logging(250, "steps between checkpoints; 0: only at the switch and at the end", low=0)
+    keep_checkpoints: int = _logging(
+        2, "how many of the last checkpoints stay, beside that of the switch; 0: all, for `fastmask analyze`", low=0
     )
-    checkpoint_every: int = setting(
-        250, "steps between checkpoints; 0: only at the switch and at the end", low=0, group="logging"
-    )
-    keep_checkpoints: int = setting(
-        2,
-        "how many of the last checkpoints stay, beside that of the switch; 0: all, for `fastmask analyze`",
-        low=0,
-        group="logging",
-    )
-    log_every: int = setting(10, "steps between lines of the metrics file", low=1, group="logging")
-    tensorboard: bool = setting(False, "write TensorBoard files into `out`", group="logging")
+    log_every: int = _logging(10, "steps between lines of the metrics file", low=1)
+    tensorboard: bool = _logging(False, "write TensorBoard files into `out`")
 
     @property
     def task_class(self) -> type[Task]:
@@ -254,11 +200,6 @@ class TrainConfig(Settings):
     def last_mask_step(self) -> int:
         """The last step after which dynamic subnetworks may be updated; weights are trained behind every update."""
         return self.steps - max(1, round(self.freeze_masks * (self.steps - self.shared_steps)))
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps in which the learning rate climbs."""
-        return round(self.steps * self.warmup)
 
     def validate(self) -> None:
         """Check types, ranges, and what must fit together.

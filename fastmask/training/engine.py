@@ -20,22 +20,10 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "RandomState",
-    "accelerator_for",
-    "add_parameter",
-    "build_optimizer",
-    "clip_gradients",
-    "device_of",
-    "gathered",
-    "learning_rate_factor",
-    "looked_up_tables",
-    "on_first",
-    "peak_rates",
-    "preserved_random_state",
-    "random_state",
-    "set_random_state",
-    "sum_gradients",
-]
+    "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "gathered",
+    "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state", "random_state",
+    "set_random_state", "sum_gradients",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -74,15 +62,14 @@ def on_first(accelerator: Any, work: Callable[[], T]) -> T:
     from accelerate.utils import broadcast_object_list
 
     outcome: list[Any] = [None, None]
-    failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome[0] = work()
         except Exception as error:
-            failure, outcome[1] = error, f"{type(error).__name__}: {error}"
+            outcome[1] = f"{type(error).__name__}: {error}"
+            broadcast_object_list(outcome)
+            raise
     broadcast_object_list(outcome)
-    if failure is not None:
-        raise failure
     if outcome[1] is not None:
         raise RuntimeError(f"the first process failed: {outcome[1]}")
     result: T = outcome[0]
@@ -201,36 +188,26 @@ def learning_rate_factor(step: int, steps: int, warmup: int, kind: str = "cosine
 
 # ---- random states of python, numpy and torch
 
-RandomState = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and what JSON can hold."""
 
-
-def random_state(device: torch.device) -> RandomState:
-    """The random state of this process, which computes on `device`."""
-    version, python, gauss = random.getstate()
-    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - the global state, which libraries draw from
-    tensors = {
-        "python": torch.tensor(python, dtype=torch.int64),
-        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "torch": torch.get_rng_state(),
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The random state of this process, which computes on `device`, as JSON."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002 - the global state, which libraries draw from
+    state = {
+        "python": random.getstate(),
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in numpy],
+        "torch": torch.get_rng_state().tolist(),
     }
-    if device.type == "cuda":
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
-    rest = {"position": int(numpy["state"]["pos"]), "has_gauss": int(numpy["has_gauss"]), "gauss": numpy["gauss"]}
-    return tensors, {"python": [version, gauss], "numpy": rest}
+    return state | ({"cuda": torch.cuda.get_rng_state(device).tolist()} if device.type == "cuda" else {})
 
 
-def set_random_state(state: RandomState, device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Go on as the process did whose state it is; that of a GPU is left alone where it computed on none."""
-    tensors, content = state
-    version, gauss = content["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-    rest = content["numpy"]
-    key = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", key, rest["position"], rest["has_gauss"], rest["gauss"]))  # noqa: NPY002
-    torch.set_rng_state(tensors["torch"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
 
 
 @contextmanager

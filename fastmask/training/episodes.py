@@ -25,7 +25,7 @@ from fastmask.settings import ConfigError
 from fastmask.tasks.task import Task
 from fastmask.training.batches import Seen
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import sum_gradients
+from fastmask.training.engine import peak_rates, sum_gradients
 
 __all__ = ["Budget", "Episodes", "episode_sampler"]
 
@@ -145,22 +145,23 @@ class Episodes:
 
     title = "episodes"
 
-    def __init__(
-        self, task: Task, train: Mapping[str, Any], config: TrainConfig, rates: list[float], accelerator: Any
-    ) -> None:
+    def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
         """Set up sampling and inner steps.
 
         Args:
             task: its model is not wrapped; it autocasts by itself if `accelerator` has prepared it so.
             train: examples by language, named as the subnetworks are.
             config: the settings of meta-learning are read.
-            rates: peak learning rate of each parameter group of the optimiser.
             accelerator: that has prepared the model.
+
+        Raises:
+            ConfigError: see `Budget.of`.
+            ValueError: a language with too few sentences.
         """
-        self.rates = rates
+        self.rates = peak_rates(task, config, episodes=True)
         self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
-        self.sampler = episode_sampler(config, train)
         self.budget = Budget.of(config, len(train))
+        self.sampler = episode_sampler(config, train)
         self.learner = MetaLearner(
             task.model,
             lambda batch: task.loss(batch).mean,

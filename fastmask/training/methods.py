@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from fastmask.discovery import COMPARING, Draw, Quality, Round, combine, discover, measure
+from fastmask.discovery import COMPARING, Draw, Round, combine, discover
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.files import FileError, read_sealed, write_sealed
+from fastmask.files import FileError, read_metadata, read_sealed, write_sealed
+from fastmask.files.tensors import SEAL
 from fastmask.models import attach, detach
 from fastmask.models.attach import attached
 from fastmask.models.modes import evaluating
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
+from fastmask.subnetworks.storage import masks_file
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import gathered, preserved_random_state
 
 __all__ = [
-    "DynamicMasks",
-    "SwitchPoint",
-    "check_subnetworks",
-    "digest_of_masks",
-    "draws_for",
-    "quality_for",
-    "some_rows",
-    "subnetworks_of",
-]
+    "DynamicMasks", "SwitchPoint", "check_subnetworks", "digest_of_masks", "draws_for", "some_rows", "subnetworks_of",
+]  # fmt: skip
 
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
 
@@ -52,8 +44,6 @@ class SwitchPoint:
         train: the training examples of every language.
         config: the run's settings.
         step: steps done.
-        process: which of `processes` this is; each finds the subnetworks of some of the languages.
-        processes: how many there are.
     """
 
     task: Task
@@ -61,8 +51,6 @@ class SwitchPoint:
     train: dict[str, Any]
     config: TrainConfig
     step: int
-    process: int = 0
-    processes: int = 1
 
 
 def subnetworks_of(
@@ -72,23 +60,39 @@ def subnetworks_of(
 ) -> Subnetworks:
     """The subnetworks that the run's method trains, at the step where they are switched on.
 
-    `dynamic` starts as `static` does. The others are controls made from the static subnetworks: `random` keeps the
-    number of live units of every language and layer, `permuted` also what languages have in common, `shuffled` gives
-    every language the mask of one that is most unlike it, and `shared` gives all of them the same mask, as large in
-    every layer as theirs are on average. Several draws are joined by vote, after `on_draws` has been called with all of
-    them. Several processes share the languages; each of them returns the same.
+    Several draws are joined by vote, after `on_draws` has been called with all of them. Several processes share the
+    languages; each of them returns the same.
     """
-    config = point.config
+    from accelerate import PartialState
+
+    config, process = point.config, PartialState()
     if config.masks is not None:
         found = Subnetworks.load(config.masks).select(point.train)
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
-        mine = list(point.train)[point.process :: point.processes]
+        mine = list(point.train)[process.process_index :: process.num_processes]
         draws = gathered(draws_for(point.task, point.train, dev, config, on_round, only=mine) if mine else [])
         if on_draws is not None:
             on_draws(draws)
         found = combine(draws, density=config.density).select(list(point.train))
     return _trained(found, config)
+
+
+def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
+    """What the method makes of the subnetworks that were found.
+
+    `static` trains them, and `dynamic` starts from them. The others are controls: `random` keeps the number of live
+    units of every language and layer, `permuted` also what languages have in common, `shuffled` gives every language
+    the mask of one that is most unlike it, and `shared` gives all of them the same mask, as large in every layer as
+    theirs are on average.
+    """
+    controls = {
+        "random": lambda: random_like(found, config.seed),
+        "permuted": lambda: permuted_like(found, config.seed),
+        "shuffled": lambda: shuffled(found),
+        "shared": lambda: shared_like(found),
+    }
+    return controls[config.method]() if config.method in controls else found
 
 
 def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str]) -> None:
@@ -116,30 +120,22 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
 
 def _check_density(task: Task, config: TrainConfig) -> None:
     """A subnetwork needs a unit in every layer; a density that asks for less cannot be kept."""
-    if config.density is None:
-        return
     geometry = Geometry.of(task.encoder)
-    for kind in ("heads", "neurons"):
-        if config.units not in (kind, "both"):
-            continue
+    for kind in ("heads", "neurons") if config.units == "both" else (config.units,):
         sizes = geometry.sizes(kind)
-        kept = round(config.density * sum(sizes))
+        kept = sum(sizes) if config.density is None else round(config.density * sum(sizes))
         if kept < len(sizes):
             raise ValueError(
-                f"density is {config.density}: that is {kept} of the {sum(sizes)} {kind}, which would kill a layer "
-                f"(expected at least {len(sizes) / sum(sizes):g}: one in each of the {len(sizes)} layers)"
+                f"density is {config.density}: that is {kept} of the {sum(sizes)} {kind}, "
+                f"which would kill a layer (expected at least {len(sizes) / sum(sizes):g}: one in each layer)"
             )
 
 
-def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
-    """The subnetworks of the run's method, from those found."""
-    controls = {
-        "random": lambda: random_like(found, config.seed),
-        "permuted": lambda: permuted_like(found, config.seed),
-        "shuffled": lambda: shuffled(found),
-        "shared": lambda: shared_like(found),
-    }
-    return controls[config.method]() if config.method in controls else found
+def digest_of_masks(config: TrainConfig) -> str | None:
+    """The checksum of the masks that are given to a run, if any are."""
+    if config.masks is None or config.method == "full":
+        return None
+    return read_metadata(masks_file(config.masks)).get(SEAL)
 
 
 def draws_for(
@@ -169,15 +165,26 @@ def draws_for(
     _check_density(task, config)
     # A score that compares languages needs all of them, whichever are asked for.
     names = list(train) if only is None or config.score in COMPARING else only
+    by_score = [name for name in train if name in dev and config.density is None and task.higher_is_better]
+    scored = {name: task.examples(some_rows(dev[name], config.dev_sentences)) for name in by_score}
+
+    def metric(name: str) -> float | None:
+        return task.score(scored[name], task.predict(scored[name]))[task.metric] if name in scored else None
+
     found = []
     for draw in range(config.draws):
+        batches = {
+            name: _batches(task, examples, config.score_sentences, np.random.default_rng([config.seed, place, draw]))
+            for place, (name, examples) in enumerate(train.items())
+            if name in names
+        }
         scores: dict[str, Any] = {}
-        with _scoring(task, train, dev if config.density is None else {}, config, draw) as by:
+        with evaluating(task.model):
             subnets = discover(
                 task.encoder,
-                {name: by.batches[name] for name in names},
-                by.loss,
-                by.metric,
+                {name: batches[name] for name in names},
+                lambda batch: task.loss(batch.to(task.device)).each,
+                metric,
                 score=config.score,
                 units=config.units,
                 tau=config.tau,
@@ -189,55 +196,12 @@ def draws_for(
     return found
 
 
-def quality_for(
-    task: Task, train: Mapping[str, Any], dev: Mapping[str, Any], config: TrainConfig, subnets: Subnetworks
-) -> dict[str, tuple[Quality, Quality]]:
-    """By language of `train`, how good the full network and its subnetwork are.
-
-    That is what `draws_for` would go by in its first draw. `subnets` may have further languages.
-    """
-    full = subnets.map(torch.ones_like)
-    with _scoring(task, train, dev, config, draw=0) as by:
-        return {
-            name: (
-                measure(task.encoder, full, name, by.batches[name], by.loss, by.metric),
-                measure(task.encoder, subnets, name, by.batches[name], by.loss, by.metric),
-            )
-            for name in train
-        }
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """What pruning goes by: batches of scoring examples, the loss of each, and a dev score where there is one."""
-
-    batches: dict[str, list[Any]]
-    loss: Callable[[Any], Tensor]
-    metric: Callable[[str], float | None]
-
-
-@contextmanager
-def _scoring(
-    task: Task, train: Mapping[str, Any], dev: Mapping[str, Any], config: TrainConfig, draw: int
-) -> Iterator[_Scoring]:
-    """Draw and prepare the examples; the model is in eval mode for the time."""
-    batches = {
-        language: _batches(task, examples, config.score_sentences, np.random.default_rng([config.seed, position, draw]))
-        for position, (language, examples) in enumerate(train.items())
-    }
-    wanted = {code: rows for code, rows in dev.items() if code in train} if task.higher_is_better else {}
-    prepared = {code: task.examples(some_rows(rows, config.dev_sentences)) for code, rows in wanted.items()}
-
-    def loss(batch: Any) -> Tensor:
-        return task.loss(batch.to(task.device)).each
-
-    def metric(language: str) -> float | None:
-        if language not in prepared:
-            return None
-        return task.score(prepared[language], task.predict(prepared[language]))[task.metric]
-
-    with evaluating(task.model):
-        yield _Scoring(batches, loss, metric)
+def _batches(task: Task, examples: Any, count: int, generator: np.random.Generator) -> list[Any]:
+    """Batches of `count` random examples, alike in length."""
+    rows = generator.permutation(len(examples))[:count]
+    rows = rows[np.argsort(examples.lengths[rows], kind="stable")]
+    firsts = range(0, len(rows), SCORING_BATCH)
+    return [task.collate(examples.select(rows[first : first + SCORING_BATCH])) for first in firsts]
 
 
 def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
@@ -246,33 +210,9 @@ def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str
     The first rows of a treebank are often of one source.
     """
     known: Any = rows if hasattr(rows, "__getitem__") else list(rows)
-    count = len(known)
-    if not limit or limit >= count:
+    if not limit or limit >= len(known):
         return list(known)
-    return [known[int(row)] for row in np.sort(np.random.default_rng(0).permutation(count)[:limit])]
-
-
-def _batches(task: Task, examples: Any, count: int, generator: np.random.Generator) -> list[Any]:
-    """Batches of `count` random examples, alike in length."""
-    rows = generator.permutation(len(examples))[:count]
-    rows = rows[np.argsort(examples.lengths[rows], kind="stable")]
-    return [
-        task.collate(examples.select(rows[first : first + SCORING_BATCH]))
-        for first in range(0, len(rows), SCORING_BATCH)
-    ]
-
-
-def digest_of_masks(config: TrainConfig) -> str | None:
-    """SHA-256 of the masks that are given to a run, if any are: of what they say, as equal ones differ in bytes."""
-    if config.masks is None or config.method == "full":
-        return None
-    subnets = Subnetworks.load(config.masks)
-    kinds = {"heads": subnets.heads, "neurons": subnets.neurons, **(subnets.weights or {})}
-    digest = hashlib.sha256(repr(subnets.languages).encode())
-    for name, keep in sorted(kinds.items()):
-        if keep is not None:
-            digest.update(f"{name} {tuple(keep.shape)} ".encode() + keep.numpy().tobytes())
-    return digest.hexdigest()
+    return [known[int(row)] for row in np.sort(np.random.default_rng(0).permutation(len(known))[:limit])]
 
 
 class DynamicMasks:
@@ -309,16 +249,11 @@ class DynamicMasks:
         # Dropout would add noise to the scores.
         with evaluating(self.task.model), preserved_random_state(self.accelerator.device):
             for position, (language, examples) in enumerate(self.train.items()):
-                self.masks.scout(language, self._batch(step, position, examples), self._loss)
+                seed = [self.config.seed, step, position, self.accelerator.process_index]
+                rows = np.random.default_rng(seed).permutation(len(examples))[: self.config.scout_sentences]
+                batch = self.task.collate(examples.select(rows)).to(self.accelerator.device)
+                self.masks.scout(language, batch, lambda batch: self.task.loss(batch).each)
         return self.masks.update(step, self._sum_over_processes)
-
-    def _batch(self, step: int, position: int, examples: Any) -> Any:
-        seed = [self.config.seed, step, position, self.accelerator.process_index]
-        rows = np.random.default_rng(seed).permutation(len(examples))[: self.config.scout_sentences]
-        return self.task.collate(examples.select(rows)).to(self.accelerator.device)
-
-    def _loss(self, batch: Any) -> Tensor:
-        return self.task.loss(batch).each
 
     def _sum_over_processes(self, tensor: Tensor) -> Tensor:
         summed: Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")

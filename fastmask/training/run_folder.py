@@ -1,57 +1,275 @@
 """The folder of a run: started once, never overwritten, resumed only with its own settings, data and masks.
 
-A finished run holds ``config.yaml``, ``model/``, its masks and a manifest of these, and is loaded to evaluate, predict
-or look at.
+``RUN/config.yaml`` has the settings and marks the folder as a run. ``RUN/checkpoints/step-00000500/`` holds
+``model.safetensors``, ``optimizer.safetensors``, ``progress.json``, once there are subnetworks ``masks.safetensors``,
+and if they are dynamic ``dynamic.safetensors``. A finished run holds ``model/`` and its masks. Checkpoints and finished
+runs have a manifest; a process killed at any moment leaves the last whole checkpoint, and what it had half written is
+never read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import FileError, remove_leftovers, remove_tree, replace_file, write_folder
-from fastmask.files.manifest import MANIFEST, Origin, check_files, files_in, write_manifest
+import torch
+from torch import Tensor
+
+from fastmask.files import FileError, Record, read_json, remove_leftovers, remove_tree, replace_file, write_folder
+from fastmask.files.manifest import MANIFEST, check_files, files_in, write_manifest
 from fastmask.models import attach
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Task
-from fastmask.training import checkpoints
-from fastmask.training.checkpoints import CheckpointError
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "CONFIG_FILE",
-    "MASKS_FILE",
-    "MODEL",
-    "FinishedRun",
-    "check_finished",
-    "check_out",
-    "check_run",
-    "data_of",
-    "is_finished",
-    "load_run",
-    "open_run",
-    "write_finished",
-]
+    "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "WEIGHTS", "CheckpointError", "FinishedRun", "Progress",
+    "check_finished", "check_out", "complete", "data_of", "folder_of", "is_finished", "latest", "load_optimizer",
+    "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save", "step_of", "write_finished",
+]  # fmt: skip
 
 CONFIG_FILE = "config.yaml"
 MODEL = "model"
-MASKS_FILE, DYNAMIC_FILE = checkpoints.MASKS, checkpoints.DYNAMIC
+WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
+MASKS_FILE, DYNAMIC_FILE = "masks.safetensors", "dynamic.safetensors"
+_STEP = re.compile(r"step-(\d{8,})")
+
+Writers = Mapping[str, Callable[[Path], Any]]
+"""Name of a file or folder -> called with the path to write it to."""
+
+
+class CheckpointError(RuntimeError):
+    """Checkpoints that cannot be used; the message says which and why."""
+
+
+class Progress(Record):
+    """Where a run stands, beside its tensors.
+
+    Attributes:
+        inputs: what it was trained on -> SHA-256 of the content.
+        sampler: its counters.
+        window: sums since the last line of the metrics.
+        history: the records of the metrics.
+        evaluate: whether the dev data is still to be scored at this step.
+        random: the random state of each process.
+        episodes: their counters, once there are episodes.
+    """
+
+    inputs: dict[str, str]
+    sampler: dict[str, Any]
+    window: dict[str, float]
+    history: list[dict[str, Any]]
+    evaluate: bool
+    random: list[dict[str, Any]]
+    episodes: dict[str, Any] | None = None
+
+
+# ---- checkpoints
+
+
+def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
+    """Return the folder of all checkpoints of a run, or of the one after `step` steps."""
+    folder = Path(run, "checkpoints")
+    return folder if step is None else folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """Return the number of steps after which a checkpoint was made, from its folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def complete(run: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; damaged ones are among them."""
+    folder = folder_of(run)
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def latest(run: str | os.PathLike[str]) -> Path | None:
+    """Return the newest checkpoint of a run, or None."""
+    return next(reversed(complete(run)), None)
+
+
+def newest_whole(run: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint of a run that is whole; None if there are no checkpoints at all.
+
+    Newer ones that are damaged are named in a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    faults: list[str] = []
+    for path in reversed(complete(run)):
+        try:
+            check_files(path)
+        except FileError as error:
+            faults.append(str(error))
+            continue
+        for fault in faults:
+            warnings.warn(f"damaged checkpoint, going back to {path}: {fault}", UserWarning, stacklevel=2)
+        return path
+    if faults:
+        raise CheckpointError(
+            f"no checkpoint in {folder_of(run)} is whole (expected one to go on from): {'; '.join(faults)}"
+        )
+    return None
+
+
+def save(
+    run: str | os.PathLike[str],
+    step: int,
+    writers: Writers,
+    progress: Progress,
+    keep: int = 2,
+    pinned: int | None = None,
+) -> Path:
+    """Write the checkpoint after `step` steps, and remove all but the last `keep` ones; by one process.
+
+    A whole checkpoint of the same step that is already there is left as it is: the run is deterministic, and replacing
+    it would open a moment without any.
+
+    Args:
+        run: folder of the run.
+        step: steps done.
+        writers: of its files.
+        progress: goes into ``progress.json``.
+        keep: number of checkpoints that stay; 0: all.
+        pinned: the checkpoint after so many steps stays, too.
+
+    Raises:
+        OSError: it could not be written; the message names the file. The checkpoints before are still there.
+    """
+    target = folder_of(run, step)
+    if target.is_dir():
+        with suppress(FileError):  # damaged, and gone back beyond
+            check_files(target)
+            return target
+    files = {**writers, PROGRESS: lambda path: path.write_text(progress.model_dump_json(), encoding="utf-8")}
+    manifest = partial(write_manifest, names=files)
+    write_folder(target, {**files, MANIFEST: manifest}, make_room=lambda: remove_tree(target))
+    done = [path for path in complete(run) if step_of(path) <= step]
+    for old in done[:-keep] if keep else []:
+        if old != folder_of(run, pinned):
+            remove_tree(old)
+    return target
+
+
+def read_progress(path: Path) -> Progress:
+    """The progress of a checkpoint; raises FileError if it is damaged."""
+    progress: Progress = read_json(path / PROGRESS, Progress)
+    return progress
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimiser whose state is tensors, as AdamW's is; its settings are those of the run."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{name}": tensor for number, of in state.items() for name, tensor in of.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned into an optimiser over the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+# ---- starting and resuming
+
+
+def check_out(config: TrainConfig) -> None:
+    """See that `config.out` is free, or holds the run that is to be resumed; writes nothing.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is off, or its settings differ from `config`.
+    """
+    settings = Path(config.out, CONFIG_FILE)
+    if not config.resume and (settings.is_file() or latest(config.out) is not None):
+        raise ConfigError(f"out is {config.out!r}, which holds a run (expected another folder, or resume to go on)")
+    if settings.is_file():
+        differences = TrainConfig.load(settings).differences(config)
+        if differences:
+            listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differences.items())
+            raise ConfigError(f"{settings} has other settings: {listed} (expected the same to resume the run)")
+
+
+def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> Path | None:
+    """Make or reopen the folder `config.out`, which this process holds; return what to go on from.
+
+    Args:
+        config: settings of the run.
+        inputs: as in `Progress`.
+        processes: how many there are.
+
+    Returns:
+        The newest checkpoint that is whole; None at the start.
+
+    Raises:
+        ConfigError: the folder holds a run and `resume` is off, or settings, data or masks differ from the run's.
+        CheckpointError: there are checkpoints and none is whole, another number of processes made them, or the run
+            has finished and has none.
+    """
+    check_out(config)
+    folder = Path(config.out)
+    known = (folder / CONFIG_FILE).is_file()
+    remove_leftovers(folder)
+    remove_leftovers(folder_of(folder))
+    start = newest_whole(folder)
+    if start is not None:
+        progress = read_progress(start)
+        names = {*progress.inputs, *inputs}
+        if changed := sorted(name for name in names if progress.inputs.get(name) != inputs.get(name)):
+            raise ConfigError(
+                f"{start} was made with other inputs: {', '.join(changed)} changed since "
+                "(expected the same to resume the run)"
+            )
+        if len(progress.random) != processes:
+            raise CheckpointError(f"{start} was made by {len(progress.random)} processes (expected {processes})")
+    elif is_finished(folder):
+        raise CheckpointError(f"the run in {folder} has finished, and its checkpoints are gone (expected nothing more)")
+    elif known:
+        warnings.warn(f"the run in {folder} has no checkpoint yet: it starts anew", UserWarning, stacklevel=2)
+    if not known:
+        replace_file(folder / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
+    return start
+
+
+def data_of(config: TrainConfig, run: str | os.PathLike[str]) -> tuple[str, list[str], list[str]]:
+    """Where the data of a run in folder `run` is, its training languages, and others that a demonstration has.
+
+    Raises:
+        ConfigError: the run has no data and its task none to show.
+    """
+    if config.data is not None:
+        return config.data, config.language_list or config.task_class.languages(config.data, config.task_settings), []
+    demo = config.task_class.demo(run)
+    if demo is None:
+        raise ConfigError(f"task {config.task} needs data (expected a folder, a file or a name on the Hub)")
+    where, train, others = demo
+    train = config.language_list or train
+    return where, train, [name for name in others if name not in train]
+
+
+# ---- finished runs
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The model of a run in evaluation mode, its settings, its subnetworks (None for method `full`), its origin."""
+    """The model of a run in evaluation mode, its settings, and its subnetworks (None for method `full`)."""
 
     task: Task
     config: TrainConfig
     subnetworks: Subnetworks | None
-    origin: Origin
 
 
 def is_finished(run: str | os.PathLike[str]) -> bool:
@@ -71,7 +289,7 @@ def check_finished(run: str | os.PathLike[str]) -> Path:
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} is not a run of `fastmask train`: it has no {CONFIG_FILE}")
     if not is_finished(folder):
-        last = checkpoints.latest(folder)
+        last = latest(folder)
         state = f"goes on from {last.name}" if last else "begins it anew, as it has no checkpoint yet"
         raise FileNotFoundError(
             f"the run in {folder} has not finished (it has no {MANIFEST}): "
@@ -80,32 +298,15 @@ def check_finished(run: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def check_run(folder: Path) -> Origin:
-    """Return the origin of a finished run whose model, masks and settings are as they were written.
-
-    Raises:
-        FileError: something is missing, superfluous or altered; the message names the file.
-    """
-    return check_files(folder, (CONFIG_FILE, MODEL, MASKS_FILE, DYNAMIC_FILE))
-
-
-def write_finished(folder: Path, task: Task, origin: Origin, writers: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Write what a run leaves into its folder, which holds its settings: the model, other files, and the manifest.
-
-    Args:
-        folder: of the run.
-        task: its model goes into ``model/``.
-        origin: goes into the manifest.
-        writers: name of a file -> called with the path to write it to.
-    """
-    manifest = folder / MANIFEST
+def write_finished(folder: Path, task: Task, writers: Writers) -> None:
+    """Write what a run leaves into its folder: the model, other files, and the manifest."""
+    manifest, model = folder / MANIFEST, folder / MODEL
     manifest.unlink(missing_ok=True)  # until all is in place the run has not finished
-    model = folder / MODEL
     write_folder(model, {".": task.save}, make_room=lambda: remove_tree(model))
     for name, write in writers.items():
         replace_file(folder / name, write)
-    names = [*writers, CONFIG_FILE, *files_in(folder, [MODEL])]
-    replace_file(manifest, lambda path: write_manifest(path, origin, names))
+    names = [*writers, CONFIG_FILE, *(f"{MODEL}/{name}" for name in files_in(model))]
+    replace_file(manifest, lambda path: write_manifest(path, names))
 
 
 def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
@@ -113,129 +314,15 @@ def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
 
     Raises:
         FileNotFoundError: no such folder, not a run, or a run that has not finished; the message says which.
-        FileError: a file of it is missing, superfluous or altered; the message names it.
+        FileError: a file of it is missing or altered; the message names it.
     """
     folder = check_finished(run)
-    origin = check_run(folder)
+    check_files(folder)
     config = TrainConfig.load(folder / CONFIG_FILE)
     task = config.task_class.open(folder / MODEL)
     if config.freeze_embeddings:
         task.freeze_embeddings()
-    masks = folder / MASKS_FILE
-    subnetworks = Subnetworks.load(masks) if masks.is_file() else None
+    subnetworks = None if config.method == "full" else Subnetworks.load(folder / MASKS_FILE)
     if subnetworks is not None and attached:
         attach(task.encoder, subnetworks)
-    return FinishedRun(task, config, subnetworks, origin)
-
-
-def data_of(config: TrainConfig, run: str | os.PathLike[str]) -> tuple[str, list[str], list[str]]:
-    """Where the data of a run in folder `run` is, its training languages, and others that a demonstration has.
-
-    Raises:
-        ConfigError: the run has no data and its task none to show.
-    """
-    if config.data is not None:
-        return config.data, config.language_list or config.task_class.languages(config.data, config.task_settings), []
-    demo = config.task_class.demo(run)
-    if demo is None:
-        raise ConfigError(f"task {config.task} needs data (expected a folder, a file or a name on the Hub)")
-    where, train, others = demo
-    train = config.language_list or train
-    return where, train, [name for name in others if name not in train]
-
-
-def check_out(config: TrainConfig) -> None:
-    """See that `config.out` is free, or holds the run that is to be resumed; writes nothing.
-
-    Raises:
-        ConfigError: the folder holds a run and `resume` is off, or its settings differ from `config`, or there is a
-            link in it: what is written to a link lands somewhere else.
-    """
-    folder = Path(config.out)
-    settings = folder / CONFIG_FILE
-    for place in (folder, checkpoints.folder_of(folder)):
-        for entry in os.scandir(place) if place.is_dir() else ():
-            if entry.is_symlink():
-                raise ConfigError(f"{entry.path} is a link (expected the folder of a run, all of it its own)")
-    held = settings.is_file() or checkpoints.latest(folder) is not None
-    if held and not config.resume:
-        raise ConfigError(
-            f"out is {str(folder)!r}, which holds a run (expected a new folder, or resume to go on with it)"
-        )
-    if settings.is_file():
-        differences = TrainConfig.load(settings).differences(config)
-        if differences:
-            listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (old, new) in differences.items())
-            raise ConfigError(f"{settings} has other settings: {listed} (expected the same to resume the run)")
-
-
-def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> Path | None:
-    """Make or reopen the folder `config.out`, which this process holds; return what to go on from.
-
-    ``config.yaml`` is what marks a folder as a run. Resuming a folder without one starts a new run there.
-
-    Args:
-        config: settings of the run.
-        inputs: see `inputs_of`.
-        processes: how many there are.
-
-    Returns:
-        The newest checkpoint that is whole; the folder itself if the run has finished and has none of its last step;
-        None at the start.
-
-    Raises:
-        ConfigError: the folder holds a run and `resume` is off, or settings, data or masks differ from the run's.
-        CheckpointError: checkpoints or a finished run are there and none is whole, or another number of processes made
-            them.
-    """
-    check_out(config)
-    folder = Path(config.out)
-    settings = folder / CONFIG_FILE
-    known = settings.is_file()
-    remove_leftovers(folder)
-    remove_leftovers(checkpoints.folder_of(folder))
-    start = _start(config)
-    if start is not None:
-        path, origin = start
-        _check_origin(path, origin, config, inputs)
-        if origin.processes != processes:
-            raise CheckpointError(f"{path} was made by {origin.processes} processes (expected {processes})")
-    elif known:
-        warnings.warn(f"the run in {folder} has no checkpoint yet: it starts anew", UserWarning, stacklevel=2)
-    if not known:
-        replace_file(settings, dataclasses.replace(config, resume=False).save)
-    return None if start is None else start[0]
-
-
-def _start(config: TrainConfig) -> tuple[Path, Origin] | None:
-    """What is whole and furthest, with its origin: a checkpoint, or the run if it has finished."""
-    folder = Path(config.out)
-    newest, failure = None, None
-    try:
-        newest = checkpoints.newest_whole(folder)
-    except CheckpointError as error:
-        failure = error
-    if newest is not None and newest[1].step == config.steps:
-        return newest
-    if is_finished(folder):
-        try:
-            return folder, check_run(folder)
-        except FileError as error:
-            failure = failure or CheckpointError(f"the finished run in {folder} is damaged: {error}")
-    if newest is None and failure is not None:
-        raise failure
-    return newest
-
-
-def _check_origin(path: Path, origin: Origin, config: TrainConfig, inputs: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if a run goes on from what another run has left, or sees other data."""
-    mine = config.identity()
-    other = [name for name in mine if name not in origin.settings or origin.settings[name] != mine[name]]
-    if other:
-        listed = ", ".join(f"{name} was {origin.settings.get(name)!r} and is {mine[name]!r}" for name in other)
-        raise ConfigError(f"{path} was made with other settings: {listed} (expected the same to resume the run)")
-    names = sorted({name for name in {*origin.inputs, *inputs} if origin.inputs.get(name) != inputs.get(name)})
-    if names:
-        raise ConfigError(
-            f"{path} was made with other inputs: {', '.join(names)} changed since (expected the same to resume the run)"
-        )
+    return FinishedRun(task, config, subnetworks)

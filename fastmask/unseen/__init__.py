@@ -10,23 +10,7 @@ from fastmask.unseen.support import Pool, split_pool, support_sets
 from fastmask.unseen.typology import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
 
 __all__ = [
-    "CHOICES",
-    "DEFAULT_RATES",
-    "DEFAULT_STEPS",
-    "OPTIMIZERS",
-    "UNION",
-    "AdaptationDiverged",
-    "Choice",
-    "HeadDirection",
-    "Pool",
-    "adapted",
-    "choose",
-    "head_direction_similarity",
-    "similarity_measure",
-    "split_pool",
-    "support_losses",
-    "support_sets",
-    "uriel_similarity",
-    "with_language",
-    "with_union",
-]
+    "CHOICES", "DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "UNION", "AdaptationDiverged", "Choice", "HeadDirection",
+    "Pool", "adapted", "choose", "head_direction_similarity", "similarity_measure", "split_pool", "support_losses",
+    "support_sets", "uriel_similarity", "with_language", "with_union",
+]  # fmt: skip

@@ -10,69 +10,30 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import LOCK_FILES, Record, check, held, is_leftover, read_json, remove_leftovers, write_folder
+from fastmask.files import check, read_json, remove_leftovers, write_folder
 from fastmask.files.manifest import MANIFEST, files_in, write_manifest
 from fastmask.settings import ConfigError
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun, data_of
 from fastmask.unseen.choosing import Choice, with_language
 
-__all__ = ["adaptations_of", "check_new", "check_new_folder", "held_for_new", "profiles_of", "save_adapted"]
+__all__ = ["adaptations_of", "check_new", "check_new_folder", "profiles_of", "save_adapted"]
 
 RESULTS_FILE = "results.json"
 RECORDS = "adaptations"  # in it, oldest first
 PROFILE = "profile"  # in a record: what the task knows of the language by its support examples, see `Task.profile`
 
 
-class _Record(Record):
-    """What is read again of the record of an added language."""
-
-    language: str
-    profile: dict[str, Any] | None
-
-
 def check_new_folder(out: str | os.PathLike[str]) -> Path:
-    """Return the folder of a run that is to be written; raise `ConfigError` if something is there already.
-
-    What holds a folder (`fastmask.files.held`) may be in it.
-    """
+    """Return the folder of a run that is to be written; raise `ConfigError` if something is there already."""
     folder = Path(out)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    if folder.is_file() or any(name not in LOCK_FILES and not is_leftover(name) for name in names):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ConfigError(f"out is {os.fspath(out)!r}, which is there already (expected a new or an empty folder)")
     return folder
-
-
-@contextmanager
-def held_for_new(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run that is to be written; it is left as it was found if that fails.
-
-    Raises:
-        ConfigError: something is there already.
-        HeldError: another process is writing a run there.
-    """
-    found = folder.is_dir()
-    with held(folder):
-        try:
-            check_new_folder(folder)  # it may have become one before it was held
-            yield
-        except BaseException:
-            _unlock(folder)
-            if not found:
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
-            raise
-
-
-def _unlock(folder: Path) -> None:
-    """Take the lock's files out of a folder; the lock itself is kept until the process lets go of it."""
-    for name in LOCK_FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -86,31 +47,18 @@ def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
         content: dict[str, Any] = read_json(path)
     except FileNotFoundError:
         return []
-    records: list[dict[str, Any]] = check(path, content.get(RECORDS, []), list[dict[str, Any]])
-    for record in records:
-        check(path, {name: record.get(name) for name in ("language", PROFILE)}, _Record)
-    return records
+    return check(path, content.get(RECORDS, []), list[dict[str, Any]])
 
 
-def check_new(
-    language: str, loaded: FinishedRun, run: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]
-) -> None:
+def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` if the run was trained on `language`, or adapted to it."""
-    known = list(dict.fromkeys([*_trained_on(loaded, run), *(record["language"] for record in records)]))
+    trained = loaded.config.language_list if loaded.subnetworks is None else loaded.subnetworks.languages
+    known = list(dict.fromkeys([*trained, *(record["language"] for record in records)]))
     if language in known:
         raise ConfigError(
             f"language is {language!r}, which the run was trained on or adapted to already "
             f"(expected another one than {', '.join(known)})"
         )
-
-
-def _trained_on(loaded: FinishedRun, run: str | os.PathLike[str]) -> list[str]:
-    if loaded.subnetworks is not None:
-        return list(loaded.subnetworks.languages)
-    try:
-        return data_of(loaded.config, run)[1]
-    except OSError:  # the data is not there any more
-        return loaded.config.language_list
 
 
 def profiles_of(
@@ -152,7 +100,7 @@ def save_adapted(
     """Write a run beside its place and rename it: it is there whole, or not at all.
 
     Args:
-        folder: new or empty, and held (`held_for_new`).
+        folder: new or empty.
         loaded: the run it is made of, whose model has the adapted weights by now.
         choice: the new language's subnetwork is a copy of it.
         record: what is kept of this adaptation; "language" is the new one.
@@ -170,6 +118,6 @@ def save_adapted(
         writers[MASKS_FILE] = with_language(loaded.subnetworks, record["language"], choice).save
     writers[CONFIG_FILE] = config.save
     writers[RESULTS_FILE] = partial(Path.write_text, data=results, encoding="utf-8")
-    writers[MANIFEST] = lambda path: write_manifest(path, loaded.origin, files_in(path.parent))
+    writers[MANIFEST] = lambda path: write_manifest(path, files_in(path.parent))
     remove_leftovers(folder.parent, of=folder.name)
-    write_folder(folder, writers, make_room=lambda: _unlock(folder))
+    write_folder(folder, writers)

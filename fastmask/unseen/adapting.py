@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmask.errors import unknown
 from fastmask.masks import FULL
@@ -51,8 +51,6 @@ def adapted(
     encoder_lr: float,
     optimizer: str = "sgd",
     keep: bool = False,
-    dropout: bool = False,
-    seed: int = 0,
 ) -> Iterator[Tensor]:
     """The model after `steps` steps on `support`, inside the context; yields the support losses [steps].
 
@@ -69,8 +67,6 @@ def adapted(
         encoder_lr: learning rate of the encoder; see `Task.rates`.
         optimizer: "sgd" or "adamw" (without weight decay; moments start at zero).
         keep: leave the adapted weights in place.
-        dropout: leave dropout on, drawn from `seed`; torch's random state is afterwards what it was.
-        seed: of dropout.
 
     Raises:
         AdaptationDiverged: a support loss, also that after the last step, is not finite; nothing is changed.
@@ -102,10 +98,10 @@ def adapted(
         return found
 
     rates = task.rates(head_lr, encoder_lr)
-    learner = MetaLearner(task.model, loss, inner_learning_rate=rates, inner_dropout=dropout)
+    learner = MetaLearner(task.model, loss, inner_learning_rate=rates, inner_dropout=False)
     batch = task.collate(support).to(task.device)
     with ExitStack() as stack:
-        with _drawn_from(task.model, seed) if dropout else evaluating(task.model):
+        with evaluating(task.model):
             fast = learner.adapt(language_id, [batch], steps=steps, keep=keep, weights=OPTIMIZERS[optimizer])
             losses = stack.enter_context(fast).support_losses
             with run_with(task.encoder, name) if task.is_attached else nullcontext(), torch.no_grad():
@@ -123,13 +119,3 @@ def _name(task: Task, language_id: int) -> str | None:
     if not 0 <= language_id < len(languages):
         raise ValueError(f"language id {language_id} is out of range: expected -1 to {len(languages) - 1}")
     return str(languages[language_id])
-
-
-@contextmanager
-def _drawn_from(model: nn.Module, seed: int) -> Iterator[None]:
-    """Dropout on, drawn from `seed`; modes and torch's random state are afterwards what they were."""
-    device = next(model.parameters()).device
-    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model.train()
-        torch.manual_seed(seed)
-        yield

@@ -23,16 +23,7 @@ from fastmask.subnetworks import Subnetworks
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
 
-__all__ = [
-    "CHOICES",
-    "FULL_CHOICE",
-    "UNION",
-    "Choice",
-    "choose",
-    "support_losses",
-    "with_language",
-    "with_union",
-]
+__all__ = ["CHOICES", "FULL_CHOICE", "UNION", "Choice", "choose", "support_losses", "with_language", "with_union"]
 
 CHOICES = ("nearest", "best", "union", "full")
 UNION = "union"
@@ -151,14 +142,7 @@ def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:
 
 
 def choose(
-    task: Task,
-    subnets: Subnetworks,
-    support: Any,
-    how: str,
-    *,
-    similarity: Mapping[str, float] | None = None,
-    include_full: bool = False,
-    at_once: int | None = None,
+    task: Task, subnets: Subnetworks, support: Any, how: str, *, similarity: Mapping[str, float] | None = None
 ) -> Choice:
     """Choose a subnetwork for an unseen language; ties go to the first training language in order.
 
@@ -169,8 +153,6 @@ def choose(
         support: `Examples` of the unseen language, for "best"; None or empty where there are none.
         how: "best": lowest mean support loss; "nearest": highest of `similarity`; "union"; "full".
         similarity: of each training language to the unseen one, for "nearest"; see `fastmask.unseen.typology`.
-        include_full: for "best": the full network is a candidate, too, the last one.
-        at_once: for "best": see `support_losses`.
 
     Raises:
         KeyError: `how` is not one of `CHOICES`, or `similarity` lacks a training language.
@@ -195,19 +177,12 @@ def choose(
         similarities = {name: _finite(name, "similarity", float(similarity[name])) for name in names}
         nearest = max(similarities, key=similarities.__getitem__)  # the first of equals
         return Choice(subnets.index(nearest), nearest, similarities=similarities)
-    losses = _losses(task, subnets, support, names, include_full, at_once)
+    losses = _losses(task, subnets, support, names)
     best = min(losses, key=losses.__getitem__)
-    return Choice(FULL if best == FULL_CHOICE.name else subnets.index(best), best, losses=losses)
+    return Choice(subnets.index(best), best, losses=losses)
 
 
-def _losses(
-    task: Task,
-    subnets: Subnetworks,
-    support: Any,
-    names: list[str],
-    include_full: bool,
-    at_once: int | None,
-) -> dict[str, float]:
+def _losses(task: Task, subnets: Subnetworks, support: Any, names: list[str]) -> dict[str, float]:
     if support is None or not len(support):
         raise ValueError(
             "choosing the best subnetwork needs support sentences, given none: choose nearest (by typology), union or "
@@ -220,9 +195,7 @@ def _losses(
         )
     batch = task.collate(support).to(task.device)
     ids = [subnets.index(name) for name in names]
-    if include_full:
-        names, ids = [*names, FULL_CHOICE.name], [*ids, FULL]
-    losses = support_losses(task.model, batch, ids, lambda some: task.loss(some).each, at_once=at_once).tolist()
+    losses = support_losses(task.model, batch, ids, lambda some: task.loss(some).each).tolist()
     return {name: _finite(name, "support loss", loss) for name, loss in zip(names, losses, strict=True)}
 
 

@@ -9,12 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "Pool",
-    "split_pool",
-    "support_sets",
-    "without_repeats",
-]
+__all__ = ["Pool", "split_pool", "support_sets", "without_repeats"]
 
 POOL_SPLITS = ("train", "dev", "test")
 

@@ -30,14 +30,9 @@ import numpy as np
 from fastmask.errors import FastmaskKeyError, unknown
 
 __all__ = [
-    "SIMILARITIES",
-    "HeadDirection",
-    "direction_profile",
-    "direction_similarity",
-    "head_direction_similarity",
-    "similarity_measure",
-    "uriel_similarity",
-]
+    "SIMILARITIES", "HeadDirection", "direction_profile", "direction_similarity", "head_direction_similarity",
+    "similarity_measure", "uriel_similarity",
+]  # fmt: skip
 
 SIMILARITIES = ("uriel", "head-direction")
 LEFT_OUT = ("punct", "root", "_")
@@ -46,16 +41,8 @@ URIEL_FEATURES = "syntax_knn"
 
 # Treebanks carry the codes of macrolanguages, which URIEL does not have: the member that their treebanks are in.
 INDIVIDUAL = {
-    "ar": "arb",
-    "az": "azj",
-    "fa": "pes",
-    "gn": "gug",
-    "mn": "khk",
-    "sq": "als",
-    "sw": "swh",
-    "uz": "uzn",
-    "zh": "cmn",
-}
+    "ar": "arb", "az": "azj", "fa": "pes", "gn": "gug", "mn": "khk", "sq": "als", "sw": "swh", "uz": "uzn", "zh": "cmn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,21 +58,13 @@ class HeadDirection:
     @classmethod
     def of_rows(cls, rows: Iterable[Mapping[str, Any]]) -> HeadDirection:
         """Count sentences with "heads" (0: root, negative: none) and "deprels"."""
-        return cls._summed(
-            (deprel, int(position < head), int(position > head))
-            for row in rows
-            for position, (head, deprel) in enumerate(zip(row["heads"], row["deprels"], strict=True), start=1)
-            if head > 0
-        )
-
-    @classmethod
-    def _summed(cls, found: Iterable[tuple[str, int, int]]) -> HeadDirection:
         counts: dict[str, tuple[int, int]] = {}
-        for deprel, before, after in found:
-            relation = deprel.split(":", 1)[0]
-            if before + after and relation not in LEFT_OUT:
-                so_far = counts.get(relation, (0, 0))
-                counts[relation] = (so_far[0] + before, so_far[1] + after)
+        for row in rows:
+            for position, (head, deprel) in enumerate(zip(row["heads"], row["deprels"], strict=True), start=1):
+                relation = deprel.split(":", 1)[0]
+                if head > 0 and head != position and relation not in LEFT_OUT:
+                    before, after = counts.get(relation, (0, 0))
+                    counts[relation] = (before + (position < head), after + (position > head))
         return cls(dict(sorted(counts.items())))
 
     def share(self, relation: str) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 
 import fastmask as fm
@@ -69,7 +68,7 @@ def test_each_method_against_its_own_baseline():
 
 
 def test_gaps():
-    """With gaps, a method must be compared over what it and its baseline both have, and nothing else."""
+    """A method must be compared over what it and its baseline both have, and nothing else."""
     scores = rows(
         full={"en": [60, 62], "hi": [40, 41], "fi": [50, 50]},
         half={"en": [61, 64], "hi": [40.5, 40]},
@@ -77,7 +76,7 @@ def test_gaps():
         lone={"ja": [1, 2]},
     )
     scores = [row for row in scores if not (row["method"] == "half" and row["language"] == "hi" and row["seed"] == 1)]
-    result = fm.analysis.effect(scores, gaps=True)
+    result = fm.analysis.effect(scores)
     methods = result.more["methods"].set_index("method")
     assert list(methods.index) == ["half", "other"]
     assert methods.difference["half"] == 1  # en 1.5, hi 0.5
@@ -85,7 +84,7 @@ def test_gaps():
     assert list(result.table[result.table.method == "half"].language) == ["en", "hi"]
     assert result.pictures()["png"].startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="none of lone has a language and seed in common with its baseline"):
-        fm.analysis.effect(scores, {"lone": "full"}, gaps=True)
+        fm.analysis.effect(scores, {"lone": "full"})
 
 
 def test_verdicts():
@@ -117,44 +116,6 @@ def test_interval_is_that_of_the_pairs():
     assert (again.low, again.high) == (row.low, row.high)
 
 
-def sentences():
-    generator = np.random.default_rng(4)
-    found = []
-    for language in ("en", "hi"):
-        weights = generator.integers(1, 30, 25)
-        for method in ("full", "static"):
-            for seed in range(2):
-                for sentence, weight in enumerate(weights):
-                    score = generator.integers(0, weight + 1) / weight * 100
-                    key = {"method": method, "language": language, "seed": seed, "sentence": f"s{sentence}"}
-                    found.append({**key, "score": score, "weight": weight})
-    return pd.DataFrame(found).sample(frac=1, random_state=1)
-
-
-def test_sentences_equal_a_literal_bootstrap():
-    """Sentences are drawn in pairs, weighted by their words, and alike for all seeds."""
-    frame = sentences()
-    result = fm.analysis.effect(frame, seed=7)
-    row = result.table.set_index("language").loc["hi"]
-    mine = frame[frame.language == "hi"].set_index(["method", "seed", "sentence"]).sort_index()
-    names = sorted(set(frame.sentence), key=lambda name: int(name[1:]))
-
-    def las(method, seed, drawn):
-        chosen = mine.loc[method, seed].loc[drawn]
-        return (chosen.score * chosen.weight).sum() / chosen.weight.sum()
-
-    differences = [las("static", seed, names) - las("full", seed, names) for seed in range(2)]
-    assert row.difference == pytest.approx(np.mean(differences))
-    assert (row.n, row.over) == (25, "sentences")
-    generator, literal = np.random.default_rng(1), []
-    for _ in range(400):
-        drawn = [names[at] for at in generator.integers(0, 25, 25)]
-        literal.append(np.mean([las("static", seed, drawn) - las("full", seed, drawn) for seed in range(2)]))
-    low, high = np.quantile(literal, [0.025, 0.975])
-    # The ends of 400 samples wander by about a tenth of their spread.
-    assert (row.low, row.high) == pytest.approx((low, high), abs=0.35 * np.std(literal))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,7 +123,6 @@ def test_sentences_equal_a_literal_bootstrap():
         (lambda r: [row for row in r if row["method"] == "full"], "no method besides the baseline"),
         (lambda r: [row for row in r if row["method"] != "full"], "unknown method 'full'"),
         (lambda r: [*r, r[0]], "several scores for"),
-        (lambda r: r[:-1], "'full' has a score for language 'hi', seed 1, and 'static' has none"),
         (lambda r: [{**row, "score": float("nan")} for row in r], "finite scores"),
     ],
 )
@@ -171,14 +131,3 @@ def test_bad_input(change, message):
     good = rows(full={"en": [60, 62], "hi": [40, 41]}, static={"en": [61, 64], "hi": [40.5, 41.5]})
     with pytest.raises((ValueError, KeyError), match=message):
         fm.analysis.effect(change(good))
-
-
-def test_sentences_must_be_the_same():
-    """Methods that were scored on different sentences are refused."""
-    frame = sentences()
-    lost = frame[~((frame.method == "static") & (frame.sentence == "s3") & (frame.seed == 1))]
-    with pytest.raises(ValueError, match="not scored on the same sentences of 'en'"):
-        fm.analysis.effect(lost)
-    heavier = frame.assign(weight=np.where(frame.method == "static", frame.weight + 1, frame.weight))
-    with pytest.raises(ValueError, match="weights of sentences of 'en' differ"):
-        fm.analysis.effect(heavier)

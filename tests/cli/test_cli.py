@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import time
@@ -18,12 +17,9 @@ import fastmask as fm
 from fastmask.cli import main
 from fastmask.cli.evaluate import which_data
 from fastmask.files import read_metadata
-from fastmask.files.manifest import MANIFEST, files_in, read_origin, write_manifest
+from fastmask.files.manifest import MANIFEST, files_in, write_manifest
 from fastmask.tasks.data.synthetic import SEEN
-from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.training.config import TrainConfig
-from fastmask.training.methods import some_rows
-from fastmask.training.run_folder import load_run
 
 TINY = ["--languages", "qaa,qac", "--batch-size", "8", "--score-sentences", "16", "--dev-sentences", "8"]
 TINY += ["--eval-every", "0", "--threads", "1", "--log-every", "1"]
@@ -44,7 +40,7 @@ def run(tmp_path_factory, data, tiny):
 
 
 def test_train_leaves_everything_it_names(run):
-    """A run has its metrics, model, masks, table and picture."""
+    """A run has its metrics, model, masks and table."""
     results = json.loads((run / "results.json").read_text())
     assert [row["language"] for row in results["test"]] == ["qaa", "qac"]
     for row in results["test"]:
@@ -52,7 +48,6 @@ def test_train_leaves_everything_it_names(run):
         assert row["all_neurons"] == 64
         assert 0 <= row["full"]["las"] <= row["full"]["uas"] <= 100
     assert results["training_words_per_second"].keys() == {"full_network", "subnetworks"}
-    assert (run / "head_use.png").read_bytes().startswith(b"\x89PNG")
     assert fm.Subnetworks.load(run / "masks.safetensors").languages == ("qaa", "qac")
     assert (run / "metrics.jsonl").stat().st_size > 0
 
@@ -107,9 +102,7 @@ def test_discover_then_train_with_the_masks(run, data, tiny, capsys, tmp_path):
     assert all(0 < agreement[name] <= 1 for name in ("draws", "languages", "chance"))
     line = "agreement of heads (mean Jaccard): draws of one language {draws:.2f}, of two languages {languages:.2f}"
     assert line.format(**agreement) in table
-    shown = output_of(capsys, "masks", masks, "--picture", tmp_path / "heads.svg")
-    assert "qaa" in shown
-    assert (tmp_path / "heads.svg").read_text().lstrip().startswith("<?xml")
+    assert "qaa" in output_of(capsys, "masks", masks)
     for method in ("random", "shared"):
         out = tmp_path / method
         arguments = ["--data", data, "--out", out, "--steps", "4", "--method", method, "--masks", masks, *tiny]
@@ -158,7 +151,7 @@ def half_without_dev(tmp_path_factory, data):
 
 
 def test_discover_without_dev_data(run, half_without_dev, capsys, tmp_path):
-    """Every number must be called what it is: without dev data there is no LAS, but a loss; and tau must be checked."""
+    """Every number must be called what it is: without dev data there is no LAS, but a loss."""
     options = ["--tau", "0.9", "--draws", "2", "--score-sentences", "8", "--units", "heads"]
     arguments = ["discover", run, "--data", half_without_dev, "--masks", tmp_path / "m", *options]
     assert main([str(argument) for argument in arguments]) == 0
@@ -178,21 +171,6 @@ def test_discover_without_dev_data(run, half_without_dev, capsys, tmp_path):
     made_from = json.loads(read_metadata(tmp_path / "m")["made_from"])
     assert (made_from["vote"], made_from["tau"]) == ("majority", 0.9)
     assert "density" not in made_from  # that of the run is not what was asked for
-    quality = made_from["quality"][str(run)]
-    assert [quality[name]["by"] for name in ("qaa", "qac")] == ["dev LAS", "loss on the scoring examples"]
-    assert quality["qaa"]["keeps_tau"] == (quality["qaa"]["combined"] >= 0.9 * quality["qaa"]["full"])
-    assert quality["qac"]["keeps_tau"] == (quality["qac"]["combined"] <= quality["qac"]["full"] - math.log(0.9))
-    for name in ("qaa", "qac"):
-        assert (f"{name}: the combined subnetwork misses tau" in said) != quality[name]["keeps_tau"]
-    # The numbers are those of the saved masks.
-    subnets = fm.Subnetworks.load(tmp_path / "m")
-    task = load_run(run, attached=False).task
-    dev = load_treebanks(half_without_dev, ["qaa"])["qaa"]["dev"]
-    fm.attach(task.encoder, subnets)
-    examples = task.examples(some_rows(dev, 8))
-    with task.reading("qaa"):
-        las = task.score(examples, task.predict(examples))["las"]
-    assert las == pytest.approx(quality["qaa"]["combined"])
 
 
 def test_train_without_dev_data(half_without_dev, tiny, capsys, tmp_path):
@@ -208,12 +186,12 @@ def test_discover_what_cannot_be_combined(run, data, capsys, tmp_path):
     """Runs of other settings must be refused before anything is computed."""
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    settings, origin = (other / "config.yaml").read_text(), read_origin(other)
-    names = files_in(other, ["config.yaml", "masks.safetensors", "model"])
+    settings = (other / "config.yaml").read_text()
+    names = ["config.yaml", "masks.safetensors", *(f"model/{name}" for name in files_in(other / "model"))]
 
     def trained_with(old, new):
         (other / "config.yaml").write_text(settings.replace(old, new))
-        write_manifest(other / MANIFEST, origin, names)
+        write_manifest(other / MANIFEST, names)
 
     trained_with("density: 0.4", "density: 0.3")
     arguments = ["discover", run, other, "--data", data, "--masks", tmp_path / "m"]

@@ -40,7 +40,7 @@ def full(tmp_path_factory, data, tiny):
 
 def test_a_run_gets_a_report(run, capsys):
     """The command says where its report is, and what is missing from it and why."""
-    said = output_of(capsys, "analyze", run, "--sentences", "4", "--workers", "1")
+    said = output_of(capsys, "analyze", run, "--sentences", "4")
     assert f"report: {(run / 'analysis' / 'report.html').resolve()}" in said
     assert "skipped typology" in said
     assert "skipped overlap (static, between seeds): there is one seed only" in said
@@ -52,9 +52,9 @@ def test_a_run_gets_a_report(run, capsys):
         "ablation-static.csv",
     } <= names
     text = (run / "analysis" / "report.html").read_text()
-    assert f"fastmask analyze {run} --sentences 4 --workers 1" in text
-    assert main(["analyze", str(run), "--what", "heads", "--workers", "1"]) == 0
-    assert "[1/1] heads: " in capsys.readouterr().err
+    assert f"fastmask analyze {run} --sentences 4" in text
+    assert main(["analyze", str(run), "--what", "heads"]) == 0
+    assert "static, heads: " in capsys.readouterr().err
     assert not (run / "analysis" / "cross-static.csv").exists()
 
 
@@ -62,7 +62,7 @@ def test_runs_side_by_side(run, full, data, capsys, tmp_path):
     """Several runs go into one report."""
     out = tmp_path / "out"
     what = ["--what", "effect,conflict", "--data", data, "--sentences", "4"]
-    output_of(capsys, "analyze", run, full, "--out", out, "--workers", "1", *what)
+    output_of(capsys, "analyze", run, full, "--out", out, *what)
     names = {path.name for path in out.iterdir()}
     assert {"effect.csv", "conflict-all.png", "conflict-static.csv", "conflict-full.csv"} <= names
 
@@ -74,9 +74,8 @@ def test_runs_side_by_side(run, full, data, capsys, tmp_path):
         (["--what", " , "], "--what names no analysis"),
         (["--sentences", "1"], "--sentences is 1 (expected at least 2)"),
         (["--seed", "-1"], "--seed is -1 (expected at least 0)"),
-        (["--workers", "0"], "--workers is 0 (expected at least 1)"),
         (["--out", "{run}"], "holds no report"),
-        (["--what", "typology,dynamics", "--workers", "1"], "nothing could be analysed"),
+        (["--what", "typology,dynamics"], "nothing could be analysed"),
     ],
 )
 def test_what_goes_wrong_exits_with_1(run, arguments, message, capsys):
@@ -97,14 +96,14 @@ def test_no_run_is_one_line(capsys, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_it_leaves_nothing(run, tmp_path):
-    """Ctrl-C leaves neither half a report nor processes that still work."""
+    """Ctrl-C leaves no half a report."""
     out = tmp_path / "out"
-    command = ["analyze", str(run), "--out", str(out), "--sentences", "400", "--workers", "2"]
+    command = ["analyze", str(run), "--out", str(out), "--sentences", "400"]
 
     def heed() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and hand that down
 
-    whole = [sys.executable, "-m", "fastmask.cli", *command]
+    whole = [sys.executable, "-m", "fastmask", *command]
     process = subprocess.Popen(whole, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     time.sleep(20)
     assert process.poll() is None

@@ -182,7 +182,7 @@ def test_plain_and_meta_cells_have_the_same_budget(plan):
 
 
 def run_in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "fastmask.cli", *arguments])
+    return subprocess.Popen([sys.executable, "-m", "fastmask", *arguments])
 
 
 def without_times(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-
 import pytest
 import yaml
 from hang import no_hang
 
-from fastmask.compare.engine import do
 from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.report import load_results, write_report
+from fastmask.compare.report import load_results
 from fastmask.compare.results import write_result
 from fastmask.files import FileError
 
@@ -64,7 +60,6 @@ def test_settings_come_back(plan):
             "hypotheses.H.condition: Input should be",
         ),
         ("comparison: []\ntraining: {}", "comparison: Input should be a valid dictionary"),
-        ("comparison: &a {x: *a}\ntraining: {}", "aliases are not allowed"),
         ("comparison: {seeds: three}\ntraining: {}\narms: {a: {}}", "seeds is 'three' (expected a whole number)"),
         ("comparison: {seeds: 1000000000}\ntraining: {}\narms: {a: {}}", "seeds is 1000000000"),
         ("comparison: {seed: 3}\ntraining: {}\narms: {a: {}}", "unknown setting 'seed'"),
@@ -84,70 +79,13 @@ def test_damaged_settings(plan, text, problem):
         assert problem in str(error.value)
 
 
-def changed(**changes):
-    return {**RESULT, **changes}
-
-
-@pytest.mark.parametrize(
-    ("result", "problem"),
-    [
-        ({}, "day: Field required"),
-        (changed(more=1), "more: Extra inputs"),
-        (changed(outer_steps=4.0), "outer_steps: Input should be a valid integer, given 4.0"),
-        (changed(outer_steps=True), "outer_steps: Input should be a valid integer, given True"),
-        (changed(seconds="1"), "seconds: Input should be a valid number, given '1'"),
-        (changed(seconds=-1), "seconds: Input should be greater than or equal to 0"),
-        (changed(words_per_second=float("nan")), "words_per_second: Input should be"),
-        (changed(density=[0.5]), "density: Input should be"),
-        (changed(scores={}), "scores: Input should be a valid array"),
-        (changed(scores=[{**SCORE, "score": float("nan")}]), "scores.0.score: Input should be a finite number"),
-        (changed(scores=[{**SCORE, "scores": {"uas": float("inf")}}]), "scores.0.scores.uas: "),
-        (changed(scores=[{**SCORE, "score": None}]), "scores.0.score: "),
-        (changed(scores=[{**SCORE, "support_set": "0"}]), "scores.0.support_set: "),
-    ],
-)
-def test_damaged_results(plan, result, problem):
-    """A result of another type than a cell leaves is an error that names the file."""
-    cell = plan.cells[0]
-    write_result(plan, cell, result)
-    with pytest.raises(FileError) as error:
-        load_results(plan)
-    assert str(error.value).startswith(f"{plan.folder(cell) / 'result.json'}: ")
-    assert problem in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"seconds": 1, "seconds": 2}', '{"a":' * 50_000])
+@pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_results_that_are_no_record(plan, content):
     cell = plan.cells[0]
     write_result(plan, cell, RESULT)
     (plan.folder(cell) / "result.json").write_text(content)
     with pytest.raises(FileError, match=r"result\.json: "), no_hang():
         load_results(plan)
-
-
-def test_links_lead_nowhere(plan, tmp_path):
-    """Nothing is written through links that stand where a comparison keeps its files."""
-    (tmp_path / "precious").write_text("old")
-    cell = plan.cells[0]
-    plan.folder(cell).mkdir(parents=True)
-    for link in (plan.folder(cell) / "result.json", *(plan.out / name for name in ("summary.md", "means.png"))):
-        link.symlink_to(tmp_path / "precious")
-    write_result(plan, cell, RESULT)
-    write_report(plan)
-    assert (tmp_path / "precious").read_text() == "old"
-    assert json.loads((plan.folder(cell) / "result.json").read_text()) == RESULT
-    assert (plan.out / "summary.md").read_text().startswith("# Comparison")
-
-
-@pytest.mark.parametrize("name", ["seed-0", "seed-0/start"])
-def test_folders_that_are_links(plan, tmp_path, name):
-    """No job is done in a folder that is a link out of the comparison."""
-    (tmp_path / "elsewhere").mkdir()
-    (plan.out / name).parent.mkdir(exist_ok=True)
-    (plan.out / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="is a link"):
-        do(plan, plan.jobs[0])
-    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_the_comparison_of_the_repository_is_read():

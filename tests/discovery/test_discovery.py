@@ -16,7 +16,8 @@ from transformers import (
 )
 
 import fastmask as fm
-from fastmask.discovery import Quality, importance, measure
+from fastmask.discovery import Quality, importance
+from fastmask.discovery.quality import attached_to, measured
 from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 
@@ -204,7 +205,8 @@ def test_the_loss_is_that_of_the_masked_model(model):
             layer.output.dense.weight *= subnets.neurons[1, index]
         expected = float(loss_of(masked)(data()).mean())
     model.train()
-    found = measure(model, subnets, "b", data().split([3, 4]), loss_of(model), None)
+    with attached_to(model, subnets):
+        found = measured(model, "b", data().split([3, 4]), loss_of(model), None)
     assert found.metric is None
     assert found.loss == pytest.approx(expected, rel=1e-10)
     assert model.training

@@ -26,7 +26,7 @@ def files_of(folder):
     """Every file of a run that is not of its analyses or checkpoints, the larger kinds no more often than others."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     kept = [path for path in files if path.parts[0] not in ("checkpoints", "tensorboard", "data")]
-    return sorted(path for path in kept if path.name not in (".lock", ".holder.json"))
+    return sorted(path for path in kept if path.name not in (".lock", ".holder"))
 
 
 class Commands:
@@ -100,41 +100,6 @@ def test_finished_runs(count, adapted_run, small_data, tmp_path):
 
 
 test_finished_runs.few = 40
-
-
-class Anything:
-    """Equal to whatever a command answers."""
-
-    def __eq__(self, other):
-        return True
-
-    __hash__ = None
-
-
-def test_crafted_runs(count, adapted_run, small_data, tmp_path):
-    """1,000 runs whose checksums are right and whose content is not, as from a stranger: no bug, no hang."""
-    manifest = pytest.importorskip("fastmask.files.manifest")
-    run, verdicts = tmp_path / "run", Verdicts()
-    shutil.copytree(adapted_run, run)
-    commands = Commands(run, small_data, tmp_path)
-    readers = [commands.evaluate, commands.predict, commands.adapt]
-    sealed = (run / manifest.MANIFEST).read_bytes()
-    names, origin = json.loads(sealed)["files"], manifest.read_origin(run)
-    files = [file for file in files_of(run) if file.name != manifest.MANIFEST]
-    each = -(-count // len(files))
-    for file in files:
-        original = (run / file).read_bytes()
-        kind = KIND.get(file.suffix, "bytes")
-        for number, (what, content) in enumerate(mutants(original, kind, each, f"crafted {file}")):
-            read = readers[number % len(readers)]
-            (run / file).write_bytes(content)
-            manifest.write_manifest(run / manifest.MANIFEST, origin, names)
-            verdicts.reading(f"{file} {what} {read.__name__}", read, Anything)
-        (run / file).write_bytes(original)
-    verdicts.check(least=count // 8)
-
-
-test_crafted_runs.few = 30
 
 
 # ---- checkpoints

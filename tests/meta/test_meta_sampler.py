@@ -110,12 +110,3 @@ def test_wrong_use(options, error, message):
     """What cannot work is refused before training."""
     with pytest.raises(error, match=message):
         EpisodeSampler(**{"sizes": {"a": 40, "b": 30}, "support_size": 5, "query_size": 5, **options})
-
-
-def test_a_state_of_other_data():
-    """A run cannot be resumed on other sentences."""
-    state = EpisodeSampler({"a": 40}, 5, 5).state_dict()
-    other = EpisodeSampler({"a": 41}, 5, 5)
-    with pytest.raises(ValueError, match="resume with the data and settings of the run"):
-        other.load_state_dict(state)
-    assert other.state_dict()["drawn"] == [0]

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fastmask.training.checkpoints import load_optimizer, save_optimizer
 from literal_adamw import Literal, Net, live_flags, random_gradients, state_of
 from test_live_adamw import PATHS, check_against_literal, optimizer_of
 from test_live_adamw_state import through_a_file
@@ -15,7 +16,6 @@ from fastmask.files import FileError
 from fastmask.live import Live, live_of
 from fastmask.optim import compact as compact_file
 from fastmask.optim import step as step_file
-from fastmask.training.checkpoints import load_optimizer, save_optimizer
 from tests.core.oracle import KINDS, random_mask
 
 SPARSE = {"density": 0.12, "extremes": False}

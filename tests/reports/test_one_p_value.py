@@ -10,10 +10,9 @@ import pytest
 from whole_results import whole_result
 
 from fastmask.compare.plan import CompareConfig, Plan, arms_of
-from fastmask.compare.report import load_tables, page_tables, write_report
+from fastmask.compare.report import load_tables, markdown_table, page_tables, write_report
 from fastmask.compare.results import write_result
 from fastmask.compare.tables import summary_table
-from fastmask.literal import markdown_table
 from fastmask.reports.folders import Run, Study, studies_of
 from fastmask.reports.scores import effect
 from fastmask.reports.sections import Gathered, Options
@@ -27,7 +26,7 @@ def same(plan: Plan, study: Study) -> None:
     """Differences, intervals and p-values of `summary.csv` are those of the report's tables."""
     found = Gathered("effect", Options())
     effect(study, found)
-    tables = {section.title: section.tables[f"{section.name}_methods"] for section in found.sections()}
+    tables = {section.title: section.result.more["methods"] for section in found.sections()}
     summary = summary_table(plan, load_tables(plan)[0]).set_index(["condition", "arm"])
     count = 0
     for title, table in tables.items():

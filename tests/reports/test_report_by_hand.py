@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from io import StringIO
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastmask.training.checkpoints import complete
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
@@ -16,12 +16,11 @@ import fastmask as fm
 from fastmask.models import attach
 from fastmask.reports.crossing import cross_values, mask_seed
 from fastmask.reports.folders import studies_of
-from fastmask.reports.loading import batches_of, data_for, example_scores, score_of
+from fastmask.reports.loading import batches_of, data_for, score_of
 from fastmask.reports.making import make_report
 from fastmask.reports.sections import Options
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
-from fastmask.training.checkpoints import complete
 from fastmask.training.run_folder import load_run
 from fastmask.unseen import HeadDirection, head_direction_similarity
 
@@ -217,9 +216,8 @@ def test_effect_of_a_comparison(comparison, tables_of):
 
 
 def test_effect_of_single_runs(static_run, full_run, tables_of):
-    """Sentences have their official scores, and runs are compared on the same sentences."""
+    """Runs are compared on the same sentences, by their official scores."""
     found = tables_of([static_run, full_run], "effect")["effect"].set_index("language")
-    assert (found.over == "sentences").all()
     for language in LANGUAGES:
         rows = rows_of(static_run, "test", language)
         las = {}
@@ -227,10 +225,8 @@ def test_effect_of_single_runs(static_run, full_run, tables_of):
             task = attached_task(run)
             network = language if name == "static" else None
             las[name] = score_of(task, rows, {"it": network})["it"]
-            scores = example_scores(task, rows, network)
-            assert np.average(scores.score, weights=scores.weight) == pytest.approx(las[name])
         assert found.difference[language] == pytest.approx(las["static"] - las["full"])
-        assert found.n[language] == 6
+        assert found.verdict[language] == "too few"
 
 
 def test_typology(comparison, data, tables_of):

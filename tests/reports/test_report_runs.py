@@ -6,10 +6,10 @@ import re
 import shutil
 
 import pytest
+from fastmask.reports.analyses import ANALYSES
 
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
-from fastmask.reports.analyses import ANALYSES
 from fastmask.reports.folders import studies_of
 from fastmask.reports.making import make_report
 from fastmask.reports.sections import Options

@@ -11,7 +11,7 @@ from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_dat
 import fastmask as fm
 from fastmask.compare.branch import branch
 from fastmask.settings import ConfigError
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.methods import SwitchPoint, subnetworks_of
 
@@ -73,7 +73,7 @@ def test_a_branch_ends_like_an_unbroken_run(
 
 def test_the_source_stays_as_it_is(sources: dict[str, Path], tmp_path: Path) -> None:
     """A branch that trains on does not change the checkpoint that others start from."""
-    start = checkpoints.folder_of(sources["full"], 6)
+    start = run_folder.folder_of(sources["full"], 6)
     before = {path.name: path.read_bytes() for path in start.iterdir()}
     branch(sources["full"], toy_config(tmp_path / "b", method="random", resume=True))
     run(tmp_path / "b", method="random", resume=True)
@@ -102,7 +102,7 @@ def test_settings_of_the_shared_steps_must_agree(name: str, sources: dict[str, P
 def test_a_damaged_start(sources: dict[str, Path], tmp_path: Path) -> None:
     """A branch does not start from a checkpoint that has changed since it was written."""
     shutil.copytree(sources["full"], tmp_path / "source")
-    weights = checkpoints.folder_of(tmp_path / "source", 6) / "model.safetensors"
+    weights = run_folder.folder_of(tmp_path / "source", 6) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(RuntimeError, match=rf"cannot branch off from a damaged checkpoint: {weights}: has other"):
         branch(tmp_path / "source", toy_config(tmp_path / "b", method="random"))
@@ -122,4 +122,4 @@ def test_where_no_branch_can_start(sources: dict[str, Path], tmp_path: Path) -> 
         branch(sources["full"], toy_config(sources["random"], method="random", resume=True))
     assert not (tmp_path / "b").exists()
     branch(sources["full"], late)  # where there is a checkpoint, a full network may be left later
-    assert checkpoints.latest(tmp_path / "b") == checkpoints.folder_of(tmp_path / "b", 9)
+    assert run_folder.latest(tmp_path / "b") == run_folder.folder_of(tmp_path / "b", 9)

@@ -70,7 +70,6 @@ def test_an_unknown_name_gets_the_nearest(tmp_path) -> None:
         ("steps: true\n", "steps is True (expected a whole number)"),
         ("steps: ٣\n", "steps is '٣' (expected a whole number)"),
         ("steps: '3'\n", "steps is '3' (expected a whole number)"),
-        ("steps: 99999999999999999999\n", "expected a number of ordinary size"),
         ("lr: ٣e-4\n", "lr is '٣e-4' (expected a number)"),
         ("lr: 1e999\n", "lr is inf"),
         ("lr: .nan\n", "lr is nan"),
@@ -79,10 +78,7 @@ def test_an_unknown_name_gets_the_nearest(tmp_path) -> None:
         ("languages: [qaa, {b: c}]\n", "languages is ['qaa', {'b': 'c'}] (expected text)"),
         ("languages: [qaa, 3]\n", "languages is ['qaa', 3] (expected text)"),
         ("model: [small]\n", "model is ['small'] (expected text)"),
-        ('out: "a\\0b"\n', "out is 'a\\x00b' (expected text that a file's name could have)"),
-        ('out: "\\ud800"\n', "expected text that a file's name could have"),
         ("out:\n", "out is None (expected text)"),
-        ("model: {<<: {a: b}}\n", "a name that is not text"),
         (f"model: [{'x,' * 20000}]\n", "model is ['x', 'x'"),
     ],
 )

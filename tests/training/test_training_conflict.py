@@ -44,7 +44,7 @@ def gradients_of(conflict, data=None):
     """`.grad` of the model after the first batch, without dropout."""
     task, config = toy_task(dropout=0.0), toy_config("unused", conflict=conflict)
     examples = {name: task.training_examples(splits["train"], name) for name, splits in (data or toy_data()).items()}
-    batches = MixedBatches(task, task.model, examples, config, [1e-3], accelerator_for("cpu", "no"))
+    batches = MixedBatches(task, task.model, examples, config, accelerator_for("cpu", "no"))
     seen = batches.accumulate(0)
     return {name: p.grad for name, p in task.model.named_parameters() if p.grad is not None}, seen
 

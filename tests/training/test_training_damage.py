@@ -15,7 +15,7 @@ from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_dat
 
 import fastmask as fm
 from fastmask.settings import ConfigError
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.methods import subnetworks_of
 from fastmask.training.run_folder import load_run
@@ -56,7 +56,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed") / "run"
     with pytest.raises(Killed):
         run(folder, kill_at(10))
-    assert [checkpoints.step_of(path) for path in checkpoints.complete(folder)] == [6, 9]
+    assert [run_folder.step_of(path) for path in run_folder.complete(folder)] == [6, 9]
     return folder
 
 
@@ -74,7 +74,7 @@ def lose_the_episodes(checkpoint: Path) -> None:
 
 
 def names_of(killed: Path) -> list[str]:
-    return sorted(os.listdir(checkpoints.folder_of(killed, 9)))
+    return sorted(os.listdir(run_folder.folder_of(killed, 9)))
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
@@ -87,9 +87,11 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def damage(how: str, name: str, killed: Path, folder: Path) -> str:
     """A copy of the run whose newest checkpoint has one damaged file; the pattern of the warning that names it."""
     shutil.copytree(killed, folder)
-    damaged = checkpoints.folder_of(folder, 9) / name
+    damaged = run_folder.folder_of(folder, 9) / name
     DAMAGES[how](damaged)
-    return rf"going back to .*step-00000006: {damaged}: "
+    # A flipped bit of a manifest can be in the name or the checksum of another file, which is then named.
+    named = damaged.parent if (how, name) == ("flipped", "manifest.json") else f"{damaged}: "
+    return rf"going back to .*step-00000006: {named}"
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -98,10 +100,9 @@ def test_a_damaged_checkpoint_is_gone_back_beyond(how: str, killed: Path, tmp_pa
     for name in names_of(killed):
         folder = tmp_path / name
         with pytest.warns(UserWarning, match=damage(how, name, killed, folder)):
-            newest = checkpoints.newest_whole(folder)
+            newest = run_folder.newest_whole(folder)
         assert newest is not None
-        assert newest[0] == checkpoints.folder_of(folder, 6)
-        assert newest[1].step == 6
+        assert newest == run_folder.folder_of(folder, 6)
 
 
 @pytest.mark.parametrize("which", ["one", pytest.param("every", marks=pytest.mark.slow)])
@@ -124,23 +125,19 @@ def test_a_run_with_a_damaged_checkpoint_ends_like_the_unbroken_one(
             assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
-def test_a_checkpoint_without_its_episodes_or_with_too_much(killed: Path, tmp_path: Path) -> None:
-    """What would be resumed as plain training, or from files of somebody else, is damaged."""
+def test_a_checkpoint_without_its_episodes(killed: Path, tmp_path: Path) -> None:
+    """What would be resumed as plain training is damaged."""
     shutil.copytree(killed, tmp_path / "less")
-    lose_the_episodes(checkpoints.folder_of(tmp_path / "less", 9))
+    lose_the_episodes(run_folder.folder_of(tmp_path / "less", 9))
     with pytest.warns(UserWarning, match=r"going back to .*step-00000006: .*progress.json"):
         begin(tmp_path / "less")
-    shutil.copytree(killed, tmp_path / "more")
-    (checkpoints.folder_of(tmp_path / "more", 9) / "custom_checkpoint_0.pkl").write_bytes(b"pickle")
-    with pytest.warns(UserWarning, match=r"step-00000006: .*custom_checkpoint_0.pkl: does not belong there"):
-        begin(tmp_path / "more")
 
 
 def test_never_from_the_start_if_there_was_a_checkpoint(killed: Path, tmp_path: Path) -> None:
     """With every checkpoint damaged the run is not begun anew, and everything stays as it is."""
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    for path in checkpoints.complete(folder):
+    for path in run_folder.complete(folder):
         (path / "progress.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if not path.name.startswith(".")}
     with pytest.raises(RuntimeError, match=r"no checkpoint in .* is whole .*: .*09/progress.json: .*06/progress.json"):
@@ -151,22 +148,13 @@ def test_never_from_the_start_if_there_was_a_checkpoint(killed: Path, tmp_path: 
     }
 
 
-def test_a_run_without_settings_goes_on_with_its_own(killed: Path, tmp_path: Path) -> None:
-    """A run whose ``config.yaml`` is lost is not resumed with other settings."""
-    folder = tmp_path / "run"
-    shutil.copytree(killed, folder)
-    (folder / "config.yaml").unlink()
-    with pytest.raises(ConfigError, match=r"step-00000009 was made with other settings: lr was 0.003 and is 0.001"):
-        run(folder, resume=True, lr=1e-3)
-
-
 def test_masks_that_the_run_has_come_to_later_are_not_those_of_the_switch(
     unbroken: TrainResult, tmp_path: Path
 ) -> None:
     """A finished dynamic run that goes back beyond the switch starts from the masks found there, not the final ones."""
     folder = tmp_path / "run"
     shutil.copytree(unbroken.run, folder)
-    (checkpoints.folder_of(folder, 12) / "progress.json").unlink()
+    (run_folder.folder_of(folder, 12) / "progress.json").unlink()
     for name in ("model/parser.json", "manifest.json"):
         (folder / name).unlink(missing_ok=True)
     with pytest.warns(UserWarning, match="going back to"):
@@ -259,13 +247,9 @@ def test_an_encoder_that_lacks_a_tensor(unbroken: TrainResult, tmp_path: Path) -
         load_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["masks.safetensors", "model/encoder/adapter_config.json"])
-def test_what_does_not_belong_to_a_run(name: str, unbroken: TrainResult, tmp_path: Path) -> None:
-    """A file that would be read if it were there is not taken for one of the run."""
+def test_masks_that_do_not_belong_to_a_run(unbroken: TrainResult, tmp_path: Path) -> None:
+    """A run of the full network has none, whatever lies in its folder; and a run may be moved."""
     full = run(tmp_path / "run", method="full", meta="none").run
-    shutil.copyfile(unbroken.run / "masks.safetensors", full / name)
-    with pytest.raises(ValueError, match=rf"{name}: does not belong there"):
-        load_run(full)
-    (full / name).unlink()
+    shutil.copyfile(unbroken.run / "masks.safetensors", full / "masks.safetensors")
     shutil.move(full, tmp_path / "elsewhere")
-    assert load_run(tmp_path / "elsewhere").subnetworks is None, "a run may be moved"
+    assert load_run(tmp_path / "elsewhere").subnetworks is None

@@ -25,7 +25,7 @@ from fastmask.settings import ConfigError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import accelerator_for, build_optimizer, peak_rates
 from fastmask.training.episodes import Episodes, episode_sampler
@@ -113,7 +113,7 @@ def test_the_inner_loop_is_that_of_adaptation(tmp_path: Path) -> None:
     data = {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
     subnets = random_subnetworks(SwitchPoint(task, {}, {}, config, 0))
     fm.attach(task.encoder, subnets)
-    episodes = Episodes(task, data, config, [], accelerator_for("cpu", "no"))
+    episodes = Episodes(task, data, config, accelerator_for("cpu", "no"))
     task.model.train()
     loss, reached = episodes.learner.loss, []
 
@@ -140,7 +140,7 @@ def test_reptile_keeps_dropout_in_its_steps(tmp_path: Path) -> None:
     task = toy_task(dropout=0.2)
     config = toy_config(tmp_path, meta="reptile", **EPISODE)
     data = {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
-    assert Episodes(task, data, config, [], accelerator_for("cpu", "no")).learner.inner_dropout
+    assert Episodes(task, data, config, accelerator_for("cpu", "no")).learner.inner_dropout
 
 
 def assert_close(name: str, expected: torch.Tensor, given: torch.Tensor, ratio: float) -> None:
@@ -151,7 +151,7 @@ def assert_close(name: str, expected: torch.Tensor, given: torch.Tensor, ratio: 
 
 def first_moments(run: Path, parser: Parser, config: TrainConfig) -> dict[str, torch.Tensor]:
     """AdamW's first moments in the last checkpoint of a run, by parameter name."""
-    latest = checkpoints.latest(run)
+    latest = run_folder.latest(run)
     assert latest is not None
     moments = read_tensors(latest / "optimizer.safetensors")[0]
     task = Parsing(parser)
@@ -314,7 +314,7 @@ def test_sigkill_in_the_middle_of_an_episode(unbroken: dict[tuple[str, str], Tra
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    latest = checkpoints.latest(tmp_path / "run")
+    latest = run_folder.latest(tmp_path / "run")
     assert latest is not None
     assert latest.name == "step-00000018"
     resumed = run(tmp_path / "run", "fomaml", resume=True)

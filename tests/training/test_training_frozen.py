@@ -13,7 +13,7 @@ from toy_run import LANGUAGES, assert_same_weights, toy_config, toy_data, toy_ta
 import fastmask as fm
 from fastmask.files import read_tensors
 from fastmask.tasks.parsing.task import Parsing
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.methods import SwitchPoint
 from fastmask.training.run_folder import load_run
@@ -72,9 +72,9 @@ def test_nothing_of_them_moves(kind: str, meta: str, optimizer: str, encoder: st
 
     with pytest.raises(Killed):
         run(tmp_path / "killed", kill, **changes)
-    latest = checkpoints.latest(tmp_path / "killed")
+    latest = run_folder.latest(tmp_path / "killed")
     assert latest is not None
-    moments = [name for name in read_tensors(latest / checkpoints.OPTIMIZER)[0] if name.endswith(".exp_avg")]
+    moments = [name for name in read_tensors(latest / run_folder.OPTIMIZER)[0] if name.endswith(".exp_avg")]
     assert len(moments) <= len(own) - len(frozen)
     assert_same_weights(run(tmp_path / "killed", resume=True, **changes).task.model, result.task.model)
 

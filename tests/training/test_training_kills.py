@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from test_training_loop import halves, random_subnetworks
 from toy_run import assert_same_weights, metrics, toy_config, toy_data, toy_task
 
-from fastmask.training import checkpoints
+from fastmask.files.manifest import check_files
+from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.run_folder import load_run
 from fastmask.unseen import Choice
-from fastmask.unseen.adapted_run import held_for_new, save_adapted
+from fastmask.unseen.adapted_run import save_adapted
 
 META = {"meta": "fomaml", "inner_steps": 1, "support_sentences": 2, "query_sentences": 2, "inner_lr": 0.05}
 KINDS: dict[str, dict[str, Any]] = {
@@ -85,8 +86,8 @@ def assert_resumes(folder: Path, kind: str, unbroken: TrainResult) -> None:
     # Killed after its last checkpoint was there and before an older one was removed, it keeps that one.
     kept, expected = ({path.name for path in (run / "checkpoints").iterdir()} for run in (folder, unbroken.run))
     assert expected <= kept <= {*expected, "step-00000009", "step-00000010"}
-    for path in checkpoints.complete(folder):
-        checkpoints.check(path)
+    for path in run_folder.complete(folder):
+        check_files(path)
 
 
 def names_in(folder: Path) -> set[Path]:
@@ -150,9 +151,8 @@ def save_adaptation(source: str, folder: str, number: int | None, marker: str) -
     """What `fastmask adapt` does once it has adapted."""
     loaded = load_run(source)
     seen = die_before(number)
-    with held_for_new(Path(folder)):
-        choice = Choice(0, loaded.subnetworks.languages[0])
-        save_adapted(Path(folder), loaded, choice, {"language": "qzz"}, [], {})
+    choice = Choice(0, loaded.subnetworks.languages[0])
+    save_adapted(Path(folder), loaded, choice, {"language": "qzz"}, [], {})
     Path(marker).write_text("\n".join(seen))
 
 

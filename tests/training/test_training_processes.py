@@ -15,8 +15,9 @@ from toy_run import metrics, toy_config, toy_parser
 
 import fastmask as fm
 from fastmask.files import held
+from fastmask.files.manifest import check_files
 from fastmask.tasks.data.synthetic import write_treebanks
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -71,9 +72,9 @@ def test_two_processes_have_the_gradients_of_one(case: str, one: Path, two: Path
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_end_with_the_metrics_of_one(case: str, one: Path, two: Path) -> None:
     """A run on two processes is the same experiment as the run on one."""
-    latest = checkpoints.latest(two / case)
+    latest = run_folder.latest(two / case)
     assert latest is not None
-    assert checkpoints.check(latest).processes == 2
+    assert check_files(latest).processes == 2
     for ours, theirs in zip(metrics(two / case), metrics(one / case), strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in theirs.items():
@@ -123,7 +124,7 @@ def test_two_processes_killed_in_an_episode(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     launched(script, HERE, tmp_path / "killed", "kill", succeeds=False)
-    latest = checkpoints.latest(tmp_path / "killed")
+    latest = run_folder.latest(tmp_path / "killed")
     assert latest is not None
     assert 12 < int(latest.name[-2:]) < 24
     launched(script, HERE, tmp_path / "killed", "finish")
@@ -142,15 +143,15 @@ def test_two_processes_where_another_one_trains(tmp_path: Path) -> None:
 
 
 def test_the_command_under_accelerate_launch(tmp_path: Path) -> None:
-    """`accelerate launch -m fastmask.cli train` trains on the same sentences as one process, and prints once."""
+    """`accelerate launch -m fastmask train` trains on the same sentences as one process, and prints once."""
     write_treebanks(tmp_path / "ud", sentences={"train": 40, "dev": 6, "test": 6})
     settings = ["--data", tmp_path / "ud", "--languages", "qaa,qac,qad", "--steps", "24", "--density", "0.5"]
     settings += ["--meta", "fomaml", "--inner-steps", "2", "--support-sentences", "4", "--query-sentences", "4"]
     settings += ["--batch-size", "9", "--score-sentences", "8", "--dev-sentences", "4", "--log-every", "1"]
     settings += ["--threads", "1", "--device", "cpu", "--eval-every", "0"]
-    said = launched("-m", "fastmask.cli", "train", *settings, "--out", tmp_path / "two", launcher="accelerate")
+    said = launched("-m", "fastmask", "train", *settings, "--out", tmp_path / "two", launcher="accelerate")
     assert said.count("LAS / UAS on the test sets") == 1
-    alone = [sys.executable, "-m", "fastmask.cli", "train", *map(str, settings), "--out", tmp_path / "one"]
+    alone = [sys.executable, "-m", "fastmask", "train", *map(str, settings), "--out", tmp_path / "one"]
     subprocess.run(alone, check=True, capture_output=True)
     two, one = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("two", "one"))
     assert two["budget"] == one["budget"]

@@ -13,18 +13,17 @@ from typing import Any
 
 import pytest
 from processes import start_process
-from safetensors.torch import load_file
 from test_training_loop import Killed, kill_at, random_subnetworks
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_task
 
 import fastmask as fm
 from fastmask.compare.branch import branch
 from fastmask.files import HeldError, held
+from fastmask.files.manifest import check_files
 from fastmask.settings import ConfigError
-from fastmask.training import checkpoints
+from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.run_folder import load_run
-from fastmask.unseen.adapted_run import check_new_folder, held_for_new
 
 
 def run(folder: Path, hook: Any = None, data: Any = None, **changes: Any) -> TrainResult:
@@ -56,7 +55,7 @@ def test_a_second_process_is_told_who_is_training_there(unbroken: TrainResult, t
     """The second one changes nothing, and names the first, which ends as if there had been no other."""
     folder = tmp_path / "run"
     process = start_process(train_slowly, str(folder))
-    wait_for(checkpoints.folder_of(folder, 3), process)
+    wait_for(run_folder.folder_of(folder, 3), process)
     with pytest.raises(ConfigError, match="holds a run"):
         branch(unbroken.run, toy_config(folder, method="random"))
     with pytest.raises(HeldError, match=rf"{folder} is in use by process {process.pid} on .*, since 20"):
@@ -73,19 +72,6 @@ def test_branching_where_somebody_trains(unbroken: TrainResult, tmp_path: Path) 
     with held(tmp_path / "b"), pytest.raises(HeldError, match=f"by process {os.getpid()} on"):
         branch(unbroken.run, toy_config(tmp_path / "b", method="random"))
     branch(unbroken.run, toy_config(tmp_path / "b", method="random"))
-
-
-def test_a_folder_for_an_adapted_run(tmp_path: Path) -> None:
-    """Two adaptations do not write to one folder, and one that fails leaves it as it found it."""
-    for folder in (tmp_path / "new", tmp_path / "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(HeldError, match="in use by process"), held_for_new(folder), held_for_new(folder):
-            pass
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-    assert not list((tmp_path / "empty").iterdir())
-    (tmp_path / "empty" / "notes.txt").touch()
-    with pytest.raises(ConfigError, match="is there already"):
-        check_new_folder(tmp_path / "empty")
 
 
 # ---- what is deleted, and where is written
@@ -108,44 +94,6 @@ def test_only_our_own_leftovers_are_deleted(tmp_path: Path) -> None:
     assert not any(path.exists() for path in ours)
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "model", "metrics.jsonl", "config.yaml", "masks.safetensors", ".lock"])
-@pytest.mark.parametrize("resumed", [True, False])
-def test_nothing_is_written_or_deleted_through_a_link(name: str, resumed: bool, tmp_path: Path) -> None:
-    """A run's folder with a link to somewhere else is refused, and what the link leads to stays as it is."""
-    folder, outside = tmp_path / "run", tmp_path / "home"
-    if resumed:
-        with pytest.raises(Killed):
-            run(folder, kill_at(10))
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
-    folder.mkdir(exist_ok=True)
-    if name in ("checkpoints", "model"):
-        for inner in (".ssh", ".partial-0123456789ab-key", "step-00000003"):
-            (outside / inner).mkdir(parents=True)
-            (outside / inner / "key").write_text("secret")
-    else:
-        outside.write_text("secret")
-    before = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
-    (folder / name).symlink_to(outside)
-    with pytest.raises(ConfigError, match=rf"{name} is a link"):
-        run(folder, resume=True)
-    assert {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()} == before
-
-
-def test_a_lock_that_is_a_link(tmp_path: Path) -> None:
-    """Holding a folder does not write through a link in it."""
-    for name in (".lock", ".holder.json"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (tmp_path / "theirs").write_text("x")
-        (folder / name).symlink_to(tmp_path / "theirs")
-        with pytest.raises(OSError, match="is a link"), held(folder):
-            pass
-        assert (tmp_path / "theirs").read_text() == "x"
-
-
 # ---- a full disk
 
 
@@ -165,9 +113,9 @@ def small_disk(tmp_path: Path) -> Any:
 
 def assert_nothing_half_done(folder: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.name.startswith((".partial-", ".old-"))]
-    newest = checkpoints.latest(folder)
+    newest = run_folder.latest(folder)
     assert newest is not None
-    checkpoints.check(newest)
+    check_files(newest)
 
 
 def test_a_full_disk(small_disk: Path, unbroken: TrainResult) -> None:
@@ -197,7 +145,7 @@ def train_with_small_files(folder: str, limit: int, said: str) -> None:
 
 def test_a_file_that_becomes_too_large(unbroken: TrainResult, tmp_path: Path) -> None:
     """Whichever file cannot be written whole, it is named, and what was there before is left."""
-    sizes = {path.stat().st_size for path in checkpoints.folder_of(unbroken.run, 12).iterdir()}
+    sizes = {path.stat().st_size for path in run_folder.folder_of(unbroken.run, 12).iterdir()}
     said = tmp_path / "said.txt"
     for number, limit in enumerate(sorted(sizes)[2:]):
         folder = tmp_path / str(number)
@@ -228,10 +176,10 @@ def test_a_failing_score_loses_nothing(steps: int, unbroken: TrainResult, tmp_pa
         done: list[int] = []
         with pytest.raises(Exception, match=r".") as failure:
             run(folder, done.append, data=spoilt(toy_data()), resume=resume, **every)
-        assert not isinstance(failure.value, (ConfigError, checkpoints.CheckpointError))
-        newest = checkpoints.latest(folder)
+        assert not isinstance(failure.value, (ConfigError, run_folder.CheckpointError))
+        newest = run_folder.latest(folder)
         assert newest is not None
-        assert checkpoints.step_of(newest) == steps
+        assert run_folder.step_of(newest) == steps
         assert not resume or not done
     if steps == 12:
         assert_same_weights(load_run(folder).task.model, load_run(expected.run).task.model)
@@ -242,36 +190,27 @@ def test_a_failing_score_loses_nothing(steps: int, unbroken: TrainResult, tmp_pa
     assert metrics(folder) == metrics(expected.run)
 
 
-@pytest.mark.parametrize("lost", [None, "checkpoints"])
-def test_a_finished_run_is_only_scored(lost: str | None, unbroken: TrainResult, tmp_path: Path) -> None:
-    """Resuming a run that has finished trains nothing and writes the same, with or without its checkpoints."""
+def test_a_finished_run_is_only_scored(unbroken: TrainResult, tmp_path: Path) -> None:
+    """Resuming a run that has finished trains nothing and leaves the same, also where its model was damaged."""
     folder = tmp_path / "run"
     shutil.copytree(unbroken.run, folder)
-    if lost:
-        shutil.rmtree(folder / lost)
-    model = (folder / "model" / "parser.safetensors").stat()
+    (folder / "model" / "parser.safetensors").write_bytes(b"")
     steps: list[int] = []
     resumed = run(folder, steps.append, resume=True)
     assert not steps
     assert_same_weights(resumed.task.model, unbroken.task.model)
+    assert_same_weights(load_run(folder).task.model, load_run(unbroken.run).task.model)
     assert metrics(folder) == metrics(unbroken.run)
     assert resumed.subnetworks.languages == unbroken.subnetworks.languages
-    assert (folder / "model" / "parser.safetensors").stat().st_ino == model.st_ino
-    assert load_file(folder / "masks.safetensors").keys() == load_file(unbroken.run / "masks.safetensors").keys()
 
 
-def test_a_damaged_finished_run(unbroken: TrainResult, tmp_path: Path) -> None:
-    """It is written again from its last checkpoint; without one it is not trained anew over what is left."""
+def test_a_finished_run_without_checkpoints(unbroken: TrainResult, tmp_path: Path) -> None:
+    """It is not trained anew over what is left."""
     folder = tmp_path / "run"
-    shutil.copytree(unbroken.run, folder)
-    (folder / "model" / "parser.safetensors").write_bytes(b"")
-    run(folder, resume=True)
-    assert_same_weights(load_run(folder).task.model, load_run(unbroken.run).task.model)
-    (folder / "model" / "parser.safetensors").write_bytes(b"")
-    shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(checkpoints.CheckpointError, match=r"finished run in .* is damaged: .*parser.safetensors"):
+    shutil.copytree(unbroken.run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(run_folder.CheckpointError, match=r"has finished, and its checkpoints are gone"):
         run(folder, resume=True)
-    assert (folder / "model" / "parser.safetensors").read_bytes() == b""
+    assert_same_weights(load_run(folder).task.model, unbroken.task.model)
 
 
 def test_the_start_is_said(tmp_path: Path) -> None:

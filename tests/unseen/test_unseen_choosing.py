@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import fastmask as fm
 from fastmask.tasks.parsing.task import Parsing
-from fastmask.unseen import UNION, Choice, adapted, choose, support_losses, with_language, with_union
+from fastmask.unseen import UNION, Choice, choose, support_losses, with_language, with_union
 from tests.models.tiny_models import batch, tiny
 from tests.unseen.toy_unseen import LANGUAGES, parser_with_subnets, support_of
 
@@ -139,27 +139,13 @@ class TestChoose:
     """The subnetwork that is chosen is the one the numbers say."""
 
     def test_best(self):
-        """The lowest support loss among the training languages; the union and the full network are asked for."""
+        """The lowest support loss among the training languages; the union must be asked for."""
         parser, subnets = parser_with_subnets()
         support = support_of(parser)
         choice = choose(Parsing(parser), subnets, support, "best")
         assert list(choice.losses) == LANGUAGES
         assert choice.losses[choice.name] == min(choice.losses.values())
         assert subnets.languages[choice.language_id] == choice.name
-        with_full = choose(Parsing(parser), subnets, support, "best", include_full=True)
-        assert list(with_full.losses) == [*LANGUAGES, "full"]
-        assert choice.losses.items() <= with_full.losses.items()
-
-    def test_best_may_be_the_full_network(self):
-        """If the full network wins, its number is returned."""
-        parser, subnets = parser_with_subnets()
-        support = support_of(parser)
-        with adapted(
-            Parsing(parser), support, -1, steps=20, optimizer="adamw", head_lr=0.01, encoder_lr=0.01, keep=True
-        ):
-            pass
-        choice = choose(Parsing(parser), subnets, support, "best", include_full=True)
-        assert (choice.language_id, choice.name) == (-1, "full")
 
     def test_nearest_and_ties(self):
         """The first of equals is taken; what is not a training language plays no part."""

@@ -19,8 +19,7 @@ from pathlib import Path
 from conllu.exceptions import ParseException
 from conllu.parser import parse_comment_line, parse_id_value
 
-from fastmask.files import descriptor_of, replace_file
-from fastmask.files.reading import compressed
+from fastmask.files import STDOUT, replace_file
 
 __all__ = [
     "ConlluError",
@@ -102,16 +101,16 @@ def read_texts(path: str | os.PathLike[str], require_tree: bool = True) -> Itera
     lines: list[str] = []  # of the sentence, without their endings
     text: list[str] = []  # the same and the blank lines around them, as they stand in the file
     first, number, ended = 1, 0, False
-    opened = descriptor_of(path)
     # Binary, so that a byte that is not UTF-8 is reported with its line; text mode would decode in large chunks.
-    with open(path if opened is None else opened, "rb", closefd=opened is None) as file:
+    with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
                 whole = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                problem = (number == 1 and compressed(raw)) or (
-                    f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8 (expected a UTF-8 file)"
-                )
+                if number == 1 and raw.startswith((b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"(\xb5/\xfd")):
+                    raise ConlluError(path, number, "the file is compressed (expected text: unpack it)") from None
+                problem = f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8"
+                raise ConlluError(path, number, f"{problem} (expected a UTF-8 file)") from None
                 raise ConlluError(path, number, problem) from None
             line = whole.removesuffix("\n").removesuffix("\r")
             if number == 1:
@@ -189,8 +188,8 @@ def write_blocks(path: str | os.PathLike[str], blocks: Iterable[str]) -> int:
 def write_texts(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
     """Write the texts of sentences (see `read_texts`) to a UTF-8 file as they are; return how many.
 
-    A regular file appears under its name only once it is complete, so a reader never sees half of it. A pipe, a
-    device or ``/dev/stdout`` gets the texts as they come.
+    A file appears under its name only once it is complete, so a reader never sees half of it; ``/dev/stdout`` gets the
+    texts as they come.
     """
     count = 0
 
@@ -201,11 +200,10 @@ def write_texts(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
                 file.write(text.encode())
                 count += 1
 
-    opened = descriptor_of(path)
-    if opened is None:
-        replace_file(path, write)
+    if os.fspath(path) == STDOUT:
+        write(1)
     else:
-        write(opened)
+        replace_file(path, write)
     return count
 
 

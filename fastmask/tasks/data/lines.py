@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fastmask.files import FileError, descriptor_of
+from fastmask.files import FileError
 from fastmask.tasks.data.conllu import write_texts
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def _predicted(task: Task, rows: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 
 def _rows(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    opened, any_row = descriptor_of(source), False
-    with open(source if opened is None else opened, "rb", closefd=opened is None) as file:
+    any_row = False
+    with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

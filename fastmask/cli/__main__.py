@@ -1,7 +1,0 @@
-"""`python -m fastmask.cli`."""
-
-import sys
-
-from fastmask.cli import main
-
-sys.exit(main())

@@ -107,7 +107,7 @@ def write_report(plan: Plan, command: str | None = None, known: Tables | None = 
     scores, cells = load_tables(plan, known)
     texts = {
         SCORES_FILE: scores.to_csv(index=False),
-        CELLS_FILE: cells.to_csv(index=False, float_format="%.4g"),
+        CELLS_FILE: cells.to_csv(index=False),
         "summary.csv": summary_table(plan, scores).to_csv(index=False, float_format="%.4g"),
         "summary.md": _markdown(plan, scores, cells, command),
     }

@@ -138,9 +138,11 @@ def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
         elif not folder.is_dir():
             raise FileNotFoundError(f"no run at {folder}: there is no such folder")
         else:
+            inside = [name for name in ("run", "final") if (folder / name / CONFIG_FILE).is_file()]
+            hint = f"; did you mean {folder / inside[0]}?" if inside else ""
             raise FileNotFoundError(
                 f"{folder} holds neither a run of `fastmask train` ({CONFIG_FILE}) nor a comparison of "
-                f"`fastmask compare` ({SETTINGS_FILE})"
+                f"`fastmask compare` ({SETTINGS_FILE}){hint}"
             )
     return ([_alone(runs)] if runs else []) + studies
 

@@ -97,5 +97,8 @@ def _packed(keep: Tensor) -> Tensor:
 
 def _unpacked(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """The mask that a tensor stands for."""
-    flags = np.unpackbits(packed.numpy(), axis=1, count=prod(shape[1:]), bitorder="little")
+    size = prod(shape[1:])
+    if packed.dtype != torch.uint8 or packed.shape != (shape[0], -(-size // 8)):
+        raise ValueError(f"bits are {packed.dtype} {tuple(packed.shape)} (expected uint8 for a mask of shape {shape})")
+    flags = np.unpackbits(packed.numpy(), axis=1, count=size, bitorder="little")
     return torch.from_numpy(flags.view(bool).reshape(shape))

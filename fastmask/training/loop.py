@@ -233,6 +233,7 @@ class _Run:
         if self.step == self.config.steps:
             write = partial(run_folder.write_finished, self.folder, self.task, self._mask_writers())
             engine.on_first(self.accelerator, write)
+            self.bar.phase(self.phase.title)
         if self.unscored:
             self.bar.phase("scoring dev data")
             scores = self._evaluate()

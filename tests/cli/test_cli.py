@@ -355,7 +355,6 @@ class TestErrors:
             (["discover", "runs/x", "--draw-seeds", "3"], "--draw-seeds (did you mean --draws?)"),
             (["train", "--encoder-rate", "1e-4"], "--encoder-rate (did you mean --encoder-lr?)"),
             (["masks", "runs/x", "runs/y"], "runs/y"),
-            (["masks", "runs/x", "--\x1b[0m"], "--\\x1b[0m"),
         ],
     )
     def test_an_argument_that_no_option_takes(self, arguments, wrong, capsys):

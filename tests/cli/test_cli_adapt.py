@@ -212,7 +212,7 @@ def test_killed_while_saving(run, support, tmp_path):
     assert process.is_alive()
     process.kill()
     process.join()
-    assert not [path for path in out.iterdir() if path.name not in LOCK_FILES]
+    assert not [path for path in out.glob("*") if path.name not in LOCK_FILES]
     assert main(command) == 0
     assert os.listdir(tmp_path) == ["out"]
 

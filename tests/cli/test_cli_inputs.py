@@ -25,6 +25,7 @@ MISSING = [
     ("predict", "INPUT", "{folder} {missing} {out}"),
     ("compare", "--data", "--data {missing} --train en --unseen fo --out {out}"),
     ("compare", "--plan", "--plan {missing} --data {folder} --out {out}"),
+    ("compare", "--known", "--known {missing} --data {folder} --out {out}"),
     ("compare", "--model", "--model {missing} --data {folder} --train en --unseen fo --out {out}"),
     ("adapt", "RUN", "{missing} --language fo --out {out}"),
     ("adapt", "--support", "{folder} --support {missing} --language fo --out {out}"),
@@ -32,7 +33,7 @@ MISSING = [
     ("adapt", "--data", "{folder} --data {missing} --language fo --out {out}"),
     ("analyze", "RUN", "{folder} {missing} --out {out}"),
     ("analyze", "--data", "{folder} --data {missing} --out {out}"),
-    ("masks", "FILE", "{missing} --picture {out}"),
+    ("masks", "FILE", "{missing}"),
 ]
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import KINDS, check, random_mask
+from oracle import KINDS, gradients, random_mask
 
 from fastmask import Mask, bits, masked_linear
+from fastmask.torch_path.naive import masked_linear_naive
 
 
 @settings(max_examples=50, deadline=None)
@@ -113,11 +114,11 @@ def assert_made_anew(mask, dense):
     assert mask.to_dense().equal(dense)
     ids = torch.arange(-1, len(dense))
     generator = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(shape, generator=generator) for shape in ((len(ids), 3, K), (N, K)))
-    check(x, weight, torch.randn(N, generator=generator), mask, ids)
-    whole = torch.cat([torch.ones(1, N, K), dense]).double()
-    y = masked_linear(x.double(), weight.double(), mask, ids)
-    torch.testing.assert_close(y, x.double() @ (whole * weight.double()).transpose(1, 2), rtol=1e-12, atol=1e-12)
+    sizes = (len(ids), 3, K), (N, K), (N,), (len(ids), 3, N)
+    x, weight, bias, dy = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    results, truth = (gradients(form, x, weight, bias, dy, mask, ids) for form in (masked_linear, masked_linear_naive))
+    for name, ours, exact in zip(("y", "dx", "dW", "db"), results, truth, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("ids", [[0], [1], [1, 1], [4, 2, 0], [3, 3, 1, 3], [0, 1, 2, 3, 4]], ids=str)

@@ -126,7 +126,7 @@ def stopped_run(small_data, tmp_path_factory):
     def stop(log, record):
         if record["step"] == 5:
             raise Stopped
-        add(log, record)
+        return add(log, record)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetricsLog, "add", stop)

@@ -222,6 +222,11 @@ def first_of(output: Any) -> Tensor:
     return next(v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.ndim)
 
 
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Outputs of the same weights: equal in float64 to rounding, as MKL may sum by where a weight lies in memory."""
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @dataclass
 class Verdict:
     """What became of one model type: right (how its units run), refused (why), wrong (by how much), or not built."""

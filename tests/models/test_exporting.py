@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from every_model import LANGUAGES, MODELS, first_of, made, times_masks
+from every_model import LANGUAGES, MODELS, assert_same, first_of, made, times_masks
 
 import fastmask as fm
 from fastmask.models.attach import attached, is_attached
@@ -106,11 +106,11 @@ class TestExtract:
         again = fm.from_pretrained(tmp_path / "attached").eval()
         assert attached(again).subnets == others
         ids = torch.tensor([0, 1, -1])
-        assert torch.equal(first_of(again(**inputs, language_ids=ids)), first_of(small(**inputs, language_ids=ids)))
+        assert_same(first_of(again(**inputs, language_ids=ids)), first_of(small(**inputs, language_ids=ids)))
         if forward == "masked":
             fm.save_pretrained(smaller := fm.extract(again, "v"), tmp_path / "smaller")
             found = fm.from_pretrained(tmp_path / "smaller").eval()
-            assert torch.equal(first_of(found(**inputs)), first_of(smaller(**inputs)))
+            assert_same(first_of(found(**inputs)), first_of(smaller(**inputs)))
             torch.testing.assert_close(first_of(found(**inputs)), first_of(small(**inputs, language="v")))
 
     def test_layers_of_other_sizes_and_none(self):
@@ -134,7 +134,7 @@ def test_sparse_fine_tuning(tmp_path):
     fm.attach(model, subnets, forward="full").save_pretrained(tmp_path)
     with torch.no_grad():
         again = fm.from_pretrained(tmp_path).eval()
-        assert torch.equal(first_of(again(**inputs)), want)
+        assert_same(first_of(again(**inputs)), want)
     assert attached(again).router.full_forward
     for call in (fm.merge, fm.extract):
         with pytest.raises(ValueError, match='attached with forward="full"'):

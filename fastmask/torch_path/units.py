@@ -10,18 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
+from math import prod
 
 import torch
 from torch import Tensor
 
 from fastmask.masks import FULL, StoredMask
-from fastmask.torch_path.gemm import Live, add_outer, cast, combined, products
+from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, combined, products
 from fastmask.torch_path.split import Split, first_equals
 
 __all__ = ["Units"]
 
 LEAST_TO_TRANSPOSE = 4  # languages in a batch: single columns are gathered faster if each lies in one piece of memory
-MOST_GATHERED = 2**19  # weights of several languages: those of one may be more
+MOST_GATHERED = 2**19  # weights of several languages, which should still be in the cache when they are multiplied
+MOST_MULTIPLIED = 2**23  # the same of languages that are multiplied in one call
+MOST_FILLED = 9 / 8  # of the live rows, where languages are filled up to equally many: it takes less time up to there
 
 
 class Units:
@@ -36,7 +40,7 @@ class Units:
         self.size, self.other = shape if self.of_rows else (shape[1], shape[0])
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
-        self._grouped: tuple[tuple[int, ...], list[tuple[slice, Live | None]]] | None = None
+        self._grouped: tuple[tuple[tuple[int, ...], tuple[bool, ...]], list[tuple[slice, Live | None]]] | None = None
 
     @cached_property
     def same_as(self) -> list[int]:
@@ -104,8 +108,9 @@ class Units:
             grad = weight.new_empty(self.size, self.other, dtype=dtype)
         else:
             grad = torch.empty_like(weight if self.of_rows else weight.t(), dtype=dtype)
-        for number, (group, live) in enumerate(self._groups(languages)):
-            add_outer(grad, live, self._narrow(languages[group], masked[group]), others[group], fresh=number == 0)
+        for number, (group, live) in enumerate(self._groups(languages, dys)):
+            narrow = self._narrow(languages[group], masked[group], live)
+            add_outer(grad, live, narrow, others[group], fresh=number == 0)
         return grad if self.of_rows else grad.t().contiguous()
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
@@ -118,35 +123,55 @@ class Units:
 
     # ----
 
-    def _groups(self, languages: Sequence[int]) -> list[tuple[slice, Live | None]]:
-        """Languages whose live rows are gathered at once, and those rows; None for all of the weight's."""
-        made = self._grouped  # read once: another thread may ask for other languages meanwhile
-        if made is None or made[0] != languages:
+    def _groups(self, languages: Sequence[int], activations: Sequence[Tensor]) -> list[tuple[slice, Live | None]]:
+        """Languages whose live rows are gathered at once, and those rows; None for all of the weight's.
+
+        `activations` are those of each language.
+        """
+        alone = by_onednn(activations[0]) if activations else True
+        alike = [not alone and len(left) == len(right) for left, right in pairwise(activations)]
+        key, made = (tuple(languages), tuple(alike)), self._grouped  # which another thread may change meanwhile
+        if made is None or made[0] != key:
             groups: list[tuple[slice, Live | None]] = []
-            for place, language in enumerate(languages):
-                index = None if self.whole(language) else self.index[language, : self.live[language]]
-                group, live = groups[-1] if groups else (slice(0), None)
-                if index is None:
-                    groups.append((slice(place, place + 1), None))
-                elif live is None or (live.rows.shape[0] + len(index)) * self.other > MOST_GATHERED:
-                    groups.append((slice(place, place + 1), Live(index, [len(index)])))
-                else:
-                    together = Live(torch.cat([live.rows, index]), [*live.counts, len(index)])
-                    groups[-1] = (slice(group.start, place + 1), together)
-            made = self._grouped = tuple(languages), groups
+            first = 0
+            for end in range(1, len(languages) + 1):
+                if end == len(languages) or not self._at_once(languages[first : end + 1], all(alike[first:end])):
+                    live = self._live_rows(languages[first:end], all(alike[first : end - 1]), languages)
+                    groups.append((slice(first, end), live))
+                    first = end
+            made = self._grouped = key, groups
         return made[1]
 
-    def _narrow(self, languages: Sequence[int], activations: Sequence[Tensor]) -> list[Tensor]:
-        """The live part [M, live] of each language's activation [M, width] on the masked side."""
-        narrow = []
-        for language, activation in zip(languages, activations, strict=True):
-            live = self.live[language]
-            if activation.shape[1] != live:
-                if self.packed:
-                    activation = activation[:, :live]
-                else:
-                    activation = activation.index_select(1, self.index[language, :live])
-            narrow.append(activation)
+    def _at_once(self, languages: Sequence[int], alike: bool) -> bool:
+        """Whether to gather the rows of all of these, which may be `alike` in their numbers of tokens."""
+        if any(self.whole(language) for language in languages):
+            return False
+        counts = [self.live[language] for language in languages]
+        if sum(counts) * self.other <= MOST_GATHERED:
+            return True
+        rows = max(counts) * len(counts)
+        few = rows * self.other <= MOST_MULTIPLIED or len(counts) <= torch.get_num_threads()
+        return alike and few and rows <= MOST_FILLED * sum(counts)
+
+    def _live_rows(self, languages: Sequence[int], alike: bool, batch: Sequence[int]) -> Live | None:
+        if self.whole(languages[0]):
+            return None
+        counts = [self.live[language] for language in languages]
+        most = max(self.live[language] for language in batch if not self.whole(language))
+        if alike and len(counts) > 1 and most * len(counts) <= MOST_FILLED * sum(counts):
+            return Live(self.index[list(languages), :most].flatten(), [most] * len(counts), counts)
+        rows = [self.index[language, :n] for language, n in zip(languages, counts, strict=True)]
+        return Live(torch.cat(rows), counts)
+
+    def _narrow(self, languages: Sequence[int], activations: Sequence[Tensor], live: Live | None) -> Sequence[Tensor]:
+        """The part [M, n] of each language's activation [M, width] on the masked side that its rows belong to."""
+        if live is None:
+            return activations
+        if self.packed:
+            return list(map(_left, activations, live.counts))
+        narrow = _side_by_side(activations, live.counts)
+        for language, activation, out in zip(languages, activations, narrow, strict=True):
+            torch.index_select(activation, 1, self.index[language, : out.shape[1]], out=out)
         return narrow
 
     def _from(
@@ -158,22 +183,33 @@ class Units:
         add: bool = False,
     ) -> None:
         """Write (or add) combinations of live rows."""
-        for group, live in self._groups(languages):
-            combined(self._narrow(languages[group], activations[group]), w, live, outs[group], add)
+        for group, live in self._groups(languages, activations):
+            combined(self._narrow(languages[group], activations[group], live), w, live, outs[group], add)
 
     def _onto(self, languages: Sequence[int], activations: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
         """Write products with live rows into their places of each out [M, width], and zero elsewhere."""
-        for group, live in self._groups(languages):
-            places = []
-            for language, out in zip(languages[group], outs[group], strict=True):
-                rows, place = self.live[language], out
-                if rows < out.shape[1] and self.packed:
-                    place = out[:, :rows]
-                    out[:, rows:] = 0
-                elif rows < out.shape[1]:
-                    place = out.new_empty(out.shape[0], rows)
-                places.append(place)
-            products(activations[group], w, live, places)
-            for language, place, out in zip(languages[group], places, outs[group], strict=True):
-                if place.shape != out.shape and not self.packed:
-                    out.zero_().index_copy_(1, self.index[language, : self.live[language]], place)
+        for group, live in self._groups(languages, activations):
+            if live is None:
+                products(activations[group], w, None, outs[group])
+            elif self.packed:
+                products(activations[group], w, live, list(map(_left, outs[group], live.counts)))
+                for out, n in zip(outs[group], live.counts, strict=True):
+                    if n < out.shape[1]:
+                        out[:, n:] = 0
+            else:
+                places = _side_by_side(activations[group], live.counts)
+                products(activations[group], w, live, places)
+                for language, place, out in zip(languages[group], places, outs[group], strict=True):
+                    n = self.live[language]
+                    out.zero_().index_copy_(1, self.index[language, :n], place[:, :n])
+
+
+def _left(matrix: Tensor, width: int) -> Tensor:
+    return matrix if matrix.shape[1] == width else matrix[:, :width]
+
+
+def _side_by_side(like: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    """Uninitialised matrices, one after the other in memory: as long as those given, and so wide."""
+    shapes = [(len(matrix), width) for matrix, width in zip(like, widths, strict=True)]
+    parts = like[0].new_empty(sum(map(prod, shapes))).split_with_sizes([*map(prod, shapes)])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -291,3 +291,32 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert faster.faster(slow, quick)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_languages_that_are_alike(ask_for, stored, threads):
+    """Rows that fill a language up count as zeros, whatever the activations hold there, and get no gradient."""
+    ask_for("torch")
+    torch.manual_seed(0)
+    before, size, S, M, own = torch.get_num_threads(), 64, 40, 30, [32, 29, 0, 31, 30]
+    w = torch.randn(size, S).double() if stored == "rows" else torch.randn(S, size).double().t()
+    indices = [torch.randperm(size)[:32] for _ in own]
+    live = gemm.Live(torch.cat(indices), [32] * len(own), own)
+    xs, masked = torch.randn(len(own), M, S).double(), torch.randn(len(own), M, 35).double()
+    ys, dxs, grad = torch.full_like(masked, torch.nan), torch.ones_like(xs), torch.full_like(w, torch.nan)
+    torch.set_num_threads(threads)
+    try:
+        gemm.products([*xs], w, live, [y[:, :32] for y in ys])
+        gemm.combined([a[:, :32] for a in masked], w, live, [*dxs], add=True)
+        gemm.add_outer(grad, live, [a[:, :32] for a in masked], [*xs], fresh=True)
+    finally:
+        torch.set_num_threads(before)
+    dw = torch.zeros_like(w)
+    for x, a, y, dx, index, n in zip(xs, masked, ys, dxs, indices, own, strict=True):
+        rows = w[index[:n]]
+        torch.testing.assert_close(y[:, :32], torch.nn.functional.pad(x @ rows.t(), (0, 32 - n)))
+        assert y[:, 32:].isnan().all()
+        torch.testing.assert_close(dx, 1 + a[:, :n] @ rows)
+        dw[index[:n]] += a[:, :n].t() @ x
+    torch.testing.assert_close(grad, dw)

@@ -179,7 +179,7 @@ EXPLAINED = {
     "loop": "gather each language's examples and live weights, multiply, put the results back",
     "gating": "dense products, and dead units set to zero before or after them",
     "packed": "torch's grouped_mm over copies of each language's live rows",
-    "compact": "a model cut down to one language: what masking could reach, and no way to share weights",
+    "compact": "fastmask.extract, a model of one language alone: what masking could reach, and no way to share weights",
     "bsr": "PyTorch's block-sparse rows, one matrix for each language; forward only",
 }
 

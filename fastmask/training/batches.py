@@ -110,17 +110,23 @@ class MixedBatches:
         """Put the languages' gradients without what points against another's into `.grad`; in one process."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         gradients, losses, weights = [], [], []
+        reached = [False] * len(trained)
         for number in np.unique(languages):
             own = languages == number
             loss, weight = self._loss(rows[own], languages[own])
-            grads = torch.autograd.grad(loss, trained, materialize_grads=True)
-            gradients.append(torch.cat([grad.to_dense().flatten() for grad in grads]) * weight)
+            grads = torch.autograd.grad(loss, trained, allow_unused=True)
+            reached = [before or grad is not None for before, grad in zip(reached, grads, strict=True)]
+            pairs = zip(trained, grads, strict=True)
+            dense = [p.new_zeros(p.numel()) if grad is None else grad.to_dense().flatten() for p, grad in pairs]
+            gradients.append(torch.cat(dense) * weight)
             losses.append(float(loss.detach()) * weight)
             weights.append(weight)
         total, share = without_conflict(gradients, np.random.default_rng([self.config.seed, step]))
         total /= sum(weights)
-        for parameter, grad in zip(trained, total.split([p.numel() for p in trained]), strict=True):
-            parameter.grad = grad.view_as(parameter)
+        parts = total.split([parameter.numel() for parameter in trained])
+        for parameter, grad, is_reached in zip(trained, parts, reached, strict=True):
+            # Without a gradient, as in plain training, weight decay leaves it alone.
+            parameter.grad = grad.view_as(parameter) if is_reached else None
         return {"loss": sum(losses) / sum(weights), "conflict": share}
 
 

@@ -38,8 +38,8 @@ class StoredMask:
 class Mask:
     """The masks of L languages over one weight [N, K]; immutable.
 
-    Build one with `Mask.rows`, `Mask.columns`, `Mask.blocks` or `Mask.weights`. A language owns at least nothing and at
-    most everything: empty and full masks are valid.
+    Build one with `Mask.rows`, `Mask.columns`, `Mask.blocks` or `Mask.weights`. A language may own
+    nothing, or everything: empty and full masks are valid.
 
     Attributes:
         kind: "rows", "columns", "blocks" or "weights".

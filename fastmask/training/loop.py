@@ -356,5 +356,5 @@ class _Run:
             mine = progress.random[self.accelerator.process_index]
             engine.set_random_state(mine, self.accelerator.device)  # last: what is built draws numbers
         except (FileError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise run_folder.CheckpointError(f"{start} cannot be gone on from: {error}") from error
+            raise run_folder.CheckpointError(f"the run cannot go on from {start}: {error}") from error
         return progress.history, progress.window

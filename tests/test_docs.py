@@ -16,6 +16,7 @@ import fastmask as fm
 from benchmarks.row import read as read_rows
 from benchmarks.setting import Setting
 from fastmask.cli import _parser, main
+from fastmask.models import families
 from tests.cli import options_page
 from tests.compare.tiny_encoder import tiny_encoder
 
@@ -43,6 +44,7 @@ def named(page: Path) -> str:
 def test_python_runs(page, tmp_path, monkeypatch):
     """The Python of a page runs from top to bottom, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(families, "_registered", {})  # what a page registers is for that page
     names: dict[str, object] = {"__name__": "page"}
     for number, code in enumerate(blocks(page, "python")):
         exec(compile(code, f"{named(page)}, block {number}", "exec"), names)

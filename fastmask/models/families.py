@@ -22,6 +22,8 @@ class Projections:
     Args:
         rows: the projections whose output features belong to units: query, key and value of heads, in this order, or
             the one that computes all three; query and key-value of latent attention; gate and up, or up, of neurons.
+            The query alone makes every query head a unit of its own, also where several read one key and value; keys
+            and values are then nobody's, and always computed.
         columns: the projection that reads the units: the attention's output, the FFN's down projection.
         fused: of a single projection for query, key and value: "parts" where it computes all queries, then all keys,
             then all values; "units" where those of a head lie together. (Gate and up of neurons are told by size.)

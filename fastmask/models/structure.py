@@ -40,7 +40,8 @@ class UnitGroup:
     Attributes:
         kind: "heads" or "neurons".
         name: of the module that holds the projections.
-        units: how many there are. Query heads that read one key/value head are one unit.
+        units: how many there are. Query heads that read one key/value head are one unit, unless the layout names no
+            projections of keys and values.
         rows: how many output rows of each projection one unit takes. Several numbers are of a projection that computes
             several things one after the other (all queries, all keys, all values).
         columns: the projection that reads the units, and how many input columns one unit takes.
@@ -76,8 +77,8 @@ class Geometry:
 
     They are the trailing sizes of `Subnetworks.heads` and `.neurons`: [L, attentions, most heads]. `heads` counts what
     can be switched off on its own: attention heads, or key/value groups under grouped-query attention (a key head and
-    all query heads that read it). Where an attention has fewer than another, the last units do not exist, and no
-    language owns them.
+    all query heads that read it), or single query heads (see `Projections`). Where an attention has fewer than
+    another, the last units do not exist, and no language owns them.
     """
 
     heads: tuple[int, ...]
@@ -249,8 +250,10 @@ def _heads(
                 f"a {type(holder).__name__} does not say how many heads it has: expected an attribute "
                 f"{', '.join(_HEAD_SIZES[:3])} or {', '.join(_HEAD_COUNTS[:2])} of it or of its config"
             )
-        # Several query heads may read one key: those are one unit.
-        units = outs[1] // size if len(outs) == 3 else (outs[0] // size - width // size) // 2
+        if not layout.fused and outs == [width]:  # queries alone
+            units = width // size
+        else:  # several query heads may read one key: those are one unit
+            units = outs[1] // size if len(outs) == 3 else (outs[0] // size - width // size) // 2
     if not units or any(out % units for out in outs) or width % units:
         return None
     if layout.fused == "parts":

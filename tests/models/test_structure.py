@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from every_model import LANGUAGES, quiet, tiny_model
-from tiny_models import tiny
+from tiny_models import batch, tiny
 from torch import Tensor, nn
 
 import fastmask as fm
@@ -149,6 +149,39 @@ class TestOwnFamily:
         assert structure_of(model).attentions[0].name.endswith("attention")
         fm.register_family("bert", fm.Family(ffn=fm.Projections(("attention.extra",), "attention.extra")))
         assert structure_of(model).ffns[0].units == 4
+
+    @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+    def test_single_query_heads(self, monkeypatch, model_type):
+        """Query heads that share a key can be units of their own: queries and the output projection are masked."""
+        monkeypatch.setattr(families, "_registered", {})
+        fm.register_family(model_type, fm.Family(attention=fm.Projections(("q_proj",), "o_proj")))
+        model, inputs, languages = tiny(model_type), batch(4), [1, 0, 1, 1]
+        assert Geometry.of(model.config) == Geometry((6, 6), (20, 20))
+        heads = torch.tensor([[[1, 1, 0, 0, 1, 0]] * 2, [[0, 1, 0, 1, 1, 1]] * 2]).bool()
+        subnets = fm.Subnetworks(["a", "b"], heads=heads)
+        want = []
+        for row, language in enumerate(languages):
+            own = copy.deepcopy(model)
+            for layer, keep in zip(own.layers, heads[language], strict=True):
+                live = keep.repeat_interleave(8).double()
+                layer.self_attn.q_proj.weight.data *= live[:, None]
+                if layer.self_attn.q_proj.bias is not None:
+                    layer.self_attn.q_proj.bias.data *= live
+                layer.self_attn.o_proj.weight.data *= live
+            want.append(own(**{name: value[row : row + 1] for name, value in inputs.items()})[0])
+        with pytest.warns(
+            UserWarning, match="the heads of layers[.][*][.]self_attn are not packed .* Results are right"
+        ):
+            fm.attach(model, subnets)
+        output = model(**inputs, language_ids=torch.tensor(languages))[0]
+        torch.testing.assert_close(output, torch.cat(want), rtol=1e-9, atol=1e-9)
+        output.sum().backward()
+        grad = model.layers[0].self_attn.o_proj.weight.grad.unflatten(1, (6, 8)).abs().amax((0, 2))
+        assert (grad > 0).tolist() == heads[:, 0].any(0).tolist()
+        small = fm.extract(model, "a")  # what cannot be packed is zeros in it
+        of_a = small(**{name: value[1:2] for name, value in inputs.items()})[0]
+        torch.testing.assert_close(of_a, want[1], rtol=1e-9, atol=1e-9)
+        assert small.config.num_attention_heads == 6
 
     def test_a_derived_class(self):
         """A config or a model derived from a known one is treated like it."""

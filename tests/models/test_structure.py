@@ -170,7 +170,7 @@ class TestOwnFamily:
                 layer.self_attn.o_proj.weight.data *= live
             want.append(own(**{name: value[row : row + 1] for name, value in inputs.items()})[0])
         with pytest.warns(
-            UserWarning, match="the heads of layers[.][*][.]self_attn are not packed .* Results are right"
+            UserWarning, match="heads of layers[.][*][.]self_attn are not packed .* Results are right"
         ):
             fm.attach(model, subnets)
         output = model(**inputs, language_ids=torch.tensor(languages))[0]

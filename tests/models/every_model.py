@@ -320,21 +320,21 @@ def _counts(words: list[str]) -> dict[str, int]:
 
 PAGE = """# Models
 
-`fastmask.attach` finds heads and neurons by the names and shapes of modules, and proves with a tiny batch that the
-layers it puts in give what weights multiplied by masks would. This page is generated (`python
-tests/models/every_model.py > docs/models.md`): for every language and speech model type of transformers {version}, a
-tiny random model, a batch of three languages (the full network among them), the output and the gradient of every
-parameter.
+`fastmask.attach` finds heads and neurons by the names and shapes of modules, and checks on a tiny batch that its layers
+give what weights multiplied by masks would. This page is generated
+(`python tests/models/every_model.py > docs/models.md`). It tries every language and speech model type of transformers
+{version}: a tiny random model runs a batch of three languages (one of them the full network), and the output and the
+gradient of every parameter are checked.
 
-- **packed** ({packed}): dead heads and neurons are computed nowhere.
-- **partly packed** ({partly_packed}): some places are not packed, mostly attention code that insists on its number of
-  heads. There dead units are not computed by the projections, and are zeros in between; results are just as right.
+- **packed** ({packed}): dead heads and neurons are never computed.
+- **partly packed** ({partly_packed}): some places are not packed, mostly attention code that requires a fixed
+  number of heads. There, projections skip dead units, which are then zeros; results are just as correct.
 - **unpacked** ({unpacked}): nothing is packed.
 - **refused** ({refused}): `attach` says why. **Wrong: {wrong}.** Crashed: {crash}.
 
-{right} of {tried} are right. `heads` are attention heads, or key/value groups under grouped-query attention. `experts`
-({experts} types) are neurons of routed experts, of which a language owns the same ones in every expert of a layer;
-shared experts are an FFN of their own.
+{right} of {tried} are right; those that could not be tried are listed at the end. `heads` are attention
+heads, or key/value groups under grouped-query attention. `experts` ({experts} types) are neurons of routed
+experts: a language owns the same ones in every expert of a layer. Shared experts are separate FFNs.
 
 | model type | as | units | what |
 |---|---|---|---|"""

@@ -87,7 +87,7 @@ def discover(
         tau: the share of the full network's metric that a subnetwork must keep.
         density: prune to this share of the units instead of down to tau.
         drop: share of all units dropped in a round, at least one. 0.1 if not given, as published, and 0.2 towards a
-            density, where rounds are of one size near this: half of the time, and masks as good (benchmarks/LOG.md).
+            density, where rounds are of one size near this: half of the time, and masks as good (docs/log).
         on_round: called after each round.
         on_scores: called with each language and the last score of each of its units, float32 [layers, units]: that by
             which it was dropped, or by which it was not (0 where nothing was ever scored).

@@ -11,14 +11,13 @@ import pandas as pd
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, colour_languages, new_figure
 from fastmask.analysis.paired import paired
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import bootstrap_interval, holm, p_text
+from fastmask.analysis.statistics import SAMPLES, bootstrap_interval, holm, p_text
 from fastmask.errors import unknown
 
 __all__ = ["effect", "verdict"]
 
 KEYS = ["method", "language", "seed"]
 ENOUGH = 6  # differences from which a sign-flip test can fall below 0.05: 2^(1 - 6) = 0.03
-DRAWS = 10_000
 COLUMNS = 4  # of panels in the picture
 
 
@@ -68,7 +67,7 @@ def effect(
         gains = pair[method] - pair[other]
         for place, language in enumerate(name for name in every if name in gains.index.get_level_values("language")):
             d = gains.loc[language].to_numpy()
-            low, high = bootstrap_interval(d, level, [seed, number, place], draws=DRAWS)
+            low, high = bootstrap_interval(d, level, [seed, number, place])
             says = "better" if low > 0 else "worse" if high < 0 else "inside noise"
             means = (pair.loc[language][method].mean(), pair.loc[language][other].mean(), float(d.mean()))
             rows.append((method, language, *means, low, high, len(d), says if len(d) >= ENOUGH else "too few"))
@@ -121,7 +120,7 @@ def _caption(table: pd.DataFrame, methods: pd.DataFrame, level: float) -> str:
     few = ", too narrow with so few seeds: read them as the spread of seeds" if seeds < ENOUGH else ""
     return (
         f"Difference {pairs}, paired; {languages} languages, {seeds} seed{'s' if seeds > 1 else ''}. "
-        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({DRAWS:,} samples){few}. "
+        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({SAMPLES:,} samples){few}. "
         "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
         "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
         "this table. Right of 0 the method is better; it is only known to be where p is small."

@@ -168,7 +168,7 @@ def _related(
     # With as many pairs within families in every order, the difference grows with the sum within alone.
     a, b = np.nonzero(same)
     close = matrix[a, b].sum() - 1e-9
-    p = share_of_orders(n, lambda orders: matrix[orders[:, a], orders[:, b]].sum(1) >= close, [seed, 1], 20_000)
+    p = share_of_orders(n, lambda orders: matrix[orders[:, a], orders[:, b]].sum(1) >= close, [seed, 1])
     values = [int(same.sum()), int((upper & ~same).sum()), within, across, within - across, p]
     return pd.DataFrame([values], columns=columns)
 

@@ -24,13 +24,14 @@ __all__ = [
 
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images
 ORDERS_COUNTED = 9  # items with at most 9! = 362,880 orders
-DRAWS = 20_000
+DRAWS = 20_000  # of a permutation test that cannot count them all
+SAMPLES = 10_000  # of a bootstrap
 CHUNK = 4_000_000  # numbers in memory at a time
 
 Seed = int | Sequence[int]
 
 
-def paired_sign_flip(differences: ArrayLike, *, seed: Seed = 0, draws: int = DRAWS) -> float:
+def paired_sign_flip(differences: ArrayLike) -> float:
     """Two-sided p-value of "the mean difference is zero": the paired sign-flip (Fisher randomisation) test.
 
     If two methods do not differ, each paired difference d_i is as likely as -d_i. p is the share of the sign patterns s
@@ -39,8 +40,6 @@ def paired_sign_flip(differences: ArrayLike, *, seed: Seed = 0, draws: int = DRA
 
     Args:
         differences: [n], one for each pair, such as a language and seed.
-        seed: of the drawn sign patterns; plays no part up to 20 differences.
-        draws: number of drawn sign patterns, with more than 20 differences.
 
     Raises:
         ValueError: no differences, or some that are not finite.
@@ -48,20 +47,18 @@ def paired_sign_flip(differences: ArrayLike, *, seed: Seed = 0, draws: int = DRA
     d = _finite(differences, "differences")
     close = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums of the same numbers in another order are ties
     if len(d) > FLIPS_COUNTED:
-        signs = 2.0 * np.random.default_rng(seed).integers(0, 2, (draws, len(d))) - 1
-        return float((1 + (np.abs(signs @ d) >= close).sum()) / (1 + draws))
+        signs = 2.0 * np.random.default_rng(0).integers(0, 2, (DRAWS, len(d))) - 1
+        return float((1 + (np.abs(signs @ d) >= close).sum()) / (1 + DRAWS))
     sums = d[:1]  # the sign of the first stays: a pattern and its mirror image have the same |sum|
     for value in d[1:]:
         sums = np.concatenate([sums + value, sums - value])
     return float((np.abs(sums) >= close).mean())
 
 
-def bootstrap_interval(
-    values: ArrayLike, level: float = 0.95, seed: Seed = 0, *, draws: int = 10_000
-) -> tuple[float, float]:
+def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: Seed = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean (Efron 1979).
 
-    The means of `draws` samples of n of the n values, with replacement; the interval runs from their (1 - level) / 2
+    The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - level) / 2
     to their (1 + level) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
     by (n - 1) / n in variance): with 3 seeds of one language read it as a lower bound of the doubt.
 
@@ -69,25 +66,16 @@ def bootstrap_interval(
         values: [n]; for a paired interval, the differences of the pairs.
         level: of confidence, between 0 and 1.
         seed: of the samples; the same seed gives the same interval.
-        draws: number of samples.
 
     Raises:
         ValueError: no values, some that are not finite, or a level outside (0, 1).
     """
     v = _finite(values, "values")
-    if not 0 < level < 1:
-        raise ValueError(f"expected a level between 0 and 1, given {level}")
-    generator = np.random.default_rng(seed)
-    means = []
-    for count in _chunks(draws, len(v)):
-        means.append(v[generator.integers(0, len(v), (count, len(v)))].sum(1) / len(v))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    drawn = np.random.default_rng(seed).integers(0, len(v), (SAMPLES, len(v)))
+    return _middle(v[drawn].mean(1), level)
 
 
-def crossed_interval(
-    values: ArrayLike, level: float = 0.95, seed: Seed = 0, *, draws: int = 10_000
-) -> tuple[float, float]:
+def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of a table whose rows and columns are both draws of something.
 
     Rows and columns are sampled with replacement, each for itself, and the entries where they cross are averaged (the
@@ -97,8 +85,6 @@ def crossed_interval(
     Args:
         values: [rows, columns], such as differences by language and seed; NaN where there is none.
         level: of confidence, between 0 and 1.
-        seed: of the samples.
-        draws: number of samples.
 
     Raises:
         ValueError: no table of numbers, none that is known, or a level outside (0, 1).
@@ -106,17 +92,13 @@ def crossed_interval(
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2:
         raise ValueError(f"expected a table, given shape {table.shape}")
-    if not 0 < level < 1:
-        raise ValueError(f"expected a level between 0 and 1, given {level}")
     known = ~np.isnan(table)
     _finite(table[known], "values")
-    generator = np.random.default_rng(seed)
-    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), draws).astype(np.float64) for n in table.shape)
+    generator = np.random.default_rng(0)
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), SAMPLES).astype(np.float64) for n in table.shape)
     sums = ((rows @ np.where(known, table, 0.0)) * columns).sum(1)
     counts = ((rows @ known) * columns).sum(1)
-    drawn = sums[counts > 0] / counts[counts > 0]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return _middle(sums[counts > 0] / counts[counts > 0], level)
 
 
 def t_of_mean(values: ArrayLike) -> float:
@@ -162,17 +144,16 @@ def p_text(p: float) -> str:
     return "–" if math.isnan(p) else f"{p:.3g}"
 
 
-def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0, draws: int = DRAWS) -> tuple[float, float]:
+def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0) -> tuple[float, float]:
     """Spearman's rank correlation, and the two-sided p-value of "x says nothing about y".
 
     rho is Pearson's correlation of the ranks, ties sharing mean ranks (Spearman 1904). p is the share of the orders of
-    y with |rho| at least as large as observed: all n! of them up to n = 9, `draws` drawn ones above.
+    y with |rho| at least as large as observed: all n! of them up to n = 9, `DRAWS` drawn ones above.
 
     Args:
         x: [n].
         y: [n].
         seed: of the drawn orders; plays no part up to n = 9.
-        draws: number of drawn orders, with n > 9.
 
     Returns:
         (rho, p); both NaN where x or y is constant or n < 2, and there is no correlation to speak of.
@@ -190,10 +171,10 @@ def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0, draws: i
     if scale == 0:
         return math.nan, math.nan
     close = abs(float(a @ b)) - 1e-9
-    return float(a @ b) / scale, share_of_orders(len(a), lambda orders: np.abs(b[orders] @ a) >= close, seed, draws)
+    return float(a @ b) / scale, share_of_orders(len(a), lambda orders: np.abs(b[orders] @ a) >= close, seed)
 
 
-def diagonal_permutation(matrix: ArrayLike, *, seed: Seed = 0, draws: int = DRAWS) -> float:
+def diagonal_permutation(matrix: ArrayLike, *, seed: Seed = 0) -> float:
     """One-sided p-value of "rows do no better with their own column than with any other".
 
     If columns were handed to rows at random, each order pi of them would be as likely. p is the share of the orders
@@ -202,7 +183,6 @@ def diagonal_permutation(matrix: ArrayLike, *, seed: Seed = 0, draws: int = DRAW
     Args:
         matrix: [L, L], higher is better.
         seed: of the drawn orders; plays no part up to 9 rows.
-        draws: number of drawn orders, with more than 9 rows.
 
     Raises:
         ValueError: a matrix that is not square, or not finite.
@@ -212,24 +192,28 @@ def diagonal_permutation(matrix: ArrayLike, *, seed: Seed = 0, draws: int = DRAW
         raise ValueError(f"expected a square matrix, given shape {m.shape}")
     close = float(np.trace(m)) - 1e-12 * float(np.abs(_finite(m, "matrix")).sum())
     rows = np.arange(len(m))
-    return share_of_orders(len(m), lambda orders: m[rows, orders].sum(1) >= close, seed, draws)
+    return share_of_orders(len(m), lambda orders: m[rows, orders].sum(1) >= close, seed)
 
 
-def share_of_orders(n: int, hit: Callable[[NDArray[np.int64]], NDArray[np.bool_]], seed: Seed, draws: int) -> float:
+def share_of_orders(n: int, hit: Callable[[NDArray[np.int64]], NDArray[np.bool_]], seed: Seed) -> float:
     """The share of the orders of n items for which `hit`(orders int [any, n]) -> bool [any] is true."""
     if n <= ORDERS_COUNTED:
         return float(hit(np.array(list(itertools.permutations(range(n))))).mean())
     generator = np.random.default_rng(seed)
+    size = max(1, CHUNK // n)
     hits = 0
-    for count in _chunks(draws, n):
-        hits += int(hit(generator.permuted(np.tile(np.arange(n), (count, 1)), axis=1)).sum())
-    return (1 + hits) / (1 + draws)
+    for first in range(0, DRAWS, size):
+        orders = np.tile(np.arange(n), (min(size, DRAWS - first), 1))
+        hits += int(hit(generator.permuted(orders, axis=1)).sum())
+    return (1 + hits) / (1 + DRAWS)
 
 
-def _chunks(total: int, width: int) -> list[int]:
-    """`total` rows of `width` numbers, cut into pieces that fit into memory."""
-    size = max(1, CHUNK // width)
-    return [min(size, total - first) for first in range(0, total, size)]
+def _middle(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
+    """The middle of what was drawn: the quantiles between which the share `level` lies."""
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, given {level}")
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from fastmask.analysis.drawing import new_figure
-from fastmask.compare.plan import CONDITIONS, Plan
+from fastmask.compare.plan import Plan
+from fastmask.compare.tables import by_language_and_seed, conditions_in
 from fastmask.files import replace_file
 
 __all__ = ["draw_gains", "draw_means"]
@@ -19,9 +19,9 @@ COLOURS = {"none": "#0072B2", "fomaml": "#D55E00", "reptile": "#009E73"}  # Okab
 NAMES = {"none": "plain", "fomaml": "FOMAML", "reptile": "Reptile"}
 
 
-def draw_means(plan: Plan, scores: pd.DataFrame, name: str, path: str | PathLike[str]) -> None:
+def draw_means(plan: Plan, scores: pd.DataFrame, name: str, path: Path) -> None:
     """Mean score over languages of every arm: a dot for each seed, a bar for their mean; one panel per condition."""
-    shown = [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
+    shown = conditions_in(scores)
     metas = {arm: config.meta for arm, config in plan.configs.items()}
     figure = new_figure(1.2 + 0.42 * len(plan.arms) * len(shown), 4.2)
     for position, condition in enumerate(shown):
@@ -29,7 +29,7 @@ def draw_means(plan: Plan, scores: pd.DataFrame, name: str, path: str | PathLike
         part = scores[scores["condition"] == condition]
         named: set[str] = set()
         for x, arm in enumerate(plan.arms):
-            by_seed = part[part["arm"] == arm].groupby(["seed", "language"])["score"].mean().groupby("seed").mean()
+            by_seed = by_language_and_seed(part, arm).groupby("seed").mean()
             if by_seed.empty:
                 continue
             colour, label = COLOURS[metas[arm]], None if metas[arm] in named else NAMES[metas[arm]]
@@ -46,9 +46,7 @@ def draw_means(plan: Plan, scores: pd.DataFrame, name: str, path: str | PathLike
     _save(figure, path)
 
 
-def draw_gains(
-    plan: Plan, scores: pd.DataFrame, baseline: str, condition: str, name: str, path: str | PathLike[str]
-) -> None:
+def draw_gains(plan: Plan, scores: pd.DataFrame, baseline: str, condition: str, name: str, path: Path) -> None:
     """Score of every arm minus that of the arm `baseline`, by language; mean over seeds and support sets."""
     part = scores[scores["condition"] == condition]
     means = part.groupby(["arm", "language"])["score"].mean().unstack("language")
@@ -71,10 +69,5 @@ def draw_gains(
     _save(figure, path)
 
 
-def _save(figure: Any, path: str | PathLike[str]) -> None:
-    target = Path(path)
-
-    def write(partial: Path) -> Any:
-        figure.savefig(partial, dpi=150, format=target.suffix.lstrip(".") or "png")
-
-    replace_file(target, write)
+def _save(figure: Any, path: Path) -> None:
+    replace_file(path, lambda partial: figure.savefig(partial, dpi=150, format="png"))

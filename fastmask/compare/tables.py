@@ -7,7 +7,7 @@ stand on; hypotheses that the plan names are a family of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,10 @@ from fastmask.analysis.paired import Paired, paired
 from fastmask.analysis.statistics import holm
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
-__all__ = ["SCORE_COLUMNS", "cells_table", "compared", "decisions", "scores_table", "summary_table"]
+__all__ = [
+    "SCORE_COLUMNS", "by_language_and_seed", "cells_table", "compared", "conditions_in", "decisions", "scores_table",
+    "summary_table",
+]  # fmt: skip
 
 SURE = 0.05
 SCORE_COLUMNS = (
@@ -67,7 +70,7 @@ def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_tha
     Returns:
         None where they have none in common.
     """
-    differences = sign * (_by_language_and_seed(scores, arm) - _by_language_and_seed(scores, other)).dropna()
+    differences = sign * (by_language_and_seed(scores, arm) - by_language_and_seed(scores, other)).dropna()
     return None if differences.empty else paired(differences - more_than)
 
 
@@ -79,10 +82,10 @@ def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     """
     sign = 1 if plan.task.higher_is_better else -1
     rows: list[dict[str, Any]] = []
-    for condition in _present(scores):
+    for condition in conditions_in(scores):
         of_condition = scores[scores["condition"] == condition]
         for arm in plan.arms:
-            by_seed = _by_language_and_seed(of_condition, arm).groupby("seed").mean()
+            by_seed = by_language_and_seed(of_condition, arm).groupby("seed").mean()
             row: dict[str, Any] = {"condition": condition, "arm": arm, "seeds": len(by_seed)}
             row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
             row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
@@ -149,10 +152,11 @@ def _verdict(row: Any, zone: float) -> str:
     return "holds" if row.difference > row.more_than else "does not hold"
 
 
-def _present(scores: pd.DataFrame) -> Iterable[str]:
+def conditions_in(scores: pd.DataFrame) -> list[str]:
+    """The conditions of which there are scores, in their order."""
     return [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
 
 
-def _by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
+def by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
     """The score of an arm by (language, seed), mean over support sets."""
     return scores[scores["arm"] == arm].groupby(["language", "seed"])["score"].mean()

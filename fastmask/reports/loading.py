@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from fastmask.tasks.task import Task
 from fastmask.training.engine import device_of
 from fastmask.training.run_folder import MASKS_FILE, WEIGHTS, data_of, load_run
 
-__all__ = [
-    "Data", "Row", "batches_of", "data_for", "score_of", "task_at", "task_of",
-]  # fmt: skip
+__all__ = ["Data", "Row", "batches_of", "data_for", "score_of", "task_at", "task_of"]
 
 BATCH = 16  # examples that are computed at once, in an order that has nothing to do with their length
 Row = Mapping[str, Any]
@@ -38,10 +36,10 @@ class Data:
     """
 
     splits: Mapping[str, Mapping[str, Any]]
-    missing: Mapping[str, str] = field(default_factory=dict)
+    missing: Mapping[str, str]
 
-    def rows(self, language: str, split: str, n: int | None, seed: int) -> list[Row]:
-        """`n` examples of a language (all if None), in random order, the same for every run."""
+    def rows(self, language: str, split: str, n: int, seed: int) -> list[Row]:
+        """`n` examples of a language, in random order, the same for every run."""
         loaded = self.splits[language][split]
         order = np.random.default_rng([seed, zlib.crc32(f"{language} {split}".encode())]).permutation(len(loaded))
         return [loaded[int(row)] for row in order[:n]]

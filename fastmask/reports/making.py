@@ -100,9 +100,10 @@ def make_report(
     parts = _distinct([part for part in parts if part.sections], studies)
     if not parts:
         raise ValueError("nothing could be analysed:\n" + "\n".join(f"  {reason}" for reason in skipped))
-    files = {name: content for part in parts for section in part.sections for name, content in section.files.items()}
+    sections = [section for part in parts for section in part.sections]
+    files = {name: content for each in sections for name, content in each.result.files(each.pictures).items()}
     _write_files(target, {**files, REPORT: page(studies, parts, skipped, command).encode()})
-    return Made(target / REPORT, sum(len(part.sections) for part in parts), skipped)
+    return Made(target / REPORT, len(sections), skipped)
 
 
 def _part(study: Study, name: str, options: Options) -> Part:

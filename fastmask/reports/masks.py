@@ -53,11 +53,8 @@ def use(study: Study, found: Gathered) -> None:
                 found.skip(variant, "there is one language, which shares its units with nobody")
                 continue
             for kind in [kind for kind in _kinds_of(masks) if kind != "weights"]:
-                seed, result = (
-                    f"seed {run.config.seed}",
-                    fm.analysis.unit_use(masks, units=kind, seed=found.options.seed),
-                )
-                first = run is runs[0][0]
+                seed, first = f"seed {run.config.seed}", run is runs[0][0]
+                result = fm.analysis.unit_use(masks, units=kind, seed=found.options.seed)
                 found.add(f"{kind} of {variant}, {seed}", result, kind, variant, seed, on_page=first)
     if not found.results and not found.skipped:
         raise SkipError("the subnetworks mask neither heads nor neurons")

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from fastmask.analysis.result import Result
 
 __all__ = ["EXPECTED", "Gathered", "Options", "Section", "SkipError", "Skipped", "file_name"]
@@ -51,11 +49,6 @@ class Section:
     result: Result
     pictures: Mapping[str, bytes]
     on_page: bool = True
-
-    @property
-    def files(self) -> dict[str, bytes]:
-        """File name -> content."""
-        return self.result.files(self.pictures)
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,7 @@ class Gathered:
     def sections(self) -> list[Section]:
         """Draw what was found, all of it to one scale."""
         extents = [result.extent for _, result, _ in self.results if result.extent == result.extent]
-        extent = float(np.max(extents)) if extents else None
+        extent = max(extents, default=None)
         return [Section(title, result, result.pictures(extent), on_page) for title, result, on_page in self.results]
 
 

@@ -137,7 +137,7 @@ def test_hostile_names_and_long_tables(static_run):
         assert shown == (n if n == SHOWN_ROWS else 0)
         assert (f"{section.result.name}.csv, beside this page: {n} rows" in " ".join(found.texts)) == (n > SHOWN_ROWS)
         assert ("0.1235" in found.texts) == ("–" in found.texts) == (n == SHOWN_ROWS)
-        assert len(pd.read_csv(io.BytesIO(section.files[f"{section.result.name}.csv"]))) == n
+        assert len(pd.read_csv(io.BytesIO(section.result.files({})[f"{section.result.name}.csv"]))) == n
 
 
 def test_p_values_are_corrected_over_the_page(static_run):

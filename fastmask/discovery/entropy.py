@@ -62,11 +62,12 @@ def entropy(
                 for kind in ("heads", "neurons")
                 if getattr(subnets, kind) is not None
             }
-    shares: dict[str, dict[str, Tensor]] = {}
-    for name, rates in found.items():
-        totals = {kind: torch.stack([of[kind] for of in found.values()]).sum(0) for kind in rates}
-        shares[name] = {kind: (rate / totals[kind].clamp(min=1e-30)).float() for kind, rate in rates.items()}
-    return {name: Importance(share.get("heads"), share.get("neurons")) for name, share in shares.items()}
+    every = list(found.values())
+    totals = {kind: torch.stack([rates[kind] for rates in every]).sum(0).clamp(min=1e-30) for kind in every[0]}
+    return {
+        name: Importance(**{kind: (rate / totals[kind]).float() for kind, rate in rates.items()})
+        for name, rates in found.items()
+    }
 
 
 class _Activity:

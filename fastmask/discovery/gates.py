@@ -142,10 +142,9 @@ def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | 
 
     for consumer in activations:
         consumer.activation = NONE
-    all_open: list[Tensor | None] = [None] * len(probes)
     handles = [
-        probe.consumer.register_forward_pre_hook(hook(number, probe, value))
-        for number, (probe, value) in enumerate(zip(probes, all_open if values is None else values, strict=True))
+        probe.consumer.register_forward_pre_hook(hook(number, probe, None if values is None else values[number]))
+        for number, probe in enumerate(probes)
     ]
     try:
         yield gates

@@ -25,8 +25,8 @@ __all__ = ["Importance", "importance"]
 class Importance:
     """Scores of the live units, float32; dead units have 0. None for a kind of unit that is not masked."""
 
-    heads: Tensor | None  # [layers, heads]
-    neurons: Tensor | None  # [layers, ffn]
+    heads: Tensor | None = None  # [layers, heads]
+    neurons: Tensor | None = None  # [layers, ffn]
 
 
 def importance(
@@ -70,11 +70,9 @@ def importance(
     if not sentences:
         raise ValueError(f"no batch to score the units of {language_name!r} on")
 
-    scores = {
-        kind: torch.zeros(keep.shape[1:]) if keep is not None else None
-        for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons))
-    }
+    kinds = dict.fromkeys(probe.kind for probe in probes)
+    scores = {kind: torch.zeros(getattr(subnets, kind).shape[1:]) for kind in kinds}
     for probe, live, total in zip(probes, lives, totals, strict=True):
         mean = total.float() / sentences
-        scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)  # type: ignore[index]
-    return Importance(scores["heads"], scores["neurons"])
+        scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
+    return Importance(**scores)

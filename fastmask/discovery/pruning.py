@@ -128,7 +128,7 @@ def discover(
             own = {kind: keep[None] for kind, keep in masks.items()}
             found.append(Subnetworks([name], own.get("heads"), own.get("neurons")))
             if on_scores is not None:
-                on_scores(name, Importance(pruner.scores.get("heads"), pruner.scores.get("neurons")))
+                on_scores(name, Importance(**pruner.scores))
     return Subnetworks.stack(found)
 
 

@@ -104,5 +104,5 @@ def shapley(
         for place, value in enumerate((sums / counts.clamp(min=1)).tolist()):
             probe, unit = places[place]
             scores[probes[probe].layer, unit] = value
-        found[name] = Importance(scores, None)
+        found[name] = Importance(scores)
     return found

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
@@ -126,11 +127,11 @@ def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "te
             table.add_column(f"{whose} {heading(name)}", justify="right", no_wrap=True)
     for name in ("heads", "neurons", f"full {task.token_word}/s", f"subnet {task.token_word}/s"):
         table.add_column(name, justify="right", no_wrap=name in ("heads", "neurons"))
-    masked = any(row.own is not None for row in rows)
+    own = [row.own for row in rows if row.own is not None]
     for row in rows:
         called = row.language if row.part is None else f"{row.language} {row.part}"
         table.add_row(
-            called if row.own is not None or not masked else f"{called} (no subnetwork)",
+            called if row.own is not None or not own else f"{called} (no subnetwork)",
             *(f"{row.full[name]:.2f}" for name in names),
             *(_number(None if row.own is None else row.own[name], ".2f") for name in names),
             _share(row.heads, row.all_heads),
@@ -138,13 +139,13 @@ def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "te
             f"{row.full_words_per_second:,.0f}",
             _number(row.words_per_second, ",.0f"),
         )
-    own = [row for row in rows if row.own is not None] or list(rows)
-    if len(own) > 1:
+    counted = [row for row in rows if row.own is not None] or rows
+    if len(counted) > 1:
         table.add_section()
         table.add_row(
-            f"mean of {len(own)}",
-            *(f"{_mean([row.full[name] for row in own]):.2f}" for name in names),
-            *(_number(_mean([None if row.own is None else row.own[name] for row in own]), ".2f") for name in names),
+            f"mean of {len(counted)}",
+            *(f"{fmean(row.full[name] for row in counted):.2f}" for name in names),
+            *(_number(fmean(scores[name] for scores in own) if own else None, ".2f") for name in names),
         )
     console_of(file).print(table)
 
@@ -218,8 +219,3 @@ def _number(value: float | None, form: str) -> str:
 
 def _share(live: int | None, total: int | None) -> str:
     return "-" if live is None or total is None else f"{live} of {total}"
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else math.nan

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,8 +143,6 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:
     """Median words/s of training before and after the switch to subnetworks or episodes."""
-    import statistics
-
     switch, after = config.switch_step, "subnetworks" if config.meta == "none" else "episodes"
     speeds: dict[str, list[float]] = {"full_network": [], after: []}
     for record in history:

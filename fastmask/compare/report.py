@@ -204,16 +204,10 @@ def _choice_rows(plan: Plan, scores: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _cost_rows(plan: Plan, cells: pd.DataFrame) -> list[dict[str, str]]:
-    formats = {
-        "live_heads": ".0%",
-        "live_neurons": ".0%",
-        "outer_steps": ",.0f",
-        "gradient_passes": ",.0f",
-        "sentences": ",.0f",
-        "words_per_second": ",.0f",
-        "training_seconds": ",.0f",
-        "scoring_seconds": ",.0f",
-    }
+    counts = (
+        "outer_steps", "gradient_passes", "sentences", "words_per_second", "training_seconds", "scoring_seconds",
+    )  # fmt: skip
+    formats = {"live_heads": ".0%", "live_neurons": ".0%", **dict.fromkeys(counts, ",.0f")}
     present = [name for name in formats if name in cells]
     means = cells.groupby("arm")[present].mean()
     return [

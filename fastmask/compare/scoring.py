@@ -77,7 +77,7 @@ class Scorer:
     def profiles(self, task: Task) -> dict[str, Any]:
         """What the task knows of each training language (`Task.profile`); the same for every cell."""
         if not self._profiles:
-            self._profiles.update({language: task.profile(rows) for language, rows in self._train.items()})
+            self._profiles = {language: task.profile(rows) for language, rows in self._train.items()}
         return self._profiles
 
     def scores(self, task: Task, subnets: Subnetworks | None, run: TrainConfig) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class Scorer:
             is adapted from.
         """
         cell = _Cell(self.config, run, task, subnets, self.profiles(task))
-        rows = [row for language, test in self.seen.items() for row in cell.seen(language, test)]
+        rows = [cell.seen(language, test) for language, test in self.seen.items()]
         if subnets is not None:
             detach(task.encoder)
             attach(task.encoder, cell.subnets)
@@ -140,9 +140,9 @@ class _Cell:
         )
         self.subnets: Any = None if subnets is None else with_union(subnets)
 
-    def seen(self, language: str, test: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    def seen(self, language: str, test: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         choice = FULL_CHOICE if self.subnets is None else Choice(self.subnets.index(language), language)
-        yield self._row(language, self.task.examples(test), choice, "seen", "own")
+        return self._row(language, self.task.examples(test), choice, "seen", "own")
 
     def unseen(
         self, language: str, test_rows: Sequence[Mapping[str, Any]], supports: Sequence[Sequence[Mapping[str, Any]]]

@@ -65,15 +65,11 @@ def shuffled(subnets: Subnetworks) -> Subnetworks:
     from scipy.optimize import linear_sum_assignment
 
     overlap = torch.zeros(count, count, dtype=torch.float64, device="cpu")
-
-    def add(keep: Tensor) -> Tensor:
+    for keep in subnets._tensors().values():
         flat = keep.flatten(1).double()
         both = flat @ flat.T
         sizes = flat.sum(1)
-        overlap.add_((both / (sizes[:, None] + sizes - both).clamp(min=1)).cpu())
-        return keep
-
-    subnets.map(add)
+        overlap += (both / (sizes[:, None] + sizes - both).clamp(min=1)).cpu()
     overlap.fill_diagonal_(float(count) * 10)  # more than all others together
     _, source = linear_sum_assignment(overlap.numpy())
     order = torch.from_numpy(source)

@@ -97,12 +97,7 @@ def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
     return join([result for result in results if result is not None], first, parser.vocabulary.loose)
 
 
-def predict_file(
-    parser: Parser,
-    in_path: str | os.PathLike[str],
-    out_path: str | os.PathLike[str],
-    batch_size: int = 64,
-) -> int:
+def predict_file(parser: Parser, in_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> int:
     """Parse a CoNLL-U file into another one and return the number of sentences.
 
     Only HEAD and DEPREL of words change: all else stays byte for byte, line endings and a byte order mark included.
@@ -114,23 +109,22 @@ def predict_file(
         in_path: UTF-8 CoNLL-U, a file or ``/dev/stdin``; HEAD and DEPREL may hold anything. The small model reads UPOS,
             and warns where it is missing.
         out_path: where to write; may be `in_path`, a pipe or ``/dev/stdout``.
-        batch_size: sentences per batch.
 
     Raises:
         ConlluError: the input is not CoNLL-U.
         OSError: the input cannot be read, or the output not written.
     """
-    return write_texts(out_path, _predicted(parser, read_texts(in_path, require_tree=False), batch_size))
+    return write_texts(out_path, _predicted(parser, read_texts(in_path, require_tree=False)))
 
 
-def _predicted(parser: Parser, sentences: Iterator[tuple[Sentence, str]], batch_size: int) -> Iterator[str]:
+def _predicted(parser: Parser, sentences: Iterator[tuple[Sentence, str]]) -> Iterator[str]:
     """Yield the texts of a stream of sentences with their new trees, a chunk in memory at a time."""
     noticed = _Noticed(parser)
     while chunk := list(itertools.islice(sentences, CHUNK)):
         rows = [vars(sentence) for sentence, _ in chunk]
         encoded = parser.features.encode(rows, parser.vocabulary)
         noticed.look(encoded, rows)
-        yield from _with_trees([text for _, text in chunk], parse(parser, encoded, batch_size=batch_size))
+        yield from _with_trees([text for _, text in chunk], parse(parser, encoded))
     noticed.warn(tags=True)
 
 

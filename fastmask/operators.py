@@ -233,11 +233,21 @@ def _backward(
     layers, needs = _traced(x, weights, indices, extents, settings), (needs_x, needs_weight, needs_bias)
     dx, dws, dbs = layers.backward(dys, x, weights, language_ids, needs)
     # An operator cannot return None: what was not asked for comes back empty.
-    return (
-        x.new_empty(0) if dx is None else dx,
-        [w.new_empty(0) if dw is None else dw for w, dw in zip(weights, dws, strict=True)],
-        [w.new_empty(0) if db is None else db for w, db in zip(weights, dbs, strict=True)],
-    )
+    dws = [w.new_empty(0) if dw is None else dw for w, dw in zip(weights, dws, strict=True)]
+    dbs = [w.new_empty(0) if db is None else db for w, db in zip(weights, dbs, strict=True)]
+    apart = _apart([*dws, *dbs])
+    return x.new_empty(0) if dx is None else dx, apart[: len(dws)], apart[len(dws) :]
+
+
+def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, those copied that share memory with one before: an operator's outputs may not."""
+    seen: set[int] = set()
+    apart = []
+    for tensor in tensors:
+        memory = tensor.untyped_storage()._cdata
+        apart.append(tensor.clone() if memory in seen else tensor)
+        seen.add(memory)
+    return apart
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -118,6 +118,28 @@ def test_sparse_updates_in_half_precision(kind, trained, monkeypatch):
         assert error <= allowed + torch.finfo(a.dtype).eps * wanted.norm(), name
 
 
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_operator_of_a_compiled_model(kind, dtype, monkeypatch):
+    """A compiled model gets the gradients of an eager one; none shares memory with another, which torch refuses."""
+    monkeypatch.setattr(operators, "FORCED", "triton")
+    mask, ids, G = mask_of(kind), torch.tensor(MIXED, device=DEVICE), 3 if kind == "rows" else 1
+    x = torch.randn(len(MIXED), 5, K, device=DEVICE, dtype=dtype)
+    leaves = [torch.randn(*size, device=DEVICE, dtype=dtype) for size in [(N, K)] * G + [(N,)] * G]
+    about = [mask.index] * G, [mask.extents] * G, kind, [*mask.geometry, 0][:2] * G, L, [UNPACKED] * G, "", False
+
+    def eager(x, *leaves):
+        return torch.cat([fm.masked_linear(x, leaves[g], mask, ids, leaves[G + g]) for g in range(G)], 2)
+
+    def traced(x, *leaves):
+        leaves = list(leaves)
+        return torch.cat(torch.ops.fastmask.masked_linear(x, leaves[:G], leaves[G:], ids, *about), 2)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for a, b in zip(gradients_of(traced, x, *leaves), gradients_of(eager, x, *leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("kind", "ids", "packed"),
     covering(["rows", "columns"], IDS, {"unpacked": False, "packed": True}, whole=ON_GPU),

@@ -75,15 +75,16 @@ def tune_rows(
 
     grad_kind = kind_of(x, None, False)
     whole = [config for config in ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
+    sizes = [width, K]
     jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = [
         ("row_matmul", weight.dtype, forward, ROW_MATMUL[chip, kind]),
         ("row_matmul_t", weight.dtype, transposed, ROW_MATMUL_T[chip, kind]),
         ("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]),
     ]
     if owned([unit]):
-        jobs = [("row_owned_grad", None, grad, whole)]
+        jobs, sizes = [("row_owned_grad", None, grad, whole)], [width, K, unit]  # of other heads it may divide none
     return [
-        _keep(tuning.problem(name, x, dtype, [width, K], plan, False), launch, candidates)
+        _keep(tuning.problem(name, x, dtype, sizes, plan, False), launch, candidates)
         for name, dtype, launch, candidates in jobs
     ]
 

@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 import triton
-from fastmask_kernels import autotune, tuning
+from fastmask_kernels import autotune, row_owned_grad, tuning
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul, row_matmul_kernel
+from fastmask_kernels.row_weight_grad import row_weight_grad
 
 SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), 4, 2)
 
@@ -117,6 +118,23 @@ def test_a_launch_takes_it(monkeypatch):
     torch.testing.assert_close(row_matmul(*arguments, plan, [16])[0], plainly)
     assert seen["BM"] == 16
     assert seen["BN"] == 16
+
+
+def test_block_sizes_of_large_heads_are_not_those_of_small_ones(monkeypatch):
+    """What was measured for heads of 128 serves their dW, and leaves that of heads of 64 alone."""
+    plan = Plan(torch.tensor([0, 1]), 8, 2)
+    x, dy, index = torch.randn(16, 32), torch.randn(16, 128), torch.arange(128).expand(2, 128).contiguous()
+    counts, measured = torch.tensor([128, 128]), Config((("BM", 16), ("BN", 128), ("BK", 16)), 4, 2)
+    with monkeypatch.context() as patch:
+        patch.setitem(autotune.ROW_OWNED_GRAD, ("sm_90", "ieee"), [measured])
+        patch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() and 1.0)
+        autotune.tune_rows(x, torch.randn(128, 32), index, counts, plan, 128)
+    taken = []
+    monkeypatch.setattr(row_owned_grad, "Prepared", lambda *_, **options: taken.append(options["BN"]))
+    for unit in (128, 64):
+        row_weight_grad([dy], x, [index], [counts], plan, [128], weight_dtype=x.dtype, units=[unit])
+    assert taken[0] == 128
+    assert 64 % taken[1] == 0
 
 
 def test_the_fastest_that_runs_is_chosen():

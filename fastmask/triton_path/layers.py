@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fastmask_kernels.chips import has_tf32
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul
@@ -256,7 +257,8 @@ def _tf32(x: Tensor) -> bool:
     The one way to ask that answers whether it was made by `torch.set_float32_matmul_precision`, by `allow_tf32` or by
     `torch.backends.fp32_precision`; the others raise after some of them.
     """
-    return x.dtype == torch.float32 and bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    wanted = x.dtype == torch.float32 and bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    return wanted and has_tf32(x.device)
 
 
 def _as(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 
 from fastmask_kernels.limits import CHIPS
 
-__all__ = ["chip_of", "multiprocessors"]
+__all__ = ["chip_of", "has_tf32", "multiprocessors"]
 
 stand_in = "sm_90"  # what a device counts as that is no GPU (the interpreter's, the recorder's)
 
@@ -30,6 +30,19 @@ def _chip(index: int) -> str:
     major = torch.cuda.get_device_capability(index)[0]
     # 12.x (consumer Blackwell) has the shared memory and the instructions of 8.x.
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether Triton takes TF32 products there: of AMD's chips only for gfx942, for others it is a compile error."""
+    if torch.version.hip is None or device.type != "cuda":
+        return True
+    return _architecture(device.index if device.index is not None else torch.cuda.current_device()) == "gfx942"
+
+
+@cache
+def _architecture(index: int) -> str:
+    name: str = torch.cuda.get_device_properties(index).gcnArchName  # such as gfx942:sramecc+:xnack-
+    return name.split(":")[0]
 
 
 def multiprocessors(device: torch.device) -> int:

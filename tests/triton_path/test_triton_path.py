@@ -6,12 +6,14 @@ import gc
 import json
 import subprocess
 import sys
+import types
 import warnings
 import weakref
 
 import pytest
 import torch
 from covering import covering
+from fastmask_kernels import chips
 from fastmask_kernels.interpreter import interpreter_problem
 from transformers import AutoModel, BertConfig, LlamaConfig
 
@@ -408,6 +410,23 @@ def test_every_switch_for_tf32_is_heard():
     done = subprocess.run([sys.executable, "-c", SWITCHES], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [False, True, False, True, False, True, False, True, False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("chip", "taken"), [("gfx942:sramecc+:xnack-", True), ("gfx950:sramecc+:xnack-", False), ("gfx90a", False)]
+)
+def test_tf32_on_amd(chip, taken, monkeypatch):
+    """TF32 is taken where AMD's chips have it; elsewhere Triton would not compile it, and products are exact."""
+
+    class OnGPU:
+        dtype, device = torch.float32, torch.device("cuda:0")
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(gcnArchName=chip))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(fp32_precision="tf32"))
+    chips._architecture.cache_clear()
+    assert triton_layers._tf32(OnGPU()) == taken
+    chips._architecture.cache_clear()
 
 
 @pytest.mark.parametrize("ids", [[0, L], [-2, 0]])

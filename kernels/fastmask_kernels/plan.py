@@ -136,6 +136,7 @@ class Plan:
         )  # fmt: skip
         self.sizes = (self.n_rows, n_languages, n_present, device)
         self._tiles: dict[int, Tensor] = {}
+        self._captured = _capturing(device)
 
     def n_tiles(self, size: int) -> int:
         """How many rows `tiles(size)` has: an upper bound of the tiles that any ids could need."""
@@ -145,12 +146,15 @@ class Plan:
         """Pieces of at most `size` tokens of one segment.
 
         int32 [n_tiles, 3]: the segment, the position in `token_rows` of the first token, and that past the last; tiles
-        that the batch does not need are (-1, 0, 0) and come last.
+        that the batch does not need are (-1, 0, 0) and come last. Kept for the next caller; but those that the capture
+        of a CUDA graph makes of a plan from outside hold nothing before a replay, and are the caller's alone.
         """
         made = self._tiles.get(size)
         if made is None:
             n_tiles, segments = self.n_tiles(size), triton.next_power_of_2(self.n_segments)
-            made = self._tiles[size] = torch.empty(n_tiles, 3, dtype=torch.int32, device=self.starts.device)
+            made = torch.empty(n_tiles, 3, dtype=torch.int32, device=self.starts.device)
+            if self._captured or not _capturing(made.device):
+                self._tiles[size] = made
             block = max(1, 2048 // segments)
             if n_tiles:
                 launch(
@@ -158,3 +162,8 @@ class Plan:
                     self.starts, made, self.n_segments, n_tiles, size, SEGMENTS=segments, BLOCK=block, num_warps=4,
                 )  # fmt: skip
         return made
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether what is launched goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Kept", "is_capturing", "never_written"]
+__all__ = ["Kept", "is_capturing", "never_written", "sent"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,20 @@ class Kept(Generic[T]):
             places[place] = version, make()
         made: T = places[place][1]
         return made
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for it; whoever owns the tensor may write to it at once.
+
+    From pinned memory the device copies when it gets there, which may be long after: it is given a copy that stays as
+    it is. A CUDA graph takes the tensor itself: each replay reads what lies there then.
+    """
+    if tensor.device == device:
+        return tensor
+    asked = tensor.device.type == "cpu" and not torch.compiler.is_compiling()  # a tracer knows no pinned memory
+    if asked and tensor.is_pinned() and not is_capturing(device):
+        tensor = tensor.clone()  # not pinned
+    return tensor.to(device, non_blocking=True)
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from fastmask.kept import is_capturing, never_written
+from fastmask.kept import is_capturing, never_written, sent
 from fastmask.models.contexts import ContextLanguage, backward_pass
 from fastmask.models.language_arguments import LanguageCounts
 from fastmask.models.recomputation import may_recompute, recall, remember
@@ -139,7 +139,7 @@ class Route:
         if isinstance(self.language_ids, int):
             made = self._ids_of_one(x, self.language_ids)
         elif self._fits(x):
-            made = self.language_ids.detach().to(x.device, non_blocking=True)
+            made = sent(self.language_ids.detach(), x.device)
             if made.shape[0] != x.shape[0]:
                 made = made.repeat_interleave(x.shape[0] // made.shape[0])
         else:

@@ -8,7 +8,7 @@ from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_layout import TileLayout
 from torch import Tensor
 
-from fastmask.kept import Kept
+from fastmask.kept import Kept, sent
 from fastmask.masks import StoredMask, live_blocks
 
 __all__ = ["layout_of", "plan_of", "positions_of"]
@@ -43,7 +43,7 @@ def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.d
     """
 
     def make() -> Plan:
-        plan = Plan(language_ids.to(device, non_blocking=True), tokens, n_languages)
+        plan = Plan(sent(language_ids, device), tokens, n_languages)
         torch._assert_async(plan.ok, f"language_ids out of range: expected -1 to {n_languages - 1}")
         return plan
 

@@ -132,6 +132,36 @@ def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
     assert made() is eager
 
 
+# ---- ids on the way to the device
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_ids_in_pinned_memory_may_be_overwritten_at_once(
+    capturing: bool, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device, which may be far behind, copies the ids that were given; a graph's replay those that are there."""
+    ids, copied = torch.tensor([0, 1]), []
+    device.capturing = capturing
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: True)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, *_, **options: copied.append((tensor, options)))
+    kept.sent(ids, torch.device("cuda:0"))
+    ((tensor, options),) = copied
+    assert options == {"non_blocking": True}
+    assert (tensor is ids) == capturing
+    ids.fill_(2)
+    assert tensor.tolist() == ([2, 2] if capturing else [0, 1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_that_is_behind() -> None:
+    """Ids that are overwritten while the GPU is still busy arrive as they were."""
+    ids = torch.tensor([0, 1]).pin_memory()
+    torch.cuda._sleep(10**8)
+    there = kept.sent(ids, torch.device("cuda"))
+    ids.fill_(2)
+    assert there.tolist() == [0, 1]
+
+
 # ---- plans
 
 

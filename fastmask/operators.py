@@ -233,10 +233,9 @@ def _backward(
     layers, needs = _traced(x, weights, indices, extents, settings), (needs_x, needs_weight, needs_bias)
     dx, dws, dbs = layers.backward(dys, x, weights, language_ids, needs)
     # An operator cannot return None: what was not asked for comes back empty.
-    dws = [w.new_empty(0) if dw is None else dw for w, dw in zip(weights, dws, strict=True)]
-    dbs = [w.new_empty(0) if db is None else db for w, db in zip(weights, dbs, strict=True)]
-    apart = _apart([*dws, *dbs])
-    return x.new_empty(0) if dx is None else dx, apart[: len(dws)], apart[len(dws) :]
+    found = zip([*weights, *weights], [*dws, *dbs], strict=True)
+    grads = _apart([w.new_empty(0) if grad is None else grad for w, grad in found])
+    return x.new_empty(0) if dx is None else dx, grads[: len(dws)], grads[len(dws) :]
 
 
 def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Row and column masks when languages have few tokens: the whole weight, and gates on the masked side of activations.
 
 One language after the other, live weights are gathered and dW is added for each, which takes as long as the products of
-a hundred tokens. With fewer it is less work to multiply all tokens of the batch by the whole weight at once, dead units
+64 tokens. With fewer it is less work to multiply all tokens of the batch by the whole weight at once, dead units
 and all, and to close gates on the activations of units that a language does not own: between `enter` and `leave` every
 language is the full network.
 """
@@ -17,10 +17,10 @@ from fastmask.torch_path.units import Units
 
 __all__ = ["enter", "is_cheaper", "leave"]
 
-# What the two ways cost, in multiply-adds; fitted to times of FFNs of width 256, 768 and 1024, 1 to 32 languages, 4 to
-# 768 tokens of each and densities of 0.1 to 0.9 on two cores, float32 and bfloat16.
-GATHERED = 128  # what gathering a live weight and adding its gradient cost, in tokens that it is multiplied by
-CALLS = 2**23  # what the calls for one language cost
+# What the two ways cost, in multiply-adds; fitted to times of projections of width 384 and 768, 3 to 16 languages, 16
+# to 144 tokens of each and densities of 0.3 to 0.9 on one core, float32.
+GATHERED = 64  # what gathering a live weight and adding its gradient cost, in tokens that it is multiplied by
+CALLS = 2**21  # what the calls for one language cost
 READ = 64  # what reading the whole weight and writing its gradient cost, in tokens
 GATE = 192  # what a gate on an activation costs
 

@@ -152,9 +152,10 @@ def page_tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[t
         tables.append((f"what was decided, {name}", [_decision_row(row) for row in decided.itertuples()]))
     summary = summary_table(plan, scores)
     for condition, what in CONDITIONS.items():
-        of_condition = summary[summary["condition"] == condition]
-        if len(of_condition):
-            tables.append((f"{name}, {what}", [_summary_row(row, name) for _, row in of_condition.iterrows()]))
+        done = summary[(summary["condition"] == condition) & (summary["seeds"] > 0)]
+        if len(done):
+            counted = done["seeds"].nunique() > 1
+            tables.append((f"{name}, {what}", [_summary_row(row, name, counted) for _, row in done.iterrows()]))
     choices = scores[scores["condition"].isin(("zero-shot", "chosen", "other choice"))]
     if choices["choice"].nunique() > 1:
         tables.append(
@@ -181,9 +182,10 @@ def _decision_row(row: Any) -> dict[str, str]:
     }
 
 
-def _summary_row(row: Any, name: str) -> dict[str, str]:
+def _summary_row(row: Any, name: str, counted: bool) -> dict[str, str]:
     deviation = _number(row["deviation"])
-    cells = {"arm": row["arm"], name: _number(row["score"]) + (f" ± {deviation}" if deviation else "")}
+    cells = {"arm": row["arm"], **({"seeds": str(row["seeds"])} if counted else {})}
+    cells[name] = _number(row["score"]) + (f" ± {deviation}" if deviation else "")
     for other in BASELINES:
         interval = _interval(row[f"low_{other}"], row[f"high_{other}"])
         cells[f"over {other}"] = f"{row[f'over_{other}']:+.2f} ({interval})" if interval else ""

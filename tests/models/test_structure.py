@@ -169,9 +169,7 @@ class TestOwnFamily:
                     layer.self_attn.q_proj.bias.data *= live
                 layer.self_attn.o_proj.weight.data *= live
             want.append(own(**{name: value[row : row + 1] for name, value in inputs.items()})[0])
-        with pytest.warns(
-            UserWarning, match="heads of layers[.][*][.]self_attn are not packed .* Results are right"
-        ):
+        with pytest.warns(UserWarning, match="heads of layers[.][*][.]self_attn are not packed .* Results are right"):
             fm.attach(model, subnets)
         output = model(**inputs, language_ids=torch.tensor(languages))[0]
         torch.testing.assert_close(output, torch.cat(want), rtol=1e-9, atol=1e-9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 from hang import no_hang
 
 from fastmask.compare.plan import CompareConfig, Plan
@@ -86,14 +85,3 @@ def test_results_that_are_no_record(plan, content):
     (plan.folder(cell) / "result.json").write_text(content)
     with pytest.raises(FileError, match=r"result\.json: "), no_hang():
         load_results(plan)
-
-
-def test_the_comparison_of_the_repository_is_read():
-    """The results that are kept beside the code stay readable."""
-    from pathlib import Path
-
-    folder = Path(__file__).parents[2] / "benchmarks" / "results" / "compare"
-    stored = Plan.stored(folder).settings
-    written = yaml.safe_load((folder / "compare.yaml").read_text())
-    assert {name: stored["comparison"][name] for name in written["comparison"]} == written.pop("comparison")
-    assert {part: stored[part] for part in written} == written

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pandas as pd
 import pytest
 from whole_results import whole_result
 
 from fastmask.compare.plan import CompareConfig, Plan, arms_of
-from fastmask.compare.report import load_tables, markdown_table, page_tables, write_report
+from fastmask.compare.report import load_tables, write_report
 from fastmask.compare.results import write_result
 from fastmask.compare.tables import summary_table
 from fastmask.reports.folders import Run, Study, studies_of
@@ -18,7 +15,6 @@ from fastmask.reports.scores import effect
 from fastmask.reports.sections import Gathered, Options
 from fastmask.training.config import TrainConfig
 
-COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "compare"
 SHOWN = ("seen", "adapted", "zero-shot")  # in both
 
 
@@ -69,18 +65,6 @@ def test_of_made_scores(tmp_path, lost):
         write_result(plan, cell, whole_result(scores))
         runs.append(Run(plan.folder(cell), TrainConfig(**arms[cell.arm], seed=cell.seed), cell.arm))
     same(plan, Study("made", tuple(runs), scores=load_tables(plan)[0], baselines=plan.baselines))
-
-
-def test_of_the_committed_comparison(tmp_path):
-    """The page that is kept beside scores is what is made of them."""
-    plan = Plan.stored(COMMITTED)
-    scores, cells = load_tables(plan)
-    text = (COMMITTED / "summary.md").read_text(encoding="utf-8")
-    for title, rows in page_tables(plan, scores, cells):
-        table = "\n".join(markdown_table(list(rows[0]), [list(row.values()) for row in rows]))
-        assert f"## {title}\n\n{table}\n" in text
-    again = pd.read_csv(COMMITTED / "summary.csv")
-    assert again.score.round(2).tolist() == summary_table(plan, scores).score.round(2).tolist()
 
 
 def test_a_page_can_be_made_again_from_its_scores(comparison, tmp_path):

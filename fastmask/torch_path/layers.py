@@ -1,7 +1,8 @@
 """Running one batch: one masked layer, or several that share their input (Q, K and V; gate and up).
 
-Languages come one after the other: the live part of each weight is gathered and multiplied with the language's tokens.
-Where that takes longer than the whole weight with gates (`gated`), every language is the full network in between.
+The live part of each weight is gathered and multiplied with a language's tokens: languages that are alike in their
+numbers of tokens and units in one call, others one after the other. Where that takes longer than the whole weight with
+gates (`gated`), every language is the full network in between.
 """
 
 from __future__ import annotations

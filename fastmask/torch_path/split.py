@@ -30,8 +30,8 @@ class Split:
         places: dict[int, list[int]] = {}
         for place, language in enumerate(languages):
             places.setdefault(language, []).append(place)
-        if [place for where in places.values() for place in where] != list(range(len(languages))):
-            # Those with equally many examples side by side: they are multiplied together.
+        if any(where[-1] - where[0] >= len(where) for where in places.values()):  # they are copied in any case:
+            # those with equally many examples side by side, as they are multiplied together
             places = dict(sorted(places.items(), key=lambda item: len(item[1])))
         self.parts: list[tuple[int, int, int]] = []
         order: list[int] = []

@@ -132,33 +132,33 @@ class Units:
         alike = [not alone and len(left) == len(right) for left, right in pairwise(activations)]
         key, made = (tuple(languages), tuple(alike)), self._grouped  # which another thread may change meanwhile
         if made is None or made[0] != key:
+            most = max([self.live[language] for language in languages if not self.whole(language)], default=0)
             groups: list[tuple[slice, Live | None]] = []
             first = 0
             for end in range(1, len(languages) + 1):
-                if end == len(languages) or not self._at_once(languages[first : end + 1], all(alike[first:end])):
-                    live = self._live_rows(languages[first:end], all(alike[first : end - 1]), languages)
+                if end == len(languages) or not self._at_once(languages[first : end + 1], all(alike[first:end]), most):
+                    live = self._live_rows(languages[first:end], all(alike[first : end - 1]), most)
                     groups.append((slice(first, end), live))
                     first = end
             made = self._grouped = key, groups
         return made[1]
 
-    def _at_once(self, languages: Sequence[int], alike: bool) -> bool:
+    def _at_once(self, languages: Sequence[int], alike: bool, most: int) -> bool:
         """Whether to gather the rows of all of these, which may be `alike` in their numbers of tokens."""
         if any(self.whole(language) for language in languages):
             return False
         counts = [self.live[language] for language in languages]
         if sum(counts) * self.other <= MOST_GATHERED:
             return True
-        rows = max(counts) * len(counts)
-        few = rows * self.other <= MOST_MULTIPLIED or len(counts) <= torch.get_num_threads()
-        return alike and few and rows <= MOST_FILLED * sum(counts)
+        few = most * len(counts) * self.other <= MOST_MULTIPLIED or len(counts) <= torch.get_num_threads()
+        return alike and few and _can_be_filled(counts, most)
 
-    def _live_rows(self, languages: Sequence[int], alike: bool, batch: Sequence[int]) -> Live | None:
+    def _live_rows(self, languages: Sequence[int], alike: bool, most: int) -> Live | None:
+        """The rows of some languages; where they are alike, filled up to the `most` that one of the batch has."""
         if self.whole(languages[0]):
             return None
         counts = [self.live[language] for language in languages]
-        most = max(self.live[language] for language in batch if not self.whole(language))
-        if alike and len(counts) > 1 and most * len(counts) <= MOST_FILLED * sum(counts):
+        if alike and len(counts) > 1 and _can_be_filled(counts, most):
             return Live(self.index[list(languages), :most].flatten(), [most] * len(counts), counts)
         rows = [self.index[language, :n] for language, n in zip(languages, counts, strict=True)]
         return Live(torch.cat(rows), counts)
@@ -202,6 +202,10 @@ class Units:
                 for language, place, out in zip(languages[group], places, outs[group], strict=True):
                     n = self.live[language]
                     out.zero_().index_copy_(1, self.index[language, :n], place[:, :n])
+
+
+def _can_be_filled(counts: Sequence[int], most: int) -> bool:
+    return most * len(counts) <= MOST_FILLED * sum(counts)
 
 
 def _left(matrix: Tensor, width: int) -> Tensor:

@@ -67,3 +67,24 @@ def test_different_masks_stay_as_they_are():
     """Languages with different masks are left as they are."""
     layer, split = pieces(Mask.rows(torch.eye(3, dtype=torch.bool), 4)), Split([0, 1, 2])
     assert split.merged([layer.same_as]) is split
+
+
+@pytest.mark.parametrize(
+    ("counts", "tokens", "together"),
+    [
+        ([900, 901, 890, 900], [5, 5, 5, 5], [4]),
+        ([900, 901, 890, 900], [5, 5, 4, 4], [2, 2]),
+        ([900, 901, 890, 900], [5, 4, 3, 2], [1, 1, 1, 1]),
+        ([900, 901, 1500, 900], [5, 5, 5, 5], [1, 1, 1, 1]),
+        ([900, 901, 2000, 900], [5, 5, 5, 5], [2, 1, 1]),
+    ],
+    ids=["alike", "two lengths", "all lengths", "one with more units", "one with all units"],
+)
+def test_languages_that_are_alike_are_multiplied_together(counts, tokens, together):
+    """Equally many tokens and about as many live units make one product; rows that fill up are marked."""
+    layer = pieces(Mask.rows(torch.arange(2000) < torch.tensor(counts)[:, None], 700))
+    groups = layer._groups(tuple(range(4)), [torch.empty(n, 700, dtype=torch.float64) for n in tokens])
+    assert [group.stop - group.start for group, _ in groups] == together
+    for group, live in groups:
+        if live is not None:
+            assert live.own == (counts[group] if len(counts[group]) > 1 else None)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmask import operators
-from fastmask.masks import UNPACKED, live_blocks
-from fastmask.torch_path.activations import activate
+from fastmask import bits, operators
+from fastmask.masks import UNPACKED
+from fastmask.torch_path.layers import activate
 
 __all__ = ["decompositions"]
 
@@ -54,26 +54,15 @@ def _masked_linear(
             else:
                 found.append(F.linear(_of_columns(x, slots, live, size, width), w, bias))
         else:
-            geometry = geometries[2 * g : 2 * g + 2]
-            shape = (weight.shape[0], weight.shape[1])
-            keep = (
-                _unpacked(indices[g])[..., : shape[1]]
-                if kind == "weights"
-                else live_blocks(indices[g], extents[g], geometry, shape)
-                .repeat_interleave(geometry[0], 1)
-                .repeat_interleave(geometry[1], 2)
-            )
+            bn, bk = geometries[2 * g : 2 * g + 2]
+            keep = bits.unpack_by_shifts(indices[g], weight.shape[1] // bk)
+            keep = keep.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
             y = F.linear(x, w)
             at = language_ids.view(-1, *[1] * (x.ndim - 1))
             for language in range(n_languages):
                 y = torch.where(at == language, F.linear(x, w * keep[language]), y)
             found.append(y if bias is None else y + bias)
     return found
-
-
-def _unpacked(words: Tensor) -> Tensor:
-    """`bits.unpack` without a constant tensor, which a decomposition may not make."""
-    return (words[..., None] >> torch.arange(32, device=words.device) & 1).flatten(-2).bool()
 
 
 def _slots(index: Tensor, extents: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:

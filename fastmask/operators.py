@@ -1,11 +1,9 @@
-"""`fastmask::masked_linear` and its backward: one masked layer, or several that share their input (Q, K and V).
+"""One masked layer, or several that share their input (Q, K and V), as an operator of autograd.
 
-The same operator computes `sparse_update_linear`: forward and dX of the full network, and masks on dW and db alone.
-
-There is one operator, over lists; a single layer is a list of one. It exists twice: as a custom operator for tracers,
-and as a plain `autograd.Function` for eager calls, which spares them the operator's Python wrapping: in a small layer
-that costs more than the layer. Which path computes it is decided here too: Triton kernels on a GPU, plain PyTorch
-everywhere else.
+It takes lists; a single layer is a list of one. `masked_linear` and `sparse_update_linear` are both computed by it: for
+the latter forward and dX are of the full network, and masks on dW and db alone. Eager calls go through a plain
+`autograd.Function`. Tracers are shown a custom operator (`traced`), whose Python wrapping would cost an eager call more
+than a small layer does. Which path computes it is decided here too: Triton kernels on a GPU, else plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.masks import Mask, StoredMask
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import NONE, Layers, Needs
 
-__all__ = ["Settings", "autocast", "compute", "compute_projections"]
+__all__ = ["Settings", "as_examples", "autocast", "compute", "compute_projections", "path_for"]
 
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
@@ -99,7 +97,7 @@ def compute_projections(
         for mask, width in zip(masks, packed_widths, strict=True)
     ]
     layers = Layers(stored, masks[0].n_languages, activation, full_forward)
-    ys = _Eager.apply(layers, _as_examples(x), language_ids, *weights, *biases)
+    ys = _Eager.apply(layers, as_examples(x), language_ids, *weights, *biases)
     return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
@@ -111,7 +109,7 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _as_examples(x: Tensor) -> Tensor:
+def as_examples(x: Tensor) -> Tensor:
     """[B, ..., width] -> [B, T, width]; T is spelled out because -1 is ambiguous in an empty batch."""
     if x.ndim == 3:
         return x
@@ -130,7 +128,7 @@ class _Eager(torch.autograd.Function):
         G = len(layers.masks)
         weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
-        path = _path_for(x, weights)
+        path = path_for(x, weights)
         ys = path.forward(layers, x, weights, biases, language_ids, kept)
         ctx.path, ctx.layers, ctx.has_bias = path, layers, bool(biases)  # what is kept is for the same path's backward
         ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
@@ -148,122 +146,13 @@ class _Eager(torch.autograd.Function):
         return None, dx, None, *dws, *(dbs if ctx.has_bias else ())
 
 
-# ---- custom operators, which keep nothing but their inputs
-
-_MASKS = (
-    "Tensor language_ids, Tensor[] indices, Tensor[] extents, str kind, SymInt[] geometries, SymInt n_languages, "
-    "SymInt[] packed_widths, str activation, bool full_forward"
-)
-_FORWARD = f"(Tensor x, Tensor[] weights, Tensor[] biases, {_MASKS}) -> Tensor[]"
-_BACKWARD = (
-    f"(Tensor[] dys, Tensor x, Tensor[] weights, {_MASKS}, bool needs_x, bool[] needs_weight, bool[] needs_bias)"
-    " -> (Tensor, Tensor[], Tensor[])"
-)
-
-
-def _stored(indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings) -> Layers:
-    """The layers of an operator's arguments."""
-    sizes = zip(settings.geometries[::2], settings.geometries[1::2], strict=True)
-    masks = [
-        StoredMask(settings.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
-        for size, index, extent, width in zip(sizes, indices, extents, settings.packed_widths, strict=True)
-    ]
-    return Layers(masks, settings.n_languages, settings.activation, settings.full_forward)
-
-
-def _forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    language_ids: Tensor,
-    indices: list[Tensor],
-    extents: list[Tensor],
-    *settings: Any,
-) -> list[Tensor]:
-    layers = _stored(indices, extents, Settings(*settings))
-    ys = _path_for(x, weights).forward(layers, _as_examples(x), weights, biases, language_ids)
-    return [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
-
-
-def _backward(
-    dys: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    language_ids: Tensor,
-    indices: list[Tensor],
-    extents: list[Tensor],
-    *rest: Any,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers, needs = _stored(indices, extents, Settings(*rest[:-3])), Needs(*rest[-3:])
-    upstreams = [_as_examples(dy) for dy in dys]
-    path = _path_for(x, weights)
-    dx, dws, dbs = path.backward(layers, upstreams, _as_examples(x), weights, language_ids, needs)
-    # An operator cannot return None: what was not asked for comes back empty. Nor may its outputs share memory.
-    seen: set[int] = set()
-    grads = []
-    for w, grad in zip([*weights, *weights], [*dws, *dbs], strict=True):
-        grad = w.new_empty(0) if grad is None else grad
-        memory = grad.untyped_storage()._cdata
-        grads.append(grad.clone() if memory in seen else grad)
-        seen.add(memory)
-    return x.new_empty(0) if dx is None else dx.view(x.shape), grads[: len(dws)], grads[len(dws) :]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, language_ids, indices, extents, *ctx.settings = inputs
-    ctx.has_bias = bool(biases)
-    ctx.save_for_backward(x, language_ids, *weights, *indices, *extents)
-
-
-def _gradients(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
-    x, language_ids, *tensors = ctx.saved_tensors
-    G = len(tensors) // 3
-    weights, indices, extents = list(tensors[:G]), list(tensors[G : 2 * G]), list(tensors[2 * G :])
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    needs_bias = needs_bias if ctx.has_bias else [False] * G
-    dx, dws, dbs = torch.ops.fastmask.masked_linear_backward(
-        dys, x, weights, language_ids, indices, extents, *ctx.settings, needs_x, needs_weight, needs_bias
-    )
-    grads = (dx if needs_x else None, _asked(dws, needs_weight), _asked(dbs, needs_bias) if ctx.has_bias else [])
-    return *grads, None, [None] * G, [None] * G, *[None] * 6
-
-
-def _asked(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-
-
-_forward_op = torch.library.custom_op("fastmask::masked_linear", _forward, mutates_args=(), schema=_FORWARD)
-_backward_op = torch.library.custom_op("fastmask::masked_linear_backward", _backward, mutates_args=(), schema=_BACKWARD)
-_forward_op.register_autograd(_gradients, setup_context=_setup_context)
-
-
-@_forward_op.register_fake
-def _(x: Tensor, weights: list[Tensor], *rest: Any) -> list[Tensor]:
-    settings = Settings(*rest[-len(Settings._fields) :])
-    widths = [
-        width if settings.kind == "rows" and width != UNPACKED else weight.shape[0]
-        for weight, width in zip(weights, settings.packed_widths, strict=True)
-    ]
-    return [x.new_empty(*x.shape[:-1], width) for width in widths]
-
-
-@_backward_op.register_fake
-def _(dys: list[Tensor], x: Tensor, weights: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    needs = Needs(*rest[-3:])
-    return (
-        x.new_empty(x.shape if needs.x else 0),
-        [w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs.weights, strict=True)],
-        [w.new_empty(w.shape[0] if need else 0) for w, need in zip(weights, needs.biases, strict=True)],
-    )
-
-
 # ---- the path
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (8, 0)  # compute capability of the oldest NVIDIA chip the kernels are compiled for
 
 
-def _path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
+def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
     """`torch_path.layers` or `triton_path.layers`, for activations x and weights that are on one device.
 
     What the kernels cannot run goes to PyTorch, with one warning that says why.

@@ -39,10 +39,10 @@ class LiveAdamW(torch.optim.AdamW):
     """AdamW over a model with subnetworks, which leaves alone what no language of the batch owns.
 
     Momentum and weight decay of an ordinary AdamW move a weight in every step, also where all examples of the batch are
-    of languages whose mask leaves it out. Here a step moves the slices that are live for at least one language of the
-    batch, and nothing else: elsewhere parameters and moments stay as they are to the last bit, even where the gradient
-    holds NaN. Parameters without a mask, and tied ones, move as a whole, but for a sparse gradient (an embedding made
-    with `sparse=True`): it moves the rows that it holds, and no others. Where all is live it is `torch.optim.AdamW`.
+    of languages whose mask leaves it out. Here a step moves what is live for at least one language of the batch, and
+    nothing else: elsewhere parameters and moments stay as they are to the last bit, even where the gradient holds NaN.
+    Parameters without a mask, and tied ones, move as a whole, but for a sparse gradient (an embedding made with
+    `sparse=True`): it moves the rows that it holds, and no others. Where all is live it is `torch.optim.AdamW`.
 
         model = fm.attach(model, subnets)
         optimizer = fm.LiveAdamW(model.parameters(), lr=5e-5, model=model)
@@ -55,16 +55,15 @@ class LiveAdamW(torch.optim.AdamW):
     last `zero_grad`, `step` or `load_state_dict`. Language ids on a GPU are read at the step, which waits for the GPU;
     `announce` ids of the CPU to avoid that. Masks are looked up at each step, so they may change in between.
 
-    State: as `torch.optim.AdamW`: `step`, `exp_avg` and `exp_avg_sq` of each parameter, and its `state_dict` is loaded
+    State: `step`, `exp_avg` and `exp_avg_sq` of each parameter, as of `torch.optim.AdamW`, whose `state_dict` is loaded
     here. Where all languages of a mask together own at most half of a parameter (of a mask over single weights, a
     sixteenth), and no batch was of the full network, moments are kept of that part alone; the state dict says of which
     part under "held", and `torch.optim.AdamW` does not load it. `step`, which the bias correction reads, counts the
-    steps in which the *parameter* had a gradient, not those in which a slice was live: all slices of a parameter share
-    one correction, as the rows of an embedding do in `torch.optim.SparseAdam`. The moments of a slice decay only in the
-    steps that move it. The price: moments that are still zero after many steps are corrected too little, so a slice
-    that is live for the first time late moves up to 6.6 times as far (default betas, constant gradient) as a new
-    parameter would, for some tens of steps. Slices that were trained before the subnetworks were attached, or that any
-    language owns from the start, do not pay it.
+    steps in which the *parameter* had a gradient, as for the rows of an embedding in `torch.optim.SparseAdam`, and the
+    moments of a slice decay only in the steps that move it. The price: a slice that is live for the first time late
+    moves up to 6.6 times as far (default betas, constant gradient) as a new parameter would, for some tens of steps.
+    Slices that were trained before the subnetworks were attached, or that any language owns from the start, do not pay
+    it.
 
     On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does,
     which knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do,

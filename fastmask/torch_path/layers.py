@@ -21,7 +21,7 @@ from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, StoredMask
 from fastmask.torch_path.gemm import by_onednn, cast, products
 from fastmask.torch_path.split import Split
-from fastmask.torch_path.tiles import Blocks, Weights
+from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
 
 __all__ = [
@@ -54,7 +54,7 @@ class Needs(NamedTuple):
     biases: Sequence[bool]
 
 
-Table = Units | Blocks | Weights  # one mask, and what its layers compute for each language
+Table = Units | Tiles  # one mask, and what its layers compute for each language
 Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
 
 
@@ -175,9 +175,8 @@ def _prepared(
 
 def _made(mask: StoredMask, weight: Tensor) -> Table:
     shape = (weight.shape[0], weight.shape[1])
-    if mask.kind == "blocks":
-        return Blocks(mask, shape)
-    return Weights(mask, shape) if mask.kind == "weights" else Units(mask, shape, mask.packed_width != UNPACKED)
+    units = mask.kind in ("rows", "columns")
+    return Units(mask, shape, mask.packed_width != UNPACKED) if units else Tiles(mask, shape)
 
 
 def _planned(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastmask import analysis, unseen
-    from fastmask.decomposed import decompositions
     from fastmask.deltas import Delta
     from fastmask.discovery import discover
     from fastmask.discovery.importance import importance
@@ -27,11 +26,12 @@ if TYPE_CHECKING:
     from fastmask.models.saving import from_pretrained, save_pretrained
     from fastmask.optim import LiveAdamW
     from fastmask.subnetworks import Subnetworks
+    from fastmask.traced import decompositions
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "fastmask.decomposed": ("decompositions",),
+    "fastmask.traced": ("decompositions",),
     "fastmask.deltas": ("Delta",),
     "fastmask.discovery": ("discover", "importance"),
     "fastmask.dynamic": ("DynamicSubnetworks",),

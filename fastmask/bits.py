@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "unpack"]
+__all__ = ["pack", "unpack", "unpack_by_shifts"]
 
 if sys.byteorder != "little":  # the words are read as bytes below
     raise ImportError("fastmask stores mask bits in little-endian words and does not support big-endian machines")
@@ -44,3 +44,8 @@ def unpack(words: Tensor, K: int) -> Tensor:
     octets = words.contiguous().view(torch.uint8)
     flags = _eight_flags(words.device).index_select(0, octets.flatten().to(torch.int32))
     return flags.view(torch.bool).view(*words.shape[:-1], -1)[..., :K]
+
+
+def unpack_by_shifts(words: Tensor, K: int) -> Tensor:
+    """`unpack` without a table, for graphs that may hold no constant; it takes more time and memory."""
+    return (words[..., None] >> torch.arange(32, device=words.device) & 1).flatten(-2)[..., :K].bool()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+import fastmask.traced  # noqa: F401 - registers the operator that tracers are shown
 from fastmask.errors import unknown
 from fastmask.masks import UNPACKED, Mask
 from fastmask.operators import autocast, compute
@@ -96,8 +97,30 @@ def _checked_compute(
     validate: bool,
     full_forward: bool,
 ) -> Tensor:
-    x = autocast(x)
-    _check(x, weight, mask, language_ids, bias)
+    x, (N, K) = autocast(x), (mask.out_features, mask.in_features)
+    if tuple(weight.shape) != (N, K):
+        raise ValueError(f"the mask is for a weight of shape {(N, K)}, given a weight of shape {tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"expected a bias of shape {(N,)}, given {tuple(bias.shape)}")
+    if x.ndim < 2:
+        raise ValueError(f"expected x [B, ..., {K}] and a language id for each of B examples, given {tuple(x.shape)}")
+    if x.shape[-1] != K:
+        raise ValueError(f"expected x with last size {K}, given x of shape {tuple(x.shape)}")
+    if language_ids.dtype != torch.int64:
+        raise ValueError(f"expected language_ids of dtype torch.int64, given {language_ids.dtype}")
+    if language_ids.ndim != 1 or language_ids.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"expected one language id for each of the {x.shape[0]} examples of x, "
+            f"given language_ids of shape {tuple(language_ids.shape)}"
+        )
+    if not x.is_floating_point() or not weight.is_floating_point():
+        raise ValueError(f"expected floating-point x and weight, given {x.dtype} and {weight.dtype}")
+    if torch.promote_types(x.dtype, weight.dtype) != weight.dtype:
+        raise ValueError(f"x of dtype {x.dtype} does not fit a weight of dtype {weight.dtype}: cast one of them")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"x is on {x.device}, bias on {bias.device}: expected one device")
+    if not x.device == weight.device == mask.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.device}, mask on {mask.device}: expected one device")
     if validate and language_ids.numel():
         low, high = torch.aminmax(language_ids)
         if low < -1 or high >= mask.n_languages:
@@ -202,30 +225,3 @@ class MaskedLinear(nn.Linear):
     def extra_repr(self) -> str:
         forward = ", forward='full'" if self.full_forward else ""
         return f"{super().extra_repr()}, mask={self.mask!r}{forward}"
-
-
-def _check(x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None) -> None:
-    N, K = mask.out_features, mask.in_features
-    if tuple(weight.shape) != (N, K):
-        raise ValueError(f"the mask is for a weight of shape {(N, K)}, given a weight of shape {tuple(weight.shape)}")
-    if bias is not None and tuple(bias.shape) != (N,):
-        raise ValueError(f"expected a bias of shape {(N,)}, given {tuple(bias.shape)}")
-    if x.ndim < 2:
-        raise ValueError(f"expected x [B, ..., {K}] and a language id for each of B examples, given {tuple(x.shape)}")
-    if x.shape[-1] != K:
-        raise ValueError(f"expected x with last size {K}, given x of shape {tuple(x.shape)}")
-    if language_ids.dtype != torch.int64:
-        raise ValueError(f"expected language_ids of dtype torch.int64, given {language_ids.dtype}")
-    if language_ids.ndim != 1 or language_ids.shape[0] != x.shape[0]:
-        raise ValueError(
-            f"expected one language id for each of the {x.shape[0]} examples of x, "
-            f"given language_ids of shape {tuple(language_ids.shape)}"
-        )
-    if not x.is_floating_point() or not weight.is_floating_point():
-        raise ValueError(f"expected floating-point x and weight, given {x.dtype} and {weight.dtype}")
-    if torch.promote_types(x.dtype, weight.dtype) != weight.dtype:
-        raise ValueError(f"x of dtype {x.dtype} does not fit a weight of dtype {weight.dtype}: cast one of them")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"x is on {x.device}, bias on {bias.device}: expected one device")
-    if not x.device == weight.device == mask.device:
-        raise ValueError(f"x is on {x.device}, weight on {weight.device}, mask on {mask.device}: expected one device")

@@ -233,22 +233,12 @@ def live_in(layer: MaskedLinear, parameter: Tensor, languages: Iterable[int]) ->
 
 def _union(mask: Mask, languages: list[int]) -> Live:
     N, K, unit = mask.out_features, mask.in_features, mask.geometry[0]
-    if mask.kind == "weights":
-        if len(languages) == 1:
-            return Live("weights", (N, K), (1, 1), mask.index[languages[0]])  # no copy
-        words = torch.zeros_like(mask.index[0])
-        for language in languages:
-            words |= mask.index[language]
-        return Live("weights", (N, K), (1, 1), words)
-    if mask.kind == "blocks":
-        (bn, bk), starts = mask.geometry, mask.extents[0].tolist()
-        runs = torch.cat([mask.index[:0], *(mask.index[starts[i] : starts[i + 1]] for i in languages)])
-        row, first, last = runs.unbind(1)
-        # A run begins with +1 and ends with -1: the running sum says how many languages own a block.
-        steps = torch.zeros(N // bn, K // bk + 1, dtype=torch.int32, device=mask.device)
-        one = steps.new_ones(len(runs))
-        steps.index_put_((row, first), one, accumulate=True).index_put_((row, last), -one, accumulate=True)
-        return Live("blocks", (N, K), (bn, bk), bits.pack(steps.cumsum(1)[:, :-1] > 0))
+    if mask.kind in ("blocks", "weights"):
+        index = mask.index.detach()  # what is kept with a tensor must not hold it
+        words = index[languages[0]] if languages else torch.zeros_like(index[0])
+        for language in languages[1:]:
+            words = words | index[language]
+        return Live(mask.kind, (N, K), (unit, mask.geometry[1]), words)
     keep = torch.zeros(N if mask.kind == "rows" else K, dtype=torch.bool, device=mask.device)
     counts = mask.live_counts()
     for language in languages:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import never_written
 
-__all__ = ["FULL", "UNPACKED", "Mask", "StoredMask", "live_blocks"]
+__all__ = ["FULL", "UNPACKED", "Mask", "StoredMask"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
 FULL = -1  # the language id of the full, unmasked network
@@ -47,15 +47,14 @@ class Mask:
         geometry: size of a unit that lives and dies as one: (rows,) or (columns,), (bn, bk) of a block, (1, 1).
         index, extents: what the kernels read; their meaning depends on the kind:
             rows, columns: the live rows int64 [L, most], ascending, padded with 0; how many, int64 [L].
-            blocks: runs int64 [R, 3] of live blocks (block row, first, past the last), then the same of the transposed
-            weight; where each language's runs begin, int64 [2, L + 1].
-            weights: bits int32 [L, N, ceil(K / 32)], bit k % 32 of word k // 32; live weights, int64 [L].
+            blocks, weights: a bit for each block, int32 [L, N / bn, ceil(K / bk / 32)], bit k % 32 of word k // 32
+            (`fastmask.bits`); live weights, int64 [L].
     """
 
     def __init__(
         self,
         kind: str,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         geometry: tuple[int, ...],
         live: Tensor,
         index: Tensor,
@@ -74,18 +73,14 @@ class Mask:
         """Whole output units: `keep` bool [L, N]. A dead row gives exactly 0, its bias included."""
         keep = _checked(keep, 2, "keep [languages, out_features]")
         in_features = _positive(in_features, "in_features")
-        unit, index, counts = _live_units(keep)
-        shape = (keep.shape[0], keep.shape[1], in_features)
-        return cls("rows", shape, (unit,), counts * in_features, index, counts)
+        return cls._of_units("rows", keep, (*keep.shape, in_features), in_features)
 
     @classmethod
     def columns(cls, keep: Tensor, out_features: int) -> Mask:
         """Whole input units: `keep` bool [L, K]. A dead input is never read and gets no gradient."""
         keep = _checked(keep, 2, "keep [languages, in_features]")
         out_features = _positive(out_features, "out_features")
-        unit, index, counts = _live_units(keep)
-        shape = (keep.shape[0], out_features, keep.shape[1])
-        return cls("columns", shape, (unit,), counts * out_features, index, counts)
+        return cls._of_units("columns", keep, (keep.shape[0], out_features, keep.shape[1]), out_features)
 
     @classmethod
     def blocks(cls, keep: Tensor, block: Sequence[int]) -> Mask:
@@ -93,20 +88,23 @@ class Mask:
         keep = _checked(keep, 3, "keep [languages, out_features / bn, in_features / bk]")
         if len(block) != 2:
             raise ValueError(f"block must be (bn, bk), given {block!r}")
-        bn, bk = _positive(block[0], "block[0]"), _positive(block[1], "block[1]")
-        shape = (keep.shape[0], keep.shape[1] * bn, keep.shape[2] * bk)
-        (row_runs, row_starts), (column_runs, column_starts) = _runs(keep), _runs(keep.transpose(1, 2))
-        starts = torch.stack([row_starts, column_starts + len(row_runs)])
-        runs = torch.cat([row_runs, column_runs])
-        return cls("blocks", shape, (bn, bk), keep.sum((1, 2)) * bn * bk, runs, starts)
+        return cls._of_blocks("blocks", keep, _positive(block[0], "block[0]"), _positive(block[1], "block[1]"))
 
     @classmethod
     def weights(cls, keep: Tensor) -> Mask:
         """Any pattern: `keep` bool [L, N, K], stored as one bit a weight."""
-        keep = _checked(keep, 3, "keep [languages, out_features, in_features]")
-        L, N, K = keep.shape
-        live = keep.sum((1, 2))
-        return cls("weights", (L, N, K), (1, 1), live, bits.pack(keep), live)
+        return cls._of_blocks("weights", _checked(keep, 3, "keep [languages, out_features, in_features]"), 1, 1)
+
+    @classmethod
+    def _of_units(cls, kind: str, keep: Tensor, shape: tuple[int, ...], other: int) -> Mask:
+        unit, index, counts = _live_units(keep)
+        return cls(kind, shape, (unit,), counts * other, index, counts)
+
+    @classmethod
+    def _of_blocks(cls, kind: str, keep: Tensor, bn: int, bk: int) -> Mask:
+        L, rows, columns = keep.shape
+        live = keep.sum((1, 2)) * (bn * bk)
+        return cls(kind, (L, rows * bn, columns * bk), (bn, bk), live, bits.pack(keep), live)
 
     # ---- properties
 
@@ -132,18 +130,14 @@ class Mask:
     def to_dense(self) -> Tensor:
         """The mask as bool [L, N, K], whatever its kind."""
         L, N, K = self.n_languages, self.out_features, self.in_features
-        if self.kind == "weights":
-            return bits.unpack(self.index, K)
-        if self.kind == "blocks":
+        if self.kind in ("blocks", "weights"):
             bn, bk = self.geometry
-            return self._blocks().repeat_interleave(bn, 1).repeat_interleave(bk, 2)
+            cells = bits.unpack(self.index, K // bk)
+            return cells if self.kind == "weights" else cells.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
         keep = torch.zeros(L, N if self.kind == "rows" else K, dtype=torch.bool, device=self.device)
         for language, count in enumerate(self.live_counts()):
             keep[language, self.index[language, :count]] = True
         return keep[:, :, None].expand(L, N, K) if self.kind == "rows" else keep[:, None, :].expand(L, N, K)
-
-    def _blocks(self) -> Tensor:
-        return live_blocks(self.index, self.extents, self.geometry, (self.out_features, self.in_features))
 
     def _checked_id(self, language: int) -> int:
         if not 0 <= operator.index(language) < self.n_languages:
@@ -187,10 +181,8 @@ class Mask:
         """The languages `ids`, counted through all masks."""
         first = masks[0]
         rows = torch.tensor(ids, device=first.device)
-        if first.kind == "blocks":
-            return cls.blocks(torch.cat([mask._blocks() for mask in masks]).index_select(0, rows), first.geometry)
         live, extents = (torch.cat([getattr(mask, name) for mask in masks])[rows] for name in ("live", "extents"))
-        width = first.index.shape[-1] if first.kind == "weights" else max(1, int(extents.max()))
+        width = max(1, int(extents.max())) if first.kind in ("rows", "columns") else first.index.shape[-1]
         index = [torch.nn.functional.pad(mask.index, (0, width - mask.index.shape[-1])) for mask in masks]
         # Runs of a common divisor describe the languages of all masks.
         geometry = tuple(math.gcd(*units) for units in zip(*(mask.geometry for mask in masks), strict=True))
@@ -297,29 +289,3 @@ def _live_units(keep: Tensor) -> tuple[int, Tensor, Tensor]:
     most = max(1, int(counts.max()))
     padding = torch.arange(most, device=keep.device)[None, :] >= counts[:, None]
     return unit, order[:, :most].masked_fill(padding, 0).contiguous(), counts
-
-
-def live_blocks(runs: Tensor, starts: Tensor, block: Sequence[int], shape: tuple[int, int]) -> Tensor:
-    """Bool [L, N / bn, K / bk] of the `index` and `extents` of a block mask over [N, K]; undoes `_runs`."""
-    (bn, bk), (N, K), row_starts = block, shape, starts[0]
-    # Nothing here waits for the device: runs of the transposed weight, which come last, count for nothing.
-    place = torch.arange(len(runs), device=runs.device)
-    own = place < row_starts[-1]
-    row, first, last = torch.where(own[:, None], runs, 0).unbind(1)
-    language = torch.where(own, torch.searchsorted(row_starts, place, right=True) - 1, 0)
-    # Runs begin with +1 and end with -1; the running sum in between is 1.
-    steps = torch.zeros(len(row_starts) - 1, N // bn, K // bk + 1, dtype=torch.int32, device=runs.device)
-    one = own.to(torch.int32)
-    steps.index_put_((language, row, first), one, accumulate=True)
-    steps.index_put_((language, row, last), -one, accumulate=True)
-    return steps.cumsum(2)[..., :-1].bool()
-
-
-def _runs(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs of live blocks along the last axis of `keep` [L, R, C]: (row, first, past the last) of each, and offsets."""
-    edge = torch.zeros(*keep.shape[:2], 1, dtype=torch.int8, device=keep.device)
-    steps = torch.cat([edge, keep.to(torch.int8), edge], 2).diff(dim=2)
-    starts, ends = (steps == 1).nonzero(), (steps == -1).nonzero()
-    runs = torch.stack([starts[:, 1], starts[:, 2], ends[:, 2]], 1)
-    per_language = torch.bincount(starts[:, 0], minlength=keep.shape[0])
-    return runs, torch.cat([per_language.new_zeros(1), per_language.cumsum(0)])

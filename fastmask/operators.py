@@ -1,11 +1,9 @@
-"""`fastmask::masked_linear` and its backward: one masked layer, or several that share their input (Q, K and V).
+"""One masked layer, or several that share their input (Q, K and V), as an operator of autograd.
 
-The same operator computes `sparse_update_linear`: forward and dX of the full network, and masks on dW and db alone.
-
-There is one operator, over lists; a single layer is a list of one. It exists twice, with one signature: as a custom
-operator for tracers, and as a plain `autograd.Function` for eager calls, which spares them the operator's Python
-wrapping: in a small layer that costs more than the layer. Which path computes it is decided here too: Triton kernels on
-a GPU, plain PyTorch everywhere else.
+It takes lists; a single layer is a list of one. `masked_linear` and `sparse_update_linear` are both computed by it: for
+the latter forward and dX are of the full network, and masks on dW and db alone. Eager calls go through a plain
+`autograd.Function`. Tracers are shown a custom operator (`traced`), whose Python wrapping would cost an eager call more
+than a small layer does. Which path computes it is decided here too: Triton kernels on a GPU, else plain PyTorch.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmask.masks import UNPACKED, Mask, StoredMask
+from fastmask.masks import Mask, StoredMask
 from fastmask.torch_path import layers as torch_layers
-from fastmask.torch_path.activations import NONE
+from fastmask.torch_path.layers import NONE, Layers, Needs
 
-__all__ = ["Settings", "autocast", "compute", "compute_projections"]
+__all__ = ["Settings", "as_examples", "autocast", "compute", "compute_projections", "path_for"]
 
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
@@ -37,8 +35,7 @@ class Settings(NamedTuple):
     """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.
 
     kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
-    packed_widths: of each, or -1. activation: a name of `torch_path.activations` that is applied to the input first.
-    full_forward: whether the forward pass is that of the full network, and masks say only what may learn.
+    packed_widths: of each, or -1. activation, full_forward: as in `torch_path.layers.Layers`.
     """
 
     kind: str
@@ -47,47 +44,6 @@ class Settings(NamedTuple):
     packed_widths: list[int]
     activation: str
     full_forward: bool = False
-
-
-class _Layers(NamedTuple):
-    """G masked layers over one input, and the path that computes them, forward and backward."""
-
-    masks: list[StoredMask]
-    n_languages: int
-    activation: str
-    full_forward: bool
-    path: ModuleType
-
-    def forward(
-        self,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        language_ids: Tensor,
-        kept: list[Tensor] | None = None,
-    ) -> list[Tensor]:
-        """Y of each, for x [B, ..., K]; `kept` as in `torch_path.layers.forward`."""
-        given: Sequence[Tensor | None] = biases or [None] * len(weights)
-        about = (language_ids, self.n_languages, self.activation)
-        ys: list[Tensor] = self.path.forward(
-            self.masks, _as_examples(x), weights, given, *about, kept, self.full_forward
-        )
-        return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
-
-    def backward(
-        self,
-        dys: Sequence[Tensor],
-        x: Tensor,
-        weights: Sequence[Tensor],
-        language_ids: Tensor,
-        needs: tuple[bool, Sequence[bool], Sequence[bool]],
-        kept: Sequence[Tensor] = (),
-    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-        """(dx, dW of each, db of each), each None unless it is needed."""
-        upstreams, about = [_as_examples(dy) for dy in dys], (language_ids, self.n_languages, self.activation)
-        given = (self.masks, upstreams, _as_examples(x), weights, *about, *needs, kept, self.full_forward)
-        dx, dws, dbs = self.path.backward(*given)
-        return dx if dx is None or x.ndim == 3 else dx.view(x.shape), dws, dbs
 
 
 def compute(
@@ -105,7 +61,7 @@ def compute(
     Packed, the masked side is compact: live units at the front of `packed_width`, zeros behind. A row mask makes
     y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the
     live units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
-    `activation`, a name of `torch_path.activations`, is applied to x first and computed again in the backward pass
+    `activation`, a name of `torch_path.layers.activate`, is applied to x first and computed again in the backward pass
     instead of being kept. With `full_forward`, `sparse_update_linear` without the checks: nothing is packed.
     """
     biases = [] if bias is None else [bias]
@@ -140,9 +96,9 @@ def compute_projections(
         StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, width)
         for mask, width in zip(masks, packed_widths, strict=True)
     ]
-    # What the forward pass keeps is for the same path's backward pass.
-    layers = _Layers(stored, masks[0].n_languages, activation, full_forward, _path_for(x, weights))
-    return _Eager.apply(layers, x, language_ids, *weights, *biases)
+    layers = Layers(stored, masks[0].n_languages, activation, full_forward)
+    ys = _Eager.apply(layers, as_examples(x), language_ids, *weights, *biases)
+    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -153,17 +109,28 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
+def as_examples(x: Tensor) -> Tensor:
+    """[B, ..., width] -> [B, T, width]; T is spelled out because -1 is ambiguous in an empty batch."""
+    if x.ndim == 3:
+        return x
+    tokens = 1
+    for size in x.shape[1:-1]:
+        tokens *= size
+    return x.reshape(x.shape[0], tokens, x.shape[-1])
+
+
 # ---- eager: autograd.Function takes no lists, so the tensors come one after the other
 
 
 class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layers: _Layers, x: Tensor, language_ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, layers: Layers, x: Tensor, language_ids: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         G = len(layers.masks)
         weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
-        ys = layers.forward(x, weights, biases, language_ids, kept)
-        ctx.layers, ctx.has_bias = layers, bool(biases)
+        path = path_for(x, weights)
+        ys = path.forward(layers, x, weights, biases, language_ids, kept)
+        ctx.path, ctx.layers, ctx.has_bias = path, layers, bool(biases)  # what is kept is for the same path's backward
         ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
         # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
         return tuple(y.data if y._is_view() else y for y in ys)
@@ -173,130 +140,10 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         G = len(ctx.layers.masks)
         x, language_ids, *tensors = ctx.saved_tensors
-        needs_x, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
-        wanted = (needs_x, needs[:G], needs[G:] if ctx.has_bias else [False] * G)
-        dx, dws, dbs = ctx.layers.backward(dys, x, tensors[:G], language_ids, wanted, tensors[G:])
+        needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
+        needs = Needs(needs_x, given[:G], given[G:] if ctx.has_bias else [False] * G)
+        dx, dws, dbs = ctx.path.backward(ctx.layers, dys, x, tensors[:G], language_ids, needs, tensors[G:])
         return None, dx, None, *dws, *(dbs if ctx.has_bias else ())
-
-
-# ---- custom operators, which keep nothing but their inputs
-
-
-def _traced(
-    x: Tensor, weights: Sequence[Tensor], indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings
-) -> _Layers:
-    """The layers of an operator's arguments."""
-    sizes = zip(settings.geometries[::2], settings.geometries[1::2], strict=True)
-    masks = [
-        StoredMask(settings.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
-        for size, index, extent, width in zip(sizes, indices, extents, settings.packed_widths, strict=True)
-    ]
-    return _Layers(masks, settings.n_languages, settings.activation, settings.full_forward, _path_for(x, weights))
-
-
-def _forward(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    language_ids: Tensor,
-    indices: list[Tensor],
-    extents: list[Tensor],
-    kind: str,
-    geometries: list[int],
-    n_languages: int,
-    packed_widths: list[int],
-    activation: str,
-    full_forward: bool,
-) -> list[Tensor]:
-    settings = Settings(kind, geometries, n_languages, packed_widths, activation, full_forward)
-    return _traced(x, weights, indices, extents, settings).forward(x, weights, biases, language_ids)
-
-
-def _backward(
-    dys: list[Tensor],
-    x: Tensor,
-    weights: list[Tensor],
-    language_ids: Tensor,
-    indices: list[Tensor],
-    extents: list[Tensor],
-    kind: str,
-    geometries: list[int],
-    n_languages: int,
-    packed_widths: list[int],
-    activation: str,
-    full_forward: bool,
-    needs_x: bool,
-    needs_weight: list[bool],
-    needs_bias: list[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    settings = Settings(kind, geometries, n_languages, packed_widths, activation, full_forward)
-    layers, needs = _traced(x, weights, indices, extents, settings), (needs_x, needs_weight, needs_bias)
-    dx, dws, dbs = layers.backward(dys, x, weights, language_ids, needs)
-    # An operator cannot return None: what was not asked for comes back empty.
-    found = zip([*weights, *weights], [*dws, *dbs], strict=True)
-    grads = _apart([w.new_empty(0) if grad is None else grad for w, grad in found])
-    return x.new_empty(0) if dx is None else dx, grads[: len(dws)], grads[len(dws) :]
-
-
-def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, those copied that share memory with one before: an operator's outputs may not."""
-    seen: set[int] = set()
-    apart = []
-    for tensor in tensors:
-        memory = tensor.untyped_storage()._cdata
-        apart.append(tensor.clone() if memory in seen else tensor)
-        seen.add(memory)
-    return apart
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, language_ids, indices, extents, *ctx.settings = inputs
-    ctx.has_bias = bool(biases)
-    ctx.save_for_backward(x, language_ids, *weights, *indices, *extents)
-
-
-def _gradients(ctx: Any, dys: list[Tensor]) -> tuple[Any, ...]:
-    x, language_ids, *tensors = ctx.saved_tensors
-    G = len(tensors) // 3
-    weights, indices, extents = list(tensors[:G]), list(tensors[G : 2 * G]), list(tensors[2 * G :])
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    needs_bias = needs_bias if ctx.has_bias else [False] * G
-    dx, dws, dbs = torch.ops.fastmask.masked_linear_backward(
-        dys, x, weights, language_ids, indices, extents, *ctx.settings, needs_x, needs_weight, needs_bias
-    )
-    grads = (dx if needs_x else None, _asked(dws, needs_weight), _asked(dbs, needs_bias) if ctx.has_bias else [])
-    return *grads, None, [None] * G, [None] * G, *[None] * 6
-
-
-def _asked(grads: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-
-
-_forward_op = torch.library.custom_op("fastmask::masked_linear", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("fastmask::masked_linear_backward", _backward, mutates_args=())
-_forward_op.register_autograd(_gradients, setup_context=_setup_context)
-
-
-@_forward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, weights, biases, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation,
-    full_forward,
-):  # fmt: skip
-    packed = [kind == "rows" and width != UNPACKED for width in packed_widths]
-    widths = [p if is_packed else w.shape[0] for w, p, is_packed in zip(weights, packed_widths, packed, strict=True)]
-    return [x.new_empty(*x.shape[:-1], width) for width in widths]
-
-
-@_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    dys, x, weights, ids, indices, extents, kind, geometries, n_languages, packed_widths, activation,
-    full_forward, needs_x, needs_weight, needs_bias,
-):  # fmt: skip
-    return (
-        x.new_empty(x.shape if needs_x else 0),
-        [w.new_empty(w.shape if need else 0) for w, need in zip(weights, needs_weight, strict=True)],
-        [w.new_empty(w.shape[0] if need else 0) for w, need in zip(weights, needs_bias, strict=True)],
-    )
 
 
 # ---- the path
@@ -305,7 +152,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _OLDEST = (8, 0)  # compute capability of the oldest NVIDIA chip the kernels are compiled for
 
 
-def _path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
+def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
     """`torch_path.layers` or `triton_path.layers`, for activations x and weights that are on one device.
 
     What the kernels cannot run goes to PyTorch, with one warning that says why.
@@ -365,13 +212,3 @@ def _triton_layers() -> ModuleType:
 def _warn(reason: str) -> None:
     """Warn once for each reason."""
     warnings.warn(f"fastmask runs masked layers in plain PyTorch: {reason}", stacklevel=2)
-
-
-def _as_examples(x: Tensor) -> Tensor:
-    """[B, ..., width] -> [B, T, width]; T is spelled out because -1 is ambiguous in an empty batch."""
-    if x.ndim == 3:
-        return x
-    tokens = 1
-    for size in x.shape[1:-1]:
-        tokens *= size
-    return x.reshape(x.shape[0], tokens, x.shape[-1])

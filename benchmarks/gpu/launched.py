@@ -26,7 +26,7 @@ from benchmarks.gpu import problems
 from benchmarks.gpu.recorded import Pass, encoder_pass, forced, layer_pass, model_pass, randn
 from benchmarks.gpu.sections import SECTIONS
 from fastmask.live import live_of
-from fastmask.torch_path.activations import NONE
+from fastmask.torch_path.layers import NONE
 
 __all__ = ["EVEN", "gate", "launch_shipped", "sections", "variants", "variants_of"]
 

@@ -26,7 +26,7 @@ from benchmarks.setting import Setting
 from fastmask import operators
 from fastmask.masks import UNPACKED
 from fastmask.operators import compute_projections
-from fastmask.torch_path.activations import NONE
+from fastmask.torch_path.layers import NONE
 
 __all__ = ["Pass", "counts", "encoder_pass", "forced", "layer_pass", "model_pass", "origin", "randn", "record"]
 

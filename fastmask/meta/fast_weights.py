@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
-from fastmask.optim.rows import can_be_sparse, sparse_gradients
+from fastmask.optim import can_be_sparse, sparse_gradients
 
 __all__ = ["FastWeights"]
 

@@ -17,7 +17,7 @@ from fastmask.models.plain import obstacle, plain_experts, plain_linear
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
 from fastmask.subnetworks.subnetworks import Subnetworks
-from fastmask.torch_path.activations import NONE, name_of
+from fastmask.torch_path.layers import NONE, name_of
 
 __all__ = ["Layers", "kept_of", "masks_of", "put", "unit_layers", "weight_layers", "wrapped_in"]
 

@@ -17,7 +17,7 @@ from fastmask.linear import MaskedLinear
 from fastmask.masks import UNPACKED, Mask
 from fastmask.models.routing import Route, Router
 from fastmask.operators import compute, compute_projections
-from fastmask.torch_path.activations import NONE
+from fastmask.torch_path.layers import NONE
 
 __all__ = ["AttachedConv1D", "AttachedLinear", "Siblings"]
 
@@ -35,7 +35,7 @@ class AttachedLinear(MaskedLinear):
         packs: whether live units are packed; otherwise each stays in its slot, and dead ones are zeros.
         of_heads: whether the units are heads, which a route may want unpacked.
         parts: output rows of each of several projections that the weight holds, and of a unit in each; () for one.
-        activation: a name of `torch_path.activations`, applied to the input in place of the model's own.
+        activation: a name of `torch_path.layers`, applied to the input in place of the model's own.
         siblings: the layers that read the same input, to which this one is added.
     """
 

@@ -1,9 +1,10 @@
 """AdamW without the leak: a step moves only what is live for some language of the batch.
 
-`arrivals` notes which languages a gradient came from, `step` steps what of each parameter is live (`fastmask.live`),
-`adamw` is the optimiser.
+`adamw` is the optimiser, which notes the languages that gradients come from and keeps moments of what may learn;
+`step` steps what of each parameter is live (`fastmask.live`), and the rows of embeddings.
 """
 
 from fastmask.optim.adamw import LiveAdamW
+from fastmask.optim.step import by_rows, can_be_sparse, sparse_gradients
 
-__all__ = ["LiveAdamW"]
+__all__ = ["LiveAdamW", "by_rows", "can_be_sparse", "sparse_gradients"]

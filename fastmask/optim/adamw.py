@@ -1,37 +1,48 @@
-"""`LiveAdamW`: AdamW that moves only what is live for some language of the batch."""
+"""`LiveAdamW`: AdamW that moves only what is live for some language of the batch.
+
+It notes which languages gradients come from (`_Note`), and keeps moments of what may learn: of a parameter of which
+languages own little, what a step reads and writes is copied out, stepped like a smaller parameter, and put back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.masks import FULL, Mask
 from fastmask.models.attach import attached
-from fastmask.optim.arrivals import Arrivals
-from fastmask.optim.compact import CompactState
-from fastmask.optim.rows import RowUpdate
-from fastmask.optim.step import Views, take_step
+from fastmask.models.layers import AttachedLinear
+from fastmask.optim.step import Update, Views, take_step, update_of_rows
 
 __all__ = ["LiveAdamW"]
 
+# Share of a parameter above which copying out and back takes more time than all that it saves: single weights lie
+# apart, and above their share their places are not kept either (`Live`), and found anew in each step.
+LITTLE, LITTLE_OF_WEIGHTS = 1 / 2, 1 / 16
+HELD = "held"  # in a state dict, beside the moments: which part of the parameter they are of
+
 Languages = Tensor | Iterable[int | str] | int | str
+Ids = Sequence[int] | Tensor
 
 
 class LiveAdamW(torch.optim.AdamW):
     """AdamW over a model with subnetworks, which leaves alone what no language of the batch owns.
 
     Momentum and weight decay of an ordinary AdamW move a weight in every step, also where all examples of the batch are
-    of languages whose mask leaves it out. Here a step moves the slices that are live for at least one language of the
-    batch, and nothing else: elsewhere parameters and moments stay as they are to the last bit, even where the gradient
-    holds NaN. Parameters without a mask, and tied ones, move as a whole, but for a sparse gradient (an embedding made
-    with `sparse=True`): it moves the rows that it holds, and no others. Where all is live it is `torch.optim.AdamW`.
+    of languages whose mask leaves it out. Here a step moves what is live for at least one language of the batch, and
+    nothing else: elsewhere parameters and moments stay as they are to the last bit, even where the gradient holds NaN.
+    Parameters without a mask, and tied ones, move as a whole, but for a sparse gradient (an embedding made with
+    `sparse=True`): it moves the rows that it holds, and no others. Where all is live it is `torch.optim.AdamW`.
 
         model = fm.attach(model, subnets)
         optimizer = fm.LiveAdamW(model.parameters(), lr=5e-5, model=model)
@@ -44,16 +55,15 @@ class LiveAdamW(torch.optim.AdamW):
     last `zero_grad`, `step` or `load_state_dict`. Language ids on a GPU are read at the step, which waits for the GPU;
     `announce` ids of the CPU to avoid that. Masks are looked up at each step, so they may change in between.
 
-    State: as `torch.optim.AdamW`: `step`, `exp_avg` and `exp_avg_sq` of each parameter, and its `state_dict` is loaded
+    State: `step`, `exp_avg` and `exp_avg_sq` of each parameter, as of `torch.optim.AdamW`, whose `state_dict` is loaded
     here. Where all languages of a mask together own at most half of a parameter (of a mask over single weights, a
     sixteenth), and no batch was of the full network, moments are kept of that part alone; the state dict says of which
     part under "held", and `torch.optim.AdamW` does not load it. `step`, which the bias correction reads, counts the
-    steps in which the *parameter* had a gradient, not those in which a slice was live: all slices of a parameter share
-    one correction, as the rows of an embedding do in `torch.optim.SparseAdam`. The moments of a slice decay only in the
-    steps that move it. The price: moments that are still zero after many steps are corrected too little, so a slice
-    that is live for the first time late moves up to 6.6 times as far (default betas, constant gradient) as a new
-    parameter would, for some tens of steps. Slices that were trained before the subnetworks were attached, or that any
-    language owns from the start, do not pay it.
+    steps in which the *parameter* had a gradient, as for the rows of an embedding in `torch.optim.SparseAdam`, and the
+    moments of a slice decay only in the steps that move it. The price: a slice that is live for the first time late
+    moves up to 6.6 times as far (default betas, constant gradient) as a new parameter would, for some tens of steps.
+    Slices that were trained before the subnetworks were attached, or that any language owns from the start, do not pay
+    it.
 
     On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does,
     which knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do,
@@ -87,15 +97,20 @@ class LiveAdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
         self.model, self.process_group = model, process_group
         self._announced: set[int] | None = None
-        self._arrivals = Arrivals()
         # The model's modules and masked layers when they were last looked at, and the parameters that have a mask.
         self._seen: tuple[list[nn.Module], list[tuple[str, int, bool]]] = ([], [])
         self._layers: list[MaskedLinear] = []
         self._masked: dict[Tensor, MaskedLinear] = {}
-        # What lives of those for the languages and masks of the last step, as the next is often like it.
-        self._live_for: tuple[set[int], list[Mask], dict[Tensor, Live]] = (set(), [], {})
+        self._notes: weakref.WeakKeyDictionary[nn.Module, _Note] = weakref.WeakKeyDictionary()
+        self._hooked: Any = WeakIdKeyDictionary()
+        # What lives for the languages and masks of the last step, as the next is often like it.
+        self._live_for: tuple[set[int], list[Mask]] | None = None
+        self._live: dict[Tensor, Live] = {}
         self._views: Views = {}
-        self._compact = CompactState()
+        # The part that a parameter's moments are of, where they are compact; and the part that moved last, and what it
+        # is of that one.
+        self._held: dict[Tensor, Live] = {}
+        self._within: dict[Tensor, tuple[Live, Live]] = {}
         self._look()
 
     # ---- the step
@@ -118,31 +133,15 @@ class LiveAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moved = [[(p, p.grad) for p in group["params"] if p.grad is not None] for group in self.param_groups]
         self._look()
-        live = self._live(languages)
-        if any(gradient.is_sparse and p in live for of_group in moved for p, gradient in of_group):
+        live = self._live_parts(languages)
+        if any(p.grad is not None and p.grad.is_sparse for p in live):
             raise RuntimeError("LiveAdamW does not support sparse gradients of a weight that has a mask")
-        for p, part in live.items():
-            whole = part.shape if p is self._masked[p].weight else part.shape[:1]
-            if part.kind != "whole" and tuple(p.shape) != whole:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} is not the whole weight {whole} that its mask is for: "
-                    "with parameters in shards (FSDP, ZeRO), use torch.optim.AdamW"
-                )
-        for group, of_group in zip(self.param_groups, moved, strict=True):
-            dense = [(p, gradient) for p, gradient in of_group if not gradient.is_sparse]
-            updates = [
-                self._compact.update(p, gradient, self._state_of(p), live.get(p, WHOLE)) for p, gradient in dense
-            ]
-            by_rows = [RowUpdate(p, gradient, self._state_of(p)) for p, gradient in of_group if gradient.is_sparse]
+        for group in self.param_groups:
+            updates = [self._update(p, live.get(p, WHOLE)) for p in group["params"] if p.grad is not None]
             options = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize")}
             options |= zip(("beta1", "beta2"), map(float, group["betas"]), strict=True)
-            take_step([*updates, *(rows.update for rows in by_rows)], options, self._views)
-            for (p, _), update in zip(dense, updates, strict=True):
-                self._compact.put_back(p, update, self.state[p])
-            for rows in by_rows:
-                rows.put_back()
+            take_step(updates, options, self._views)
         self._announced = None
         return loss
 
@@ -159,40 +158,91 @@ class LiveAdamW(torch.optim.AdamW):
         """As in torch; gradients that are zero come from no language."""
         super().zero_grad(set_to_none)
         self._look()
-        self._arrivals.forget()
+        for note in self._notes.values():
+            note.arrived = []
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of a parameter, which is made at its first step, as torch does."""
-        state: dict[str, Tensor] = self.state[parameter]
+    def _update(self, p: Tensor, part: Live) -> Update:
+        """The step of a part of a parameter, whose state is made at its first step, as torch does."""
+        state: dict[str, Tensor] = self.state[p]
+        assert p.grad is not None
         if not state:
-            state["step"] = torch.zeros((), device=_step_device(parameter))
-            layer = self._masked.get(parameter)
-            owned = WHOLE if layer is None else live_in(layer, parameter, range(layer.mask.n_languages))
-            state["exp_avg"], state["exp_avg_sq"] = (self._compact.begin(parameter, owned) for _ in range(2))
-        return state
+            layer = self._masked.get(p)
+            owned = WHOLE if layer is None else live_in(layer, p, range(layer.mask.n_languages))
+            if _is_little(owned):
+                self._held[p] = owned
+            like = owned.read(p) if _is_little(owned) else p
+            state["step"] = torch.zeros((), device=_step_device(p))
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(like), torch.zeros_like(like)
+        if p.grad.is_sparse:
+            return update_of_rows(p, p.grad, state)
+        within = self._within_held(p, state, part) if p in self._held else None
+        if within is None:
+            return Update(p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], part)
+        held, moments = self._held[p], (state["exp_avg"], state["exp_avg_sq"])
+        copy = held.read(p)
+        flat = [tensor.view(1, -1) for tensor in (copy, held.read(p.grad), *moments)]
+        return Update(flat[0], flat[1], flat[2], flat[3], state["step"], within, lambda: held.write(p, copy))
+
+    def _within_held(self, p: Tensor, state: dict[str, Tensor], part: Live) -> Live | None:
+        """What a part is of that which compact moments are of, and which grows by it; None once that is everything."""
+        if p in self._within and self._within[p][0] is part:
+            return self._within[p][1]
+        held = self._held[p]
+        within = part.within(held, p)
+        if within is None:
+            wide = held.joined(part)
+            for name in ("exp_avg", "exp_avg_sq"):
+                whole = torch.zeros_like(p)
+                held.write(whole, state[name])
+                state[name] = wide.read(whole) if _is_little(wide) else whole
+            if not _is_little(wide):
+                del self._held[p]
+                self._within.pop(p, None)
+                return None
+            self._held[p], within = wide, part.within(wide, p)
+            assert within is not None
+        self._within[p] = part, within
+        return within
 
     # ---- what is live
 
     def _look(self) -> None:
-        """Find the masked layers as they are now, and watch those that are new."""
+        """Find the masked layers as they are now, and hook those that are new (attached since)."""
         modules = list(self.model.modules())
         layers = [module for module in modules if isinstance(module, MaskedLinear)]
         own = [(layer.mask.kind, p) for layer in layers for p in (layer.weight, layer.bias)]
         seen = modules, [(kind, id(p), p is not None and p.requires_grad) for kind, p in own]
-        if seen != self._seen:
-            self._seen, self._layers, self._masked = seen, layers, masked_parameters(self.model)
-            self._live_for = (set(), [], {})
-            self._arrivals.watch(layers)
+        if seen == self._seen:
+            return
+        self._seen, self._layers, self._masked = seen, layers, masked_parameters(self.model)
+        self._live_for = None
+        for layer in layers:
+            if layer not in self._notes:
+                self._notes[layer] = _Note()
+                layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True)
+            note = self._notes[layer]
+            carrier = _carrier(layer)
+            if carrier is not None and carrier not in self._hooked:
+                carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer)))
+                carrier.register_post_accumulate_grad_hook(note.gradient_has_come)
+                self._hooked[carrier] = True
 
-    def _live(self, languages: Languages | None) -> dict[Tensor, Live]:
+    def _live_parts(self, languages: Languages | None) -> dict[Tensor, Live]:
         """What lives of each parameter that has a mask."""
         ids = self._announced if languages is None else self._ids(languages)
         ids = self._of_all_processes(self._arrived() if ids is None else ids)
         masks = [layer.mask for layer in self._layers]
-        if self._live_for[:2] != (ids, masks):
-            self._live_for = (ids, masks, {p: live_in(layer, p, ids) for p, layer in self._masked.items()})
-            self._views.clear()
-        return self._live_for[2]
+        if self._live_for != (ids, masks):
+            live = {p: live_in(layer, p, ids) for p, layer in self._masked.items()}
+            for p, part in live.items():
+                whole = part.shape if p is self._masked[p].weight else part.shape[:1]
+                if part.kind != "whole" and tuple(p.shape) != whole:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} is not the whole weight {whole} that its mask is for: "
+                        "with parameters in shards (FSDP, ZeRO), use torch.optim.AdamW"
+                    )
+            self._live_for, self._live, self._views = (ids, masks), live, {}
+        return self._live
 
     def _arrived(self) -> set[int]:
         """The languages that the gradients of masked parameters came from."""
@@ -200,14 +250,19 @@ class LiveAdamW(torch.optim.AdamW):
         for layer in self._layers:
             if all(parameter is None or parameter.grad is None for parameter in (layer.weight, layer.bias)):
                 continue  # what arrived is gone
-            arrived = self._arrivals.languages(layer)
+            arrived, now = self._notes[layer].arrived, _names(layer)
+            if any(then != now[: len(then)] for _, then in arrived):
+                raise RuntimeError(
+                    "a language was removed since the gradients came, and ids are those of others now: set them to "
+                    "zero, or call step(languages=...)"
+                )
             if not arrived:
                 name = next(name for name, module in self.model.named_modules() if module is layer)
                 raise RuntimeError(
                     f"the gradient of {name!r} came from no forward pass that was seen, so its languages are not "
                     "known: call step(languages=...), or announce(...) before the step"
                 )
-            ids |= arrived
+            ids.update(*(given.tolist() if isinstance(given, Tensor) else given for given, _ in arrived))
         return ids
 
     def _ids(self, languages: Languages) -> set[int]:
@@ -275,7 +330,12 @@ class LiveAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch; where only a part of a parameter has moments, "held" says which one."""
-        return self._compact.saved(super().state_dict(), self._parameters())
+        state_dict = super().state_dict()
+        states = dict(state_dict["state"])
+        for number, p in enumerate(self._parameters()):
+            if p in self._held:
+                states[number] = {**states[number], HELD: self._held[p].encoded()}
+        return {**state_dict, "state": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As in torch: a state of this optimiser, or of `torch.optim.AdamW` in any of its forms.
@@ -285,13 +345,23 @@ class LiveAdamW(torch.optim.AdamW):
         """
         for group in state_dict["param_groups"]:
             _refuse(group)
-        before = self._compact
-        self._compact = CompactState()
-        try:
-            super().load_state_dict(self._compact.loaded(state_dict, self._parameters()))
-        except BaseException:
-            self._compact = before
-            raise
+        held: dict[Tensor, Live] = {}
+        states = dict(state_dict["state"])
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, p in zip(numbers, self._parameters(), strict=False):  # torch says what is wrong with other numbers
+            if HELD not in states.get(number, {}):
+                continue
+            states[number] = state = dict(states[number])
+            held[p] = Live.decoded(state.pop(HELD), p.shape, p.device)
+            expected = held[p].read(p).shape
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state and state[name].shape != expected:
+                    raise ValueError(
+                        f"{name} of parameter {number} has the shape {tuple(state[name].shape)}, "
+                        f"expected {tuple(expected)}, the part of it that is held"
+                    )
+        super().load_state_dict({**state_dict, "state": states})
+        self._held, self._within = held, {}
         for p, state in self.state.items():
             if "step" in state:  # a number in old states, and on the GPU or not by the form of torch's optimiser
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=_step_device(p))
@@ -302,6 +372,69 @@ class LiveAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
+
+
+class _Note:
+    """Which languages the gradient of one masked layer came from, noticed while the backward pass brings it.
+
+    A forward hook marks the layer's output with the languages of the pass; when the backward pass comes through the
+    output and then adds to `.grad` of the layer's weight, those have arrived. So passes that are never differentiated
+    do not count, nor does what `torch.autograd.grad` hands out (inner loops, importance scores). A note lives
+    as long as the gradient it is about. It refers to no module and no tensor but ids: copies of a model stay light.
+    """
+
+    def __init__(self) -> None:
+        # Ids of passes, which stay on their GPU until somebody has to know them; and the names of all languages then.
+        self.arrived: list[tuple[Ids, tuple[str, ...]]] = []
+        self._pending: list[tuple[Ids, tuple[str, ...]]] = []
+        self._pass = -1  # which backward pass the pending ones are of
+        self._begins = True
+
+    def passed_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        if output.requires_grad and not torch.compiler.is_compiling():
+            output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs), _names(layer)))
+
+    def _passed_backward(self, ids: Ids, names: tuple[str, ...], _: Tensor) -> None:
+        current = torch._C._current_graph_task_id()
+        if current != self._pass:
+            self._pass, self._pending = current, []
+        self._pending.append((ids, names))
+
+    def gradient_is_coming(self, layer: weakref.ref[MaskedLinear], _: Tensor) -> None:
+        there = layer()
+        carrier = None if there is None else _carrier(there)
+        self._begins = carrier is None or carrier.grad is None
+
+    def gradient_has_come(self, _: Tensor) -> None:
+        if self._begins:
+            self.arrived = []
+        if self._pass == torch._C._current_graph_task_id():
+            self.arrived += self._pending
+        self._pending = []
+
+
+def _carrier(layer: MaskedLinear) -> Tensor | None:
+    """The parameter whose gradient tells for the layer: the weight, or the bias where only that is trained."""
+    return next((p for p in (layer.weight, layer.bias) if isinstance(p, Tensor) and p.requires_grad), None)
+
+
+def _names(layer: nn.Module) -> tuple[str, ...]:
+    return layer.router.languages if isinstance(layer, AttachedLinear) else ()
+
+
+def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
+    if isinstance(layer, AttachedLinear):
+        route = layer.router.current()
+        if route.present is not None:
+            return route.present
+        ids = route.language_ids
+        return (ids,) if isinstance(ids, int) else ids.detach()
+    ids = args[1] if len(args) > 1 else kwargs["language_ids"]
+    return ids.detach() if ids.device.type != "cpu" else tuple(set(ids.tolist()))
+
+
+def _is_little(part: Live) -> bool:
+    return part.share <= (LITTLE_OF_WEIGHTS if part.kind == "weights" else LITTLE)
 
 
 def _step_device(parameter: Tensor) -> torch.device:

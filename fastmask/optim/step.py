@@ -3,23 +3,27 @@
 The fused step takes stretches of memory and cannot jump over what is dead in between. Whole parameters go to it, and
 stretches of live rows, all in one call. Anything else it steps with its dead part, whose old numbers are put aside
 before and put back afterwards, as bits: not even NaN leaves a trace.
+
+Embeddings are stepped by rows: a batch looks up a few thousand of the hundred thousand pieces of a multilingual
+vocabulary, and a dense gradient, its norm and a step over table and moments would read and write all of it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from fastmask.live import INTEGERS, Live
+from fastmask.live import INTEGERS, WHOLE, Live
 
-__all__ = ["Update", "Views", "take_step"]
+__all__ = ["Update", "Views", "by_rows", "can_be_sparse", "sparse_gradients", "take_step", "update_of_rows"]
 
 STRETCH = 1 << 10  # weights for each thread: shorter stretches take longer to hand over than to step
 PIECE = 1 << 15  # weights for each thread: with what is put aside, float32 fills half of a usual cache
@@ -30,7 +34,10 @@ Views = MutableMapping[Tensor, tuple[list[int], list[Sequence[Tensor]]]]
 
 
 class Update(NamedTuple):
-    """One parameter's step: tensors of one shape on one device; how many steps it has taken, float32 []; what moves."""
+    """One parameter's step: tensors of one shape on one device; how many steps it has taken, float32 []; what moves.
+
+    put_back: where the tensors are copies, writes what the step has made of them to where they came from.
+    """
 
     parameter: Tensor
     gradient: Tensor
@@ -38,6 +45,7 @@ class Update(NamedTuple):
     exp_avg_sq: Tensor
     step: Tensor
     live: Live
+    put_back: Callable[[], object] | None = None
 
     @property
     def held(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,18 +61,17 @@ def take_step(updates: Sequence[Update], options: dict[str, Any], views: Views) 
         options: lr, a number or a tensor of one; beta1, beta2, eps, weight_decay, numbers; maximize.
         views: kept from step to step while the same weights live.
     """
-    given, updates = updates, []
-    for update in given:
+    fused: list[Update] = []
+    for update in updates:
         if _fits(update):
-            updates.append(update)
+            fused.append(update)
         else:
-            _put_back(update, partial(_plain, update, options))
-    if not updates:
-        return
-    torch._foreach_add_([update.step for update in updates], 1)
+            _with_dead_put_back(update, partial(_plain, update, options))
+    if fused:
+        torch._foreach_add_([update.step for update in fused], 1)
     at_once: list[tuple[Tensor, ...]] = []
     launched: list[Update] = []
-    for update in updates:
+    for update in fused:
         p, live = update.parameter, update.live
         if live.kind == "whole":
             at_once.append(update[:5])
@@ -73,7 +80,7 @@ def take_step(updates: Sequence[Update], options: dict[str, Any], views: Views) 
         elif live.kind == "rows" and p.numel() * live.share >= STRETCH * torch.get_num_threads() * len(live.runs) / 2:
             at_once += _stretches(update, views)
         elif p.is_cuda or live.share >= 1 - FEW:
-            _put_back(update, partial(_fused, [update[:5]], options))
+            _with_dead_put_back(update, partial(_fused, [update[:5]], options))
         else:
             _by_pieces(update, options)
     _fused(at_once, options)
@@ -82,6 +89,9 @@ def take_step(updates: Sequence[Update], options: dict[str, Any], views: Views) 
 
         jobs = [Job(*update[:5], update.live.words, update.live.cell) for update in launched]
         live_adamw(jobs, **options | {"lr": _rate(options["lr"], jobs[0].parameter)})
+    for update in updates:
+        if update.put_back is not None:
+            update.put_back()
 
 
 def _fits(update: Update) -> bool:
@@ -125,7 +135,7 @@ def _plain(update: Update, options: dict[str, Any]) -> None:
     adamw(p, g, m, v, [], steps, False, fused=False, amsgrad=False, has_complex=p[0].is_complex(), **options)
 
 
-def _put_back(update: Update, step: Callable[[], None]) -> None:
+def _with_dead_put_back(update: Update, step: Callable[[], None]) -> None:
     """The step of a whole parameter, and what is dead of it as it was before."""
     held = () if update.live.kind == "whole" else update.held
     old = [update.live.dead.read(tensor) for tensor in held]
@@ -147,7 +157,7 @@ def _stretches(update: Update, views: Views) -> list[tuple[Tensor, ...]]:
 
 def _by_pieces(update: Update, options: dict[str, Any]) -> None:
     """The step of one group of rows after the other, while what was put aside of it is still in a cache."""
-    p, *_, step, live = update
+    p, *_, step, live, _ = update
     kind, options = INTEGERS[p.element_size()], options | {"lr": _rate(options["lr"], p)}
     rows = max(1, PIECE * torch.get_num_threads() * len(p) // p.numel())
     own = live.keep(p).to(kind)  # 1 and 0
@@ -160,3 +170,55 @@ def _by_pieces(update: Update, options: dict[str, Any]) -> None:
         torch._fused_adamw_([p], [g], [m], [v], [], [step], amsgrad=False, **options)
         for now, before in zip(held, old, strict=True):
             torch.addcmul(before, now, own, out=now)  # in one pass; `where` takes five times as long
+
+
+# ---- embeddings by rows
+
+
+def can_be_sparse(module: nn.Module) -> bool:
+    """Whether a module is an embedding that can hand out sparse gradients, and does not yet."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or getattr(module, "mode", "sum") == "max":
+        return False
+    return not module.sparse and not module.scale_grad_by_freq and module.max_norm is None
+
+
+@contextmanager
+def sparse_gradients(tables: Iterable[nn.Module]) -> Iterator[None]:
+    """Let embeddings (those that `can_be_sparse`) hand out sparse gradients of forward passes inside."""
+    changed = list(tables)
+    for table in changed:
+        table.sparse = True  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for table in changed:
+            table.sparse = False  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def by_rows(parameter: Tensor) -> None:
+    """Make the gradient of a table [V, D] sparse: the rows with anything but zeros, or those that it holds, once."""
+    if parameter.grad is not None:
+        sparse = parameter.grad if parameter.grad.is_sparse else parameter.grad.to_sparse(1)
+        parameter.grad = sparse.coalesce()
+
+
+def update_of_rows(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Update:
+    """The step of the rows of a table [V, D] that a sparse gradient holds; all others, moments too, stay as they are.
+
+    Raises:
+        RuntimeError: a gradient with another number of sparse dimensions than 1.
+    """
+    if gradient.sparse_dim() != 1:
+        raise RuntimeError(
+            f"LiveAdamW takes sparse gradients of rows (1 sparse dimension), given {gradient.sparse_dim()}"
+        )
+    gradient = gradient.coalesce()
+    rows, tables = gradient.indices()[0], (parameter, state["exp_avg"], state["exp_avg_sq"])
+    p, m, v = moved = [table.index_select(0, rows) for table in tables]
+
+    def put_back() -> None:
+        for table, values in zip(tables, moved, strict=True):
+            table.index_copy_(0, rows, values)
+
+    return Update(p, gradient.values(), m, v, state["step"], WHOLE, put_back)

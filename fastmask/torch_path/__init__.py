@@ -1,7 +1,6 @@
 """The torch path of `masked_linear`: plain PyTorch, exact, and skipping what is dead.
 
-`layers` runs a batch, language after language (`split`); each mask kind says what one language's tokens compute
-(`units` for rows and columns; `tiles`: `blocks`, `weights`) with the products of `gemm`. `gated` takes all languages at
-once where each has few tokens; `full` runs layers whose masks only say what may learn. `naive` is the oracle of every
-test.
+`layers` runs a batch, whose languages lie side by side (`split`); each mask kind says what one language's tokens
+compute (`units` for rows and columns, `tiles` for blocks and single weights) with the products of `gemm`, which may be
+those of `onednn`. `naive` is the oracle of every test.
 """

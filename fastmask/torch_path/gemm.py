@@ -1,37 +1,20 @@
-"""Matrix products with some rows of a weight, which are gathered on the way: the only file that knows who multiplies.
-
-PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
-PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast,
-on a Zen 4 it is not. So it is measured (`faster`). Two things have to be seen to:
-
-- It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So
-  it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those of MKL.
-- It compiles code for every new shape, which takes longer than a small product, and keeps that of the last 1024.
-  Batches of sentences hardly ever repeat a shape. So sizes are rounded up to the few of `_padded`, and what is too much
-  is left out of the result.
-"""
+"""Matrix products with some rows of a weight, which are gathered on the way: the only file that calls a library."""
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmask.torch_path.faster import faster
+from fastmask.torch_path.onednn import MOST_TERMS, by_onednn, linear, padded, suits
 
-__all__ = ["Live", "add_outer", "add_sampled", "by_onednn", "cast", "combined", "outer", "products", "samples"]
+__all__ = ["Live", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples"]
 
-MOST_TERMS = 256
-LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
-LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
-MOST_ROWS = 1024  # of a result at once: the parts of larger ones would not stay in the cache until they are added
-GRAIN = 32
+MOST_ROWS = 1024  # of a result at once, by oneDNN: the parts of larger ones would leave the cache before they are added
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
 MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
 MOST_VIEWS = 256  # one for each size that was asked for
@@ -49,38 +32,40 @@ class Live(NamedTuple):
     own: list[int] | None = None
 
 
-def products(activations: Sequence[Tensor], w: Tensor, live: Live | None, outs: Sequence[Tensor]) -> None:
-    """Write products with each language's own rows of w [size, S] into its out [M, n]: a [M, S] @ w[index].T.
+def products(
+    activations: Sequence[Tensor],
+    w: Tensor,
+    live: Live | None,
+    outs: Sequence[Tensor],
+    transposed: bool = False,
+    add: bool = False,
+) -> None:
+    """Write (or add) to each language's out the product of its activations and its own rows of w [size, S].
 
-    Without `live` all rows are meant. The rows of w, or its columns, lie in one piece each.
+    That is a [M, n] @ w[index] into out [M, S], or, `transposed`, a [M, S] @ w[index].T into out [M, n]. Without `live`
+    all rows are meant. The rows of w, or its columns, lie in one piece each.
     """
     if not by_onednn(w):
-        _multiply(activations, [rows.t() for rows in _gathered(w, live, len(outs))], outs, _alike(live))
+        rows = _gathered(w, live, len(outs))
+        rights = [part.t() for part in rows] if transposed else rows
+        _multiply(activations, rights, outs, live is not None and live.own is not None, add)
         return
-    for a, index, out in zip(activations, _indices(live, len(outs)), outs, strict=True):
-        if not _suits(out.shape[0], out.shape[1], w.shape[1]):
-            torch.mm(a, _gather(w, index).t(), out=out)
-            continue
-        for first in range(0, w.shape[1], MOST_TERMS):
-            part = slice(first, first + MOST_TERMS)
-            _add(out, a[:, part], _padded_rows(w[:, part], index), add=first > 0)
-
-
-def combined(
-    activations: Sequence[Tensor], w: Tensor, live: Live | None, outs: Sequence[Tensor], add: bool = False
-) -> None:
-    """Write (or add) combinations of each language's own rows of w [size, S] into its out [M, S]: a @ w[index]."""
-    if not by_onednn(w):
-        _multiply(activations, _gathered(w, live, len(outs)), outs, _alike(live), add)
-        return
-    for a, index, out in zip(activations, _indices(live, len(outs)), outs, strict=True):
-        if not _suits(out.shape[0], out.shape[1], a.shape[1]):
-            out.addmm_(a, _gather(w, index)) if add else torch.mm(a, _gather(w, index), out=out)
+    indices: Sequence[Tensor | None] = [None] * len(outs) if live is None else live.rows.split_with_sizes(live.counts)
+    for a, index, out in zip(activations, indices, outs, strict=True):
+        if not suits(out.shape[0], out.shape[1], a.shape[1]):
+            right = _gather(w, index).t() if transposed else _gather(w, index)
+            out.addmm_(a, right) if add else torch.mm(a, right, out=out)
             continue
         for first in range(0, a.shape[1], MOST_TERMS):
             part = slice(first, first + MOST_TERMS)
-            rows = w[part] if index is None else _gather(w, index[part])
-            _add(out, a[:, part], rows.t(), add=add or first > 0)
+            if not transposed:
+                right = (w[part] if index is None else _gather(w, index[part])).t()
+            elif index is None:
+                right = w[:, part]
+            else:  # anything finite behind the rows, so that there is one of few numbers of them
+                behind = padded(index.shape[0]) - index.shape[0]
+                right = _gather(w[:, part], torch.nn.functional.pad(index, (0, behind)))
+            _add(out, a[:, part], right, add or first > 0)
 
 
 def add_outer(
@@ -113,7 +98,7 @@ def add_outer(
             for a, c, piece in zip(activations[some], others[some], pieces, strict=True):
                 outer(a, c, piece)
         else:
-            _multiply([a.t() for a in activations[some]], others[some], pieces, _alike(live))
+            _multiply([a.t() for a in activations[some]], others[some], pieces, live.own is not None)
         if live.own is not None:
             _clear_behind(pieces, live.own[some])
         parts = cast(parts, grad.dtype)
@@ -127,18 +112,18 @@ def outer(a: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
     """The transpose of a [M, n] times c [M, S], [n, S]; without `out` in memory that the next call overwrites."""
     (M, n), S = a.shape, c.shape[1]
     out = _PRODUCT.take(n, S, c) if out is None else out
-    if not by_onednn(a) or not _suits(n, S, M):
+    if not by_onednn(a) or not suits(n, S, M):
         return torch.mm(a.t(), c, out=out)
     for number, (of_a, of_c) in enumerate(zip(a.split(MOST_TERMS), c.split(MOST_TERMS), strict=True)):
         tokens = of_a.shape[0]
-        left, right = _LEFT.take(_padded(n), _padded(tokens), a), of_c
+        left, right = _LEFT.take(padded(n), padded(tokens), a), of_c
         left[:n, :tokens].copy_(of_a.t())
         if left.shape[1] > tokens:
             left[:, tokens:] = 0
             right = _ROWS.take(left.shape[1], S, c)
             right[:tokens].copy_(of_c)
             right[tokens:] = 0
-        _put(out, _linear(left, _without_gaps(right.t())), add=number > 0)
+        _put(out, linear(left, _without_gaps(right.t())), add=number > 0)
     return out
 
 
@@ -150,27 +135,18 @@ def samples(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_sampled(grad: Tensor, where: tuple[Tensor, Tensor], a: Tensor, c: Tensor) -> None:
     """Add the elements of a.T @ c that `samples` names to a gradient [n, S], for a [M, n] and c [M, S] on a CPU."""
-    starts, columns = where
-    values = torch.zeros(columns.shape, dtype=c.dtype)
-    sums = _compressed_rows(starts, columns, values, grad.shape)
+    values = torch.zeros(where[1].shape, dtype=c.dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        sums = torch.sparse_csr_tensor(*where, values, grad.shape, check_invariants=False)
     for of_a, of_c in zip(a.split(SAMPLED_TOKENS), c.split(SAMPLED_TOKENS), strict=True):
         torch.sparse.sampled_addmm(sums, of_a.t(), of_c, out=sums)
     grad.add_(sums)
 
 
-def _compressed_rows(starts: Tensor, columns: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
-
-
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype; `Tensor.to` takes its time even where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _alike(live: Live | None) -> bool:
-    return live is not None and live.own is not None
 
 
 def _multiply(
@@ -255,85 +231,19 @@ class _Scratch(threading.local):
 _ROWS, _LEFT, _PRODUCT = _Scratch(), _Scratch(), _Scratch()
 
 
-# ---- oneDNN
-
-
-def by_onednn(x: Tensor) -> bool:
-    """Whether large products with x go to oneDNN.
-
-    They do where that is faster on this machine. `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides
-    otherwise, as it was when first asked.
-    """
-    return _chosen() and x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled)
-
-
-@cache
-def _chosen() -> bool:
-    asked = os.environ.get("FASTMASK_PRODUCTS", "")
-    if asked not in ("", "torch", "onednn"):
-        raise ValueError(f"FASTMASK_PRODUCTS is {asked!r}; expected torch or onednn")
-    if asked == "torch" or not (torch.backends.mkldnn.is_available() and _works()):
-        return False
-    if asked == "onednn":
-        return True
-    # Elsewhere PyTorch's products are not MKL's, or there is no AVX-512 that MKL could leave unused.
-    held_back = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return held_back and faster(lambda a, w: a @ w.t(), _linear)
-
-
-def _works() -> bool:
-    """Whether the operator, which PyTorch's compiler uses but does not document, is there and does what is expected."""
-    a, b = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(4, 2)
-    try:
-        return torch.equal(_linear(a, b.t()), a @ b)
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def _linear(a: Tensor, w: Tensor) -> Tensor:
-    """Multiply a [M, K] by the transpose of w [N, K]; gaps between the rows (or columns) of w make it very slow."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, w, None, "none", [], "")
-    return y
-
-
-def _suits(M: int, N: int, K: int) -> bool:
-    """Whether a product [M, N] of K terms is worth it."""
-    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE
-
-
-def _indices(live: Live | None, languages: int) -> Sequence[Tensor | None]:
-    return [None] * languages if live is None else live.rows.split_with_sizes(live.counts)
-
-
-def _padded(size: int) -> int:
-    """A size rounded up to a multiple of an eighth of the power of 2 below it, and of `GRAIN`."""
-    grain = max(GRAIN, 1 << size.bit_length() >> 4)
-    return -(-size // grain) * grain
-
-
-def _padded_rows(w: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of w, and anything finite behind them, so that there is one of few numbers of them."""
-    if index is None:
-        return w
-    return _gather(w, torch.nn.functional.pad(index, (0, _padded(index.shape[0]) - index.shape[0])))
+# ---- what oneDNN needs around it
 
 
 def _add(out: Tensor, a: Tensor, w: Tensor, add: bool) -> None:
     """Write or add the products of a [M, K] with rows of w [N or more, K] into out [M, N]."""
     w = _without_gaps(w)
     for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
-        _put(of_out, _linear(_padded_left(of_a), w), add)
-
-
-def _padded_left(a: Tensor) -> Tensor:
-    """A matrix [M, K] with anything behind its rows, so that M is one of few."""
-    M, K = a.shape
-    rows = _padded(M)
-    if rows == M and a.is_contiguous():
-        return a
-    memory = _LEFT.take(rows, K, a)
-    memory[:M].copy_(a)
-    return memory
+        M, K = of_a.shape
+        if padded(M) > M or not of_a.is_contiguous():  # anything behind its rows, so that M is one of few
+            left = _LEFT.take(padded(M), K, of_a)
+            left[:M].copy_(of_a)
+            of_a = left
+        _put(of_out, linear(of_a, w), add)
 
 
 def _put(out: Tensor, product: Tensor, add: bool) -> None:

@@ -1,8 +1,10 @@
 """Running one batch: one masked layer, or several that share their input (Q, K and V; gate and up).
 
 The live part of each weight is gathered and multiplied with a language's tokens: languages that are alike in their
-numbers of tokens and units in one call, others one after the other. Where that takes longer than the whole weight with
-gates (`gated`), every language is the full network in between.
+numbers of tokens and units in one call, others one after the other. That takes as long for each language as the
+products of 64 tokens. With fewer it is less work to multiply all tokens of the batch by the whole weight at once, dead
+units and all, and to close gates on the activations of units that a language does not own (`is_cheaper`): every
+language is the full network in between.
 """
 
 from __future__ import annotations
@@ -12,135 +14,39 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, StoredMask
-from fastmask.torch_path import full
-from fastmask.torch_path.activations import NONE, activate, activation_grad
-from fastmask.torch_path.blocks import Blocks
-from fastmask.torch_path.gated import enter, is_cheaper, leave
-from fastmask.torch_path.gemm import cast
+from fastmask.torch_path.gemm import by_onednn, cast, products
 from fastmask.torch_path.split import Split
+from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
-from fastmask.torch_path.weights import Weights
 
-__all__ = ["backward", "forward"]
+__all__ = [
+    "NONE", "Grads", "Layers", "Needs", "activate", "activation_grad", "backward", "forward", "full_input_grad",
+    "full_linear", "name_of",
+]  # fmt: skip
 
-Layer = Units | Blocks | Weights
-Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
+NONE = ""  # the name of no activation function
 HALF = (torch.bfloat16, torch.float16)
 
 
-def forward(
-    masks: Sequence[StoredMask],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    language_ids: Tensor,
-    n_languages: int,
-    activation: str = NONE,
-    kept: list[Tensor] | None = None,
-    full_forward: bool = False,
-) -> list[Tensor]:
-    """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
+class Layers(NamedTuple):
+    """What is not a tensor of autograd's in G layers over one input.
 
-    The weights as the products read them are put into `kept`, if it is a list: `backward` need not make them again.
-    With `full_forward` all examples go through the whole weights, whatever their languages.
-
-    Raises:
-        ValueError: an id out of range, or a language with more live units than the packed side holds.
+    masks, n_languages: of one kind; L. activation: a name of `activate`, applied to the input first. full_forward:
+    whether all examples go through the whole weights, and masks only say what may learn.
     """
-    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
-    for mask, layer in zip(masks, layers, strict=True):
-        _check_packed(mask, layer, split)
-    active = activate(x, activation)
-    if full_forward:
-        read = [cast(weight, x.dtype) for weight in weights]
-    else:
-        read = _read(layers, weights, x, split.full if gated else split)
-    if kept is not None:
-        kept += read
-    if full_forward:
-        return full.full_forward(active, read, biases)
-    widths = [
-        weight.shape[0] if mask.kind != "rows" or mask.packed_width == UNPACKED else mask.packed_width
-        for mask, weight in zip(masks, weights, strict=True)
-    ]
-    if not gated:
-        return _run(layers, active, read, biases, widths, split)
-    if not gated[0].of_rows:
-        return _run(layers, enter(active, gated[0], split), read, biases, widths, split.full)
-    ys = _run(layers, active, read, biases, [layer.size for layer in gated], split.full)
-    return [leave(y, layer, split, width) for y, layer, width in zip(ys, gated, widths, strict=True)]
+
+    masks: list[StoredMask]
+    n_languages: int
+    activation: str = NONE
+    full_forward: bool = False
 
 
-def backward(
-    masks: Sequence[StoredMask],
-    dys: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    language_ids: Tensor,
-    n_languages: int,
-    activation: str,
-    needs_x: bool,
-    needs_weight: Sequence[bool],
-    needs_bias: Sequence[bool],
-    kept: Sequence[Tensor] = (),
-    full_forward: bool = False,
-) -> Grads:
-    """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
-
-    `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
-    to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
-    """
-    layers, split, gated = _prepared(masks, x, weights, language_ids, n_languages, full_forward)
-    active = activate(x, activation)
-    needs = _Needs(needs_x and not full_forward, needs_weight, needs_bias)
-    if full_forward:
-        read = kept or [cast(weight, x.dtype) for weight in weights]
-    else:
-        read = kept or _read(layers, weights, x, split.full if gated else split)
-    if not gated:
-        dx, dws, dbs = _grads(layers, dys, active, weights, read, split, needs)
-    elif gated[0].of_rows:
-        upstreams = [enter(dy, layer, split) for dy, layer in zip(dys, gated, strict=True)]
-        dx, dws, dbs = _grads(layers, upstreams, active, weights, read, split.full, needs)
-    else:
-        wide = enter(active, gated[0], split)
-        dx, dws, dbs = _grads(layers, dys, wide, weights, read, split.full, needs)
-        dx = None if dx is None else leave(dx, gated[0], split, x.shape[2])
-    if full_forward and needs_x:
-        dx = full.full_input_grad(dys, read)
-    return None if dx is None else activation_grad(dx, x, activation), dws, dbs
-
-
-def _read(layers: Sequence[Layer], weights: Sequence[Tensor], x: Tensor, split: Split) -> list[Tensor]:
-    return [layer.read(weight, x.dtype, len(split.parts)) for layer, weight in zip(layers, weights, strict=True)]
-
-
-def _run(
-    layers: Sequence[Layer],
-    x: Tensor,
-    read: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    widths: Sequence[int],
-    split: Split,
-) -> list[Tensor]:
-    """All languages, each with its own part of the weights `read`: y [B, T, width] of each layer."""
-    T, tokens = x.shape[1], split.sorted(x)
-    pieces, found = split.pieces(tokens, T), []
-    for layer, w, bias, width in zip(layers, read, biases, widths, strict=True):
-        y = tokens.new_empty(tokens.shape[0], width)
-        layer.forward(split.present, pieces, w, split.pieces(y, T))
-        y = split.unsorted(y, T)
-        if bias is not None:
-            layer.add_bias(y, bias, split)
-        found.append(y)
-    return found
-
-
-class _Needs(NamedTuple):
+class Needs(NamedTuple):
     """Which gradients are needed: of the input, and of each layer's weight and bias."""
 
     x: bool
@@ -148,78 +54,219 @@ class _Needs(NamedTuple):
     biases: Sequence[bool]
 
 
-def _grads(
-    layers: Sequence[Layer],
+Table = Units | Tiles  # one mask, and what its layers compute for each language
+Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
+
+
+def forward(
+    layers: Layers,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    language_ids: Tensor,
+    kept: list[Tensor] | None = None,
+) -> list[Tensor]:
+    """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
+
+    The weights as the products read them are put into `kept`, if it is a list: `backward` need not make them again.
+    `biases` are those of all layers, or none.
+
+    Raises:
+        ValueError: an id out of range, or a language with more live units than the packed side holds.
+    """
+    tables, split, gated = _prepared(layers, x, weights, language_ids)
+    for mask, table in zip(layers.masks, tables, strict=True):
+        _check_packed(mask, table, split)
+    x = activate(x, layers.activation)
+    read = _read(layers, tables, weights, x, split.full if gated else split)
+    if kept is not None:
+        kept += read
+    given: Sequence[Tensor | None] = biases or [None] * len(read)
+    if layers.full_forward:
+        return [full_linear(x, w, bias) for w, bias in zip(read, given, strict=True)]
+    of_rows = layers.masks[0].kind == "rows"
+    if gated and not of_rows:
+        x = gated[0].enter(x, split)
+    inside, T, ys = split.full if gated else split, x.shape[1], []
+    tokens = inside.sorted(x)
+    pieces = inside.pieces(tokens, T)
+    for mask, table, w, bias, weight in zip(layers.masks, tables, read, given, weights, strict=True):
+        N = weight.shape[0]
+        width = mask.packed_width if of_rows and mask.packed_width != UNPACKED else N
+        flat = tokens.new_empty(tokens.shape[0], N if gated else width)
+        table.forward(inside.present, pieces, w, inside.pieces(flat, T))
+        y = inside.unsorted(flat, T)
+        if bias is not None:
+            table.add_bias(y, bias, inside)
+        ys.append(table.leave(y, split, width) if gated and of_rows and isinstance(table, Units) else y)
+    return ys
+
+
+def backward(
+    layers: Layers,
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    read: Sequence[Tensor],
-    split: Split,
-    needs: _Needs,
+    language_ids: Tensor,
+    needs: Needs,
+    kept: Sequence[Tensor] = (),
 ) -> Grads:
-    """Gradients of `_run`, those of weights and biases in the dtype of `weights`."""
-    T, tokens = x.shape[1], split.sorted(x)
-    dx = torch.empty_like(tokens) if needs.x else None
-    pieces, of_dx = split.pieces(tokens, T), None if dx is None else split.pieces(dx, T)
-    dws: list[Tensor | None] = [None] * len(layers)
-    dbs: list[Tensor | None] = [None] * len(layers)
-    for g, (layer, dy, weight) in enumerate(zip(layers, dys, weights, strict=True)):
+    """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
+
+    `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
+    to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
+    """
+    tables, split, gated = _prepared(layers, x, weights, language_ids)
+    active, inside = activate(x, layers.activation), split.full if gated else split
+    read = kept or _read(layers, tables, weights, x, inside)
+    if gated and gated[0].of_rows:
+        upstreams = [table.enter(dy, split) for dy, table in zip(dys, gated, strict=True)]
+    else:
+        upstreams = list(dys)
+        active = gated[0].enter(active, split) if gated else active
+    T, tokens = x.shape[1], inside.sorted(active)
+    flat = torch.empty_like(tokens) if needs.x and not layers.full_forward else None
+    pieces, of_dx = inside.pieces(tokens, T), None if flat is None else inside.pieces(flat, T)
+    dws: list[Tensor | None] = [None] * len(tables)
+    dbs: list[Tensor | None] = [None] * len(tables)
+    for g, (table, dy, weight) in enumerate(zip(tables, upstreams, weights, strict=True)):
         # What the languages of a batch add up in.
-        dtype = torch.float32 if weight.dtype in HALF and len(split.parts) > 1 else weight.dtype
-        upstreams = split.pieces(split.sorted(dy), T)
+        dtype = torch.float32 if weight.dtype in HALF and len(inside.parts) > 1 else weight.dtype
+        of_dy = inside.pieces(inside.sorted(dy), T)
         if of_dx is not None:
-            layer.input_grad(split.present, upstreams, read[g], of_dx, add=g > 0)
+            table.input_grad(inside.present, of_dy, read[g], of_dx, add=g > 0)
         if needs.weights[g]:
-            dw = layer.weight_grad(split.present, upstreams, pieces, weight, dtype)
-            dws[g] = cast(dw if split.parts else dw.zero_(), weight.dtype)
+            dw = table.weight_grad(inside.present, of_dy, pieces, weight, dtype)
+            dws[g] = cast(dw if inside.parts else dw.zero_(), weight.dtype)
         if needs.biases[g]:
-            dbs[g] = cast(layer.bias_grad(dy, split, dtype), weight.dtype)
-    return None if dx is None else split.unsorted(dx, T), dws, dbs
+            dbs[g] = cast(table.bias_grad(dy, inside, dtype), weight.dtype)
+    dx = None if flat is None else inside.unsorted(flat, T)
+    if dx is not None and gated and not gated[0].of_rows:
+        dx = gated[0].leave(dx, split, x.shape[2])
+    if needs.x and layers.full_forward:
+        dx = full_input_grad(dys, read)
+    return None if dx is None else activation_grad(dx, x, layers.activation), dws, dbs
+
+
+def _read(layers: Layers, tables: Sequence[Table], weights: Sequence[Tensor], x: Tensor, split: Split) -> list[Tensor]:
+    """The weights as the products of a batch read them."""
+    if layers.full_forward:
+        return [cast(weight, x.dtype) for weight in weights]
+    return [table.read(weight, x.dtype, len(split.parts)) for table, weight in zip(tables, weights, strict=True)]
+
+
+# ---- what is made once: tables of each mask, and the plan of each batch
+
+_tables: Kept[Table] = Kept()
 
 
 def _prepared(
-    masks: Sequence[StoredMask],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    language_ids: Tensor,
-    n_languages: int,
-    full_forward: bool,
-) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
-    """The layers, the batch, and the layers once more if they are to be run with gates."""
-    layers = [
-        _layers.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
-        for mask, weight in zip(masks, weights, strict=True)
+    layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor
+) -> tuple[Sequence[Table], Split, Sequence[Units]]:
+    """The tables, the batch, and the tables once more if the batch is to be run with gates."""
+    tables = [
+        _tables.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
+        for mask, weight in zip(layers.masks, weights, strict=True)
     ]
-    split, T = Split.of(language_ids, n_languages), x.shape[1]
-    return split.once((T, full_forward, *layers), lambda: _planned(layers, split, T, full_forward))
+    split, T = Split.of(language_ids, layers.n_languages), x.shape[1]
+    key = (T, layers.full_forward, *tables)
+    return split.once(key, lambda: _planned(tables, split, T, layers.full_forward))
+
+
+def _made(mask: StoredMask, weight: Tensor) -> Table:
+    shape = (weight.shape[0], weight.shape[1])
+    units = mask.kind in ("rows", "columns")
+    return Units(mask, shape, mask.packed_width != UNPACKED) if units else Tiles(mask, shape)
 
 
 def _planned(
-    layers: Sequence[Layer], split: Split, T: int, full_forward: bool
-) -> tuple[Sequence[Layer], Split, Sequence[Units]]:
-    split = split.merged([layer.same_as for layer in layers])
-    units = [layer for layer in layers if isinstance(layer, Units)]
-    can = len(units) == len(layers) and (units[0].of_rows or len(units) == 1)
-    masked = can and any(not layer.whole(language) for layer in units for language, _, _ in split.parts)
-    return layers, split, units if masked and is_cheaper(units, T, split, full_forward) else ()
+    tables: Sequence[Table], split: Split, T: int, full_forward: bool
+) -> tuple[Sequence[Table], Split, Sequence[Units]]:
+    split = split.merged([table.same_as for table in tables])
+    units = [table for table in tables if isinstance(table, Units)]
+    can = len(units) == len(tables) and (units[0].of_rows or len(units) == 1)
+    masked = can and any(not table.whole(language) for table in units for language in split.present)
+    return tables, split, units if masked and is_cheaper(units, T, split, full_forward) else ()
 
 
-_layers: Kept[Layer] = Kept()
+# What the two ways cost, in multiply-adds; fitted to times of projections of width 384 and 768, 3 to 16 languages, 16
+# to 144 tokens of each and densities of 0.3 to 0.9 on one core, float32.
+GATHERED = 64  # what gathering a live weight and adding its gradient cost, in tokens that it is multiplied by
+CALLS = 2**21  # what the calls for one language cost
+READ = 64  # what reading the whole weight and writing its gradient cost, in tokens
+GATE = 192  # what a gate on an activation costs
 
 
-def _made(mask: StoredMask, weight: Tensor) -> Layer:
-    shape = (weight.shape[0], weight.shape[1])
-    if mask.kind == "blocks":
-        return Blocks(mask, shape)
-    return Weights(mask, shape) if mask.kind == "weights" else Units(mask, shape, mask.packed_width != UNPACKED)
+def is_cheaper(tables: Sequence[Units], tokens: int, split: Split, full_forward: bool = False) -> bool:
+    """Whether layers that share an input of so many tokens an example are run faster whole, with gates.
+
+    With `full_forward` that is asked of weight gradients alone; the whole weight is read in any case.
+    """
+    looped = gated = 0.0
+    read = 0 if full_forward else READ
+    for table in tables:
+        work = sum(table.live[language] * ((last - first) * tokens + GATHERED) for language, first, last in split.parts)
+        looped += work * table.other + len(split.parts) * CALLS
+        gated += table.size * (len(split.languages) * tokens * (table.other + GATE) + read * table.other)
+    return gated < looped
 
 
-def _check_packed(mask: StoredMask, layer: Layer, split: Split) -> None:
-    if mask.packed_width == UNPACKED or not isinstance(layer, Units):
+def _check_packed(mask: StoredMask, table: Table, split: Split) -> None:
+    if mask.packed_width == UNPACKED or not isinstance(table, Units):
         return
-    for language, _, _ in split.parts:
-        if layer.live[language] > mask.packed_width:
+    for language in split.present:
+        if table.live[language] > mask.packed_width:
             name = "the full network (-1)" if language == FULL else f"language {language}"
             raise ValueError(
-                f"{name} has {layer.live[language]} live {mask.kind}, more than the packed width {mask.packed_width}"
+                f"{name} has {table.live[language]} live {mask.kind}, more than the packed width {mask.packed_width}"
             )
+
+
+# ---- the full network, whatever the languages: forward and dX of layers whose masks only say what may learn
+
+
+def full_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """The output [B, T, N] of a weight [N, K] in the dtype of x [B, T, K]."""
+    bias = None if bias is None else cast(bias, x.dtype)
+    if not by_onednn(x):
+        return F.linear(x, w, bias)
+    y = x.new_empty(*x.shape[:2], w.shape[0])
+    products([x.flatten(0, 1)], w, None, [y.flatten(0, 1)], transposed=True)
+    return y if bias is None else y.add_(bias)
+
+
+def full_input_grad(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The dX [B, T, K] of the dY [B, T, N] of each weight."""
+    B, T, _ = dys[0].shape
+    dx = dys[0].new_empty(B * T, weights[0].shape[1])
+    for number, (dy, w) in enumerate(zip(dys, weights, strict=True)):
+        products([dy.reshape(B * T, dy.shape[2])], w, None, [dx], add=number > 0)
+    return dx.view(B, T, dx.shape[1])
+
+
+# ---- activation functions that a packed projection applies to its input itself: a plain FFN keeps the activation's
+# input and its output for the backward pass, this one the input only, for a fraction of a percent of its time
+
+
+def name_of(module: nn.Module) -> str:
+    """The name under which `activate` computes what `module` computes; `NONE` if it does not know it."""
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else NONE
+    if isinstance(module, nn.ReLU):
+        return "relu"
+    # GELUActivation of transformers holds the function it calls.
+    return "gelu" if getattr(module, "act", None) is F.gelu else NONE
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """Apply an activation function, element by element; each maps 0 to 0, so that zero-filled slots stay zero."""
+    if name == "gelu":
+        return F.gelu(x)
+    return F.relu(x) if name == "relu" else x
+
+
+def activation_grad(dy: Tensor, x: Tensor, name: str) -> Tensor:
+    """The gradient of `activate` at x for an upstream gradient."""
+    if name == "gelu":
+        return torch.ops.aten.gelu_backward(dy, x)
+    return torch.ops.aten.threshold_backward(dy, x, 0) if name == "relu" else dy

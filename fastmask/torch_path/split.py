@@ -23,6 +23,7 @@ class Split:
     Attributes:
         languages: of each example, in the order of the batch.
         parts: each language that occurs, and its examples, from first to before last, once they are `sorted`.
+        present: the languages of `parts`.
     """
 
     def __init__(self, languages: list[int]) -> None:
@@ -38,13 +39,25 @@ class Split:
         for language, where in places.items():
             self.parts.append((language, len(order), len(order) + len(where)))
             order += where
+        self.present = tuple(places)
         self._order = None if order == list(range(len(order))) else torch.tensor(order)
         self._made: dict[tuple[Hashable, ...], Any] = {}
 
-    @cached_property
-    def present(self) -> tuple[int, ...]:
-        """The languages that occur, in the order of `parts`."""
-        return tuple(language for language, _, _ in self.parts)
+    @classmethod
+    def of(cls, language_ids: Tensor, n_languages: int) -> Split:
+        """The split of ids int64 [B].
+
+        Raises:
+            ValueError: an id that is not -1 to n_languages - 1.
+        """
+        split = _splits.of(language_ids, lambda: cls(language_ids.tolist()))
+        for language in split.present:
+            if not FULL <= language < n_languages:
+                raise ValueError(
+                    f"language_ids[{split.languages.index(language)}] is {language}; expected 0 to {n_languages - 1}, "
+                    "or -1 for the full network"
+                )
+        return split
 
     @cached_property
     def ids(self) -> Tensor:
@@ -83,31 +96,14 @@ class Split:
 
         Where languages agree (a mask that all share, a layer that none prunes), one product takes the tokens of all.
         """
-        key = tuple([tuple([same[language] for same in same_as]) for language in self.present])
         firsts: dict[tuple[int, ...], int] = {}
-        for language, mask in zip(self.present, key, strict=True):
-            firsts.setdefault(mask, FULL if set(mask) == {FULL} else language)
-        names = {language: firsts[mask] for language, mask in zip(self.present, key, strict=True)}
+        names: dict[int, int] = {}
+        for language in self.present:
+            masks = tuple([same[language] for same in same_as])
+            names[language] = firsts.setdefault(masks, FULL if set(masks) == {FULL} else language)
         if all(language == name for language, name in names.items()):
             return self
-        return self.once(key, lambda: Split([names[language] for language in self.languages]))
-
-    @classmethod
-    def of(cls, language_ids: Tensor, n_languages: int) -> Split:
-        """The split of ids int64 [B].
-
-        Raises:
-            ValueError: an id that is not -1 to n_languages - 1.
-        """
-        split = _splits.of(language_ids, lambda: cls(language_ids.tolist()))
-        for language, first, _ in split.parts:
-            if not FULL <= language < n_languages:
-                position = first if split._order is None else int(split._order[first])
-                raise ValueError(
-                    f"language_ids[{position}] is {language}; expected 0 to {n_languages - 1}, "
-                    "or -1 for the full network"
-                )
-        return split
+        return self.once(tuple(names.items()), lambda: Split([names[language] for language in self.languages]))
 
 
 _splits: Kept[Split] = Kept()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmask.masks import FULL, StoredMask
-from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, combined, products
+from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
 
 __all__ = ["Units"]
@@ -121,7 +121,22 @@ class Units:
         grad = torch.zeros(self.size + 1, dtype=dtype, device=dy.device).index_add_(0, slots.flatten(), sums.flatten())
         return grad[: self.size].clone()
 
-    # ----
+    # ---- gates: between `enter` and `leave` every language is the full network
+
+    def enter(self, given: Tensor, split: Split) -> Tensor:
+        """An activation's masked side as the whole weight takes it: [B, T, width] -> [B, T, size], dead units zero."""
+        B, T, width = given.shape
+        slots = self.slots[split.ids, None, :width].expand(-1, T, -1)
+        wide = given.new_zeros(B, T, self.size + 1).scatter_(2, slots, given)
+        return wide[..., :-1]  # in the last place lies what dead units held
+
+    def leave(self, wide: Tensor, split: Split, width: int) -> Tensor:
+        """Undo `enter`: [B, T, size] -> [B, T, width], zero at what is dead."""
+        slots = self.slots[split.ids, None, :width]
+        given = wide.gather(2, slots.clamp(max=self.size - 1).expand(-1, wide.shape[1], -1))
+        return given.masked_fill_(slots == self.size, 0)
+
+    # ---- which languages are multiplied together
 
     def _groups(self, languages: Sequence[int], activations: Sequence[Tensor]) -> list[tuple[slice, Live | None]]:
         """Languages whose live rows are gathered at once, and those rows; None for all of the weight's.
@@ -184,21 +199,21 @@ class Units:
     ) -> None:
         """Write (or add) combinations of live rows."""
         for group, live in self._groups(languages, activations):
-            combined(self._narrow(languages[group], activations[group], live), w, live, outs[group], add)
+            products(self._narrow(languages[group], activations[group], live), w, live, outs[group], add=add)
 
     def _onto(self, languages: Sequence[int], activations: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
         """Write products with live rows into their places of each out [M, width], and zero elsewhere."""
         for group, live in self._groups(languages, activations):
             if live is None:
-                products(activations[group], w, None, outs[group])
+                products(activations[group], w, None, outs[group], transposed=True)
             elif self.packed:
-                products(activations[group], w, live, list(map(_left, outs[group], live.counts)))
+                products(activations[group], w, live, list(map(_left, outs[group], live.counts)), transposed=True)
                 for out, n in zip(outs[group], live.counts, strict=True):
                     if n < out.shape[1]:
                         out[:, n:] = 0
             else:
                 places = _side_by_side(activations[group], live.counts)
-                products(activations[group], w, live, places)
+                products(activations[group], w, live, places, transposed=True)
                 for language, place, out in zip(languages[group], places, outs[group], strict=True):
                     n = self.live[language]
                     out.zero_().index_copy_(1, self.index[language, :n], place[:, :n])

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastmask.optim import LiveAdamW
-from fastmask.optim.rows import can_be_sparse
+from fastmask.optim import LiveAdamW, can_be_sparse
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 

@@ -21,8 +21,7 @@ import torch
 from fastmask.errors import unknown
 from fastmask.files import FileError, held, read_tensors, write_tensors
 from fastmask.models import attach
-from fastmask.optim import LiveAdamW
-from fastmask.optim.rows import by_rows, sparse_gradients
+from fastmask.optim import LiveAdamW, by_rows, sparse_gradients
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, heading

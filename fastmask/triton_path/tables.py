@@ -8,8 +8,9 @@ from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_layout import TileLayout
 from torch import Tensor
 
+from fastmask import bits
 from fastmask.kept import Kept, sent
-from fastmask.masks import StoredMask, live_blocks
+from fastmask.masks import StoredMask
 
 __all__ = ["layout_of", "plan_of", "positions_of"]
 
@@ -22,10 +23,11 @@ def layout_of(mask: StoredMask, N: int, K: int) -> TileLayout:
     """The tile layout of a block or weight mask over [N, K]."""
 
     def make() -> TileLayout:
-        if mask.kind == "blocks":
-            keep = live_blocks(mask.index, mask.extents, mask.geometry, (N, K))
-            return TileLayout.from_blocks(keep, (mask.geometry[0], mask.geometry[1]))
-        return TileLayout.from_bits(mask.index.detach(), N, K)  # not the tensor that this is kept with
+        words = mask.index.detach()  # not the tensor that this is kept with
+        if mask.kind == "weights":
+            return TileLayout.from_bits(words, N, K)
+        bn, bk = mask.geometry
+        return TileLayout.from_blocks(bits.unpack_by_shifts(words, K // bk), (bn, bk))
 
     return _layouts.of(mask.index, make)
 

@@ -7,9 +7,10 @@ import torch
 from transformers import BertConfig, BertModel
 
 import fastmask as fm
-from fastmask.torch_path import faster, gemm
+from fastmask.torch_path import gemm
+from fastmask.torch_path import onednn as onednn_file
 
-pytestmark = pytest.mark.skipif(not gemm._works(), reason="this PyTorch has no oneDNN")
+pytestmark = pytest.mark.skipif(not onednn_file._works(), reason="this PyTorch has no oneDNN")
 
 SHAPES = [(300, 768, 256), (96, 1500, 100), (1024, 257, 23), (64, 255, 130), (2200, 300, 40)]  # M, K, N
 
@@ -20,10 +21,10 @@ def ask_for(monkeypatch):
 
     def ask(library: str) -> None:
         monkeypatch.setenv("FASTMASK_PRODUCTS", library)
-        gemm._chosen.cache_clear()
+        onednn_file._chosen.cache_clear()
 
     yield ask
-    gemm._chosen.cache_clear()
+    onednn_file._chosen.cache_clear()
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def plain_error(a: torch.Tensor, w: torch.Tensor, exact: torch.Tensor, add: bool
     """That of the product a [M, K] @ w [K, N] by PyTorch, or by oneDNN itself where that is worse and does the work."""
     plain = [a @ w]
     if gemm.by_onednn(a):
-        plain.append(gemm._linear(a.contiguous(), w.t().contiguous()))
+        plain.append(onednn_file.linear(a.contiguous(), w.t().contiguous()))
     return max(error(product + add, exact) for product in plain)
 
 
@@ -72,10 +73,11 @@ def test_products_with_rows(library, shape, stored, indexed):
     torch.manual_seed(0)
     M, S, n = shape
     w, live, indices = of_languages(2 * n, S, stored, indexed)
-    assert (gemm.by_onednn(w) and gemm._suits(M, n - 7, S)) == (library == "onednn")
+    assert (gemm.by_onednn(w) and onednn_file.suits(M, n - 7, S)) == (library == "onednn")
     activations = [torch.randn(M + 9 * place, S) for place in range(len(indices))]
     wide = [torch.full((len(a), 2 * n + 9), torch.nan) for a in activations]
-    gemm.products(activations, w, live, [out[:, : len(index)] for out, index in zip(wide, indices, strict=True)])
+    parts = [out[:, : len(index)] for out, index in zip(wide, indices, strict=True)]
+    gemm.products(activations, w, live, parts, transposed=True)
     for a, index, out in zip(activations, indices, wide, strict=True):
         exact = a.double() @ w[index].double().t()
         assert error(out[:, : len(index)], exact) <= 2 * plain_error(a, w[index].t(), exact)
@@ -93,7 +95,7 @@ def test_combinations_of_rows(library, shape, stored, indexed, add):
     w, live, indices = of_languages(2 * n, S, stored, indexed)
     activations = [torch.randn(M + 9, len(index) + 3)[:, : len(index)] for index in indices]
     outs = [torch.full((len(a), S), 1.0 if add else torch.nan) for a in activations]
-    gemm.combined(activations, w, live, outs, add)
+    gemm.products(activations, w, live, outs, add=add)
     for a, index, out in zip(activations, indices, outs, strict=True):
         exact = a.double() @ w[index].double() + add
         assert error(out, exact) <= 2 * plain_error(a, w[index], exact, add)
@@ -143,21 +145,21 @@ def test_training_after_inference_mode(library, kind):
 def test_sizes_are_rounded_up_to_few():
     """Sizes are rounded up, to so few values that oneDNN need not compile code for every batch."""
     sizes = range(1, 4097)
-    rounded = [gemm._padded(size) for size in sizes]
+    rounded = [onednn_file.padded(size) for size in sizes]
     assert all(size <= found <= size + max(31, size / 8) for size, found in zip(sizes, rounded, strict=True))
-    assert all(gemm._padded(found) == found for found in rounded)
+    assert all(onednn_file.padded(found) == found for found in rounded)
     assert len(set(rounded)) <= 50
 
 
 def test_batches_of_many_lengths_share_shapes(onednn, monkeypatch):
     """Batches of many lengths share a few shapes, for which oneDNN compiles code once."""
-    shapes, linear = set(), gemm._linear
+    shapes, linear = set(), onednn_file.linear
 
     def recording(a, w):
         shapes.add((*a.shape, *w.shape, w.stride(0) == 1))
         return linear(a, w)
 
-    monkeypatch.setattr(gemm, "_linear", recording)
+    monkeypatch.setattr(gemm, "linear", recording)
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=128, intermediate_size=512, num_attention_heads=4, num_hidden_layers=2, vocab_size=50
@@ -176,7 +178,7 @@ def test_what_does_not_suit_stays_with_pytorch(onednn, shape, dtype):
     """float64 and small products, for which a call costs too much, stay with PyTorch."""
     M, K, N = shape
     a, w, out = (torch.randn(size, dtype=dtype) for size in ((M, K), (N, K), (M, N)))
-    gemm.products([a], w, None, [out])
+    gemm.products([a], w, None, [out], transposed=True)
     assert torch.equal(out, a @ w.t())
 
 
@@ -265,32 +267,32 @@ def slow(a, w):
 
 def test_the_faster_library_is_taken(cache):
     """The library that was measured to be faster is taken, whatever the processor is called."""
-    assert faster.faster(slow, quick)
-    faster.answer_file().unlink()
-    assert not faster.faster(quick, slow)
+    assert onednn_file.faster(slow, quick)
+    onednn_file.answer_file().unlink()
+    assert not onednn_file.faster(quick, slow)
 
 
 def test_the_first_answer_stands(cache):
     """A resumed run multiplies by the library it began with, and so ends with the same bits."""
-    first = faster.faster(slow, quick)
-    assert faster.faster(quick, slow) == first
-    assert [path.name for path in cache.iterdir()] == [faster.answer_file().name]
+    first = onednn_file.faster(slow, quick)
+    assert onednn_file.faster(quick, slow) == first
+    assert [path.name for path in cache.iterdir()] == [onednn_file.answer_file().name]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]", '{"gains": [9, 9]}', '{"gains": ["a", 1, 1]}'])
 def test_a_damaged_answer_is_found_anew(cache, content):
     """A damaged file in the user's cache is measured again."""
     cache.mkdir()
-    faster.answer_file().write_text(content)
-    assert not faster.faster(quick, slow)
-    assert len(faster._remembered(faster.answer_file())) == len(faster.SIZES)
+    onednn_file.answer_file().write_text(content)
+    assert not onednn_file.faster(quick, slow)
+    assert len(onednn_file._remembered(onednn_file.answer_file()).gains) == len(onednn_file.SIZES)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     """Training works where the home folder is read-only."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert faster.faster(slow, quick)
+    assert onednn_file.faster(slow, quick)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -307,8 +309,8 @@ def test_languages_that_are_alike(ask_for, stored, threads):
     ys, dxs, grad = torch.full_like(masked, torch.nan), torch.ones_like(xs), torch.full_like(w, torch.nan)
     torch.set_num_threads(threads)
     try:
-        gemm.products([*xs], w, live, [y[:, :32] for y in ys])
-        gemm.combined([a[:, :32] for a in masked], w, live, [*dxs], add=True)
+        gemm.products([*xs], w, live, [y[:, :32] for y in ys], transposed=True)
+        gemm.products([a[:, :32] for a in masked], w, live, [*dxs], add=True)
         gemm.add_outer(grad, live, [a[:, :32] for a in masked], [*xs], fresh=True)
     finally:
         torch.set_num_threads(before)

@@ -9,6 +9,7 @@ from oracle import random_mask
 from fastmask.masks import UNPACKED, Mask, StoredMask
 from fastmask.operators import Settings, compute, compute_projections
 from fastmask.torch_path import layers
+from fastmask.torch_path.layers import Layers, Needs
 
 UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention
 
@@ -89,11 +90,12 @@ def test_weights_that_were_cast_are_kept_for_backward(kind, ids, every_way):
     masks = [StoredMask(m.kind, m.geometry, m.index, m.extents, UNPACKED) for m in (build() for _ in range(3))]
     weights, x = [torch.randn(N, K) for _ in masks], torch.randn(4, tokens, K).bfloat16()
     kept: list[torch.Tensor] = []
-    ys = layers.forward(masks, x, weights, [None] * 3, torch.tensor(ids), L, "", kept)
+    given = Layers(masks, L)
+    ys = layers.forward(given, x, weights, [], torch.tensor(ids), kept)
     assert all(weight.dtype == torch.bfloat16 for weight in kept)
     assert len(kept) == 3
     dys = [torch.randn_like(y) for y in ys]
-    arguments = (masks, dys, x, weights, torch.tensor(ids), L, "", True, [True] * 3, [False] * 3)
+    arguments = (given, dys, x, weights, torch.tensor(ids), Needs(True, [True] * 3, [False] * 3))
     (dx, dws, _), (expected_dx, expected_dws, _) = layers.backward(*arguments, kept), layers.backward(*arguments)
     assert torch.equal(dx, expected_dx)
     assert all(torch.equal(dw, expected) for dw, expected in zip(dws, expected_dws, strict=True))

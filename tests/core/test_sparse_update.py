@@ -12,7 +12,7 @@ from oracle import KINDS, assert_close, gradients, random_mask
 import fastmask as fm
 from fastmask.masks import UNPACKED
 from fastmask.operators import Settings, compute_projections
-from fastmask.torch_path import weights as weights_file
+from fastmask.torch_path import tiles
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
 
@@ -82,8 +82,8 @@ def test_any_shape_and_any_mix(kind, L, N, K, density, ids, middle, seed):
 @pytest.mark.parametrize("ids", [[0, 1, 2, 0, -1], [1, 1, 1, 1, 1]], ids=["mixed", "one"])
 def test_few_live_weights(dtype, sampled, tokens, ids, monkeypatch):
     """The gradient of few live weights is the same one by one as all at once, some of the tokens at a time."""
-    monkeypatch.setattr(weights_file, "SAMPLED", 1.0 if sampled else 0.0)
-    monkeypatch.setattr(weights_file, "SAMPLED_ONEDNN", 1.0 if sampled else 0.0)
+    monkeypatch.setattr(tiles, "SAMPLED", 1.0 if sampled else 0.0)
+    monkeypatch.setattr(tiles, "SAMPLED_ONEDNN", 1.0 if sampled else 0.0)
     torch.manual_seed(0)
     mask = random_mask("weights", 3, 50, 70, density=0.05, extremes=False)
     x, weight, dy = (torch.randn(*size, dtype=dtype) for size in ((5, tokens, 70), (50, 70), (5, tokens, 50)))

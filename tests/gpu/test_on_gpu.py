@@ -37,7 +37,7 @@ from benchmarks.gpu.problems import (
     tiny_models,
 )
 from fastmask.operators import compute, compute_projections
-from fastmask.torch_path.activations import activate
+from fastmask.torch_path.layers import activate
 from fastmask.torch_path.naive import masked_linear_naive
 
 DEVICE = "cuda"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from literal_adamw import Literal, Net, live_flags, random_gradients, state_of
 
 import fastmask as fm
-from fastmask.optim import compact as compact_file
+from fastmask.optim import adamw as adamw_file
 from fastmask.optim import step as step_file
 from tests.core.oracle import KINDS, assert_close, random_mask
 
@@ -199,7 +199,7 @@ def test_any_shape_and_order_of_languages(kind, unit, rows, columns, sequence, d
 def test_gaps_and_rests_of_wide_rows(kind, little, path, monkeypatch):
     """What lies next to a wide gap, or in a rest behind whole vectors, is updated as AdamW says."""
     for name in ("LITTLE", "LITTLE_OF_WEIGHTS"):
-        monkeypatch.setattr(compact_file, name, little)
+        monkeypatch.setattr(adamw_file, name, little)
     torch.manual_seed(0)
     net = Net(kind, N=8, K=1000, unit=1)
     keep = torch.zeros(4, 8, 1000, dtype=torch.bool)

@@ -13,7 +13,7 @@ from test_live_adamw_state import through_a_file
 import fastmask as fm
 from fastmask.files import read_tensors, write_tensors
 from fastmask.live import Live, live_of
-from fastmask.optim import compact as compact_file
+from fastmask.optim import adamw as adamw_file
 from fastmask.optim import step as step_file
 from fastmask.training.run_folder import load_optimizer, optimizer_tensors
 from tests.core.oracle import KINDS, random_mask
@@ -30,7 +30,7 @@ def sparse_net(kind, **sizes):
 
 @pytest.fixture(autouse=True)
 def _single_weights_too(monkeypatch):
-    monkeypatch.setattr(compact_file, "LITTLE_OF_WEIGHTS", 0.5)
+    monkeypatch.setattr(adamw_file, "LITTLE_OF_WEIGHTS", 0.5)
 
 
 def moments(optimizer):
@@ -189,6 +189,6 @@ def test_memory_of_an_encoder(units, weights):
         model(torch.randint(9, (2, 5)))[0].sum().backward()
     optimizer.step()
     kept = [t for state in optimizer.state.values() for t in state.values()]
-    held = optimizer._compact._held.values()
+    held = optimizer._held.values()
     kept += [t for live in held for t in (live.words, live._kept) if t is not None]
     assert sum(t.numel() * t.element_size() for t in kept) <= 0.15 * sum(2 * 4 * p.numel() for p in trained)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastmask as fm
-from fastmask.optim.rows import by_rows, can_be_sparse, sparse_gradients
+from fastmask.optim import by_rows, can_be_sparse, sparse_gradients
 
 LOOKED_UP = [[0, 3, 3], [3, 5, 1], [0, 1, 5], [7, 7, 7]]
 

@@ -11,7 +11,7 @@ from fastmask_kernels.row_matmul import row_matmul
 from kernel_oracle import DEVICE, ON_GPU, assert_close, launches_kernels
 from row_samples import Sample, sample
 
-from fastmask.torch_path.activations import activate, activation_grad
+from fastmask.torch_path.layers import activate, activation_grad
 
 pytestmark = launches_kernels
 

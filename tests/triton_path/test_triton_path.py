@@ -446,29 +446,29 @@ class TestChoice:
     def test_forced(self, monkeypatch):
         x = torch.randn(2, K, device=DEVICE)
         monkeypatch.setattr(operators, "FORCED", "triton")
-        assert operators._path_for(x, [x]) is triton_layers
+        assert operators.path_for(x, [x]) is triton_layers
         monkeypatch.setattr(operators, "FORCED", "torch")
-        assert operators._path_for(x, [x]) is torch_layers
+        assert operators.path_for(x, [x]) is torch_layers
 
     def test_a_cpu_runs_plain_pytorch(self, monkeypatch):
         monkeypatch.setattr(operators, "FORCED", "")
         x = torch.randn(2, K)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert operators._path_for(x, [x]) is torch_layers
+            assert operators.path_for(x, [x]) is torch_layers
 
     def test_forced_on_what_it_cannot_run_says_why(self, monkeypatch):
         monkeypatch.setattr(operators, "FORCED", "triton")
         double = torch.randn(2, K, dtype=torch.float64, device=DEVICE)
         with pytest.raises(RuntimeError, match=r"not torch\.float64"):
-            operators._path_for(double, [double])
+            operators.path_for(double, [double])
         with pytest.raises(RuntimeError, match="activations' dtype"):
-            operators._path_for(double.float(), [double.half()])
+            operators.path_for(double.float(), [double.half()])
 
     def test_unknown_name(self, monkeypatch):
         monkeypatch.setattr(operators, "FORCED", "cuda")
         with pytest.raises(ValueError, match="'torch' or 'triton', given 'cuda'"):
-            operators._path_for(torch.randn(2, K), [])
+            operators.path_for(torch.randn(2, K), [])
 
     def test_falls_back_with_one_warning(self, monkeypatch):
         """A dtype that the kernels cannot take falls back to PyTorch, with one warning."""
@@ -478,7 +478,7 @@ class TestChoice:
         monkeypatch.setattr(operators, "_why_not_here", lambda device: None)
         monkeypatch.setattr(operators, "_has_kernels", lambda device: True)
         with pytest.warns(UserWarning, match=r"plain PyTorch: .* not torch\.float64"):
-            assert operators._path_for(gpu_like, [gpu_like]) is torch_layers
+            assert operators.path_for(gpu_like, [gpu_like]) is torch_layers
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert operators._path_for(gpu_like, [gpu_like]) is torch_layers
+            assert operators.path_for(gpu_like, [gpu_like]) is torch_layers

@@ -1,0 +1,158 @@
+"""Large float32 products by oneDNN, on machines where it is faster than MKL.
+
+PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
+PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast,
+on a Zen 4 it is not. No name of a processor tells, so it is measured once. Two things have to be seen to:
+
+- It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So
+  it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those of MKL.
+- It compiles code for every new shape, which takes longer than a small product, and keeps that of the last 1024.
+  Batches of sentences hardly ever repeat a shape. So sizes are rounded up to the few of `padded`, and what is too much
+  is left out of the result.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fastmask.files import FileError, Record, read_json
+from fastmask.processor import cpu_fields
+
+__all__ = ["MOST_TERMS", "answer_file", "by_onednn", "faster", "linear", "padded", "suits"]
+
+MOST_TERMS = 256
+LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
+LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
+GRAIN = 32
+
+GAIN = 1.15  # how much faster it must be, for each of the sizes: less does not pay for what it needs around it
+SIZES = ((144, 384, 768), (512, 768, 768), (1024, 768, 1536))  # tokens x in x out, of encoders at half density
+ROUNDS = 9
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def by_onednn(x: Tensor) -> bool:
+    """Whether large products with x go to oneDNN.
+
+    They do where that is faster on this machine. `FASTMASK_PRODUCTS=torch` or `=onednn` in the environment decides
+    otherwise, as it was when first asked.
+    """
+    return _chosen() and x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled)
+
+
+def suits(M: int, N: int, K: int) -> bool:
+    """Whether a product [M, N] of K terms is worth a call."""
+    return M * K * N >= LEAST_MULTIPLICATIONS and min(M, N) >= LEAST_SIDE
+
+
+def padded(size: int) -> int:
+    """A size rounded up to a multiple of an eighth of the power of 2 below it, and of `GRAIN`."""
+    grain = max(GRAIN, 1 << size.bit_length() >> 4)
+    return -(-size // grain) * grain
+
+
+def linear(a: Tensor, w: Tensor) -> Tensor:
+    """Multiply a [M, K] by the transpose of w [N, K]; gaps between the rows (or columns) of w make it very slow."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, w, None, "none", [], "")
+    return y
+
+
+@cache
+def _chosen() -> bool:
+    asked = os.environ.get("FASTMASK_PRODUCTS", "")
+    if asked not in ("", "torch", "onednn"):
+        raise ValueError(f"FASTMASK_PRODUCTS is {asked!r}; expected torch or onednn")
+    if asked == "torch" or not (torch.backends.mkldnn.is_available() and _works()):
+        return False
+    if asked == "onednn":
+        return True
+    # Elsewhere PyTorch's products are not MKL's, or there is no AVX-512 that MKL could leave unused.
+    held_back = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return held_back and faster(lambda a, w: a @ w.t(), linear)
+
+
+def _works() -> bool:
+    """Whether the operator, which PyTorch's compiler uses but does not document, is there and does what is expected."""
+    a, b = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(4, 2)
+    try:
+        return torch.equal(linear(a, b.t()), a @ b)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+# ---- which library is faster
+
+
+class Answer(Record):
+    """What was measured: how much faster oneDNN is than MKL, for each of `SIZES`."""
+
+    gains: list[float] = Field(min_length=len(SIZES), max_length=len(SIZES))
+
+
+def answer_file() -> Path:
+    """Where the answer for this processor and this PyTorch is kept."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastmask")
+    wanted, known = ("vendor_id", "cpu family", "model", "model name", "stepping"), cpu_fields()
+    name = "-".join(known[name] for name in wanted if name in known) or platform.processor() or platform.machine()
+    described = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}")
+    return folder / f"products-{described}.json"
+
+
+def faster(mkl: Product, onednn: Product) -> bool:
+    """Whether `onednn` is to multiply in place of `mkl`: a [M, K] by the transpose of w [N, K].
+
+    A run that is resumed must multiply as it did before, to end with the same bits. So the answer is kept on disk, and
+    the first process that finds it out decides for all; where nothing can be written, each finds out for itself.
+    """
+    path = answer_file()
+    answer = _remembered(path)
+    if answer is None:
+        answer = Answer(gains=[_gain(mkl, onednn, *size) for size in SIZES])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                whole = Path(folder, path.name)
+                whole.write_text(answer.model_dump_json(), encoding="utf-8")
+                if _remembered(path) is None:
+                    path.unlink(missing_ok=True)  # damaged
+                os.link(whole, path)  # fails where there is one, and the file is whole as soon as it is there
+        except OSError:
+            answer = _remembered(path) or answer  # another process may have been first
+    return min(answer.gains) >= GAIN
+
+
+def _remembered(path: Path) -> Answer | None:
+    try:
+        return read_json(path, Answer)
+    except (OSError, FileError):
+        return None
+
+
+def _gain(mkl: Product, onednn: Product, M: int, K: int, N: int) -> float:
+    """The time of `mkl` over that of `onednn`, each the least of some: what else runs only ever adds to it."""
+    generator = torch.Generator().manual_seed(0)
+    a, w = (torch.randn(rows, K, generator=generator) for rows in (M, N))
+    least, threads = [math.inf, math.inf], torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for one another, and on a busy machine that is all that would be measured
+    try:
+        for number in range(ROUNDS + 1):
+            for i, product in enumerate((mkl, onednn)):
+                began = time.perf_counter()
+                product(a, w)
+                if number:  # the first one compiles
+                    least[i] = min(least[i], time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return least[0] / least[1]

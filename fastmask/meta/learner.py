@@ -237,13 +237,14 @@ class MetaLearner:
         if self.algorithm == "fomaml" and task.query is None:
             raise ValueError(f"language {task.language!r}: FOMAML needs a query batch")
 
-    def _owners(self) -> list[nn.Module]:
-        """The modules that subnetworks are attached to."""
-        return [module for module in self.model.modules() if "_fastmask" in vars(module)]
+    def _owners(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """The modules that subnetworks are attached to, and the languages of these."""
+        owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
+        return [(owner, attached(owner).subnets.languages) for owner in owners]
 
     def _number(self, language: Language) -> int:
         """Position of a language in the masks, FULL for the full network."""
-        names = {attached(owner).subnets.languages for owner in self._owners()}
+        names = {languages for _, languages in self._owners()}
         if len(names) > 1:
             raise ValueError("parts of the model have subnetworks of different languages attached: expected the same")
         counts = {layer.mask.n_languages for layer in self.model.modules() if isinstance(layer, MaskedLinear)}
@@ -269,9 +270,8 @@ class MetaLearner:
     def _routed(self, language: Language) -> Iterator[None]:
         number = self._number(language)
         with ExitStack() as stack:
-            for owner in self._owners():
-                name = None if number == FULL else attached(owner).subnets.languages[number]
-                stack.enter_context(run_with(owner, name))
+            for owner, languages in self._owners():
+                stack.enter_context(run_with(owner, None if number == FULL else languages[number]))
             yield
 
 

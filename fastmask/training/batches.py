@@ -134,19 +134,9 @@ def without_conflict(gradients: Sequence[Tensor], generator: np.random.Generator
 class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
     """Yields (rows int64 [b], languages int64 [b]) for ever, sorted by language.
 
-    Rows count through the sentences of all languages joined in order: language 0's sentences first.
-
-    Args:
-        lengths: per language int [n_l], the length of each of its sentences.
-        batch_size: sentences per step over all ranks.
-        temperature: exponent of the languages' sizes: 0 gives equal shares, 1 shares proportional to size.
-        seed: of all random choices.
-        bins: length quantiles; 1 switches bucketing off.
-        rank: this process; it gets every `world_size`-th sentence of a batch, so each rank sees all languages.
-        world_size: number of processes.
-
-    Raises:
-        ValueError: a language without sentences, or a batch smaller than the number of processes.
+    Rows count through the sentences of all languages joined in order, which have `lengths`, int [n_l] for each
+    language. `bins` is the number of length quantiles. Process `rank` of `world_size` gets every `world_size`-th of the
+    `batch_size` sentences of a step, so each one sees all languages.
     """
 
     def __init__(
@@ -159,8 +149,8 @@ class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if not lengths or any(len(n) == 0 for n in lengths):
-            empty = [i for i, n in enumerate(lengths) if len(n) == 0]
+        empty = [number for number, of in enumerate(lengths) if len(of) == 0]
+        if empty or not lengths:
             raise ValueError(f"languages without training sentences: {empty or 'all'} (expected at least one each)")
         if batch_size < world_size:
             raise ValueError(f"batch_size is {batch_size} (expected at least one for each of {world_size} processes)")

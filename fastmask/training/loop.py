@@ -51,9 +51,7 @@ class TrainResult:
     history: list[dict[str, Any]] = field(repr=False)  # the records of ``metrics.jsonl``
     run: Path  # the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``
     budget: Budget  # how many optimiser steps, episodes, gradient passes and examples that took
-    scouting_share: float | None = None
-    """Share of the time since the switch (or since resuming) that went into looking for better masks; None for methods
-    other than `dynamic`."""
+    scouting_share: float | None = None  # of the time since the switch or resuming; of method `dynamic`
 
 
 def train(

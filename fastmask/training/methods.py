@@ -135,19 +135,11 @@ def draws_for(
 ) -> list[Draw]:
     """Find one subnetwork for each language of `train`, `config.draws` times, in a model with nothing attached.
 
-    Args:
-        task: fine-tuned; comes back as it was.
-        train: training examples by language; `config.score_sentences` of each are drawn to score units on. Which ones
-            depends on the run's seed, the draw, and the language's place.
-        dev: development rows by language, for tau, which is a share of their score (`Task.metric`); a language without
-            any, and a task whose metric is better when lower, goes by the loss on the scoring examples
-            (`discovery.Quality`).
-        config: of the run.
-        on_round: called after each round of pruning.
-        only: of some languages of `train`, if given; the same as of all.
-
-    Raises:
-        ValueError: a density that would leave a layer without a live head or neuron.
+    Units are scored on some of the training examples of each language; which ones depends on the run's seed, the draw,
+    and the language's place. Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows
+    of `dev`; a language that has none, and a task whose metric is better when lower, by the loss on the scoring
+    examples (`discovery.Quality`). `on_round` is called after each round. With `only` some languages of `train` get
+    theirs, the same as if all did. A density that would leave a layer without a live head or neuron is a ValueError.
     """
     _check_density(task, config)
     # A score that compares languages needs all of them, whichever are asked for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,10 @@ from fastmask.files import read_yaml, write_yaml
 __all__ = ["ConfigError", "Settings", "flat", "items_of", "named_errors", "setting"]
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
+_WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_BOUNDS = {
+    "low": (operator.ge, ">="), "above": (operator.gt, ">"), "high": (operator.le, "<="), "below": (operator.lt, "<"),
+}  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -28,11 +33,12 @@ class ConfigError(ValueError):
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """Declare a field: `choices`, or `low`/`high` (inclusive unless `above`/`below`), its help text and its `group`.
 
-    A default that is a mapping stands for a new one each time.
+    With `list`, a text is several items, separated by commas. A default that is a mapping stands for a new one each
+    time.
     """
     metadata = {"help": help, **limits}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -45,11 +51,7 @@ class Settings:
         self.validate()
 
     def validate(self) -> None:
-        """Check types and ranges.
-
-        Raises:
-            ConfigError: the first setting that is wrong.
-        """
+        """Check types and ranges; raises ConfigError, which names the first setting that is wrong."""
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
             setattr(self, item.name, _checked(item.name, getattr(self, item.name), hints[item.name], item.metadata))
@@ -70,13 +72,9 @@ class Settings:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a YAML file of settings; what it does not name keeps its default. Every error names the file.
+        """Read a YAML file of settings; what it does not name keeps its default.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileError: not a file of settings (`fastmask.files.read_yaml`).
-            ConfigError: a value that is wrong.
-            FastmaskKeyError: a name that is no setting.
+        Raises what `fastmask.files.read_yaml` and `from_dict` do; every error names the file.
         """
         values: dict[str, Any] = read_yaml(path)
         with named_errors(path):
@@ -102,48 +100,37 @@ def _checked(name: str, value: Any, hint: Any, limits: Mapping[str, Any]) -> Any
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
             raise ConfigError(f"{name} is {value!r:.200} (expected names and values)")
         return dict(value)
-    if get_origin(hint) is None:
-        kind, optional = hint, False
-    else:
-        kind, optional = next(a for a in get_args(hint) if a is not type(None)), True
-    if value is None and optional:
+    if value is None and type(None) in get_args(hint):
         return None
-    if kind is str and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if kind is str and limits.get("list") and isinstance(value, (list, tuple)):
-        items = ["no" if item is False else item for item in value]
-        if all(isinstance(item, str) for item in items):
-            value = ",".join(items)  # a YAML list is as good
-    if kind is str and value is False:
-        value = "no"  # YAML 1.1 reads Norwegian, and "no" mixed precision, as false
-    if kind is float and isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = float(value)  # YAML 1.1 reads 3e-4 as text
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    kind = next((of for of in get_args(hint) if of is not type(None)), hint)
+    value = _as(kind, value, limits)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise ConfigError(f"{name} is {value!r:.200} (expected {words[kind]})")
-    choices = limits.get("choices")
-    if choices:
-        for item in items_of(value) if limits.get("list") else [value]:
-            if item not in choices:
-                raise ConfigError(f"{name} is {value!r:.200} (expected {_one_of(limits)} {', '.join(choices)})")
-    checks = [
-        ("low", lambda v, b: v >= b, ">="),
-        ("above", lambda v, b: v > b, ">"),
-        ("high", lambda v, b: v <= b, "<="),
-        ("below", lambda v, b: v < b, "<"),
-    ]
-    bounds = [(limits[key], holds, sign) for key, holds, sign in checks if key in limits]
-    if bounds and not (math.isfinite(value) and all(holds(value, bound) for bound, holds, _ in bounds)):
-        raise ConfigError(
-            f"{name} is {value!r} (expected {' and '.join(f'{sign} {bound}' for bound, _, sign in bounds)})"
-        )
+        raise ConfigError(f"{name} is {value!r:.200} (expected {_WORDS[kind]})")
+    choices = limits.get("choices", ())
+    if choices and any(item not in choices for item in (items_of(value) if limits.get("list") else [value])):
+        one_of = "a comma-separated list out of" if limits.get("list") else "one of"
+        raise ConfigError(f"{name} is {value!r:.200} (expected {one_of} {', '.join(choices)})")
+    bounds = [(holds, sign, limits[key]) for key, (holds, sign) in _BOUNDS.items() if key in limits]
+    if bounds and not (math.isfinite(value) and all(holds(value, bound) for holds, _, bound in bounds)):
+        expected = " and ".join(f"{sign} {bound}" for _, sign, bound in bounds)
+        raise ConfigError(f"{name} is {value!r} (expected {expected})")
     return value
 
 
-def _one_of(limits: Mapping[str, Any]) -> str:
-    return "a comma-separated list out of" if limits.get("list") else "one of"
+def _as(kind: type, value: Any, limits: Mapping[str, Any]) -> Any:
+    """What is meant by a value where one of `kind` is expected; YAML 1.1 has ideas of its own."""
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if kind is str and limits.get("list") and isinstance(value, (list, tuple)):
+        items = ["no" if item is False else item for item in value]
+        return ",".join(items) if all(isinstance(item, str) for item in items) else value
+    if kind is str and value is False:
+        return "no"  # it reads Norwegian, and "no" mixed precision, as false
+    if kind is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)  # it reads 3e-4 as text
+    if kind is float and type(value) is int:
+        return float(value)
+    return value
 
 
 def items_of(value: str) -> list[str]:

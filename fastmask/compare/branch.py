@@ -13,8 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import FileError, held, remove_leftovers, replace_file, write_folder
-from fastmask.files.manifest import MANIFEST, check_files, files_in, write_manifest
+from fastmask.files import (
+    MANIFEST,
+    FileError,
+    check_files,
+    files_in,
+    held,
+    remove_leftovers,
+    replace_file,
+    write_folder,
+    write_manifest,
+)
 from fastmask.settings import ConfigError
 from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig

@@ -1,10 +1,9 @@
-"""Meta-learning (FOMAML, Reptile) over subnetworks: the loop of an episode, and which sentences it sees.
+"""Meta-learning (FOMAML, Reptile) over subnetworks.
 
-`fast_weights` changes what a language owns of a model (`fastmask.live`) and puts it back, `inner_rates` says how fast,
-`learner` runs episodes, `episodes` draws support and query sentences.
+`fast_weights` changes what a language owns of a model (`fastmask.live`), how fast it is told to, and puts it back;
+`learner` runs episodes, and draws the sentences that they see.
 """
 
-from fastmask.meta.episodes import Draw, EpisodeSampler
-from fastmask.meta.learner import Adapted, MetaLearner, Task, TaskResult
+from fastmask.meta.learner import Adapted, Draw, EpisodeSampler, MetaLearner, Task, TaskResult
 
 __all__ = ["Adapted", "Draw", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]

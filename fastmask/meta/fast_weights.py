@@ -1,4 +1,4 @@
-"""Fast weights in place: the parameters themselves are adapted, and put back bit for bit afterwards.
+"""Fast weights in place: how fast each parameter is adapted, and what puts it back bit for bit afterwards.
 
 Hooks, tied weights, attached layers and kernels all keep working, because the model is the same one. What a step is
 about to change is copied first, and only that: the live part of a masked weight, the rows of an embedding that were
@@ -10,17 +10,82 @@ is freed at once: gradients of the whole model never exist together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmask.errors import unknown
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.optim import can_be_sparse, sparse_gradients
 
-__all__ = ["FastWeights"]
+__all__ = ["FastWeights", "InnerRates", "listed", "rates_of"]
+
+InnerRates = float | Mapping[str, float] | Iterable[Mapping[str, Any]]
+"""One for all parameters, one for each beginning of their names, or groups as torch's optimisers take them."""
+
+
+def listed(rates: InnerRates) -> InnerRates:
+    """The same rates; of groups, a list without generators, which could be read only once."""
+    if isinstance(rates, (int, float, Mapping)):
+        return rates
+    # Checked by torch; NaN, so that a group without a rate of its own is refused.
+    return torch.optim.SGD([{**group} for group in rates], lr=math.nan).param_groups
+
+
+def rates_of(model: nn.Module, rates: InnerRates) -> dict[Tensor, float]:
+    """The inner learning rate of each trainable parameter that is adapted; a rate of 0 leaves it out.
+
+    Args:
+        model: its parameters that require a gradient count, tied ones once, under their first name.
+        rates: see `fastmask.MetaLearner`.
+
+    Raises:
+        ValueError: a rate that is not a finite number >= 0, a parameter without or with two, or nothing to adapt.
+        KeyError: a group's name that is not the beginning of any parameter's name.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found: dict[Tensor, float] = {}
+    if isinstance(rates, (int, float)):
+        found = dict.fromkeys(trainable.values(), _checked(rates, "all parameters"))
+    elif isinstance(rates, Mapping):
+        for prefix, rate in rates.items():
+            _checked(rate, repr(prefix))
+            if not any(_is_below(name, prefix) for name, _ in model.named_parameters()):
+                raise unknown("parameter group", prefix, [name for name, _ in model.named_modules() if name])
+        for name, parameter in trainable.items():
+            prefix = max((prefix for prefix in rates if _is_below(name, prefix)), key=len, default=None)
+            if prefix is None:
+                raise ValueError(
+                    f"parameter {name!r} has no inner learning rate: groups {', '.join(map(repr, rates))}; "
+                    "a group named '' takes all that is left, a rate of 0 leaves parameters as they are"
+                )
+            found[parameter] = float(rates[prefix])
+    else:
+        known = set(trainable.values())
+        for number, group in enumerate(rates):
+            rate = _checked(group["lr"], f"group {number}")
+            for parameter in (p for p in group["params"] if p.requires_grad):
+                if parameter not in known:
+                    raise ValueError(f"inner learning rate group {number} holds a parameter that is not of the model")
+                found[parameter] = rate
+    adapted = {parameter: rate for parameter, rate in found.items() if rate > 0}
+    if not adapted:
+        raise ValueError("no parameter would be adapted: every inner learning rate is 0, or all parameters are frozen")
+    return adapted
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def _checked(rate: Any, what: str) -> float:
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate) or rate < 0:
+        raise ValueError(f"inner learning rate of {what} is {rate!r} (expected a finite number >= 0)")
+    return float(rate)
 
 
 class FastWeights:
@@ -32,14 +97,14 @@ class FastWeights:
         model: changed in place inside the context.
         rates: learning rate of each parameter to adapt; others stay as they are.
         language: whose part may change, -1 for all; read from the masks that the layers have now.
+        keep: leave the adapted weights in place at the end, unless an exception is on its way.
     """
 
-    def __init__(self, model: nn.Module, rates: Mapping[Tensor, float], language: int) -> None:
-        self.model, self.rates = model, rates
+    def __init__(self, model: nn.Module, rates: Mapping[Tensor, float], language: int, keep: bool = False) -> None:
+        self.model, self.rates, self.keep = model, rates, keep
         self._live = {p: live_in(layer, p, (language,)) for p, layer in masked_parameters(model).items()}
         self._backups: dict[Tensor, _Backup] = {}
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        self._kept = False
 
     def __enter__(self) -> FastWeights:
         """Remember the buffers, and the weights that a forward pass itself rescales."""
@@ -51,22 +116,11 @@ class FastWeights:
                 self._backup(module.weight).save_all(module.weight)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Put everything back, unless `keep` was called and nothing went wrong."""
-        if kind is not None or not self._kept:
-            self.restore()
-        self._backups.clear()
-        self._buffers.clear()
-
-    def keep(self) -> None:
-        """Leave the adapted weights in place at the end."""
-        self._kept = True
-
     @torch.no_grad()
-    def restore(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Put parameters and buffers back."""
+        if kind is None and self.keep:
+            return
         for parameter, backup in self._backups.items():
             backup.restore(parameter)
         for module, name, buffer, value in self._buffers:
@@ -103,13 +157,13 @@ class FastWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of what was copied so far."""
-        return sum(backup.nbytes for backup in self._backups.values())
+        held = [t for backup in self._backups.values() for t in (backup.live, *(backup.rows or ()))]
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
     def _backup(self, parameter: Tensor) -> _Backup:
-        backup = self._backups.get(parameter)
-        if backup is None:
-            backup = self._backups[parameter] = _Backup(self._live.get(parameter, WHOLE))
-        return backup
+        if parameter not in self._backups:
+            self._backups[parameter] = _Backup(self._live.get(parameter, WHOLE))
+        return self._backups[parameter]
 
     def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:
         """A tensor hook that takes the step and lets go of the gradient.
@@ -134,17 +188,7 @@ class _Backup:
     def __init__(self, part: Live) -> None:
         self.part = part
         self.live: Tensor | None = None
-        self.rows: Tensor | None = None  # int64 [n]
-        self.values: Tensor | None = None  # [n, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.live, self.rows, self.values) if t is not None)
-
-    def save_all(self, parameter: Tensor) -> None:
-        """Copy all that may change; what `rows` already holds is older and is put back last."""
-        if self.live is None:
-            self.live = self.part.read(parameter.detach())
+        self.rows: tuple[Tensor, Tensor] | None = None  # int64 [n], and what they held [n, ...]
 
     def step(self, parameter: Tensor, gradient: Tensor, rate: float) -> None:
         if gradient.is_sparse and self.part is WHOLE:
@@ -158,29 +202,30 @@ class _Backup:
             dense = gradient.to_dense() if gradient.is_sparse else gradient
             parameter.sub_(self.part.only(dense), alpha=rate)  # subtracting +0 changes no bit of what is dead
 
+    def save_all(self, parameter: Tensor) -> None:
+        """Copy all that may change; rows that have changed already, as they were."""
+        if self.live is None:
+            live = self.part.read(parameter.detach())
+            self.live = live if self.rows is None else live.index_copy_(0, *self.rows)
+
     def _save_rows(self, parameter: Tensor, rows: Tensor) -> None:
-        if self.rows is None or self.values is None:
-            self.rows, self.values = rows, parameter.index_select(0, rows)
+        if self.rows is None:
+            self.rows = rows, parameter.index_select(0, rows)
         else:
-            new = rows[~torch.isin(rows, self.rows)]
-            # Together, so that an interruption cannot part them.
-            self.rows, self.values = (
-                torch.cat([self.rows, new]),
-                torch.cat([self.values, parameter.index_select(0, new)]),
-            )
+            known, values = self.rows
+            new = rows[~torch.isin(rows, known)]
+            self.rows = torch.cat([known, new]), torch.cat([values, parameter.index_select(0, new)])
 
     def restore(self, parameter: Tensor) -> None:
         if self.live is not None:
             self.part.write(parameter, self.live)
-        if self.rows is not None and self.values is not None:
-            parameter.index_copy_(0, self.rows, self.values)
+        elif self.rows is not None:
+            parameter.index_copy_(0, *self.rows)
 
     def add_distance(self, parameter: Tensor, grad: Tensor, scale: float) -> None:
         if self.live is not None:
-            theta = self.live
-            if self.rows is not None and self.values is not None:
-                theta = theta.index_copy(0, self.rows, self.values)
-            distance = theta - self.part.read(parameter)
+            distance = self.live - self.part.read(parameter)
             self.part.write(grad, self.part.read(grad).add_(distance, alpha=scale))
-        elif self.rows is not None and self.values is not None:
-            grad.index_add_(0, self.rows, self.values - parameter.index_select(0, self.rows), alpha=scale)
+        elif self.rows is not None:
+            rows, values = self.rows
+            grad.index_add_(0, rows, values - parameter.index_select(0, rows), alpha=scale)

@@ -1,4 +1,4 @@
-"""`MetaLearner`: first-order meta-learning, every language through its own subnetwork.
+"""`MetaLearner`: first-order meta-learning, every language through its own subnetwork; and what episodes are made of.
 
 FOMAML (Finn et al. 2017, arXiv 1703.03400, first order) and Reptile (Nichol et al. 2018, arXiv 1803.02999). Random
 numbers: nothing is seeded or set back here. Dropout draws from torch's generators as in any other forward pass, once
@@ -9,12 +9,13 @@ but for inner steps that are to do without dropout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,13 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL
-from fastmask.meta.fast_weights import FastWeights
-from fastmask.meta.inner_rates import InnerRates, rates_of, reusable
+from fastmask.meta.fast_weights import FastWeights, InnerRates, listed, rates_of
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
 from fastmask.models.modes import evaluating
 
-__all__ = ["ALGORITHMS", "Adapted", "MetaLearner", "Task", "TaskResult"]
+__all__ = ["ALGORITHMS", "Adapted", "Draw", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
 
 ALGORITHMS = ("fomaml", "reptile")
 
@@ -53,17 +53,11 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What happened with one language.
-
-    Attributes:
-        language: of the task.
-        support_losses: [K], each from before its inner step; detached, on the device of the loss.
-        query_loss: [], after the last inner step; None without a query.
-    """
+    """What happened with one language; losses are detached, on the device of the loss."""
 
     language: Language
-    support_losses: Tensor
-    query_loss: Tensor | None
+    support_losses: Tensor  # [K], each from before its inner step
+    query_loss: Tensor | None  # [], after the last inner step; None without a query
 
 
 @dataclass(frozen=True)
@@ -140,11 +134,14 @@ class MetaLearner:
                 "loss run that), split the tasks over processes, pass n_languages, and sum `.grad` over processes"
             )
         self.model, self.loss, self.algorithm = model, loss, algorithm
-        self.inner_steps = _steps(inner_steps, low=1)
-        self.inner_learning_rate = reusable(inner_learning_rate)
-        self.inner_dropout = inner_dropout
-        self.scaler = scaler
-        rates_of(model, self.inner_learning_rate)  # what is wrong with them is said now
+        self.inner_steps = _at_least("the number of inner steps", inner_steps, 1)
+        self.inner_learning_rate = listed(inner_learning_rate)
+        self.inner_dropout, self.scaler = inner_dropout, scaler
+        self.rates()  # what is wrong with them is said now
+
+    def rates(self) -> dict[Tensor, float]:
+        """The inner learning rate of each parameter that is adapted; new ones since the last call are among them."""
+        return rates_of(self.model, self.inner_learning_rate)
 
     def episode(self, tasks: Iterable[Task], n_languages: int | None = None) -> list[TaskResult]:
         """Add the meta-gradient of a meta-batch to `.grad`; one result for each task, in order.
@@ -171,6 +168,24 @@ class MetaLearner:
             raise ValueError(f"an episode needs at least one task, given {n_languages}")
         return [self._run(task, n_languages) for task in tasks]
 
+    def _run(self, task: Task, n_languages: int) -> TaskResult:
+        self._check(task)
+        fomaml = self.algorithm == "fomaml"
+        query_loss = None
+        with FastWeights(self.model, self.rates(), self._number(task.language)) as fast:
+            support_losses = self._inner_loop(fast, task.language, task.support, self.inner_steps)
+            if not fomaml:
+                fast.add_distance(self._loss_scale() / n_languages)
+            if task.query is not None:
+                with self._routed(task.language), torch.set_grad_enabled(fomaml):
+                    query_loss = self._loss_of(task.query)
+                    if fomaml:
+                        # The loss is divided rather than its gradient, which would be one more pass over the weights.
+                        share = query_loss / n_languages
+                        (share if self.scaler is None else self.scaler.scale(share)).backward()
+                query_loss = query_loss.detach()
+        return TaskResult(task.language, support_losses, query_loss)
+
     @contextmanager
     def adapt(
         self,
@@ -190,30 +205,10 @@ class MetaLearner:
         Raises:
             ValueError, TypeError, KeyError: as in `episode`; without steps `support` may be empty.
         """
-        steps = self.inner_steps if steps is None else _steps(steps, low=0)
+        steps = self.inner_steps if steps is None else _at_least("the number of inner steps", steps, 0)
         _check_support(language, support, steps)
-        with weights(self.model, rates_of(self.model, self.inner_learning_rate), self._number(language)) as fast:
-            losses = self._inner_loop(fast, language, support, steps)
-            if keep:
-                fast.keep()
-            yield Adapted(self.model, losses)
-
-    def _run(self, task: Task, n_languages: int) -> TaskResult:
-        self._check(task)
-        rates = rates_of(self.model, self.inner_learning_rate)
-        query_loss = None
-        with FastWeights(self.model, rates, self._number(task.language)) as fast:
-            support_losses = self._inner_loop(fast, task.language, task.support, self.inner_steps)
-            if self.algorithm == "reptile":
-                fast.add_distance(self._loss_scale() / n_languages)
-            if task.query is not None:
-                with self._routed(task.language), torch.set_grad_enabled(self.algorithm == "fomaml"):
-                    query_loss = self._loss_of(task.query)
-                    if self.algorithm == "fomaml":
-                        # The loss is divided rather than its gradient, which would be one more pass over the weights.
-                        self._scaled(query_loss / n_languages).backward()
-                query_loss = query_loss.detach()
-        return TaskResult(task.language, support_losses, query_loss)
+        with weights(self.model, self.rates(), self._number(language), keep) as fast:
+            yield Adapted(self.model, self._inner_loop(fast, language, support, steps))
 
     def _inner_loop(self, fast: FastWeights, language: Language, support: Sequence[Any], steps: int) -> Tensor:
         losses = []
@@ -234,9 +229,6 @@ class MetaLearner:
     def _loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        return loss if self.scaler is None else self.scaler.scale(loss)
-
     # ---- languages
 
     def _check(self, task: Task) -> None:
@@ -245,13 +237,14 @@ class MetaLearner:
         if self.algorithm == "fomaml" and task.query is None:
             raise ValueError(f"language {task.language!r}: FOMAML needs a query batch")
 
-    def _owners(self) -> list[nn.Module]:
-        """The modules that subnetworks are attached to."""
-        return [module for module in self.model.modules() if "_fastmask" in vars(module)]
+    def _owners(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
+        """The modules that subnetworks are attached to, and the languages of these."""
+        owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
+        return [(owner, attached(owner).subnets.languages) for owner in owners]
 
     def _number(self, language: Language) -> int:
         """Position of a language in the masks, FULL for the full network."""
-        names = {attached(owner).subnets.languages for owner in self._owners()}
+        names = {languages for _, languages in self._owners()}
         if len(names) > 1:
             raise ValueError("parts of the model have subnetworks of different languages attached: expected the same")
         counts = {layer.mask.n_languages for layer in self.model.modules() if isinstance(layer, MaskedLinear)}
@@ -262,7 +255,7 @@ class MetaLearner:
                 raise ValueError(
                     f"language {language!r}: the model has masked layers, but no subnetworks with names: give a number"
                 )
-            known = next(iter(names))
+            (known,) = names
             if language not in known:
                 raise unknown("language", language, known)
             return known.index(language)
@@ -277,16 +270,9 @@ class MetaLearner:
     def _routed(self, language: Language) -> Iterator[None]:
         number = self._number(language)
         with ExitStack() as stack:
-            for owner in self._owners():
-                name = None if number == FULL else attached(owner).subnets.languages[number]
-                stack.enter_context(run_with(owner, name))
+            for owner, languages in self._owners():
+                stack.enter_context(run_with(owner, None if number == FULL else languages[number]))
             yield
-
-
-def _steps(steps: int, low: int) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < low:
-        raise ValueError(f"the number of inner steps is {steps!r} (expected an integer >= {low})")
-    return steps
 
 
 def _check_support(language: Language, support: Sequence[Any], steps: int) -> None:
@@ -294,3 +280,106 @@ def _check_support(language: Language, support: Sequence[Any], steps: int) -> No
         raise TypeError(f"language {language!r}: expected support as a list of batches, given {type(support).__name__}")
     if steps and not support:
         raise ValueError(f"language {language!r}: no support batch to adapt on")
+
+
+def _at_least(name: str, value: int, low: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} is {value!r} (expected an integer >= {low})")
+    return value
+
+
+# ---- which sentences an episode sees
+
+_LANGUAGES, _SENTENCES = range(2)  # what a random stream is for
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One language's sentences in an episode: int64 rows of that language's own data, in random order."""
+
+    language: str
+    support: np.ndarray = field(repr=False)
+    query: np.ndarray = field(repr=False)
+
+
+class EpisodeSampler(Iterator[list[Draw]]):
+    """Yields meta-batches for ever, each a list of `Draw`s of different languages.
+
+    Within a language every pass over its sentences is a fresh shuffle, cut into pieces of support + query sentences;
+    what does not fill a piece is left out of that pass. So the two never share a sentence, no sentence is drawn twice
+    in a pass, sampling never ends, and length plays no part. Every random decision is a function of (seed, what it is
+    for, a counter), so the state is a handful of counters.
+
+    The same on every process: to split a meta-batch over processes, let process r of n take `draws[r::n]`.
+
+    Args:
+        sizes: number of sentences of each language.
+        support_size: sentences in a support set.
+        query_size: sentences in a query set; 0 for Reptile without queries.
+        meta_batch: languages in a meta-batch, drawn without repetition; all of them, in order, if not given.
+        seed: of all random choices.
+
+    Raises:
+        ValueError: a number out of its range, no language or one with fewer sentences than support and query take, or a
+            meta-batch larger than the number of languages.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        support_size: int,
+        query_size: int,
+        *,
+        meta_batch: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.sizes = {language: int(size) for language, size in sizes.items()}
+        self.languages = tuple(self.sizes)
+        if not self.languages:
+            raise ValueError("expected at least one language, given none")
+        self.support_size = _at_least("support_size", support_size, 1)
+        self.query_size = _at_least("query_size", query_size, 0)
+        self.seed = _at_least("seed", seed, 0)
+        self.meta_batch = _at_least("meta_batch", len(self.languages) if meta_batch is None else meta_batch, 1)
+        if self.meta_batch > len(self.languages):
+            raise ValueError(
+                f"a meta-batch of {self.meta_batch} languages needs as many, given {len(self.languages)}: "
+                f"{', '.join(self.languages)}"
+            )
+        need = support_size + query_size
+        if small := [f"{language} has {size}" for language, size in self.sizes.items() if size < need]:
+            raise ValueError(
+                f"support ({support_size}) and query ({query_size}) take {need} different sentences of each language: "
+                f"{', '.join(small)}"
+            )
+        self._number = 0  # of the next meta-batch
+        self._drawn = [0] * len(self.languages)  # so many pieces of each language
+
+    def __next__(self) -> list[Draw]:
+        """Return the next meta-batch; never runs dry."""
+        members = list(range(len(self.languages)))
+        if self.meta_batch < len(members):
+            members = self._random(_LANGUAGES, self._number).permutation(len(members)).tolist()[: self.meta_batch]
+        self._number += 1
+        return [self._draw(number) for number in members]
+
+    def _draw(self, number: int) -> Draw:
+        """The next piece of a language."""
+        language, need = self.languages[number], self.support_size + self.query_size
+        size = self.sizes[language]
+        passed, place = divmod(self._drawn[number], size // need)
+        rows = self._random(_SENTENCES, number, passed).permutation(size)[place * need : (place + 1) * need]
+        self._drawn[number] += 1
+        return Draw(language, rows[: self.support_size], rows[self.support_size :])
+
+    def _random(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *stream])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters that JSON can hold; the same on every process that has drawn as much."""
+        return {"meta_batch": self._number, "drawn": list(self._drawn)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was called, with the same data and settings."""
+        self._number = int(state["meta_batch"])
+        self._drawn = [int(n) for n in state["drawn"]]

@@ -12,7 +12,7 @@ import fastmask as fm
 from fastmask.analysis.conflict import PANELS
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, legend_above, new_figure
 from fastmask.analysis.result import Result
-from fastmask.files.manifest import check_files
+from fastmask.files import check_files
 from fastmask.reports.folders import Run, Study
 from fastmask.reports.loading import Row, batches_of, data_for, task_at, task_of
 from fastmask.reports.sections import Gathered, SkipError

@@ -32,55 +32,37 @@ _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
 
 @dataclass(frozen=True)
 class Seen:
-    """What one gradient was computed on.
+    """What one gradient was computed on."""
 
-    Attributes:
-        step: of the run, once the optimiser has taken this gradient.
-        losses: by name, means over all processes; "loss" is the one whose gradient it is.
-        words: of the batches that went through the model, over all processes.
-        languages: whose examples they were, at least those of this process.
-        counts: what else a line of the metrics says.
-    """
-
-    step: int
-    losses: dict[str, float]
-    words: int
-    languages: list[str]
-    counts: dict[str, int] = field(default_factory=dict)
+    step: int  # of the run, once the optimiser has taken this gradient
+    losses: dict[str, float]  # means over all processes; "loss" is the one whose gradient it is
+    words: int  # of the batches that went through the model, over all processes
+    languages: list[str]  # whose examples they were, at least those of this process
+    counts: dict[str, int] = field(default_factory=dict)  # what else a line of the metrics says
 
 
 class MixedBatches:
-    """One batch over all languages a step, through the full network or each language's subnetwork.
-
-    Attributes:
-        title: what the progress bar calls it.
-        rates: peak learning rate of each parameter group of the optimiser.
-    """
+    """One batch over all languages a step, through the full network or each language's subnetwork."""
 
     def __init__(
         self, task: Task, model: torch.nn.Module, train: Mapping[str, Any], config: TrainConfig, accelerator: Any
     ) -> None:
         """Set up the sampling; `model` is the task's, or what wraps it where there are several processes."""
-        self.title = "full network"
-        self.rates = peak_rates(task, config)
+        self.title = "full network"  # in the progress bar
+        self.rates = peak_rates(task, config)  # of each parameter group of the optimiser
         self.task, self.model, self.accelerator, self.config = task, model, accelerator, config
         parts = list(train.values())
         self.joined = type(parts[0]).join(parts)
         self.languages = list(train)
         self.ids: Tensor | None = None
-        self.sampler = MixedLanguageSampler(
-            [examples.lengths for examples in parts],
-            config.batch_size,
-            config.temperature,
-            config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        lengths = [examples.lengths for examples in parts]
+        sizes = config.batch_size, config.temperature, config.seed
+        self.sampler = MixedLanguageSampler(lengths, *sizes, rank=rank, world_size=processes)
 
-    def use_subnetworks(self, language_ids: Mapping[str, int]) -> None:
-        """From now on send each example through its language's subnetwork."""
-        self.title = "subnetworks"
-        self.ids = torch.tensor([language_ids[code] for code in self.languages], dtype=torch.int64)
+    def use_subnetworks(self, ids: Tensor) -> None:
+        """From now on send each example through its language's subnetwork: that of `ids` [languages]."""
+        self.title, self.ids = "subnetworks", ids
 
     def accumulate(self, step: int) -> Seen:
         """Put the gradient of this process's part of the next batch into `.grad`, averaged over processes."""
@@ -131,17 +113,10 @@ class MixedBatches:
 
 
 def without_conflict(gradients: Sequence[Tensor], generator: np.random.Generator) -> tuple[Tensor, float]:
-    """PCGrad (Yu et al. 2020, arXiv 2001.06782): the sum of the gradients, each without its conflicts.
+    """PCGrad (Yu et al. 2020, arXiv 2001.06782): the sum of the languages' gradients [n], each without its conflicts.
 
     For every other language in random order, where the inner product of the two is negative, the projection onto the
-    other's own gradient is taken off.
-
-    Args:
-        gradients: of each language, [n] each, float32 or wider.
-        generator: of the order in which a language meets the others.
-
-    Returns:
-        The sum [n], and the share of the ordered pairs of languages that were in conflict (0 with one language).
+    other's own gradient is taken off. Returned with the share of the ordered pairs of languages that were in conflict.
     """
     lengths = torch.stack([torch.dot(gradient, gradient) for gradient in gradients])
     total, conflicts = torch.zeros_like(gradients[0]), 0
@@ -156,10 +131,12 @@ def without_conflict(gradients: Sequence[Tensor], generator: np.random.Generator
     return total, conflicts / max(1, len(gradients) * (len(gradients) - 1))
 
 
-class MixedLanguageSampler:
+class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
     """Yields (rows int64 [b], languages int64 [b]) for ever, sorted by language.
 
-    Rows count through the sentences of all languages joined in order: language 0's sentences first.
+    Rows count through the sentences of all languages joined in order, which have `lengths`, int [n_l] for each
+    language. `bins` is the number of length quantiles. Process `rank` of `world_size` gets every `world_size`-th of the
+    `batch_size` sentences of a step, so each one sees all languages.
     """
 
     def __init__(
@@ -172,28 +149,13 @@ class MixedLanguageSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Set up the order of the first epoch.
-
-        Args:
-            lengths: per language int [n_l], the length of each of its sentences.
-            batch_size: sentences per step over all ranks.
-            temperature: exponent of the languages' sizes: 0 gives equal shares, 1 shares proportional to size.
-            seed: of all random choices.
-            bins: length quantiles; 1 switches bucketing off.
-            rank: this process; it gets every `world_size`-th sentence of a batch, so each rank sees all languages.
-            world_size: number of processes.
-
-        Raises:
-            ValueError: a language without sentences, or a batch smaller than the number of processes.
-        """
-        if not lengths or any(len(n) == 0 for n in lengths):
-            empty = [i for i, n in enumerate(lengths) if len(n) == 0]
+        empty = [number for number, of in enumerate(lengths) if len(of) == 0]
+        if empty or not lengths:
             raise ValueError(f"languages without training sentences: {empty or 'all'} (expected at least one each)")
         if batch_size < world_size:
             raise ValueError(f"batch_size is {batch_size} (expected at least one for each of {world_size} processes)")
         self.lengths = [np.asarray(n, dtype=np.int64) for n in lengths]
-        self.seed, self.bins = seed, bins
-        self.rank, self.world_size = rank, world_size
+        self.seed, self.bins, self.mine = seed, bins, slice(rank, None, world_size)
         sizes = np.array([len(n) for n in self.lengths], dtype=np.float64)
         weights = sizes**temperature
         self.shares = weights / weights.sum()
@@ -201,14 +163,8 @@ class MixedLanguageSampler:
         self._cumulative = np.round(np.cumsum(self.shares) * batch_size, 9)
         self._cumulative[-1] = batch_size
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._step = 0
-        self._epochs = [0] * len(self.lengths)
-        self._taken = [[0] * bins for _ in self.lengths]
-        self._orders = [self._order(language) for language in range(len(self.lengths))]
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Return itself: there is one stream."""
-        return self
+        nothing = [[0] * bins for _ in self.lengths]
+        self.load_state_dict({"step": 0, "epochs": [0] * len(self.lengths), "taken": nothing})
 
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
         """Return this rank's part of the next batch; never runs dry."""
@@ -217,29 +173,8 @@ class MixedLanguageSampler:
         cycle, place = divmod(self._step, self.bins)
         wanted = int(self._random(_BINS, cycle).permutation(self.bins)[place])
         rows = np.concatenate([self._draw(language, int(n), wanted) for language, n in enumerate(counts)])
-        languages = np.repeat(np.arange(len(counts)), counts)
         self._step += 1
-        mine = slice(self.rank, None, self.world_size)
-        return rows[mine], languages[mine]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return counters that JSON can hold; the same on every rank."""
-        return {"step": self._step, "epochs": list(self._epochs), "taken": [list(taken) for taken in self._taken]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called, with the same data and settings."""
-        self._step, self._epochs, self._taken = state["step"], list(state["epochs"]), [list(t) for t in state["taken"]]
-        self._orders = [self._order(language) for language in range(len(self.lengths))]
-
-    def _random(self, *stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, *stream])
-
-    def _order(self, language: int) -> list[np.ndarray]:
-        """Return a language's sentences in this epoch: one shuffled array of rows per length quantile."""
-        random = self._random(_ORDER, language, self._epochs[language])
-        lengths = self.lengths[language]
-        by_length = np.lexsort((random.random(len(lengths)), lengths))  # ties fall into either bin
-        return [random.permutation(part) for part in np.array_split(by_length, self.bins)]
+        return rows[self.mine], np.repeat(np.arange(len(counts)), counts)[self.mine]
 
     def _draw(self, language: int, count: int, wanted: int) -> np.ndarray:
         """Take `count` sentences from bin `wanted`, then from the bins nearest to it that have some left."""
@@ -258,3 +193,22 @@ class MixedLanguageSampler:
             count -= len(rows)
             drawn.append(rows)
         return np.concatenate(drawn) + self._offsets[language] if drawn else np.zeros(0, dtype=np.int64)
+
+    def _order(self, language: int) -> list[np.ndarray]:
+        """Return a language's sentences in this epoch: one shuffled array of rows per length quantile."""
+        random = self._random(_ORDER, language, self._epochs[language])
+        lengths = self.lengths[language]
+        by_length = np.lexsort((random.random(len(lengths)), lengths))  # ties fall into either bin
+        return [random.permutation(part) for part in np.array_split(by_length, self.bins)]
+
+    def _random(self, *stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *stream])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters that JSON can hold; the same on every rank."""
+        return {"step": self._step, "epochs": list(self._epochs), "taken": [list(taken) for taken in self._taken]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called, with the same data and settings."""
+        self._step, self._epochs, self._taken = state["step"], list(state["epochs"]), [list(t) for t in state["taken"]]
+        self._orders = [self._order(language) for language in range(len(self.lengths))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,26 +14,14 @@ from fastmask.subnetworks.subnetworks import UNITS
 from fastmask.tasks.registry import task_class
 from fastmask.tasks.task import Task, TaskSettings
 
-__all__ = ["DEVICES", "METAS", "METHODS", "PRECISIONS", "UNITS", "ConfigError", "TrainConfig"]
+__all__ = ["DEVICES", "METAS", "METHODS", "TrainConfig"]
 
 METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "shared", "vector")
 METAS = ("none", *ALGORITHMS)
-META_BUDGETS = ("sentences", "updates")
-PRECISIONS = ("no", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
-SCHEDULES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "live")
-CONFLICTS = ("none", "pcgrad")
 
-
-def _group(title: str) -> Callable[..., Any]:
-    """`setting`, for fields of one group."""
-    return partial(setting, group=title)
-
-
-_data, _model, _subnetworks, _meta, _optimisation, _logging = map(
-    _group, ("data", "model", "subnetworks", "meta-learning", "optimisation", "logging")
-)
+_GROUPS = ("data", "model", "subnetworks", "meta-learning", "optimisation", "logging")
+_data, _model, _subnetworks, _meta, _optimisation, _logging = (partial(setting, group=title) for title in _GROUPS)
 
 
 @dataclass
@@ -57,7 +44,7 @@ class TrainConfig(Settings):
     )
 
     model: str = _model("small", "an encoder on disk or on the Hub; 'small' is trained from scratch (parsing)")
-    precision: str = _model("no", "numbers in matrix products: float32 (no) or bfloat16 (bf16)", choices=PRECISIONS)
+    precision: str = _model("no", "numbers in matrix products: float32 (no) or bfloat16 (bf16)", choices=("no", "bf16"))
     device: str = _model("auto", "where to compute: a GPU where there is one (auto), cpu or cuda", choices=DEVICES)
     threads: int | None = _model(None, "CPU threads; PyTorch's choice if not given", low=1)
 
@@ -105,7 +92,7 @@ class TrainConfig(Settings):
         "sentences",
         "what runs with and without meta-learning have in common: the examples that they draw (a support set counts "
         "once), or the optimiser's steps (one episode for each)",
-        choices=META_BUDGETS,
+        choices=("sentences", "updates"),
     )
     inner_steps: int = _meta(5, "SGD steps on a language's support set in an episode", low=1)
     inner_lr: float = _meta(
@@ -133,7 +120,9 @@ class TrainConfig(Settings):
     lr: float = _optimisation(1e-3, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1)
     encoder_lr: float = _optimisation(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
     warmup: float = _optimisation(0.05, "share of the steps in which the learning rate climbs", low=0, below=1)
-    schedule: str = _optimisation("cosine", "how the learning rate falls to the end", choices=SCHEDULES)
+    schedule: str = _optimisation(
+        "cosine", "how the learning rate falls to the end", choices=("cosine", "linear", "constant")
+    )
     freeze_embeddings: bool = _optimisation(
         False,
         "leave the input embeddings as they are (of a pretrained encoder: pieces, positions, token types), in training "
@@ -143,13 +132,13 @@ class TrainConfig(Settings):
         "adamw",
         "AdamW, or one that leaves alone what no language of a batch owns, and the rows of the input embeddings that "
         "it does not look up (live)",
-        choices=OPTIMIZERS,
+        choices=("adamw", "live"),
     )
     conflict: str = _optimisation(
         "none",
         "what is done where gradients of two languages point against each other: nothing, or the part that does is "
         "taken off (pcgrad; a gradient for each language, in plain batches)",
-        choices=CONFLICTS,
+        choices=("none", "pcgrad"),
     )
     weight_decay: float = _optimisation(0.01, "AdamW's, on matrices only", low=0, high=1)
     max_grad_norm: float = _optimisation(1.0, "gradients are scaled down to this norm", above=0)

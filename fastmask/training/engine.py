@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from fastmask.optim import LiveAdamW, can_be_sparse
@@ -19,9 +22,9 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "gathered",
-    "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state", "random_state",
-    "set_random_state", "sum_gradients",
+    "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "learning_rate_factor",
+    "looked_up_tables", "on_first", "peak_rates", "preserved_random_state", "random_state", "set_random_state",
+    "sum_gradients",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -30,11 +33,7 @@ T = TypeVar("T")
 
 
 def device_of(name: str) -> torch.device:
-    """The device for one of `DEVICES`; "auto" is a GPU where there is one.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
+    """The device for one of `DEVICES`; "auto" is a GPU where there is one. Raises ValueError for "cuda" without one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch finds no GPU here (expected cpu, or auto)")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -42,9 +41,6 @@ def device_of(name: str) -> torch.device:
 
 def accelerator_for(device: str, precision: str) -> Any:
     """An `accelerate.Accelerator`; a second one in the same process may have another precision than the first."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision, cpu=device_of(device).type == "cpu")
@@ -54,12 +50,7 @@ def on_first(accelerator: Any, work: Callable[[], T]) -> T:
     """Let the first process do something while the others wait; all get what it returns, and all fail if it does.
 
     Several processes that wrote to one folder would destroy each other's files.
-
-    Raises:
-        RuntimeError: on the other processes, if `work` raised on the first.
     """
-    from accelerate.utils import broadcast_object_list
-
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -73,14 +64,6 @@ def on_first(accelerator: Any, work: Callable[[], T]) -> T:
         raise RuntimeError(f"the first process failed: {outcome[1]}")
     result: T = outcome[0]
     return result
-
-
-def gathered(items: list[T]) -> list[T]:
-    """The items of all processes, in order of their number; objects travel as pickles of our own making."""
-    from accelerate.utils import gather_object
-
-    found: list[T] = gather_object(items)
-    return found
 
 
 @torch.no_grad()
@@ -106,10 +89,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
-    """Return the optimiser over the trainable parameters; vectors (biases, LayerNorm) do not decay.
-
-    A pretrained encoder has groups, and so learning rates, of its own; see `peak_rates`.
-    """
+    """The optimiser over the trainable parameters; vectors (biases, LayerNorm) do not decay. Rates: `peak_rates`."""
     settings: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
         for ((_, decays), parameters), rate in zip(_groups(task).items(), peak_rates(task, config), strict=True)
@@ -120,10 +100,41 @@ def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(settings, fused=task.device.type in ("cpu", "cuda"))
 
 
+def peak_rates(task: Task, config: TrainConfig, episodes: bool = False) -> list[float]:
+    """Peak learning rate of each group of `build_optimizer`, in plain steps or as the outer rate of episodes."""
+    rate = (episodes and config.meta_lr) or config.lr
+    encoder_rate = (episodes and config.meta_encoder_lr) or config.encoder_lr
+    return [encoder_rate if of_encoder else rate for of_encoder, _ in _groups(task)]
+
+
+def _groups(task: Task) -> dict[tuple[bool, bool], list[nn.Parameter]]:
+    """Trainable parameters by (of a pretrained encoder?, a matrix?)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad:
+            key = (task.pretrained and name.startswith(task.encoder_name), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return groups
+
+
 def add_parameter(optimizer: torch.optim.Optimizer, task: Task, parameter: nn.Parameter) -> None:
     """Train one more matrix of the model, in the group of those that are not of a pretrained encoder."""
     group = list(_groups(task)).index((False, True))
     optimizer.param_groups[group]["params"].append(parameter)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, kind: str = "cosine") -> float:
+    """The factor of the peak learning rate at `step` (0 is the first step); no schedule has a state to save.
+
+    It climbs over `warmup` steps to 1, falls to 0 at `steps`, and stays there: a cosine that is not held at its end
+    climbs again. `kind` is "cosine", "linear" or "constant".
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
 
 
 def looked_up_tables(task: Task) -> list[nn.Module]:
@@ -149,40 +160,6 @@ def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
     norm = torch.nn.utils.get_total_norm(held)
     torch._foreach_mul_(held, torch.clamp(limit / (norm + 1e-6), max=1.0))
     return float(norm)
-
-
-def peak_rates(task: Task, config: TrainConfig, episodes: bool = False) -> list[float]:
-    """Peak learning rate of each group of `build_optimizer`, in plain steps or as the outer rate of episodes."""
-    rate, encoder_rate = config.lr, config.encoder_lr
-    if episodes and config.meta_lr is not None:
-        rate = config.meta_lr
-    if episodes and config.meta_encoder_lr is not None:
-        encoder_rate = config.meta_encoder_lr
-    return [encoder_rate if of_encoder else rate for of_encoder, _ in _groups(task)]
-
-
-def _groups(task: Task) -> dict[tuple[bool, bool], list[nn.Parameter]]:
-    """Trainable parameters by (of a pretrained encoder?, a matrix?)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in task.model.named_parameters():
-        if parameter.requires_grad:
-            key = (task.pretrained and name.startswith(task.encoder_name), parameter.ndim > 1)
-            groups.setdefault(key, []).append(parameter)
-    return groups
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int, kind: str = "cosine") -> float:
-    """The factor of the peak learning rate at `step` (0 is the first step); no schedule has a state to save.
-
-    It climbs over `warmup` steps to 1, falls to 0 at `steps`, and stays there: a cosine that is not held at its end
-    climbs again. `kind` is one of `SCHEDULES`.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if kind == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
 
 
 # ---- random states of python, numpy and torch

@@ -11,7 +11,7 @@ and without meta-learning have in common (`meta_budget`): the examples that they
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 
 from fastmask.meta import Draw, EpisodeSampler, MetaLearner
 from fastmask.meta import Task as EpisodeTask
-from fastmask.meta.inner_rates import rates_of
 from fastmask.settings import ConfigError
 from fastmask.tasks.task import Task
 from fastmask.training.batches import Seen
@@ -34,25 +33,18 @@ __all__ = ["Budget", "Episodes", "episode_sampler"]
 class Budget:
     """What a run spends, by which runs with and without meta-learning are compared.
 
-    Attributes:
-        steps: of the run, in all.
-        plain_steps: of them, optimiser steps on one mixed batch each.
-        episodes: optimiser steps on the meta-gradient of one episode each; 0 without meta-learning.
-        outer_steps: steps of the optimiser in all: `plain_steps` + `episodes`.
-        episode_sentences: different sentences that one episode draws: for each of its languages a support batch, once
-            however many inner steps it takes (Reptile draws one for each of them), and FOMAML's query batch.
-        sentences: drawn in all, those of every plain batch and every episode; several epochs draw one several times.
-        gradient_passes: forward and backward passes over a batch (of all processes together: a batch that is split
-            counts once): one for a plain step; K, and for FOMAML one more, for each language of an episode. What
-            looking for better masks takes (method `dynamic`) is not in it.
+    An episode draws, for each of its languages, a support batch once however many inner steps it takes (Reptile draws
+    one for each of them), and FOMAML's query batch. Gradient passes are forward and backward passes over a batch, one
+    that is split over processes counting once: one for a plain step; K, and for FOMAML one more, for each language of
+    an episode. What looking for better masks takes (method `dynamic`) is not in it.
     """
 
-    steps: int
-    plain_steps: int
-    episodes: int
-    outer_steps: int
-    episode_sentences: int
-    sentences: int
+    steps: int  # of the run, in all
+    plain_steps: int  # of them, optimiser steps on one mixed batch each
+    episodes: int  # optimiser steps on the meta-gradient of one episode each; 0 without meta-learning
+    outer_steps: int  # steps of the optimiser in all: `plain_steps` + `episodes`
+    episode_sentences: int  # different sentences that one episode draws
+    sentences: int  # drawn in all; several epochs draw one several times
     gradient_passes: int
 
     @classmethod
@@ -78,15 +70,8 @@ class Budget:
                     f"sentences), and the {left} steps after the switch have only {left * config.batch_size}: expected "
                     "more steps, fewer of support_sentences, query_sentences or meta_batch, or meta_budget updates"
                 )
-        return cls(
-            steps=config.steps,
-            plain_steps=plain,
-            episodes=episodes,
-            outer_steps=plain + episodes,
-            episode_sentences=drawn,
-            sentences=plain * config.batch_size + episodes * drawn,
-            gradient_passes=plain + episodes * passes,
-        )
+        sentences, gradient_passes = plain * config.batch_size + episodes * drawn, plain + episodes * passes
+        return cls(config.steps, plain, episodes, plain + episodes, drawn, sentences, gradient_passes)
 
     def step_after(self, episode: int) -> int:
         """The run's step after episode number `episode` (from 1): its share of the steps, rounded.
@@ -100,12 +85,12 @@ class Budget:
 
     def after(self, episode: int) -> dict[str, int]:
         """What is spent after `episode` episodes (of at least one): `outer_steps`, `sentences`, `gradient_passes`."""
-        plain_sentences = self.sentences - self.episodes * self.episode_sentences
-        of_episodes = self.gradient_passes - self.plain_steps
+        to_come = self.episodes - episode
+        passes = (self.gradient_passes - self.plain_steps) // self.episodes
         return {
-            "outer_steps": self.plain_steps + episode,
-            "sentences": plain_sentences + self.episode_sentences * episode,
-            "gradient_passes": self.plain_steps + of_episodes * episode // self.episodes,
+            "outer_steps": self.outer_steps - to_come,
+            "sentences": self.sentences - to_come * self.episode_sentences,
+            "gradient_passes": self.gradient_passes - to_come * passes,
         }
 
     def __str__(self) -> str:
@@ -118,11 +103,7 @@ class Budget:
 
 
 def episode_sampler(config: TrainConfig, train: Mapping[str, Any]) -> EpisodeSampler:
-    """Which sentences the episodes of a run see.
-
-    Raises:
-        ValueError: a meta-batch larger than the number of languages, or languages with too few sentences.
-    """
+    """Which sentences the episodes of a run see; raises ValueError where a language has too few of them."""
     sizes = {code: len(examples) for code, examples in train.items()}
     return EpisodeSampler(sizes, *_sizes(config), meta_batch=config.meta_batch, seed=config.seed)
 
@@ -146,17 +127,9 @@ class Episodes:
     title = "episodes"
 
     def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
-        """Set up sampling and inner steps.
+        """Set up sampling and inner steps; raises what `Budget.of` and `episode_sampler` do.
 
-        Args:
-            task: its model is not wrapped; it autocasts by itself if `accelerator` has prepared it so.
-            train: examples by language, named as the subnetworks are.
-            config: the settings of meta-learning are read.
-            accelerator: that has prepared the model.
-
-        Raises:
-            ConfigError: see `Budget.of`.
-            ValueError: a language with too few sentences.
+        The model of `task` is not wrapped; it autocasts by itself if `accelerator` has prepared it so.
         """
         self.rates = peak_rates(task, config, episodes=True)
         self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
@@ -176,17 +149,19 @@ class Episodes:
         """Put the meta-gradient of the next episode into `.grad`, summed over processes."""
         draws = next(self.sampler)
         mine = draws[self.accelerator.process_index :: self.accelerator.num_processes]
-        words: list[int] = []
-        results = self.learner.episode(self._tasks(mine, words), n_languages=len(draws))
+        words = sum(map(self._words, mine))
+        results = self.learner.episode(map(self._task, mine), n_languages=len(draws))
         if self.accelerator.num_processes > 1:
             sum_gradients(self.task.model.parameters())
         if self.config.meta == "reptile":
-            self._to_units_of_a_gradient()
+            for parameter, rate in self.learner.rates().items():
+                if parameter.grad is not None:  # a distance, to the units of a gradient
+                    parameter.grad.div_(rate * self.config.inner_steps)
         sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
         for result in results:
             query = result.support_losses.new_zeros(()) if result.query_loss is None else result.query_loss
             sums[:3] += torch.stack([result.support_losses[0], result.support_losses[-1], query])
-        sums[3] = sum(words)
+        sums[3] = words
         first, last, query_loss, n_words = self.accelerator.reduce(sums, "sum").tolist()
         losses = {"support_loss_first": first / len(draws), "support_loss_last": last / len(draws)}
         if self.config.meta == "fomaml":
@@ -200,27 +175,22 @@ class Episodes:
             {"episodes": self.done, **self.budget.after(self.done)},
         )
 
-    def _tasks(self, draws: list[Draw], words: list[int]) -> Iterator[EpisodeTask]:
-        """Tasks, made one at a time; what words they take is appended to `words`."""
-        K = self.config.inner_steps
-        for draw in draws:
-            parts = np.split(draw.support, K if self.config.meta == "reptile" else 1)
-            support = [self._batch(draw.language, rows) for rows in parts]
-            query = self._batch(draw.language, draw.query)[0] if len(draw.query) else None
-            words.append(sum(support[k % len(support)][1] for k in range(K)))
-            words.append(int(self.train[draw.language].lengths[draw.query].sum()))
-            yield EpisodeTask(draw.language, [batch for batch, _ in support], query)
+    def _task(self, draw: Draw) -> EpisodeTask:
+        """Its batches; made one draw at a time."""
+        support = [self._batch(draw.language, rows) for rows in self._parts(draw)]
+        return EpisodeTask(draw.language, support, self._batch(draw.language, draw.query) if len(draw.query) else None)
 
-    def _batch(self, language: str, rows: np.ndarray) -> tuple[Any, int]:
-        """A batch of some of a language's examples, and their words."""
-        examples = self.train[language].select(rows)
-        return self.task.collate(examples).to(self.accelerator.device), int(examples.lengths.sum())
+    def _parts(self, draw: Draw) -> list[np.ndarray]:
+        """The rows of each support batch."""
+        return np.split(draw.support, self.config.inner_steps if self.config.meta == "reptile" else 1)
 
-    @torch.no_grad()
-    def _to_units_of_a_gradient(self) -> None:
-        for parameter, rate in rates_of(self.task.model, self.learner.inner_learning_rate).items():
-            if parameter.grad is not None:
-                parameter.grad.div_(rate * self.config.inner_steps)
+    def _batch(self, language: str, rows: np.ndarray) -> Any:
+        return self.task.collate(self.train[language].select(rows)).to(self.accelerator.device)
+
+    def _words(self, draw: Draw) -> int:
+        """Words of a draw that go through the model."""
+        lengths, repeated = self.train[draw.language].lengths, self.config.inner_steps // len(self._parts(draw))
+        return int(lengths[draw.support].sum()) * repeated + int(lengths[draw.query].sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, between two episodes."""

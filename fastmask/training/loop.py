@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, set_seed
 
-from fastmask.errors import unknown
 from fastmask.files import FileError, held, read_tensors, write_tensors
 from fastmask.models import attach
 from fastmask.optim import LiveAdamW, by_rows, sparse_gradients
@@ -40,32 +40,17 @@ MASKS_INPUT = "masks file"
 class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened
     """Loss, gradient or weights are not finite; the message names the step and the last good checkpoint."""
 
-    def __init__(self, what: str, step: int, checkpoint: Path | None) -> None:
-        """Build the message; all weights of `checkpoint` are finite."""
-        where = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
-        super().__init__(f"{what} at step {step}; {where}. A lower learning rate or longer warm-up may help.")
-
 
 @dataclass
 class TrainResult:
-    """What a run leaves.
+    """What a run leaves."""
 
-    Attributes:
-        task: trained, in evaluation mode, its encoder attached if there are subnetworks.
-        subnetworks: of the languages, or None for method `full`; of method `dynamic` the last ones.
-        history: the records of ``metrics.jsonl``.
-        run: the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``.
-        budget: how many optimiser steps, episodes, gradient passes and examples that took.
-        scouting_share: share of the time since the switch (or since resuming) that went into looking for better masks;
-            None for methods other than `dynamic`.
-    """
-
-    task: Task = field(repr=False)
-    subnetworks: Subnetworks | None
-    history: list[dict[str, Any]] = field(repr=False)
-    run: Path
-    budget: Budget
-    scouting_share: float | None = None
+    task: Task = field(repr=False)  # trained, in evaluation mode, its encoder attached if there are subnetworks
+    subnetworks: Subnetworks | None  # of the languages, or None for method `full`; of method `dynamic` the last ones
+    history: list[dict[str, Any]] = field(repr=False)  # the records of ``metrics.jsonl``
+    run: Path  # the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``
+    budget: Budget  # how many optimiser steps, episodes, gradient passes and examples that took
+    scouting_share: float | None = None  # of the time since the switch or resuming; of method `dynamic`
 
 
 def train(
@@ -107,8 +92,6 @@ class _Run:
         self, task: Task, datasets: Splits, config: TrainConfig, discover: Callable[[SwitchPoint], Subnetworks]
     ) -> None:
         """Build everything; nothing is written."""
-        from accelerate.utils import set_seed
-
         if config.threads:
             torch.set_num_threads(config.threads)
         self.task, self.datasets, self.config, self.discover = task, datasets, config, discover
@@ -121,10 +104,9 @@ class _Run:
         task.check(self.data)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
-        self.inputs = {
-            **{f"training data of {name}": task.digest(examples) for name, examples in self.data.items()},
-            **{f"dev data of {name}": task.digest(examples) for name, examples in self.dev.items()},
-        }
+        examples = {f"training data of {name}": data for name, data in self.data.items()}
+        examples |= {f"dev data of {name}": data for name, data in self.dev.items()}
+        self.inputs = {what: task.digest(data) for what, data in examples.items()}
         if given := digest_of_masks(config):
             self.inputs[MASKS_INPUT] = given
         set_seed(config.seed, device_specific=True)
@@ -145,13 +127,6 @@ class _Run:
         self.checkpoint: Path | None = None  # the last one
         self.counts: dict[str, int] = {}  # of episodes, for the metrics
 
-    @property
-    def switched(self) -> bool:
-        """Whether there are subnetworks or episodes by now."""
-        return self.subnetworks is not None or self.phase is not self.batches
-
-    # ---- the steps
-
     def train(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
         """Take the steps that are left."""
         config, main = self.config, self.accelerator.is_main_process
@@ -161,9 +136,7 @@ class _Run:
             self.log = stack.enter_context(closing(MetricsLog(self.folder, history, sums, config.tensorboard, main)))
             bar = TrainingProgress(config.steps, self.step, heading(self.task.metric), show and main)
             self.bar = stack.enter_context(bar)
-            self.bar.phase(self.phase.title)
-            self.model.train()
-            self.log.restart_clock()
+            self._begin_phase()
             self._finish_step()  # of a run that was killed after its last checkpoint
             while self.step < config.steps:
                 if self.step == config.shared_steps and not self.switched:
@@ -183,6 +156,19 @@ class _Run:
         budget = Budget.of(config, len(self.data))
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget, share)
 
+    @property
+    def switched(self) -> bool:
+        """Whether there are subnetworks or episodes by now."""
+        return self.subnetworks is not None or self.phase is not self.batches
+
+    def _begin_phase(self) -> None:
+        """Say what is trained from now on, and let the clock run."""
+        self.bar.phase(self.phase.title)
+        self.model.train()
+        self.log.restart_clock()
+
+    # ---- a step, and what is due after it
+
     def _update(self) -> None:
         """Take one step of the optimiser."""
         config = self.config
@@ -200,12 +186,16 @@ class _Run:
         norm = engine.clip_gradients(self.model.parameters(), config.max_grad_norm)
         for name, value in {**seen.losses, "norm of the gradient": norm}.items():
             if not math.isfinite(value):
-                raise TrainingDiverged(f"the {name.replace('_', ' ')} is {value}", seen.step, self.checkpoint)
+                raise self._diverged(f"the {name.replace('_', ' ')} is {value}", seen.step)
         if self.announce is not None and self.subnetworks is not None:
             self.announce([self.subnetworks.index(language) for language in seen.languages])
         self.optimizer.step()
         self.step, self.counts = seen.step, seen.counts
         self.log.count({**seen.losses, "grad_norm": norm}, seen.words)
+
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
+        where = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
+        return TrainingDiverged(f"{what} at step {step}; {where}. A lower learning rate or longer warm-up may help.")
 
     def _after(self, before: int) -> None:
         """Do what is due after an update that took the run from step `before` to the one it is at now."""
@@ -254,7 +244,7 @@ class _Run:
                 with self.task.reading(name if self.task.is_attached else None):
                     predictions = self.task.predict(self.dev[name])
                 mine.append((name, self.task.score(self.dev[name], predictions)))
-        found = dict(engine.gathered(mine))
+        found = dict(gather_object(mine))
         scores = {name: found[name] for name in self.dev}
         mean = sum(score[self.task.metric] for score in scores.values()) / len(scores)
         return self.log.add({"step": self.step, "dev_score": mean, "dev": scores})
@@ -264,54 +254,37 @@ class _Run:
     def _switch(self) -> None:
         """Go on with subnetworks, and in episodes, as the settings say."""
         self.bar.phase("finding subnetworks")
-        if self.config.method != "full":
-            self._attach(self._find_subnetworks())
+        if self.config.method == "vector":
+            self._attach(Subnetworks.full(self.task.encoder, list(self.data)))
+        elif self.config.method != "full":
+            point = SwitchPoint(self.task, self.datasets, self.data, self.config, self.step)
+            with engine.preserved_random_state(self.accelerator.device):
+                found = self.discover(point)
+            self._attach(engine.on_first(self.accelerator, lambda: found))
         if self.episodes is not None:
             if self.log.sums:
                 self._log_means()  # plain steps and episodes do not go into one line
             self.phase = self.episodes
-        self.bar.phase(self.phase.title)
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.train()
-        self.log.restart_clock()
-
-    def _find_subnetworks(self) -> Subnetworks:
-        """Ask for the subnetworks."""
-        if self.config.method == "vector":
-            return Subnetworks.full(self.task.encoder, list(self.data))
-        point = SwitchPoint(self.task, self.datasets, self.data, self.config, self.step)
-        with engine.preserved_random_state(self.accelerator.device):
-            found = self.discover(point)
-        return engine.on_first(self.accelerator, lambda: found)
+        self._begin_phase()
 
     def _attach(self, subnetworks: Subnetworks) -> None:
         """Put the subnetworks under the encoder and number the languages as they do."""
-        for name in self.data:
-            if name not in subnetworks.languages:
-                raise unknown("language", name, subnetworks.languages)
+        ids = subnetworks.ids(self.data)
         attach(self.task.encoder, subnetworks)
         if self.config.method == "vector":
             engine.add_parameter(self.optimizer, self.task, self.task.add_vectors(len(subnetworks.languages)))
         self.subnetworks = subnetworks
-        self.batches.use_subnetworks({name: number for number, name in enumerate(subnetworks.languages)})
+        self.batches.use_subnetworks(ids)
         if self.config.method == "dynamic":
             self.dynamic = DynamicMasks(self.task, self.data, self.config, self.accelerator)
 
     # ---- what is kept, by one process for all
 
-    def _mask_writers(self) -> dict[str, Callable[[Path], Any]]:
-        """What writes the subnetworks, and how they came to be if they are dynamic."""
-        writers: dict[str, Callable[[Path], Any]] = {}
-        if self.subnetworks is not None:
-            writers[run_folder.MASKS_FILE] = self.subnetworks.save
-        if self.dynamic is not None:
-            writers[run_folder.DYNAMIC_FILE] = self.dynamic.save
-        return writers
-
     def _save(self) -> None:
         """Write a checkpoint, unless the weights are spoilt."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.task.model.parameters()):
-            raise TrainingDiverged("weights are not finite", self.step, self.checkpoint)
+            raise self._diverged("weights are not finite", self.step)
         moments = run_folder.optimizer_tensors(self.optimizer)
         writers = {
             run_folder.WEIGHTS: lambda path: write_tensors(path, self.task.model.state_dict()),
@@ -324,13 +297,18 @@ class _Run:
             window=self.log.sums,
             history=self.log.history,
             evaluate=self.unscored,
-            random=engine.gathered([engine.random_state(self.accelerator.device)]),
+            random=gather_object([engine.random_state(self.accelerator.device)]),
             episodes=self.phase.state_dict() if isinstance(self.phase, Episodes) else None,
         )
         # Other runs can branch off from the shared steps, so their end is kept.
         keep, pinned = self.config.keep_checkpoints, self.config.shared_steps
         write = partial(run_folder.save, self.folder, self.step, writers, progress, keep, pinned)
         self.checkpoint = engine.on_first(self.accelerator, write)
+
+    def _mask_writers(self) -> dict[str, Callable[[Path], Any]]:
+        """What writes the subnetworks, and how they came to be if they are dynamic."""
+        subnetworks = {} if self.subnetworks is None else {run_folder.MASKS_FILE: self.subnetworks.save}
+        return subnetworks | ({} if self.dynamic is None else {run_folder.DYNAMIC_FILE: self.dynamic.save})
 
     def _resume(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Bring the run to where its folder says it was; returns the metrics up to there, and since the last line."""

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from fastmask.discovery import COMPARING, Draw, Importance, Round, combine, discover, importance
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.files import FileError, read_metadata, read_sealed, write_sealed
-from fastmask.files.tensors import SEAL
+from fastmask.files import SEAL, FileError, read_metadata, read_sealed, write_sealed
 from fastmask.models import attach, detach
 from fastmask.models.attach import attached
 from fastmask.models.modes import evaluating
@@ -24,7 +25,7 @@ from fastmask.subnetworks.controls import permuted_like, random_like, shared_lik
 from fastmask.subnetworks.storage import masks_file
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import gathered, preserved_random_state
+from fastmask.training.engine import preserved_random_state
 
 __all__ = [
     "DynamicMasks", "SwitchPoint", "check_subnetworks", "digest_of_masks", "draws_for", "some_rows", "subnetworks_of",
@@ -35,21 +36,13 @@ SCORING_BATCH = 32  # sentences; the scores do not depend on it
 
 @dataclass(frozen=True)
 class SwitchPoint:
-    """Where a run changes from the full network to subnetworks.
+    """Where a run changes from the full network to subnetworks."""
 
-    Attributes:
-        task: its model is the full network after `step` steps, nothing attached. Weights must come back unchanged.
-        datasets: by language and split, as given to `train`.
-        train: the training examples of every language.
-        config: the run's settings.
-        step: steps done.
-    """
-
-    task: Task
-    datasets: Splits
-    train: dict[str, Any]
+    task: Task  # with the full network after `step` steps, nothing attached; weights must come back unchanged
+    datasets: Splits  # by language and split, as given to `train`
+    train: dict[str, Any]  # the training examples of every language
     config: TrainConfig
-    step: int
+    step: int  # steps done
 
 
 def subnetworks_of(
@@ -62,15 +55,13 @@ def subnetworks_of(
     Several draws are joined by vote, after `on_draws` has been called with all of them. Several processes share the
     languages; each of them returns the same.
     """
-    from accelerate import PartialState
-
     config, process = point.config, PartialState()
     if config.masks is not None:
         found = Subnetworks.load(config.masks).select(point.train)
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
         mine = list(point.train)[process.process_index :: process.num_processes]
-        draws = gathered(draws_for(point.task, point.train, dev, config, on_round, only=mine) if mine else [])
+        draws = gather_object(draws_for(point.task, point.train, dev, config, on_round, only=mine) if mine else [])
         if on_draws is not None:
             on_draws(draws)
         found = combine(draws, density=config.density).select(list(point.train))
@@ -78,20 +69,16 @@ def subnetworks_of(
 
 
 def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
-    """What the method makes of the subnetworks that were found.
-
-    `static` trains them, and `dynamic` starts from them. The others are controls: `random` keeps the number of live
-    units of every language and layer, `permuted` also what languages have in common, `shuffled` gives every language
-    the mask of one that is most unlike it, and `shared` gives all of them the same mask, as large in every layer as
-    theirs are on average.
-    """
-    controls = {
-        "random": lambda: random_like(found, config.seed),
-        "permuted": lambda: permuted_like(found, config.seed),
-        "shuffled": lambda: shuffled(found),
-        "shared": lambda: shared_like(found),
-    }
-    return controls[config.method]() if config.method in controls else found
+    """What the method makes of the subnetworks that were found; most methods are controls."""
+    if config.method == "random":  # the number of live units of every language and layer
+        return random_like(found, config.seed)
+    if config.method == "permuted":  # also what languages have in common
+        return permuted_like(found, config.seed)
+    if config.method == "shuffled":  # every language the mask of one that is most unlike it
+        return shuffled(found)
+    if config.method == "shared":  # the same for all, as large in every layer as theirs are on average
+        return shared_like(found)
+    return found  # `static` trains them, and `dynamic` starts from them
 
 
 def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str]) -> None:
@@ -147,19 +134,11 @@ def draws_for(
 ) -> list[Draw]:
     """Find one subnetwork for each language of `train`, `config.draws` times, in a model with nothing attached.
 
-    Args:
-        task: fine-tuned; comes back as it was.
-        train: training examples by language; `config.score_sentences` of each are drawn to score units on. Which ones
-            depends on the run's seed, the draw, and the language's place.
-        dev: development rows by language, for tau, which is a share of their score (`Task.metric`); a language without
-            any, and a task whose metric is better when lower, goes by the loss on the scoring examples
-            (`discovery.Quality`).
-        config: `score`, `units`, `density`, `tau`, `draws`, `score_sentences`, `dev_sentences` and `seed` are read.
-        on_round: called after each round of pruning.
-        only: of some languages of `train`, if given; the same as of all.
-
-    Raises:
-        ValueError: a density that would leave a layer without a live head or neuron.
+    Units are scored on some of the training examples of each language; which ones depends on the run's seed, the draw,
+    and the language's place. Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows
+    of `dev`; a language that has none, and a task whose metric is better when lower, by the loss on the scoring
+    examples (`discovery.Quality`). `on_round` is called after each round. With `only` some languages of `train` get
+    theirs, the same as if all did. A density that would leave a layer without a live head or neuron is a ValueError.
     """
     _check_density(task, config)
     # A score that compares languages needs all of them, whichever are asked for.
@@ -170,18 +149,22 @@ def draws_for(
     def metric(name: str) -> float | None:
         return task.score(scored[name], task.predict(scored[name]))[task.metric] if name in scored else None
 
+    def batches(name: str, draw: int) -> list[Any]:
+        """Of random examples, alike in length."""
+        examples, generator = train[name], np.random.default_rng([config.seed, list(train).index(name), draw])
+        rows = generator.permutation(len(examples))[: config.score_sentences]
+        rows = rows[np.argsort(examples.lengths[rows], kind="stable")]
+        firsts = range(0, len(rows), SCORING_BATCH)
+        return [task.collate(examples.select(rows[first : first + SCORING_BATCH])) for first in firsts]
+
     found = []
     for draw in range(config.draws):
-        batches = {
-            name: _batches(task, examples, config.score_sentences, np.random.default_rng([config.seed, place, draw]))
-            for place, (name, examples) in enumerate(train.items())
-            if name in names
-        }
         scores: dict[str, Any] = {}
+        of_draw = {name: batches(name, draw) for name in names}
         with evaluating(task.model):
             subnets = discover(
                 task.encoder,
-                {name: batches[name] for name in names},
+                of_draw,
                 lambda batch: task.loss(batch.to(task.device)).each,
                 metric,
                 score=config.score,
@@ -193,14 +176,6 @@ def draws_for(
             )
         found.append(Draw(subnets if only is None else subnets.select(only), scores))
     return found
-
-
-def _batches(task: Task, examples: Any, count: int, generator: np.random.Generator) -> list[Any]:
-    """Batches of `count` random examples, alike in length."""
-    rows = generator.permutation(len(examples))[:count]
-    rows = rows[np.argsort(examples.lengths[rows], kind="stable")]
-    firsts = range(0, len(rows), SCORING_BATCH)
-    return [task.collate(examples.select(rows[first : first + SCORING_BATCH])) for first in firsts]
 
 
 def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
@@ -251,7 +226,7 @@ class DynamicMasks:
                 (language, self._scores(language, examples, np.random.default_rng([self.config.seed, step, place])))
                 for place, (language, examples) in list(enumerate(self.train.items()))[first::processes]
             ]
-        changed = self.masks.update(step, dict(gathered(mine)))
+        changed = self.masks.update(step, dict(gather_object(mine)))
         self._seconds += time.perf_counter() - start
         return changed
 

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import write_text
-from fastmask.files.writing import named_errors
+from tqdm import tqdm
+
+from fastmask.files import named_errors, write_text
 from fastmask.settings import flat
 
 __all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress"]
@@ -23,10 +24,7 @@ class MetricsLog:
     """The records of a run: kept in `history`, which goes into checkpoints, and written to ``metrics.jsonl``.
 
     A record has "step" and numbers; the field "words_per_second" is the only one that a repeated run may change.
-
-    Attributes:
-        history: the records.
-        sums: of what steps reported since the last line, by name, and "steps", how many there were; empty if none.
+    `sums` are those of what steps reported since the last line, by name, and of "steps"; empty if there were none.
     """
 
     def __init__(
@@ -39,12 +37,7 @@ class MetricsLog:
     ) -> None:
         """Start the file with `history` (of the checkpoint that is resumed): later records of a killed run go.
 
-        Args:
-            run: folder of the run.
-            history: the records so far.
-            sums: see the attribute.
-            tensorboard: also write TensorBoard files; needs the extra ``tensorboard``.
-            enabled: False on all processes but the main one: the history is kept, nothing is written.
+        All processes keep the history; only one is `enabled` to write it.
         """
         self.history, self.sums = list(history), dict(sums)
         self._path = Path(run, METRICS_FILE) if enabled else None
@@ -81,11 +74,7 @@ class MetricsLog:
         return {**means, "words_per_second": round(rate, 1)}
 
     def add(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Append one record, and return it; a number inside it is named like ``dev/en/las`` in TensorBoard.
-
-        Raises:
-            OSError: the disk is full; the message names the file.
-        """
+        """Append one record, and return it; a number inside it is named like ``dev/en/las`` in TensorBoard."""
         self.history.append(record)
         if self._path is not None:
             with named_errors(self._path, self._path), open(self._path, "a", encoding="utf-8") as file:
@@ -109,15 +98,14 @@ class TrainingProgress:
 
     def __init__(self, total: int, done: int, metric: str, enabled: bool = True) -> None:
         """Show nothing yet; `total` steps, of which `done` are done. Silent if not `enabled`."""
-        from tqdm import tqdm
-
         self._lines = enabled and not sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, disable=not enabled or self._lines)
         self._forms = {"loss": "loss {:.3f}", "dev_score": f"dev {metric} {{:.2f}}"}
         self._forms["words_per_second"] = "{:,.0f} words/s"
         self._total, self._step, self._first = total, done, done
         self._phase, self._said = "", set[str]()
-        self._values: dict[str, str] = {}
+        self._values: dict[str, str] = {}  # of `_forms`, once they are known
+        self._shown = ""
         self._began = self._last = time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -126,7 +114,7 @@ class TrainingProgress:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         """Leave the bar as it stands; only now is everything known that the line of the last step shows."""
         self._bar.close()
-        if failure is None and self._step == self._total and self._values:
+        if failure is None and self._step == self._total and self._shown:
             self._line("done")
 
     def phase(self, name: str) -> None:
@@ -139,7 +127,8 @@ class TrainingProgress:
 
     def step(self, step: int) -> None:
         """Move the bar."""
-        self._move(step)
+        self._bar.update(step - self._bar.n)
+        self._step = step
         if step < self._total and time.perf_counter() - self._last > self.EVERY:
             seconds = (time.perf_counter() - self._began) / (step - self._first) * (self._total - step)
             self._line(f"about {seconds / 60:.0f} min left")
@@ -147,18 +136,11 @@ class TrainingProgress:
     def show(self, record: dict[str, Any]) -> None:
         """Show what of loss, score and speed the record holds."""
         self._values |= {name: form.format(record[name]) for name, form in self._forms.items() if name in record}
+        self._shown = " · ".join(self._values[name] for name in self._forms if name in self._values)
+        self._step = record["step"]
         self._bar.set_postfix_str(self._shown, refresh=False)
-        if "dev_score" in record and record["step"] < self._total:
-            self._move(record["step"])
+        if "dev_score" in record and self._step < self._total:
             self._line()
-
-    def _move(self, step: int) -> None:
-        self._bar.update(step - self._step)
-        self._step = step
-
-    @property
-    def _shown(self) -> str:
-        return " · ".join(self._values[name] for name in self._forms if name in self._values)
 
     def _line(self, *rest: str) -> None:
         """Where there is no bar, say how far it is."""

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmask.files import FileError, Record, read_json, remove_leftovers, remove_tree, replace_file, write_folder
-from fastmask.files.manifest import MANIFEST, check_files, files_in, write_manifest
+from fastmask import files
+from fastmask.files import FileError, Record
 from fastmask.models import attach
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
@@ -33,7 +33,7 @@ from fastmask.training.config import TrainConfig
 
 __all__ = [
     "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "WEIGHTS", "CheckpointError", "FinishedRun", "Progress",
-    "check_finished", "check_out", "complete", "data_of", "folder_of", "is_finished", "latest", "load_optimizer",
+    "check_finished", "check_out", "complete", "data_of", "folder_of", "latest", "load_optimizer",
     "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save", "step_of", "write_finished",
 ]  # fmt: skip
 
@@ -41,10 +41,12 @@ CONFIG_FILE = "config.yaml"
 MODEL = "model"
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 MASKS_FILE, DYNAMIC_FILE = "masks.safetensors", "dynamic.safetensors"
-_STEP = re.compile(r"step-(\d{8,})")
 
 Writers = Mapping[str, Callable[[Path], Any]]
 """Name of a file or folder -> called with the path to write it to."""
+
+
+# ---- checkpoints
 
 
 class CheckpointError(RuntimeError):
@@ -52,28 +54,15 @@ class CheckpointError(RuntimeError):
 
 
 class Progress(Record):
-    """Where a run stands, beside its tensors.
+    """Where a run stands, beside its tensors."""
 
-    Attributes:
-        inputs: what it was trained on -> SHA-256 of the content.
-        sampler: its counters.
-        window: sums since the last line of the metrics.
-        history: the records of the metrics.
-        evaluate: whether the dev data is still to be scored at this step.
-        random: the random state of each process.
-        episodes: their counters, once there are episodes.
-    """
-
-    inputs: dict[str, str]
-    sampler: dict[str, Any]
-    window: dict[str, float]
-    history: list[dict[str, Any]]
-    evaluate: bool
-    random: list[dict[str, Any]]
-    episodes: dict[str, Any] | None = None
-
-
-# ---- checkpoints
+    inputs: dict[str, str]  # what it was trained on -> SHA-256 of the content
+    sampler: dict[str, Any]  # its counters
+    window: dict[str, float]  # sums since the last line of the metrics
+    history: list[dict[str, Any]]  # the records of the metrics
+    evaluate: bool  # whether the dev data is still to be scored at this step
+    random: list[dict[str, Any]]  # the random state of each process
+    episodes: dict[str, Any] | None = None  # their counters, once there are episodes
 
 
 def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
@@ -89,8 +78,7 @@ def step_of(path: Path) -> int:
 
 def complete(run: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoints of a run, oldest first; damaged ones are among them."""
-    folder = folder_of(run)
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in folder_of(run).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=step_of)
 
 
@@ -102,15 +90,12 @@ def latest(run: str | os.PathLike[str]) -> Path | None:
 def newest_whole(run: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint of a run that is whole; None if there are no checkpoints at all.
 
-    Newer ones that are damaged are named in a warning.
-
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+    Newer ones that are damaged are named in a warning; if all are damaged, in a CheckpointError.
     """
     faults: list[str] = []
     for path in reversed(complete(run)):
         try:
-            check_files(path)
+            files.check_files(path)
         except FileError as error:
             faults.append(str(error))
             continue
@@ -132,40 +117,30 @@ def save(
     keep: int = 2,
     pinned: int | None = None,
 ) -> Path:
-    """Write the checkpoint after `step` steps, and remove all but the last `keep` ones; by one process.
+    """Write the checkpoint after `step` steps, and remove all but the last `keep` ones (0: none) and that of `pinned`.
 
     A whole checkpoint of the same step that is already there is left as it is: the run is deterministic, and replacing
-    it would open a moment without any.
-
-    Args:
-        run: folder of the run.
-        step: steps done.
-        writers: of its files.
-        progress: goes into ``progress.json``.
-        keep: number of checkpoints that stay; 0: all.
-        pinned: the checkpoint after so many steps stays, too.
-
-    Raises:
-        OSError: it could not be written; the message names the file. The checkpoints before are still there.
+    it would open a moment without any. If this one cannot be written, an OSError names the file, and the checkpoints
+    before are still there.
     """
     target = folder_of(run, step)
     if target.is_dir():
         with suppress(FileError):  # damaged, and gone back beyond
-            check_files(target)
+            files.check_files(target)
             return target
-    files = {**writers, PROGRESS: lambda path: path.write_text(progress.model_dump_json(), encoding="utf-8")}
-    manifest = partial(write_manifest, names=files)
-    write_folder(target, {**files, MANIFEST: manifest}, make_room=lambda: remove_tree(target))
+    all_of_it = {**writers, PROGRESS: lambda path: path.write_text(progress.model_dump_json(), encoding="utf-8")}
+    manifest = partial(files.write_manifest, names=all_of_it)
+    files.write_folder(target, {**all_of_it, files.MANIFEST: manifest}, replace=True)
     done = [path for path in complete(run) if step_of(path) <= step]
     for old in done[:-keep] if keep else []:
         if old != folder_of(run, pinned):
-            remove_tree(old)
+            files.remove_tree(old)
     return target
 
 
 def read_progress(path: Path) -> Progress:
     """The progress of a checkpoint; raises FileError if it is damaged."""
-    progress: Progress = read_json(path / PROGRESS, Progress)
+    progress: Progress = files.read_json(path / PROGRESS, Progress)
     return progress
 
 
@@ -204,26 +179,20 @@ def check_out(config: TrainConfig) -> None:
 
 
 def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> Path | None:
-    """Make or reopen the folder `config.out`, which this process holds; return what to go on from.
+    """Make or reopen the folder `config.out`, which this process holds, for a run of so many processes.
 
-    Args:
-        config: settings of the run.
-        inputs: as in `Progress`.
-        processes: how many there are.
-
-    Returns:
-        The newest checkpoint that is whole; None at the start.
+    Returns the newest checkpoint that is whole, to go on from; None at the start.
 
     Raises:
-        ConfigError: the folder holds a run and `resume` is off, or settings, data or masks differ from the run's.
+        ConfigError: as `check_out`, or the data or masks differ from the run's (`Progress.inputs`).
         CheckpointError: there are checkpoints and none is whole, another number of processes made them, or the run
             has finished and has none.
     """
     check_out(config)
     folder = Path(config.out)
     known = (folder / CONFIG_FILE).is_file()
-    remove_leftovers(folder)
-    remove_leftovers(folder_of(folder))
+    files.remove_leftovers(folder)
+    files.remove_leftovers(folder_of(folder))
     start = newest_whole(folder)
     if start is not None:
         progress = read_progress(start)
@@ -235,12 +204,12 @@ def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> 
             )
         if len(progress.random) != processes:
             raise CheckpointError(f"{start} was made by {len(progress.random)} processes (expected {processes})")
-    elif is_finished(folder):
+    elif (folder / files.MANIFEST).is_file():
         raise CheckpointError(f"the run in {folder} has finished, and its checkpoints are gone (expected nothing more)")
     elif known:
         warnings.warn(f"the run in {folder} has no checkpoint yet: it starts anew", UserWarning, stacklevel=2)
     if not known:
-        replace_file(folder / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
+        files.replace_file(folder / CONFIG_FILE, dataclasses.replace(config, resume=False).save)
     return start
 
 
@@ -272,41 +241,32 @@ class FinishedRun:
     subnetworks: Subnetworks | None
 
 
-def is_finished(run: str | os.PathLike[str]) -> bool:
-    """Whether a run has left its model; the manifest is written last."""
-    return Path(run, MANIFEST).is_file()
+def write_finished(folder: Path, task: Task, writers: Writers) -> None:
+    """Write what a run leaves into its folder: the model, other files, and the manifest."""
+    manifest, model = folder / files.MANIFEST, folder / MODEL
+    manifest.unlink(missing_ok=True)  # until all is in place the run has not finished
+    files.write_folder(model, {".": task.save}, replace=True)
+    for name, write in writers.items():
+        files.replace_file(folder / name, write)
+    names = [*writers, CONFIG_FILE, *(f"{MODEL}/{name}" for name in files.files_in(model))]
+    files.replace_file(manifest, lambda path: files.write_manifest(path, names))
 
 
 def check_finished(run: str | os.PathLike[str]) -> Path:
-    """Return the folder of a run if it has finished.
-
-    Raises:
-        FileNotFoundError: no such folder, not a run, or a run that has not finished; the message says which.
-    """
+    """Return the folder of a run if it has finished; else FileNotFoundError says what it is instead."""
     folder = Path(run)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run at {folder}: there is no such folder")
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder} is not a run of `fastmask train`: it has no {CONFIG_FILE}")
-    if not is_finished(folder):
+    if not (folder / files.MANIFEST).is_file():  # it is written last
         last = latest(folder)
         state = f"goes on from {last.name}" if last else "begins it anew, as it has no checkpoint yet"
         raise FileNotFoundError(
-            f"the run in {folder} has not finished (it has no {MANIFEST}): "
+            f"the run in {folder} has not finished (it has no {files.MANIFEST}): "
             f"`fastmask train --out {folder} --resume` {state}"
         )
     return folder
-
-
-def write_finished(folder: Path, task: Task, writers: Writers) -> None:
-    """Write what a run leaves into its folder: the model, other files, and the manifest."""
-    manifest, model = folder / MANIFEST, folder / MODEL
-    manifest.unlink(missing_ok=True)  # until all is in place the run has not finished
-    write_folder(model, {".": task.save}, make_room=lambda: remove_tree(model))
-    for name, write in writers.items():
-        replace_file(folder / name, write)
-    names = [*writers, CONFIG_FILE, *(f"{MODEL}/{name}" for name in files_in(model))]
-    replace_file(manifest, lambda path: write_manifest(path, names))
 
 
 def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
@@ -317,7 +277,7 @@ def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
         FileError: a file of it is missing or altered; the message names it.
     """
     folder = check_finished(run)
-    check_files(folder)
+    files.check_files(folder)
     config = TrainConfig.load(folder / CONFIG_FILE)
     task = config.task_class.open(folder / MODEL)
     if config.freeze_embeddings:

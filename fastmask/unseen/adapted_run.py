@@ -15,8 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import check, read_json, remove_leftovers, write_folder
-from fastmask.files.manifest import MANIFEST, files_in, write_manifest
+from fastmask.files import MANIFEST, check, files_in, read_json, remove_leftovers, write_folder, write_manifest
 from fastmask.settings import ConfigError
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun, data_of
 from fastmask.unseen.choosing import Choice, with_language

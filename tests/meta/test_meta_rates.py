@@ -8,7 +8,7 @@ from torch import nn
 
 import fastmask as fm
 from fastmask.meta import Task
-from fastmask.meta.inner_rates import rates_of
+from fastmask.meta.fast_weights import rates_of
 
 
 class Model(nn.Module):
@@ -69,7 +69,7 @@ def test_a_rate_of_zero_leaves_a_group_out_of_the_inner_loop_but_not_of_the_oute
         ({"": -0.1}, ValueError, "expected a finite number"),
         (float("nan"), ValueError, "expected a finite number"),
         (0.0, ValueError, "no parameter would be adapted"),
-        ([{"params": []}], ValueError, "'params' and 'lr'"),
+        ([{"params": []}], ValueError, "of group 0 is nan"),
         ([{"params": [nn.Parameter(torch.ones(1))], "lr": 0.1}], ValueError, "not of the model"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_parameter_in_two_groups():
     """A parameter with two rates is refused."""
     model = Model()
     groups = [{"params": [model.head.weight], "lr": 0.1}, {"params": [model.head.weight], "lr": 0.2}]
-    with pytest.raises(ValueError, match="in another group"):
+    with pytest.raises(ValueError, match="in more than one parameter group"):
         fm.MetaLearner(model, model, inner_learning_rate=groups)
 
 

@@ -11,8 +11,15 @@ import pytest
 import torch
 from processes import start_process
 
-from fastmask.files import FileError, read_tensors, remove_leftovers, replace_file, write_tensors
-from fastmask.files.manifest import MANIFEST, check_files
+from fastmask.files import (
+    MANIFEST,
+    FileError,
+    check_files,
+    read_tensors,
+    remove_leftovers,
+    replace_file,
+    write_tensors,
+)
 from fastmask.training import run_folder
 from fastmask.training.engine import random_state
 from fastmask.training.run_folder import CheckpointError, Progress

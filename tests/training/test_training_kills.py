@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_training_loop import halves, random_subnetworks
 from toy_run import assert_same_weights, metrics, toy_config, toy_data, toy_task
 
-from fastmask.files.manifest import check_files
+from fastmask.files import check_files
 from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.run_folder import load_run

@@ -14,8 +14,7 @@ from test_training_episodes import assert_close, first_moments
 from toy_run import metrics, toy_config, toy_parser
 
 import fastmask as fm
-from fastmask.files import held
-from fastmask.files.manifest import check_files
+from fastmask.files import check_files, held
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.training import run_folder
 

@@ -18,8 +18,7 @@ from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_dat
 
 import fastmask as fm
 from fastmask.compare.branch import branch
-from fastmask.files import HeldError, held
-from fastmask.files.manifest import check_files
+from fastmask.files import HeldError, check_files, held
 from fastmask.settings import ConfigError
 from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train

@@ -59,7 +59,7 @@ def stop(step: int) -> None:
 
 def seal(folder: Path) -> None:
     """Make the manifest that of the files in the folder, as somebody who means harm can."""
-    from fastmask.files.manifest import MANIFEST, files_in, write_manifest
+    from fastmask.files import MANIFEST, files_in, write_manifest
 
     names = [
         name for name in files_in(folder) if "manifest" not in name and not name.startswith(("check", "metr", "."))

@@ -15,7 +15,7 @@ from typed_command import output_of
 
 import fastmask as fm
 from fastmask.cli import main
-from fastmask.cli.evaluate import which_data
+from fastmask.cli.options import which_data
 from fastmask.files import read_metadata
 from fastmask.files.manifest import MANIFEST, files_in, write_manifest
 from fastmask.tasks.data.synthetic import SEEN

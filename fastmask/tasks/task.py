@@ -83,7 +83,7 @@ class Loss:
 class TaskSettings(Settings):
     """Settings of a task beside those of training; a subclass adds fields, each of them a command-line option."""
 
-    language_column: str = setting("language", "column of the data that names an example's language")
+    language_column: str = setting("language", "column with the language of an example")
 
 
 class Task(abc.ABC):

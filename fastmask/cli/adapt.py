@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from fastmask import unseen
 from fastmask.cli.options import DATA, FILE, RUN, add_device
-from fastmask.cli.report import console_of
+from fastmask.cli.report import print_table
 from fastmask.files import check_writable
 from fastmask.models import attach
 from fastmask.settings import ConfigError
@@ -44,13 +42,11 @@ def add_adapt(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
     add("--language", required=True, metavar="CODE", help="name of the unseen language")
-    support = "file of support examples (parsing: CoNLL-U); zero-shot if not given"
-    add("--support", metavar="FILE", type=FILE, help=support)
-    sentences = "how many support examples to draw from the file; all of them if not given"
-    add("--sentences", type=int, metavar="N", help=sentences)
-    which = "how to choose its subnetwork (default: nearest; full for a run without subnetworks)"
+    add("--support", metavar="FILE", type=FILE, help="support examples (parsing: CoNLL-U); zero-shot if not given")
+    add("--sentences", type=int, metavar="N", help="number of support examples to draw; all of them if not given")
+    which = "how to choose a subnetwork (default: nearest; full for a run without any)"
     add("--choose", choices=unseen.CHOICES, help=which)
-    similarity = "similarity by which the nearest subnetwork is chosen (default: uriel where lang2vec is installed)"
+    similarity = "measure of similarity for nearest (default: uriel where lang2vec is installed)"
     add("--similarity", choices=SIMILARITIES, help=similarity)
     steps = f"gradient steps, each on all support examples (default: {unseen.DEFAULT_STEPS}; {trained})"
     add("--steps", type=int, metavar="K", help=steps)
@@ -211,23 +207,22 @@ def print_choice(choice: Choice, language: str, by: str | None) -> None:
     if values is None:
         print(f"{language}: {_called(choice)}")
         return
-    table = Table(title=f"which subnetwork for {language}")
-    table.add_column("subnetwork")
-    table.add_column("support loss" if choice.losses else f"similarity ({by})", justify="right")
-    table.add_column("")
-    for name, value in sorted(values.items(), key=lambda item: item[1], reverse=choice.losses is None):
-        table.add_row(name, f"{value:.4f}", "chosen" if name == choice.name else "")
-    console_of(sys.stdout).print(table)
+    by = "support loss" if choice.losses else f"similarity ({by})"
+    best_first = sorted(values.items(), key=lambda item: item[1], reverse=choice.losses is None)
+    rows = [
+        {"subnetwork": name, by: f"{value:.4f}", "": "chosen" if name == choice.name else ""}
+        for name, value in best_first
+    ]
+    print_table(f"which subnetwork for {language}", rows, sys.stdout)
 
 
 def _print_scores(scores: list[dict[str, Any]], task: Task) -> None:
     if not scores:
         return
     names = [name for name in scores[0] if name not in ("network", "steps", "words")]
-    words, unit = f"{scores[0]['words']} {task.token_word}", ", percent" if task.percent else ""
-    table = Table(title=f"{' / '.join(map(heading, names))} on {words}{unit}")
-    for name in ("network", "steps", *map(heading, names)):
-        table.add_column(name, justify="left" if name == "network" else "right")
-    for row in scores:
-        table.add_row(row["network"], str(row["steps"]), *(f"{row[name]:.2f}" for name in names))
-    console_of(sys.stdout).print(table)
+    rows = [
+        {"network": row["network"], "steps": str(row["steps"]), **{heading(name): f"{row[name]:.2f}" for name in names}}
+        for row in scores
+    ]
+    on, unit = f"{scores[0]['words']} {task.token_word}", ", percent" if task.percent else ""
+    print_table(f"{' / '.join(map(heading, names))} on {on}{unit}", rows, sys.stdout)

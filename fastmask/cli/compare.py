@@ -36,8 +36,7 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     add("--plan", metavar="FILE", type=FILE, help=plan)
     methods = f"which subnetworks to compare, out of {', '.join(METHODS)} (default: all but vector)"
     add("--methods", nargs="+", help=methods)
-    metas = f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)"
-    add("--metas", nargs="+", help=metas)
+    add("--metas", nargs="+", help=f"with which meta-learning, out of {', '.join(METAS)} (default: none fomaml)")
     some = "train only these arms now, as in full,static; the tables show them, and the others can follow"
     add("--arms", nargs="+", help=some)
     known = "folder with results.csv and cells.csv of this plan: cells in them are not trained again"

@@ -15,10 +15,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.table import Table
-
 from fastmask.cli.options import MASKS, RUN, add_data, add_settings, given_settings, output_file, which_data
-from fastmask.cli.report import console_of, round_printer, stability_lines, stream_beside
+from fastmask.cli.report import print_table, round_printer, stability_lines, stream_beside
 from fastmask.discovery import VOTES, combine, stability
 from fastmask.files import check_writable, read_metadata
 from fastmask.settings import ConfigError
@@ -35,7 +33,7 @@ __all__ = ["add_discover", "add_masks", "print_masks", "run_discover", "run_mask
 
 def add_discover(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     add = parser.add_argument
-    runs = "finished runs of one encoder, on the same languages or different ones"
+    runs = "finished runs of one encoder, on the same or different languages"
     add("runs", nargs="+", metavar="RUN", type=RUN, help=runs)
     masks = "where to write the subnetworks (-: standard output)"
     add("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
@@ -174,26 +172,19 @@ def run_masks(options: argparse.Namespace) -> None:
 
 def print_masks(subnets: Subnetworks, file: TextIO) -> None:
     """A row for each language: units kept, live heads of each layer, and its most similar other language."""
-    table = Table(title=f"subnetworks of {len(subnets.languages)} languages")
-    table.add_column("language")
-    named = (("heads", subnets.heads), ("neurons", subnets.neurons))
-    kinds = [(kind, keep) for kind, keep in named if keep is not None]
-    for kind, keep in kinds:
-        table.add_column(f"{kind} of {keep[0].numel()}", justify="right")
-        table.add_column(f"{kind} by layer", justify="left")
-    for name in subnets.weights or {}:
-        table.add_column(f"% of {name}", justify="right")
-    several = len(subnets.languages) > 1
-    if several:
-        table.add_column("nearest (Jaccard)")
-        overlap = subnets.overlap().fill_diagonal_(-1)
+    overlap = subnets.overlap().fill_diagonal_(-1)
+    rows = []
     for index, language in enumerate(subnets.languages):
-        cells = [language]
-        for _, keep in kinds:
-            cells += [str(int(keep[index].sum())), " ".join(str(n) for n in keep[index].sum(-1).tolist())]
-        cells += [f"{keep[index].float().mean() * 100:.1f}" for keep in (subnets.weights or {}).values()]
-        if several:
+        row = {"language": language}
+        for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+            if keep is not None:
+                row[f"{kind} of {keep[0].numel()}"] = str(int(keep[index].sum()))
+                row[f"{kind} by layer"] = " ".join(str(n) for n in keep[index].sum(-1).tolist())
+        for name, keep in (subnets.weights or {}).items():
+            row[f"% of {name}"] = f"{keep[index].float().mean() * 100:.1f}"
+        if len(subnets.languages) > 1:
             nearest = int(overlap[index].argmax())
-            cells.append(f"{subnets.languages[nearest]} {overlap[index, nearest]:.2f}")
-        table.add_row(*cells)
-    console_of(file).print(table)
+            row["nearest (Jaccard)"] = f"{subnets.languages[nearest]} {overlap[index, nearest]:.2f}"
+        rows.append(row)
+    words = ("heads by layer", "neurons by layer", "nearest (Jaccard)")
+    print_table(f"subnetworks of {len(subnets.languages)} languages", rows, file, left=words)

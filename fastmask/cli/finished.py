@@ -28,8 +28,7 @@ def add_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
     add("--split", default="test", choices=("train", "dev", "test"), help="which part of the data")
-    scores = "also write the scores to this file (-: standard output)"
-    add("--json", metavar="FILE", type=output_file, help=scores)
+    add("--json", metavar="FILE", type=output_file, help="also write the scores to this file (-: standard output)")
     add_data(parser)
 
 
@@ -51,8 +50,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def add_predict(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
-    reads = "file to read, - for standard input: CoNLL-U (parsing), or JSON lines"
-    add("input", metavar="INPUT", type=FILE, help=reads)
+    add("input", metavar="INPUT", type=FILE, help="file to read, - for standard input: CoNLL-U (parsing) or JSON lines")
     add("output", metavar="OUTPUT", type=output_file, help="file to write, - for standard output")
     add("--language", help="whose subnetwork to use; the full network if not given")
     add_device(parser)
@@ -76,8 +74,7 @@ def add_analyze(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     add("--what", metavar="LIST", default=ANALYSES, help="comma-separated list of analyses")
     add("--out", metavar="DIR", help="folder of the report (default: RUN/analysis, if there is one RUN)")
     add("--data", metavar="DIR", type=DATA, help="folder of UD treebanks; that of the runs if not given")
-    sentences = "sentences per language for the analyses that run the model (default: 64 to 200)"
-    add("--sentences", type=int, metavar="N", help=sentences)
+    add("--sentences", type=int, metavar="N", help="sentences per language to run the model on (default: 64 to 200)")
     add("--seed", type=int, default=0, help="seed for the choice of sentences, random masks and permutations")
     add_device(parser)
 

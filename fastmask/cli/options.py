@@ -93,8 +93,7 @@ def output_file(name: str) -> str:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the options that say on which data, and on what, a finished run is computed."""
-    data = "a folder, a file or a name on the Hub; that of the run if not given"
-    parser.add_argument("--data", type=DATA, help=data)
+    parser.add_argument("--data", type=DATA, help="a folder, a file or a name on the Hub; that of the run if not given")
     parser.add_argument("--languages", nargs="+", help="codes or treebank names; those of the run if not given")
     add_device(parser)
 

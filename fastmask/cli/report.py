@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from fastmask.tasks.task import Splits, Task
 
 __all__ = [
-    "Row", "console_of", "examples_of", "print_scores", "round_printer", "scored", "stability_lines", "stream_beside",
+    "Row", "console_of", "examples_of", "print_scores", "print_table", "round_printer", "scored", "stability_lines",
+    "stream_beside",
 ]  # fmt: skip
 
 WIDTH = 130  # of tables that do not go to a terminal
@@ -32,6 +33,24 @@ WIDTH = 130  # of tables that do not go to a terminal
 def console_of(file: TextIO) -> Console:
     """Where tables go, as wide as the terminal, or `WIDTH` columns in a file or a pipe; nothing in a name is markup."""
     return Console(file=file, width=None if file.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
+
+
+Cells = Mapping[str, str]  # of a row, by column
+
+
+def print_table(
+    title: str, rows: Sequence[Cells], file: TextIO, left: Sequence[str] = (), last: Cells | None = None
+) -> None:
+    """Print a table; the first column, and those in `left`, are words, others numbers. `last` stands below a line."""
+    table = Table(title=title)
+    for number, name in enumerate(rows[0] if rows else ()):
+        table.add_column(name, justify="left" if number == 0 or name in left else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    if last is not None:
+        table.add_section()
+        table.add_row(*last.values())
+    console_of(file).print(table)
 
 
 def stream_beside(target: str | None) -> TextIO:
@@ -102,36 +121,25 @@ def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[
 def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "test") -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
     names = list(rows[0].full) if rows else [task.metric]
-    headings, unit = [heading(name) for name in names], ", percent" if task.percent else ""
-    table = Table(title=f"{' / '.join(headings)} on the {split} sets{unit}")
-    table.add_column("language", no_wrap=True)
-    for column in [f"{whose} {name}" for whose in ("full", "subnet") for name in headings] + ["heads", "neurons"]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for whose in ("full", "subnet"):
-        table.add_column(f"{whose} {task.token_word}/s", justify="right")
 
-    def scores(found: Mapping[str, float] | None) -> list[str]:
-        return ["-" if found is None or math.isnan(found[name]) else f"{found[name]:.2f}" for name in names]
+    def mean(whose: str, found: Sequence[Mapping[str, float]]) -> dict[str, str]:
+        means = {name: fmean(scores[name] for scores in found) if found else math.nan for name in names}
+        return {f"{whose} {heading(name)}": "-" if math.isnan(m) else f"{m:.2f}" for name, m in means.items()}
 
-    own = [row for row in rows if row.own is not None]
+    own, table = [row.own for row in rows if row.own is not None], []
     for row in rows:
         called = row.language if row.part is None else f"{row.language} {row.part}"
-        table.add_row(
-            called if row.own is not None or not own else f"{called} (no subnetwork)",
-            *scores(row.full),
-            *scores(row.own),
-            "-" if row.heads is None else f"{row.heads} of {row.all_heads}",
-            "-" if row.neurons is None else f"{row.neurons} of {row.all_neurons}",
-            f"{row.full_words_per_second:,.0f}",
-            "-" if row.words_per_second is None else f"{row.words_per_second:,.0f}",
-        )
-    counted = own or rows
-    if len(counted) > 1:
-        table.add_section()
-        full = {name: fmean(row.full[name] for row in counted) for name in names}
-        mine = {name: fmean(row.own[name] for row in own if row.own) for name in names} if own else None
-        table.add_row(f"mean of {len(counted)}", *scores(full), *scores(mine))
-    console_of(file).print(table)
+        cells = {"language": called if row.own is not None or not own else f"{called} (no subnetwork)"}
+        cells |= mean("full", [row.full]) | mean("subnet", [] if row.own is None else [row.own])
+        cells["heads"] = "-" if row.heads is None else f"{row.heads} of {row.all_heads}"
+        cells["neurons"] = "-" if row.neurons is None else f"{row.neurons} of {row.all_neurons}"
+        for whose, speed in (("full", row.full_words_per_second), ("subnet", row.words_per_second)):
+            cells[f"{whose} {task.token_word}/s"] = "-" if speed is None else f"{speed:,.0f}"
+        table.append(cells)
+    counted = [row.full for row in rows if row.own is not None or not own]
+    last = {"language": f"mean of {len(counted)}"} | mean("full", counted) | mean("subnet", own)
+    title = f"{' / '.join(map(heading, names))} on the {split} sets{', percent' if task.percent else ''}"
+    print_table(title, table, file, last=last if len(counted) > 1 else None)
 
 
 def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], None]:

@@ -39,8 +39,7 @@ FILES = {
 
 
 def add_train(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    file = "YAML file of settings; options given here override it"
-    parser.add_argument("--config", metavar="FILE", type=FILE, help=file)
+    parser.add_argument("--config", metavar="FILE", type=FILE, help="YAML file of settings, which options override")
     add_settings(parser)
     add_task_settings(parser, arguments)
 

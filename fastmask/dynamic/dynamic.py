@@ -40,7 +40,7 @@ class DynamicSubnetworks:
 
     Scouts may also be spread over the steps in between: what they see is added up until the next update. The number of
     live heads and of live neurons of every language stays what it is, and every layer keeps at least one of each.
-    Parameters are never touched, so optimisers need not know. No random state is read
+    Parameters are never touched, so optimizers need not know. No random state is read
     or changed.
 
     Args:

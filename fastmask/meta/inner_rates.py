@@ -1,4 +1,4 @@
-"""Inner learning rates: one for all parameters, one for each group of names, or groups as torch optimisers have."""
+"""Inner learning rates: one for all parameters, one for each group of names, or groups as torch optimizers have."""
 
 from __future__ import annotations
 

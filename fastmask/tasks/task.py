@@ -221,7 +221,7 @@ class Task(abc.ABC):
         return list(input_embeddings(self.encoder))
 
     def freeze_embeddings(self) -> None:
-        """Leave `input_embeddings` as they are from now on: no gradient reaches them, and no optimiser keeps moments.
+        """Leave `input_embeddings` as they are from now on: no gradient reaches them, and no optimizer keeps moments.
 
         A table that the output layer shares (tied weights) is frozen there, too.
         """

@@ -35,7 +35,7 @@ class Seen:
     """What one gradient was computed on.
 
     Attributes:
-        step: of the run, once the optimiser has taken this gradient.
+        step: of the run, once the optimizer has taken this gradient.
         losses: by name, means over all processes; "loss" is the one whose gradient it is.
         words: of the batches that went through the model, over all processes.
         languages: whose examples they were, at least those of this process.
@@ -54,7 +54,7 @@ class MixedBatches:
 
     Attributes:
         title: what the progress bar calls it.
-        rates: peak learning rate of each parameter group of the optimiser.
+        rates: peak learning rate of each parameter group of the optimizer.
     """
 
     def __init__(

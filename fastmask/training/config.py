@@ -33,7 +33,7 @@ def _group(title: str) -> Callable[..., Any]:
     return partial(setting, group=title)
 
 
-_data, _model, _subnetworks, _meta, _optimisation, _logging = map(
+_data, _model, _subnetworks, _meta, _optimization, _logging = map(
     _group, ("data", "model", "subnetworks", "meta-learning", "optimization", "logging")
 )
 
@@ -148,36 +148,36 @@ class TrainConfig(Settings):
         None, "peak learning rate of the outer steps for a pretrained encoder; encoder_lr if not given", above=0, high=1
     )
 
-    steps: int = _optimisation(
+    steps: int = _optimization(
         1500, "number of training steps; the demonstration takes 600 unless told otherwise", low=1
     )
-    batch_size: int = _optimisation(32, "examples per step, over all languages and processes", low=1)
-    seed: int = _optimisation(
+    batch_size: int = _optimization(32, "examples per step, over all languages and processes", low=1)
+    seed: int = _optimization(
         0, "random seed for weights, order of examples, dropout and random masks", low=0, high=2**32 - 1
     )
-    lr: float = _optimisation(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
-    encoder_lr: float = _optimisation(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
-    warmup: float = _optimisation(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
-    schedule: str = _optimisation("cosine", "how the learning rate decays after warmup", choices=SCHEDULES)
-    freeze_embeddings: bool = _optimisation(
+    lr: float = _optimization(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
+    encoder_lr: float = _optimization(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
+    warmup: float = _optimization(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
+    schedule: str = _optimization("cosine", "how the learning rate decays after warmup", choices=SCHEDULES)
+    freeze_embeddings: bool = _optimization(
         False,
         "do not train the input embeddings (of a pretrained encoder: pieces, positions and token types), nor adapt "
         "them",
     )
-    optimizer: str = _optimisation(
+    optimizer: str = _optimization(
         "adamw",
         "AdamW (adamw), or an AdamW that skips weights that no language in the batch owns and rows of the input "
         "embeddings that the batch does not look up (live)",
         choices=OPTIMIZERS,
     )
-    conflict: str = _optimisation(
+    conflict: str = _optimization(
         "none",
         "what to do when the gradients of two languages conflict: nothing (none), or remove the component of each "
         "that opposes the other (pcgrad; takes one gradient per language, in plain batches only)",
         choices=CONFLICTS,
     )
-    weight_decay: float = _optimisation(0.01, "weight decay of AdamW, applied to matrices only", low=0, high=1)
-    max_grad_norm: float = _optimisation(1.0, "maximum norm of the gradient; larger ones are clipped", above=0)
+    weight_decay: float = _optimization(0.01, "weight decay of AdamW, applied to matrices only", low=0, high=1)
+    max_grad_norm: float = _optimization(1.0, "maximum norm of the gradient; larger ones are clipped", above=0)
 
     out: str = _logging("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model")
     resume: bool = _logging(False, "continue from the last checkpoint in `out`, with the settings of that run")

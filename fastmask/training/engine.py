@@ -1,4 +1,4 @@
-"""How steps are taken: device, processes, optimiser, learning rates, random states."""
+"""How steps are taken: device, processes, optimizer, learning rates, random states."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             dist.all_reduce(parameter.grad)
 
 
-# ---- optimiser and learning rates
+# ---- optimizer and learning rates
 
 
 def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
-    """Return the optimiser over the trainable parameters; vectors (biases, LayerNorm) do not decay.
+    """Return the optimizer over the trainable parameters; vectors (biases, LayerNorm) do not decay.
 
     A pretrained encoder has groups, and so learning rates, of its own; see `peak_rates`.
     """

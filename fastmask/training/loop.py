@@ -56,7 +56,7 @@ class TrainResult:
         subnetworks: of the languages, or None for method `full`; of method `dynamic` the last ones.
         history: the records of ``metrics.jsonl``.
         run: the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``.
-        budget: how many optimiser steps, episodes, gradient passes and examples that took.
+        budget: how many optimizer steps, episodes, gradient passes and examples that took.
         scouting_share: share of the time since the switch (or since resuming) that went into looking for better masks;
             None for methods other than `dynamic`.
     """
@@ -185,7 +185,7 @@ class _Run:
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget, share)
 
     def _update(self) -> None:
-        """Take one step of the optimiser."""
+        """Take one step of the optimizer."""
         config = self.config
         warmup = round(config.steps * config.warmup)
         factor = engine.learning_rate_factor(self.step, config.steps, warmup, config.schedule)

@@ -15,11 +15,9 @@ __all__ = ["processes"]
 
 @contextmanager
 def processes(number: int, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes that end with this one, and at once where the block raises.
+    """A pool of `number` processes of `threads` CPU threads each, which end with this one, and where the block raises.
 
-    Args:
-        number: of processes; they are spawned: a forked one inherits threads in an unknown state.
-        threads: CPU threads of each.
+    They are spawned: a forked one inherits threads in an unknown state.
     """
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(number, multiprocessing.get_context("spawn"), _begin, (threads,))

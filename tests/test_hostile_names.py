@@ -20,7 +20,7 @@ import fastmask as fm
 from fastmask.analysis import drawing
 from fastmask.analysis.result import Result
 from fastmask.cli import adapt, main
-from fastmask.cli.masks import print_masks
+from fastmask.cli.discover import print_masks
 from fastmask.cli.report import Row, console_of, print_scores, round_printer
 from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of
 from fastmask.compare.report import markdown_table, print_tables, write_report
@@ -75,7 +75,7 @@ def test_tables_of_the_commands(capsys):
         round_printer(file, 0.95, "las")(Round(name, 1, 3, None, Quality(loss=1.0), True))
     assert [line.split(" round")[0].strip() for line in file.getvalue().splitlines()] == NAMES
     losses = {name: float(place) for place, name in enumerate(NAMES)}
-    adapt._print_choice(Choice(NAMES[0], 0, losses=losses), "[/x]", None)
+    adapt.print_choice(Choice(NAMES[0], 0, losses=losses), "[/x]", None)
     shown = capsys.readouterr().out
     assert "which subnetwork for [/x]" in shown
     assert [row[0] for row in cells_of(shown)][1:] == NAMES

@@ -1,4 +1,4 @@
-"""A training step of a BERT encoder: forward, backward and the optimiser, with AdamW or `LiveAdamW`."""
+"""A training step of a BERT encoder: forward, backward and the optimizer, with AdamW or `LiveAdamW`."""
 
 from __future__ import annotations
 

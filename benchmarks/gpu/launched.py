@@ -123,7 +123,7 @@ def launch_shipped(rows: list[int], columns: int, unit: int = 128) -> None:
 
 
 def _optimizer_steps() -> Iterator[Pass]:
-    """Steps of the optimiser: on weights that live one by one, and on those that a vector instruction moves."""
+    """Steps of the optimizer: on weights that live one by one, and on those that a vector instruction moves."""
     options = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
     n = 64
     for dtype, kind, lr in itertools.product(DTYPES, ("rows", "columns"), (1e-3, randn(dtype=torch.float32))):

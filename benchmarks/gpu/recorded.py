@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.recorded`: what each layer runs on a GPU, counted without one.
 
 Masked layers and models run on the recorder's device, whose tensors have no memory: nothing is computed. A pass begins
-with what comes between two of a training: a new batch's language ids, and parameters that an optimiser has changed.
+with what comes between two of a training: a new batch's language ids, and parameters that an optimizer has changed.
 The table counts, for layers of the sections, Triton launches and torch operations of a forward and backward pass, and
 apart from them those that make the batch's plan.
 """

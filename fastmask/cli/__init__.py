@@ -1,4 +1,4 @@
-"""The `fastmask` command. Each of `COMMANDS` is a module of this folder with `add_options` and `run`."""
+"""The `fastmask` command: `main`, and where its commands are."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from fastmask.cli.inputs import check_inputs
 from fastmask.errors import nearest
 
 __all__ = ["main"]
 
+# Command -> the module of this folder that has `add_COMMAND`, its options, and `run_COMMAND`; and what it does.
 COMMANDS = {
-    "train": "train a multilingual model with one subnetwork for each language",
-    "discover": "find one subnetwork for each language by iterative pruning",
-    "evaluate": "scores of a run, full network beside subnetworks",
-    "predict": "read a file with a run's model and write it with predictions",
-    "compare": "compare methods, with and without meta-learning, over seeds, on seen and unseen languages",
-    "adapt": "adapt a run to an unseen language, from a handful of sentences, and save it as another run",
-    "analyze": "what each method did to the model: a page of tables and pictures, from finished runs",
-    "masks": "show what is in a file of subnetworks",
+    "train": ("train", "train a multilingual model with one subnetwork per language"),
+    "discover": ("discover", "find one subnetwork per language by iterative pruning"),
+    "evaluate": ("finished", "score a run: the full network beside the subnetworks"),
+    "predict": ("finished", "annotate a file with the model of a run"),
+    "compare": ("compare", "compare methods, with and without meta-learning, on seen and unseen languages over seeds"),
+    "adapt": ("adapt", "adapt a run to an unseen language with a few sentences, and save it as a new run"),
+    "analyze": ("finished", "report what each method did to the model, as a page of tables and figures"),
+    "masks": ("discover", "show what a file of subnetworks holds"),
 }
 
 
@@ -44,23 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A failure prints one message and no traceback unless `--debug` is given.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # A command's options stand in its module, which may load PyTorch: help in general does not wait for it.
-    try:
-        parser = _parser(arguments) if arguments and arguments[0] in COMMANDS else _commands()[0]
-    except ModuleNotFoundError as error:
-        return _missing(error, arguments[0])
-    except (ValueError, KeyError, OSError) as error:  # a task that is not there
-        print(f"fastmask {arguments[0]}: error: {error}", file=sys.stderr)
-        return 2
-    options, rest = parser.parse_known_args(arguments)
-    if rest:
-        options.parser.error(_not_understood(rest[0], options.parser))
-    options.command_line = shlex.join(["fastmask", *arguments])
+    name = f"fastmask {arguments[0]}" if arguments else "fastmask"
+    code = 2  # of a failure, until the options are understood
+
+    def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if category is UserWarning:  # those of other libraries are kept out, and so is the source line
+            print(f"{name}: warning: {message}", file=sys.stderr)
+
     try:
         with warnings.catch_warnings():
-            _print_warnings_plainly(options.command)
-            check_inputs(options)
-            importlib.import_module(f"fastmask.cli.{options.command}").run(options)
+            warnings.showwarning = show_warning
+            options, rest = _parser(arguments).parse_known_args(arguments)
+            if rest:
+                options.parser.error(_not_understood(rest[0], options.parser))
+            code = 1
+            options.command_line = shlex.join(["fastmask", *arguments])
+            options.check(options)
+            options.do(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read what was written, such as `head`, has had enough. Nothing is left to be flushed at the exit.
@@ -70,18 +70,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        return _missing(error, options.command)
     except Exception as error:
-        if options.debug:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and not missing.startswith("fastmask"):
+            extra = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
+            print(f"{name}: error: {missing} is not installed: {extra}", file=sys.stderr)
+            return 1
+        if "--debug" in arguments:
             raise
         expected = isinstance(error, (ValueError, KeyError, OSError, RuntimeError, ImportError))
-        what = "error" if expected else f"unexpected {type(error).__name__}"
-        print(f"fastmask {options.command}: {what}: {error}", file=sys.stderr)
+        print(f"{name}: {'error' if expected else f'unexpected {type(error).__name__}'}: {error}", file=sys.stderr)
         if not expected:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
-        return 1
+        return code
     return 0
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command line, with the options of the command that `arguments` name.
+
+    The options of a command stand in its module, which may load PyTorch: general help does not wait for it.
+    """
+    import fastmask
+
+    about = "Per-language subnetworks of one shared model."
+    parser = argparse.ArgumentParser(prog="fastmask", description=about, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, help) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help, formatter_class=_Formatter)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        if name in arguments[:1]:
+            found = importlib.import_module(f"fastmask.cli.{module}")
+            getattr(found, f"add_{name}")(command, arguments)
+            check = importlib.import_module("fastmask.cli.options").check_inputs
+            command.set_defaults(parser=command, check=check, do=getattr(found, f"run_{name}"))
+    return parser
 
 
 def _not_understood(given: str, parser: argparse.ArgumentParser) -> str:
@@ -89,45 +113,3 @@ def _not_understood(given: str, parser: argparse.ArgumentParser) -> str:
     name = given.partition("=")[0]
     close = nearest(name, parser._option_string_actions, 1) if name.startswith("-") else []
     return f"unrecognized argument: {given}{f' (did you mean {close[0]}?)' if close else ''}"
-
-
-def _missing(error: ModuleNotFoundError, command: str) -> int:
-    if (error.name or "fastmask").startswith("fastmask"):
-        raise error
-    what = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
-    print(f"fastmask {command}: error: {error.name} is not installed: {what}", file=sys.stderr)
-    return 1
-
-
-def _print_warnings_plainly(command: str) -> None:
-    """Show a warning as one line, without the source line that gave it; those of other libraries are kept out."""
-
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        if category is UserWarning:
-            print(f"fastmask {command}: warning: {message}", file=sys.stderr)
-
-    warnings.showwarning = show
-
-
-def _commands() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and those of its commands, which have no options yet."""
-    import fastmask
-
-    parser = argparse.ArgumentParser(
-        prog="fastmask", description="Per-language subnetworks of one shared model.", formatter_class=_Formatter
-    )
-    parser.add_argument("--version", action="version", version=f"fastmask {fastmask.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    found = {}
-    for name, help in COMMANDS.items():
-        found[name] = commands.add_parser(name, help=help, description=help, formatter_class=_Formatter)
-        found[name].add_argument("--debug", action="store_true", help="show the traceback of an error")
-        found[name].set_defaults(parser=found[name])
-    return parser, found
-
-
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of the command line with the options of the command that `arguments` name."""
-    parser, commands = _commands()
-    importlib.import_module(f"fastmask.cli.{arguments[0]}").add_options(commands[arguments[0]], arguments)
-    return parser

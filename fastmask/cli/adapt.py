@@ -6,72 +6,65 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
-from fastmask.cli.inputs import DATA, FILE, RUN
-from fastmask.cli.options import add_device
-from fastmask.cli.report import console_of
+from fastmask import unseen
+from fastmask.cli.options import DATA, FILE, RUN, add_device
+from fastmask.cli.report import print_table
 from fastmask.files import check_writable
+from fastmask.models import attach
 from fastmask.settings import ConfigError
-from fastmask.tasks.task import heading
+from fastmask.tasks.task import UNKNOWN_LABELS, heading
+from fastmask.training.engine import device_of
+from fastmask.training.run_folder import load_run
+from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, profiles_of, save_adapted
+from fastmask.unseen.choosing import FULL_CHOICE
+from fastmask.unseen.support import without_repeats
+from fastmask.unseen.typology import SIMILARITIES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from fastmask.tasks.task import Task
     from fastmask.training.run_folder import FinishedRun
     from fastmask.unseen import Choice
 
-__all__ = ["add_options", "run"]
+__all__ = ["add_adapt", "print_choice", "run_adapt"]
 
 Rows = list[Mapping[str, Any]]
-Score = tuple[str, int, dict[str, float]]  # which network, after how many steps, its scores
 
 
-def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Add the command's options."""
-    from fastmask.tasks.task import UNKNOWN_LABELS
-    from fastmask.unseen import CHOICES, DEFAULT_RATES, DEFAULT_STEPS, OPTIMIZERS
-    from fastmask.unseen.typology import SIMILARITIES
-
-    heads, below = (", ".join(f"{rates[i]:g} for {name}" for name, rates in DEFAULT_RATES.items()) for i in (0, 1))
+def add_adapt(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    head, encoder = (
+        ", ".join(f"{rates[i]:g} for {name}" for name, rates in unseen.DEFAULT_RATES.items()) for i in (0, 1)
+    )
+    trained = "for a run trained in episodes, that of its inner loop"
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
-    add("--language", required=True, metavar="CODE", help="what the unseen language is called")
-    support = "file of support examples (parsing: CoNLL-U); zero-shot if not given"
-    add("--support", metavar="FILE", type=FILE, help=support)
-    add("--sentences", type=int, metavar="N", help="so many of them, drawn by the seed; all of them if not given")
-    which = "which subnetwork (default: nearest; full for a run without subnetworks)"
-    add("--choose", choices=CHOICES, help=which)
-    add("--similarity", choices=SIMILARITIES, help="what nearest means (default: uriel where lang2vec is installed)")
-    trained = "; of a run in episodes, that of its inner steps"
-    steps = f"gradient steps, each on all of them (default: {DEFAULT_STEPS}{trained})"
+    add("--language", required=True, metavar="CODE", help="name of the unseen language")
+    add("--support", metavar="FILE", type=FILE, help="support examples (parsing: CoNLL-U); zero-shot if not given")
+    add("--sentences", type=int, metavar="N", help="number of support examples to draw; all of them if not given")
+    which = "how to choose a subnetwork (default: nearest; full for a run without any)"
+    add("--choose", choices=unseen.CHOICES, help=which)
+    similarity = "measure of similarity for nearest (default: uriel where lang2vec is installed)"
+    add("--similarity", choices=SIMILARITIES, help=similarity)
+    steps = f"gradient steps, each on all support examples (default: {unseen.DEFAULT_STEPS}; {trained})"
     add("--steps", type=int, metavar="K", help=steps)
-    add("--optimizer", choices=tuple(OPTIMIZERS), default="sgd", help="that takes the steps")
-    add("--lr", type=float, metavar="X", help=f"learning rate above the encoder (default: {heads}{trained})")
-    rate = f"learning rate of the encoder (default: {below}{trained}; a pretrained one takes less)"
+    add("--optimizer", choices=tuple(unseen.OPTIMIZERS), default="sgd", help="optimizer for these steps")
+    add("--lr", type=float, metavar="X", help=f"learning rate outside the encoder (default: {head}; {trained})")
+    rate = f"learning rate of the encoder; use less for a pretrained one (default: {encoder}; {trained})"
     add("--encoder-lr", type=float, metavar="X", help=rate)
     add("--unknown-labels", choices=UNKNOWN_LABELS, default="fail", help="what to do with labels new to the model")
     test = parser.add_mutually_exclusive_group()
     test.add_argument("--test", metavar="FILE", type=FILE, help="file to score before and after")
-    test.add_argument("--data", metavar="DIR", type=DATA, help="or data that has the language: its test split")
-    add("--seed", type=int, default=0, help="of the draw of support examples")
+    test.add_argument("--data", metavar="DIR", type=DATA, help="data that has the language; scores its test split")
+    add("--seed", type=int, default=0, help="seed for drawing support examples")
     add("--out", required=True, metavar="DIR", help="folder of the new run")
     add_device(parser)
 
 
-def run(options: argparse.Namespace) -> None:
+def run_adapt(options: argparse.Namespace) -> None:
     """Choose a subnetwork, adapt, score before and after where there is a test, and save a run."""
-    from fastmask.training.engine import device_of
-    from fastmask.training.run_folder import load_run
-    from fastmask.unseen import adapted
-    from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, save_adapted
-    from fastmask.unseen.choosing import FULL_CHOICE
-
     # What can be wrong with what was given is found before anything is computed or written.
     out = check_new_folder(options.out)
     check_writable(out / "model")
@@ -86,28 +79,29 @@ def run(options: argparse.Namespace) -> None:
     task.model.to(device_of(options.device))
 
     choice, by = _choose(options, how, loaded, rows, support, earlier)
-    _print_choice(choice, options.language, by)
-    scores: list[Score] = []
+    print_choice(choice, options.language, by)
+    scores: list[dict[str, Any]] = []
 
     def score(network: Choice, taken: int) -> None:
         if test is not None:
             with task.reading(None if network.language_id < 0 else network.name):
-                scores.append((_network(network), taken, task.score(test, task.predict(test))))
+                found = task.score(test, task.predict(test))
+            scores.append({"network": _called(network), "steps": taken, **found, "words": int(test.lengths.sum())})
 
     for network in {each.language_id: each for each in (FULL_CHOICE, choice)}.values():
         score(network, 0)
     if steps and choice.language_id != FULL_CHOICE.language_id and test is not None:
         # The control: what the same steps bring without a subnetwork. It is undone.
-        with adapted(task, support, FULL_CHOICE.language_id, **how_fast):
+        with unseen.adapted(task, support, FULL_CHOICE.language_id, **how_fast):
             score(FULL_CHOICE, steps)
-    with adapted(task, support, choice.language_id, keep=True, **how_fast) as losses:
+    with unseen.adapted(task, support, choice.language_id, keep=True, **how_fast) as losses:
         pass
     if steps:
         print(f"training loss {losses[0]:.3f} before the first of {steps} steps, {losses[-1]:.3f} before the last")
         if losses[-1] > losses[0]:
             print("it rose: lower --lr and --encoder-lr", file=sys.stderr)
         score(choice, steps)
-    _print_scores(scores, task, test)
+    _print_scores(scores, task)
 
     record = {
         "language": options.language,
@@ -118,10 +112,7 @@ def run(options: argparse.Namespace) -> None:
         "choice": {"how": how, "by": by, **dataclasses.asdict(choice)},
         **how_fast,
         "support_losses": losses.tolist(),
-        "scores": [
-            {"network": name, "steps": taken, **found, "words": int(test.lengths.sum())}
-            for name, taken, found in scores
-        ],
+        "scores": scores,
     }
     task.add_language(choice.language_id)
     save_adapted(out, loaded, choice, record, earlier, task.profile(rows))
@@ -130,8 +121,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, dict[str, Any]]:
     """How to choose, and how to adapt: in the steps that the run was trained for, if it was in episodes of SGD."""
-    from fastmask.unseen import DEFAULT_RATES, DEFAULT_STEPS
-
     if options.support is None and (options.steps or options.sentences):
         raise ConfigError("steps and sentences are of support examples (expected --support FILE, too)")
     for name, least in (("steps", 0), ("sentences", 1), ("seed", 0)):
@@ -139,7 +128,7 @@ def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, di
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value} (expected at least {least})")
     config = loaded.config
-    usual = (DEFAULT_STEPS, *DEFAULT_RATES[options.optimizer])
+    usual = (unseen.DEFAULT_STEPS, *unseen.DEFAULT_RATES[options.optimizer])
     if config.meta != "none" and options.optimizer == "sgd":
         usual = config.inner_steps, config.inner_lr, config.inner_encoder_lr
     given = (0 if options.support is None else options.steps, options.lr, options.encoder_lr)
@@ -155,8 +144,6 @@ def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, di
 
 def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:
     """The support examples: all of the file, or as many as asked, drawn by the seed, in the file's order."""
-    from fastmask.unseen import support_sets
-
     if options.support is None:
         return []
     rows = loaded.task.read(options.support, loaded.config.task_settings)
@@ -165,14 +152,12 @@ def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:
     if len(rows) < options.sentences:
         word = loaded.task.example_word
         raise ConfigError(f"{options.support} has {len(rows)} {word} (expected {options.sentences}, as asked)")
-    drawn = support_sets(len(rows), options.sentences, 1, options.seed, options.language)[0]
+    drawn = unseen.support_sets(len(rows), options.sentences, 1, options.seed, options.language)[0]
     return [rows[row] for row in sorted(drawn.tolist())]
 
 
 def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> Any:
     """The test examples, without those that stand in the support set; None if no test was given."""
-    from fastmask.unseen.support import without_repeats
-
     task, settings = loaded.task, loaded.config.task_settings
     if options.test:
         rows = task.read(options.test, settings)
@@ -181,13 +166,12 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
         rows = list(splits["test"])
     else:
         return None
-    left = without_repeats(rows, support, partial(task.words_of, options=settings))
+    left, word = without_repeats(rows, support, partial(task.words_of, options=settings)), task.example_word
     if len(left) < len(rows):
-        word = task.example_word
         print(f"{len(rows) - len(left)} test {word} are left out: they stand in the support set, too", file=sys.stderr)
     if not left:
-        word = task.example_word.rstrip("s")
-        raise ConfigError(f"every test {word} is also a support {word} (expected others)")
+        one = word.rstrip("s")
+        raise ConfigError(f"every test {one} is also a support {one} (expected others)")
     return task.examples(left)
 
 
@@ -195,57 +179,50 @@ def _choose(
     options: argparse.Namespace, how: str, loaded: FinishedRun, rows: Rows, support: Any, earlier: list[dict[str, Any]]
 ) -> tuple[Choice, str | None]:
     """Attach the subnetworks and choose one; and by which similarity the nearest one was found."""
-    from fastmask.models import attach
-    from fastmask.unseen import choose, with_union
-    from fastmask.unseen.adapted_run import profiles_of
-    from fastmask.unseen.choosing import FULL_CHOICE
-    from fastmask.unseen.typology import similarity_measure, uriel_similarity
-
     subnets, task = loaded.subnetworks, loaded.task
     if subnets is None:
         return FULL_CHOICE, None
     by, similarity = None, None
     if how == "nearest":
         profile = task.profile(rows) if rows else None
-        by = similarity_measure(options.language, subnets.languages, profile is not None, options.similarity)
+        by = unseen.similarity_measure(options.language, subnets.languages, profile is not None, options.similarity)
         if by == "uriel":
-            similarity = uriel_similarity(options.language, subnets.languages)
+            similarity = unseen.uriel_similarity(options.language, subnets.languages)
         else:
             assert profile is not None
             similarity = task.similarity(profile, profiles_of(loaded, options.run, earlier))
     if how == "union":
-        subnets = with_union(subnets)
+        subnets = unseen.with_union(subnets)
     attach(task.encoder, subnets)
-    return choose(task, subnets, support, how, similarity=similarity), by
+    return unseen.choose(task, subnets, support, how, similarity=similarity), by
 
 
-def _network(choice: Choice) -> str:
+def _called(choice: Choice) -> str:
     return "full network" if choice.language_id < 0 else f"subnetwork {choice.name}"
 
 
-def _print_choice(choice: Choice, language: str, by: str | None) -> None:
+def print_choice(choice: Choice, language: str, by: str | None) -> None:
     """The table of candidates, best first, or one line where nothing was compared."""
     values = choice.losses or choice.similarities
     if values is None:
-        print(f"{language}: {_network(choice)}")
+        print(f"{language}: {_called(choice)}")
         return
-    table = Table(title=f"which subnetwork for {language}")
-    table.add_column("subnetwork")
-    table.add_column("support loss" if choice.losses else f"similarity ({by})", justify="right")
-    table.add_column("")
-    for name, value in sorted(values.items(), key=lambda item: item[1], reverse=choice.losses is None):
-        table.add_row(name, f"{value:.4f}", "chosen" if name == choice.name else "")
-    console_of(sys.stdout).print(table)
+    by = "support loss" if choice.losses else f"similarity ({by})"
+    best_first = sorted(values.items(), key=lambda item: item[1], reverse=choice.losses is None)
+    rows = [
+        {"subnetwork": name, by: f"{value:.4f}", "": "chosen" if name == choice.name else ""}
+        for name, value in best_first
+    ]
+    print_table(f"which subnetwork for {language}", rows, sys.stdout)
 
 
-def _print_scores(scores: list[Score], task: Task, test: Any) -> None:
+def _print_scores(scores: list[dict[str, Any]], task: Task) -> None:
     if not scores:
         return
-    words, unit = int(test.lengths.sum()), ", percent" if task.percent else ""
-    names = list(scores[0][2])
-    table = Table(title=f"{' / '.join(map(heading, names))} on {words} {task.token_word}{unit}")
-    for name in ("network", "steps", *map(heading, names)):
-        table.add_column(name, justify="left" if name == "network" else "right")
-    for network, steps, found in scores:
-        table.add_row(network, str(steps), *(f"{found[name]:.2f}" for name in names))
-    console_of(sys.stdout).print(table)
+    names = [name for name in scores[0] if name not in ("network", "steps", "words")]
+    rows = [
+        {"network": row["network"], "steps": str(row["steps"]), **{heading(name): f"{row[name]:.2f}" for name in names}}
+        for row in scores
+    ]
+    on, unit = f"{scores[0]['words']} {task.token_word}", ", percent" if task.percent else ""
+    print_table(f"{' / '.join(map(heading, names))} on {on}{unit}", rows, sys.stdout)

@@ -1,24 +1,89 @@
-"""Command-line options made from the fields of settings, and merged with a YAML file."""
+"""Options of the commands: what they read and write, and one for each field of settings, merged with a YAML file."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from fastmask.cli.inputs import DATA, MASKS, MODEL
+from fastmask.errors import nearest
 from fastmask.files import STDOUT, read_yaml
+from fastmask.settings import items_of
 from fastmask.training.config import DEVICES, TrainConfig
+from fastmask.training.run_folder import data_of
 
 __all__ = [
-    "Joined", "add_data", "add_device", "add_settings", "add_task_settings", "given_settings", "output_file",
+    "DATA", "FILE", "MASKS", "RUN", "Input", "add_data", "add_device", "add_settings", "add_task_settings",
+    "check_inputs", "given_settings", "output_file", "which_data",
 ]  # fmt: skip
 
-SETTING, OPTION = "setting:", "option:"  # begin the names of settings in a namespace
-INPUTS = {"data": DATA, "masks": MASKS, "model": MODEL}  # settings that name what is read
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Input:
+    """The `type` of an option that names something to read; ``-`` is standard input where only a file will do.
+
+    `expected` says what it is, for messages. A name on the Hub (`hub`) is looked up when it is loaded.
+    """
+
+    expected: str
+    file: bool = False
+    folder: bool = False
+    hub: bool = False
+
+    def __call__(self, given: str) -> str:
+        """The path that an argument stands for."""
+        return "/dev/stdin" if given == "-" and not self.folder else given
+
+    def check(self, option: str, given: str) -> None:
+        """See that `given`, the value of `option`, is there and can be read.
+
+        Raises:
+            FileNotFoundError: it is not; the nearest name in its folder is given.
+            ValueError: a folder in place of a file, or the other way round, or not readable.
+        """
+        path = Path(given).expanduser()
+        is_folder = os.path.isdir(path)
+        if not os.path.exists(path):
+            if self.hub and _HUB_NAME.fullmatch(given):
+                return
+            while not os.path.isdir(path.parent):  # the first part of it that is not there
+                path = path.parent
+            close = nearest(path.name, sorted(os.listdir(path.parent)), 1)
+            meant = f"; did you mean {path.parent / close[0]}?" if close else ""
+            kinds = " or ".join(["folder"] * self.folder + ["file"] * self.file)
+            raise FileNotFoundError(f"{option} is {given}: there is no such {kinds} (expected {self.expected}){meant}")
+        if not (self.folder if is_folder else self.file):
+            raise ValueError(
+                f"{option} is {given}: that is a {'folder' if is_folder else 'file'} (expected {self.expected})"
+            )
+        if not os.access(path, os.R_OK):
+            raise ValueError(f"{option} is {given}: you may not read it (expected {self.expected})")
+
+
+FILE = Input("a file", file=True)
+RUN = Input("the folder of a finished run", folder=True)
+MASKS = Input("a file of subnetworks, or the folder of a run that has one", file=True, folder=True)
+DATA = Input("a folder, a file or a name on the Hub", file=True, folder=True, hub=True)
+_SETTINGS = {"data": DATA, "masks": MASKS, "model": Input("a folder or a name on the Hub", folder=True, hub=True)}
+
+
+def check_inputs(options: argparse.Namespace) -> None:
+    """See that everything is there that the options of a command name; raises what `Input.check` does."""
+    for action in options.parser._actions:
+        given = getattr(options, action.dest, None)
+        if isinstance(action.type, Input) and given is not None:
+            option = action.option_strings[0] if action.option_strings else str(action.metavar)
+            for each in given if isinstance(given, list) else [given]:
+                action.type.check(option, each)
 
 
 def output_file(name: str) -> str:
@@ -28,10 +93,19 @@ def output_file(name: str) -> str:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the options that say on which data, and on what, a finished run is computed."""
-    data = "a folder, a file or a name on the Hub; that of the run if not given"
-    parser.add_argument("--data", type=DATA, help=data)
+    parser.add_argument("--data", type=DATA, help="a folder, a file or a name on the Hub; that of the run if not given")
     parser.add_argument("--languages", nargs="+", help="codes or treebank names; those of the run if not given")
     add_device(parser)
+
+
+def which_data(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str, list[str]]:
+    """The data and the languages to read: those that the options of `add_data` give, else those of the run."""
+    if options.data is None:
+        data, languages, _ = data_of(config, run)
+    else:
+        data, languages = options.data, config.language_list
+    given = items_of(",".join(options.languages or []))
+    return data, given or languages or config.task_class.languages(data, config.task_settings)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -41,43 +115,39 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(
     parser: argparse.ArgumentParser,
-    only: Sequence[str] | None = None,
-    without: Sequence[str] = (),
     settings: type[Any] = TrainConfig,
-    prefix: str = SETTING,
+    only: Sequence[str] | None = None,
     group: str | None = None,
     default: str | None = None,
+    prefix: str = "setting:",
 ) -> None:
     """Add an option for every field of `settings`, or for some; what is not given stays out of the namespace.
 
     Options stand in the groups that fields name, or all in `group`. Their help says `default`, or that of the field.
+    Their names in the namespace begin with `prefix`.
     """
     hints = get_type_hints(settings)
-    groups: dict[str, Any] = {}
+    groups: dict[str | None, Any] = {None: parser}
     for item in dataclasses.fields(settings):
-        if item.name in without or item.name == "task_options" or (only is not None and item.name not in only):
+        if item.name == "task_options" or (only is not None and item.name not in only):
             continue
         title = group or item.metadata.get("group")
-        if title and title not in groups:
+        if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kinds = [kind for kind in get_args(hints[item.name]) if kind is not type(None)] or [hints[item.name]]
+        kind = next(kind for kind in get_args(hints[item.name]) or [hints[item.name]] if kind is not NoneType)
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help_of(item, default)}
-        if kinds[0] is bool:
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = INPUTS.get(item.name, kinds[0])
-            options["choices"] = None if item.metadata.get("list") else item.metadata.get("choices")
+            options["type"] = _SETTINGS.get(item.name, kind)
+            options["nargs"] = "+" if item.metadata.get("list") else None
+            options["choices"] = item.metadata.get("choices")
             if options["choices"] is None:
-                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
-            if item.metadata.get("list"):
-                options |= {"nargs": "+", "action": Joined}
-        (groups[title] if title else parser).add_argument(
-            f"--{item.name.replace('_', '-')}", dest=f"{prefix}{item.name}", **options
-        )
+                options["metavar"] = {int: "N", float: "X", str: "TEXT"}[kind]
+        groups[title].add_argument(f"--{item.name.replace('_', '-')}", dest=f"{prefix}{item.name}", **options)
 
 
 def _help_of(item: dataclasses.Field[Any], default: str | None) -> str:
-    """What an option says, with its default: `default`, or that of the field."""
     text: str = item.metadata["help"]
     if default is not None:
         text = re.sub("; [^;]* if not given$", "", text)
@@ -101,21 +171,14 @@ def add_task_settings(parser: argparse.ArgumentParser, arguments: Sequence[str])
         with contextlib.suppress(Exception):  # what is wrong with the file is said when it is read
             name = read_yaml(known.config).get("task")
     name = TrainConfig.task if name is None else name
-    add_settings(parser, settings=task_class(name).settings, prefix=OPTION, group=f"task {name}")
-
-
-class Joined(argparse.Action):
-    """A list, given as ``en,ar`` or as ``en ar``."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        setattr(namespace, self.dest, ",".join(values))
+    add_settings(parser, task_class(name).settings, group=f"task {name}", prefix="option:")
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given on the command line; those of the task under "task_options"."""
-    given = {name: value for name, value in vars(options).items() if name.startswith((SETTING, OPTION))}
-    found = {name.removeprefix(SETTING): value for name, value in given.items() if name.startswith(SETTING)}
-    own = {name.removeprefix(OPTION): value for name, value in given.items() if name.startswith(OPTION)}
-    return {**found, "task_options": own} if own else found
+    given: dict[str, dict[str, Any]] = {"setting": {}, "option": {}}
+    for name, value in vars(options).items():
+        kind, _, own = name.partition(":")
+        if kind in given:
+            given[kind][own] = value
+    return {**given["setting"], "task_options": given["option"]} if given["option"] else given["setting"]

@@ -1,4 +1,4 @@
-"""What the commands print: tables of scores, rounds of pruning, and where a run's files are."""
+"""What several commands print: tables of scores, and rounds and agreement of pruning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,15 +18,14 @@ from fastmask.files import STDOUT
 from fastmask.tasks.task import heading
 
 if TYPE_CHECKING:
-    from fastmask.discovery import Draw, Quality, Round
+    from fastmask.discovery import Draw, Round
     from fastmask.subnetworks import Subnetworks
     from fastmask.tasks.task import Splits, Task
 
 __all__ = [
-    "Row", "console_of", "examples_of", "print_scores", "print_summary", "round_printer", "scored", "stability_lines",
+    "Row", "console_of", "examples_of", "print_scores", "print_table", "round_printer", "scored", "stability_lines",
     "stream_beside",
 ]  # fmt: skip
-
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -37,16 +35,34 @@ def console_of(file: TextIO) -> Console:
     return Console(file=file, width=None if file.isatty() else WIDTH, markup=False, emoji=False, highlight=False)
 
 
+Cells = Mapping[str, str]  # of a row, by column
+
+
+def print_table(
+    title: str, rows: Sequence[Cells], file: TextIO, left: Sequence[str] = (), last: Cells | None = None
+) -> None:
+    """Print a table; the first column, and those in `left`, are words, others numbers. `last` stands below a line."""
+    table = Table(title=title)
+    for number, name in enumerate(rows[0] if rows else ()):
+        table.add_column(name, justify="left" if number == 0 or name in left else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    if last is not None:
+        table.add_section()
+        table.add_row(*last.values())
+    console_of(file).print(table)
+
+
+def stream_beside(target: str | None) -> TextIO:
+    """Where a command prints that also writes to the file `target`: not between the lines of that file."""
+    return sys.stderr if target == STDOUT else sys.stdout
+
+
 @dataclass(frozen=True)
 class Row:
     """Scores of one language, or of one of its treebanks, and words (tokens) per second; None without a subnetwork.
 
-    Attributes:
-        language: whose test examples they are.
-        part: which of its treebanks, where it has several.
-        words: of the test examples.
-        full: scores of the full network, the one that decides first.
-        own: scores of its subnetwork.
+    Of scores the one that decides comes first; `part` is one of several treebanks.
     """
 
     language: str
@@ -63,113 +79,67 @@ class Row:
 
 
 def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | None, Any]]:
-    """Language -> treebank -> `Examples` of one split, where there is one.
-
-    Where the examples of a language are not of several treebanks, which a code may join, None stands for all of them.
-    """
-    return {
-        name: {part: task.examples(rows) for part, rows in _parts_of(of[split]).items()}
-        for name, of in splits.items()
-        if split in of
-    }
-
-
-def _parts_of(rows: Any) -> dict[str | None, Any]:
-    distinct = list(rows.unique("treebank")) if "treebank" in getattr(rows, "column_names", ()) else []
-    if len(distinct) < 2:
-        return {None: rows}
-    names = list(rows["treebank"])
-    return {name: rows.select([i for i, own in enumerate(names) if own == name]) for name in distinct}
+    """Language -> treebank -> `Examples` of one split, where there is one; a single treebank is called None."""
+    found: dict[str, dict[str | None, Any]] = {}
+    for language, of in splits.items():
+        if split not in of:
+            continue
+        rows: Any = of[split]
+        banks = list(rows["treebank"]) if "treebank" in getattr(rows, "column_names", ()) else []
+        parts: dict[str | None, Any] = {None: rows}
+        if len(names := list(dict.fromkeys(banks))) > 1:  # which a code may join
+            parts = {name: rows.select([i for i, bank in enumerate(banks) if bank == name]) for name in names}
+        found[language] = {bank: task.examples(part) for bank, part in parts.items()}
+    return found
 
 
 def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[str | None, Any]]) -> list[Row]:
-    """Score every language with the full network, and with its subnetwork where it has one.
+    """Score every language with the full network, and with its subnetwork (attached to the task) where it has one."""
 
-    Args:
-        task: the subnetworks are attached to its encoder.
-        subnets: None where there are none.
-        tests: see `examples_of`.
-    """
+    def read_by(network: str | None, examples: Any) -> tuple[dict[str, float], float]:
+        """Scores, and how many words are read in a second; scoring itself is not counted."""
+        with task.reading(network):
+            start = time.perf_counter()
+            predictions = task.predict(examples)
+            seconds = time.perf_counter() - start
+        return task.score(examples, predictions), float(examples.lengths.sum()) / max(seconds, 1e-9)
+
     rows = []
-    for name, parts in tests.items():
-        for part, examples in parts.items():
-            words = int(examples.lengths.sum())
-            full, speed = _scored(task, None, examples)
-            own: dict[str, Any] = {}
-            if subnets is not None and name in subnets.languages:
-                scores, rate = _scored(task, name, examples)
-                own = {"own": scores, "words_per_second": rate}
-                for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-                    if keep is not None:
-                        live = keep[subnets.index(name)]
-                        own |= {kind: int(live.sum()), f"all_{kind}": live.numel()}
-            rows.append(Row(name, part, words, full, speed, **own))
+    for language, part, examples in ((name, part, of) for name, parts in tests.items() for part, of in parts.items()):
+        full, speed = read_by(None, examples)
+        own: dict[str, Any] = {}
+        if subnets is not None and language in subnets.languages:
+            own["own"], own["words_per_second"] = read_by(language, examples)
+            for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+                if keep is not None:
+                    live = keep[subnets.index(language)]
+                    own |= {kind: int(live.sum()), f"all_{kind}": live.numel()}
+        rows.append(Row(language, part, int(examples.lengths.sum()), full, speed, **own))
     return rows
-
-
-def _scored(task: Task, name: str | None, examples: Any) -> tuple[dict[str, float], float]:
-    """Scores by one network, and how many words it reads in a second; scoring itself is not counted."""
-    with task.reading(name):
-        start = time.perf_counter()
-        predictions = task.predict(examples)
-        seconds = time.perf_counter() - start
-    return task.score(examples, predictions), float(examples.lengths.sum()) / max(seconds, 1e-9)
 
 
 def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "test") -> None:
     """The table of a run: full network beside subnetworks, and their means over the languages that have one."""
-    unit = ", percent" if task.percent else ""
     names = list(rows[0].full) if rows else [task.metric]
-    table = Table(title=f"{' / '.join(map(heading, names))} on the {split} sets{unit}")
-    table.add_column("language", no_wrap=True)
-    for whose in ("full", "subnet"):
-        for name in names:
-            table.add_column(f"{whose} {heading(name)}", justify="right", no_wrap=True)
-    for name in ("heads", "neurons", f"full {task.token_word}/s", f"subnet {task.token_word}/s"):
-        table.add_column(name, justify="right", no_wrap=name in ("heads", "neurons"))
-    own = [row.own for row in rows if row.own is not None]
+
+    def mean(whose: str, found: Sequence[Mapping[str, float]]) -> dict[str, str]:
+        means = {name: fmean(scores[name] for scores in found) if found else math.nan for name in names}
+        return {f"{whose} {heading(name)}": "-" if math.isnan(m) else f"{m:.2f}" for name, m in means.items()}
+
+    own, table = [row.own for row in rows if row.own is not None], []
     for row in rows:
         called = row.language if row.part is None else f"{row.language} {row.part}"
-        table.add_row(
-            called if row.own is not None or not own else f"{called} (no subnetwork)",
-            *(f"{row.full[name]:.2f}" for name in names),
-            *(_number(None if row.own is None else row.own[name], ".2f") for name in names),
-            _share(row.heads, row.all_heads),
-            _share(row.neurons, row.all_neurons),
-            f"{row.full_words_per_second:,.0f}",
-            _number(row.words_per_second, ",.0f"),
-        )
-    counted = [row for row in rows if row.own is not None] or rows
-    if len(counted) > 1:
-        table.add_section()
-        table.add_row(
-            f"mean of {len(counted)}",
-            *(f"{fmean(row.full[name] for row in counted):.2f}" for name in names),
-            *(_number(fmean(scores[name] for scores in own) if own else None, ".2f") for name in names),
-        )
-    console_of(file).print(table)
-
-
-def print_summary(folder: Path, speed: dict[str, float], words: str, scouting: float | None) -> None:
-    """Training speed, the share of time that scouts took (method `dynamic`), and where everything is."""
-    names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
-    if speed:
-        parts = [f"{value:,.0f} {words}/s {names[name]}" for name, value in speed.items()]
-        print(f"training: {', '.join(parts)}")
-    if scouting is not None:
-        print(f"updating the subnetworks took {scouting:.1%} of the time since they were switched on")
-    files = [f"{name} {what}" for name, what in _FILES.items() if (folder / name).exists()]
-    print(f"run: {folder.resolve()}")
-    print(f"     {', '.join(files)}")
-
-
-_FILES = {
-    "results.json": "(this table)",
-    "metrics.jsonl": "(loss and dev scores)",
-    "model": "(the model)",
-    "masks.safetensors": "(subnetworks)",
-    "dynamic.safetensors": "(how the subnetworks changed)",
-}
+        cells = {"language": called if row.own is not None or not own else f"{called} (no subnetwork)"}
+        cells |= mean("full", [row.full]) | mean("subnet", [] if row.own is None else [row.own])
+        cells["heads"] = "-" if row.heads is None else f"{row.heads} of {row.all_heads}"
+        cells["neurons"] = "-" if row.neurons is None else f"{row.neurons} of {row.all_neurons}"
+        for whose, speed in (("full", row.full_words_per_second), ("subnet", row.words_per_second)):
+            cells[f"{whose} {task.token_word}/s"] = "-" if speed is None else f"{speed:,.0f}"
+        table.append(cells)
+    counted = [row.full for row in rows if row.own is not None or not own]
+    last = {"language": f"mean of {len(counted)}"} | mean("full", counted) | mean("subnet", own)
+    title = f"{' / '.join(map(heading, names))} on the {split} sets{', percent' if task.percent else ''}"
+    print_table(title, table, file, last=last if len(counted) > 1 else None)
 
 
 def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], None]:
@@ -177,12 +147,15 @@ def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], No
 
     def show(found: Round) -> None:
         counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
-        quality = _quality_text(found.quality, metric)
-        if found.number == 0 and found.quality.loss is not None:
-            quality += f" (no dev score to go by; the loss may rise by {-math.log(tau):.3f})"
+        line = f"  {found.language} round {found.number}: {', '.join(counts)}"
+        if found.quality.metric is not None:
+            line += f"  dev {heading(metric)} {found.quality.metric:.2f}"
+        elif found.quality.loss is not None:
+            line += f"  loss on the scoring examples {found.quality.loss:.3f}"
+            if found.number == 0:
+                line += f" (no dev score to go by; the loss may rise by {-math.log(tau):.3f})"
         stopped = "" if found.kept else "  too far: back to the round before"
-        parts = [f"  {found.language} round {found.number}: {', '.join(counts)}", *([quality] if quality else ())]
-        tqdm.write(f"{'  '.join(parts)}{stopped}", file=file)  # above the bar of a run
+        tqdm.write(f"{line}{stopped}", file=file)  # above the bar of a run
 
     return show
 
@@ -195,27 +168,7 @@ def stability_lines(draws: Sequence[Draw]) -> list[str]:
         return []
     lines = []
     for kind, found in stability(draws).items():
-        parts = [("draws of one language", found.draws), ("of two languages", found.languages)]
-        known = [f"{what} {value:.2f}" for what, value in parts if value is not None]
-        lines.append(f"agreement of {kind} (mean Jaccard): {', '.join([*known, f'by chance {found.chance:.2f}'])}")
+        parts = {"draws of one language": found.draws, "of two languages": found.languages, "by chance": found.chance}
+        known = [f"{what} {value:.2f}" for what, value in parts.items() if value is not None]
+        lines.append(f"agreement of {kind} (mean Jaccard): {', '.join(known)}")
     return lines
-
-
-def stream_beside(target: str | None) -> TextIO:
-    """Where a command prints that also writes to the file `target`: not between the lines of that file."""
-    return sys.stderr if target == STDOUT else sys.stdout
-
-
-def _quality_text(quality: Quality, metric: str) -> str:
-    """What a number that pruning goes by is, and the number."""
-    if quality.metric is not None:
-        return f"dev {heading(metric)} {quality.metric:.2f}"
-    return "" if quality.loss is None else f"loss on the scoring examples {quality.loss:.3f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or math.isnan(value) else format(value, form)
-
-
-def _share(live: int | None, total: int | None) -> str:
-    return "-" if live is None or total is None else f"{live} of {total}"

@@ -13,41 +13,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
-from fastmask.cli.inputs import FILE
-from fastmask.cli.options import add_settings, add_task_settings, given_settings
-from fastmask.cli.report import examples_of, print_scores, print_summary, round_printer, scored, stability_lines
+from fastmask.cli.options import FILE, add_settings, add_task_settings, given_settings
+from fastmask.cli.report import examples_of, print_scores, round_printer, scored, stability_lines
 from fastmask.files import check_writable, write_text
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
+from fastmask.training.engine import device_of
+from fastmask.training.episodes import Budget
+from fastmask.training.loop import train
+from fastmask.training.methods import check_subnetworks, subnetworks_of
 from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
 
-__all__ = ["add_options", "run"]
+__all__ = ["add_train", "run_train"]
 
 RESULTS_FILE = "results.json"
 EMBEDDED_STEPS = 600  # about a minute and a half on two cores
+FILES = {
+    RESULTS_FILE: "this table",
+    "metrics.jsonl": "loss and dev scores",
+    "model": "the model",
+    "masks.safetensors": "subnetworks",
+    "dynamic.safetensors": "how the subnetworks changed",
+}
 
 
-def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Add an option for every setting of a run, and for those of the task that `arguments` name."""
-    file = "YAML file of settings; options given here override it"
-    parser.add_argument("--config", metavar="FILE", type=FILE, help=file)
+def add_train(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    parser.add_argument("--config", metavar="FILE", type=FILE, help="YAML file of settings, which options override")
     add_settings(parser)
     add_task_settings(parser, arguments)
 
 
-def run(options: argparse.Namespace) -> None:
+def run_train(options: argparse.Namespace) -> None:
     """Train, score every language with the full network and with its subnetwork, and say where everything is.
 
     Of several processes (`torchrun`, `accelerate launch`) the first one scores and speaks.
     """
-    from fastmask.training.loop import train
-    from fastmask.training.methods import check_subnetworks, subnetworks_of
-
     config = _config(options)
     check_out(config)  # before anything is written or computed
     check_writable(Path(config.out, CONFIG_FILE))
@@ -63,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     if first:  # what cannot be scored is said before training
         unseen = task_class.load(data, others, settings, splits=("test",)) if others else {}
         tests = examples_of(task, {**datasets, **unseen}, "test")
-        print_start(task, config, datasets)
+        _print_start(task, config, datasets)
     on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
     done = 0
 
@@ -79,7 +85,7 @@ def run(options: argparse.Namespace) -> None:
         result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round, show_agreement), note)
     except KeyboardInterrupt:
         again = shlex.join(["fastmask", "train", "--out", config.out, "--resume"])
-        raise KeyboardInterrupt(f"after step {done}; to go on from the last checkpoint: {again}") from None
+        raise KeyboardInterrupt(f"after step {done}; to resume from the last checkpoint: {again}") from None
     if not first:
         return
 
@@ -93,19 +99,38 @@ def run(options: argparse.Namespace) -> None:
         "scouting_share": result.scouting_share,
         "test": [dataclasses.asdict(row) for row in rows],
     }
-    write_text(Path(config.out, RESULTS_FILE), json.dumps(report, indent=1))
+    folder = Path(config.out)
+    write_text(folder / RESULTS_FILE, json.dumps(report, indent=1))
     print_scores(rows, task, sys.stdout)
     print(f"spent: {result.budget}")
-    print_summary(Path(config.out), speed, task.token_word, result.scouting_share)
+    names = {"full_network": "on the full network", "subnetworks": "with subnetworks", "episodes": "in episodes"}
+    if speed:
+        parts = [f"{value:,.0f} {task.token_word}/s {names[name]}" for name, value in speed.items()]
+        print(f"training: {', '.join(parts)}")
+    if (share := result.scouting_share) is not None:
+        print(f"updating the subnetworks took {share:.1%} of the time since they were switched on")
+    print(f"run: {folder.resolve()}")
+    print(f"     {', '.join(f'{name} ({what})' for name, what in FILES.items() if (folder / name).exists())}")
 
 
-def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
+def _config(options: argparse.Namespace) -> TrainConfig:
+    """The settings of the run that is resumed or of a file, under those given on the command line."""
+    given = given_settings(options)
+    started = Path(given.get("out", TrainConfig.out), CONFIG_FILE)
+    file = options.config or (started if given.get("resume") and started.is_file() else None)
+    if file == started:
+        given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
+    base = TrainConfig.load(file) if file else TrainConfig()
+    values = {**dataclasses.asdict(base), **given}
+    known = base.task_options if values["task"] == base.task else {}  # else they are of another task
+    values["task_options"] = {**known, **given.get("task_options", {})}
+    if values["data"] is None and file is None and "steps" not in given:
+        values["steps"] = EMBEDDED_STEPS
+    return TrainConfig.from_dict(values)
+
+
+def _print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     """What is about to be done, on what and where, before it takes long."""
-    import torch
-
-    from fastmask.training.engine import device_of
-    from fastmask.training.episodes import Budget
-
     device = device_of(config.device)
     threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
     size = sum(parameter.numel() for parameter in task.model.parameters())
@@ -122,23 +147,6 @@ def print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
         sizes = ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
         print(f"  {name}: {sizes} {task.example_word}", file=sys.stderr)
     print(f"  {Budget.of(config, len(datasets))}", file=sys.stderr)
-
-
-def _config(options: argparse.Namespace) -> TrainConfig:
-    """The settings of the run that is resumed or of a file, under those given on the command line."""
-    given = given_settings(options)
-    started = Path(given.get("out", TrainConfig.out), CONFIG_FILE)
-    file = options.config or (started if given.get("resume") and started.is_file() else None)
-    if file == started:
-        given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
-    base = TrainConfig.load(file) if file else TrainConfig()
-    values = {**dataclasses.asdict(base), **given}
-    known = base.task_options if values["task"] == base.task else {}  # else they are of another task
-    values["task_options"] = {**known, **given.get("task_options", {})}
-    config = TrainConfig.from_dict(values)
-    if config.data is None and file is None and "steps" not in given:
-        config = dataclasses.replace(config, steps=EMBEDDED_STEPS)
-    return config
 
 
 def _training_speed(history: list[dict[str, Any]], config: TrainConfig) -> dict[str, float]:

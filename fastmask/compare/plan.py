@@ -58,24 +58,20 @@ class CompareConfig(Settings):
     """Settings of a comparison beside those of training, which its arms share."""
 
     train: str = setting("", "comma-separated codes or treebank names of the training languages", list=True)
-    unseen: str = setting("", "those of the languages that are only adapted to and tested on", list=True)
-    seeds: int = setting(3, "how many seeds; 0, 1, 2, ...", low=1, high=1000)
-    choose: str = setting(
-        "nearest", "how an unseen language gets its subnetwork before it is adapted to", choices=CHOICES
-    )
-    shots: int | None = setting(
-        None, "sentences in a support set of an unseen language; support_sentences if not given", low=1
-    )
-    support_sets: int = setting(3, "random support sets for each unseen language, new ones for each seed", low=1)
+    unseen: str = setting("", "languages that are only adapted to and tested on", list=True)
+    seeds: int = setting(3, "number of seeds (0, 1, 2, ...)", low=1, high=1000)
+    choose: str = setting("nearest", "how an unseen language gets its subnetwork before adaptation", choices=CHOICES)
+    shots: int | None = setting(None, "sentences in a support set; support_sentences if not given", low=1)
+    support_sets: int = setting(3, "random support sets per unseen language, drawn anew for each seed", low=1)
     adapt_steps: int | None = setting(
         None, "gradient steps on a support set; inner_steps of the arm if not given", low=1
     )
-    adapt_optimizer: str = setting("sgd", "what takes those steps", choices=OPTIMIZERS)
+    adapt_optimizer: str = setting("sgd", "optimizer for adapting to a support set", choices=OPTIMIZERS)
     adapt_lr: float | None = setting(
-        None, "learning rate of those steps, outside the encoder; inner_lr of the arm if not given", above=0
+        None, "learning rate for adapting, outside the encoder; inner_lr of the arm if not given", above=0
     )
     adapt_encoder_lr: float | None = setting(
-        None, "learning rate of those steps, encoder; inner_encoder_lr of the arm if not given", low=0
+        None, "learning rate for adapting the encoder; inner_encoder_lr of the arm if not given", low=0
     )
     test_sentences: int = setting(200, "test sentences per language, drawn once; 0: all", low=0)
     keep_models: bool = setting(True, "keep the trained model of each cell, for `fastmask analyze`")

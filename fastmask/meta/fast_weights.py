@@ -25,7 +25,7 @@ from fastmask.optim import can_be_sparse, sparse_gradients
 __all__ = ["FastWeights", "InnerRates", "listed", "rates_of"]
 
 InnerRates = float | Mapping[str, float] | Iterable[Mapping[str, Any]]
-"""One for all parameters, one for each beginning of their names, or groups as torch's optimisers take them."""
+"""One for all parameters, one for each beginning of their names, or groups as torch's optimizers take them."""
 
 
 def listed(rates: InnerRates) -> InnerRates:

@@ -71,7 +71,7 @@ class Adapted:
 class MetaLearner:
     """Runs episodes: adds a meta-gradient to the parameters' `.grad`, and leaves the parameters as they were.
 
-    The outer step is the caller's: any torch optimiser over the ordinary parameters, with whatever clipping.
+    The outer step is the caller's: any torch optimizer over the ordinary parameters, with whatever clipping.
 
         learner = fm.MetaLearner(parser, lambda batch: parser(batch).loss, inner_steps=20,
                                  inner_learning_rate={"encoder": 1e-5, "": 1e-4})
@@ -83,7 +83,7 @@ class MetaLearner:
     For each language the parameters take K steps of SGD on support batches (fast weights phi). FOMAML then adds the
     gradient of the query loss at phi, divided by the number of languages, to `.grad`. Reptile adds (theta - phi),
     divided likewise: a step of plain SGD with learning rate eps is then theta += eps * mean(phi - theta), and other
-    optimisers take it as a gradient.
+    optimizers take it as a gradient.
 
     Masks act in support and query alike, so a unit gets a meta-gradient only from languages that own it. Only what a
     language may change is copied: live parts of masked weights, looked-up rows of embeddings, other parameters whole.
@@ -99,7 +99,7 @@ class MetaLearner:
         inner_steps: K.
         inner_learning_rate: one rate; or a dict from the beginning of parameters' names to their rate ("encoder" is
             everything below `model.encoder`, the longest fitting name counts, "" is all that is left); or groups
-            `{"params": ..., "lr": ...}` as torch's optimisers take them. A rate of 0, or being in no such group, means
+            `{"params": ..., "lr": ...}` as torch's optimizers take them. A rate of 0, or being in no such group, means
             not adapted; backward passes over the support do not reach below the lowest adapted layer. FOMAML gives
             such parameters a meta-gradient all the same, Reptile gives them none.
         inner_dropout: False: inner steps run in evaluation mode, and the query in the mode that the model is in. The

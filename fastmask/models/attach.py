@@ -200,7 +200,7 @@ def freeze_unmasked(model: Model) -> Model:
 
     Masks touch the weights of masked layers, and their biases below row masks (of query, key, value and the first
     projection of an FFN), and all of an adapter that they are put around. Call it on the whole model, before the
-    optimiser is made; a head that is to be trained for the task gets its `requires_grad_()` back afterwards.
+    optimizer is made; a head that is to be trained for the task gets its `requires_grad_()` back afterwards.
 
     Raises:
         ValueError: nothing in the model has a mask.

@@ -316,7 +316,7 @@ class LiveAdamW(torch.optim.AdamW):
 
         Raises:
             TypeError: a parameter that keeps its numbers in other tensors (sharded by FSDP, quantised).
-            ValueError: the group asks for what this optimiser does not do.
+            ValueError: the group asks for what this optimizer does not do.
         """
         _refuse(param_group)
         super().add_param_group(param_group)
@@ -338,7 +338,7 @@ class LiveAdamW(torch.optim.AdamW):
         return {**state_dict, "state": states}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """As in torch: a state of this optimiser, or of `torch.optim.AdamW` in any of its forms.
+        """As in torch: a state of this optimizer, or of `torch.optim.AdamW` in any of its forms.
 
         Raises:
             ValueError: a state with amsgrad, or of other parameters. Nothing has changed then.
@@ -363,7 +363,7 @@ class LiveAdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": states})
         self._held, self._within = held, {}
         for p, state in self.state.items():
-            if "step" in state:  # a number in old states, and on the GPU or not by the form of torch's optimiser
+            if "step" in state:  # a number in old states, and on the GPU or not by the form of torch's optimizer
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=_step_device(p))
         self._look()  # a run that resumes has attached its subnetworks just before
 

@@ -1,4 +1,7 @@
-"""`Subnetworks`: which heads, neurons and weights of a model each language owns."""
+"""`Subnetworks`: which heads, neurons and weights of a model each language owns, in memory and on disk.
+
+On disk they are one safetensors file, bits packed, with a checksum and a versioned header; never pickle.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,33 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fastmask.errors import unknown
+from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed, write_sealed
 
-__all__ = ["UNITS", "Subnetworks"]
+__all__ = ["UNITS", "Subnetworks", "masks_file", "random_of_sizes"]
 
 UNITS = ("heads", "neurons", "both")
+FORMAT, VERSION = "fastmask.subnetworks", "2"
+CONTENT = "content"
+_IN_FOLDERS = ("masks.safetensors", "subnetworks.safetensors")  # of a run, and of a model with masks
+_RESERVED = ("format", "version", CONTENT, "sha256")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_Size = Annotated[int, Field(ge=1)]
+
+
+class _Content(Record):
+    """What a file says of its tensors: uint8 [L, bytes] each, a unit a bit, the lowest bit first."""
+
+    languages: Annotated[tuple[str, ...], Field(min_length=1, max_length=10_000)]
+    shapes: dict[str, tuple[_Size, _Size, _Size]]  # name of the tensor -> of the mask it stands for
 
 
 class Subnetworks:
@@ -42,9 +61,6 @@ class Subnetworks:
         self.languages = _distinct_names(languages)
         self.heads, self.neurons = heads, neurons
         self.weights = dict(weights) if weights else None
-        self._check()
-
-    def _check(self) -> None:
         tensors = self._tensors()
         if not tensors:
             raise ValueError("nothing is masked: give heads, neurons or weights")
@@ -149,7 +165,7 @@ class Subnetworks:
         either = sizes[:, None] + sizes[None, :] - both
         return torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(both))
 
-    # ---- making others of them
+    # ---- deriving others
 
     def map(self, function: Callable[[Tensor], Tensor], languages: Sequence[str] | None = None) -> Subnetworks:
         """New subnetworks of `function` of every mask tensor, bool [L, ...].
@@ -254,9 +270,18 @@ class Subnetworks:
             ValueError: metadata of another type, or under a name that the file uses itself.
             OSError: it cannot be written; what was there before is still there.
         """
-        from fastmask.subnetworks.storage import save
-
-        save(self, path, metadata)
+        metadata = metadata or {}
+        for name, text in metadata.items():
+            if name in _RESERVED or not isinstance(name, str) or not isinstance(text, str):
+                expected = f"names and texts, and no name of {', '.join(_RESERVED)}"
+                raise ValueError(f"metadata has {name!r}: {text!r} (expected {expected})")
+        named: dict[str, Tensor | None] = {f"weights.{name}": keep for name, keep in (self.weights or {}).items()}
+        named |= {"heads": self.heads, "neurons": self.neurons}
+        flags = {name: keep.flatten(1).cpu().numpy() for name, keep in named.items() if keep is not None}
+        packed = {name: torch.from_numpy(np.packbits(of, axis=1, bitorder="little")) for name, of in flags.items()}
+        shapes: dict[str, Any] = {name: tuple(keep.shape) for name, keep in named.items() if keep is not None}
+        content = _Content(languages=self.languages, shapes=shapes).model_dump_json()
+        write_sealed(path, packed, {"format": FORMAT, "version": VERSION, CONTENT: content, **metadata})
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Subnetworks:
@@ -266,9 +291,36 @@ class Subnetworks:
             FileNotFoundError: no such file.
             FileError: a ValueError; the file is damaged (one bit is enough), of another kind or of another version.
         """
-        from fastmask.subnetworks.storage import load
+        path = masks_file(path)
+        header = read_metadata(path)  # before the tensors of what may be another kind of file
+        if header.get("format") != FORMAT:
+            raise FileError(path, "is a safetensors file, but not one of fastmask subnetworks")
+        if (version := header.get("version")) != VERSION:
+            raise FileError(
+                path,
+                f"has format version {version} (expected {VERSION}: write or read it with a fastmask of its version)",
+            )
+        packed, header = read_sealed(path)
+        content: _Content = parse_json(path, header.get(CONTENT, ""), _Content)
+        try:
+            masks = {name: _unpacked(packed[name], shape) for name, shape in content.shapes.items()}
+            weights = {name.removeprefix("weights."): k for name, k in masks.items() if name.startswith("weights.")}
+            return cls(content.languages, masks.get("heads"), masks.get("neurons"), weights=weights)
+        except (ValueError, KeyError) as error:
+            raise FileError(path, f"is damaged: {error}") from None
 
-        return load(path)
+
+def masks_file(path: str | PathLike[str]) -> str | PathLike[str]:
+    """The file itself; of the folder of a run or of a model with masks, the file in it."""
+    return next((inside for name in _IN_FOLDERS if (inside := Path(path, name)).is_file()), path)
+
+
+def _unpacked(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    L, layers, units = shape
+    if packed.dtype != torch.uint8 or packed.shape != (L, -(-layers * units // 8)):
+        raise ValueError(f"bits are {packed.dtype} {tuple(packed.shape)} (expected uint8 for a mask of shape {shape})")
+    flags = np.unpackbits(packed.numpy(), axis=1, count=layers * units, bitorder="little")
+    return torch.from_numpy(flags.view(bool).reshape(shape))
 
 
 def _in_order(languages: Iterable[str]) -> tuple[str, ...]:

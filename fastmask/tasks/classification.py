@@ -21,7 +21,7 @@ __all__ = ["Classification", "ClassificationSettings"]
 class ClassificationSettings(TaskSettings):
     """Settings of classification."""
 
-    text_column: str = setting("text", "column with the text (of a pair the first: the premise)")
+    text_column: str = setting("text", "column with the text (of a pair, the first: the premise)")
     pair_column: str | None = setting(None, "column with the second text of a pair (the hypothesis)")
     label_column: str = setting("label", "column with the class, a name or a number")
 

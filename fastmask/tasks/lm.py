@@ -29,8 +29,8 @@ class LanguageModellingSettings(TaskSettings):
     """Settings of language modelling."""
 
     text_column: str = setting("text", "column with the text; a list of words is joined")
-    kind: str = setting("auto", "what is predicted: masked tokens, or the next one", choices=("auto", *CLASSES))
-    mask_share: float = setting(0.15, "share of the tokens that are predicted (masked)", above=0, below=1)
+    kind: str = setting("auto", "what to predict: masked tokens or the next token", choices=("auto", *CLASSES))
+    mask_share: float = setting(0.15, "share of tokens to predict (masked)", above=0, below=1)
 
 
 class LanguageModelling(TransformersTask):

@@ -32,11 +32,12 @@ SCHEMES = ("auto", "words", "spans", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "B
 class TaggingSettings(TaskSettings):
     """Settings of tagging."""
 
-    text_column: str = setting("words", "column with the words of a sentence, a list")
-    label_column: str = setting("upos", "column with their tags, a list as long")
+    text_column: str = setting("words", "column with the words of a sentence (a list)")
+    label_column: str = setting("upos", "column with their tags (a list of the same length)")
     scheme: str = setting(
         "auto",
-        "score words, or spans: as conlleval does, or strictly by a scheme (auto: spans if there are tags B-... I-...)",
+        "what to score: words, spans as conlleval reads them, or spans read strictly by a scheme (auto: spans if "
+        "there are B- and I- tags)",
         choices=SCHEMES,
     )
 

@@ -83,7 +83,7 @@ class Loss:
 class TaskSettings(Settings):
     """Settings of a task beside those of training; a subclass adds fields, each of them a command-line option."""
 
-    language_column: str = setting("language", "column of the data that names an example's language")
+    language_column: str = setting("language", "column with the language of an example")
 
 
 class Task(abc.ABC):
@@ -221,7 +221,7 @@ class Task(abc.ABC):
         return list(input_embeddings(self.encoder))
 
     def freeze_embeddings(self) -> None:
-        """Leave `input_embeddings` as they are from now on: no gradient reaches them, and no optimiser keeps moments.
+        """Leave `input_embeddings` as they are from now on: no gradient reaches them, and no optimizer keeps moments.
 
         A table that the output layer shares (tied weights) is frozen there, too.
         """

@@ -24,11 +24,11 @@ class TranslationSettings(TaskSettings):
     source_column: str = setting("source", "column with the text to translate")
     target_column: str = setting("target", "column with its translation")
     source_code: str | None = setting(
-        None, "what the tokenizer calls the source language (eng_Latn, en_XX), or a column that says it"
+        None, "the tokenizer's code for the source language (eng_Latn, en_XX), or the column that holds it"
     )
-    target_code: str | None = setting(None, "the same of the target language")
-    beams: int = setting(1, "hypotheses that generation follows", low=1)
-    max_new_tokens: int = setting(128, "pieces of a translation, at most", low=1)
+    target_code: str | None = setting(None, "the same for the target language")
+    beams: int = setting(1, "number of beams in generation", low=1)
+    max_new_tokens: int = setting(128, "maximum length of a translation, in pieces", low=1)
 
 
 class Translation(TransformersTask):

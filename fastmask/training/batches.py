@@ -34,7 +34,7 @@ _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
 class Seen:
     """What one gradient was computed on."""
 
-    step: int  # of the run, once the optimiser has taken this gradient
+    step: int  # of the run, once the optimizer has taken this gradient
     losses: dict[str, float]  # means over all processes; "loss" is the one whose gradient it is
     words: int  # of the batches that went through the model, over all processes
     languages: list[str]  # whose examples they were, at least those of this process
@@ -49,7 +49,7 @@ class MixedBatches:
     ) -> None:
         """Set up the sampling; `model` is the task's, or what wraps it where there are several processes."""
         self.title = "full network"  # in the progress bar
-        self.rates = peak_rates(task, config)  # of each parameter group of the optimiser
+        self.rates = peak_rates(task, config)  # of each parameter group of the optimizer
         self.task, self.model, self.accelerator, self.config = task, model, accelerator, config
         parts = list(train.values())
         self.joined = type(parts[0]).join(parts)

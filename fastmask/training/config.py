@@ -20,64 +20,75 @@ METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "share
 METAS = ("none", *ALGORITHMS)
 DEVICES = ("auto", "cpu", "cuda")
 
-_GROUPS = ("data", "model", "subnetworks", "meta-learning", "optimisation", "logging")
-_data, _model, _subnetworks, _meta, _optimisation, _logging = (partial(setting, group=title) for title in _GROUPS)
+_GROUPS = ("data", "model", "subnetworks", "meta-learning", "optimization", "logging")
+_data, _model, _subnetworks, _meta, _optimization, _logging = (partial(setting, group=title) for title in _GROUPS)
 
 
 @dataclass
 class TrainConfig(Settings):
     """Settings of a run. Every field's `metadata` has "help", its "group" and the limits that `validate` checks."""
 
-    task: str = _data("parsing", "parsing, tagging, classification, lm, translation, or module:Class")
-    data: str | None = _data(
-        None, "where the data is: a folder, a file or a name on the Hub; a demonstration if not given"
-    )
+    task: str = _data("parsing", "parsing, tagging, classification, lm, translation, or your own as module:Class")
+    data: str | None = _data(None, "a folder, a file or a name on the Hub; a demonstration if not given")
     languages: str | None = _data(
-        None, "comma-separated codes or treebank names, as in en,ar,UD_Czech-CAC; all if not given", list=True
+        None, "languages to train on, by code, name or treebank, as in en,ar,UD_Czech-CAC; all if not given", list=True
     )
     task_options: dict[str, Any] = _data({}, "settings of the task, by name")  # noqa: RUF009
     max_length: int = _data(
-        512, "words or pieces per training example; longer ones are left out or cut, as the task says", low=4
+        512,
+        "maximum words or pieces per training example; longer ones are dropped or truncated, depending on the task",
+        low=4,
     )
     temperature: float = _data(
-        0.0, "languages are drawn in proportion to size ** temperature; 0: equally", low=0, high=1
+        0.0, "languages are sampled in proportion to size ** temperature; 0: uniformly", low=0, high=1
     )
 
-    model: str = _model("small", "an encoder on disk or on the Hub; 'small' is trained from scratch (parsing)")
-    precision: str = _model("no", "numbers in matrix products: float32 (no) or bfloat16 (bf16)", choices=("no", "bf16"))
-    device: str = _model("auto", "where to compute: a GPU where there is one (auto), cpu or cuda", choices=DEVICES)
-    threads: int | None = _model(None, "CPU threads; PyTorch's choice if not given", low=1)
+    model: str = _model("small", "encoder on disk or on the Hub, or small: one that is trained from scratch (parsing)")
+    precision: str = _model("no", "precision of matrix products: float32 (no) or bfloat16 (bf16)", choices=("no", "bf16"))
+    device: str = _model("auto", "where to compute; auto: on a GPU if there is one", choices=DEVICES)
+    threads: int | None = _model(None, "number of CPU threads; PyTorch's choice if not given", low=1)
 
     method: str = _subnetworks(
         "static",
-        "which subnetworks: none, found per language, found and then updated while training, or a control: random, "
-        "found ones over other units, another language's, one shared, or the full network with a vector per language",
+        "which subnetworks to train: none (full), one found per language (static), the same but updated during "
+        "training (dynamic), or a control: random ones, found ones moved to other units (permuted), another "
+        "language's (shuffled), one for all languages (shared), or the full network with a learned vector per "
+        "language (vector)",
         choices=METHODS,
     )
-    units: str = _subnetworks("both", "what a subnetwork is made of", choices=UNITS)
-    density: float | None = _subnetworks(None, "share of units kept; found by tau if not given", above=0, high=1)
-    masks: str | None = _subnetworks(None, "file of subnetworks to train instead of finding them (`fastmask discover`)")
+    units: str = _subnetworks("both", "what subnetworks are made of", choices=UNITS)
+    density: float | None = _subnetworks(None, "share of units to keep; set by tau if not given", above=0, high=1)
+    masks: str | None = _subnetworks(
+        None, "file of subnetworks to train, from `fastmask discover`, instead of finding them"
+    )
     score: str = _subnetworks(
         "gradient",
-        "what ranks units: gradients of their gates, these minus other languages' (relative), whose activity they are "
-        "(entropy), or Shapley values of heads",
+        "how units are ranked: by the gradients of their gates (gradient), by these minus those of other languages "
+        "(relative), by how much of their activity belongs to the language (entropy), or by Shapley values of heads "
+        "(shapley)",
         choices=SCORES,
     )
-    score_sentences: int = _subnetworks(256, "training examples per language that units are scored on", low=1)
-    draws: int = _subnetworks(1, "draws of those examples; a language keeps the units that most of them keep", low=1)
+    score_sentences: int = _subnetworks(256, "training examples per language used to score units", low=1)
+    draws: int = _subnetworks(
+        1, "how many times to draw those examples; a language keeps the units that most draws keep", low=1
+    )
     tau: float = _subnetworks(
         0.95,
-        "prune while the dev score is at least tau of the full network's (without one, the loss may rise by -ln tau)",
+        "prune while the dev score stays at or above tau times that of the full network (without dev data: while the "
+        "loss rises by no more than -ln tau)",
         above=0,
         high=1,
     )
     discover_at: float = _subnetworks(
-        0.6, "share of the steps, on the full network, after which subnetworks and episodes begin", low=0, below=1
+        0.6,
+        "share of the steps for which the full network is trained before the switch to subnetworks and episodes",
+        low=0,
+        below=1,
     )
     update_every: int = _subnetworks(100, "steps between updates of dynamic subnetworks", low=1)
     freeze_masks: float = _subnetworks(
         0.25,
-        "share of the steps after the switch, at their end, in which dynamic subnetworks stay as they are",
+        "share of the steps after the switch, at the end, during which dynamic subnetworks no longer change",
         low=0,
         high=1,
     )
@@ -85,76 +96,88 @@ class TrainConfig(Settings):
 
     meta: str = _meta(
         "none",
-        "after the switch train in plain mixed batches (none), or in episodes of meta-learning: FOMAML or Reptile",
+        "how to train after the switch: in plain mixed batches (none), or in episodes of meta-learning (FOMAML or "
+        "Reptile)",
         choices=METAS,
     )
     meta_budget: str = _meta(
         "sentences",
-        "what runs with and without meta-learning have in common: the examples that they draw (a support set counts "
-        "once), or the optimiser's steps (one episode for each)",
+        "what runs with and without meta-learning share: the number of examples drawn (a support set counts once), "
+        "or the number of optimizer steps (one per episode)",
         choices=("sentences", "updates"),
     )
-    inner_steps: int = _meta(5, "SGD steps on a language's support set in an episode", low=1)
+    inner_steps: int = _meta(5, "SGD steps per episode on the support set of each language", low=1)
     inner_lr: float = _meta(
-        0.01, "learning rate of those steps, of everything but the encoder (published for mBERT: 1e-4)", above=0
+        0.01, "learning rate of the inner steps, outside the encoder (published for mBERT: 1e-4)", above=0
     )
     inner_encoder_lr: float = _meta(
-        0.003, "the same of the encoder, with the word embeddings of the small one (published for mBERT: 1e-5)", low=0
+        0.003,
+        "learning rate of the inner steps for the encoder, in the small parser also for its word embeddings "
+        "(published for mBERT: 1e-5)",
+        low=0,
     )
-    support_sentences: int = _meta(20, "examples of a support batch", low=1)
-    query_sentences: int = _meta(20, "examples that a language's meta-gradient is computed on (FOMAML)", low=1)
+    support_sentences: int = _meta(20, "examples in a support batch", low=1)
+    query_sentences: int = _meta(
+        20, "examples in a query batch, on which the meta-gradient is computed (FOMAML)", low=1
+    )
     meta_batch: int | None = _meta(None, "languages per episode, drawn anew for each; all if not given", low=1)
     meta_lr: float | None = _meta(
         None,
-        "peak learning rate of the episodes' outer steps (not of a pretrained encoder); lr if not given",
+        "peak learning rate of the outer steps, outside a pretrained encoder; lr if not given",
         above=0,
         high=1,
     )
     meta_encoder_lr: float | None = _meta(
-        None, "the same of a pretrained encoder; encoder_lr if not given", above=0, high=1
+        None, "peak learning rate of the outer steps for a pretrained encoder; encoder_lr if not given", above=0, high=1
     )
 
-    steps: int = _optimisation(1500, "optimiser steps in all; 600 if not given on the demonstration", low=1)
-    batch_size: int = _optimisation(32, "examples per step, over all languages and processes", low=1)
-    seed: int = _optimisation(0, "of weights, order of examples, dropout and random masks", low=0, high=2**32 - 1)
-    lr: float = _optimisation(1e-3, "peak learning rate (of everything but a pretrained encoder)", above=0, high=1)
-    encoder_lr: float = _optimisation(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
-    warmup: float = _optimisation(0.05, "share of the steps in which the learning rate climbs", low=0, below=1)
-    schedule: str = _optimisation(
-        "cosine", "how the learning rate falls to the end", choices=("cosine", "linear", "constant")
+    steps: int = _optimization(
+        1500, "number of training steps; the demonstration takes 600 unless told otherwise", low=1
     )
-    freeze_embeddings: bool = _optimisation(
+    batch_size: int = _optimization(32, "examples per step, over all languages and processes", low=1)
+    seed: int = _optimization(
+        0, "random seed for weights, order of examples, dropout and random masks", low=0, high=2**32 - 1
+    )
+    lr: float = _optimization(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
+    encoder_lr: float = _optimization(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
+    warmup: float = _optimization(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
+    schedule: str = _optimization("cosine", "how the learning rate decays after warmup", choices=("cosine", "linear", "constant"))
+    freeze_embeddings: bool = _optimization(
         False,
-        "leave the input embeddings as they are (of a pretrained encoder: pieces, positions, token types), in training "
-        "and adaptation",
+        "do not train the input embeddings (of a pretrained encoder: pieces, positions and token types), nor adapt "
+        "them",
     )
-    optimizer: str = _optimisation(
+    optimizer: str = _optimization(
         "adamw",
-        "AdamW, or one that leaves alone what no language of a batch owns, and the rows of the input embeddings that "
-        "it does not look up (live)",
+        "AdamW (adamw), or an AdamW that skips weights that no language in the batch owns and rows of the input "
+        "embeddings that the batch does not look up (live)",
         choices=("adamw", "live"),
     )
-    conflict: str = _optimisation(
+    conflict: str = _optimization(
         "none",
-        "what is done where gradients of two languages point against each other: nothing, or the part that does is "
-        "taken off (pcgrad; a gradient for each language, in plain batches)",
+        "what to do when the gradients of two languages conflict: nothing (none), or remove the component of each "
+        "that opposes the other (pcgrad; takes one gradient per language, in plain batches only)",
         choices=("none", "pcgrad"),
     )
-    weight_decay: float = _optimisation(0.01, "AdamW's, on matrices only", low=0, high=1)
-    max_grad_norm: float = _optimisation(1.0, "gradients are scaled down to this norm", above=0)
+    weight_decay: float = _optimization(0.01, "weight decay of AdamW, applied to matrices only", low=0, high=1)
+    max_grad_norm: float = _optimization(1.0, "maximum norm of the gradient; larger ones are clipped", above=0)
 
     out: str = _logging("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model")
-    resume: bool = _logging(False, "go on from the last checkpoint in `out`, with the settings of that run")
-    eval_every: int = _logging(250, "steps between dev scores; 0: only at the end", low=0)
+    resume: bool = _logging(False, "continue from the last checkpoint in `out`, with the settings of that run")
+    eval_every: int = _logging(250, "steps between evaluations on dev data; 0: only at the end", low=0)
     dev_sentences: int = _logging(
-        100, "random dev examples per language to score in training, the same in all runs; 0: all", low=0
+        100,
+        "dev examples per language to score during training, drawn at random and the same in all runs; 0: all",
+        low=0,
     )
     checkpoint_every: int = _logging(250, "steps between checkpoints; 0: only at the switch and at the end", low=0)
     keep_checkpoints: int = _logging(
-        2, "how many of the last checkpoints stay, beside that of the switch; 0: all, for `fastmask analyze`", low=0
+        2,
+        "how many of the latest checkpoints to keep, besides the one at the switch; 0: all, for `fastmask analyze`",
+        low=0,
     )
     log_every: int = _logging(10, "steps between lines of the metrics file", low=1)
-    tensorboard: bool = _logging(False, "write TensorBoard files into `out`")
+    tensorboard: bool = _logging(False, "write TensorBoard files to `out`")
 
     @property
     def task_class(self) -> type[Task]:

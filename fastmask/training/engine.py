@@ -1,4 +1,4 @@
-"""How steps are taken: device, processes, optimiser, learning rates, random states."""
+"""How steps are taken: device, processes, optimizer, learning rates, random states."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             dist.all_reduce(parameter.grad)
 
 
-# ---- optimiser and learning rates
+# ---- optimizer and learning rates
 
 
 def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimiser over the trainable parameters; vectors (biases, LayerNorm) do not decay. Rates: `peak_rates`."""
+    """The optimizer over the trainable parameters; vectors (biases, LayerNorm) do not decay. Rates: `peak_rates`."""
     settings: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
         for ((_, decays), parameters), rate in zip(_groups(task).items(), peak_rates(task, config), strict=True)

@@ -6,7 +6,7 @@ languages, and their gradients are summed.
 
 A *step* of a run is what a plain batch of `batch_size` examples moves it on by; learning rate, scores and checkpoints
 follow that axis with and without meta-learning. How many steps an episode moves it on by follows from what runs with
-and without meta-learning have in common (`meta_budget`): the examples that they draw, or the optimiser's steps.
+and without meta-learning have in common (`meta_budget`): the examples that they draw, or the optimizer's steps.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Budget:
     """
 
     steps: int  # of the run, in all
-    plain_steps: int  # of them, optimiser steps on one mixed batch each
-    episodes: int  # optimiser steps on the meta-gradient of one episode each; 0 without meta-learning
-    outer_steps: int  # steps of the optimiser in all: `plain_steps` + `episodes`
+    plain_steps: int  # of them, optimizer steps on one mixed batch each
+    episodes: int  # optimizer steps on the meta-gradient of one episode each; 0 without meta-learning
+    outer_steps: int  # steps of the optimizer in all: `plain_steps` + `episodes`
     episode_sentences: int  # different sentences that one episode draws
     sentences: int  # drawn in all; several epochs draw one several times
     gradient_passes: int
@@ -97,7 +97,7 @@ class Budget:
         """One line for people."""
         of_episodes = f" ({self.plain_steps:,} plain, {self.episodes:,} episodes)" if self.episodes else ""
         return (
-            f"{self.outer_steps:,} optimiser steps{of_episodes}, {self.sentences:,} training examples drawn, "
+            f"{self.outer_steps:,} optimizer steps{of_episodes}, {self.sentences:,} training examples drawn, "
             f"{self.gradient_passes:,} gradient passes"
         )
 

@@ -49,7 +49,7 @@ class TrainResult:
     subnetworks: Subnetworks | None  # of the languages, or None for method `full`; of method `dynamic` the last ones
     history: list[dict[str, Any]] = field(repr=False)  # the records of ``metrics.jsonl``
     run: Path  # the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``
-    budget: Budget  # how many optimiser steps, episodes, gradient passes and examples that took
+    budget: Budget  # how many optimizer steps, episodes, gradient passes and examples that took
     scouting_share: float | None = None  # of the time since the switch or resuming; of method `dynamic`
 
 
@@ -170,7 +170,7 @@ class _Run:
     # ---- a step, and what is due after it
 
     def _update(self) -> None:
-        """Take one step of the optimiser."""
+        """Take one step of the optimizer."""
         config = self.config
         warmup = round(config.steps * config.warmup)
         factor = engine.learning_rate_factor(self.step, config.steps, warmup, config.schedule)

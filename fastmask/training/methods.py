@@ -22,7 +22,7 @@ from fastmask.models.modes import evaluating
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
-from fastmask.subnetworks.storage import masks_file
+from fastmask.subnetworks.subnetworks import masks_file
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import preserved_random_state

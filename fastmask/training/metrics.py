@@ -59,7 +59,7 @@ class MetricsLog:
         self._words, self._since = 0, time.perf_counter()
 
     def count(self, values: Mapping[str, float], words: int) -> None:
-        """Add what one step of the optimiser reports."""
+        """Add what one step of the optimizer reports."""
         for name, value in {**values, "steps": 1}.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self._words += words

@@ -145,13 +145,13 @@ def read_progress(path: Path) -> Progress:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimiser whose state is tensors, as AdamW's is; its settings are those of the run."""
+    """The state of an optimizer whose state is tensors, as AdamW's is; its settings are those of the run."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": tensor for number, of in state.items() for name, tensor in of.items()}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` returned into an optimiser over the same parameters."""
+    """Put back what `optimizer_tensors` returned into an optimizer over the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")

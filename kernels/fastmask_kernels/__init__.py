@@ -6,7 +6,7 @@ gathered live rows; dW of heads has one program for each block (`row_owned_grad`
 and their packed width. Blocks and single weights: `tile_layout` lists the live tiles of a mask; `tile_matmul` and
 `tile_weight_grad` walk them, under the names `masked_matmul` and `masked_weight_grad` below; `pair_matmul` and
 `pair_weight_grad` take two neighbouring tiles of 64 at once. `naive_rows` and `naive_tiles` define each in plain torch.
-`live_adamw` takes an optimiser's step on the live part of many weights. `row_configs` chooses block sizes by
+`live_adamw` takes an optimizer's step on the live part of many weights. `row_configs` chooses block sizes by
 `cost_model`, `tuning` remembers measured ones; `recorder` sees, without a GPU, what would be launched, and
 `compile_report` compiles it.
 """

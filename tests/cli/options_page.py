@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from argparse import Action, ArgumentParser
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 
-from fastmask.cli import _commands
+from fastmask.cli import _parser
 from fastmask.tasks.registry import TASKS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
@@ -22,9 +21,9 @@ OF_ALL = ("help", "debug")
 
 def parser_of(command: str, *arguments: str) -> ArgumentParser:
     """The parser of one command, with the options of what its arguments name."""
-    parser = _commands()[1][command]
-    import_module(f"fastmask.cli.{command}").add_options(parser, [command, *arguments])
-    return parser
+    commands = next(action for action in _parser([command, *arguments])._actions if action.dest == "command")
+    assert commands.choices is not None
+    return commands.choices[command]
 
 
 def tables_of(command: str) -> str:

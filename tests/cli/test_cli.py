@@ -15,7 +15,7 @@ from typed_command import output_of
 
 import fastmask as fm
 from fastmask.cli import main
-from fastmask.cli.evaluate import which_data
+from fastmask.cli.options import which_data
 from fastmask.files import MANIFEST, files_in, read_metadata, write_manifest
 from fastmask.tasks.data.synthetic import SEEN
 from fastmask.training.config import TrainConfig

@@ -9,7 +9,7 @@ from options_page import parser_of
 from typed_command import failure_of
 
 from fastmask.cli import COMMANDS
-from fastmask.cli.inputs import DATA, FILE, RUN, Input
+from fastmask.cli.options import DATA, FILE, RUN, Input
 
 # The folder is neither a run nor data, and the file holds nothing: whatever was loaded would complain of these.
 MISSING = [

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastmask as fm
-from fastmask.deltas.part import Part
+from fastmask.deltas import Part
 from fastmask.files import FileError, read_sealed, write_sealed
 from fastmask.live import live_of
 from fastmask.models.attach import attached

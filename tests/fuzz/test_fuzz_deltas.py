@@ -7,8 +7,7 @@ from mutations import in_order, mutants
 from verdicts import Verdicts
 
 from fastmask import Delta
-from fastmask.deltas.delta import Change
-from fastmask.deltas.part import Part
+from fastmask.deltas import Change, Part
 from fastmask.live import live_of
 from tests.core.oracle import KINDS, random_mask
 

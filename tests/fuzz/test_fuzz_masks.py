@@ -7,7 +7,7 @@ from mutations import in_order, mutants
 from verdicts import Verdicts
 
 from fastmask import Subnetworks
-from fastmask.subnetworks.storage import metadata_of
+from fastmask.files import read_metadata
 
 
 def test_masks(count, tmp_path):
@@ -20,10 +20,10 @@ def test_masks(count, tmp_path):
     subnets = Subnetworks(["de", "språk", "日本"], keep(2, 5), keep(2, 9), {"encoder.a": keep(3, 7)})
     path, verdicts = tmp_path / "masks.safetensors", Verdicts()
     subnets.save(path, {"made_from": '{"runs": ["a", "b"], "seeds": 2}'})
-    original, notes = in_order(path.read_bytes()), metadata_of(path)
+    original, notes = in_order(path.read_bytes()), read_metadata(path)
 
     def read():
-        return Subnetworks.load(path), metadata_of(path)
+        return Subnetworks.load(path), read_metadata(path)
 
     for what, content in mutants(original, "safetensors", count, "masks"):
         path.write_bytes(content)

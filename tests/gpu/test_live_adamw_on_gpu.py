@@ -77,7 +77,7 @@ def test_a_step_does_not_wait_for_the_gpu():
 
 @pytest.mark.parametrize("form", [{}, {"fused": True}, {"foreach": True}], ids=str)
 def test_states_go_both_ways(form):
-    """Whatever form of torch it comes from, either optimiser resumes from the state of the other."""
+    """Whatever form of torch it comes from, either optimizer resumes from the state of the other."""
     torch.manual_seed(0)
     net = Net("rows").to(DEVICE)
     plain = copy.deepcopy(net)

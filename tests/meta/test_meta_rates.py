@@ -36,7 +36,7 @@ def test_the_longest_prefix_that_ends_at_a_dot_counts():
     assert rates["head.bias"] == 3.0
 
 
-def test_groups_as_optimisers_take_them():
+def test_groups_as_optimizers_take_them():
     """Groups may be generators, and exactly their parameters are adapted."""
     model = Model()
     groups = [{"params": model.head.parameters(), "lr": 0.5}, {"params": model.encoder[1].weight, "lr": 0.25}]

@@ -233,7 +233,7 @@ def test_hooks_registered_after_attach(model, expected):
 
 
 def test_hooks_of_the_library(model):
-    """Those of an optimiser are no obstacle to detach, nor to sending the model to a process."""
+    """Those of an optimizer are no obstacle to detach, nor to sending the model to a process."""
     optimizer = fm.LiveAdamW(model.parameters(), model=model)
     run(model).sum().backward()
     optimizer.step()

@@ -45,7 +45,7 @@ def optimizer_of(net, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"maximize": True}, {"weight_decay": 0.0, "betas": (0.5, 0.9), "eps": 1e-3}])
 def test_it_is_adamw_where_all_is_live(dtype, options):
-    """Training the full network equals training it with torch's optimiser, to rounding."""
+    """Training the full network equals training it with torch's optimizer, to rounding."""
     torch.manual_seed(0)
     options = {"lr": 1e-2, "weight_decay": 0.1, **options}
     net = Net("rows").to(dtype)
@@ -292,7 +292,7 @@ def test_frozen_masked_layers(kind):
     assert not torch.equal(net.after.weight, before["after.weight"])
 
 
-# ---- an optimiser like any other
+# ---- an optimizer like any other
 
 
 def test_groups_schedulers_and_missing_gradients():

@@ -34,7 +34,7 @@ def _single_weights_too(monkeypatch):
 
 
 def moments(optimizer):
-    """Numbers that the optimiser keeps of masked weights, and of everything."""
+    """Numbers that the optimizer keeps of masked weights, and of everything."""
     state = optimizer.state
     return {p: state[p]["exp_avg"].numel() for p in state}
 

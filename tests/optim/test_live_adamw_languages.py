@@ -261,7 +261,7 @@ def test_names_of_attached_languages(bert):
 
 
 def test_subnetworks_that_come_go_and_change(bert):
-    """Subnetworks attached, changed or detached later change what the optimiser moves."""
+    """Subnetworks attached, changed or detached later change what the optimizer moves."""
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
     bert_loss(bert).backward()
     assert_only_moved(bert, optimizer, -1)
@@ -359,8 +359,8 @@ def test_gradient_checkpointing(bert):
         assert_only_moved(bert, optimizer, 1)
 
 
-def test_copies_of_the_model_leave_the_optimiser_behind(net):
-    """A copy of a watched model, or its file, holds nothing of the optimiser and is not watched."""
+def test_copies_of_the_model_leave_the_optimizer_behind(net):
+    """A copy of a watched model, or its file, holds nothing of the optimizer and is not watched."""
     size = len(pickle.dumps(net))
     optimizer = optimizer_of(net)
     backward(net, 0)

@@ -63,7 +63,7 @@ def test_resuming_is_exact(net):
 @KINDS
 @pytest.mark.parametrize("form", [{}, {"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 def test_states_go_both_ways(net, form):
-    """A run begun with torch's optimiser can be continued with ours, and the other way round."""
+    """A run begun with torch's optimizer can be continued with ours, and the other way round."""
     plain = copy.deepcopy(net)
     before = trained(plain, lambda n: theirs(n, **form), 3)
     optimizer = ours(net)
@@ -83,7 +83,7 @@ def test_states_go_both_ways(net, form):
 
 @KINDS
 def test_keys_and_shapes_are_those_of_torch(net):
-    """Tools that read optimiser states can read ours."""
+    """Tools that read optimizer states can read ours."""
     plain = copy.deepcopy(net)
     one, other = (trained(n, make, 2).state_dict() for n, make in ((net, ours), (plain, theirs)))
     assert one["param_groups"] == other["param_groups"]
@@ -106,7 +106,7 @@ def test_a_state_with_amsgrad_is_refused(net):
 
 
 def test_a_copy_is_refused(net):
-    """An optimiser cannot be copied or pickled: the copy would have lost its model."""
+    """An optimizer cannot be copied or pickled: the copy would have lost its model."""
     optimizer = trained(net, ours, 1)
     with pytest.raises(TypeError, match="state_dict"):
         copy.deepcopy(optimizer)

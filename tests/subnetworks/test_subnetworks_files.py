@@ -15,7 +15,6 @@ from typed_command import failure_of, output_of
 
 import fastmask.files as files
 from fastmask import Subnetworks
-from fastmask.subnetworks.storage import metadata_of
 
 
 @settings(max_examples=30, deadline=None)
@@ -41,7 +40,7 @@ def test_files_round_trip(L, shape, seed, parts, tmp_path_factory):
     path = tmp_path_factory.mktemp("masks") / "masks.safetensors"
     subnets.save(path, {"note": "x"})
     assert Subnetworks.load(path) == subnets
-    assert metadata_of(path)["note"] == "x"
+    assert files.read_metadata(path)["note"] == "x"
     assert [p.name for p in path.parent.iterdir()] == ["masks.safetensors"]
 
 

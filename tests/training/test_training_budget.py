@@ -23,11 +23,11 @@ def test_an_episode_counts_as_many_steps_as_the_sentences_that_it_draws(tmp_path
     assert budget.after(1) == {"outer_steps": 61, "sentences": 60 * 8 + 18, "gradient_passes": 60 + 18}
     assert budget.after(17) == {name: getattr(budget, name) for name in ("outer_steps", "sentences", "gradient_passes")}
     assert str(budget) == (
-        "77 optimiser steps (60 plain, 17 episodes), 786 training examples drawn, 366 gradient passes"
+        "77 optimizer steps (60 plain, 17 episodes), 786 training examples drawn, 366 gradient passes"
     )
     plain = Budget.of(toy_config(tmp_path, steps=100, batch_size=8), 3)
     assert (plain.episodes, plain.outer_steps, plain.sentences, plain.gradient_passes) == (0, 100, 800, 100)
-    assert str(plain) == "100 optimiser steps, 800 training examples drawn, 100 gradient passes"
+    assert str(plain) == "100 optimizer steps, 800 training examples drawn, 100 gradient passes"
 
 
 def test_inner_steps_cost_passes_and_no_sentences(tmp_path) -> None:
@@ -56,8 +56,8 @@ def test_reptile_draws_a_batch_for_each_inner_step_and_no_query(tmp_path) -> Non
     assert budget.gradient_passes == 50 + budget.episodes * 2 * 5
 
 
-def test_one_episode_for_each_step_of_the_optimiser(tmp_path) -> None:
-    """With `meta_budget` updates a run takes as many steps of the optimiser as one without meta-learning."""
+def test_one_episode_for_each_step_of_the_optimizer(tmp_path) -> None:
+    """With `meta_budget` updates a run takes as many steps of the optimizer as one without meta-learning."""
     config = toy_config(tmp_path, steps=100, batch_size=8, meta_budget="updates", **META)
     budget = Budget.of(config, 3)
     assert (budget.plain_steps, budget.episodes, budget.outer_steps) == (50, 50, 100)

@@ -73,7 +73,7 @@ def dynamic_settings(method: str) -> dict[str, Any]:
 @pytest.mark.parametrize("meta", ["fomaml", "reptile"])
 @pytest.mark.parametrize("method", ["full", "random"])
 @pytest.mark.parametrize("inner", [(0.2, 0.05), (0.1, 0.1)])
-def test_the_optimiser_gets_the_literal_meta_gradient(
+def test_the_optimizer_gets_the_literal_meta_gradient(
     meta: str, method: str, inner: tuple[float, float], tmp_path: Path
 ) -> None:
     """Batches, rates, masks, averages and Reptile's scale are those of a literal episode."""
@@ -374,7 +374,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "--steps", "20", "--model", str(tmp_path / "encoder")]) == 0
     said = capsys.readouterr()
     assert "words/s in episodes" in said.out
-    spent = "14 optimiser steps (12 plain, 2 episodes), 160 training examples drawn, 24 gradient passes"
+    spent = "14 optimizer steps (12 plain, 2 episodes), 160 training examples drawn, 24 gradient passes"
     assert f"  {spent}\n" in said.err
     assert f"spent: {spent}\n" in said.out
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""Frozen input embeddings: no gradient and no optimiser state, in every part of a run and in what comes after it."""
+"""Frozen input embeddings: no gradient and no optimizer state, in every part of a run and in what comes after it."""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ def test_dynamic_masks_change_and_are_what_the_run_leaves(unbroken_dynamic: Trai
 
 
 def test_masks_are_frozen_at_the_end(tmp_path: Path) -> None:
-    """No mask may change in the last share of the steps after the switch, nor ever after the last optimiser step."""
+    """No mask may change in the last share of the steps after the switch, nor ever after the last optimizer step."""
     for freeze, last in ((0.0, 11), (0.1, 11), (0.5, 9), (1.0, 6)):
         result = dynamic_run(tmp_path / str(freeze), update_every=1, freeze_masks=freeze, eval_every=0)
         changed = [record["step"] for record in result.history if "masks_changed" in record]

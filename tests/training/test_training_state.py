@@ -1,4 +1,4 @@
-"""Weights, optimiser and random states on disk: they come back to the bit."""
+"""Weights, optimizer and random states on disk: they come back to the bit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def optimizers(model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["adamw", "fused", "live"])
-def test_an_optimiser_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
+def test_an_optimizer_goes_on_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
     """After loading, the next steps are the same to the bit."""
 
     def steps(model: Any, optimizer: Any, seeds: range) -> None:

@@ -18,9 +18,9 @@ BELOW = ("encoder.", "trigrams.", "upos.", "root")
 
 
 def literal(parser, number, optimizer, steps, rates, support):
-    """The same steps by a torch optimiser on a copy that is masked by zeroing gradients, and multiplied by masks.
+    """The same steps by a torch optimizer on a copy that is masked by zeroing gradients, and multiplied by masks.
 
-    Heads and neurons that are dead get no gradient in an attached model, so a copy of it will do; only the optimiser
+    Heads and neurons that are dead get no gradient in an attached model, so a copy of it will do; only the optimizer
     is torch's own, over all parameters, dense.
     """
     parser = copy.deepcopy(parser)
@@ -44,7 +44,7 @@ def literal(parser, number, optimizer, steps, rates, support):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("number", [1, 3, -1])
 def test_the_steps_of_torch(optimizer, number):
-    """Steps are those of torch's optimiser, with each group's own rate."""
+    """Steps are those of torch's optimizer, with each group's own rate."""
     parser, _ = parser_with_subnets()
     support = support_of(parser, times=3)
     before = bits_of(parser)

@@ -43,7 +43,7 @@ COLUMNS = ["words", "upos", "heads", "deprels"]
 class ParsingSettings(TaskSettings):
     """Settings of the parser."""
 
-    subtypes: str = setting("drop", "subtypes of relations (nsubj:pass)", choices=SUBTYPES)
+    subtypes: str = setting("drop", "whether to drop or keep subtypes of relations (nsubj:pass)", choices=SUBTYPES)
 
 
 class Parsing(Task):

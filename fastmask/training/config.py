@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastmask.discovery.pruning import SCORES
+from fastmask.discovery import SCORES
 from fastmask.dynamic.dynamic import STRATEGIES
 from fastmask.meta.learner import ALGORITHMS
 from fastmask.settings import ConfigError, Settings, items_of, setting

@@ -171,7 +171,7 @@ def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:
 
 def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> Any:
     """The test examples, without those that stand in the support set; None if no test was given."""
-    from fastmask.unseen.support import without_repeats
+    from fastmask.unseen.adapting import without_repeats
 
     task, settings = loaded.task, loaded.config.task_settings
     if options.test:

@@ -16,7 +16,17 @@ import pandas as pd
 from fastmask.cli.inputs import DATA, FILE, Input
 from fastmask.cli.options import Joined, add_settings, add_task_settings, given_settings
 from fastmask.cli.report import console_of
-from fastmask.compare.plan import CONDITIONS, FREE, RESERVED, CompareConfig, Job, Plan, arms_of, check_languages
+from fastmask.compare.plan import (
+    CONDITIONS,
+    FREE,
+    RESERVED,
+    CompareConfig,
+    Job,
+    Plan,
+    arms_of,
+    check_languages,
+    is_done,
+)
 from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.settings import ConfigError, items_of
@@ -53,8 +63,7 @@ def add_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
 def run(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
-    from fastmask.compare.cells import Runner
-    from fastmask.compare.engine import run_all
+    from fastmask.compare.cells import Runner, run_all
     from fastmask.compare.report import print_tables, read_tables, write_report
 
     if options.workers < 1:
@@ -113,8 +122,6 @@ class _Progress:
     """One line for each job that is done."""
 
     def __init__(self, plan: Plan, jobs: Sequence[Job]) -> None:
-        from fastmask.compare.results import is_done
-
         self.total = len(jobs)
         self.done = sum(is_done(plan, job) for job in jobs)
         self.began, self.mine = time.perf_counter(), 0

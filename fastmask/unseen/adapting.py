@@ -147,8 +147,8 @@ class AdamWeights(FastWeights):
 
     betas, epsilon = (0.9, 0.999), 1e-8
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._moments: dict[Tensor, _Moments] = {}
 
     def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:

@@ -17,7 +17,7 @@ from test_training_loop import Killed, kill_at, random_subnetworks
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_task
 
 import fastmask as fm
-from fastmask.compare.branch import branch
+from fastmask.compare.cells import branch
 from fastmask.files import HeldError, held
 from fastmask.files.manifest import check_files
 from fastmask.settings import ConfigError

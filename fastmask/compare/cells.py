@@ -65,20 +65,14 @@ def run_all(
     on_done: Callable[[Job, Result], None],
     ray: str | None = None,
 ) -> None:
-    """Do the jobs that are not done; a job starts when that which it needs is done.
+    """Do the jobs that are not done; a job starts when those it needs are done, and `on_done` gets it and its result.
 
-    Args:
-        plan: opened.
-        jobs: of the plan, with what they need.
-        workers: processes on this machine.
-        threads: CPU threads of each.
-        on_done: called with each job that was done while this function ran, and its result.
-        ray: address of a Ray cluster whose machines see the folder of the plan under the same name. Each job then asks
-            for `threads` CPUs, and `workers` does not count.
+    `workers` processes of this machine do them, or a Ray cluster at the address `ray`, whose machines see the folder of
+    the plan under the same name. Each job has `threads` CPUs, and one that fails stops the others.
 
     Raises:
         HeldError: somebody is running this comparison already.
-        CellFailedError: a job failed, or a process was killed; the others are stopped.
+        CellFailedError: a job failed, or a process was killed.
         ImportError: Ray is asked for and not installed.
     """
     waiting = [job for job in jobs if not is_done(plan, job)]

@@ -58,23 +58,18 @@ def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def read_tables(folder: Path) -> Tables:
-    """Every score, and every cell, of a comparison of which only the tables were kept.
+    """Every score, and every cell, of a comparison of which only the tables were kept; raises FileError for others."""
+    return _read(folder / SCORES_FILE), _read(folder / CELLS_FILE)
 
-    Raises:
-        FileNotFoundError: the folder has no tables.
-        FileError: they are no tables of a comparison.
-    """
-    tables = []
-    for name in (SCORES_FILE, CELLS_FILE):
-        try:
-            table = pd.read_csv(folder / name)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise FileError(folder / name, f"{error} (expected a table of a comparison)") from error
-        if not {"seed", "arm"} <= set(table.columns):
-            raise FileError(folder / name, "no columns seed and arm (expected a table of a comparison)")
-        tables.append(table)
-    scores, cells = tables
-    return scores, cells
+
+def _read(file: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(file)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise FileError(file, f"{error} (expected a table of a comparison)") from error
+    if not {"seed", "arm"} <= set(table.columns):
+        raise FileError(file, "no columns seed and arm (expected a table of a comparison)")
+    return table
 
 
 def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
@@ -89,8 +84,7 @@ def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
     if known is None:
         return tables
     order = {(job.seed, job.arm): number for number, job in enumerate(plan.cells)}
-    scores, cells = (_joined(own, other, order) for own, other in zip(tables, known, strict=True))
-    return scores, cells
+    return _joined(tables[0], known[0], order), _joined(tables[1], known[1], order)
 
 
 def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, str], int]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.discovery.gates import probes_of
-from fastmask.discovery.importance import Importance
+from fastmask.discovery.scores import Importance
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import Subnetworks

@@ -22,9 +22,8 @@ from fastmask.analysis.result import Result
 from fastmask.cli import adapt, main
 from fastmask.cli.discover import print_masks
 from fastmask.cli.report import Row, console_of, print_scores, round_printer
-from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of
+from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of, write_result
 from fastmask.compare.report import markdown_table, print_tables, write_report
-from fastmask.compare.results import write_result
 from fastmask.discovery import Quality, Round
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.unseen import Choice

@@ -8,9 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from fastmask.compare.plan import Plan
+from fastmask.compare.plan import Plan, is_done
 from fastmask.compare.report import write_report
-from fastmask.compare.results import is_done
 from fastmask.settings import items_of
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"

@@ -1,4 +1,4 @@
-"""What a cell of a comparison leaves, made of a few scores: every field that `fastmask.compare.results` asks for."""
+"""What a cell of a comparison leaves, made of a few scores: every field that `fastmask.compare.report` asks for."""
 
 from __future__ import annotations
 

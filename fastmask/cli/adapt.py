@@ -20,8 +20,8 @@ from fastmask.tasks.task import UNKNOWN_LABELS, heading
 from fastmask.training.engine import device_of
 from fastmask.training.run_folder import load_run
 from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, profiles_of, save_adapted
+from fastmask.unseen.adapting import without_repeats
 from fastmask.unseen.choosing import FULL_CHOICE
-from fastmask.unseen.support import without_repeats
 from fastmask.unseen.typology import SIMILARITIES
 
 if TYPE_CHECKING:

@@ -15,8 +15,17 @@ from typing import Any
 
 from fastmask.cli.options import DATA, FILE, Input, add_settings, add_task_settings, given_settings
 from fastmask.cli.report import console_of
-from fastmask.compare.plan import CONDITIONS, FREE, RESERVED, CompareConfig, Job, Plan, arms_of, check_languages
-from fastmask.compare.results import is_done
+from fastmask.compare.plan import (
+    CONDITIONS,
+    FREE,
+    RESERVED,
+    CompareConfig,
+    Job,
+    Plan,
+    arms_of,
+    check_languages,
+    is_done,
+)
 from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.settings import ConfigError, items_of
@@ -50,8 +59,7 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
 def run_compare(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
-    from fastmask.compare.cells import Runner
-    from fastmask.compare.engine import run_all
+    from fastmask.compare.cells import Runner, run_all
     from fastmask.compare.report import print_tables, read_tables, write_report
 
     if options.workers < 1:

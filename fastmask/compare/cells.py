@@ -1,34 +1,148 @@
-"""Doing one job: the shared start of a seed, its subnetworks, or one cell trained from there and scored."""
+"""Doing the jobs of a comparison: the shared start of a seed, its subnetworks, and cells trained from there and scored.
+
+A job is done when its ``result.json`` is there. Whoever is killed in a job leaves a run with checkpoints, from which
+the job goes on when the comparison is started again. Jobs run side by side in processes of this machine, or on a Ray
+cluster.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib
+import os
+import shutil
 import statistics
 import time
-from collections.abc import Callable
-from functools import cached_property, partial
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 
-from fastmask.compare.branch import branch
-from fastmask.compare.plan import Job, Plan
+from fastmask.compare.plan import AFTER_THE_SWITCH, Job, Plan, is_done, read_result, write_result
 from fastmask.compare.scoring import Scorer
-from fastmask.files import remove_tree, replace_file
+from fastmask.files import (
+    MANIFEST,
+    FileError,
+    check_files,
+    files_in,
+    held,
+    remove_leftovers,
+    remove_tree,
+    replace_file,
+    write_folder,
+    write_manifest,
+    write_text,
+)
 from fastmask.processor import processor
+from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
+from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig
 from fastmask.training.episodes import Budget, episode_sampler
-from fastmask.training.loop import TrainResult, train
-from fastmask.training.methods import SwitchPoint, check_subnetworks, subnetworks_of
-from fastmask.training.run_folder import MASKS_FILE, folder_of, latest
+from fastmask.training.loop import MASKS_INPUT, train
+from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of
+from fastmask.workers import processes
 
-__all__ = ["RUN", "Runner"]
+__all__ = ["CellFailedError", "Runner", "branch", "do", "run_all"]
 
 RUN = "run"  # the folder of a job's training run, in the job's
+WAIT = 10.0  # seconds for a process of a comparison that was killed to notice it
+
+Result = dict[str, Any]
+
+
+# ---- all jobs
+
+
+class CellFailedError(RuntimeError):
+    """A job that raised; the message names it and what it raised. What is done stays done."""
+
+
+def run_all(
+    plan: Plan,
+    jobs: Sequence[Job],
+    workers: int,
+    threads: int,
+    on_done: Callable[[Job, Result], None],
+    ray: str | None = None,
+) -> None:
+    """Do the jobs that are not done; a job starts when those it needs are done, and `on_done` gets it and its result.
+
+    `workers` processes of this machine do them, or a Ray cluster at the address `ray`, whose machines see the folder of
+    the plan under the same name. Each job has `threads` CPUs, and one that fails stops the others.
+
+    Raises:
+        HeldError: somebody is running this comparison already.
+        CellFailedError: a job failed, or a process was killed.
+        ImportError: Ray is asked for and not installed.
+    """
+    waiting = [job for job in jobs if not is_done(plan, job)]
+    if not waiting:
+        return
+    engine = processes(min(workers, len(waiting)), threads) if ray is None else _ray(ray, threads)
+    with held(plan.out), engine as pool:
+        running: dict[Future[Result], Job] = {}
+        while waiting or running:
+            for job in [job for job in waiting if all(is_done(plan, name) for name in job.needs)]:
+                waiting.remove(job)
+                running[pool.submit(do, plan, job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    raise CellFailedError(f"{job.name}: a worker was killed") from None
+                except Exception as error:
+                    text = "".join(traceback.format_exception(error))
+                    write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text)
+                    raise CellFailedError(f"{job.name}: {type(error).__name__}: {error}") from error
+                on_done(job, result)
+
+
+@contextmanager
+def _ray(address: str, threads: int) -> Iterator[Any]:
+    """A Ray cluster as an executor."""
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError as error:
+        raise ImportError(
+            "--ray is given, but Ray is not installed: in a checkout of fastmask, pip install -e '.[train,ray]'",
+            name="ray",
+        ) from error
+    ray.init(address=address, log_to_driver=False, logging_level="error")
+    remote = ray.remote(num_cpus=threads, max_retries=0)(do)
+    try:
+        yield SimpleNamespace(submit=lambda _, plan, job: remote.remote(plan, job).future())
+    finally:
+        ray.shutdown()  # stops what is still running
+
+
+_runners: dict[Path, Runner] = {}  # of this process: data is read once for all of its jobs
+
+
+def do(plan: Plan, job: Job) -> Result:
+    """Do one job in this process, unless its result is there; HeldError where another process does it and goes on."""
+    folder = plan.folder(job)
+    with held(folder, wait=WAIT):
+        remove_leftovers(folder)
+        runner = _runners.setdefault(plan.out, Runner(plan))
+        if not is_done(plan, job):
+            write_result(plan, job, runner.run(job))
+        runner.tidy(job)
+        return read_result(plan, job)
+
+
+# ---- one job
 
 
 class Runner:
@@ -37,12 +151,13 @@ class Runner:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Result:
         """Do a job, from its last checkpoint if it was begun before; returns what its ``result.json`` holds."""
-        began, origin = time.perf_counter(), {"day": datetime.date.today().isoformat(), "made_by": _made_by()}
-        resumed = latest(self.plan.folder(job) / RUN) is not None
-        result = {"start": self._start, "masks": self._masks, "cell": self._cell}[job.kind](job)
-        return {**origin, "seconds": round(time.perf_counter() - began, 1), "resumed": resumed, **result}
+        began, day = time.perf_counter(), datetime.date.today().isoformat()
+        resumed = run_folder.latest(self.plan.folder(job) / RUN) is not None
+        result = self._cell(job) if job.kind == "cell" else self._shared(job)
+        seconds = round(time.perf_counter() - began, 1)
+        return {"day": day, "made_by": _made_by(), "seconds": seconds, "resumed": resumed, **result}
 
     def tidy(self, job: Job) -> None:
         """Remove what nobody needs once the result of a job is there; a cell's model stays where it is asked for."""
@@ -50,14 +165,10 @@ class Runner:
         if job.kind == "masks" or (job.kind == "cell" and not self.plan.config.keep_models):
             remove_tree(run)
         elif job.kind == "cell":
-            remove_tree(folder_of(run))
+            remove_tree(run_folder.folder_of(run))
 
     def check(self) -> None:
-        """See that data and settings fit, before anything is trained.
-
-        Raises:
-            ValueError: a language with too few sentences, an episode that asks for more than there is, and the like.
-        """
+        """See that data and settings fit, before anything is trained; raises ValueError where they do not."""
         masked = any(config.method != "full" for config in self.plan.configs.values())
         nearest = masked and self.plan.config.choose == "nearest"
         tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
@@ -84,94 +195,120 @@ class Runner:
     @cached_property
     def scorer(self) -> Scorer:
         """The test sentences of all languages and the support sets of the unseen ones: the same for every arm."""
-        unseen = self.plan.load(self.plan.config.unseen, optional=("train", "dev"))
-        same = partial(self.plan.task.words_of, options=self.plan.task_settings)
-        return Scorer(self.plan.config, self.plan.shots, self.datasets, unseen, same)
+        return Scorer(self.plan, self.datasets)
 
     def _task(self, config: TrainConfig) -> Task:
         return config.task_class.build(config, self.datasets)
 
-    def _start(self, job: Job) -> dict[str, Any]:
-        """Train the full network up to the switch."""
-        self._to_the_switch(job, lambda point: None)
-        return {}
-
-    def _masks(self, job: Job) -> dict[str, Any]:
-        """Find the subnetworks that arms start from, in the network of the start."""
+    def _config(self, job: Job) -> TrainConfig:
+        """The settings of a job's run, which is made where it goes on from a start and has not begun."""
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
-        if latest(config.out) is None:
-            branch(self.plan.folder(job.needs[0]) / RUN, config)
-        found = self._to_the_switch(job, subnetworks_of)
-        replace_file(self.plan.folder(job) / MASKS_FILE, found.save)
-        return {"density": _density(found)}
+        needed = [self.plan.folder(name) for name in job.needs]
+        if needed[1:]:
+            config = dataclasses.replace(config, masks=str(needed[1] / run_folder.MASKS_FILE))
+        if needed and run_folder.latest(config.out) is None:
+            branch(needed[0] / RUN, config)
+        return config
 
-    def _to_the_switch(self, job: Job, work: Callable[[SwitchPoint], Any]) -> Any:
-        """Train up to the switch, or go on from there, and return what `work` makes of it; the run stays there."""
-        config = self.plan.train_config(job, self.plan.folder(job) / RUN)
+    def _shared(self, job: Job) -> Result:
+        """Train the full network up to the switch, where the run stays; of masks, find what arms start from there."""
+        config, found = self._config(job), []
 
         def stop(point: SwitchPoint) -> Subnetworks:
-            raise _StoppedError(work(point))
+            found.extend([subnetworks_of(point)] if job.kind == "masks" else [])
+            raise _StoppedError
 
-        try:
+        with suppress(_StoppedError):
             train(self._task(config), self.datasets, config, stop, progress=False)
-        except _StoppedError as stopped:
-            return stopped.result
-        raise RuntimeError(f"{config.out} ran to its end without coming to the switch")
+        if job.kind == "start":
+            return {}
+        replace_file(self.plan.folder(job) / run_folder.MASKS_FILE, found[0].save)
+        return {"density": _density(found[0])}
 
-    def _cell(self, job: Job) -> dict[str, Any]:
+    def _cell(self, job: Job) -> Result:
         """Go on from the start of the seed, then score."""
-        start, *masks = map(self.plan.folder, job.needs)
-        config = self.plan.train_config(job, self.plan.folder(job) / RUN)
-        if masks:
-            config = dataclasses.replace(config, masks=str(masks[0] / MASKS_FILE))
-        if latest(config.out) is None:
-            branch(start / RUN, config)
+        config = self._config(job)
         began = time.perf_counter()
         trained = train(self._task(config), self.datasets, config, progress=False)
         scored = time.perf_counter()
         scores = self.scorer.scores(trained.task, trained.subnetworks, config)
+        speeds = [
+            record["words_per_second"]
+            for record in trained.history
+            if "words_per_second" in record and record["step"] > config.shared_steps
+        ]
         return {
             "training_seconds": round(scored - began, 1),
             "scoring_seconds": round(time.perf_counter() - scored, 1),
-            **_spent(config, trained),
+            "outer_steps": trained.budget.outer_steps,
+            "gradient_passes": trained.budget.gradient_passes,
+            "sentences": trained.budget.sentences,
+            "words_per_second": round(statistics.median(speeds), 1),
+            "scouting_share": trained.scouting_share,
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
             "scores": scores,
         }
 
 
+class _StoppedError(Exception):
+    """Ends a run at the switch."""
+
+
 def _made_by() -> str:
-    """Processor and versions."""
     import fastmask
 
     versions = {"fastmask": fastmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return f"{processor()}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
 
 
-def _spent(config: TrainConfig, trained: TrainResult) -> dict[str, Any]:
-    """Budget and speed of a run."""
-    budget = trained.budget
-    speeds = [
-        record["words_per_second"]
-        for record in trained.history
-        if "words_per_second" in record and record["step"] > config.shared_steps
-    ]
-    return {
-        "outer_steps": budget.outer_steps,
-        "gradient_passes": budget.gradient_passes,
-        "sentences": budget.sentences,
-        "words_per_second": round(statistics.median(speeds), 1),
-        "scouting_share": trained.scouting_share,
-    }
-
-
-class _StoppedError(Exception):
-    """Carries a result out of a run that ends at the switch."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__("stopped at the switch")
-        self.result = result
-
-
 def _density(subnetworks: Subnetworks) -> dict[str, float]:
     """Share of live units, mean over the languages."""
     return {kind: float(share.mean()) for kind, share in subnetworks.density.items()}
+
+
+def branch(source: Path, config: TrainConfig) -> None:
+    """Make `config.out` a run that stands where the run in `source` stood at step `config.shared_steps`.
+
+    `train` with `config.resume` then goes on from there, and ends with the weights and metrics of a run that was not
+    branched. Files are linked, not copied, where the file system can: a checkpoint is never changed in place.
+
+    Raises:
+        FileNotFoundError: `source` is no run.
+        CheckpointError: the checkpoint of that step is not there, or damaged.
+        ConfigError: `config.out` holds a run, or settings that the shared steps depend on differ.
+    """
+    start = run_folder.folder_of(source, config.shared_steps)
+    differences = TrainConfig.load(source / run_folder.CONFIG_FILE).differences(config)
+    wrong = {name: values for name, values in differences.items() if name not in AFTER_THE_SWITCH}
+    if wrong:
+        listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in wrong.items())
+        raise ConfigError(f"cannot branch off from {source}: {listed} (expected the same until the switch)")
+    try:
+        check_files(start)
+        progress = run_folder.read_progress(start)
+    except FileError as error:
+        raise run_folder.CheckpointError(f"cannot branch off from a damaged checkpoint: {error}") from error
+    masks = digest_of_masks(config)
+    inputs = {**progress.inputs, MASKS_INPUT: masks} if masks else progress.inputs
+    changed = progress.model_copy(update={"inputs": inputs}).model_dump_json()
+
+    def write(folder: Path) -> None:
+        others = shutil.ignore_patterns(run_folder.PROGRESS, MANIFEST)
+        shutil.copytree(start, folder, ignore=others, copy_function=_link, dirs_exist_ok=True)
+        (folder / run_folder.PROGRESS).write_text(changed, encoding="utf-8")
+        write_manifest(folder / MANIFEST, files_in(folder))
+
+    alone, out = dataclasses.replace(config, resume=False), Path(config.out)
+    run_folder.check_out(alone)
+    with held(out):
+        remove_leftovers(run_folder.folder_of(out))
+        write_folder(run_folder.folder_of(out, config.shared_steps), {".": write})
+        # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
+        replace_file(out / run_folder.CONFIG_FILE, alone.save)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

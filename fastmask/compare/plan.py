@@ -10,6 +10,7 @@ switch, or in how subnetworks are found, have starts and masks of their own.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,26 +20,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fastmask.compare.branch import AFTER_THE_SWITCH
 from fastmask.errors import unknown
-from fastmask.files import Record, is_leftover, read_yaml, write_yaml
+from fastmask.files import Record, is_leftover, read_json, read_yaml, write_text, write_yaml
 from fastmask.settings import ConfigError, Settings, flat, items_of, named_errors, setting
 from fastmask.tasks.task import Splits, Task, TaskSettings
 from fastmask.training.config import TrainConfig
-from fastmask.unseen.adapting import OPTIMIZERS
-from fastmask.unseen.choosing import CHOICES
+from fastmask.unseen import CHOICES, OPTIMIZERS
 
 __all__ = [
-    "BASELINES", "CONDITIONS", "FREE", "RESERVED", "SETTINGS_FILE", "CompareConfig", "Hypothesis", "Job", "Plan",
-    "arms_of", "check_languages",
+    "AFTER_THE_SWITCH", "BASELINES", "CONDITIONS", "FREE", "RESERVED", "RESULT_FILE", "SETTINGS_FILE", "CompareConfig",
+    "Hypothesis", "Job", "Plan", "arms_of", "check_languages", "is_done", "read_result", "write_result",
 ]  # fmt: skip
 
-SETTINGS_FILE = "compare.yaml"
+SETTINGS_FILE, RESULT_FILE = "compare.yaml", "result.json"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
 """Settings of training that the comparison itself decides; an arm may say `method`, `meta` and `masks`."""
 OF_ARMS = ("method", "meta", "masks")
 FREE = ("threads", "device")
 """Settings of training that the results do not depend on: a comparison may go on with others."""
+AFTER_THE_SWITCH = {"checkpoint_every"} | {
+    item.name for item in dataclasses.fields(TrainConfig) if item.metadata["group"] in ("subnetworks", "meta-learning")
+}
+"""Settings that the steps up to the switch do not depend on."""
 FOUND_BY = ("score", "draws", "units", "density", "tau", "score_sentences")
 """Settings that subnetworks are found by, beside those of what comes before."""
 
@@ -78,14 +81,7 @@ class CompareConfig(Settings):
 
 
 class Hypothesis(Record):
-    """What a comparison is to decide: that one arm is better than another one, on some languages.
-
-    Attributes:
-        arm: the one.
-        over: the other.
-        condition: one of `CONDITIONS`.
-        more_than: by how many points; below 0, that it is not worse by as many.
-    """
+    """What is to be decided: that `arm` is better than `over` by `more_than` points (below 0: not worse by as many)."""
 
     arm: str
     over: str
@@ -95,21 +91,13 @@ class Hypothesis(Record):
 
 @dataclass(frozen=True)
 class Job:
-    """One unit of work, a folder in the comparison's.
+    """One unit of work, a folder in the comparison's."""
 
-    Attributes:
-        name: ``seed-0/start``, ``seed-0/masks`` or ``seed-0/ARM``.
-        seed: of everything random in it.
-        kind: "start", "masks" or "cell".
-        arm: whose settings it takes; of a start or masks the first of those that share it.
-        needs: names of the jobs that must be done first: a cell's start, then its masks.
-    """
-
-    name: str
+    name: str  # seed-0/start, seed-0/masks or seed-0/ARM
     seed: int
     kind: Literal["start", "masks", "cell"]
-    arm: str
-    needs: tuple[str, ...] = ()
+    arm: str  # whose settings it takes; of a start or masks the first of those that share it
+    needs: tuple[str, ...] = ()  # the jobs that must be done first: a cell's start, then its masks
 
 
 class _Stored(Record):
@@ -126,32 +114,19 @@ class _Stored(Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison in a folder: ``compare.yaml`` holds all of it but where the data is.
-
-    Attributes:
-        out: the folder.
-        data: where the data is.
-        config: settings of the comparison.
-        training: settings of every run in it, as given; the rest are the defaults of `TrainConfig`.
-        arms: name -> the settings of training in which this arm differs.
-        question: what the comparison is for, in words.
-        date: of the plan, as 2026-11-29; its runs come after it.
-        hypotheses: what is tested, by name; all other differences that tables show are descriptions.
-        zone: differences of so many points mean nothing, whatever their p-value.
-    """
+    """A comparison in a folder: ``compare.yaml`` holds all of it but where the data is."""
 
     out: Path
     data: str
     config: CompareConfig
-    training: Mapping[str, Any]
-    arms: Mapping[str, Mapping[str, Any]]
-    question: str = ""
-    date: str = ""
-    hypotheses: Mapping[str, Hypothesis] = field(default_factory=dict)
-    zone: float = 0.0
+    training: Mapping[str, Any]  # settings of every run in it, as given; the rest are the defaults
+    arms: Mapping[str, Mapping[str, Any]]  # name -> the settings of training in which this arm differs
+    question: str = ""  # what the comparison is for, in words
+    date: str = ""  # of the plan, as 2026-11-29; its runs come after it
+    hypotheses: Mapping[str, Hypothesis] = field(default_factory=dict)  # all else that tables show is description
+    zone: float = 0.0  # differences of so many points mean nothing, whatever their p-value
 
     def __post_init__(self) -> None:
-        """See that everything fits together."""
         for name in self.training:
             if name in RESERVED:
                 raise ConfigError(f"{name} is a setting of single runs (a comparison decides it)")
@@ -174,16 +149,11 @@ class Plan:
                 if arm not in self.arms:
                     raise ConfigError(f"hypothesis {name}: {unknown('arm', arm, self.arms)}")
 
+    # ---- its file
+
     @classmethod
     def read(cls, file: str | Path, out: Path, data: str = "") -> Plan:
-        """The comparison that a file describes.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileError: it is damaged.
-            ConfigError: a setting in it is wrong.
-            FastmaskKeyError: a name in it that is no setting.
-        """
+        """The comparison that a file describes; errors name the file."""
         stored: _Stored = read_yaml(file, _Stored)
         with named_errors(file):
             config = CompareConfig.from_dict(stored.comparison)
@@ -192,7 +162,7 @@ class Plan:
 
     @classmethod
     def stored(cls, out: Path, data: str = "") -> Plan:
-        """The comparison that a folder holds; raises what `read` does."""
+        """The comparison that a folder holds."""
         return cls.read(out / SETTINGS_FILE, out, data)
 
     @property
@@ -208,128 +178,13 @@ class Plan:
             "zone": self.zone,
         }
 
-    @cached_property
-    def configs(self) -> dict[str, TrainConfig]:
-        """The settings of every arm, with the first seed."""
-        return {arm: self.settings_of(arm) for arm in self.arms}
-
-    @cached_property
-    def jobs(self) -> tuple[Job, ...]:
-        """Every job: of each seed the starts, masks and cells. Seeds come one after the other."""
-        jobs: list[Job] = []
-        for seed in range(self.config.seeds):
-            starts: dict[Any, Job] = {}
-            masks: dict[Any, Job] = {}
-            cells = []
-            for arm, config in self.configs.items():
-                before = {name: value for name, value in config.identity().items() if name not in AFTER_THE_SWITCH}
-                key = repr((before, config.shared_steps))
-                start = starts.setdefault(key, Job(_numbered(seed, "start", starts, key), seed, "start", arm))
-                needs = [start.name]
-                if config.method not in ("full", "vector") and config.masks is None:
-                    key = repr((key, [getattr(config, name) for name in FOUND_BY]))
-                    job = Job(_numbered(seed, "masks", masks, key), seed, "masks", arm, (start.name,))
-                    needs.append(masks.setdefault(key, job).name)
-                cells.append(Job(f"seed-{seed}/{arm}", seed, "cell", arm, tuple(needs)))
-            jobs += [*starts.values(), *masks.values(), *cells]
-        return tuple(jobs)
-
-    @property
-    def cells(self) -> list[Job]:
-        """The jobs that are arms of a seed."""
-        return [job for job in self.jobs if job.kind == "cell"]
-
-    def jobs_for(self, arms: Collection[str], known: Collection[tuple[int, str]] = ()) -> list[Job]:
-        """The cells of some arms, and what they need; of all arms if none is named.
-
-        Cells in `known`, (seed, arm), are left out, and so is what they alone need.
-        """
-        cells = [job for job in self.cells if (not arms or job.arm in arms) and (job.seed, job.arm) not in known]
-        names = {name for cell in cells for name in (cell.name, *cell.needs)}
-        return [job for job in self.jobs if job.name in names]
-
-    def folder(self, job: Job | str) -> Path:
-        """Where a job keeps its files."""
-        return self.out / (job if isinstance(job, str) else job.name)
-
-    def settings_of(self, arm: str, seed: int = 0, out: Path | None = None) -> TrainConfig:
-        """The settings of an arm's run.
-
-        Raises:
-            ConfigError: they do not fit one another.
-        """
-        given = {**self.training, **self.arms[arm]}
-        if isinstance(given.get("masks"), str):
-            given["masks"] = given["masks"].replace("{seed}", str(seed))
-        fixed = {"data": self.data, "languages": self.config.train, "seed": seed, "resume": True}
-        return TrainConfig.from_dict({**given, **fixed, "out": str(out or self.out)})
-
-    def train_config(self, job: Job, out: Path) -> TrainConfig:
-        """The settings of the run that `job` trains in the folder `out`; a start, and masks, end at the switch."""
-        config = self.settings_of(job.arm, job.seed, out)
-        return config if job.kind == "cell" else dataclasses.replace(config, method="static", meta="none", masks=None)
-
-    @property
-    def shots(self) -> int:
-        """Sentences in a support set, the same for all arms."""
-        return self.config.shots or TrainConfig.from_dict(dict(self.training)).support_sentences
-
-    @property
-    def task(self) -> type[Task]:
-        """The class of the task of every run."""
-        return next(iter(self.configs.values())).task_class
-
-    @property
-    def task_settings(self) -> TaskSettings:
-        """The task's settings, the same for all arms."""
-        return next(iter(self.configs.values())).task_settings
-
-    def load(self, languages: str, **splits: Any) -> Splits:
-        """Rows of some of the languages, see `Task.load`."""
-        return self.task.load(self.data, languages, self.task_settings, **splits)
-
-    def baseline(self, arm: str, method: str) -> str | None:
-        """The arm of method `method` that differs least from `arm` in all else; None if there is none but itself.
-
-        Arms of that method have the one with the fewest settings of its own as their baseline.
-        """
-        mine = self.configs[arm]
-        others = {name: found for name, found in self.configs.items() if found.method == method}
-        if mine.method == method:
-            first = min(others, key=lambda name: len(self.arms[name]))
-            return None if first == arm else first
-        others = {name: found for name, found in others.items() if name != arm}
-        return min(others, key=lambda name: len(mine.differences(others[name]).keys() - {"method"}), default=None)
-
-    @cached_property
-    def baselines(self) -> dict[str, dict[str, str]]:
-        """For each of `BASELINES`: arm -> the arm that it is compared with.
-
-        Every arm with `full`, and with `random` those that have masks which mean something.
-        """
-        return {
-            method: {
-                arm: other
-                for arm, config in self.configs.items()
-                if (method == "full" or config.method not in BASELINES)
-                and (other := self.baseline(arm, method)) is not None
-            }
-            for method in BASELINES
-        }
-
     def open(self) -> None:
-        """Write the settings, or see that the folder holds this very comparison.
-
-        Raises:
-            ConfigError: it holds something else, or a comparison with other settings.
-            FileError: ``compare.yaml`` is damaged.
-        """
+        """Write the settings, or see that the folder holds this very comparison; else raise `ConfigError`."""
         file, mine = self.out / SETTINGS_FILE, flat(self.settings, ".")
         if file.is_file():
             theirs = flat(Plan.stored(self.out).settings, ".")
             differences = [
-                f"{name.rpartition('.')[2] if name.startswith(('comparison.', 'training.')) else name} "
-                f"was {theirs.get(name)!r} and is {mine.get(name)!r}"
+                f"{re.sub('^(comparison|training)[.]', '', name)} was {theirs.get(name)!r} and is {mine.get(name)!r}"
                 for name in sorted({*mine, *theirs} - {f"training.{free}" for free in FREE})
                 if mine.get(name) != theirs.get(name)
             ]
@@ -343,6 +198,111 @@ class Plan:
             raise ConfigError(f"out is {str(self.out)!r}, which is not empty and holds no comparison")
         write_yaml(file, self.settings)
 
+    # ---- its arms and jobs
+
+    @cached_property
+    def configs(self) -> dict[str, TrainConfig]:
+        """The settings of every arm, with the first seed."""
+        return {arm: self.settings_of(arm) for arm in self.arms}
+
+    def settings_of(self, arm: str, seed: int = 0, out: Path | None = None) -> TrainConfig:
+        """The settings of an arm's run; raises ConfigError where they do not fit one another."""
+        given = {**self.training, **self.arms[arm]}
+        if isinstance(given.get("masks"), str):
+            given["masks"] = given["masks"].replace("{seed}", str(seed))
+        fixed = {"data": self.data, "languages": self.config.train, "seed": seed, "resume": True}
+        return TrainConfig.from_dict({**given, **fixed, "out": str(out or self.out)})
+
+    def train_config(self, job: Job, out: Path) -> TrainConfig:
+        """The settings of the run that `job` trains in the folder `out`; a start, and masks, end at the switch."""
+        config = self.settings_of(job.arm, job.seed, out)
+        return config if job.kind == "cell" else dataclasses.replace(config, method="static", meta="none", masks=None)
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        """Every job: of each seed the starts, masks and cells. Seeds come one after the other."""
+        return tuple(job for seed in range(self.config.seeds) for job in self._jobs_of(seed))
+
+    def _jobs_of(self, seed: int) -> list[Job]:
+        shared: dict[str, Job] = {}  # starts and masks, by the settings that they depend on
+        cells = []
+
+        def job_for(kind: Literal["start", "masks"], arm: str, key: str, *needs: str) -> str:
+            if key not in shared:
+                others = sum(job.kind == kind for job in shared.values())
+                name = f"seed-{seed}/{kind}" + (f"-{others + 1}" if others else "")
+                shared[key] = Job(name, seed, kind, arm, needs)
+            return shared[key].name
+
+        for arm, config in self.configs.items():
+            before = {name: value for name, value in config.identity().items() if name not in AFTER_THE_SWITCH}
+            key = repr((before, config.shared_steps))
+            needs = [job_for("start", arm, key)]
+            if config.method not in ("full", "vector") and config.masks is None:
+                key = repr((key, [getattr(config, name) for name in FOUND_BY]))
+                needs.append(job_for("masks", arm, key, *needs))
+            cells.append(Job(f"seed-{seed}/{arm}", seed, "cell", arm, tuple(needs)))
+        return [*sorted(shared.values(), key=lambda job: job.kind == "masks"), *cells]
+
+    @property
+    def cells(self) -> list[Job]:
+        """The jobs that are arms of a seed."""
+        return [job for job in self.jobs if job.kind == "cell"]
+
+    def jobs_for(self, arms: Collection[str], known: Collection[tuple[int, str]] = ()) -> list[Job]:
+        """The cells of some arms (of all if none is named) but those in `known`, (seed, arm); and what they need."""
+        cells = [job for job in self.cells if (not arms or job.arm in arms) and (job.seed, job.arm) not in known]
+        names = {name for cell in cells for name in (cell.name, *cell.needs)}
+        return [job for job in self.jobs if job.name in names]
+
+    def folder(self, job: Job | str) -> Path:
+        """Where a job keeps its files."""
+        return self.out / (job if isinstance(job, str) else job.name)
+
+    def baseline(self, arm: str, method: str) -> str | None:
+        """The arm of method `method` that differs least from `arm` in all else; None if there is none but itself.
+
+        Arms of that method have the one with the fewest settings as their baseline.
+        """
+        mine = self.configs[arm]
+        others = [name for name, config in self.configs.items() if config.method == method]
+        if mine.method == method:
+            first = min(others, key=lambda name: len(self.arms[name]))
+            return None if first == arm else first
+        return min(others, key=lambda name: len(mine.differences(self.configs[name]).keys() - {"method"}), default=None)
+
+    @cached_property
+    def baselines(self) -> dict[str, dict[str, str]]:
+        """For each of `BASELINES`: arm -> the arm that it is compared with; with `random` only found masks are."""
+        found: dict[str, dict[str, str]] = {method: {} for method in BASELINES}
+        for arm, config in self.configs.items():
+            for method, of_arms in found.items():
+                other = self.baseline(arm, method)
+                if other is not None and (method == "full" or config.method not in BASELINES):
+                    of_arms[arm] = other
+        return found
+
+    # ---- its task and data
+
+    @property
+    def task(self) -> type[Task]:
+        """The class of the task of every run."""
+        return next(iter(self.configs.values())).task_class
+
+    @property
+    def task_settings(self) -> TaskSettings:
+        """The task's settings, the same for all arms."""
+        return next(iter(self.configs.values())).task_settings
+
+    @property
+    def shots(self) -> int:
+        """Sentences in a support set, the same for all arms."""
+        return self.config.shots or TrainConfig.from_dict(dict(self.training)).support_sentences
+
+    def load(self, languages: str, **splits: Any) -> Splits:
+        """Rows of some of the languages, see `Task.load`."""
+        return self.task.load(self.data, languages, self.task_settings, **splits)
+
 
 def arms_of(methods: Iterable[str], metas: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Every method with every kind of meta-learning, as arms: ``static``, ``static-fomaml``."""
@@ -353,19 +313,8 @@ def arms_of(methods: Iterable[str], metas: Iterable[str]) -> dict[str, dict[str,
     }
 
 
-def _numbered(seed: int, kind: str, known: Mapping[Any, Job], key: Any) -> str:
-    """``seed-0/start``, ``seed-0/start-2``, ..."""
-    number = len(known) + 1
-    return f"seed-{seed}/{kind}" + ("" if key in known or number == 1 else f"-{number}")
-
-
 def check_languages(plan: Plan) -> None:
-    """See that both lists name languages, and none twice.
-
-    Raises:
-        ConfigError: an empty list, or a language that is in both.
-        FileNotFoundError, FastmaskKeyError: no such data, or a language that is not there; the nearest are named.
-    """
+    """See that both lists name languages that the data has, and that none is in both."""
     for name in ("train", "unseen"):
         if not items_of(getattr(plan.config, name)):
             raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
@@ -373,3 +322,19 @@ def check_languages(plan: Plan) -> None:
     both = [code for code in unseen if code in train]
     if both:
         raise ConfigError(f"{', '.join(both)} is in both train and unseen (expected an unseen language to be unseen)")
+
+
+def is_done(plan: Plan, job: Job | str) -> bool:
+    """Whether a job's ``result.json`` is there."""
+    return (plan.folder(job) / RESULT_FILE).is_file()
+
+
+def read_result(plan: Plan, job: Job | str) -> dict[str, Any]:
+    """The result of a job that is done; see `fastmask.compare.cells.Runner.run`. Raises FileError if it is damaged."""
+    result: dict[str, Any] = read_json(plan.folder(job) / RESULT_FILE)
+    return result
+
+
+def write_result(plan: Plan, job: Job, result: dict[str, Any]) -> None:
+    """Mark a job as done, whole or not at all."""
+    write_text(plan.folder(job) / RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False))

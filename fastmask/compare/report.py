@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
 from fastmask.analysis.statistics import p_text
-from fastmask.compare.pictures import draw_gains, draw_means
-from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
-from fastmask.compare.results import is_done, read_result
-from fastmask.compare.tables import SCORE_COLUMNS, cells_table, decisions, scores_table, summary_table
-from fastmask.files import FileError, write_text
+from fastmask.compare.plan import BASELINES, CONDITIONS, Plan, is_done, read_result
+from fastmask.compare.tables import (
+    SCORE_COLUMNS,
+    by_language_and_seed,
+    cells_table,
+    conditions_in,
+    decisions,
+    scores_table,
+    summary_table,
+)
+from fastmask.files import FileError, replace_file, write_text
 from fastmask.tasks.task import heading
 
 __all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "read_tables", "write_report"]
@@ -38,45 +46,36 @@ DECIDED = (
     "runs. A hypothesis holds, or does not, where p is at most 0.05; else it is open."
 )
 
-
-def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
-    """(seed, arm) -> result, of every cell that is done.
-
-    Raises:
-        FileError: a result is damaged.
-    """
-    return {(job.seed, job.arm): read_result(plan, job) for job in plan.cells if is_done(plan, job)}
-
-
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 
 
-def read_tables(folder: Path) -> Tables:
-    """Every score, and every cell, of a comparison of which only the tables were kept.
+# ---- reading
 
-    Raises:
-        FileNotFoundError: the folder has no tables.
-        FileError: they are no tables of a comparison.
-    """
-    tables = []
-    for name in (SCORES_FILE, CELLS_FILE):
-        try:
-            table = pd.read_csv(folder / name)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise FileError(folder / name, f"{error} (expected a table of a comparison)") from error
-        if not {"seed", "arm"} <= set(table.columns):
-            raise FileError(folder / name, "no columns seed and arm (expected a table of a comparison)")
-        tables.append(table)
-    scores, cells = tables
-    return scores, cells
+
+def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
+    """(seed, arm) -> result, of every cell that is done; raises FileError where one is damaged."""
+    return {(job.seed, job.arm): read_result(plan, job) for job in plan.cells if is_done(plan, job)}
+
+
+def read_tables(folder: Path) -> Tables:
+    """Every score, and every cell, of a comparison of which only the tables were kept; raises FileError for others."""
+    return _read(folder / SCORES_FILE), _read(folder / CELLS_FILE)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(file)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise FileError(file, f"{error} (expected a table of a comparison)") from error
+    if not {"seed", "arm"} <= set(table.columns):
+        raise FileError(file, "no columns seed and arm (expected a table of a comparison)")
+    return table
 
 
 def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
-    """Every score, and every cell: of the cells that are done, or of the tables where only those were kept.
+    """Every score, and every cell, of the cells that are done; of the folder's tables where only those were kept.
 
-    Args:
-        plan: opened or stored.
-        known: tables of cells of this plan that were done elsewhere. One that is done here, too, is taken from here.
+    `known` are tables of cells of this plan that were done elsewhere. One that is done here, too, is taken from here.
     """
     results = load_results(plan)
     if known is None and not results and (plan.out / SCORES_FILE).is_file():
@@ -85,8 +84,7 @@ def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
     if known is None:
         return tables
     order = {(job.seed, job.arm): number for number, job in enumerate(plan.cells)}
-    scores, cells = (_joined(own, other, order) for own, other in zip(tables, known, strict=True))
-    return scores, cells
+    return _joined(tables[0], known[0], order), _joined(tables[1], known[1], order)
 
 
 def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, str], int]) -> pd.DataFrame:
@@ -102,6 +100,9 @@ def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, st
     return table.iloc[places].reset_index(drop=True)
 
 
+# ---- writing and printing
+
+
 def write_report(plan: Plan, command: str | None = None, known: Tables | None = None) -> list[Path]:
     """Write the tables and pictures of the cells that are done, here or as `known`; returns the files."""
     scores, cells = load_tables(plan, known)
@@ -113,15 +114,15 @@ def write_report(plan: Plan, command: str | None = None, known: Tables | None = 
     }
     for name, text in texts.items():
         write_text(plan.out / name, text)
-    files = [plan.out / name for name in (*texts, "means.png")]
-    draw_means(plan, scores, _metric(scores), files[-1])
+    pictures = {"means.png": _draw_means(plan, scores)}
     plain = next((arm for arm, config in plan.configs.items() if config.method == "full"), None)
     for condition in ("seen", "adapted"):
         there = set(scores.loc[scores["condition"] == condition, "arm"])
         if plain is not None and plain in there and len(there) > 1:
-            files.append(plan.out / f"gains-{condition}.png")
-            draw_gains(plan, scores, plain, condition, _metric(scores), files[-1])
-    return files
+            pictures[f"gains-{condition}.png"] = _draw_gains(plan, scores, plain, condition)
+    for name, figure in pictures.items():
+        replace_file(plan.out / name, partial(figure.savefig, dpi=150, format="png"))
+    return [plan.out / name for name in (*texts, *pictures)]
 
 
 def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> None:
@@ -138,10 +139,34 @@ def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> N
     console.print(NOTE, highlight=False)
 
 
-def _metric(scores: pd.DataFrame) -> str:
-    """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
-    own = [name for name in scores.columns if name not in SCORE_COLUMNS]
-    return heading(own[0]) if own else "score"
+def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: str | None) -> str:
+    days, hours = sorted(set(cells["day"])), cells["seconds"].sum() / 3600
+    lines = [f"# {plan.question or 'Comparison'}", ""]
+    if command:
+        lines += ["```", command, "```", ""]
+    when = f"plan of {plan.date}, runs of " if plan.date else ""
+    lines += [
+        f"{when}{' to '.join(dict.fromkeys((days[0], days[-1])))}; {'; '.join(dict.fromkeys(cells['made_by']))}; "
+        f"{len(cells)} cells, {hours:.2f} hours of all workers together, the shared starts not counted.",
+        "",
+        *([DECIDED, ""] if plan.hypotheses else []),
+        NOTE,
+    ]
+    for title, rows in page_tables(plan, scores, cells):
+        lines += ["", f"## {title}", "", *markdown_table(list(rows[0]), [list(row.values()) for row in rows])]
+    settings = yaml.safe_dump(plan.settings, sort_keys=False, allow_unicode=True, width=110)
+    lines += ["", "## plan", "", "```", settings.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table in which every cell reads as it is."""
+    escaped = ([re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", cell) for cell in row] for row in (header, *rows))
+    first, *rest = (f"| {' | '.join(row)} |" for row in escaped)
+    return [first, f"|{' --- |' * len(header)}", *rest]
+
+
+# ---- the tables of a page, as text
 
 
 def page_tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[tuple[str, list[dict[str, str]]]]:
@@ -156,13 +181,32 @@ def page_tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[t
         if len(done):
             counted = done["seeds"].nunique() > 1
             tables.append((f"{name}, {what}", [_summary_row(row, name, counted) for _, row in done.iterrows()]))
-    choices = scores[scores["condition"].isin(("zero-shot", "chosen", "other choice"))]
-    if choices["choice"].nunique() > 1:
-        tables.append(
-            (f"{name} of unseen languages by choice of subnetwork, nothing updated", _choice_rows(plan, choices))
-        )
-    tables.append(("cost of a cell, mean over seeds", _cost_rows(plan, cells)))
+    chosen = scores[scores["condition"].isin(("zero-shot", "chosen", "other choice"))]
+    if chosen["choice"].nunique() > 1:
+        means = chosen.groupby(["arm", "choice"])["score"].mean().unstack()[list(chosen["choice"].unique())]
+        title = f"{name} of unseen languages by choice of subnetwork, nothing updated"
+        tables.append((title, _rows_by_arm(plan, means, dict.fromkeys(means, ".2f"))))
+    counts = ("outer steps", "gradient passes", "sentences", "words per second", "training seconds", "scoring seconds")
+    formats = {"live heads": ".0%", "live neurons": ".0%", **dict.fromkeys(counts, ",.0f")}
+    named = cells.rename(columns=lambda column: column.replace("_", " "))
+    costs = named.groupby("arm")[[column for column in formats if column in named]].mean()
+    tables.append(("cost of a cell, mean over seeds", _rows_by_arm(plan, costs, formats)))
     return tables
+
+
+def _metric(scores: pd.DataFrame) -> str:
+    """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
+    own = [name for name in scores.columns if name not in SCORE_COLUMNS]
+    return heading(own[0]) if own else "score"
+
+
+def _rows_by_arm(plan: Plan, table: pd.DataFrame, formats: Mapping[str, str]) -> list[dict[str, str]]:
+    """A row for each arm that is in the index of a table of numbers."""
+    return [
+        {"arm": arm} | {name: _number(table.loc[arm, name], formats[name]) for name in table}
+        for arm in plan.arms
+        if arm in table.index
+    ]
 
 
 def _decision_row(row: Any) -> dict[str, str]:
@@ -194,61 +238,6 @@ def _summary_row(row: Any, name: str, counted: bool) -> dict[str, str]:
     return cells
 
 
-def _choice_rows(plan: Plan, scores: pd.DataFrame) -> list[dict[str, str]]:
-    choices = list(dict.fromkeys(scores["choice"]))
-    means = scores.groupby(["arm", "choice"])["score"].mean()
-    known = {arm for arm, _ in means.index}
-    return [
-        {"arm": arm, **{choice: _number(means.get((arm, choice), math.nan)) for choice in choices}}
-        for arm in plan.arms
-        if arm in known
-    ]
-
-
-def _cost_rows(plan: Plan, cells: pd.DataFrame) -> list[dict[str, str]]:
-    counts = (
-        "outer_steps", "gradient_passes", "sentences", "words_per_second", "training_seconds", "scoring_seconds",
-    )  # fmt: skip
-    formats = {"live_heads": ".0%", "live_neurons": ".0%", **dict.fromkeys(counts, ",.0f")}
-    present = [name for name in formats if name in cells]
-    means = cells.groupby("arm")[present].mean()
-    return [
-        {"arm": arm} | {name.replace("_", " "): _number(means.loc[arm, name], formats[name]) for name in present}
-        for arm in plan.arms
-        if arm in means.index
-    ]
-
-
-def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: str | None) -> str:
-    days, hours = sorted(set(cells["day"])), cells["seconds"].sum() / 3600
-    lines = [f"# {plan.question or 'Comparison'}", ""]
-    if command:
-        lines += ["```", command, "```", ""]
-    when = f"plan of {plan.date}, runs of " if plan.date else ""
-    lines += [
-        f"{when}{' to '.join(dict.fromkeys((days[0], days[-1])))}; {'; '.join(dict.fromkeys(cells['made_by']))}; "
-        f"{len(cells)} cells, {hours:.2f} hours of all workers together, the shared starts not counted.",
-        "",
-        *([DECIDED, ""] if plan.hypotheses else []),
-        NOTE,
-    ]
-    for title, rows in page_tables(plan, scores, cells):
-        lines += ["", f"## {title}", "", *markdown_table(list(rows[0]), [list(row.values()) for row in rows])]
-    settings = yaml.safe_dump(plan.settings, sort_keys=False, allow_unicode=True, width=110)
-    lines += ["", "## plan", "", "```", settings.rstrip(), "```"]
-    return "\n".join(lines) + "\n"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table in which every cell reads as it is."""
-    lines = [f"| {' | '.join(map(_cell, header))} |", f"|{' --- |' * len(header)}"]
-    return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows)]
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"([\\`*_\[\]<>&|~$])", r"\\\1", text)
-
-
 def _interval(low: float, high: float) -> str:
     return "" if math.isnan(low) else f"{low:+.2f} to {high:+.2f}"
 
@@ -259,3 +248,52 @@ def _p(value: float) -> str:
 
 def _number(value: float, form: str = ".2f") -> str:
     return "" if math.isnan(value) else format(value, form)
+
+
+# ---- pictures
+
+COLOURS = {"none": "#0072B2", "fomaml": "#D55E00", "reptile": "#009E73"}  # Okabe and Ito: told apart by all eyes
+NAMES = {"none": "plain", "fomaml": "FOMAML", "reptile": "Reptile"}
+
+
+def _draw_means(plan: Plan, scores: pd.DataFrame) -> Any:
+    """Mean score over languages of every arm: a dot for each seed, a bar for their mean; one panel per condition."""
+    shown = conditions_in(scores)
+    metas = {arm: config.meta for arm, config in plan.configs.items()}
+    figure = new_figure(1.2 + 0.42 * len(plan.arms) * len(shown), 4.2)
+    for position, condition in enumerate(shown):
+        axis = figure.add_subplot(1, len(shown), position + 1)
+        part = scores[scores["condition"] == condition]
+        named: set[str] = set()
+        for x, (arm, meta) in enumerate(metas.items()):
+            by_seed = by_language_and_seed(part, arm).groupby("seed").mean()
+            if by_seed.empty:
+                continue
+            colour, label = COLOURS[meta], None if meta in named else NAMES[meta]
+            named.add(meta)
+            axis.plot([x] * len(by_seed), by_seed, "o", color=colour, markersize=4, alpha=0.7)
+            axis.plot([x - 0.25, x + 0.25], [by_seed.mean()] * 2, color=colour, linewidth=2.5, label=label)
+        axis.set_xticks(range(len(metas)), list(metas), rotation=40, ha="right")
+        axis.set_title(condition)
+        axis.grid(axis="y", alpha=0.3)
+        if position == 0:
+            axis.set_ylabel(f"{_metric(scores)}, mean over languages")
+            if len(set(metas.values())) > 1:
+                axis.legend(frameon=False)
+    return figure
+
+
+def _draw_gains(plan: Plan, scores: pd.DataFrame, baseline: str, condition: str) -> Any:
+    """Score of every arm minus that of the arm `baseline`, by language; mean over seeds and support sets."""
+    part = scores[scores["condition"] == condition]
+    means = part.groupby(["arm", "language"])["score"].mean().unstack("language")
+    languages = list(dict.fromkeys(part["language"]))
+    rows = [arm for arm in plan.arms if arm != baseline]
+    gains = (means - means.loc[baseline]).reindex(rows)[languages].to_numpy()
+    figure = new_figure(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows))
+    axis = figure.add_subplot()
+    limit = max(1.0, float(np.nanmax(np.abs(gains)))) if np.isfinite(gains).any() else 1.0
+    image = heatmap(axis, gains, rows, languages, colours=SIGNED, low=-limit, high=limit, numbers="{:+.1f}")
+    axis.set_title(f"{_metric(scores)} over {baseline}, {condition}")
+    figure.colorbar(image, ax=axis, label=f"{_metric(scores)} points")
+    return figure

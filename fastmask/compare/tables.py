@@ -46,39 +46,48 @@ def scores_table(results: Results) -> pd.DataFrame:
 
 def cells_table(results: Results) -> pd.DataFrame:
     """One row per cell: its day, budget, time and speed."""
-    return pd.DataFrame(
-        {
-            "seed": seed,
-            "arm": arm,
-            **{name: value for name, value in result.items() if name not in ("scores", "density")},
-            **{f"live_{kind}": share for kind, share in (result["density"] or {}).items()},
-        }
+    rows = [
+        {"seed": seed, "arm": arm}
+        | {name: value for name, value in result.items() if name not in ("scores", "density")}
+        | {f"live_{kind}": share for kind, share in (result["density"] or {}).items()}
         for (seed, arm), result in results.items()
-    )
+    ]
+    return pd.DataFrame(rows)
+
+
+def by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
+    """The score of an arm by (language, seed), mean over support sets."""
+    return scores[scores["arm"] == arm].groupby(["language", "seed"])["score"].mean()
+
+
+def conditions_in(scores: pd.DataFrame) -> list[str]:
+    """The conditions of which there are scores, in their order."""
+    return [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
 
 
 def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_than: float = 0.0) -> Paired | None:
-    """`arm` against `other`, over the languages and seeds that both have.
+    """`arm` against `other`, over the languages and seeds that both have; None where they have none in common.
 
-    Args:
-        scores: rows of one condition.
-        arm: the one.
-        other: what it is compared with.
-        sign: -1 if a lower score is better; positive differences are gains then, too.
-        more_than: what a gain must be more than; it is taken off every difference.
-
-    Returns:
-        None where they have none in common.
+    `scores` are rows of one condition. `sign` is -1 if a lower score is better: positive differences are gains then,
+    too. `more_than` is taken off every gain.
     """
     differences = sign * (by_language_and_seed(scores, arm) - by_language_and_seed(scores, other)).dropna()
     return None if differences.empty else paired(differences - more_than)
 
 
+def _numbers(found: Paired | None, more_than: float = 0.0) -> dict[str, Any]:
+    """The numbers of a difference, from which `more_than` was taken off; NaN where there is none."""
+    if found is None:
+        return dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
+    shifted = {name: getattr(found, name) + more_than for name in ("difference", "low", "high")}
+    return {**shifted, "p_languages": found.p_languages, "p_seeds": found.p_seeds, "uncorrected_p": found.p}
+
+
 def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     """One row per condition and arm: the score (mean and deviation over seeds), and how it differs from baselines.
 
-    What an arm's baseline is, `Plan.baselines` says. For each of `BASELINES`: ``over_full``, its interval, its two
-    p-values and the larger of them, and ``p_full``, corrected over all tests of the table.
+    For each of `BASELINES`: ``over_full``, its interval, its two p-values and the larger of them, and ``p_full``,
+    corrected over all tests of the table.
     """
     sign = 1 if plan.task.higher_is_better else -1
     rows: list[dict[str, Any]] = []
@@ -90,33 +99,15 @@ def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
             row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
             row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
             for baseline, of_arms in plan.baselines.items():
-                other = of_arms.get(arm)
-                row |= _columns(baseline, None if other is None else compared(of_condition, arm, other, sign))
+                found = compared(of_condition, arm, of_arms[arm], sign) if arm in of_arms else None
+                wins = "" if found is None else f"{found.wins}/{len(found.by_language)}"
+                values = {**_numbers(found), "wins": wins, "by_seed": () if found is None else found.by_seed}
+                row |= {f"{name.replace('difference', 'over')}_{baseline}": value for name, value in values.items()}
             rows.append(row)
     table = pd.DataFrame(rows)
     tests = [f"uncorrected_p_{baseline}" for baseline in BASELINES]
-    corrected = holm(table[tests].to_numpy().T.ravel())
-    for number, baseline in enumerate(BASELINES):
-        table[f"p_{baseline}"] = corrected[number * len(table) : (number + 1) * len(table)]
-    return table
-
-
-def _numbers(found: Paired | None, more_than: float = 0.0) -> dict[str, float]:
-    """The numbers of a difference, from which `more_than` was taken off; NaN where there is none."""
-    if found is None:
-        return dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
-    shifted = {"difference": found.difference, "low": found.low, "high": found.high}
-    tests = {"p_languages": found.p_languages, "p_seeds": found.p_seeds, "uncorrected_p": found.p}
-    return {**{name: value + more_than for name, value in shifted.items()}, **tests}
-
-
-def _columns(baseline: str, found: Paired | None) -> dict[str, Any]:
-    """What a row of the summary says of a difference."""
-    difference: dict[str, Any] = dict(_numbers(found))
-    values = {"over": difference.pop("difference"), **difference}
-    values["wins"] = "" if found is None else f"{found.wins}/{len(found.by_language)}"
-    values["by_seed"] = () if found is None else found.by_seed
-    return {f"{name}_{baseline}": value for name, value in values.items()}
+    corrected = np.reshape(holm(table[tests].to_numpy().T.ravel()), (len(BASELINES), -1))
+    return table.assign(**{f"p_{baseline}": corrected[number] for number, baseline in enumerate(BASELINES)})
 
 
 def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
@@ -150,13 +141,3 @@ def _verdict(row: Any, zone: float) -> str:
     if not row.p <= SURE:
         return "open"
     return "holds" if row.difference > row.more_than else "does not hold"
-
-
-def conditions_in(scores: pd.DataFrame) -> list[str]:
-    """The conditions of which there are scores, in their order."""
-    return [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
-
-
-def by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
-    """The score of an arm by (language, seed), mean over support sets."""
-    return scores[scores["arm"] == arm].groupby(["language", "seed"])["score"].mean()

@@ -1,31 +1,12 @@
-"""Finding static subnetworks: `importance` scores units, `pruning` drops them, `combining` joins several draws.
+"""Finding static subnetworks: `scores` says what units are worth, `pruning` drops them and joins several draws by vote.
 
-`entropy`, `relative` and `shapley` are other scores.
+`gates` multiply what units hand on; scores by gradients are made of their derivatives.
 """
 
-from fastmask.discovery.combining import VOTES, Draw, Stability, combine, stability
-from fastmask.discovery.entropy import entropy
-from fastmask.discovery.importance import Importance, importance
-from fastmask.discovery.pruning import COMPARING, SCORES, Round, discover, live_units
-from fastmask.discovery.quality import Quality
-from fastmask.discovery.relative import relative
-from fastmask.discovery.shapley import shapley
+from fastmask.discovery.pruning import VOTES, Draw, Quality, Round, Stability, combine, discover, live_units, stability
+from fastmask.discovery.scores import COMPARING, SCORES, Importance, entropy, importance, relative, shapley
 
 __all__ = [
-    "COMPARING",
-    "SCORES",
-    "VOTES",
-    "Draw",
-    "Importance",
-    "Quality",
-    "Round",
-    "Stability",
-    "combine",
-    "discover",
-    "entropy",
-    "importance",
-    "live_units",
-    "relative",
-    "shapley",
-    "stability",
-]
+    "COMPARING", "SCORES", "VOTES", "Draw", "Importance", "Quality", "Round", "Stability", "combine", "discover",
+    "entropy", "importance", "live_units", "relative", "shapley", "stability",
+]  # fmt: skip

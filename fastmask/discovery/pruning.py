@@ -1,4 +1,4 @@
-"""Static discovery: find a language's subnetwork by iterative pruning.
+"""Static discovery: find a language's subnetwork by iterative pruning, in one draw or several.
 
 Score the live units, drop the least important tenth of all, score again with the rest, and stop before the development
 metric falls below tau times that of the full network (Michel et al. 2019; Prasanna et al. 2020). Pruned units are
@@ -7,37 +7,55 @@ by its loss on the examples that units are scored on, which is ours.
 
 Scores that are not gradients rank the units of the full network once, for all languages; pruning then goes down that
 ranking without scoring again.
+
+One draw of scoring examples is noisy: `combine` joins the subnetworks of several draws, or of several models, by vote,
+and `stability` says how noisy they are. Draws of one language must agree more than those of two, or a mask is no
+language's own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmask.discovery.entropy import entropy
-from fastmask.discovery.importance import Importance, importance
-from fastmask.discovery.quality import Quality, attached_to, measured
-from fastmask.discovery.relative import relative
-from fastmask.discovery.shapley import shapley
+from fastmask.discovery.gates import frozen
+from fastmask.discovery.scores import RANKINGS, SCORES, Importance, importance, unit_masks
 from fastmask.errors import unknown
-from fastmask.models.attach import attached, is_attached
+from fastmask.models.attach import attach, attached, detach, is_attached, language
 from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
 
-__all__ = ["COMPARING", "RANKINGS", "SCORES", "Round", "discover", "live_units"]
+__all__ = ["VOTES", "Draw", "Quality", "Round", "Stability", "combine", "discover", "live_units", "stability"]
 
-COMPARING = {"entropy": entropy, "relative": relative}
-"""Scores that compare languages: of some of them alone they are not those of all."""
 
-RANKINGS: dict[str, Callable[..., dict[str, Importance]]] = {**COMPARING, "shapley": shapley}
-"""Scores that are taken once: of the attached full network, each language's batches, and the loss."""
+@dataclass(frozen=True)
+class Quality:
+    """How good a subnetwork is, by one of two numbers; both None where nothing was measured.
 
-SCORES = ("gradient", *RANKINGS)
+    Attributes:
+        metric: on development data, higher is better.
+        loss: of a language without development data: the mean over its scoring examples, lower is better.
+    """
+
+    metric: float | None = None
+    loss: float | None = None
+
+    def keeps(self, tau: float, full: Quality) -> bool:
+        """Whether this is at least tau times as good as the full network.
+
+        Of losses: whether exp(-loss), the likelihood where the loss is a cross entropy, is at least tau times as large;
+        the loss may rise by -ln(tau), 0.05 at tau = 0.95.
+        """
+        if self.metric is not None and full.metric is not None:
+            return self.metric >= tau * full.metric
+        return self.loss is None or full.loss is None or self.loss <= full.loss - math.log(tau)
 
 
 @dataclass(frozen=True)
@@ -50,10 +68,6 @@ class Round:
     neurons: int | None
     quality: Quality  # empty where pruning goes to a density
     kept: bool
-
-
-_KINDS = ("heads", "neurons")
-_Masks = dict[str, Tensor]  # "heads", "neurons" or both -> bool [layers, units]
 
 
 def discover(
@@ -110,25 +124,64 @@ def discover(
         raise ValueError(f"drop must be between 0 and 1, given {drop}")
     if density is None and metric is None:
         raise ValueError("pruning down to tau needs a development metric; give metric or density")
-    if density is None and not 0 < tau <= 1:
-        raise ValueError(f"tau must be above 0 and at most 1, given {tau}")
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, given {density}")
+    name, share = ("tau", tau) if density is None else ("density", density)
+    if not 0 < share <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, given {share}")
     if not batches:
         raise ValueError("no language to find a subnetwork for")
     if is_attached(model):
         raise ValueError("this model has subnetworks attached: call fastmask.detach(model) first")
 
+    def prune(name: str, scoring: Iterable[Any], ranking: Importance | None) -> tuple[Subnetworks, Importance]:
+        """One language's subnetwork, and the last score of each unit; that in the attached model follows the rounds."""
+
+        def measured(masks: _Masks) -> Quality:
+            set_subnetwork(model, name, **masks)
+            if metric is None or density is not None:
+                return Quality()
+            with language(model, name):
+                value = metric(name)
+                if value is not None:
+                    return Quality(metric=float(value))
+                with frozen(model), torch.no_grad():
+                    return Quality(loss=float(torch.cat([loss(batch) for batch in scoring]).mean()))
+
+        def report(number: int, masks: _Masks, quality: Quality, kept: bool = True) -> None:
+            if on_round is not None:
+                counts = {kind: int(keep.sum()) for kind, keep in masks.items()}
+                on_round(Round(name, number, counts.get("heads"), counts.get("neurons"), quality, kept))
+
+        masks = {kind: keep[0] for kind, keep in unit_masks(attached(model).subnets.select([name])).items()}
+        last = {kind: torch.zeros(keep.shape) for kind, keep in masks.items()}
+        full = measured(masks)
+        if density is None:
+            report(0, masks, full)
+        for number, drops in enumerate(_rounds(masks, drop, density), start=1):
+            scores = vars(ranking or importance(model, scoring, loss, name))
+            last = {kind: torch.where(keep, scores[kind], last[kind]) for kind, keep in masks.items()}
+            smaller = {kind: _without_lowest(keep, scores[kind], drops[kind]) for kind, keep in masks.items()}
+            if all(torch.equal(smaller[kind], keep) for kind, keep in masks.items()):
+                break  # one unit left in every layer
+            quality = measured(smaller)
+            kept = quality.keeps(tau, full)
+            report(number, smaller, quality, kept)
+            if not kept:
+                break
+            masks = smaller
+        own = {kind: keep[None] for kind, keep in masks.items()}
+        return Subnetworks([name], own.get("heads"), own.get("neurons")), Importance(**last)
+
     found = []
-    with attached_to(model, Subnetworks.full(model, list(batches), units)):
+    attach(model, Subnetworks.full(model, list(batches), units))
+    try:
         rankings = RANKINGS[score](model, batches, loss) if score in RANKINGS else {}
         for name, scoring in batches.items():
-            pruner = _Pruner(model, name, scoring, loss, metric, drop, on_round, rankings.get(name))
-            masks = pruner.to_density(density) if density is not None else pruner.to_tau(tau)
-            own = {kind: keep[None] for kind, keep in masks.items()}
-            found.append(Subnetworks([name], own.get("heads"), own.get("neurons")))
+            subnets, scores = prune(name, scoring, rankings.get(name))
+            found.append(subnets)
             if on_scores is not None:
-                on_scores(name, Importance(**pruner.scores))
+                on_scores(name, scores)
+    finally:
+        detach(model)
     return Subnetworks.stack(found)
 
 
@@ -137,90 +190,158 @@ def live_units(density: float, layers: int, units: int) -> int:
     return max(layers, round(density * layers * units))
 
 
-class _Pruner:
-    """The rounds of one language, whose subnetwork in the attached model follows them."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        name: str,
-        batches: Iterable[Any],
-        loss: Callable[[Any], Tensor],
-        metric: Callable[[str], float | None] | None,
-        drop: float,
-        on_round: Callable[[Round], None] | None,
-        ranking: Importance | None,
-    ) -> None:
-        self.model, self.name, self.batches, self.loss, self.metric = model, name, batches, loss, metric
-        self.drop, self.on_round, self.ranking = drop, on_round, ranking
-        subnets = attached(model).subnets.select([name])
-        self.masks: _Masks = {kind: keep[0] for kind in _KINDS if (keep := getattr(subnets, kind)) is not None}
-        self.scores = {kind: torch.zeros(keep.shape) for kind, keep in self.masks.items()}
-
-    def to_tau(self, tau: float) -> _Masks:
-        full = self._measure(self.masks)
-        self._report(0, self.masks, full, True)
-        number = 0
-        while True:
-            number += 1
-            smaller = self._pruned(self._steps())
-            if _counts(smaller) == _counts(self.masks):
-                return self.masks  # one unit left in every layer
-            value = self._measure(smaller)
-            kept = value.keeps(tau, full)
-            self._report(number, smaller, value, kept)
-            if not kept:
-                return self.masks
-            self.masks = smaller
-
-    def to_density(self, density: float) -> _Masks:
-        surplus = {kind: int(keep.sum()) - live_units(density, *keep.shape) for kind, keep in self.masks.items()}
-        # Rounds of one size: a last one for what is left over would cost as much as any other.
-        rounds = max(math.ceil(surplus[kind] / step - 0.5) for kind, step in self._steps().items())
-        rounds = max(rounds, int(max(surplus.values()) > 0))
-        for number in range(1, rounds + 1):
-            drops = {kind: math.ceil(count / (rounds - number + 1)) for kind, count in surplus.items()}
-            surplus = {kind: count - drops[kind] for kind, count in surplus.items()}
-            self.masks = self._pruned({kind: max(0, count) for kind, count in drops.items()})
-            self._report(number, self.masks, Quality(), True)
-        return self.masks
-
-    def _steps(self) -> dict[str, int]:
-        return {kind: max(1, int(self.drop * keep.numel())) for kind, keep in self.masks.items()}
-
-    def _pruned(self, drops: Mapping[str, int]) -> _Masks:
-        """The current masks without the `drops` least important units of each kind."""
-        set_subnetwork(self.model, self.name, **self.masks)
-        scores = self.ranking or importance(self.model, self.batches, self.loss, self.name)
-        smaller = {}
-        for kind, keep in self.masks.items():
-            score: Tensor = getattr(scores, kind)
-            self.scores[kind] = torch.where(keep, score, self.scores[kind])
-            smaller[kind] = _without_lowest(keep, score, drops[kind])
-        return smaller
-
-    def _measure(self, masks: _Masks) -> Quality:
-        set_subnetwork(self.model, self.name, **masks)
-        return measured(self.model, self.name, self.batches, self.loss, self.metric)
-
-    def _report(self, number: int, masks: _Masks, value: Quality, kept: bool) -> None:
-        if self.on_round is not None:
-            counts = _counts(masks)
-            self.on_round(Round(self.name, number, counts.get("heads"), counts.get("neurons"), value, kept))
+_Masks = dict[str, Tensor]  # "heads", "neurons" or both -> bool [layers, units]
 
 
-def _counts(masks: _Masks) -> dict[str, int]:
-    return {kind: int(keep.sum()) for kind, keep in masks.items()}
+def _rounds(masks: _Masks, drop: float, density: float | None) -> Iterator[dict[str, int]]:
+    """How many units of each kind each round drops: without a density always as many."""
+    steps = {kind: max(1, int(drop * keep.numel())) for kind, keep in masks.items()}
+    if density is None:
+        yield from itertools.repeat(steps)
+        return
+    surplus = {kind: max(0, int(keep.sum()) - live_units(density, *keep.shape)) for kind, keep in masks.items()}
+    # Rounds of one size: a last one for what is left over would cost as much as any other.
+    rounds = max(math.ceil(surplus[kind] / step - 0.5) for kind, step in steps.items())
+    for left in range(max(rounds, int(any(surplus.values()))), 0, -1):
+        drops = {kind: math.ceil(count / left) for kind, count in surplus.items()}
+        surplus = {kind: count - drops[kind] for kind, count in surplus.items()}
+        yield drops
 
 
 def _without_lowest(keep: Tensor, score: Tensor, count: int) -> Tensor:
-    """The mask without its `count` least important units."""
-    candidates = score.masked_fill(~keep, float("inf"))
-    # The best unit of each layer stays, whatever the others of the network score.
+    """The mask without its `count` least important units; the best unit of each layer stays."""
     best = score.masked_fill(~keep, -torch.inf).argmax(1, keepdim=True)
-    candidates.scatter_(1, best, float("inf"))
-    order = candidates.flatten().argsort(stable=True)[:count]
-    order = order[torch.isfinite(candidates.flatten()[order])]
+    candidates = score.masked_fill(~keep, torch.inf).scatter(1, best, torch.inf).flatten()
+    order = candidates.argsort(stable=True)[:count]
     smaller = keep.flatten().clone()
-    smaller[order] = False
+    smaller[order[torch.isfinite(candidates[order])]] = False
     return smaller.view_as(keep)
+
+
+# ---- several draws
+
+
+VOTES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "majority": lambda votes, draws: 2 * votes > draws,
+    "union": lambda votes, draws: votes > 0,
+    "intersection": lambda votes, draws: votes == draws,
+}
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one call of `discover` found.
+
+    Attributes:
+        subnetworks: of some languages of one model, or all.
+        scores: language -> what `discover` gave to `on_scores`.
+    """
+
+    subnetworks: Subnetworks
+    scores: Mapping[str, Importance]
+
+
+def combine(draws: Sequence[Draw], vote: str = "majority", density: float | None = None) -> Subnetworks:
+    """Combine what several draws found for the units of one model.
+
+    A language's subnetwork comes from the draws that have it: draws may be over the same languages, or each over one,
+    found in a model that was fine-tuned on that language alone. Units are ordered by the number of draws that keep them
+    and, with equal votes, by their mean score over the draws. The best unit of every layer always stays.
+
+    Args:
+        draws: one or more, over the same units.
+        vote: without a density: "majority" keeps a unit that more than half of the draws keep (of two draws: both, as a
+            tie is no majority), "union" any, "intersection" all of them. The result is of whatever size this gives.
+        density: with it, a language keeps exactly as many units as `discover` keeps at this density, the first ones in
+            that order, whatever the vote.
+
+    Returns:
+        Subnetworks of all languages, in the order in which the draws name them first.
+
+    Raises:
+        KeyError: an unknown vote.
+        ValueError: nothing to combine, or draws over different units.
+    """
+    if vote not in VOTES:
+        raise unknown("vote", vote, VOTES)
+    if not draws:
+        raise ValueError("no subnetworks to combine")
+    shapes = [{kind: keep.shape[1:] for kind, keep in unit_masks(draw.subnetworks).items()} for draw in draws]
+    for kind in ("heads", "neurons"):
+        if len({shape.get(kind) for shape in shapes}) > 1:
+            raise ValueError(f"cannot combine subnetworks over different {kind}")
+    names = dict.fromkeys(name for draw in draws for name in draw.subnetworks.languages)
+    return Subnetworks.stack([_combined(name, draws, VOTES[vote], density) for name in names])
+
+
+def _combined(
+    name: str, draws: Sequence[Draw], vote: Callable[[Tensor, int], Tensor], density: float | None
+) -> Subnetworks:
+    """One language's subnetwork."""
+    own = [draw for draw in draws if name in draw.subnetworks.languages]
+    masks = [unit_masks(draw.subnetworks.select([name])) for draw in own]
+    kept = {}
+    for kind in masks[0]:
+        votes = torch.stack([mask[kind][0] for mask in masks]).sum(0)
+        score = torch.stack([getattr(draw.scores[name], kind) for draw in own]).double().mean(0)
+        kept[kind] = _kept(votes, score, vote(votes, len(own)), density)[None]
+    return Subnetworks([name], kept.get("heads"), kept.get("neurons"))
+
+
+def _kept(votes: Tensor, scores: Tensor, elected: Tensor, density: float | None) -> Tensor:
+    """One language's mask: as many units as the density says, or those elected, of [layers, units] each."""
+    order = scores.flatten().argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    key = (votes.flatten() * len(order) + rank).view_as(votes)  # no two units have the same
+    best = torch.zeros_like(elected).scatter_(1, key.argmax(1, keepdim=True), True)
+    count = int((elected | best).sum()) if density is None else live_units(density, *votes.shape)
+    first = key.masked_fill(best, int(key.max()) + 1).flatten().argsort(descending=True, stable=True)[:count]
+    return torch.zeros(votes.numel(), dtype=torch.bool).scatter_(0, first, True).view_as(votes)
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How much masks of single draws agree: mean Jaccard similarities, |A and B| / |A or B|.
+
+    Attributes:
+        draws: of two draws of one language, mean over languages; None where no language has two.
+        languages: of draws of two languages; None where there is one language.
+        chance: expected of random masks that keep as many units in every layer as these.
+    """
+
+    draws: float | None
+    languages: float | None
+    chance: float
+
+
+def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
+    """By kind of unit ("heads", "neurons"), how much single draws agree within a language and between two.
+
+    Chance is (sum of a * b / n over layers) / (units in either), of masks with a and b of a layer's n units: the
+    expectation of the intersection is exact, that of the quotient to first order.
+
+    Raises:
+        ValueError: fewer than two masks, of one language or several.
+    """
+    names = [name for draw in draws for name in draw.subnetworks.languages]
+    if len(names) < 2:
+        raise ValueError(f"expected two masks or more to compare, given {len(names)}")
+    distinct = list(dict.fromkeys(names))
+    number = torch.tensor([distinct.index(name) for name in names])
+    first, second = torch.triu_indices(len(names), len(names), 1)  # of each pair
+    same = number[first] == number[second]
+    found = {}
+    for kind in unit_masks(draws[0].subnetworks):
+        keep = torch.cat([getattr(draw.subnetworks, kind) for draw in draws]).double()
+        flat, counts, sizes = keep.flatten(1), keep.sum(2), keep.sum((1, 2))
+        both, chance = flat @ flat.t(), counts @ counts.t() / keep.shape[2]
+        agreement, by_chance = (
+            shared[first, second] / (sizes[first] + sizes[second] - shared[first, second]) for shared in (both, chance)
+        )
+        within = [agreement[same & (number[first] == own)] for own in range(len(distinct))]
+        known = [float(values.mean()) for values in within if len(values)]
+        between = agreement[~same]
+        found[kind] = Stability(
+            fmean(known) if known else None, float(between.mean()) if len(between) else None, float(by_chance.mean())
+        )
+    return found

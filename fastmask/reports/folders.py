@@ -12,9 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from fastmask.compare.plan import SETTINGS_FILE, Plan
+from fastmask.compare.plan import SETTINGS_FILE, Plan, is_done
 from fastmask.compare.report import load_results
-from fastmask.compare.results import is_done
 from fastmask.compare.tables import scores_table
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import heading

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastmask.discovery.pruning import SCORES
+from fastmask.discovery import SCORES
 from fastmask.meta.learner import ALGORITHMS
 from fastmask.settings import ConfigError, Settings, items_of, setting
 from fastmask.subnetworks.subnetworks import UNITS
@@ -44,7 +44,9 @@ class TrainConfig(Settings):
     )
 
     model: str = _model("small", "encoder on disk or on the Hub, or small: one that is trained from scratch (parsing)")
-    precision: str = _model("no", "precision of matrix products: float32 (no) or bfloat16 (bf16)", choices=("no", "bf16"))
+    precision: str = _model(
+        "no", "precision of matrix products: float32 (no) or bfloat16 (bf16)", choices=("no", "bf16")
+    )
     device: str = _model("auto", "where to compute; auto: on a GPU if there is one", choices=DEVICES)
     threads: int | None = _model(None, "number of CPU threads; PyTorch's choice if not given", low=1)
 
@@ -141,7 +143,9 @@ class TrainConfig(Settings):
     lr: float = _optimization(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
     encoder_lr: float = _optimization(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
     warmup: float = _optimization(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
-    schedule: str = _optimization("cosine", "how the learning rate decays after warmup", choices=("cosine", "linear", "constant"))
+    schedule: str = _optimization(
+        "cosine", "how the learning rate decays after warmup", choices=("cosine", "linear", "constant")
+    )
     freeze_embeddings: bool = _optimization(
         False,
         "do not train the input embeddings (of a pretrained encoder: pieces, positions and token types), nor adapt "

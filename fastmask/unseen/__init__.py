@@ -1,12 +1,20 @@
 """Unseen languages: choose a subnetwork for a language the model was not trained on, and adapt to a few sentences.
 
-`support` says which sentences there are, `typology` how similar two languages are, `choosing` takes a subnetwork, and
-`adapting` takes the steps (`adam`: with AdamW).
+`typology` says how similar two languages are, `choosing` takes a subnetwork, `adapting` draws the sentences and takes
+the steps, and `adapted_run` stores the result.
 """
 
-from fastmask.unseen.adapting import DEFAULT_RATES, DEFAULT_STEPS, OPTIMIZERS, AdaptationDiverged, adapted
+from fastmask.unseen.adapting import (
+    DEFAULT_RATES,
+    DEFAULT_STEPS,
+    OPTIMIZERS,
+    AdaptationDiverged,
+    Pool,
+    adapted,
+    split_pool,
+    support_sets,
+)
 from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_losses, with_language, with_union
-from fastmask.unseen.support import Pool, split_pool, support_sets
 from fastmask.unseen.typology import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
 
 __all__ = [

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +35,11 @@ def check_new_folder(out: str | os.PathLike[str]) -> Path:
 
 
 def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of the languages that were added to a run, oldest first.
-
-    Raises:
-        FileError: the file that holds them is damaged.
-    """
+    """The records of the languages that were added to a run, oldest first; raises FileError if they are damaged."""
     path = Path(run, RESULTS_FILE)
-    try:
-        content: dict[str, Any] = read_json(path)
-    except FileNotFoundError:
+    if not path.is_file():
         return []
-    return check(path, content.get(RECORDS, []), list[dict[str, Any]])
+    return check(path, read_json(path).get(RECORDS, []), list[dict[str, Any]])
 
 
 def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str, Any]]) -> None:
@@ -65,27 +58,23 @@ def profiles_of(
 ) -> dict[str, dict[str, Any]]:
     """What the task knows of each language with a subnetwork (`Task.profile`), in order.
 
-    Of a training language by all of its training examples, of one that was added by its support set.
-
-    Raises:
-        FileNotFoundError: the data of the run is not there any more.
-        ValueError: a language that was added without examples, or a task that knows no such thing.
+    Of a training language by all of its training examples, of one that was added by its support set. Raises
+    FileNotFoundError where the data is not there any more, ValueError where a language was added without examples.
     """
     assert loaded.subnetworks is not None
-    otherwise = "choose best, union or full, or nearest by URIEL"
+    task, otherwise = loaded.task, "choose best, union or full, or nearest by URIEL"
     added = {record["language"]: record[PROFILE] for record in records}
     if silent := [language for language, profile in added.items() if not profile]:
         raise ValueError(
-            f"{', '.join(silent)} was added to the run without {loaded.task.example_word}, so nothing is known of it: "
+            f"{', '.join(silent)} was added to the run without {task.example_word}, so nothing is known of it: "
             f"{otherwise}"
         )
     data, languages, _ = data_of(loaded.config, run)
     if not os.path.exists(data):
         raise FileNotFoundError(f"{otherwise}: the data that the run was trained on is not there ({data})")
-    splits = loaded.task.load(data, languages, loaded.config.task_settings, splits=("train",))
-    profiles = {**{name: loaded.task.profile(of["train"]) for name, of in splits.items()}, **added}
-    known = {name: profile for name, profile in profiles.items() if profile is not None}
-    return {language: known[language] for language in loaded.subnetworks.languages}
+    splits = task.load(data, languages, loaded.config.task_settings, splits=("train",))
+    profiles = {name: task.profile(of["train"]) for name, of in splits.items()} | added
+    return {language: profiles[language] for language in loaded.subnetworks.languages}
 
 
 def save_adapted(
@@ -96,18 +85,10 @@ def save_adapted(
     earlier: Sequence[Mapping[str, Any]],
     profile: Mapping[str, Any] | None,
 ) -> None:
-    """Write a run beside its place and rename it: it is there whole, or not at all.
+    """Write a run into a new or empty folder, whole or not at all.
 
-    Args:
-        folder: new or empty.
-        loaded: the run it is made of, whose model has the adapted weights by now.
-        choice: the new language's subnetwork is a copy of it.
-        record: what is kept of this adaptation; "language" is the new one.
-        earlier: records of languages that were added before.
-        profile: of the support set, see `Task.profile`.
-
-    Raises:
-        OSError: the disk is full, or somebody has put something into the folder meanwhile; nothing is written then.
+    `loaded` is the run it is made of, whose model has the adapted weights by now; the new language, "language" of the
+    `record`, gets a copy of the `choice`. `profile` is that of its support set (`Task.profile`).
     """
     config = dataclasses.replace(loaded.config, out=os.fspath(folder))
     records = [*earlier, {**record, PROFILE: None if profile is None else dict(profile)}]
@@ -116,7 +97,7 @@ def save_adapted(
     if loaded.subnetworks is not None:
         writers[MASKS_FILE] = with_language(loaded.subnetworks, record["language"], choice).save
     writers[CONFIG_FILE] = config.save
-    writers[RESULTS_FILE] = partial(Path.write_text, data=results, encoding="utf-8")
+    writers[RESULTS_FILE] = lambda path: path.write_text(results, encoding="utf-8")
     writers[MANIFEST] = lambda path: write_manifest(path, files_in(path.parent))
     remove_leftovers(folder.parent, of=folder.name)
     write_folder(folder, writers)

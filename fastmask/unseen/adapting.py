@@ -1,34 +1,200 @@
-"""Few-shot adaptation: a few fine-tuning steps on a support set, in place, undone afterwards unless they are kept.
+"""Few-shot adaptation: which examples of an unseen language make a support set, and fine-tuning steps on them.
 
-By default these are the inner steps of an episode of FOMAML in training (`fastmask.training.episodes`), to the bit:
-plain SGD, the whole support set as one batch in each step, nothing clipped, two learning rates (`Task.rates`), and
-dropout off. What meta-learning prepares for is then what happens in the test, an evaluation does not depend on random
-numbers, and a gradient of twenty sentences has no more noise than they bring. AdamW without weight decay is much less
+Steps are taken in place, and undone afterwards unless they are kept. By default they are the inner steps of an episode
+of FOMAML in training (`fastmask.training.episodes`), to the bit: plain SGD, the whole support set as one batch in each
+step, nothing clipped, two learning rates (`Task.rates`), and dropout off. What meta-learning prepares for is then what
+happens in the test, and an evaluation does not depend on random numbers. AdamW without weight decay is much less
 sensitive to the learning rate; no episode takes such steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
+from fastmask.live import WHOLE
 from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.learner import MetaLearner
 from fastmask.models.attach import attached
-from fastmask.models.attach import language as run_with
 from fastmask.models.modes import evaluating
-from fastmask.unseen.adam import AdamWeights
 
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
 
-__all__ = ["DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "adapted"]
+__all__ = [
+    "DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "Pool", "adapted", "split_pool",
+    "support_sets", "without_repeats",
+]  # fmt: skip
+
+_SETS, _POOL = range(2)  # what a random stream is for
+
+
+# ---- support sets
+
+
+def support_sets(n_pool: int, size: int, count: int, seed: int, language: str) -> list[np.ndarray]:
+    """`count` random support sets: int64 [size] rows of a pool of `n_pool` sentences, in random order.
+
+    No row twice in a set, and none in two sets while the pool lasts; then the pool is drawn from anew. The first sets
+    are the same however many are drawn.
+
+    Raises:
+        ValueError: the pool is smaller than a set, or a number is below 0.
+    """
+    if size < 0 or count < 0 or seed < 0:
+        raise ValueError(f"size is {size}, count {count} and seed {seed} (expected none below 0)")
+    if n_pool < size:
+        raise ValueError(f"language {language!r} has {n_pool} sentences for support sets (expected at least {size})")
+    at_once = n_pool // size if size else max(count, 1)  # sets that one drawing of the pool makes
+    orders = [_random(seed, _SETS, language, round_).permutation(n_pool) for round_ in range(-(-count // at_once))]
+    return [orders[n // at_once][n % at_once * size : (n % at_once + 1) * size] for n in range(count)]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The sentences of an unseen language, parted.
+
+    Attributes:
+        support: rows that support sets are drawn from.
+        test: rows that are scored, the same for all support sets; none has the words of a support row.
+        source: the split that the support rows are from.
+        dropped: test rows that were left out because a support row has the same words.
+    """
+
+    support: list[Mapping[str, Any]] = field(repr=False)
+    test: list[Mapping[str, Any]] = field(repr=False)
+    source: str
+    dropped: int
+
+
+def split_pool(
+    splits: Mapping[str, Iterable[Mapping[str, Any]]],
+    size: int,
+    seed: int,
+    language: str,
+    set_aside: int = 100,
+    same: Callable[[Mapping[str, Any]], Any] = lambda row: tuple(row["words"]),
+) -> Pool:
+    """Part an unseen language's sentences into a pool for support sets and a test.
+
+    The pool is the train split if that holds a support set, else the dev split, else a random part of the test split,
+    which is then not tested on.
+
+    Args:
+        splits: split -> rows; "test" must be there.
+        size: sentences of a support set; 0 where there are none (zero-shot).
+        seed: of the part of the test split.
+        language: for messages, and part of the seed.
+        set_aside: test sentences that make the pool if they must: never more than half of them, unless a support set
+            takes more.
+        same: what makes two rows the same example; by default their "words".
+
+    Raises:
+        ValueError: no test sentences, or no split with enough sentences; the message says how many there are.
+    """
+    rows = {name: list(splits.get(name, ())) for name in ("train", "dev", "test")}
+    test = rows["test"]
+    if not test:
+        raise ValueError(f"language {language!r} has no test sentences (splits given: {', '.join(splits) or 'none'})")
+    source = next((name for name in ("train", "dev") if len(rows[name]) >= max(size, 1)), "test")
+    support = rows[source]
+    if source == "test":
+        if size >= len(test):
+            counts = ", ".join(f"{len(found)} in {name}" for name, found in rows.items())
+            raise ValueError(
+                f"language {language!r} has too few sentences for a support set of {size}: {counts} "
+                f"(expected {size} in train or dev, or more than {size} in test)"
+            )
+        number = 0 if size == 0 else max(size, min(set_aside, len(test) // 2))
+        order = _random(seed, _POOL, language).permutation(len(test))
+        support, test = ([test[row] for row in np.sort(part)] for part in (order[:number], order[number:]))
+    left = without_repeats(test, support, same)
+    if not left:
+        raise ValueError(f"language {language!r}: every test sentence is also a support sentence")
+    return Pool(support, left, source, len(test) - len(left))
+
+
+def without_repeats(
+    test: Iterable[Mapping[str, Any]], support: Iterable[Mapping[str, Any]], same: Callable[[Mapping[str, Any]], Any]
+) -> list[Mapping[str, Any]]:
+    """The test rows that are not `same` as a support row."""
+    taken = {same(row) for row in support}
+    return [row for row in test if same(row) not in taken]
+
+
+def _random(seed: int, purpose: int, language: str, *counters: int) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, zlib.crc32(language.encode("utf-8")), *counters])
+
+
+# ---- steps
+
+
+class AdamWeights(FastWeights):
+    """As `FastWeights`, with steps of `torch.optim.AdamW(weight_decay=0)` (Loshchilov and Hutter 2019).
+
+    Moments start at zero and cover only what may change: live parts of masked weights, looked-up rows of embeddings.
+    An embedding must look up the same rows in each step, as it does when each takes the same batch.
+    """
+
+    betas, epsilon = (0.9, 0.999), 1e-8
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._moments: dict[Tensor, _Moments] = {}
+
+    def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:
+        @torch.no_grad()
+        def take_step(gradient: Tensor) -> Tensor | None:
+            backup = self._backup(parameter)
+            if gradient.is_sparse and backup.part is WHOLE:
+                gradient = gradient.coalesce()
+                rows = gradient.indices()[0]
+                if backup.live is None:
+                    backup._save_rows(parameter, rows)
+                change = self._change(parameter, gradient.values(), rate, rows)
+                parameter.index_add_(0, rows, change.to(parameter.dtype))
+            else:
+                backup.save_all(parameter)
+                dense = gradient.to_dense() if gradient.is_sparse else gradient
+                change = self._change(parameter, backup.part.read(dense), rate, None)
+                backup.part.write(parameter, backup.part.read(parameter).add_(change))
+            return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+        return take_step
+
+    def _change(self, parameter: Tensor, gradient: Tensor, rate: float, rows: Tensor | None) -> Tensor:
+        """What a step adds to the compact live part."""
+        if parameter not in self._moments:
+            self._moments[parameter] = _Moments(torch.zeros_like(gradient), torch.zeros_like(gradient), rows)
+        moments = self._moments[parameter]
+        if rows is not None and (moments.rows is None or not torch.equal(rows, moments.rows)):
+            raise ValueError("AdamW steps on an embedding need the same rows in every step: give one support batch")
+        moments.steps += 1
+        moments.first.lerp_(gradient, 1 - self.betas[0])
+        moments.second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
+        corrections = [1 - beta**moments.steps for beta in self.betas]
+        scale = (moments.second / corrections[1]).sqrt_().add_(self.epsilon)
+        return moments.first.div(scale).mul_(-rate / corrections[0])
+
+
+@dataclass
+class _Moments:
+    """Exponential averages of a gradient and of its square, of the compact live part; `rows` where it was sparse."""
+
+    first: Tensor
+    second: Tensor
+    rows: Tensor | None
+    steps: int = 0
+
 
 DEFAULT_STEPS = 20
 # Of the head and of what is below it; for the small model, tried on two validation languages (Croatian and Telugu).
@@ -79,7 +245,10 @@ def adapted(
         raise ValueError(f"the number of steps is {steps!r} (expected an integer >= 0)")
     if steps and not len(support):
         raise ValueError("no support example to adapt to")
-    name = _name(task, language_id)
+    names = attached(task.encoder).subnets.languages if task.is_attached else ()
+    if not FULL <= language_id < len(names):
+        known = f"-1 to {len(names) - 1}" if names else "-1: the model has no subnetworks attached"
+        raise ValueError(f"language id {language_id} is out of range (expected {known})")
     if not steps:
         with FastWeights(task.model, {}, language_id):  # buffers come back all the same
             yield torch.zeros(0)
@@ -100,22 +269,8 @@ def adapted(
     rates = task.rates(head_lr, encoder_lr)
     learner = MetaLearner(task.model, loss, inner_learning_rate=rates, inner_dropout=False)
     batch = task.collate(support).to(task.device)
-    with ExitStack() as stack:
-        with evaluating(task.model):
-            fast = learner.adapt(language_id, [batch], steps=steps, keep=keep, weights=OPTIMIZERS[optimizer])
-            losses = stack.enter_context(fast).support_losses
-            with run_with(task.encoder, name) if task.is_attached else nullcontext(), torch.no_grad():
-                loss(batch)  # the last step, too, must have left a model that works
-        yield losses
-
-
-def _name(task: Task, language_id: int) -> str | None:
-    """The language's name, None for the full network."""
-    if language_id == FULL:
-        return None
-    if not task.is_attached:
-        raise ValueError(f"language id {language_id}, but the model has no subnetworks attached (expected -1)")
-    languages = attached(task.encoder).subnets.languages
-    if not 0 <= language_id < len(languages):
-        raise ValueError(f"language id {language_id} is out of range: expected -1 to {len(languages) - 1}")
-    return str(languages[language_id])
+    with learner.adapt(language_id, [batch], steps=steps, keep=keep, weights=OPTIMIZERS[optimizer]) as fast:
+        name = None if language_id == FULL else names[language_id]
+        with evaluating(task.model), task.reading(name), torch.no_grad():
+            loss(batch)  # the last step, too, must have left a model that works
+        yield fast.support_losses

@@ -135,10 +135,9 @@ def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:
     sizes = {name: value.shape[0] if value.ndim else None for name, value in tensors.items()}
     if len(set(sizes.values())) != 1 or None in sizes.values():
         raise ValueError(f"expected a batch of tensors [B, ...] of one size B, given sizes {sizes}")
-    some = next(iter(tensors.values()))
-    wide = {name: value.repeat(times, *[1] * (value.ndim - 1)) for name, value in tensors.items()}
-    ids = torch.tensor(numbers).repeat_interleave(len(some))
-    return {**dict(batch), **wide, "language_ids": ids}, len(ids)
+    wide = {name: torch.cat([value] * times) for name, value in tensors.items()}
+    ids = torch.tensor(numbers).repeat_interleave(len(next(iter(tensors.values()))))
+    return {**batch, **wide, "language_ids": ids}, len(ids)
 
 
 def choose(
@@ -174,32 +173,28 @@ def choose(
         for name in names:
             if name not in similarity:
                 raise unknown("language", name, similarity)
-        similarities = {name: _finite(name, "similarity", float(similarity[name])) for name in names}
-        nearest = max(similarities, key=similarities.__getitem__)  # the first of equals
-        return Choice(subnets.index(nearest), nearest, similarities=similarities)
-    losses = _losses(task, subnets, support, names)
-    best = min(losses, key=losses.__getitem__)
-    return Choice(subnets.index(best), best, losses=losses)
-
-
-def _losses(task: Task, subnets: Subnetworks, support: Any, names: list[str]) -> dict[str, float]:
+        values = _finite("similarity", {name: float(similarity[name]) for name in names})
+        nearest = max(values, key=values.__getitem__)  # the first of equals
+        return Choice(subnets.index(nearest), nearest, similarities=values)
     if support is None or not len(support):
         raise ValueError(
             "choosing the best subnetwork needs support sentences, given none: choose nearest (by typology), union or "
             "full, which do without"
         )
-    if attached(task.encoder).subnets.languages != subnets.languages:
+    there = attached(task.encoder).subnets.languages
+    if there != subnets.languages:
         raise ValueError(
-            f"the model has subnetworks of {', '.join(attached(task.encoder).subnets.languages)} attached "
-            f"(expected {', '.join(subnets.languages)})"
+            f"the model has subnetworks of {', '.join(there)} attached (expected {', '.join(subnets.languages)})"
         )
-    batch = task.collate(support).to(task.device)
-    ids = [subnets.index(name) for name in names]
+    batch, ids = task.collate(support).to(task.device), [subnets.index(name) for name in names]
     losses = support_losses(task.model, batch, ids, lambda some: task.loss(some).each).tolist()
-    return {name: _finite(name, "support loss", loss) for name, loss in zip(names, losses, strict=True)}
+    values = _finite("support loss", dict(zip(names, losses, strict=True)))
+    best = min(values, key=values.__getitem__)
+    return Choice(subnets.index(best), best, losses=values)
 
 
-def _finite(name: str, what: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(f"the {what} of {name!r} is {value} (expected a finite number)")
-    return value
+def _finite(what: str, values: dict[str, float]) -> dict[str, float]:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the {what} of {name!r} is {value} (expected a finite number)")
+    return values

@@ -20,8 +20,7 @@ from __future__ import annotations
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +34,6 @@ __all__ = [
 ]  # fmt: skip
 
 SIMILARITIES = ("uriel", "head-direction")
-LEFT_OUT = ("punct", "root", "_")
-PRIOR = 0.5
-URIEL_FEATURES = "syntax_knn"
 
 # Treebanks carry the codes of macrolanguages, which URIEL does not have: the member that their treebanks are in.
 INDIVIDUAL = {
@@ -53,24 +49,19 @@ class HeadDirection:
         counts: universal relation -> (before, after); relations that do not occur are not there.
     """
 
-    counts: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, Sequence[int]]
 
     @classmethod
     def of_rows(cls, rows: Iterable[Mapping[str, Any]]) -> HeadDirection:
         """Count sentences with "heads" (0: root, negative: none) and "deprels"."""
-        counts: dict[str, tuple[int, int]] = {}
+        counts: dict[str, Sequence[int]] = {}
         for row in rows:
             for position, (head, deprel) in enumerate(zip(row["heads"], row["deprels"], strict=True), start=1):
                 relation = deprel.split(":", 1)[0]
-                if head > 0 and head != position and relation not in LEFT_OUT:
+                if head > 0 and head != position and relation not in ("punct", "root", "_"):
                     before, after = counts.get(relation, (0, 0))
                     counts[relation] = (before + (position < head), after + (position > head))
         return cls(dict(sorted(counts.items())))
-
-    def share(self, relation: str) -> float:
-        """Share of the relation's dependents that stand before their head, smoothed towards one half."""
-        before, after = self.counts.get(relation, (0, 0))
-        return (before + PRIOR) / (before + after + 2 * PRIOR)
 
     def similarity(self, other: HeadDirection) -> float:
         """Similarity of two profiles, 0 to 1, symmetric; see the top of this file.
@@ -79,10 +70,11 @@ class HeadDirection:
             ValueError: they have no relation in common.
         """
         weights, differences = [], []
-        for relation in self.counts.keys() & other.counts.keys():
-            n, m = sum(self.counts[relation]), sum(other.counts[relation])
+        for relation in sorted(self.counts.keys() & other.counts.keys()):
+            (before, after), (theirs, behind) = self.counts[relation], other.counts[relation]
+            n, m = before + after, theirs + behind
             weights.append(n * m / (n + m))
-            differences.append(abs(self.share(relation) - other.share(relation)))
+            differences.append(abs((before + 0.5) / (n + 1) - (theirs + 0.5) / (m + 1)))
         if not weights:
             raise ValueError(
                 "two head-direction profiles have no relation in common: "
@@ -101,11 +93,7 @@ def direction_profile(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def direction_similarity(profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """`head_direction_similarity` of profiles as `direction_profile` makes them, also after they were JSON."""
-
-    def direction(counts: Mapping[str, Any]) -> HeadDirection:
-        return HeadDirection({relation: (before, after) for relation, (before, after) in counts.items()})
-
-    return head_direction_similarity(direction(profile), {name: direction(of) for name, of in others.items()})
+    return head_direction_similarity(HeadDirection(profile), {name: HeadDirection(of) for name, of in others.items()})
 
 
 def head_direction_similarity(support: HeadDirection, training: Mapping[str, HeadDirection]) -> dict[str, float]:
@@ -125,7 +113,7 @@ def similarity_measure(language: str, others: Sequence[str], has_support: bool, 
     """
     if asked is not None and asked not in SIMILARITIES:
         raise unknown("similarity of languages", asked, SIMILARITIES)
-    obstacle: Exception | None = None
+    why_not = "which was not asked for"
     if asked != "head-direction":
         try:
             _codes(_uriel(), [language, *others])
@@ -133,11 +121,11 @@ def similarity_measure(language: str, others: Sequence[str], has_support: bool, 
         except (ImportError, KeyError) as error:
             if asked is not None:
                 raise
-            obstacle = error
+            why_not = str(error)
     if not has_support:
         raise ValueError(
             f"the language nearest to {language!r} by head direction cannot be found without support sentences: give "
-            f"some, or use URIEL ({obstacle or 'which was not asked for'})"
+            f"some, or use URIEL ({why_not})"
         )
     return "head-direction"
 
@@ -155,14 +143,14 @@ def uriel_similarity(language: str, others: Sequence[str]) -> dict[str, float]:
     """
     uriel = _uriel()
     codes = _codes(uriel, [language, *others])
-    features = uriel.get_features(sorted(set(codes.values())), URIEL_FEATURES)
-    own = np.asarray(features[codes[language]], dtype=np.float64)
+    found = uriel.get_features(sorted(set(codes.values())), "syntax_knn")
+    features = {name: np.asarray(found[code], dtype=np.float64) for name, code in codes.items()}
+    own = features[language]
 
-    def cosine(name: str) -> float:
-        theirs = np.asarray(features[codes[name]], dtype=np.float64)
+    def cosine(theirs: np.ndarray) -> float:
         return float(own @ theirs / np.sqrt((own @ own) * (theirs @ theirs)))
 
-    return {name: cosine(name) for name in others}
+    return {name: cosine(features[name]) for name in others}
 
 
 def _codes(uriel: Any, languages: Sequence[str]) -> dict[str, str]:
@@ -174,30 +162,25 @@ def _codes(uriel: Any, languages: Sequence[str]) -> dict[str, str]:
     return codes
 
 
-@contextmanager
-def _without_scripts() -> Iterator[None]:
-    """Leave out the folder of installed scripts: lang2vec puts a ``lang2vec.py`` there, which hides the package from
-    every command that is started from it, such as ``fastmask``.
+def _uriel() -> Any:
+    """The package lang2vec, imported without the folder of installed scripts.
+
+    It puts a ``lang2vec.py`` there, which hides the package from every command that is started from it.
     """
     before, scripts = list(sys.path), sysconfig.get_path("scripts")
     sys.path[:] = [folder for folder in before if folder != scripts]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it reads its files by `pkg_resources`, which says that it is deprecated
+            from lang2vec import lang2vec
+    except ImportError as error:
+        name = error.name or "lang2vec"
+        hint = " (setuptools below 82 has it)" if name == "pkg_resources" else ""
+        raise ImportError(
+            f"the similarity of languages by URIEL needs the package {name}{hint}: "
+            "in a checkout of fastmask, pip install -e '.[typology]'; head direction does without",
+            name=name,
+        ) from error
     finally:
         sys.path[:] = before
-
-
-def _uriel() -> Any:
-    with warnings.catch_warnings(), _without_scripts():
-        warnings.simplefilter("ignore")  # it reads its files by `pkg_resources`, which says that it is deprecated
-        try:
-            from lang2vec import lang2vec
-        except ImportError as error:
-            name = error.name or "lang2vec"
-            hint = " (setuptools below 82 has it)" if name == "pkg_resources" else ""
-            raise ImportError(
-                f"the similarity of languages by URIEL needs the package {name}{hint}: "
-                "in a checkout of fastmask, pip install -e '.[typology]'; head direction does without",
-                name=name,
-            ) from error
     return lang2vec

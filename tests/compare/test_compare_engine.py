@@ -13,9 +13,8 @@ import pytest
 from processes import fork_pools, start_process
 from test_compare_kills import ARMS, COMPARISON, TRAINING
 
-from fastmask.compare.engine import CellFailedError, do, run_all
-from fastmask.compare.plan import CompareConfig, Plan
-from fastmask.compare.results import RESULT_FILE, is_done, read_result
+from fastmask.compare.cells import CellFailedError, do, run_all
+from fastmask.compare.plan import RESULT_FILE, CompareConfig, Plan, is_done, read_result
 from fastmask.files import HeldError, held
 
 LIMIT = 240.0  # seconds

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from hang import no_hang
 
-from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.plan import CompareConfig, Plan, write_result
 from fastmask.compare.report import load_results
-from fastmask.compare.results import write_result
 from fastmask.files import FileError
 
 SCORE = {

@@ -17,7 +17,6 @@ from transformers import (
 
 import fastmask as fm
 from fastmask.discovery import Quality, importance
-from fastmask.discovery.quality import attached_to, measured
 from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 
@@ -196,19 +195,19 @@ def test_without_development_data_the_loss_decides(model):
 
 def test_the_loss_is_that_of_the_masked_model(model):
     """The loss that decides must be the mean over the scoring examples, of the network with masked weights."""
-    subnets = Subnetworks.random(model.config, ["a", "b"], 0.5, seed=5, units="both")
-    masked = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for index, layer in enumerate(masked.encoder.layer):
-            width = 16 // HEADS
-            layer.attention.output.dense.weight *= subnets.heads[1, index].repeat_interleave(width)
-            layer.output.dense.weight *= subnets.neurons[1, index]
-        expected = float(loss_of(masked)(data()).mean())
+    rounds, plain = [], copy.deepcopy(model).eval()
     model.train()
-    with attached_to(model, subnets):
-        found = measured(model, "b", data().split([3, 4]), loss_of(model), None)
-    assert found.metric is None
-    assert found.loss == pytest.approx(expected, rel=1e-10)
+    batches = {"a": data().split([3, 4])}
+    found = fm.discover(model, batches, loss_of(model), lambda name: None, units="both", on_round=rounds.append)
+    assert 0 < found.heads.sum() < LAYERS * HEADS
+    with torch.no_grad():
+        for index, layer in enumerate(plain.encoder.layer):
+            layer.attention.output.dense.weight *= found.heads[0, index].repeat_interleave(16 // HEADS)
+            layer.output.dense.weight *= found.neurons[0, index]
+        expected = float(loss_of(plain)(data()).mean())
+    last = [round.quality for round in rounds if round.kept][-1]
+    assert last.metric is None
+    assert last.loss == pytest.approx(expected, rel=1e-10)
     assert model.training
     assert type(model).__module__.startswith("transformers.")
 

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Phi3Con
 
 import fastmask as fm
 from fastmask.discovery import entropy, importance, relative, shapley
-from fastmask.discovery.entropy import RARE
+from fastmask.discovery.scores import RARE
 
 LANGUAGES = ["a", "b"]
 SIZES = {

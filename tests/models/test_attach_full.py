@@ -11,7 +11,7 @@ from test_attach import LANGUAGES, MIXED, subnetworks
 from tiny_models import DECODERS, ENCODERS, batch, tiny, unit_masks
 
 import fastmask as fm
-from fastmask.discovery.importance import importance
+from fastmask.discovery import importance
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.editing import set_subnetwork
 

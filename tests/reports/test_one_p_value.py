@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from whole_results import whole_result
 
-from fastmask.compare.plan import CompareConfig, Plan, arms_of
+from fastmask.compare.plan import CompareConfig, Plan, arms_of, write_result
 from fastmask.compare.report import load_tables, write_report
-from fastmask.compare.results import write_result
 from fastmask.compare.tables import summary_table
 from fastmask.reports.folders import Run, Study, studies_of
 from fastmask.reports.scores import effect

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastmask.compare.engine import do
+from fastmask.compare.cells import do
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing

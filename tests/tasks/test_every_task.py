@@ -16,8 +16,7 @@ from tiny_tasks import CASES, LABELS, LANGUAGES, UNSEEN, config_of, rows_of, wri
 from typed_command import failure_of, output_of
 
 import fastmask as fm
-from fastmask.compare.cells import Runner
-from fastmask.compare.engine import do
+from fastmask.compare.cells import Runner, do
 from fastmask.compare.plan import RESERVED, CompareConfig, Plan
 from fastmask.compare.report import write_report
 from fastmask.tasks.registry import task_class

@@ -17,7 +17,7 @@ from test_training_loop import Killed, kill_at, random_subnetworks
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_task
 
 import fastmask as fm
-from fastmask.compare.branch import branch
+from fastmask.compare.cells import branch
 from fastmask.files import HeldError, check_files, held
 from fastmask.settings import ConfigError
 from fastmask.training import run_folder

@@ -1,0 +1,290 @@
+"""What the units of a model are worth to a language: the scores that pruning drops them by.
+
+`importance` is taken of the live units, again in every round. The others rank the units of the full network once, for
+all languages: `relative` and `entropy` say whose a unit is, `shapley` what a head is worth beside others.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmask.discovery.gates import frozen, gate_gradients, gated, probes_of
+from fastmask.models.attach import attached, language, owner_of
+from fastmask.models.structure import UnitGroup
+from fastmask.subnetworks.subnetworks import Subnetworks
+
+__all__ = [
+    "COMPARING", "RANKINGS", "SCORES", "Importance", "entropy", "importance", "relative", "shapley", "unit_masks",
+]  # fmt: skip
+
+RARE = 0.01
+"""Added to how often a neuron is active: of one active on fewer tokens, chance decides which language has the most."""
+
+Batches = Mapping[str, Iterable[Any]]  # by language, the batches that its units are scored on
+BatchLoss = Callable[[Any], Tensor]  # runs the model on a batch -> one loss for each example, [B]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of the live units, float32; dead units have 0. None for a kind of unit that is not masked."""
+
+    heads: Tensor | None = None  # [layers, heads]
+    neurons: Tensor | None = None  # [layers, ffn]
+
+
+def unit_masks(subnets: Subnetworks) -> dict[str, Tensor]:
+    """The masks over "heads" and "neurons", bool [L, layers, units], of the kinds that are masked."""
+    return {kind: keep for kind in ("heads", "neurons") if (keep := getattr(subnets, kind)) is not None}
+
+
+def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, language_name: str) -> Importance:
+    """Score every live unit of one language by the gradient of its gate.
+
+    I_h = mean over examples of |dL_example / d xi_h|, where the gate xi_h, at 1, multiplies the output of unit h
+    (Michel, Levy and Neubig 2019). Every example has gates of its own, so scores do not depend on how examples fall
+    into batches. They are divided by the L2 norm of their layer, so that layers can be compared.
+
+    Args:
+        model: a Hugging Face model with subnetworks over heads, neurons or both attached; skipped units cost nothing
+            here either. It is put in eval mode for the time of the call: dropout would add noise to the scores.
+        batches: what `loss` takes; one language each, any sizes.
+        loss: runs `model` on a batch and returns one loss for each example, [B]. It must not give `language_ids`:
+            it is called inside `fastmask.language(model, language_name)`.
+        language_name: one of the attached subnetworks' languages.
+
+    Returns:
+        Scores >= 0; within a layer they have L2 norm 1.
+
+    Raises:
+        ValueError: no batch, or a loss of another shape.
+    """
+    subnets = attached(model).subnets
+    row = subnets.index(language_name)
+    probes = probes_of(model)
+    if not probes:
+        raise ValueError("importance needs subnetworks over heads or neurons; these have only weights")
+    lives = [getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu() for probe in probes]
+    totals = [torch.zeros(len(live), dtype=torch.float64) for live in lives]
+    examples = 0
+    with (
+        frozen(model),
+        language(model, language_name),
+        gated(model, probes) as gates,
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),  # a compiled model would be compiled again for the gates
+    ):
+        for batch in batches:
+            gates.clear()
+            losses = loss(batch)
+            grads = gate_gradients(losses, gates, probes)
+            examples += losses.shape[0]
+            for gate, live, total in zip(sorted(gates, key=lambda gate: gate.number), lives, totals, strict=True):
+                summed = grads[gate.number].abs().sum(0).cpu()
+                # Slot j of a packed activation is the j-th live unit; slots behind them belong to no unit.
+                total += summed[: len(live)] if gate.packed else summed[live]
+    if not examples:
+        raise ValueError(f"no batch to score the units of {language_name!r} on")
+    kinds = dict.fromkeys(probe.kind for probe in probes)
+    scores = {kind: torch.zeros(getattr(subnets, kind).shape[1:]) for kind in kinds}
+    for probe, live, total in zip(probes, lives, totals, strict=True):
+        mean = total.float() / examples
+        scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
+    return Importance(**scores)
+
+
+def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Importance]:
+    """How much more each unit of the full network matters to a language than to the others.
+
+    A language's `importance` less the mean of the other languages' (the difference is ours): units that matter do so
+    to most languages, whose masks come out alike. Scores add up to 0 over languages.
+
+    Raises:
+        ValueError: a single language, no batch of one, or a loss of another shape.
+    """
+    _check_several("relative", batches)
+    found = {name: importance(model, scoring, loss, name) for name, scoring in batches.items()}
+
+    def less_others(own: Tensor | None, kind: str) -> Tensor | None:
+        if own is None:
+            return None
+        return own - (torch.stack([getattr(of, kind) for of in found.values()]).sum(0) - own) / (len(found) - 1)
+
+    return {
+        name: Importance(less_others(own.heads, "heads"), less_others(own.neurons, "neurons"))
+        for name, own in found.items()
+    }
+
+
+def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Importance]:
+    """How much the activity of each unit of the full network is one language's own, without any gradient.
+
+    Language activation probability entropy (LAPE; Tang et al. 2024, arXiv 2402.16438) takes the probability p of each
+    language that a neuron is active on a token, and keeps the neurons for which p, divided by its sum over languages,
+    has a low entropy. A mask ranks every unit for every language, so a unit's score is what that entropy is made of:
+    the language's share of the sum, from 0 to 1. A neuron is active where its (gate) projection is above zero. Heads
+    have no such thing: the mean L2 norm of what a head hands on takes the place of p, which is ours.
+
+    What `loss` returns is not read. Padding is left out where it calls the model with `attention_mask`, [B, T].
+
+    Raises:
+        ValueError: a single language, or no batch of one.
+    """
+    _check_several("entropy", batches)
+    rates = {name: _activity(model, name, scoring, loss) for name, scoring in batches.items()}
+    kinds = next(iter(rates.values()))
+    totals = {kind: torch.stack([of[kind] for of in rates.values()]).sum(0).clamp(min=1e-30) for kind in kinds}
+    return {
+        name: Importance(**{kind: (rate / totals[kind]).float() for kind, rate in of.items()})
+        for name, of in rates.items()
+    }
+
+
+def _activity(model: nn.Module, name: str, batches: Iterable[Any], loss: BatchLoss) -> dict[str, Tensor]:
+    """Over tokens, the mean norm of each head, and how often each neuron is active, float64 [layers, units]."""
+    state, owner = attached(model), owner_of(model)
+    sums: dict[tuple[str, int], Any] = defaultdict(int)
+    tokens: dict[tuple[str, int], int] = defaultdict(int)
+    present: Tensor | None = None  # of the running pass: bool [B, T], which tokens are no padding
+
+    def see_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal present
+        mask = kwargs.get("attention_mask")
+        present = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def add(group: UnitGroup, index: int, values: Tensor) -> None:
+        """Add up values [B, ..., units] over tokens."""
+        if present is not None and present.shape == values.shape[:-1]:
+            values = values[present.to(values.device)]
+        values = values.double().flatten(0, -2)
+        sums[group.kind, index] += values.sum(0).cpu()
+        tokens[group.kind, index] += len(values)
+
+    def see_heads(group: UnitGroup, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        add(group, index, inputs[0].unflatten(-1, (group.units, -1)).float().norm(dim=-1))
+
+    def see_neurons(group: UnitGroup, index: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        add(group, index, output[..., : group.units] > 0)  # gate first, where gate and up are in one
+
+    with ExitStack() as stack:
+        stack.callback(owner.register_forward_pre_hook(see_padding, with_kwargs=True).remove)
+        for index, group, _ in state.structure.masked(state.subnets):
+            if group.stacked:
+                raise ValueError(f"neurons of experts cannot be scored ({group.name!r}): mask heads alone")
+            if group.kind == "heads":
+                consumer = owner.get_submodule(group.columns[0])
+                handle = consumer.register_forward_pre_hook(partial(see_heads, group, index))
+            else:
+                producer = owner.get_submodule(next(iter(group.rows)))
+                handle = producer.register_forward_hook(partial(see_neurons, group, index))
+            stack.callback(handle.remove)
+        with frozen(model), language(model, None), torch.no_grad():
+            for batch in batches:
+                loss(batch)
+    if not sums:
+        raise ValueError(f"no batch to score the units of {name!r} on")
+    masks = unit_masks(state.subnets)
+    rates = {kind: torch.zeros(keep.shape[1:], dtype=torch.float64) for kind, keep in masks.items()}
+    for (kind, index), total in sums.items():
+        rates[kind][index, : len(total)] = total / tokens[kind, index] + (RARE if kind == "neurons" else 0.0)
+    return rates
+
+
+def shapley(
+    model: nn.Module,
+    batches: Batches,
+    loss: BatchLoss,
+    *,
+    orders: int = 16,
+    truncation: float = 0.5,
+    seed: int = 0,
+) -> dict[str, Importance]:
+    """Estimate the Shapley value of every head of the full network, for each language, in units of the loss.
+
+    That is the mean, over all orders in which heads are removed, of what the loss rises by when the head's turn comes
+    (Shapley 1953; for pruning heads per language, Held and Yang 2023, "Shapley Head Pruning"); a gradient sees each
+    head beside all others only. Orders are sampled. One ends early where the loss has risen far enough: nothing is
+    learnt of heads that are removed from a ruin (truncation; Ghorbani and Zou 2019). A head below zero is harmful; one
+    that no order came to has 0. All batches run once for each head and order, forward only: give few examples.
+
+    Args:
+        model: with subnetworks over heads attached; put in eval mode for the time of the call.
+        batches: by language, what `loss` takes.
+        loss: runs `model` on a batch, once, and returns one loss for each example, [B].
+        orders: of removing the heads, the same for all languages; each odd one is the reverse of the one before.
+        truncation: an order ends where the mean loss has risen by more than this share of what it rises by without any
+            head; at 1, none ends early, and the values of a language add up to that rise.
+        seed: of the orders.
+
+    Raises:
+        ValueError: masks over anything but heads, or no batch of a language.
+    """
+    subnets = attached(model).subnets
+    if subnets.heads is None or subnets.neurons is not None:
+        raise ValueError("the score 'shapley' removes heads one by one, which takes too long for neurons: units heads")
+    probes = probes_of(model)
+    sizes = [probe.units for probe in probes]
+    generator = torch.Generator().manual_seed(seed)
+    removals: list[list[int]] = []
+    for number in range(orders):
+        removals.append(removals[-1][::-1] if number % 2 else torch.randperm(sum(sizes), generator=generator).tolist())
+
+    def values(name: str) -> Tensor:
+        """Float64 [heads of all layers]."""
+        alive = torch.ones(sum(sizes))  # the gates, which each pass reads
+        sums, counts = torch.zeros(2, len(alive), dtype=torch.float64)
+        with frozen(model), language(model, None), torch.no_grad(), gated(model, probes, alive.split(sizes)) as gates:
+
+            def mean_loss() -> float:
+                losses = []
+                for batch in batches[name]:
+                    gates.clear()
+                    losses.append(loss(batch))
+                if not losses:
+                    raise ValueError(f"no batch to score the units of {name!r} on")
+                return float(torch.cat(losses).double().mean())
+
+            full = mean_loss()
+            alive.zero_()
+            end = full + truncation * (mean_loss() - full)
+            for order in removals:
+                alive.fill_(1)
+                before = full
+                for head in order:
+                    alive[head] = 0
+                    after = mean_loss()
+                    sums[head] += after - before
+                    counts[head] += 1
+                    before = after
+                    if truncation < 1 and after > end:
+                        break
+        return sums / counts.clamp(min=1)
+
+    found = {}
+    for name in batches:
+        scores = torch.zeros(subnets.heads.shape[1:])
+        for probe, of_layer in zip(probes, values(name).split(sizes), strict=True):
+            scores[probe.layer, : probe.units] = of_layer
+        found[name] = Importance(scores)
+    return found
+
+
+def _check_several(score: str, batches: Batches) -> None:
+    if len(batches) < 2:
+        raise ValueError(f"the score {score!r} compares languages: expected two or more, given {', '.join(batches)}")
+
+
+COMPARING = {"entropy": entropy, "relative": relative}
+"""Scores that compare languages: of some of them alone they are not those of all."""
+
+RANKINGS: dict[str, Callable[..., dict[str, Importance]]] = {**COMPARING, "shapley": shapley}
+"""Scores that are taken once: of the attached full network, each language's batches, and the loss."""
+
+SCORES = ("gradient", *RANKINGS)

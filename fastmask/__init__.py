@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmask import analysis, unseen
     from fastmask.deltas import Delta
-    from fastmask.discovery import discover, importance
+    from fastmask.discovery import discover
+    from fastmask.discovery.scores import importance
     from fastmask.dynamic import DynamicSubnetworks
     from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
     from fastmask.masks import Mask

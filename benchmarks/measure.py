@@ -1,7 +1,7 @@
 """Running one case at one setting: prove, time, count, and make rows of it; in one process or in several.
 
 The speed of a machine that is not quiet moves by tens of percent within a minute. So sides run in turn, and what counts
-is the ratio of two runs of the same round: they see the same speed. Bytes are counted.
+is the ratio of two runs of the same round.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +26,12 @@ from fastmask import workers
 MIB = 2**20
 MOST_ROUNDS = {"cpu": 2000, "cuda": 200}
 HEAD_START = 20_000_000  # clock cycles (about 10 ms) in which the host queues work before the device begins
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to standard error, below Python
 
 
 def measure(job: Job, seconds: float) -> list[Row]:
     """Build a case, prove every implementation equal to the reference (RuntimeError if one is not), and time its parts.
 
-    `seconds` are for each part, once everything is warm; the case says how many rounds are run at least, and with 0
-    seconds, to see that it runs, there are two.
+    `seconds` are for each part, once everything is warm; with 0, to see that it runs, there are two rounds.
     """
     CASES[job.setting.case].refuse(job)
     torch.set_num_threads(job.setting.threads)
@@ -175,8 +174,7 @@ def captured(side: Side) -> Side:
 def peak_bytes(side: Side, device: str) -> int:
     """Most memory that a run takes beyond what there was before; its results are dropped.
 
-    The allocator's own count on a GPU, what it reports to the profiler on a CPU, of the second of two runs: scratch
-    memory that outlives a call was there before.
+    The allocator's count (on a CPU by the profiler) of the second of two runs: scratch memory that stays is left out.
     """
     side.once()
     side.reset()
@@ -188,7 +186,7 @@ def peak_bytes(side: Side, device: str) -> int:
         torch.cuda.synchronize()
         highest = torch.cuda.max_memory_allocated() - before
     else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
             result = side.run()
         del result
         events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -196,3 +194,16 @@ def peak_bytes(side: Side, device: str) -> int:
         highest = max(itertools.accumulate((event.nbytes() for event in events), initial=0))
     side.reset()
     return highest
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on standard error: the profiler greets there, and warns, below Python."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)

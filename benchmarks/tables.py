@@ -129,14 +129,13 @@ def update_readme(path: Path, rows: Sequence[Row]) -> None:
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"{path} needs one line {BEGIN!r} and, below it, one {END!r}: the table goes between them")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    write_text(path, "\n".join([before + BEGIN, *lines, "", *textwrap.wrap(about, 118), END + after]))
+    block = "\n".join([BEGIN, *lines, "", *textwrap.wrap(about, 118), END])
+    write_text(path, text.partition(BEGIN)[0] + block + text.partition(END)[2])
 
 
 def _how(row: Row) -> str:
-    if row.processes > 1:
-        return f"Medians of {row.processes} processes, range in brackets."
-    return "Medians of interleaved runs of one process, quartiles in brackets."
+    several = f"Medians of {row.processes} processes, range in brackets."
+    return several if row.processes > 1 else "Medians of interleaved runs of one process, quartiles in brackets."
 
 
 def _where(row: Row) -> str:

@@ -48,6 +48,7 @@ class Case:
     can: ClassVar[tuple[str, ...]] = ()  # what else it can be asked for: "compiled", "bfloat16", "cuda"
     ours: ClassVar[tuple[str, ...]] = ("fastmask",)  # implementations that are held to the rule of the tests
     least: ClassVar[int] = 7  # rounds at least
+    one_by_one: ClassVar[bool] = False  # whether languages run one after the other, so that every rival applies
     masks: dict[str, fm.Mask]  # of each masked weight
     chosen: list[str]  # the implementations that run here
     notes: list[str]  # what was left out, and why
@@ -85,7 +86,7 @@ class Case:
     @classmethod
     def why_not(cls, setting: Setting, name: str) -> str | None:
         """Why an implementation does not apply at a setting; None if it does."""
-        return why_not(name, setting)
+        return None if cls.one_by_one else why_not(name, setting)
 
     def as_timed(self, function: Callable[..., Tensor], eager: bool = False) -> Callable[..., Tensor]:
         """A function under the setting's autocast and, unless `eager`, compiled if the setting says so."""

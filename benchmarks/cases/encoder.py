@@ -21,7 +21,6 @@ from fastmask.live import live_of, masked_parameters
 from fastmask.meta import Task as MetaTask
 
 COPIES = 4  # of the inputs, so that no run finds its own in the cache
-LEARNING_RATE = 1e-5  # of the optimisers
 CLASSES, STEPS, RATE = 20, 5, 1e-3  # of an episode: its classifier, its inner steps
 
 
@@ -111,20 +110,16 @@ class Step(Encoder):
     implementations = (*DENSE, "fastmask", "live", "sparse", "multiply")
     ours = ("fastmask", "live", "sparse")
     can = ("bfloat16", "cuda")
+    one_by_one = True
 
     def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
         super().__init__(setting, names)
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         for name, model in self.models.items():
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            if name in ("live", "sparse"):
-                self.optimizers[name] = fm.LiveAdamW(trained, model=model, lr=LEARNING_RATE)
-            else:
-                self.optimizers[name] = torch.optim.AdamW(trained, fused=True, lr=LEARNING_RATE)
-
-    @classmethod
-    def why_not(cls, setting: Setting, name: str) -> str | None:
-        return None  # gradients of several languages can be multiplied one after the other
+            live = name in ("live", "sparse")
+            kind = partial(fm.LiveAdamW, model=model) if live else partial(torch.optim.AdamW, fused=True)
+            self.optimizers[name] = kind(trained, lr=1e-5)
 
     def model(self, name: str) -> nn.Module:
         """Plain or attached; moments are kept for the languages of the masks, so these are those of the batch."""
@@ -205,10 +200,7 @@ class Episode(Case):
     results_are = ("meta-gradient",)
     defaults: ClassVar[dict[str, Any]] = {"languages": 2, "present": 2, "batch": 20, "tokens": 32}
     least = 5
-
-    @classmethod
-    def why_not(cls, setting: Setting, name: str) -> str | None:
-        return None
+    one_by_one = True
 
     def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
         from transformers import BertForTokenClassification
@@ -259,14 +251,18 @@ def _with_clones(model: nn.Module, masked: Sequence[nn.Module], batches: Sequenc
     """Copies of all parameters as fast weights, which run through each language's `masked` model."""
     for own, (support, query) in zip(masked, batches, strict=True):
         phi = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-        for batch in (*[support] * STEPS, query):
-            loss = _loss(functional_call(own, phi, (batch[0],)), batch)
-            grads = dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
-            if batch is support:
-                phi = {name: (p - RATE * grads[name]).detach().requires_grad_() for name, p in phi.items()}
+        for _ in range(STEPS):
+            grads = _gradient(own, phi, support)
+            phi = {name: (p - RATE * grads[name]).detach().requires_grad_() for name, p in phi.items()}
+        grads = _gradient(own, phi, query)
         for name, parameter in model.named_parameters():
             share = grads[name] / len(batches)
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+
+
+def _gradient(model: nn.Module, phi: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    loss = _loss(functional_call(model, phi, (batch[0],)), batch)
+    return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
 
 
 def _loss(output: Any, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,7 +1,4 @@
-"""What `make gpu` checks, and what it measures, in the order of what it is worth; and what must hold.
-
-The tests run the problems of the gate; `recorded` says what all of it launches.
-"""
+"""What `make gpu` checks, and what it measures, in the order of what it is worth; and what must hold."""
 
 from __future__ import annotations
 
@@ -35,10 +32,7 @@ _ROWS_AND_COLUMNS = ("neurons", "neuron-inputs", "heads", "head-inputs")
 UNITS = {unit: _op(unit, *(PARTS if unit == "neurons" else ())) for unit in _ROWS_AND_COLUMNS}
 LAYERS = _encoder(BOTH_WAYS, GRAPH, peaks=True)
 BLOCKS_LEFT = {density: _op("blocks64", *PARTS[:3], density=density, present=1) for density in (0.9, 0.7, 0.5, 0.3)}
-BITS = {
-    present: _op("weights", *PARTS, names=("fastmask", "multiply", "loop"), peaks=True, present=present)
-    for present in (1, 8)
-}
+BITS = {n: _op("weights", *PARTS, names=("fastmask", "multiply", "loop"), peaks=True, present=n) for n in (1, 8)}
 LAUNCHES = [
     _encoder(HOST, layers=1, **_SMALL),
     *(_op(unit, HOST, **_SMALL) for unit in (*_ROWS_AND_COLUMNS, "blocks64", "weights")),
@@ -68,11 +62,10 @@ TARGETS: list[Target] = [
 def tiny(job: Job) -> Job:
     """A job to try the code out with, in Triton's interpreter on a CPU, which has no graphs."""
     sizes: dict[str, Any] = {"shape": "toy", "layers": 1, "languages": 2, "batch": 2, "tokens": 4, "dtype": "float32"}
-    sizes |= {"present": min(job.setting.present, 2), "compiled": False}
-    if job.setting.unit in BLOCKS:
-        sizes["unit"] = "blocks32"
-    parts = tuple(part for part in job.parts if part != GRAPH)
-    return replace(job, setting=replace(job.setting, **sizes), parts=parts)
+    setting = replace(job.setting, **sizes, present=min(job.setting.present, 2), compiled=False)
+    if setting.unit in BLOCKS:
+        setting = replace(setting, unit="blocks32")
+    return replace(job, setting=setting, parts=tuple(part for part in job.parts if part != GRAPH))
 
 
 # ---- what the gate checks: masks, dtypes, sizes and models

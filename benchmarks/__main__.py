@@ -12,13 +12,10 @@ from typing import Any, get_type_hints
 
 from benchmarks import row, tables
 from benchmarks.cases import CASES
-from benchmarks.row import ROOT, Row
-from benchmarks.running import Job, measure_in
-from benchmarks.setting import Setting
+from benchmarks.measure import measure_in
+from benchmarks.row import ROOT, Job, Row, Setting
 from benchmarks.targets import QUICK, TARGETS
 from fastmask.errors import unknown
-
-__all__ = ["main"]
 
 PLANS = {"quick": QUICK, "targets": list(dict.fromkeys(target.job for target in TARGETS))}
 SWEPT = [field for field in fields(Setting) if field.name not in ("case", "compiled", "threads", "device")]
@@ -35,10 +32,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0 if all is well, 1 where a target is missed or something has become slower, 2 on bad input."""
     options = _parser().parse_args(arguments)
     try:
-        return _run(options)
+        before = None if options.compare is None else row.read(options.compare)  # before anything is measured
+        if options.stored is None:
+            rows = _measured(options)
+        else:
+            rows = row.read(options.stored)
+            tables.print_rows(rows, TARGETS)
+        tables.print_sources(rows)
+        good = tables.print_targets(TARGETS, rows) if options.what == "targets" else True
+        for path in tables.draw(rows, options.pictures) if options.pictures else ():
+            print(f"drawn: {path}")
+        if options.update_readme is not None:
+            tables.update_readme(options.update_readme, rows)
+        if before is not None:
+            good = tables.print_changes(before, rows, options.compare) and good
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0 if good else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,15 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", nargs="?", default="quick", help="quick, targets, or a case (default: quick)")
     sweep = parser.add_argument_group("the settings of a case; several values, with commas, make a sweep")
+    several = {"type": lambda text: tuple(item.strip() for item in text.split(",")), "default": (), "metavar": "A,B"}
     for field in SWEPT:
-        said = f"default: {field.default}, or the case's"
-        sweep.add_argument(f"--{field.name}", type=_items, metavar="A,B", help=said)
+        sweep.add_argument(f"--{field.name}", **several, help=f"default: {field.default}, or the case's")
     sweep.add_argument("--compile", action="store_true", help="run every implementation under torch.compile")
-    for name, said in (
-        ("implementations", "beside dense and full; default: all that apply"),
-        ("parts", "default: all"),
-    ):
-        sweep.add_argument(f"--{name}", type=_items, default=(), metavar="A,B", help=said)
+    sweep.add_argument("--implementations", **several, help="beside dense and full; default: all that apply")
+    sweep.add_argument("--parts", **several, help="default: all")
     sweep.add_argument("--peaks", action="store_true", help="also count the most that is held at once")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each part (default: 20)")
     parser.add_argument("--processes", type=int, default=1, help="repeat in so many processes; medians and range")
@@ -79,27 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    before = None if options.compare is None else row.read(options.compare)  # before anything is measured
-    if options.stored is None:
-        rows = _measured(options)
-    else:
-        rows = row.read(options.stored)
-        tables.print_rows(rows, TARGETS)
-    tables.print_sources(rows)
-    good = tables.print_targets(TARGETS, rows) if options.what == "targets" else True
-    if options.pictures is not None:
-        from benchmarks.pictures import draw
-
-        for path in draw(rows, options.pictures):
-            print(f"drawn: {path}")
-    if options.update_readme is not None:
-        tables.update_readme(options.update_readme, rows)
-    if before is not None:
-        good = tables.print_changes(before, rows, options.compare) and good
-    return 0 if good else 1
-
-
 def _measured(options: argparse.Namespace) -> list[Row]:
     if options.csv is not None and options.csv.exists():
         raise ValueError(f"{options.csv} is there already: name another file")
@@ -107,7 +94,7 @@ def _measured(options: argparse.Namespace) -> list[Row]:
         raise ValueError(f"--processes {options.processes}: expected at least 1")
     jobs = _jobs(options)
     for job in jobs:
-        job.refuse()
+        CASES[job.setting.case].refuse(job)
     rows: list[Row] = []
     for number, job in enumerate(jobs, 1):
         print(f"[{number}/{len(jobs)}] {job.setting.words()}", file=sys.stderr, flush=True)
@@ -130,24 +117,16 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     if options.what not in CASES:
         raise unknown("plan or case", options.what, [*PLANS, *CASES])
     swept: dict[str, list[Any]] = {name: [value] for name, value in CASES[options.what].defaults.items()}
-    swept |= {name: [_value(name, text) for text in texts] for name, texts in given.items()}
+    for name, texts in given.items():
+        try:
+            swept[name] = [get_type_hints(Setting)[name](text) for text in texts]
+        except ValueError:
+            raise ValueError(f"--{name}: {', '.join(texts)!r} is not a number") from None
     fixed = {"compiled": options.compile, "threads": options.threads, "device": options.device}
     return [
         Job(Setting(options.what, **dict(zip(swept, values, strict=True)), **fixed), names, parts, options.peaks)
         for values in itertools.product(*swept.values())
     ]
-
-
-def _value(name: str, text: str) -> Any:
-    try:
-        return get_type_hints(Setting)[name](text)
-    except ValueError:
-        raise ValueError(f"--{name}: {text!r} is not a number") from None
-
-
-def _items(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(item.strip() for item in text.split(","))
 
 
 if __name__ == "__main__":

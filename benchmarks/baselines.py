@@ -1,9 +1,8 @@
 """What people would use instead: each rival in a few lines of plain PyTorch, on any device, differentiable.
 
 All have one signature: `rival(x [B, ..., K], weight [N, K], task, bias [N] or None) -> y [B, ..., N]`. A `Task` holds
-what a program can prepare once for a mask and a batch's language ids; no rival pays for that when it is timed. `dense`
-ignores the masks; the others compute `fastmask.masked_linear`. `packed` does so as an attached model does: the masked
-side holds live units only.
+what a program can prepare once, untimed. `dense` ignores the masks; the others compute `fastmask.masked_linear`,
+`packed` as an attached model does: the masked side holds live units only.
 """
 
 from __future__ import annotations
@@ -16,41 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.row import Setting
 from fastmask.masks import Mask
-
-__all__ = ["BASELINES", "EXPLAINED", "Baseline", "BaselineLinear", "Task", "why_not", "with_rival"]
 
 
 class Task:
-    """A mask and the languages of a batch, prepared: the languages present, their examples, and what each owns.
-
-    Args:
-        mask: masks of L languages, on the device that the rival will run on.
-        language_ids: int64 [B], -1 (the full network) to L - 1.
-
-    Attributes:
-        languages: the G languages present, ascending.
-        row_of: which of them each example has, int64 [B].
-        bounds, ends: where each one's examples begin and end once sorted; the ends again as int32 [G].
-        order, back: int64 [B]; examples sorted by language, and where each is after sorting. None if they are sorted.
-        keep: what the languages present own, bool, which broadcasts to [G, N, K].
-        live: of row and column masks, the units of each, int64.
-        units: the same as a table [G, live] where all own equally many; else None.
-        gates: of row and column masks, the units of each example, bool [B, N] or [B, K]; else None.
-        block: of block masks, (bn, bk).
-    """
+    """A mask (of L languages) and the languages of a batch (int64 [B], -1 to L - 1), prepared on the mask's device."""
 
     def __init__(self, mask: Mask, language_ids: Tensor) -> None:
         self.kind, ids = mask.kind, language_ids.to(mask.device)
+        # The G languages present, ascending; which of them each example has, int64 [B].
         found, self.row_of, counts = ids.unique(return_inverse=True, return_counts=True)
         self.languages: list[int] = found.tolist()
-        self.ends = counts.cumsum(0).to(torch.int32)
+        self.ends = counts.cumsum(0).to(torch.int32)  # where the examples of each end once sorted, int32 [G]
         self.bounds = list(pairwise([0, *self.ends.tolist()]))
+        # Examples sorted by language, and where each is after sorting, int64 [B]; None if they are sorted.
         order = ids.argsort(stable=True)
         is_sorted = torch.equal(order, torch.arange(len(ids), device=ids.device))  # as a loader can give them
         self.order, self.back = (None, None) if is_sorted else (order, order.argsort())
         every = mask.to_dense()
-        self.keep = torch.cat([torch.ones_like(every[:1]), every])[found + 1]
+        self.keep = torch.cat([torch.ones_like(every[:1]), every])[found + 1]  # bool, broadcasts to [G, N, K]
+        # Of row and column masks: the units of each language, int64; as a table [G, live] where all own equally many;
+        # those of each example, bool [B, N] or [B, K].
         self.live: list[Tensor] = []
         self.units: Tensor | None = None
         self.gates: Tensor | None = None
@@ -61,28 +47,8 @@ class Task:
             self.live = [flags.nonzero().flatten() for flags in units]
             self.units = torch.stack(self.live) if len(set(map(len, self.live))) == 1 else None
             self.gates = units[self.row_of]
-        self.block = mask.geometry
-        self._block_sparse: dict[int, list[Tensor]] = {}
-
-    def block_sparse(self, weight: Tensor) -> list[Tensor]:
-        """The masked weights of the languages present in PyTorch's block-sparse rows (BSR), made once for a weight.
-
-        Raises:
-            ValueError: not a mask over blocks.
-        """
-        if self.kind != "blocks":
-            raise ValueError(f"block-sparse rows are for masks over blocks, not {self.kind}")
-        made = self._block_sparse.setdefault(weight.data_ptr(), [])
-        if not made:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # PyTorch calls them beta
-                made += [(weight.detach() * keep).to_sparse_bsr(self.block) for keep in self.keep]
-        return made
-
-
-# ---- the rivals
-
-Baseline = Callable[[Tensor, Tensor, Task, Tensor | None], Tensor]
+        self.block = mask.geometry  # of block masks (bn, bk)
+        self.block_sparse: dict[int, list[Tensor]] = {}  # masked weights by address, see `bsr`
 
 
 def dense(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
@@ -148,8 +114,15 @@ def packed(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) ->
 
 
 def bsr(x: Tensor, weight: Tensor, task: Task, bias: Tensor | None = None) -> Tensor:
-    """`loop` over weights kept as PyTorch's block-sparse rows: forward only, masks over blocks."""
-    ordered, weights = _taken(x, task.order), task.block_sparse(weight)
+    """`loop` over weights kept as PyTorch's block-sparse rows, made once: forward only, masks over blocks."""
+    if task.kind != "blocks":
+        raise ValueError(f"block-sparse rows are for masks over blocks, not {task.kind}")
+    weights = task.block_sparse.setdefault(weight.data_ptr(), [])
+    if not weights:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # PyTorch calls them beta
+            weights += [(weight.detach() * keep).to_sparse_bsr(task.block) for keep in task.keep]
+    ordered = _taken(x, task.order)
     parts = [F.linear(ordered[first:last], own, bias) for own, (first, last) in zip(weights, task.bounds, strict=True)]
     return _taken(torch.cat(parts), task.back)
 
@@ -159,14 +132,7 @@ def _taken(x: Tensor, examples: Tensor | None) -> Tensor:
     return x if examples is None else x.index_select(0, examples)
 
 
-BASELINES: dict[str, Baseline] = {
-    "dense": dense,
-    "multiply": multiply,
-    "loop": loop,
-    "gating": gating,
-    "packed": packed,
-    "bsr": bsr,
-}
+BASELINES = {rival.__name__: rival for rival in (dense, multiply, loop, gating, packed, bsr)}
 
 # What a table says of each implementation, the project's own ones first.
 EXPLAINED = {
@@ -184,25 +150,27 @@ EXPLAINED = {
 }
 
 
-def why_not(name: str, kind: str, present: int, dtype: str = "float32", compiled: bool = False) -> str | None:
-    """Why a rival cannot compute a mask of some kind for so many languages in one batch; None if it can."""
-    if name == "multiply" and present > 1:
+def why_not(name: str, setting: Setting) -> str | None:
+    """Why a rival cannot compute the masks of a setting for the languages of its batch; None if it can."""
+    if name == "multiply" and setting.present > 1:
         return "it has one mask for a whole batch"
-    if name in ("gating", "packed") and kind not in ("rows", "columns"):
+    if name in ("gating", "packed") and setting.kind not in ("rows", "columns"):
         return "it is for rows and columns"
-    if compiled and name in ("packed", "bsr") and dtype == "float32":
+    if setting.compiled and name in ("packed", "bsr") and setting.dtype == "float32":
         return "torch.compile knows no such product in float32"
     if name == "packed" and not hasattr(F, "grouped_mm"):
         return "this PyTorch has no grouped_mm"
-    if name == "bsr" and (kind != "blocks" or dtype != "float32"):
+    if name == "bsr" and (setting.kind != "blocks" or setting.dtype != "float32"):
         return "block-sparse rows are for masks over blocks, in float32"
+    if name == "compact" and (setting.unit == "weights" or setting.present > 1):
+        return "a compact model holds one language, and single weights make it no smaller"
     return None
 
 
 class BaselineLinear(nn.Module):
     """A rival in the place of an `nn.Linear`, with its Parameters, for one fixed batch of languages."""
 
-    def __init__(self, linear: nn.Linear, task: Task, baseline: Baseline) -> None:
+    def __init__(self, linear: nn.Linear, task: Task, baseline: Callable[..., Tensor]) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.task, self.baseline = task, baseline
@@ -212,7 +180,7 @@ class BaselineLinear(nn.Module):
         return self.baseline(x, self.weight, self.task, self.bias)
 
 
-def with_rival(model: nn.Module, baseline: Baseline, tasks: Mapping[str, Task]) -> nn.Module:
+def with_rival(model: nn.Module, baseline: Callable[..., Tensor], tasks: Mapping[str, Task]) -> nn.Module:
     """The model, with a rival in the place of the linear layers that are named."""
     for path, task in tasks.items():
         model.set_submodule(path, BaselineLinear(model.get_submodule(path), task, baseline))  # type: ignore[arg-type]

@@ -7,46 +7,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cases.op import PARTS
-from benchmarks.row import Row
-from benchmarks.running import Job
-from benchmarks.setting import Setting
-
-__all__ = ["BOTH_WAYS", "PASS", "QUICK", "TARGETS", "Target"]
+from benchmarks.row import Job, Row, Setting
 
 BOTH_WAYS = PARTS[-1]
-PASS, SHORT = "pass", "SHORT"
+PASS = "pass"
 
 
 @dataclass(frozen=True)
 class Target:
     """One number to be reached.
 
-    Attributes:
-        job: what is measured.
-        metric: at least "over dense", "over full", "share" (of the ideal, of our dense) or "speed" (over `against`); at
-            most "kept" or "peak", bytes over those of `against`.
-        bound: the value asked for.
-        part: of the case.
-        of: the implementation.
-        against: the fastest (leanest) of these implementations; default the dense network.
+    `metric` is at least "over dense", "over full", "share" (of the ideal, of our dense) or "speed" (over `against`); at
+    most "kept" or "peak", bytes over those of `against`.
     """
 
     job: Job
     metric: str
     bound: float
     part: str = BOTH_WAYS
-    of: str = "fastmask"
-    against: tuple[str, ...] = ("dense",)
+    of: str = "fastmask"  # the implementation
+    against: tuple[str, ...] = ("dense",)  # the fastest (leanest) of these
 
     @property
     def words(self) -> str:
         """What is asked for, as a table says it."""
         rivals = f" over {' and '.join(self.against)}" if self.against != ("dense",) else ""
-        return f"{self.metric}{rivals} {'<=' if self._at_most else '>='} {self.bound:.2f}"
-
-    @property
-    def _at_most(self) -> bool:
-        return self.metric in ("kept", "peak")
+        return f"{self.metric}{rivals} {'<=' if self.metric in ('kept', 'peak') else '>='} {self.bound:.2f}"
 
     def asks(self, row: Row) -> bool:
         """Whether it is about this row, whatever it was measured on."""
@@ -55,13 +41,13 @@ class Target:
 
     def verdict(self, rows: Sequence[Row]) -> tuple[float | None, str]:
         """What was reached, and whether that is enough; of several rivals the least favourable counts."""
-        value = self.value(rows)
+        value = self._value(rows)
         if value is None:
             return None, "not measured"
-        return value, PASS if (value <= self.bound if self._at_most else value >= self.bound) else SHORT
+        good = value <= self.bound if self.metric in ("kept", "peak") else value >= self.bound
+        return value, PASS if good else "SHORT"
 
-    def value(self, rows: Sequence[Row]) -> float | None:
-        """What was reached; None if that was not measured."""
+    def _value(self, rows: Sequence[Row]) -> float | None:
         ours = next((row for row in rows if self.asks(row)), None)
         if ours is None:
             return None

@@ -1,7 +1,6 @@
-"""The cases under pytest-benchmark, at small sizes: `pytest benchmarks --benchmark-only`.
+"""The cases under pytest-benchmark, at small sizes, each proven equal first: `pytest benchmarks --benchmark-only`.
 
-One group for each case and part, one test for each implementation, proven equal before it is timed. Sides run one
-after the other here, so that a machine whose speed moves shows in the differences; `python -m benchmarks` takes turns.
+Sides run one after the other here, so a machine whose speed moves shows in the differences.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks.cases import CASES, Case
-from benchmarks.setting import Setting
+from benchmarks.cases import CASES
+from benchmarks.row import Setting
 
 SETTINGS = [
     *(Setting("op", shape="small", unit=unit, threads=1) for unit in ("neurons", "blocks32", "weights")),
@@ -23,8 +22,7 @@ SETTINGS = [
 
 
 @cache
-def proven(setting: Setting) -> Case:
-    """The case, built and checked once."""
+def proven(setting):  # type: ignore[no-untyped-def]
     torch.set_num_threads(setting.threads)
     case = CASES[setting.case](setting)
     case.check()
@@ -42,7 +40,6 @@ RUNS = [
 
 @pytest.mark.parametrize(("setting", "part", "name"), RUNS)
 def test_speed(benchmark, setting, part, name):  # type: ignore[no-untyped-def]
-    """Times one implementation; fails where it computes something else."""
     benchmark.group = f"{setting.words()}, {part}"
     side = proven(setting).sides(part)[name]
     benchmark.pedantic(side.run, setup=side.reset, rounds=15, warmup_rounds=3)

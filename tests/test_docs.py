@@ -13,8 +13,8 @@ from string import Template
 import pytest
 
 import fastmask as fm
+from benchmarks.row import Setting
 from benchmarks.row import read as read_rows
-from benchmarks.setting import Setting
 from fastmask.cli import _parser, main
 from fastmask.models import families
 from tests.cli import options_page

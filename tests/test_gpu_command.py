@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,7 @@ from benchmarks.cases import CASES
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import gate
 from benchmarks.gpu.sections import GRAPH, HOST, SECTIONS, TARGETS, tiny
-from benchmarks.row import Row
-from benchmarks.running import Job
-from benchmarks.setting import Setting
+from benchmarks.row import Job, Row, Setting
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from made_rows import made_row
@@ -71,8 +70,8 @@ from benchmarks import tables
 from benchmarks.gpu import __main__
 from benchmarks.gpu.sections import UNITS, tiny
 from benchmarks.cases.encoder import encoder_of
-from benchmarks.running import measure
-from benchmarks.setting import SHAPES
+from benchmarks.measure import measure
+from benchmarks.row import SHAPES
 encoder_of(SHAPES["toy"], 1, 8)
 tables.print_rows(measure(tiny(UNITS["heads"]), 0.0))
 """
@@ -199,9 +198,8 @@ def test_sections_can_be_measured():
     """A job asks for what its case does not know, or a target is about nothing that is measured."""
     jobs = [job for own in SECTIONS.values() for job in own]
     for job in jobs:
-        graphs = [part for part in job.parts if part == GRAPH]
-        CASES[job.setting.case].refuse(job.setting, job.names, [part for part in job.parts if part not in graphs])
-        CASES[job.setting.case].refuse(tiny(job).setting, job.names, tiny(job).parts)
+        CASES[job.setting.case].refuse(replace(job, parts=tuple(part for part in job.parts if part != GRAPH)))
+        CASES[job.setting.case].refuse(tiny(job))
     for target in TARGETS:
         assert target.job in jobs
         assert target.part in target.job.parts

@@ -2,76 +2,75 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmask as fm
-from benchmarks.measure import Side
-from benchmarks.setting import Setting
+from benchmarks.baselines import why_not
+from benchmarks.row import Job, Setting
 from fastmask.errors import unknown
 
-__all__ = ["DENSE", "Case"]
-
-HOWS = ("graph", "host-time")
 DENSE = ("dense", "full")  # the whole network, as PyTorch runs it and through fastmask: ratios are taken to both
 RIVALS_ERROR = 0.05
 
 
+@dataclass(frozen=True)
+class Side:
+    """What is timed, and what is done before it, untimed: clearing its own gradients, as training does."""
+
+    run: Callable[[], object]
+    reset: Callable[[], object] = lambda: None
+
+    def once(self) -> None:
+        """Reset, then run, untimed."""
+        self.reset()
+        self.run()
+
+
 class Case:
-    """One thing to measure at one setting, in several implementations.
+    """One thing to measure at one setting, in several implementations; by default each is a model in training.
 
-    Args:
-        setting: what is measured.
-        names: implementations to run; none: all that apply. Those of `DENSE` always run.
-
-    Attributes:
-        name, units, parts, implementations: of the case.
-        results_are: names of what `results` returns.
-        defaults: what a sweep takes for fields of the setting that are not given.
-        can: what else it can be asked for: "compiled", "bfloat16", "cuda". A part may be followed by how it runs:
-            " graph", replayed as a CUDA graph, is the device's time alone, " host-time" that until the call returns.
-        ours: implementations that are held to the rule of the tests.
-        least: rounds at least.
-        masks: of each masked weight.
-        chosen: the implementations that run here.
-        notes: what was left out, and why.
+    `names` are the implementations to run; none: all that apply. Those of `DENSE` always run.
     """
 
     name: ClassVar[str]
     units: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     implementations: ClassVar[tuple[str, ...]]
-    results_are: ClassVar[tuple[str, ...]]
-    defaults: ClassVar[dict[str, Any]] = {}
-    can: ClassVar[tuple[str, ...]] = ()
-    ours: ClassVar[tuple[str, ...]] = ("fastmask",)
-    least: ClassVar[int] = 7
-    masks: dict[str, fm.Mask]
+    results_are: ClassVar[tuple[str, ...]]  # names of what `results` returns
+    defaults: ClassVar[dict[str, Any]] = {}  # what a sweep takes for fields of the setting that are not given
+    can: ClassVar[tuple[str, ...]] = ()  # what else it can be asked for: "compiled", "bfloat16", "cuda"
+    ours: ClassVar[tuple[str, ...]] = ("fastmask",)  # implementations that are held to the rule of the tests
+    least: ClassVar[int] = 7  # rounds at least
+    one_by_one: ClassVar[bool] = False  # whether languages run one after the other, so that every rival applies
+    masks: dict[str, fm.Mask]  # of each masked weight
+    chosen: list[str]  # the implementations that run here
+    notes: list[str]  # what was left out, and why
+    models: dict[str, nn.Module]  # of the chosen implementations
 
     def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
-        self.setting = setting
+        self.setting, self.tokens = setting, setting.batch * setting.tokens  # that one run goes through
         asked = (*DENSE, *names) if names else self.implementations
         reasons = {name: self.why_not(setting, name) for name in self.implementations if name in asked}
         self.chosen = [name for name, reason in reasons.items() if reason is None]
         self.notes = [f"without {name}: {reason}" for name, reason in reasons.items() if reason is not None]
 
     @classmethod
-    def refuse(cls, setting: Setting, names: Sequence[str] = (), parts: Sequence[str] = ()) -> None:
-        """See that the case knows what is asked of it, before anything is built.
-
-        Raises:
-            KeyError: a name that it does not know; the message gives those it does.
-            ValueError: what it cannot do, or parts of the setting that do not go together here.
-        """
-        what_parts, hows = [part.partition(" ")[0] for part in parts], [part.partition(" ")[2] for part in parts]
+    def refuse(cls, job: Job) -> None:
+        """See that the case can do what is asked of it, before anything is built: KeyError or ValueError if not."""
+        setting, of_case = job.setting, f"of the case {cls.name!r}"
+        hows = [part.partition(" ")[2] for part in job.parts]
         for what, given, known in (
-            (f"unit of the case {cls.name!r}", [setting.unit], cls.units),
-            (f"implementation of the case {cls.name!r}", names, cls.implementations),
-            (f"part of the case {cls.name!r}", what_parts, cls.parts),
-            ("way to run a part", filter(None, hows), HOWS),
+            (f"unit {of_case}", [setting.unit], cls.units),
+            (f"implementation {of_case}", job.names, cls.implementations),
+            (f"part {of_case}", [part.partition(" ")[0] for part in job.parts], cls.parts),
+            ("way to run a part", filter(None, hows), ("graph", "host-time")),
         ):
             for name in given:
                 if name not in known:
@@ -87,27 +86,29 @@ class Case:
     @classmethod
     def why_not(cls, setting: Setting, name: str) -> str | None:
         """Why an implementation does not apply at a setting; None if it does."""
-        return None
+        return None if cls.one_by_one else why_not(name, setting)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that one run goes through."""
-        return self.setting.batch * self.setting.tokens
+    def as_timed(self, function: Callable[..., Tensor], eager: bool = False) -> Callable[..., Tensor]:
+        """A function under the setting's autocast and, unless `eager`, compiled if the setting says so."""
+        if self.setting.compiled and not eager:
+            function = torch.compile(function, fullgraph=True, dynamic=False)
 
-    # ---- proof
+        def run(*inputs: Tensor | None) -> Tensor:
+            half = self.setting.dtype == "bfloat16"  # autocast leaves float64 alone
+            with torch.autocast(self.setting.device, torch.bfloat16) if half else nullcontext():
+                return function(*inputs)
+
+        return run
 
     def check(self) -> None:
         """Prove every implementation equal to its reference in float64, before anything is timed.
 
         Ours by the rule of the tests: at most twice as far from it as the reference itself is in the setting's dtype.
-        Rivals may round where they like: 5%.
-
-        Raises:
-            RuntimeError: one is not.
+        Rivals may round where they like: 5%. RuntimeError if one is not.
         """
         references: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
         for name in self.chosen:
-            by = self.references(name)
+            by = ("dense", "dense") if name in DENSE else self.references(name)
             if by not in references:
                 references[by] = (self.results(by[0], torch.float64), self.results(by[1], self.setting.parameters))
             found = self.results(name)  # of some rivals the first one only
@@ -122,35 +123,44 @@ class Case:
                     wrong = f"{what} of {name} is wrong: error {error:.3e}, allowed {allowed:.3e}"
                     raise RuntimeError(f"{self.setting.words()}: {wrong}: nothing is timed")
 
+    def results(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """What one run computes, on the first inputs; with a dtype, a run of a fresh, eager form in it."""
+        model = self.models[name] if dtype is None else copy.deepcopy(self.model(name)).to(dtype)
+        model.zero_grad()
+        output = self.passes(name, model, dtype)()
+        found = [output.detach(), gradients(model)] if "output" in self.results_are else [gradients(model)]
+        model.zero_grad()
+        return found
+
+    def sides(self, part: str) -> dict[str, Side]:
+        """What is timed: the chosen implementations that have such a part."""
+        return {name: Side(self.passes(name, model), model.zero_grad) for name, model in self.models.items()}
+
+    def kept(self) -> dict[str, int]:
+        """Bytes that each implementation keeps for its backward pass; empty where that is not counted."""
+        return {}
+
     def references(self, name: str) -> tuple[str, str]:
         """Forms in plain PyTorch of what an implementation must compute: for float64, and for the setting's dtype."""
         raise NotImplementedError
 
-    def results(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """What one run computes, on the first inputs; with a dtype, a run of a fresh, eager form in it."""
+    def model(self, name: str) -> nn.Module:
+        """The model as an implementation runs it."""
         raise NotImplementedError
 
-    # ---- what is measured
-
-    def as_timed(self, function: Callable[..., Tensor], eager: bool = False) -> Callable[..., Tensor]:
-        """A function under the setting's autocast and, unless `eager`, compiled if the setting says so."""
-        if self.setting.compiled and not eager:
-            function = torch.compile(function, fullgraph=True, dynamic=False)
-
-        def run(*inputs: Tensor | None) -> Tensor:
-            with self.setting.autocast():
-                return function(*inputs)
-
-        return run
-
-    def sides(self, part: str) -> dict[str, Side]:
-        """What is timed: the chosen implementations that have such a part."""
+    def passes(self, name: str, model: nn.Module, dtype: torch.dtype | None = None) -> Callable[[], Any]:
+        """What runs the model forward and backward, and leaves gradients in it; may return the output."""
         raise NotImplementedError
 
     def ideal(self, name: str) -> float:
         """Speed over dense if time followed the FLOPs that the masks leave to an implementation."""
         raise NotImplementedError
 
-    def kept(self) -> dict[str, int]:
-        """Bytes that each implementation keeps for its backward pass; empty where that is not counted."""
-        return {}
+
+def gradients(model: nn.Module) -> Tensor:
+    """All gradients in one vector.
+
+    What a key's bias adds to the scores of a query is the same for every key: its true gradient is 0, and left out.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if not name.endswith("key.bias")]
+    return torch.cat([p.grad.flatten() for _, p in named if p.grad is not None])

@@ -1,4 +1,4 @@
-"""A BERT encoder: forward and backward, with random activations and upstream gradients."""
+"""BERT encoders: forward and backward, a training step, and an episode of first-order MAML."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import fastmask as fm
-from benchmarks.baselines import BASELINES, Task, why_not, with_rival
-from benchmarks.cases.case import DENSE, Case
-from benchmarks.measure import Side, saved_bytes
-from benchmarks.setting import Setting, Shape
-
-__all__ = [
-    "Encoder", "bert_config", "encoder_of", "gradients", "ideal_of", "live_flops", "masks_in", "subnets_of", "twin_of",
-]  # fmt: skip
+from benchmarks.baselines import BASELINES, Task, multiply, with_rival
+from benchmarks.cases.case import DENSE, Case, Side
+from benchmarks.row import Setting, Shape
+from fastmask.live import live_of, masked_parameters
+from fastmask.meta import Task as MetaTask
 
 COPIES = 4  # of the inputs, so that no run finds its own in the cache
-Call = Callable[[Tensor], Tensor]
+CLASSES, STEPS, RATE = 20, 5, 1e-3  # of an episode: its classifier, its inner steps
 
 
 class Encoder(Case):
-    """Forward and backward of a whole encoder, in as many forms as there are ways to mask it."""
+    """Forward and backward of a whole encoder, on random activations, in as many forms as there are ways to mask it."""
 
     name = "encoder"
     units = ("both", "heads", "neurons", "weights")
@@ -37,83 +36,50 @@ class Encoder(Case):
 
     def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
         super().__init__(setting, names)
-        tokens, options = setting.tokens, {"device": setting.device, "dtype": setting.parameters}
-        self.plain = encoder_of(setting.sizes, setting.layers, max(8, tokens)).to(**options)  # `attach` tries 7
+        options = {"device": setting.device, "dtype": setting.parameters}
+        self.plain = encoder_of(setting.sizes, setting.layers, max(8, setting.tokens)).to(**options)  # `attach` tries 7
         self.subnets, self.ids = subnets_of(self.plain, setting), setting.ids()
-        self.masked = fm.attach(self.twin(), self.subnets)
+        self.masked = fm.attach(twin_of(self.plain), self.subnets)
         self.masks = masks_in(self.masked)
+        self.tasks = {path: Task(mask, self.ids) for path, mask in self.masks.items()}
         self.models = {name: self.model(name) for name in self.chosen}
         self.calls = {name: self.call(name, model) for name, model in self.models.items()}
-        shape = (setting.batch, tokens, setting.sizes.hidden)
+        shape = (setting.batch, setting.tokens, setting.sizes.hidden)
         *self.inputs, self.upstream = (torch.randn(shape, **options) for _ in range(COPIES + 1))
 
-    @classmethod
-    def why_not(cls, setting: Setting, name: str) -> str | None:
-        if name == "compact" and (setting.unit == "weights" or setting.present > 1):
-            return "a compact model holds one language, and single weights make it no smaller"
-        kind = "weights" if setting.unit == "weights" else "rows"
-        return why_not(name, kind, setting.present, setting.dtype, setting.compiled)
-
-    # ---- the forms of the encoder
-
     def model(self, name: str) -> nn.Module:
-        """The encoder as an implementation runs it; all have the very same Parameters, but for "compact"."""
-        if name in (*self.ours, "full"):
+        """All have the very same Parameters, but for "compact"."""
+        if name in ("fastmask", "full"):
             return self.masked
         if name == "compact":
             return fm.extract(self.masked, self.subnets.languages[0])
-        return self.twin() if name == "dense" else with_rival(self.twin(), BASELINES[name], self.tasks)
+        model = twin_of(self.plain)
+        return model if name == "dense" else with_rival(model, BASELINES[name], self.tasks)
 
-    def twin(self) -> nn.Module:
-        """The dense model once more."""
-        return twin_of(self.plain)
-
-    @cached_property
-    def tasks(self) -> dict[str, Task]:
-        """What rivals prepare for each layer."""
-        return {path: Task(mask, self.ids) for path, mask in self.masks.items()}
-
-    def call(self, name: str, model: nn.Module, eager: bool = False) -> Call:
+    def call(self, name: str, model: nn.Module, eager: bool = False) -> Callable[[Tensor], Tensor]:
         """What makes last hidden states [B, T, hidden] of inputs; it knows the languages where the model takes them."""
         more = {"language_ids": self.ids} if name in self.ours else {}
         forward = self.as_timed(lambda x: model(inputs_embeds=x, **more)[0], eager)
         return fm.language(model, None)(forward) if name == "full" else forward
 
-    # ---- what runs
+    def passes(self, name: str, model: nn.Module, dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+        call = self.calls[name] if dtype is None else self.call(name, model, eager=True)
+        *inputs, upstream = (tensor.to(dtype or tensor.dtype) for tensor in (*self.inputs, self.upstream))
+        in_turn = itertools.cycle(inputs)
+        return lambda: self.run(name, model, call, next(in_turn), upstream)
 
-    def run(self, name: str, model: nn.Module, call: Call, x: Tensor, upstream: Tensor) -> Tensor:
+    def run(self, name: str, model: nn.Module, call: Callable[..., Tensor], x: Tensor, upstream: Tensor) -> Tensor:
         """Forward and backward; returns the output, gradients are left in the model."""
         y = call(x)
         y.backward(upstream.to(y.dtype))
         return y
 
-    def sides(self, part: str) -> dict[str, Side]:
-        """Each with one input after the other."""
-        return {name: self._side(name, model) for name, model in self.models.items()}
-
-    def _side(self, name: str, model: nn.Module) -> Side:
-        inputs, call = itertools.cycle(self.inputs), self.calls[name]
-        return Side(lambda: self.run(name, model, call, next(inputs), self.upstream), model.zero_grad)
-
-    # ---- proof
-
     def references(self, name: str) -> tuple[str, str]:
-        plain = "loop" if self.setting.unit == "weights" else "gating"
-        return ("dense", "dense") if name in DENSE else (plain, plain)
+        return ("loop", "loop") if self.setting.unit == "weights" else ("gating", "gating")
 
     def results(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
-        if dtype is None:
-            model, call = self.models[name], self.calls[name]
-        else:
-            model = copy.deepcopy(self.model(name)).to(dtype)
-            call = self.call(name, model, eager=True)
-        model.zero_grad()
-        x, upstream = (t.to(dtype or t.dtype) for t in (self.inputs[0], self.upstream))
-        found = [self.run(name, model, call, x, upstream).detach(), gradients(model)]
-        model.zero_grad()
+        found = super().results(name, dtype)
         return found[:1] if name == "compact" else found  # whose gradients are smaller
-
-    # ---- arithmetic
 
     def ideal(self, name: str) -> float:
         """Dense FLOPs over live ones, of the linear layers and of attention; 1 for single weights."""
@@ -130,6 +96,177 @@ class Encoder(Case):
             name: saved_bytes(partial(self.calls[name], self.inputs[0]), [*model.parameters(), *self.inputs, *masks])
             for name, model in self.models.items()
         }
+
+
+class Step(Encoder):
+    """A training step with AdamW or `LiveAdamW`, on parameters of its own; the gradients are what is proven.
+
+    "sparse" is sparse fine-tuning: the full network runs (`forward="full"`), and each language changes what it owns.
+    "multiply" does the same as composable-sft does: whole gradients, one language after the other, times masks.
+    """
+
+    name = "step"
+    parts = ("step",)
+    implementations = (*DENSE, "fastmask", "live", "sparse", "multiply")
+    ours = ("fastmask", "live", "sparse")
+    can = ("bfloat16", "cuda")
+    one_by_one = True
+
+    def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
+        super().__init__(setting, names)
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        for name, model in self.models.items():
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            live = name in ("live", "sparse")
+            kind = partial(fm.LiveAdamW, model=model) if live else partial(torch.optim.AdamW, fused=True)
+            self.optimizers[name] = kind(trained, lr=1e-5)
+
+    def model(self, name: str) -> nn.Module:
+        """Plain or attached; moments are kept for the languages of the masks, so these are those of the batch."""
+        if name not in self.implementations:
+            return super().model(name)
+        model = copy.deepcopy(self.plain)
+        if name == "multiply":
+            for path, parameter in model.named_parameters():
+                parameter.requires_grad_(path in self.flags)
+        if name in (*self.ours, "full"):
+            own = self.subnets.select(self.subnets.languages[: self.setting.present])
+            fm.attach(model, own, forward="full" if name == "sparse" else "masked")
+        if name == "sparse":
+            fm.freeze_unmasked(model)
+        return model
+
+    @cached_property
+    def flags(self) -> dict[str, Tensor]:
+        """What each language of the batch owns of each masked parameter: 0 or 1, [present, *shape]."""
+        masked, found = masked_parameters(self.masked), {}
+        for path, parameter in self.masked.named_parameters():
+            if parameter in masked:
+                own = [live_of(masked[parameter].mask, [language]) for language in range(self.setting.present)]
+                found[path] = torch.stack([live.only(torch.ones_like(parameter.detach())) for live in own])
+        return found
+
+    def sides(self, part: str) -> dict[str, Side]:
+        def then(passes: Side, optimizer: torch.optim.Optimizer) -> Side:
+            def step() -> None:
+                passes.run()
+                optimizer.step()
+
+            return Side(step, passes.reset)
+
+        return {name: then(side, self.optimizers[name]) for name, side in super().sides(part).items()}
+
+    def run(self, name: str, model: nn.Module, call: Callable[..., Tensor], x: Tensor, upstream: Tensor) -> Tensor:
+        """As an encoder; "multiply" adds up the gradients of each language's examples, times its masks."""
+        if name != "multiply":
+            return super().run(name, model, call, x, upstream)
+        parameters = {path: p for path, p in model.named_parameters() if path in self.flags}
+        outputs = []
+        for language in range(self.setting.present):
+            own = slice(None) if self.setting.present == 1 else self.ids == language
+            y = call(x[own])
+            outputs.append(y.detach())
+            grads = torch.autograd.grad(y, list(parameters.values()), upstream[own].to(y.dtype))
+            for (path, parameter), grad in zip(parameters.items(), grads, strict=True):
+                grad.mul_(self.flags[path][language])
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return torch.cat(outputs)
+
+    def references(self, name: str) -> tuple[str, str]:
+        """Sparse fine-tuning computes the full network, and masked gradients."""
+        return ("multiply", "multiply") if name in ("sparse", "multiply") else super().references(name)
+
+    def ideal(self, name: str) -> float:
+        """FLOPs of the encoder; sparse fine-tuning saves the dead part of dW."""
+        if name not in ("sparse", "multiply"):
+            return super().ideal(name)
+        masks = self.masks.values()
+        sizes = [mask.out_features * mask.in_features for mask in masks]
+        live = sum(n * float(m.density[: self.setting.present].mean()) for n, m in zip(sizes, masks, strict=True))
+        return 3 * sum(sizes) / (2 * sum(sizes) + live)
+
+
+class Episode(Case):
+    """First-order MAML of a token classifier: for each language 5 inner steps on a support batch, then a query batch.
+
+    "dense" and "multiply" clone all parameters; "multiply" masks the clones. "full" and "fastmask" are `MetaLearner`,
+    with the full network and with each language's subnetwork.
+    """
+
+    name = "episode"
+    units = ("both",)
+    parts = ("episode",)
+    implementations = (*DENSE, "fastmask", "multiply")
+    results_are = ("meta-gradient",)
+    defaults: ClassVar[dict[str, Any]] = {"languages": 2, "present": 2, "batch": 20, "tokens": 32}
+    least = 5
+    one_by_one = True
+
+    def __init__(self, setting: Setting, names: Sequence[str] = ()) -> None:
+        from transformers import BertForTokenClassification
+
+        super().__init__(setting, names)
+        self.tokens *= setting.present * (STEPS + 1)  # of all support passes and the query
+        vocabulary, shape = 100 if setting.shape == "toy" else 30522, (setting.batch, setting.tokens)
+        torch.manual_seed(0)
+        config = bert_config(setting.sizes, setting.layers, vocab_size=vocabulary, num_labels=CLASSES)
+        self.plain = BertForTokenClassification(config).train()
+        self.subnets = subnets_of(self.plain, setting)
+        self.masks = masks_in(fm.attach(copy.deepcopy(self.plain), self.subnets))
+        self.batches: list[list[tuple[Tensor, Tensor]]] = [  # support and query of each language
+            [(torch.randint(vocabulary, shape), torch.randint(CLASSES, shape)) for _ in range(2)]
+            for _ in range(setting.present)
+        ]
+        self.models = {name: self.model(name) for name in self.chosen}
+
+    def model(self, name: str) -> nn.Module:
+        """A model of its own, attached where it is fastmask's."""
+        model = copy.deepcopy(self.plain)
+        return fm.attach(model, self.subnets) if name in ("full", "fastmask") else model
+
+    def passes(self, name: str, model: nn.Module, dtype: torch.dtype | None = None) -> Callable[[], object]:
+        if name in ("full", "fastmask"):
+            learner = fm.MetaLearner(
+                model, lambda batch: _loss(model(batch[0]), batch), inner_steps=STEPS, inner_learning_rate=RATE
+            )
+            whose = [language if name == "fastmask" else None for language in self.subnets.languages]
+            tasks = [MetaTask(own, [s], query) for own, (s, query) in zip(whose, self.batches, strict=False)]
+            return lambda: learner.episode(tasks)
+        masked = [model] * len(self.batches)
+        if name == "multiply":  # each language's masks are multiplied onto the weights in every pass
+            ids = [torch.full((self.setting.batch,), language) for language in range(len(self.batches))]
+            tasks = [{path: Task(mask, own) for path, mask in self.masks.items()} for own in ids]
+            masked = [with_rival(twin_of(model), multiply, own) for own in tasks]
+        return lambda: _with_clones(model, masked, self.batches)
+
+    def references(self, name: str) -> tuple[str, str]:
+        return ("multiply", "multiply")
+
+    def ideal(self, name: str) -> float:
+        """FLOPs of the encoder's products and of attention."""
+        return 1.0 if name in DENSE else ideal_of(self.subnets, self.setting, torch.arange(self.setting.present))
+
+
+def _with_clones(model: nn.Module, masked: Sequence[nn.Module], batches: Sequence[Sequence[Any]]) -> None:
+    """Copies of all parameters as fast weights, which run through each language's `masked` model."""
+    for own, (support, query) in zip(masked, batches, strict=True):
+        phi = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        for _ in range(STEPS):
+            grads = _gradient(own, phi, support)
+            phi = {name: (p - RATE * grads[name]).detach().requires_grad_() for name, p in phi.items()}
+        grads = _gradient(own, phi, query)
+        for name, parameter in model.named_parameters():
+            share = grads[name] / len(batches)
+            parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+
+
+def _gradient(model: nn.Module, phi: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    loss = _loss(functional_call(model, phi, (batch[0],)), batch)
+    return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
+
+
+def _loss(output: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(output.logits.flatten(0, 1), batch[1].flatten())
 
 
 def encoder_of(sizes: Shape, layers: int, positions: int) -> nn.Module:
@@ -183,20 +320,28 @@ def ideal_of(subnets: fm.Subnetworks, setting: Setting, ids: Tensor) -> float:
 
 
 def live_flops(sizes: Shape, tokens: int, heads: Tensor, neurons: Tensor) -> Tensor:
-    """Multiply-adds of the live part of an encoder for one token, [L], from shares of live units [L, layers].
+    """Multiply-adds of an encoder for one token, [L], from shares of live units [L, layers].
 
-    Four projections of hidden x hidden and, for every other token, a score and a mix of `hidden` features belong to
-    heads; two projections of hidden x ffn to neurons. LayerNorm, softmax and GELU are not counted.
+    To heads belong four projections of hidden x hidden, and a score and a mix of `hidden` features for each token; two
+    projections of hidden x ffn to neurons. LayerNorm, softmax and GELU are not counted.
     """
     of_heads = 4 * sizes.hidden**2 + 2 * tokens * sizes.hidden
     of_neurons = 2 * sizes.hidden * sizes.ffn
     return (heads * of_heads + neurons * of_neurons).sum(1)
 
 
-def gradients(model: nn.Module) -> Tensor:
-    """All gradients in one vector.
+def saved_bytes(forward: Callable[[], Tensor], not_counted: Sequence[Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass: every storage that autograd saves, but `not_counted`."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+    kept: dict[int, Tensor] = {}  # by address; a freed storage's address would be given out again
 
-    What a key's bias adds to the scores of a query is the same for every key: its true gradient is 0, and left out.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if not name.endswith("key.bias")]
-    return torch.cat([p.grad.flatten() for _, p in named if p.grad is not None])
+    def pack(tensor: Tensor) -> Tensor:
+        own = tensor.detach()  # a saved output itself would hold the graph that holds it, for good
+        if own.untyped_storage().data_ptr() not in known:
+            kept[own.untyped_storage().data_ptr()] = own
+        return own
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

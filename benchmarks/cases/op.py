@@ -11,20 +11,16 @@ import torch
 from torch import Tensor
 
 import fastmask as fm
-from benchmarks.baselines import BASELINES, Task, why_not
-from benchmarks.cases.case import DENSE, Case
-from benchmarks.measure import Side
-from benchmarks.setting import BLOCKS, Setting
+from benchmarks.baselines import BASELINES, Task
+from benchmarks.cases.case import DENSE, Case, Side
+from benchmarks.row import BLOCKS, Job, Setting
 from fastmask.masks import UNPACKED
 from fastmask.operators import compute
 from fastmask.torch_path.naive import masked_linear_naive
 
-__all__ = ["PARTS", "Op", "kind_of", "mask_of", "mask_over", "unit_of", "weight_shape"]
-
 PARTS = ("forward", "dX", "dW", "forward+backward")
 PACKED = ("fastmask", "packed")  # what runs on operands as the layer before, or behind, leaves them
 MOST_COPIES, CACHE = 8, 128 * 2**20  # operands take turns, so that no run finds its own in a cache of so many bytes
-Function = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Op(Case):
@@ -46,50 +42,34 @@ class Op(Case):
         super().__init__(setting, names)
         self.mask, self.ids = mask_of(setting).to(setting.device), setting.ids()
         self.masks = {"": self.mask}
-        self.width = max(self.mask.live_counts()) if self.mask.kind in ("rows", "columns") else UNPACKED
+        units = self.mask.kind in ("rows", "columns")
+        self.width = max(self.mask.live_counts()) if units else UNPACKED  # all languages own equally many
+        self.live = self.mask.index[self.ids, None, : self.width] if units else None  # [B, 1, width]
         self.task = Task(self.mask, self.ids)
         N, K = weight_shape(setting)
-        copies = 1 + 2 * CACHE // (4 * (self.tokens * (N + K) + N * K))
-        self.operands = [self._operands() for _ in range(min(MOST_COPIES, copies))]
+        copies = min(MOST_COPIES, 1 + 2 * CACHE // (4 * (self.tokens * (N + K) + N * K)))
+        shapes = (setting.batch, setting.tokens, K), (N, K), (N,), (setting.batch, setting.tokens, N)
+        options: dict[str, Any] = {"device": setting.device, "dtype": setting.parameters}
+        # x, weight, bias and upstream gradient.
+        self.operands = [[torch.randn(shape, **options) for shape in shapes] for _ in range(copies)]
+        for _, weight, *_ in self.operands:
+            weight /= K**0.5
         self.functions = {name: self.as_timed(self.function(name)) for name in self.chosen}
 
     @classmethod
-    def refuse(cls, setting: Setting, names: Sequence[str] = (), parts: Sequence[str] = ()) -> None:
-        super().refuse(setting, names, parts)
-        shape, side = weight_shape(setting), unit_of(setting) if setting.unit in BLOCKS else 1
-        if any(size % side for size in shape):
+    def refuse(cls, job: Job) -> None:
+        super().refuse(job)
+        setting, shape = job.setting, weight_shape(job.setting)
+        if any(size % BLOCKS.get(setting.unit, 1) for size in shape):
             raise ValueError(f"{setting.unit} do not divide a weight of {shape} (shape {setting.shape})")
 
-    @classmethod
-    def why_not(cls, setting: Setting, name: str) -> str | None:
-        return why_not(name, kind_of(setting.unit), setting.present, setting.dtype, setting.compiled)
-
-    def _operands(self) -> list[Tensor]:
-        """Random x, weight, bias and upstream gradient."""
-        (N, K), setting = weight_shape(self.setting), self.setting
-        shapes = (setting.batch, setting.tokens, K), (N, K), (N,), (setting.batch, setting.tokens, N)
-        x, weight, *others = (torch.randn(*shape, device=setting.device, dtype=setting.parameters) for shape in shapes)
-        return [x, weight / K**0.5, *others]
-
-    def _of(self, name: str, operands: list[Tensor]) -> list[Tensor]:
-        """The operands as an implementation takes them: live units only, where it takes x or makes y packed."""
-        x, weight, bias, dy = operands
-        if name in PACKED and self.mask.kind == "columns":
-            x = x.take_along_dim(self._live(), 2)
-        if name in PACKED and self.mask.kind == "rows":
-            dy = dy.take_along_dim(self._live(), 2)
-        return [x, weight, bias, dy]
-
-    def _live(self) -> Tensor:
-        """The units of each example's language, int64 [B, 1, width]: all languages own equally many."""
-        return self.mask.index[self.ids, None, : self.width]
-
-    def function(self, name: str) -> Function:
+    def function(self, name: str) -> Callable[..., Tensor]:
         """An implementation, of (x, weight, bias)."""
-        mask, width, ids, none = self.mask, self.width, self.ids, torch.full_like(self.ids, -1)
+        mask, width, ids = self.mask, self.width, self.ids
         if name == "fastmask":  # the library's function for layers that were checked once
             return lambda x, weight, bias: compute(x, weight, mask, ids, bias, width)
         if name == "full":
+            none = torch.full_like(ids, -1)
             return lambda x, weight, bias: compute(x, weight, mask, none, bias, UNPACKED)
         if name == "naive":  # the definition of a masked layer, too slow to time
             return lambda x, weight, bias: masked_linear_naive(x, weight, mask, ids, bias)
@@ -97,37 +77,35 @@ class Op(Case):
         return lambda x, weight, bias: baseline(x, weight, task, bias)
 
     def references(self, name: str) -> tuple[str, str]:
-        return ("dense", "dense") if name in DENSE else ("naive", "loop")
+        return ("naive", "loop")
 
     def results(self, name: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         function = self.functions[name] if dtype is None else self.as_timed(self.function(name), eager=True)
-        *leaves, dy = (t.detach().to(dtype or t.dtype) for t in self._of(name, self.operands[0]))
-        y = function(*(leaf.requires_grad_() for leaf in leaves))
+        operands = [operand.to(dtype or operand.dtype) for operand in self.operands[0]]
         if name == "bsr":  # which has no backward pass
-            return [y.detach()]
-        y, dx, *others = [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
-        if name in PACKED and self.mask.kind == "rows":
-            y = self._spread(y)
-        if name in PACKED and self.mask.kind == "columns":
-            dx = self._spread(dx)
-        return [y, dx, *others]
-
-    def _spread(self, packed: Tensor) -> Tensor:
-        """[B, T, width] -> [B, T, N or K], zeros where an example owns nothing."""
-        size = self.mask.out_features if self.mask.kind == "rows" else self.mask.in_features
-        full = packed.new_zeros(*packed.shape[:-1], size)
-        return full.scatter(2, self._live().expand(packed.shape), packed)
+            return [function(*operands[:3])]
+        found = [tensor.detach() for tensor in self._run(PARTS[-1], name, function, operands)()]
+        if name in PACKED and self.live is not None:
+            i, size = (0, self.mask.out_features) if self.mask.kind == "rows" else (1, self.mask.in_features)  # y or dX
+            full = found[i].new_zeros(*found[i].shape[:-1], size)
+            found[i] = full.scatter(2, self.live.expand(found[i].shape), found[i])
+        return found
 
     def sides(self, part: str) -> dict[str, Side]:
-        return {name: self._side(part, name) for name in self.chosen if part == "forward" or name != "bsr"}
+        found = {}
+        for name in self.chosen:
+            if part == "forward" or name != "bsr":
+                runs = itertools.cycle([self._run(part, name, self.functions[name], own) for own in self.operands])
+                found[name] = Side(lambda runs=runs: next(runs)())
+        return found
 
-    def _side(self, part: str, name: str) -> Side:
-        in_turn = itertools.cycle([self._run(part, name, operands) for operands in self.operands])
-        return Side(lambda: next(in_turn)())
-
-    def _run(self, part: str, name: str, operands: list[Tensor]) -> Callable[[], object]:
-        x, weight, bias, dy = (tensor.detach() for tensor in self._of(name, operands))
-        function = self.functions[name]
+    def _run(self, part: str, name: str, function: Callable[..., Tensor], operands: list[Tensor]) -> Callable[[], Any]:
+        x, weight, bias, dy = (operand.detach() for operand in operands)
+        if name in PACKED and self.live is not None:  # x or dy of live units only
+            if self.mask.kind == "columns":
+                x = x.take_along_dim(self.live, 2)
+            else:
+                dy = dy.take_along_dim(self.live, 2)
         if part == "forward":
             return torch.no_grad()(partial(function, x, weight, bias))
         leaves = {"dX": [x], "dW": [weight]}.get(part, [x, weight, bias])
@@ -137,9 +115,9 @@ class Op(Case):
             y = function(x, weight, None)
             return partial(torch.autograd.grad, y, leaves, dy.to(y.dtype), retain_graph=True)
 
-        def both() -> object:
+        def both() -> list[Tensor]:
             y = function(x, weight, bias)
-            return torch.autograd.grad(y, leaves, dy.to(y.dtype))
+            return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
         return both
 
@@ -147,13 +125,6 @@ class Op(Case):
         """Dense FLOPs over live ones; 1 for single weights, whose product stays dense."""
         dense = name in DENSE or self.setting.unit == "weights"
         return 1.0 if dense else 1 / self.mask.density[self.ids].mean().item()
-
-
-def kind_of(unit: str) -> str:
-    """The kind of `fastmask.Mask` of a unit."""
-    if unit in BLOCKS or unit == "weights":
-        return "blocks" if unit in BLOCKS else unit
-    return "columns" if unit.endswith("inputs") else "rows"
 
 
 def unit_of(setting: Setting) -> int:
@@ -172,7 +143,7 @@ def weight_shape(setting: Setting) -> tuple[int, int]:
 
 def mask_of(setting: Setting) -> fm.Mask:
     """Random masks of all languages, which own equally many units."""
-    kind, L, generator = kind_of(setting.unit), setting.languages, torch.Generator().manual_seed(0)
+    kind, L, generator = setting.kind, setting.languages, torch.Generator().manual_seed(0)
 
     def flags(*shape: int) -> Tensor:
         random = torch.rand(L, *shape, generator=generator)

@@ -18,8 +18,8 @@ from benchmarks import row, tables
 from benchmarks.gpu import gate
 from benchmarks.gpu.predicted import predicted_ms
 from benchmarks.gpu.sections import SECTIONS, TARGETS, tiny
-from benchmarks.row import ROOT, Row
-from benchmarks.running import Job, measure
+from benchmarks.measure import measure
+from benchmarks.row import ROOT, Job, Row
 from fastmask import workers
 
 TURNS_SECONDS = 45  # in which programs that take turns must have ended, compiling included
@@ -30,7 +30,14 @@ PART_SECONDS = 1.0  # of timing; checking and compiling take longer
 
 def main(arguments: list[str] | None = None) -> int:
     """Gate, sections, what must hold; 1 if a test or a measurement failed."""
-    options = _options(arguments)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV file")
+    parser.add_argument("--seconds", type=float, default=480, help="for everything, tests included (default: 480)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
+    parser.add_argument("--no-tests", action="store_true", help="skip the gate; the rows are marked as unchecked")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if a target is missed")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter; nothing is written")
+    options = parser.parse_args(arguments)
     if options.dry_run:  # for the process that measures
         os.environ.update({"TRITON_INTERPRET": "1", "FASTMASK_BACKEND": "triton"})
     elif not torch.cuda.is_available():
@@ -47,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [job for section in sections.values() for job in section]
     jobs = [tiny(job) if options.dry_run else job.on(job.setting.threads, "cuda") for job in jobs]
     results = measured(jobs, 0.0 if options.dry_run else PART_SECONDS, end)
-    rows: list[Row] = []
-    failed: list[str] = []
+    rows, failed = [], []
     for section, own in sections.items():
         found, wrong = zip(*itertools.islice(results, len(own)), strict=True)
         new = [replace(one, checked=green) for rows_of_job in found for one in rows_of_job]
@@ -57,30 +63,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"==== {section}: done at {time.monotonic() - start:.0f} s.{warning}\n")
         tables.print_rows(new, TARGETS)
         print("\n".join(filter(None, wrong)), flush=True)
-        if rows and not options.dry_run:
-            row.write(options.out / file_name(rows[0].machine.processor), rows)
+        if rows and not options.dry_run:  # "NVIDIA H200" -> nvidia-h200.csv
+            name = re.sub(r"[^a-z0-9]+", "-", rows[0].machine.processor.lower()).strip("-")
+            row.write(options.out / f"{name}.csv", rows)
     reached = tables.print_targets(TARGETS, rows)
     tables.print_sources(rows)
     print(f"on paper: milliseconds on an H200 by benchmarks/gpu/predicted.py.{warning}", *failed, sep="\n")
     return 1 if failed or (tested and not green) or (options.strict and not reached) else 0
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV file")
-    parser.add_argument("--seconds", type=float, default=480, help="for everything, tests included (default: 480)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="these sections alone")
-    parser.add_argument("--no-tests", action="store_true", help="skip the gate; the rows are marked as unchecked")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if a target is missed")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes in Triton's interpreter; nothing is written")
-    return parser.parse_args(arguments)
-
-
 def measured(jobs: Iterable[Job], seconds: float, end: float) -> Iterator[tuple[list[Row], str]]:
     """The rows of each job with what is predicted of them, and a line on what went wrong.
 
-    Another process measures: a kernel that crashes, hangs or breaks the GPU's state costs its own rows alone. Behind it
-    a new process begins.
+    A process of its own measures, and a new one after a kernel that crashes, hangs or breaks the GPU's state.
     """
     left = iter(jobs)
     for job in left:
@@ -96,11 +91,6 @@ def measured(jobs: Iterable[Job], seconds: float, end: float) -> Iterator[tuple[
         except Exception as error:
             why = str(error).partition("\n")[0][:300] or f"took over {limit:.0f} s"
             yield [], f"FAILED {job.setting.words()}: {type(error).__name__}: {why}"
-
-
-def file_name(gpu: str) -> str:
-    """A GPU's name as a file name: "NVIDIA H200" -> "nvidia-h200.csv"."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".csv"
 
 
 if __name__ == "__main__":

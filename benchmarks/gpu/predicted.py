@@ -1,8 +1,7 @@
 """What dense and masked layers take on a GPU, on paper: a roofline of products, traffic and launches around them.
 
-Nothing here is measured: tables show these milliseconds beside those that are. Block sizes are those that would be
-launched, times those of `fastmask_kernels.cost_model`; the assumptions of the rest stand below. All is bfloat16.
-`python -m benchmarks.gpu.predicted` prints what is predicted for the sections of `make gpu`.
+Nothing here is measured. Block sizes are those that would be launched, times those of `fastmask_kernels.cost_model`;
+the assumptions of the rest stand below. All is bfloat16. `python -m benchmarks.gpu.predicted` prints all sections.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
-from fastmask_kernels.cost_model import L2_SHARE, WAVE, seconds
+from fastmask_kernels.cost_model import L2_SHARE, WAVE, programs_of, seconds
 from fastmask_kernels.limits import CHIPS
 from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, Table, choose
 from fastmask_kernels.row_owned_grad import owned
 
-from benchmarks.cases.op import PARTS, kind_of, unit_of, weight_shape
-from benchmarks.setting import Setting
-
-__all__ = ["KERNELS", "Linear", "dense_products", "linears_of", "masked_products", "predicted_ms"]
+from benchmarks.cases.op import PARTS, unit_of, weight_shape
+from benchmarks.row import Setting
 
 CHIP = CHIPS["sm_90"]
 # cuBLAS: FLOP/s of a product whose tiles fill every multiprocessor, and the tiles it has to choose from, with the share
@@ -33,9 +30,8 @@ ELEMENT = 2  # bytes
 PASSES = PARTS[:3]
 # Kernels that dense and masked layers launch, forward and backward, by case and unit; beside them a BERT layer launches
 # SAME on both sides (LayerNorm, residuals, attention).
-KERNELS = {("encoder", "both"): (29, 20)}
-_OURS = {"neurons": 5, "neuron-inputs": 6, "heads": 3, "head-inputs": 4, "blocks64": 7, "weights": 4}
-KERNELS |= {("op", unit): (4, ours) for unit, ours in _OURS.items()}
+OURS = {"neurons": 5, "neuron-inputs": 6, "heads": 3, "head-inputs": 4, "blocks64": 7, "weights": 4}
+KERNELS = {("encoder", "both"): (29, 20), **{("op", unit): (4, ours) for unit, ours in OURS.items()}}
 SAME = 14
 
 
@@ -54,11 +50,10 @@ def predicted_ms(setting: Setting, part: str, implementation: str) -> float | No
 
     As called, a pass takes as long as the slower of device and host; as a graph the device's time is left.
     """
-    sides, (part, _, how) = ("dense", "fastmask"), part.partition(" ")
-    kernels = KERNELS.get((setting.case, setting.unit))
-    if kernels is None or implementation not in sides or setting.dtype != "bfloat16-parameters" or setting.compiled:
+    part, _, how = part.partition(" ")
+    kernels, ours = KERNELS.get((setting.case, setting.unit)), {"dense": False, "fastmask": True}.get(implementation)
+    if None in (kernels, ours) or setting.dtype != "bfloat16-parameters" or setting.compiled:
         return None
-    ours = implementation == "fastmask"
     products = [(masked_products if ours else dense_products)(linear, setting) for linear in linears_of(setting)]
     if part in PASSES:
         return 1e3 * sum(own[part] for own in products)
@@ -72,7 +67,7 @@ def predicted_ms(setting: Setting, part: str, implementation: str) -> float | No
 def linears_of(setting: Setting) -> list[Linear]:
     """The masked layers of one weight, or of one encoder layer with heads and neurons."""
     if setting.case == "op":
-        return [Linear(1, *weight_shape(setting), kind_of(setting.unit), unit_of(setting))]
+        return [Linear(1, *weight_shape(setting), setting.kind, unit_of(setting))]
     h, ffn, head = setting.sizes.hidden, setting.sizes.ffn, setting.sizes.hidden // setting.sizes.heads
     qkv, out = Linear(3, h, h, "rows", head), Linear(1, h, h, "columns", head)
     return [qkv, out, Linear(1, ffn, h, "rows", 1), Linear(1, h, ffn, "columns", 1)]
@@ -82,7 +77,7 @@ def _bytes_around(setting: Setting) -> list[tuple[float, float]]:
     """Bytes beside the products, dense and masked, in both passes; attention reads and writes each tensor once."""
     one, d = ELEMENT * setting.batch * setting.tokens, setting.density
     if setting.case == "op":
-        N, kind = weight_shape(setting)[0], kind_of(setting.unit)
+        N, kind = weight_shape(setting)[0], setting.kind
         return [(one * N, one * N * (d if kind == "rows" else 1))]  # the gradient of the bias
     h, f = setting.sizes.hidden, setting.sizes.ffn
     return [
@@ -92,9 +87,6 @@ def _bytes_around(setting: Setting) -> list[tuple[float, float]]:
         (one * h * 12, one * h * 12 * d),  # attention
         (one * (5 * h + f), one * (2 * h + (3 * h + f) * d)),  # gradients of biases
     ]
-
-
-# ---- products
 
 
 def dense_products(layer: Linear, setting: Setting) -> dict[str, float]:
@@ -114,32 +106,20 @@ def dense_products(layer: Linear, setting: Setting) -> dict[str, float]:
 
 def masked_products(layer: Linear, setting: Setting) -> dict[str, float]:
     """Seconds of the same of masked layers; zeroing, casts and copies included."""
-    M = setting.batch * setting.tokens
-    if layer.kind in ("rows", "columns"):
-        return _rows_or_columns(layer, M, setting.present, setting.density)
-    flops, d = 2.0 * M * layer.N * layer.K, setting.density
+    M, L, d = setting.batch * setting.tokens, setting.present, setting.density
+    flops = 2.0 * M * layer.N * layer.K
     if layer.kind == "weights":  # every tile is partial
         return {part: _tiled(flops, 128 if part == "dW" else 256, 128) for part in PASSES}
-    # Of a pair of tiles of 64 a share d is multiplied together, the others by themselves; see `pair_matmul`.
-    return dict.fromkeys(PASSES, _tiled(flops * d * d, 256, 128) + _tiled(flops * d * (1 - d), 256, 64))
-
-
-def _tiled(flops: float, a: int, b: int) -> float:
-    """Sums over tiles [a, b]: bound by arithmetic, or by what a step reads through the L2 cache."""
-    rate = 2 * a * b / (ELEMENT * (a + b)) * L2_SHARE * CHIP.l2
-    return flops / min(CHIP.flops_16bit, rate) + WAVE
-
-
-def _rows_or_columns(layer: Linear, M: int, L: int, density: float) -> dict[str, float]:
+    if layer.kind == "blocks":  # of a pair of tiles of 64 a share d is multiplied together, the others by themselves
+        return dict.fromkeys(PASSES, _tiled(flops * d * d, 256, 128) + _tiled(flops * d * (1 - d), 256, 64))
     n, rows = layer.weights, layer.kind == "rows"
     side, other = (layer.N, layer.K) if rows else (layer.K, layer.N)  # that the mask cuts, and the whole one
-    live = [round(side * density)] * n
+    live = [round(side * d)] * n
     gathered = _time(ROW_MATMUL, {"BM": [M], "BN": live}, ("BK", other), L)
     spread = _time(ROW_MATMUL_T, {"BM": [M], "BK": [other]}, ("BN", sum(live)), L)
     weights = n * layer.N * layer.K
     if owned([layer.unit]):
-        outer = {"BN": [side] * n, "BK": [other]}
-        dw = _time(ROW_OWNED_GRAD, outer, ("BM", round(M * density)), L, unit=layer.unit)
+        dw = _time(ROW_OWNED_GRAD, {"BN": [side] * n, "BK": [other]}, ("BM", round(M * d)), L, unit=layer.unit)
     else:
         dw = _time(ROW_TURN_GRAD, {"BN": live, "BK": [other]}, ("BM", M // L), L, turns=True)
         dw += weights * (4 + 4 + ELEMENT) / CHIP.memory  # zeroed, read, and written in the weight's dtype
@@ -148,21 +128,23 @@ def _rows_or_columns(layer: Linear, M: int, L: int, density: float) -> dict[str,
     return {"forward": forward + copy, "dX": dx, "dW": dw}
 
 
+def _tiled(flops: float, a: int, b: int) -> float:
+    """Sums over tiles [a, b]: bound by arithmetic, or by what a step reads through the L2 cache."""
+    rate = 2 * a * b / (ELEMENT * (a + b)) * L2_SHARE * CHIP.l2
+    return flops / min(CHIP.flops_16bit, rate) + WAVE
+
+
 def _time(
     table: Table, outer: dict[str, list[int]], inner: tuple[str, int], L: int, unit: int = 0, turns: bool = False
 ) -> float:
-    """Seconds with the config that is launched; of equally long segments no tile is cut short.
-
-    With `turns` each language has programs of its own, and those of one tile add to its sums one after the other.
-    """
+    """Seconds with the config that is launched; with `turns` the programs of a tile, one a language, add one by one."""
     segments, pieces = (L + 1 if "BM" in outer else 1), (L if turns else 1)  # the full network's segment is empty
     config = choose(
         table, torch.device("meta"), "half", True, outer, inner, pieces=pieces, segments=segments,
         usable=lambda config: unit % config["BN"] == 0,
     )  # fmt: skip  # "meta" counts as an H200
-    programs = pieces
-    for name, sizes in outer.items():
-        programs *= sum(ceil(size / config[name]) for size in (L * [sizes[0] // L] if name == "BM" else sizes))
+    cut = {name: L * [sizes[0] // L] if name == "BM" else sizes for name, sizes in outer.items()}
+    programs = programs_of(config, cut, pieces)
     found = seconds(config, programs, outer, inner, "half", CHIP, CHIP.multiprocessors)
     if not turns:
         return found
@@ -177,11 +159,10 @@ def main() -> None:
     from benchmarks.gpu.sections import SECTIONS
 
     print(f"predicted, on paper, on {CHIP.product}; milliseconds, and dense over ours")
-    for job in (job for jobs in SECTIONS.values() for job in jobs):
-        for part in job.parts or ():
+    for job in (job for jobs in SECTIONS.values() for job in jobs if not job.setting.compiled):
+        for part in job.parts:
             dense, ours = (predicted_ms(job.setting, part, name) for name in ("dense", "fastmask"))
-            if dense is not None and ours is not None:
-                print(f"{job.setting.words()}, {part}: {dense:.3f} {ours:.3f} {dense / ours:.2f}")
+            print(f"{job.setting.words()}, {part}: {dense:.3f} {ours:.3f} {dense / ours:.2f}")
 
 
 if __name__ == "__main__":

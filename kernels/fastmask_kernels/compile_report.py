@@ -1,6 +1,6 @@
 """`python -m fastmask_kernels.compile_report`: what the compiler makes of every kernel that is launched, without a GPU.
 
-What is launched is not listed by hand: `benchmarks.gpu.launched`, in a checkout, runs the gate and the sections of
+What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout, runs the gate and the sections of
 `make gpu` on a stub (`recorder`). One row for each variant (kernel, block sizes, dtypes, flags, hints) of each chip:
 
 - `regs`: registers of one thread. `stack`: bytes of its stack frame. `spill`: bytes stored / loaded because registers
@@ -51,7 +51,7 @@ from fastmask_kernels.row_configs import expected_residents
 
 __all__ = ["LAUNCHED", "Row", "collect", "failures", "main", "report", "table", "warnings"]
 
-LAUNCHED = "benchmarks.gpu.launched"
+LAUNCHED = "benchmarks.gpu.recorded"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.row import Machine, Row, Spread
-from benchmarks.setting import Setting
+from benchmarks.row import Machine, Row, Setting, Spread
 
 MACHINE = Machine("a processor, with a comma (model 2)", "2.13.0", "3.11", "0.1.0", "torch", "abc", "2026-11-20")
 FULL = 1.6  # speed of our dense over PyTorch's

@@ -14,7 +14,7 @@ from oracle import gathered, spread
 from benchmarks import baselines
 from benchmarks.baselines import BASELINES, BaselineLinear, Task
 from benchmarks.cases.op import mask_of as mask_at
-from benchmarks.setting import Setting
+from benchmarks.row import Setting
 from fastmask import Mask
 from fastmask.torch_path.naive import masked_linear_naive
 

@@ -9,13 +9,13 @@ import torch
 from made_rows import MACHINE
 
 import fastmask as fm
-from benchmarks import running
+from benchmarks import measure as measuring
 from benchmarks.baselines import BASELINES, EXPLAINED, Task, why_not
 from benchmarks.cases import CASES
+from benchmarks.cases.case import Side
 from benchmarks.cases.encoder import live_flops
-from benchmarks.measure import Side
-from benchmarks.running import Job, measure
-from benchmarks.setting import UNITS, Setting, Shape
+from benchmarks.measure import measure
+from benchmarks.row import UNITS, Job, Setting, Shape
 from benchmarks.targets import QUICK, TARGETS
 from fastmask import Mask
 
@@ -155,7 +155,7 @@ def test_a_wrong_episode_is_not_timed(name):
 def test_speeds_are_taken_of_pairs(monkeypatch):
     """A slower implementation is reported as a faster one, or our dense is taken for PyTorch's."""
     times = [[4.0, 8.0, 4.0], [2.0, 4.0, 2.0], [1.0, 2.0, 0.5]]  # dense, full, fastmask
-    monkeypatch.setattr(running, "rounds", lambda *_, **__: times)
+    monkeypatch.setattr(measuring, "rounds", lambda *_, **__: times)
     _, full, ours = measure(Job(tiny("op"), ("fastmask",), ("forward",)), 0)
     assert ours.ms == (1.0, 0.75, 1.5)
     assert (ours.over_dense, ours.over_full) == ((4, 4, 6), (2, 2, 3))
@@ -178,20 +178,20 @@ def test_a_part_may_say_how_it_runs(monkeypatch):
 
     graphs: list[object] = []
     clocks: list[str] = []
-    monkeypatch.setattr(running, "captured", captured)
-    monkeypatch.setattr(running, "rounds", rounds)
-    monkeypatch.setattr(running, "this_machine", lambda device: MACHINE)
+    monkeypatch.setattr(measuring, "captured", captured)
+    monkeypatch.setattr(measuring, "rounds", rounds)
+    monkeypatch.setattr(measuring, "this_machine", lambda device: MACHINE)
     case = CASES["op"](tiny("op"), ("fastmask", "loop"))
     monkeypatch.setattr(case, "sides", lambda part: dict.fromkeys(case.chosen, {"dW": Side(list)}[part]))
     case.setting = replace(case.setting, device="cuda")
-    assert [row.part for row in running._rows(case, "dW host-time", 0, False)] == ["dW host-time"] * 4
-    found = running._rows(case, "dW graph", 0, False)
+    assert [row.part for row in measuring._rows(case, "dW host-time", 0, False)] == ["dW host-time"] * 4
+    found = measuring._rows(case, "dW graph", 0, False)
     assert [row.implementation for row in found] == ["dense", "full", "loop"]
     assert found[0].note.endswith("without a graph of fastmask: cannot be captured")
     assert clocks == ["cpu", "cuda"]
     for part, message in (("dW twice", "unknown way to run a part 'twice'"), ("dW graph", "a CUDA graph needs a GPU")):
         with pytest.raises((KeyError, ValueError), match=message):
-            CASES["op"].refuse(tiny("op"), parts=(part,))
+            CASES["op"].refuse(Job(tiny("op"), parts=(part,)))
 
 
 # ---- rivals
@@ -214,19 +214,20 @@ def test_block_sparse_rows(ids):
 
 def test_why_not():
     """A sweep dies of a rival that does not apply, or leaves one out that does."""
-    for name, kind, present, dtype, applies in [
-        ("multiply", "rows", 2, "float32", False),
-        ("multiply", "rows", 1, "float32", True),
-        ("gating", "columns", 9, "float32", True),
+    for name, unit, present, dtype, applies in [
+        ("multiply", "neurons", 2, "float32", False),
+        ("multiply", "neurons", 1, "float32", True),
+        ("gating", "neuron-inputs", 9, "float32", True),
         ("gating", "weights", 1, "float32", False),
-        ("packed", "blocks", 4, "float32", False),
-        ("bsr", "blocks", 4, "float32", True),
-        ("bsr", "blocks", 4, "bfloat16", False),
+        ("packed", "blocks16", 4, "float32", False),
+        ("bsr", "blocks16", 4, "float32", True),
+        ("bsr", "blocks16", 4, "bfloat16", False),
         ("loop", "weights", 4, "bfloat16", True),
     ]:
-        assert (why_not(name, kind, present, dtype) is None) is applies, name
-    assert why_not("packed", "rows", 1, "float32", compiled=True)
-    assert why_not("loop", "rows", 1, "float32", compiled=True) is None
+        setting = tiny("op", unit=unit, languages=9, batch=9, present=present, dtype=dtype)
+        assert (why_not(name, setting) is None) is applies, name
+    assert why_not("packed", tiny("op", compiled=True))
+    assert why_not("loop", tiny("op", compiled=True)) is None
 
 
 def test_what_is_asked_for_can_be_measured():
@@ -234,7 +235,7 @@ def test_what_is_asked_for_can_be_measured():
     assert {unit for case in CASES.values() for unit in case.units} == set(UNITS)
     assert {name for case in CASES.values() for name in case.implementations} == set(EXPLAINED)
     for job in [*QUICK, *(target.job for target in TARGETS)]:
-        job.refuse()
+        CASES[job.setting.case].refuse(job)
     for target in TARGETS:
         assert target.part in (target.job.parts or CASES[target.job.setting.case].parts)
         assert {target.of, *target.against} <= {"dense", "full", *target.job.names}

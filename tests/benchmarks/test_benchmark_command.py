@@ -9,13 +9,11 @@ import pytest
 from made_rows import FULL, made_row, three
 
 from benchmarks import __main__ as command
-from benchmarks import pictures
 from benchmarks import row as rows_file
+from benchmarks import tables
 from benchmarks.__main__ import main
 from benchmarks.cases import CASES
-from benchmarks.row import Spread
-from benchmarks.running import Job
-from benchmarks.setting import Setting
+from benchmarks.row import Job, Setting, Spread
 from benchmarks.targets import Target
 
 TOY = ["--shape", "toy", "--layers", "1", "--tokens", "4", "--batch", "4", "--languages", "2", "--seconds", "0"]
@@ -166,7 +164,7 @@ def test_pictures(tmp_path, capsys):
     assert main(["--from", str(csv), "--pictures", str(folder)]) == 0
     assert [path.name for path in folder.iterdir()] == ["encoder-bert-base-both-forward+backward-128-float32.png"]
     ours = [row for row in rows if row.implementation == "fastmask"]
-    lines = {key: [row.setting.density for row in own] for key, own in pictures.lines_of(ours).items()}
+    lines = {key: [row.setting.density for row in own] for key, own in tables.lines_of(ours).items()}
     assert lines == {(present, 16): [0.25, 0.5, 1.0] for present in (1, 8)}
     rows_file.write(csv, three())
     assert main(["--from", str(csv), "--pictures", str(folder)]) == 2

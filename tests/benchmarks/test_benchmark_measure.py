@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.measure import Side, peak_bytes, rounds, saved_bytes
+from benchmarks.cases.case import Side
+from benchmarks.cases.encoder import saved_bytes
+from benchmarks.measure import peak_bytes, rounds
 from benchmarks.row import Spread
 
 

@@ -6,8 +6,8 @@ import pytest
 from made_rows import made_row, three
 
 from benchmarks import row as rows_file
+from benchmarks.measure import merged
 from benchmarks.row import Spread
-from benchmarks.running import merged
 from benchmarks.tables import verdict
 
 

@@ -77,7 +77,7 @@ def test_a_pass_launches_no_more_than_it_did(layer: str, counts: dict[str, Any])
 # Prints, for each chip given, what is shipped and not launched by the gate's problems: table entries, tiles and turns.
 NOT_LAUNCHED = """
 import json, sys, torch
-from benchmarks.gpu import launched
+from benchmarks.gpu import recorded
 from benchmarks.gpu.recorded import forced
 from fastmask_kernels import pair_matmul, row_configs, tile_matmul
 from fastmask_kernels.recorder import Recorder
@@ -122,7 +122,7 @@ def shipped_for(chip):
 
 found = {}
 with forced():
-    steps = list(launched.gate())  # their masks are made once for all chips
+    steps = list(recorded.gate())  # their masks are made once for all chips
     for chip in sys.argv[1:]:
         wanted, (launched, turns) = shipped_for(chip), launched_on(chip, steps)
         missing = sorted(map(str, wanted - launched))

@@ -7,8 +7,7 @@ import time
 
 from made_rows import made_row
 
-from benchmarks.row import Row
-from benchmarks.running import Job
+from benchmarks.row import Job, Row
 
 
 def call(job: Job, seconds: float) -> list[Row]:

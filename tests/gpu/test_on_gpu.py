@@ -24,7 +24,7 @@ from oracle import assert_close, gathered, random_mask, spread
 
 import fastmask as fm
 from benchmarks.baselines import Task, loop
-from benchmarks.gpu.problems import (
+from benchmarks.gpu.sections import (
     ACTIVATIONS,
     CASES,
     DTYPES,

@@ -9,7 +9,7 @@ import itertools
 
 from fastmask_kernels.recorder import Variant
 
-from benchmarks.gpu.launched import EVEN, launch_shipped, sections, variants_of
+from benchmarks.gpu.recorded import EVEN, launch_shipped, sections, variants_of
 
 
 def variants(chip: str) -> list[Variant]:

@@ -19,15 +19,12 @@ from torch import Tensor, nn
 from fastmask import bits
 from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
-from fastmask.masks import FULL, Mask
+from fastmask.masks import FULL, KINDS, Mask
 
 __all__ = ["INTEGERS", "WHOLE", "Live", "live_in", "live_of", "masked_parameters"]
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the bits of a floating-point number are read as, by its bytes."""
-
-
-_KINDS = ("rows", "columns", "blocks", "weights")
 
 
 class Live:
@@ -109,7 +106,7 @@ class Live:
 
     def encoded(self) -> Tensor:
         """Kind, cell and flags as uint8 [bytes] on the CPU; not of `WHOLE`."""
-        head = torch.tensor([_KINDS.index(self.kind), *self.cell], dtype=torch.int32)
+        head = torch.tensor([KINDS.index(self.kind), *self.cell], dtype=torch.int32)
         return torch.cat([head, self.words.cpu().flatten()]).view(torch.uint8)
 
     @classmethod
@@ -123,7 +120,7 @@ class Live:
             raise ValueError(f"expected a part of a weight as uint8 [bytes], given {code.dtype} {tuple(code.shape)}")
         words = code.clone().view(torch.int32)[3:]
         number, bn, bk = code[:12].clone().view(torch.int32).tolist()
-        kind = _KINDS[number] if 0 <= number < len(_KINDS) else f"kind {number}"
+        kind = KINDS[number] if 0 <= number < len(KINDS) else f"kind {number}"
         N, K = (*shape, bk)[:2]
         cells = {"rows": (1, K), "columns": (N, bk), "blocks": (bn, bk), "weights": (1, 1)}
         fits = len(shape) == 2 or (len(shape) == 1 and kind == "rows")

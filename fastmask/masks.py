@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import never_written
 
-__all__ = ["FULL", "UNPACKED", "Mask", "StoredMask"]
+__all__ = ["FULL", "KINDS", "UNPACKED", "Mask", "StoredMask"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
 FULL = -1  # the language id of the full, unmasked network

@@ -250,19 +250,21 @@ class LiveAdamW(torch.optim.AdamW):
         for layer in self._layers:
             if all(parameter is None or parameter.grad is None for parameter in (layer.weight, layer.bias)):
                 continue  # what arrived is gone
-            arrived, now = self._notes[layer].arrived, _names(layer)
-            if any(then != now[: len(then)] for _, then in arrived):
+            note, now = self._notes[layer], _names(layer)
+            if any(then != now[: len(then)] for _, then in note.arrived):
                 raise RuntimeError(
                     "a language was removed since the gradients came, and ids are those of others now: set them to "
                     "zero, or call step(languages=...)"
                 )
-            if not arrived:
+            if not note.arrived:
                 name = next(name for name, module in self.model.named_modules() if module is layer)
                 raise RuntimeError(
                     f"the gradient of {name!r} came from no forward pass that was seen, so its languages are not "
                     "known: call step(languages=...), or announce(...) before the step"
                 )
-            ids.update(*(given.tolist() if isinstance(given, Tensor) else given for given, _ in arrived))
+            own = {i for given, _ in note.arrived for i in (given.tolist() if isinstance(given, Tensor) else given)}
+            note.arrived = [(tuple(own), now)]  # ids on a GPU are read once
+            ids |= own
         return ids
 
     def _ids(self, languages: Languages) -> set[int]:

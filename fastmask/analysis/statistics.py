@@ -6,6 +6,13 @@ the observed order is one of the permutations, and a p-value is never 0 (Phipson
 
 `scipy.stats.permutation_test` counts the same permutations, one by one in Python: a second and more for what takes
 milliseconds here, and a comparison has dozens of tests.
+
+`paired` sets one method against another on the same languages and seeds: the one test that every table and picture
+prints. A result should hold for other languages and for other seeds. All languages of a seed come from one pair of
+models, so pairs of language and seed are no independent draws, and each of the two is tested by itself: languages, each
+the mean over its seeds, by a sign-flip test; seeds, each the mean over its languages, by a t-test. A difference is one
+where both see it, so the p-value of the whole is the larger of the two. The interval is a bootstrap that draws
+languages and seeds both.
 """
 
 from __future__ import annotations
@@ -13,13 +20,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata, ttest_1samp
 
 __all__ = [
-    "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired_sign_flip",
-    "share_of_orders", "spearman_permutation", "t_of_mean",
+    "SAMPLES", "Paired", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired",
+    "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
 ]  # fmt: skip
 
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images
@@ -27,6 +37,7 @@ ORDERS_COUNTED = 9  # items with at most 9! = 362,880 orders
 DRAWS = 20_000  # of a permutation test that cannot count them all
 SAMPLES = 10_000  # of a bootstrap
 CHUNK = 4_000_000  # numbers in memory at a time
+TIE = 1e-9  # means of equal scores differ by rounding
 
 Seed = int | Sequence[int]
 
@@ -53,6 +64,20 @@ def paired_sign_flip(differences: ArrayLike) -> float:
     for value in d[1:]:
         sums = np.concatenate([sums + value, sums - value])
     return float((np.abs(sums) >= close).mean())
+
+
+def t_of_mean(values: ArrayLike) -> float:
+    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0.
+
+    Raises:
+        ValueError: fewer than two values, or some that are not finite.
+    """
+    v = _finite(values, "values")
+    if len(v) < 2:
+        raise ValueError("expected at least two values, given one")
+    if (v == v[0]).all():  # no spread, and no t
+        return 1.0 if v[0] == 0 else 0.0
+    return float(ttest_1samp(v, 0).pvalue)
 
 
 def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: Seed = 0) -> tuple[float, float]:
@@ -101,20 +126,65 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     return _middle(sums[counts > 0] / counts[counts > 0], level)
 
 
-def t_of_mean(values: ArrayLike) -> float:
-    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0.
+@dataclass(frozen=True)
+class Paired:
+    """One method against another.
+
+    Attributes:
+        by_language: the mean difference of each language over its seeds, [languages].
+        by_seed: the mean difference of each seed over its languages, [seeds].
+        p_languages: two-sided, of the sign-flip test over `by_language`; not corrected.
+        p_seeds: two-sided, of the t-test over `by_seed`; not corrected, NaN for a single seed.
+        low: the beginning of the interval of the mean difference, over languages and seeds.
+        high: its end.
+    """
+
+    by_language: tuple[float, ...]
+    by_seed: tuple[float, ...]
+    p_languages: float
+    p_seeds: float
+    low: float
+    high: float
+
+    @property
+    def p(self) -> float:
+        """The larger of the two p-values; NaN for a single seed, which says nothing of others."""
+        return math.nan if math.isnan(self.p_seeds) else max(self.p_languages, self.p_seeds)
+
+    @property
+    def difference(self) -> float:
+        """The mean over languages."""
+        return float(np.mean(self.by_language))
+
+    @property
+    def wins(self) -> int:
+        """In how many languages the method is better."""
+        return sum(value > TIE for value in self.by_language)
+
+    @property
+    def seeds_agree(self) -> int:
+        """In how many seeds the mean difference has the sign of the whole."""
+        return sum(value * np.sign(self.difference) > TIE for value in self.by_seed)
+
+
+def paired(differences: pd.Series, *, level: float = 0.95) -> Paired:
+    """Test a method against another one, over languages and over seeds.
+
+    Args:
+        differences: score of a method minus that of another one, higher is better; its index has the levels `language`
+            and `seed`. Gaps (NaN) are left out.
+        level: of the interval.
 
     Raises:
-        ValueError: fewer than two values, or some that are not finite.
+        ValueError: no difference.
     """
-    from scipy.stats import ttest_1samp
-
-    v = _finite(values, "values")
-    if len(v) < 2:
-        raise ValueError("expected at least two values, given one")
-    if (v == v[0]).all():  # no spread, and no t
-        return 1.0 if v[0] == 0 else 0.0
-    return float(ttest_1samp(v, 0).pvalue)
+    known = differences.dropna()
+    by_language = known.groupby(level="language").mean()
+    by_seed = known.groupby(level="seed").mean()
+    p_languages = paired_sign_flip(by_language.to_numpy())
+    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy(), level)
+    p_seeds = t_of_mean(by_seed.to_numpy()) if len(by_seed) > 1 else math.nan
+    return Paired(tuple(map(float, by_language)), tuple(map(float, by_seed)), p_languages, p_seeds, low, high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -126,17 +196,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Raises:
         ValueError: a p-value outside [0, 1].
     """
-    given = np.asarray(p_values, dtype=np.float64).reshape(-1)
-    tested = ~np.isnan(given)
-    p = given[tested]
-    if not ((p >= 0) & (p <= 1)).all():
+    given = pd.Series(p_values, dtype=np.float64)
+    p = given.dropna().sort_values(kind="stable")
+    if not p.between(0, 1).all():
         raise ValueError(f"expected p-values between 0 and 1, given {list(p_values)}")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))).clip(max=1)
-    result = given.copy()
-    result[tested] = adjusted
-    return [float(value) for value in result]
+    adjusted = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    return [float(value) for value in adjusted.reindex(given.index)]
 
 
 def p_text(p: float) -> str:
@@ -161,8 +226,6 @@ def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0) -> tuple
     Raises:
         ValueError: different lengths, no values, or some that are not finite.
     """
-    from scipy.stats import rankdata
-
     a, b = rankdata(_finite(x, "x")), rankdata(_finite(y, "y"))
     if len(a) != len(b):
         raise ValueError(f"expected x and y of one length, given {len(a)} and {len(b)}")
@@ -209,7 +272,7 @@ def share_of_orders(n: int, hit: Callable[[NDArray[np.int64]], NDArray[np.bool_]
 
 
 def _middle(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    """The middle of what was drawn: the quantiles between which the share `level` lies."""
+    """The quantiles between which the share `level` lies."""
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, given {level}")
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -150,14 +151,8 @@ def gradient_conflict(
     )
     shown = "cosine_halves" if halves else "cosine"
     largest = float(max(table[shown].abs().max(), per_language.split_half.abs().max(), 0.05))
-    return Result(
-        "conflict",
-        table,
-        caption,
-        lambda extent=largest: _draw(names, table, per_language, summary, shown, extent),
-        {"languages": per_language, "scopes": summary},
-        largest,
-    )
+    more = {"languages": per_language, "scopes": summary}
+    return Result("conflict", table, caption, partial(_draw, table, per_language, summary, shown), more, largest)
 
 
 def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -256,14 +251,8 @@ def products(gradients: Tensor, owned: Tensor | None = None) -> NDArray[np.float
     return sums
 
 
-def _draw(
-    names: Sequence[str],
-    table: pd.DataFrame,
-    per_language: pd.DataFrame,
-    summary: pd.DataFrame,
-    shown: str,
-    extent: float,
-) -> Any:
+def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame, shown: str, extent: float) -> Any:
+    names = list(dict.fromkeys(per_language.language))
     scopes = [scope for scope in PANELS if (table.scope == scope).any()][-2:]
     n = len(names)
     side = max(2.8, (0.24 if n > 14 else 0.4) * n + 0.6)
@@ -310,7 +299,7 @@ def side_by_side(table: pd.DataFrame) -> Result:
         "Languages conflict as far as the first is lower. Weights both own: those in masked modules that belong to "
         "both."
     )
-    return Result("conflict", table, caption, lambda: _draw_side_by_side(table))
+    return Result("conflict", table, caption, partial(_draw_side_by_side, table))
 
 
 def _draw_side_by_side(table: pd.DataFrame) -> Any:
@@ -357,7 +346,7 @@ def along_training(table: pd.DataFrame, switch: int | None) -> Result:
         "gradients differ; one half for gradients that know nothing of each other."
         + ("" if switch is None else " Dashed: from there on subnetworks, or episodes.")
     )
-    return Result("conflict-along", table, caption, lambda: _draw_along(table, switch))
+    return Result("conflict-along", table, caption, partial(_draw_along, table, switch))
 
 
 def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,7 @@ def effect(
         "this table. Right of 0 the method is better; it is only known to be where p is small."
     )
     extent = float(pd.concat([table, methods])[["low", "high"]].abs().max(axis=None)) or 1.0
-    more = {"methods": methods}
-    return Result("effect", table, caption, lambda extent=extent: _draw(table, methods, extent), more, extent)
+    return Result("effect", table, caption, partial(_draw, table, methods), {"methods": methods}, extent)
 
 
 def verdict(row: Any, p: float, threshold: float = 0.05) -> str:

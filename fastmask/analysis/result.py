@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -40,7 +41,7 @@ class Result:
     caption: str
     draw: Callable[..., Any] = field(repr=False)
     more: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    extent: float = float("nan")
+    extent: float = math.nan
 
     def figure(self, extent: float | None = None) -> Any:
         """A new `matplotlib.figure.Figure`, which needs no display and touches no global state of matplotlib.
@@ -48,7 +49,9 @@ class Result:
         Args:
             extent: another one than the result's own, for equal scales side by side.
         """
-        return self.draw() if extent is None or self.extent != self.extent else self.draw(extent)
+        if math.isnan(self.extent):
+            return self.draw()
+        return self.draw(self.extent if extent is None else extent)
 
     def pictures(self, extent: float | None = None) -> dict[str, bytes]:
         """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes.

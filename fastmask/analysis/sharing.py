@@ -19,20 +19,8 @@ from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 from scipy.stats import hypergeom
 
-from fastmask.analysis.drawing import (
-    COLOURS,
-    GREY,
-    MARKERS,
-    ON_LIGHT,
-    UNKNOWN_FAMILY,
-    bare,
-    colour_languages,
-    families_of,
-    family_colour,
-    heatmap,
-    legend_above,
-    new_figure,
-)
+from fastmask.analysis import drawing
+from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, ON_LIGHT, UNKNOWN_FAMILY
 from fastmask.analysis.result import Result, kind_of
 from fastmask.analysis.statistics import p_text, share_of_orders
 from fastmask.subnetworks import Subnetworks
@@ -65,12 +53,6 @@ def chance_jaccard(sizes_a: Sequence[int], sizes_b: Sequence[int], units: Sequen
 
     In a layer of n units, masks of a and b units share I ~ Hypergeometric(n, a, b); layers are independent, so the sum
     of I has the convolution of these distributions, and J = I / (A + B - I) with fixed totals A and B grows with I.
-
-    Args:
-        sizes_a: live units of the first mask in each layer.
-        sizes_b: of the second.
-        units: units of each layer.
-        level: of the band, the narrowest below which, and above which, at most (1 - level) / 2 lies.
     """
     first, shared = 0, np.ones(1)
     for a, b, n in zip(sizes_a, sizes_b, units, strict=True):
@@ -95,12 +77,6 @@ def chance_owners(sizes: Sequence[int], units: int, draws: int, seed: Sequence[i
 
     One language after the other chooses its units; of those that have k owners so far it takes a multivariate
     hypergeometric share, drawn class by class. So a layer of thousands of units costs as little as one of twelve.
-
-    Args:
-        sizes: live units of each language in this layer.
-        units: units of the layer.
-        draws: how many sets of L masks.
-        seed: of the draws.
     """
     generator = np.random.default_rng(seed)
     owners = np.zeros((draws, len(sizes) + 1), dtype=np.int64)
@@ -163,7 +139,7 @@ def overlap(
     runs = [subnets, *seeds]
     masks = [_layers_of(run, subnets, units) for run in runs]
     languages = subnets.languages
-    groups = families_of(languages, families)
+    groups = drawing.families_of(languages, families)
     shapes = [layer.shape[1] for layer in masks[0]]
     for of_seed in masks:
         if (here := [layer.shape[1] for layer in of_seed]) != shapes:
@@ -171,7 +147,12 @@ def overlap(
 
     chance = functools.cache(lambda a, b: chance_jaccard(a, b, shapes, level))
     every = [
-        (number, name, np.concatenate([layer[row] for layer in of_seed]), tuple(int(n[row].sum()) for n in of_seed))
+        (
+            number,
+            name,
+            np.concatenate([layer[row] for layer in of_seed]),
+            tuple(int(layer[row].sum()) for layer in of_seed),
+        )
         for number, of_seed in enumerate(masks)
         for row, name in enumerate(languages)
     ]
@@ -254,7 +235,7 @@ def _draw_overlap(
 ) -> Any:
     n, order, names = len(groups), list(range(len(groups))), list(groups)
     side = max(2.6, 0.24 * n + 0.8) if n > 14 else max(2.6, 0.42 * n + 0.6)
-    figure = new_figure(1.6 + side + 4.6, side + 1.3)
+    figure = drawing.new_figure(1.6 + side + 4.6, side + 1.3)
     tree, middle, right = figure.subplots(1, 3, width_ratios=[1.3, side + 0.9, 3.4])
     if n > 1:
         distance = 1 - matrix
@@ -269,8 +250,8 @@ def _draw_overlap(
     names, values = [names[at] for at in order], matrix[np.ix_(order, order)]
     if not (table.relation == SEEDS).any():
         np.fill_diagonal(values, np.nan)
-    image = heatmap(middle, values, names, names, low=0, high=1)
-    colour_languages(middle, groups)
+    image = drawing.heatmap(middle, values, names, names, low=0, high=1)
+    drawing.colour_languages(middle, groups)
     among = table[table.relation == LANGUAGES].assign(inside=lambda rows: rows.band == "inside")
     for pair, share in among.groupby(["language_a", "language_b"])["inside"].mean().items():
         row, column = (names.index(name) for name in pair)
@@ -291,9 +272,12 @@ def _draw_overlap(
     kinds = {name: pairs for name, pairs in kinds.items() if len(pairs)}
     for place, pairs in enumerate(kinds.values()):
         spread = np.random.default_rng([place, 0]).uniform(-0.25, 0.25, len(pairs)) if len(pairs) > 1 else np.zeros(1)
-        colours = [family_colour(groups[row.language_a], GREY) if row.related else GREY for row in pairs.itertuples()]
+        colours = [
+            drawing.family_colour(groups[row.language_a], GREY) if row.related else GREY for row in pairs.itertuples()
+        ]
         line = [place - 0.4, place + 0.4]
-        right.bar(place, pairs.high.max() - pairs.low.min(), 0.8, pairs.low.min(), color=GREY, alpha=0.25, zorder=1)
+        low, high = pairs.low.min(), pairs.high.max()
+        right.bar(place, high - low, 0.8, low, color=GREY, alpha=0.25, zorder=1)
         right.plot(line, [pairs.expected.mean()] * 2, color=GREY, linestyle="--", zorder=2)
         right.scatter(place + spread, pairs.jaccard, 9, colours, alpha=0.8, linewidths=0, zorder=3)
         right.plot(line, [pairs.jaccard.mean()] * 2, color="black", linewidth=1.5, zorder=4)
@@ -301,9 +285,9 @@ def _draw_overlap(
     right.set_xticks(range(len(kinds)), kinds, fontsize=8)
     right.set(xlim=(-0.6, max(len(kinds), 1) - 0.4), ylim=(0, 1.06), ylabel="Jaccard")
     right.set_title(f"points: pairs; line: mean\ngrey: {level:.0%} of random masks", fontsize=9)
-    bare(right)
+    drawing.bare(right)
     if several:
-        points = [tree.plot([], [], "o", color=family_colour(family, GREY))[0] for family in several]
+        points = [tree.plot([], [], "o", color=drawing.family_colour(family, GREY))[0] for family in several]
         # Given one by one: matplotlib leaves out a name that starts with an underscore.
         figure.legend(points, several, loc="outside lower left", fontsize=8, ncols=4 if n <= 14 else 8, frameon=False)
     return figure
@@ -351,11 +335,7 @@ def unit_use(
     for layer in range(layers):
         share = keep[:, layer].mean(1)
         nobody_else = np.array([np.prod(np.delete(1 - share, language)) for language in range(L)])
-        groups = {
-            "all": (L, share.prod()),
-            "one": (1, (share * nobody_else).sum()),
-            "none": (0, (1 - share).prod()),
-        }
+        groups = {"all": (L, share.prod()), "one": (1, (share * nobody_else).sum()), "none": (0, (1 - share).prod())}
         drawn = chance_owners(keep[:, layer].sum(1).tolist(), size, draws, [seed, layer])
         for group, (number, expected) in groups.items():
             # counts: no means between two of them
@@ -377,7 +357,7 @@ def _draw_use(owners: NDArray[np.int64], summary: pd.DataFrame, L: int, units: s
     few = size <= 32
     columns = size if few else L + 1
     width = 1.6 + max(3.2, (0.34 if columns <= 14 else 0.26) * columns)
-    figure = new_figure(width + 4.2, max(2.8, 0.36 * layers + 1.4))
+    figure = drawing.new_figure(width + 4.2, max(2.8, 0.36 * layers + 1.4))
     left, right = figure.subplots(1, 2, width_ratios=[width, 4.0])
     names, unit = [str(layer) for layer in range(layers)], units.removesuffix("s")
     if few:
@@ -385,16 +365,17 @@ def _draw_use(owners: NDArray[np.int64], summary: pd.DataFrame, L: int, units: s
     else:
         values = np.stack([np.bincount(layer, minlength=L + 1) for layer in owners]) / size * 100
         high, label = 100, f"% of the layer's {size} {units}"
-    image = heatmap(left, values, names, [str(at) for at in range(columns)], low=0, high=high, numbers="{:.0f}")
+    image = drawing.heatmap(left, values, names, [str(at) for at in range(columns)], low=0, high=high, numbers="{:.0f}")
     left.set(xlabel=unit if few else f"languages that own a {unit}, of {L}", ylabel="layer")
     figure.colorbar(image, ax=left, label=label)
     for at, (group, rows) in enumerate(summary.groupby("group", sort=False)):
         y = rows.layer + (at - 1) * 0.25
-        right.barh(y, 100 * (rows.high - rows.low) / size, 0.2, 100 * rows.low / size, color=COLOURS[at], alpha=0.3)
-        right.plot(100 * rows.expected / size, y, "|", color="black")
-        right.plot(100 * rows["count"] / size, y, MARKERS[at], color=COLOURS[at], markersize=5, label=group)
+        percent = rows[["count", "expected", "low", "high"]] * 100 / size
+        right.barh(y, percent.high - percent.low, 0.2, percent.low, color=COLOURS[at], alpha=0.3)
+        right.plot(percent.expected, y, "|", color="black")
+        right.plot(percent["count"], y, MARKERS[at], color=COLOURS[at], markersize=5, label=group)
     right.set_yticks(range(layers))
     right.set(ylim=(layers - 0.5, -0.5), xlim=(-3, 103), xlabel=f"% of {units} owned by ... (bars, ticks: random)")
-    bare(right)
-    legend_above(right, ncols=3)
+    drawing.bare(right)
+    drawing.legend_above(right, ncols=3)
     return figure

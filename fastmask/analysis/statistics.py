@@ -48,12 +48,6 @@ def paired_sign_flip(differences: ArrayLike) -> float:
     If two methods do not differ, each paired difference d_i is as likely as -d_i. p is the share of the sign patterns s
     with |sum_i s_i d_i| >= |sum_i d_i| (Fisher 1935, section 21). Exact up to 20 differences; with n of them the
     smallest possible p is 2^(1 - n), so fewer than 6 can never show anything at 0.05.
-
-    Args:
-        differences: [n], one for each pair, such as a language and seed.
-
-    Raises:
-        ValueError: no differences, or some that are not finite.
     """
     d = _finite(differences, "differences")
     close = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums of the same numbers in another order are ties
@@ -67,11 +61,7 @@ def paired_sign_flip(differences: ArrayLike) -> float:
 
 
 def t_of_mean(values: ArrayLike) -> float:
-    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0.
-
-    Raises:
-        ValueError: fewer than two values, or some that are not finite.
-    """
+    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0."""
     v = _finite(values, "values")
     if len(v) < 2:
         raise ValueError("expected at least two values, given one")
@@ -81,19 +71,11 @@ def t_of_mean(values: ArrayLike) -> float:
 
 
 def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: Seed = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979).
+    """Percentile bootstrap interval of the mean of `values` [n] (Efron 1979).
 
     The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - level) / 2
     to their (1 + level) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
     by (n - 1) / n in variance): with 3 seeds of one language read it as a lower bound of the doubt.
-
-    Args:
-        values: [n]; for a paired interval, the differences of the pairs.
-        level: of confidence, between 0 and 1.
-        seed: of the samples; the same seed gives the same interval.
-
-    Raises:
-        ValueError: no values, some that are not finite, or a level outside (0, 1).
     """
     v = _finite(values, "values")
     drawn = np.random.default_rng(seed).integers(0, len(v), (SAMPLES, len(v)))
@@ -106,13 +88,6 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     Rows and columns are sampled with replacement, each for itself, and the entries where they cross are averaged (the
     pigeonhole bootstrap, Owen 2007): the interval says how far the mean moves with other rows and other columns. A
     single column, or row, is every sample's: the interval then says nothing of others.
-
-    Args:
-        values: [rows, columns], such as differences by language and seed; NaN where there is none.
-        level: of confidence, between 0 and 1.
-
-    Raises:
-        ValueError: no table of numbers, none that is known, or a level outside (0, 1).
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2:
@@ -128,22 +103,13 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
 
 @dataclass(frozen=True)
 class Paired:
-    """One method against another.
+    """One method against another."""
 
-    Attributes:
-        by_language: the mean difference of each language over its seeds, [languages].
-        by_seed: the mean difference of each seed over its languages, [seeds].
-        p_languages: two-sided, of the sign-flip test over `by_language`; not corrected.
-        p_seeds: two-sided, of the t-test over `by_seed`; not corrected, NaN for a single seed.
-        low: the beginning of the interval of the mean difference, over languages and seeds.
-        high: its end.
-    """
-
-    by_language: tuple[float, ...]
-    by_seed: tuple[float, ...]
-    p_languages: float
-    p_seeds: float
-    low: float
+    by_language: tuple[float, ...]  # the mean difference of each language over its seeds
+    by_seed: tuple[float, ...]  # of each seed over its languages
+    p_languages: float  # two-sided, of the sign-flip test over `by_language`; not corrected
+    p_seeds: float  # of the t-test over `by_seed`; NaN for a single seed
+    low: float  # the interval of the mean difference, over languages and seeds
     high: float
 
     @property
@@ -168,16 +134,7 @@ class Paired:
 
 
 def paired(differences: pd.Series, *, level: float = 0.95) -> Paired:
-    """Test a method against another one, over languages and over seeds.
-
-    Args:
-        differences: score of a method minus that of another one, higher is better; its index has the levels `language`
-            and `seed`. Gaps (NaN) are left out.
-        level: of the interval.
-
-    Raises:
-        ValueError: no difference.
-    """
+    """Test a method against another one, by their differences: a series over `language` and `seed`, NaN for a gap."""
     known = differences.dropna()
     by_language = known.groupby(level="language").mean()
     by_seed = known.groupby(level="seed").mean()
@@ -215,16 +172,8 @@ def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0) -> tuple
     rho is Pearson's correlation of the ranks, ties sharing mean ranks (Spearman 1904). p is the share of the orders of
     y with |rho| at least as large as observed: all n! of them up to n = 9, `DRAWS` drawn ones above.
 
-    Args:
-        x: [n].
-        y: [n].
-        seed: of the drawn orders; plays no part up to n = 9.
-
     Returns:
         (rho, p); both NaN where x or y is constant or n < 2, and there is no correlation to speak of.
-
-    Raises:
-        ValueError: different lengths, no values, or some that are not finite.
     """
     a, b = rankdata(_finite(x, "x")), rankdata(_finite(y, "y"))
     if len(a) != len(b):
@@ -242,13 +191,6 @@ def diagonal_permutation(matrix: ArrayLike, *, seed: Seed = 0) -> float:
 
     If columns were handed to rows at random, each order pi of them would be as likely. p is the share of the orders
     with sum_i M[i, pi(i)] >= sum_i M[i, i]; a row's or a column's general level cancels. Exact up to 9 rows.
-
-    Args:
-        matrix: [L, L], higher is better.
-        seed: of the drawn orders; plays no part up to 9 rows.
-
-    Raises:
-        ValueError: a matrix that is not square, or not finite.
     """
     m = np.asarray(matrix, dtype=np.float64)
     if m.ndim != 2 or m.shape[0] != m.shape[1]:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Rectangle
 
-from fastmask.analysis.drawing import (
-    GREY,
-    ON_LIGHT,
-    SIGNED,
-    WRITTEN,
-    bare,
-    families_of,
-    heatmap,
-    label_points,
-    language_colour,
-    new_figure,
-)
+from fastmask.analysis import drawing
+from fastmask.analysis.drawing import GREY, ON_LIGHT, SIGNED, WRITTEN
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import bootstrap_interval, diagonal_permutation, p_text, spearman_permutation
 
@@ -112,23 +103,18 @@ def cross_evaluation(
     largest = float(np.quantile(difference.abs().to_numpy(), 0.95)) or 1.0
     what = "own" if everywhere else "own, or to the row's mean"
     label = f"difference to {what} ({'higher' if higher_is_better else 'lower'} is better)"
-    return Result(
-        "cross",
-        table,
-        caption,
-        lambda extent=largest: _draw_cross(values, difference, len(columns), label, extent),
-        {"languages": per_language, "overall": pd.DataFrame([found])},
-        largest,
-    )
+    draw = partial(_draw_cross, values, difference, len(columns), label)
+    return Result("cross", table, caption, draw, {"languages": per_language, "overall": pd.DataFrame([found])}, largest)
 
 
 def _draw_cross(values: pd.DataFrame, difference: pd.DataFrame, owned: int, label: str, extent: float) -> Any:
     """The last columns, from `owned` on, are the controls."""
     languages, names = list(values.index), list(values.columns)
     n = len(names)
-    figure = new_figure(max(3.6, 0.42 * n + 1.8) if n <= 16 else 0.27 * n + 1.8, max(2.4, 0.27 * len(languages) + 1.3))
-    axis = figure.subplots()
-    image = heatmap(axis, difference, languages, names, colours=SIGNED, low=-extent, high=extent, numbers=None)
+    width = max(3.6, 0.42 * n + 1.8) if n <= 16 else 0.27 * n + 1.8
+    figure = drawing.new_figure(width, max(2.4, 0.27 * len(languages) + 1.3))
+    axis, scale = figure.subplots(), {"colours": SIGNED, "low": -extent, "high": extent}
+    image = drawing.heatmap(axis, difference, languages, names, **scale, numbers=None)
     if n <= WRITTEN:
         for (row, column), value in np.ndenumerate(values.to_numpy()):
             colour = "white" if abs(difference.iat[row, column]) > 0.7 * extent else ON_LIGHT
@@ -180,7 +166,7 @@ def typology(
     if missing := [name for name in names if name not in similarity]:
         raise ValueError(f"no similarity of {', '.join(missing)} to the training languages")
     rows = []
-    for place, (name, family) in enumerate(families_of(names).items()):
+    for place, (name, family) in enumerate(drawing.families_of(names).items()):
         values = np.atleast_1d(np.asarray(gains[name], dtype=np.float64))
         interval = bootstrap_interval(values, 0.95, [seed, place])
         near = similarity[name]
@@ -198,26 +184,21 @@ def typology(
         + " A rising cloud says that nearness foretells the gain. The control: gains dealt anew to the languages."
     )
     extent = float(table[["low", "high"]].abs().max(axis=None)) or 1.0
-    return Result(
-        "typology",
-        table,
-        caption,
-        lambda extent=extent: _draw_typology(table, what, measure, extent),
-        {"correlation": pd.DataFrame([(len(names), rho, p)], columns=["n", "rho", "p"])},
-        extent,
-    )
+    correlation = pd.DataFrame([(len(names), rho, p)], columns=["n", "rho", "p"])
+    draw = partial(_draw_typology, table, what, measure)
+    return Result("typology", table, caption, draw, {"correlation": correlation}, extent)
 
 
 def _draw_typology(table: pd.DataFrame, what: str, measure: str, extent: float) -> Any:
-    figure = new_figure(*((5.2, 3.8) if len(table) <= 14 else (7.2, 5.2)))
+    figure = drawing.new_figure(*((5.2, 3.8) if len(table) <= 14 else (7.2, 5.2)))
     axis = figure.subplots()
     axis.axhline(0, color=GREY, linewidth=0.8)
-    colours = [language_colour(name, GREY) for name in table.language]
+    colours = [drawing.language_colour(name, GREY) for name in table.language]
     axis.vlines(table.similarity, table.low, table.high, color=colours, alpha=0.4, linewidth=1.2, zorder=1)
     axis.scatter(table.similarity, table.gain, 25, colours, zorder=2)
     axis.set(xlabel=measure, ylabel=what)
     axis.margins(0.1)
     axis.set_ylim(-1.2 * extent, 1.2 * extent)
-    bare(axis)
-    label_points(axis, list(table.similarity), list(table.gain), list(table.language))
+    drawing.bare(axis)
+    drawing.label_points(axis, list(table.similarity), list(table.gain), list(table.language))
     return figure

@@ -18,7 +18,7 @@ from fastmask.analysis.result import write_files
 from fastmask.errors import unknown
 from fastmask.files import is_leftover, read_json, write_text
 from fastmask.reports.analyses import ANALYSES
-from fastmask.reports.page import Part, Skipped, file_name, page
+from fastmask.reports.page import Part, Skipped, file_name, render
 from fastmask.reports.runs import Options, studies_of
 
 __all__ = ["Made", "Options", "make_report"]
@@ -92,7 +92,7 @@ def make_report(
         raise ValueError("nothing could be analysed:\n" + "\n".join(f"  {reason}" for reason in skipped))
     sections = [section for part in parts for section in part.sections]
     files = {name: content for each in sections for name, content in each.result.files(each.pictures).items()}
-    _replace_files(target, {**files, "report.html": page(studies, parts, skipped, command).encode()})
+    _replace_files(target, {**files, "report.html": render(studies, parts, skipped, command).encode()})
     return Made(target / "report.html", len(sections), skipped)
 
 

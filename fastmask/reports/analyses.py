@@ -30,7 +30,7 @@ from fastmask.reports.runs import (
 )
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like
-from fastmask.tasks.task import Splits, Task
+from fastmask.tasks.task import Task
 from fastmask.training.run_folder import DYNAMIC_FILE, complete, step_of
 from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
 
@@ -44,16 +44,12 @@ CHECKPOINTS = 16  # at most, of a run
 SCORED, CROSSED, ABLATED, CONFLICTED = 200, 120, 128, 64
 
 
-def _data(part: Part, run: Run, split: str | None, more: str = "") -> Splits:
-    splits, missing = load_data(run, split, part.options.data, more)
-    part.skip_all(missing)
-    return splits
-
-
-def _drawn(part: Part, splits: Splits, split: str, n: int, languages: Sequence[str]) -> dict[str, list[Row]]:
-    """Examples of each of the languages."""
+def _rows(part: Part, run: Run, split: str, n: int, more: str = "") -> dict[str, list[Row]]:
+    """At most `n` examples of each language that has the split, of those of the run and `more`."""
     options = part.options
-    return {name: drawn(splits, name, split, options.sentences or n, options.seed) for name in languages}
+    splits, missing = load_data(run, split, options.data, more)
+    part.skip_all(missing)
+    return {name: drawn(splits, name, split, options.sentences or n, options.seed) for name in splits}
 
 
 # ---- scores
@@ -64,38 +60,39 @@ def effect(part: Part) -> None:
 
     By the scores of a comparison, or by test examples that are scored anew.
     """
-    study, seed = part.study, part.options.seed
-    if BASELINE not in study.variants:
+    study, methods = part.study, list(part.study.variants)
+    if BASELINE not in methods:
         raise SkipError("there is no run of method full without meta-learning to compare with")
-    if len(study.variants) < 2:
+    if len(methods) < 2:
         raise SkipError("there is no run to compare with the one of method full")
     if study.scores is None:
-        scores, note = _scores(part), f"{study.metric} on the test split."
-        for baseline in (BASELINE, CONTROL):
-            names = [name for name in study.variants if name not in (BASELINE, baseline)]
-            if baseline in study.variants and names:
-                title = f"{study.metric} of {scores.language.nunique()} languages, over {baseline}"
-                result = analysis.effect(scores, dict.fromkeys(names, baseline), seed=seed)
-                part.add(title, result, "" if baseline == BASELINE else baseline, note=note)
-        return
-    for condition in [name for name in EFFECTS if (study.scores["condition"] == name).any()]:
-        rows = study.scores[study.scores["condition"] == condition].rename(columns={"arm": "method"})
-        scores = rows.groupby(["language", "method", "seed"], sort=False)["score"].mean().dropna().reset_index()
+        scores = _scores(part)
+        title, note = f"{study.metric} of {scores.language.nunique()} languages", f"{study.metric} on the test split."
+        tables = [(title, "", note, scores)]
+        baselines = {
+            name: dict.fromkeys([method for method in methods if method not in (BASELINE, name)], name)
+            for name in (BASELINE, CONTROL)
+        }
+    else:
+        tables, baselines = [], study.baselines or {}
+        for condition in EFFECTS:
+            rows = study.scores[study.scores["condition"] == condition].rename(columns={"arm": "method"})
+            scores = rows.groupby(["language", "method", "seed"], sort=False)["score"].mean().dropna().reset_index()
+            tables.append((condition, condition, f"{study.metric}; {CONDITIONS[condition]}.", scores))
+    for title, name, note, scores in tables:
         known = set(scores.method)
-        for baseline, of_arms in (study.baselines or {}).items():
+        for baseline, of_methods in baselines.items():
             # Each against what `summary.md` compares it with.
-            against = {name: other for name, other in of_arms.items() if {name, other} <= known}
+            against = {method: other for method, other in of_methods.items() if {method, other} <= known}
             if against:
-                result = analysis.effect(scores, against, seed=seed)
-                more = "" if baseline == BASELINE else baseline
-                note = f"{study.metric}; {CONDITIONS[condition]}."
-                part.add(f"{condition}, over {baseline}", result, condition, more, note=note)
+                result = analysis.effect(scores, against, seed=part.options.seed)
+                part.add(f"{title}, over {baseline}", result, name, "" if baseline == BASELINE else baseline, note=note)
 
 
 def _scores(part: Part) -> pd.DataFrame:
     """Every run scored on the same test examples."""
-    data = {run.folder: _data(part, run, "test") for run in part.study.runs}
-    first, *others = data.values()
+    rows = {run.folder: _rows(part, run, "test", SCORED) for run in part.study.runs}
+    first, *others = rows.values()
     languages = [name for name in first if all(name in other for other in others)]
     if not languages:
         raise SkipError("the runs have no language in common")
@@ -103,9 +100,10 @@ def _scores(part: Part) -> pd.DataFrame:
     for run in (run for runs in part.study.variants.values() for run in runs):
         with part.attempt(f"{run.variant}, seed {run.config.seed}"):
             task, subnets = task_of(run, part.options)
-            for name, rows in _drawn(part, data[run.folder], "test", SCORED, languages).items():
+            for name in languages:
                 own = name if subnets is not None and name in subnets.languages else None
-                scores.append((run.variant, name, run.config.seed, score_of(task, rows, {"": own})[""]))
+                score = score_of(task, rows[run.folder][name], {"": own})[""]
+                scores.append((run.variant, name, run.config.seed, score))
     return pd.DataFrame(scores, columns=["method", "language", "seed", "score"])
 
 
@@ -119,8 +117,8 @@ def typology(part: Part) -> None:
     if BASELINE not in study.variants or not variants:
         raise SkipError(f"a gain needs a run of method {BASELINE} and another one, not a control")
     seen, missing = load_data(study.runs[0], "train", part.options.data)
-    part.skip_all(missing)
-    every = _data(part, study.runs[0], None, study.unseen)
+    every, missing_anywhere = load_data(study.runs[0], None, part.options.data, study.unseen)
+    part.skip_all({**missing, **missing_anywhere})
     unseen = [name for name in every if name not in seen and name not in missing]
     if len(unseen) < 3 or not seen:
         raise SkipError(f"a correlation needs at least three unseen languages, and there are {len(unseen)}")
@@ -251,11 +249,11 @@ def conflict(part: Part) -> None:
 
 def _training_rows(part: Part, run: Run) -> dict[str, list[Row]]:
     """Sentences of each of a run's languages that can be read."""
-    splits, masks = _data(part, run, "train"), run.masks
-    names = [name for name in splits if masks is None or name in masks.languages]
-    if len(names) < 2:
-        raise SkipError(f"gradients conflict between two languages or more, and there is {', '.join(names) or 'none'}")
-    return _drawn(part, splits, "train", CONFLICTED, names)
+    rows, masks = _rows(part, run, "train", CONFLICTED), run.masks
+    rows = {name: own for name, own in rows.items() if masks is None or name in masks.languages}
+    if len(rows) < 2:
+        raise SkipError(f"gradients conflict between two languages or more, and there is {', '.join(rows) or 'none'}")
+    return rows
 
 
 def _conflict(task: Task, rows: Mapping[str, Sequence[Row]]) -> analysis.Result:
@@ -304,13 +302,13 @@ def cross(part: Part) -> None:
     if (others := study.variants.get(CONTROL)) and variant != CONTROL:
         networks[CONTROL] = others
     names = runs[0][1].languages
-    splits = _data(part, runs[0][0], "test", study.unseen)
-    languages = sorted(splits, key=lambda name: name not in names)  # the training languages first
+    rows = _rows(part, runs[0][0], "test", CROSSED, study.unseen)
+    languages = sorted(rows, key=lambda name: name not in names)  # the training languages first
     if len(names) < 2:
         raise SkipError("there is one language, whose subnetwork can be exchanged with no other")
     if not languages:
         raise SkipError("none of the languages has a test split")
-    rows = _drawn(part, splits, "test", CROSSED, languages)
+    rows = {name: rows[name] for name in languages}
     unseen = len(set(languages) - set(names))
     for of, of_seeds in networks.items():
         cells = []
@@ -343,12 +341,9 @@ def cross_values(
 ) -> dict[tuple[str, str], float]:
     """The score of each language's rows under each subnetwork, the full network ("full") and a random mask ("random").
 
-    Args:
-        task: nothing is attached to its encoder.
-        subnets: of L languages.
-        rows: language -> rows with labels. The random mask of a language without a
-            subnetwork has the sizes of the next of the L languages in turn.
-        seed: of the random masks.
+    Nothing is attached to the task's encoder yet. The random mask of a language without a subnetwork has the sizes of
+    the next language's in turn.
+
     """
     names = subnets.languages
     controls = random_like(subnets, mask_seed(seed)).rename({name: f"{CONTROL} {name}" for name in names})
@@ -371,16 +366,12 @@ def ablation(part: Part) -> None:
     variant, ((run, masks), *_) = next(iter(part.study.masked.items()))
     if masks.heads is None:
         raise SkipError("the subnetworks do not mask heads")
-    splits = _data(part, run, "test")
+    rows = _rows(part, run, "test", ABLATED)
     task, _ = task_of(run, part.options)
-    rows = _drawn(part, splits, "test", ABLATED, [name for name in splits if name in masks.languages])
-    if rows:
+    batches = {name: batches_of(task, own, name) for name, own in rows.items() if name in masks.languages}
+    if batches:
         result = analysis.ablation(
-            task.encoder,
-            lambda batch: task.loss(batch).each,
-            {language: batches_of(task, given, language) for language, given in rows.items()},
-            whole=task.model,
-            seed=part.options.seed,
+            task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model, seed=part.options.seed
         )
         note = "Sentences of the test split; loss: that of training."
         part.add(f"heads of {variant}, seed {run.config.seed}", result, variant, note=note)

@@ -24,7 +24,7 @@ from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import holm, p_text
 from fastmask.reports.runs import Options, SkipError, Study
 
-__all__ = ["EXPECTED", "ROOM", "SHOWN_ROWS", "Part", "Section", "Skipped", "file_name", "page"]
+__all__ = ["EXPECTED", "ROOM", "SHOWN_ROWS", "Part", "Section", "Skipped", "file_name", "render"]
 
 EXPECTED = (ValueError, KeyError, OSError, RuntimeError, ImportError, ArithmeticError)
 """What goes wrong with a run or its data; any other error is a mistake in the code."""
@@ -83,41 +83,23 @@ class Skipped(NamedTuple):
 
 @dataclass
 class Section:
-    """One analysis of something.
-
-    Attributes:
-        title: what was analysed.
-        result: its name is that of its files.
-        on_page: False for more of the same, such as another seed: its files stand beside the page.
-        pictures: "png", "svg" -> the file's content, once it is drawn.
-    """
+    """One analysis of something."""
 
     title: str
-    result: Result
-    on_page: bool = True
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    result: Result  # its name is that of its files
+    on_page: bool = True  # False for more of the same, such as another seed: its files stand beside the page
+    pictures: Mapping[str, bytes] = field(default_factory=dict)  # "png", "svg" -> content, once it is drawn
 
 
 @dataclass
 class Part:
-    """What one analysis finds in one study.
-
-    Attributes:
-        study: what is analysed.
-        analysis: its name.
-        options: what holds for it.
-        stem: what the names of its files begin with.
-        taken: names of files, of the whole report.
-        sections: what was found.
-        skipped: what could not be done.
-        seconds: how long it took.
-    """
+    """What one analysis finds in one study."""
 
     study: Study
     analysis: str
     options: Options = field(default_factory=Options)
-    stem: str = ""
-    taken: set[str] = field(default_factory=set)
+    stem: str = ""  # what the names of its files begin with
+    taken: set[str] = field(default_factory=set)  # names of the whole report's files
     sections: list[Section] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     seconds: float = 0.0
@@ -170,22 +152,15 @@ def file_name(*parts: str) -> str:
 # ---- the page
 
 
-def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skipped], command: str | None) -> str:
-    """The whole page as HTML.
-
-    Args:
-        studies: what was analysed.
-        parts: in their order, drawn.
-        skipped: what is not there, and why.
-        command: to make the report again.
-    """
+def render(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skipped], command: str | None) -> str:
+    """The whole page as HTML, of parts that are drawn."""
     import fastmask
 
     shown = [section for part in parts for section in part.sections if section.on_page]
-    tables = {
-        section.result.name: {name: table.copy() for name, table in section.result.tables().items()}
-        for section in shown
-    }
+    tables = {}
+    for section in shown:
+        own = sorted(section.result.tables().items(), key=lambda item: len(item[1]))  # summaries first
+        tables[section.result.name] = {name: table.copy() for name, table in own}
     # A column `p_page` beside each `p`: corrected over all tests of the page (Holm).
     tested = [table for of_section in tables.values() for table in of_section.values() if "p" in table]
     p_values = [p for table in tested for p in table.p]
@@ -197,42 +172,23 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
         picture = _for_the_page(section.pictures["svg"])
         used += len(picture["content"])
         pictures[section.result.name] = picture if used <= ROOM else None
-
-    def of_section(section: Section) -> dict[str, Any]:
-        name = section.result.name
-        own = sorted(tables[name].items(), key=lambda item: len(item[1]))  # summaries first
-        return {
-            "id": name,
-            "title": section.title,
-            "caption": section.result.caption,
-            "picture": pictures[name],
-            "tables": [_table(title, table) for title, table in own if len(table)],
-        }
-
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     text = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(text).render(
-        title=f"Analyses of {', '.join(study.title for study in studies)}",
-        date=datetime.date.today().isoformat(),
-        studies=[_study(study) for study in studies],
-        families=_families(studies),
-        several=len(studies) > 1,
-        tests=sum(not math.isnan(p) for p in p_values),
+        studies=studies,
+        parts=parts,
+        shows=SHOWS,
+        tables=tables,
+        pictures=pictures,
+        cells_of=_table,
         results=_results(parts, tables),
-        parts=[
-            {
-                "id": f"part-{number}-{part.analysis}",  # no section is called so
-                "study": part.study.title,
-                "title": SHOWS[part.analysis][0],
-                "shows": SHOWS[part.analysis][1],
-                "sections": [of_section(section) for section in part.sections if section.on_page],
-                "beside": [section.result.name for section in part.sections if not section.on_page],
-            }
-            for number, part in enumerate(parts, start=1)
-        ],
+        tests=sum(not math.isnan(p) for p in p_values),
+        families=_families(studies),
         skipped=skipped,
+        command=command,
+        date=datetime.date.today().isoformat(),
         versions={
             "fastmask": fastmask.__version__,
             "torch": torch.__version__,
@@ -240,13 +196,12 @@ def page(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Skip
             "Python": platform.python_version(),
             "machine": platform.machine(),
         },
-        command=command,
     )
 
 
-def _results(parts: Sequence[Part], tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> dict[str, Any] | None:
-    """Every method against its baselines, with p-values over the whole page; None where effects were not analysed."""
-    rows = [
+def _results(parts: Sequence[Part], tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
+    """Every method against its baselines, with p-values over the whole page; empty where effects were not analysed."""
+    return pd.DataFrame(
         {
             "method": row.method,
             "against": row.against,
@@ -263,40 +218,14 @@ def _results(parts: Sequence[Part], tables: Mapping[str, Mapping[str, pd.DataFra
         if part.analysis == "effect"
         for section in part.sections
         for row in tables[section.result.name][f"{section.result.name}_methods"].itertuples()
-    ]
-    table = pd.DataFrame(rows)
-    return {**_table("results", table), "verdicts": table.verdict.value_counts().to_dict()} if rows else None
+    )
 
 
-def _study(study: Study) -> dict[str, Any]:
-    dates = [datetime.date.fromtimestamp((run.folder / "model").stat().st_mtime).isoformat() for run in study.runs]
-    rows = []
-    for variant, runs in study.variants.items():
-        config, seeds = runs[0].config, ", ".join(str(run.config.seed) for run in runs)
-        rows.append([variant, seeds, str(config.steps), config.model, runs[0].folder.resolve().as_posix()])
-    shown = study.settings or {run.folder.name: vars(run.config) for run in study.runs}
-    return {
-        "title": study.title,
-        "days": " to ".join(dict.fromkeys((min(dates), max(dates)))),
-        "rows": rows,
-        "settings": {
-            name: "\n".join(f"{key}: {value}" for key, value in values.items() if value is not None)
-            for name, values in shown.items()
-        },
-    }
-
-
-def _families(studies: Sequence[Study]) -> list[dict[str, Any]]:
-    """The families of all languages that have subnetworks or scores, with the colour that their names have."""
-    found: dict[str, list[str]] = {}
-    owning = [name for study in studies for run in study.runs if (masks := run.masks) for name in masks.languages]
-    scored = [name for study in studies if study.scores is not None for name in study.scores["language"]]
-    for language, family in families_of(dict.fromkeys(owning + scored)).items():
-        found.setdefault(family, []).append(language)
-    return [
-        {"name": family, "languages": ", ".join(names), "colour": family_colour(family, "inherit")}
-        for family, names in found.items()
-    ]
+def _families(studies: Sequence[Study]) -> dict[str, tuple[str, str]]:
+    """Family -> its languages, and the colour that their names have."""
+    families = families_of(dict.fromkeys(name for study in studies for name in study.languages))
+    names = {family: [name for name, own in families.items() if own == family] for family in families.values()}
+    return {family: (", ".join(of_family), family_colour(family, "inherit")) for family, of_family in names.items()}
 
 
 def _for_the_page(svg: bytes) -> dict[str, Any]:
@@ -314,14 +243,12 @@ def _for_the_page(svg: bytes) -> dict[str, Any]:
     return {"content": base64.b64encode(svg).decode("ascii"), "width": round(float(width[1]) * 4 / 3)}
 
 
-def _table(name: str, table: pd.DataFrame) -> dict[str, Any]:
+def _table(table: pd.DataFrame) -> dict[str, Any]:
     shown = table.drop(columns=[column for column in table if column.endswith("_p")])  # not among the page's tests
     numeric = [pd.api.types.is_numeric_dtype(kind) and not pd.api.types.is_bool_dtype(kind) for kind in shown.dtypes]
     return {
-        "name": name,
         "columns": list(zip((column.replace("_", " ") for column in shown.columns), numeric, strict=True)),
         "rows": [list(map(_cell, row, shown.columns)) for row in shown.itertuples(index=False)],
-        "length": len(shown),
         "shown": len(shown) <= SHOWN_ROWS,
     }
 

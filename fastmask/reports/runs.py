@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -43,37 +44,22 @@ class SkipError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for every analysis.
+    """What holds for every analysis."""
 
-    Attributes:
-        seed: of the sentences that are drawn, and of permutations and random masks.
-        sentences: of each language; None: as many as each analysis takes by itself.
-        data: folder of the treebanks; None: that of the run.
-        device: where to compute.
-        strict: an error ends everything, instead of being listed among what was skipped.
-    """
-
-    seed: int = 0
-    sentences: int | None = None
-    data: str | None = None
-    device: str = "auto"
-    strict: bool = False
+    seed: int = 0  # of the sentences that are drawn, and of permutations and random masks
+    sentences: int | None = None  # of each language; None: as many as each analysis takes by itself
+    data: str | None = None  # folder of the treebanks; None: that of the run
+    device: str = "auto"  # where to compute
+    strict: bool = False  # an error ends everything, instead of being listed among what was skipped
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished training run.
-
-    Attributes:
-        folder: of the run.
-        config: its settings.
-        variant: what it is called beside others, the same for all seeds: of a comparison the arm, else its method and
-            meta-learning.
-    """
+    """One finished training run."""
 
     folder: Path
     config: TrainConfig
-    variant: str
+    variant: str  # the same for all seeds: of a comparison the arm, else method and meta-learning
 
     @property
     def masks(self) -> Subnetworks | None:
@@ -84,25 +70,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """Runs that are put side by side.
-
-    Attributes:
-        title: a comparison's folder, or the runs'.
-        runs: the finished ones, by variant and seed.
-        unfinished: names of those that are not, of a comparison.
-        scores: of a comparison: the rows of its ``results.csv`` (seed, arm, language, condition, score, ...).
-        baselines: of a comparison: method "full" or "random" -> arm -> the arm that it is compared with.
-        unseen: the languages that are only tested on, as they are named in the settings.
-        settings: to show; None: those of each run.
-    """
+    """Runs that are put side by side."""
 
     title: str
-    runs: tuple[Run, ...]
-    unfinished: tuple[str, ...] = ()
-    scores: pd.DataFrame | None = None
-    baselines: Mapping[str, Mapping[str, str]] | None = None
-    unseen: str = ""
-    settings: Mapping[str, Any] | None = None
+    runs: tuple[Run, ...]  # the finished ones
+    unfinished: tuple[str, ...] = ()  # of a comparison: names of its other cells
+    scores: pd.DataFrame | None = None  # of a comparison: the rows of its ``results.csv``
+    baselines: Mapping[str, Mapping[str, str]] | None = None  # "full" or "random" -> arm -> what it is compared with
+    unseen: str = ""  # the languages that are only tested on, by commas
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # to show
 
     @property
     def variants(self) -> dict[str, list[Run]]:
@@ -111,6 +87,19 @@ class Study:
         for run in self.runs:
             found.setdefault(run.variant, []).append(run)
         return {name: sorted(runs, key=lambda run: run.config.seed) for name, runs in found.items()}
+
+    @property
+    def languages(self) -> list[str]:
+        """Those that have subnetworks or scores."""
+        owning = [name for run in self.runs if (masks := run.masks) is not None for name in masks.languages]
+        return list(dict.fromkeys(owning if self.scores is None else [*owning, *self.scores["language"]]))
+
+    @property
+    def days(self) -> tuple[str, str]:
+        """On which the first and the last model was written."""
+        times = [(run.folder / "model").stat().st_mtime for run in self.runs]
+        first, last = (datetime.date.fromtimestamp(time).isoformat() for time in (min(times), max(times)))
+        return first, last
 
     @property
     def metric(self) -> str:
@@ -190,7 +179,8 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
         runs.append(Run(folder, config, f"{plain(config)} ({label})" if apart else plain(config)))
     shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
     unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""
-    return Study(", ".join(labels), tuple(runs), unseen=unseen)
+    settings = {folder.name: vars(config) for folder, config in given}
+    return Study(", ".join(labels), tuple(runs), unseen=unseen, settings=settings)
 
 
 def _comparison(folder: Path) -> Study:
@@ -217,19 +207,10 @@ def _comparison(folder: Path) -> Study:
 
 
 def load_data(run: Run, split: str | None, data: str | None = None, more: str = "") -> tuple[Splits, dict[str, str]]:
-    """What has a split of the languages that a run was trained on, and of `more` languages.
-
-    Args:
-        run: whose settings say where it is.
-        split: that is needed, or None: any.
-        data: another place.
-        more: further languages, by commas.
+    """What has a split (None: any) of the languages that a run was trained on, and of `more`, by commas.
 
     Returns:
         Language -> split -> rows; and language, as it was asked for -> why there is nothing of it.
-
-    Raises:
-        SkipError: there is no such place.
     """
     config = run.config
     wanted: dict[str, Any] = {"splits": (split,)} if split else {"optional": ("train", "dev", "test")}
@@ -267,11 +248,7 @@ def task_of(run: Run, options: Options, attached: bool = True) -> tuple[Task, Su
 
 
 def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetworks | None]:
-    """The model as it was at a checkpoint, with the subnetworks of that moment attached (None before the switch).
-
-    Raises:
-        FileError: the checkpoint's weights are damaged, or not those of the run's model.
-    """
+    """The model as it was at a checkpoint, with the subnetworks of that moment attached (None before the switch)."""
     task, _ = task_of(run, options, attached=False)
     task.model.load_state_dict(read_tensors(checkpoint / WEIGHTS)[0])
     masks = checkpoint / MASKS_FILE
@@ -282,11 +259,7 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
 
 
 def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
-    """Rows of language `name` as batches of `BATCH`, in their order, without those that cannot be trained on.
-
-    Raises:
-        ValueError: none is left.
-    """
+    """Rows of language `name` as batches of `BATCH`, in their order, without those that cannot be trained on."""
     examples = task.training_examples(rows, name)
     places = np.arange(len(examples))
     pieces = [places[first : first + BATCH] for first in range(0, len(places), BATCH)]

@@ -19,7 +19,7 @@ from fastmask.analysis import result as results
 from fastmask.analysis.drawing import LANGUAGE_FAMILIES, family_colour, new_figure
 from fastmask.analysis.result import Result
 from fastmask.reports import make_report
-from fastmask.reports.page import ROOM, SHOWN_ROWS, Part, Skipped, file_name, page
+from fastmask.reports.page import ROOM, SHOWN_ROWS, Part, Skipped, file_name, render
 from fastmask.reports.runs import Options, studies_of
 
 VOID = {"meta", "img", "br", "link", "hr"}
@@ -115,7 +115,7 @@ def page_of(study, *results):
     for number, result in enumerate(results):
         part.add("<i>title</i>", result, f"x{number}")
     part.draw()
-    return page([study], [part], [Skipped("a", "<u>", "because & so")], "a <b>"), part.sections
+    return render([study], [part], [Skipped("a", "<u>", "because & so")], "a <b>"), part.sections
 
 
 def test_hostile_names_and_long_tables(static_run):

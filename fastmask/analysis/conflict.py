@@ -190,11 +190,7 @@ def gradients_of(
     """Gradients of every language's summed loss with respect to every parameter, one parameter at a time.
 
     As many parameters as fit into `HELD` are differentiated together; for the next ones every batch runs again.
-
-    Args:
-        whole: the module whose parameters count; in eval mode, or its passes see different dropout.
-        run: (language, batch) -> a scalar, by running `whole`.
-        data: the batches of L languages.
+    `run`(language, batch) runs `whole`, in eval mode (its passes must not see different dropout), and returns a scalar.
 
     Yields:
         (name, rows, gradients): gradients [L, 2, R, C] of the sums over even and over odd batches, in the rows [R]
@@ -228,14 +224,11 @@ def gradients_of(
 
 
 def products(gradients: Tensor, owned: Tensor | None = None) -> NDArray[np.float64]:
-    """Sums over coordinates of products of L gradients, [8, L, L] of languages i and j.
+    """Sums over coordinates of products of L gradients [L, 2, R, C], as [8, L, L] of languages i and j.
 
     With g = a + b the gradient of all batches, a of the even and b of the odd ones: g_i g_j; |g_i g_j|; the sign of
-    g_i g_j; 1 where g_i g_j is not 0; a_i b_j; and the squares of g_i, a_i and b_i over what j owns.
-
-    Args:
-        gradients: [L, 2, R, C].
-        owned: bool [L, R, C]; default everything.
+    g_i g_j; 1 where g_i g_j is not 0; a_i b_j; and the squares of g_i, a_i and b_i over what j owns (`owned`
+    bool [L, R, C]; default everything).
     """
     L = len(gradients)
     everything = torch.ones(1, 1, dtype=torch.bool, device=gradients.device)
@@ -286,11 +279,7 @@ def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame
 
 
 def side_by_side(table: pd.DataFrame) -> Result:
-    """Means over pairs of languages, network by network.
-
-    Args:
-        table: `more["scopes"]` of `gradient_conflict` for each network, with columns `variant` and `seed`.
-    """
+    """Several networks: `table` is `more["scopes"]` of each, with columns `variant` and `seed`."""
     table = table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
     caption = (
         f"Cosine of gradients in {table.variant.nunique()} networks, {table.seed.nunique()} "
@@ -331,11 +320,9 @@ def _draw_side_by_side(table: pd.DataFrame) -> Any:
 
 
 def along_training(table: pd.DataFrame, switch: int | None) -> Result:
-    """The same network at several checkpoints.
+    """One network at several checkpoints: `table` is `more["scopes"]` of each, with columns `step` and `sentences`.
 
-    Args:
-        table: `more["scopes"]` of `gradient_conflict` for each checkpoint, with columns `step` and `sentences`.
-        switch: the step from which on languages had their subnetworks, or episodes; None: none.
+    From the step `switch` on languages had their subnetworks, or episodes (None: no such step).
     """
     table = table.sort_values("step", kind="stable", ignore_index=True)
     caption = (

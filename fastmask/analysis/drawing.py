@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.text import Text
 
 from fastmask.tasks.data.synthetic_languages import LANGUAGES as ARTIFICIAL
 
 __all__ = [
     "AMOUNT", "COLOURS", "GREY", "LANGUAGE_FAMILIES", "MARKERS", "ON_LIGHT", "SIGNED", "UNKNOWN_FAMILY", "WRITTEN",
-    "bare", "colour_languages", "families_of", "family_colour", "heatmap", "label_points", "language_colour",
+    "bare", "colour_languages", "families_of", "family_colour", "heatmap", "language_colour",
     "legend_above", "new_figure",
 ]  # fmt: skip
 
@@ -91,11 +90,8 @@ def family_colour(family: str, other: str) -> str:
     """The colour of a family, the same everywhere.
 
     Hues are golden angles apart in the order of the table, so families that follow each other differ most. All have
-    the same lightness, which stands out from white and from black alike.
-
-    Args:
-        family: any name; those that are not in the table get a hue by their name.
-        other: the colour of languages whose family is not known.
+    the same lightness, which stands out from white and from black alike. Families that are not in the table get a hue
+    by their name, and languages whose family is not known the colour `other`.
     """
     if family == UNKNOWN_FAMILY:
         return other
@@ -146,17 +142,10 @@ def heatmap(
     high: float,
     numbers: str | None = "{:.2f}",
 ) -> Any:
-    """Draw a matrix with a name at each row and column, languages in the colour of their family; NaN stays empty.
+    """Draw a matrix [rows, columns] with its names, languages in the colour of their family; NaN stays empty.
 
-    Args:
-        axis: of matplotlib.
-        values: [rows, columns].
-        rows: names, from the top.
-        columns: names, from the left; upright where they would run into each other.
-        colours: a colour map of matplotlib.
-        low: the value of its first colour.
-        high: the value of its last colour.
-        numbers: how to write the value into each cell, where there are few enough; None: not at all.
+    Names of columns are upright where they would run into each other; `numbers` says how to write the value into each
+    cell, where there are few enough (None: not at all).
 
     Returns:
         The image, for a colour bar.
@@ -175,36 +164,3 @@ def heatmap(
                 colour = ON_LIGHT if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
                 axis.text(column, row, numbers.format(value), ha="center", va="center", fontsize=8, color=colour)
     return image
-
-
-def label_points(axis: Any, x: Sequence[float], y: Sequence[float], names: Sequence[str]) -> None:
-    """Write a language beside each point so that no two names, and no name and point, lie on each other.
-
-    Each name in turn, the most crowded point first, takes the nearest of 16 directions at growing distances that is
-    free, with a thin line back to its point. Call it last: limits and layout must be final.
-    """
-    axis.figure.draw_without_rendering()
-    renderer, scale = axis.figure._get_renderer(), axis.figure.dpi / 72
-    frame = axis.get_window_extent(renderer)
-    points = axis.transData.transform(np.column_stack([x, y]))
-    taken = np.hstack([points - 3 * scale, points + 3 * scale])  # x0, y0, x1, y1
-    crowd = np.sort(np.linalg.norm(points[:, None] - points[None], axis=2), axis=1)[:, :4].sum(1)
-    turns = np.arange(16) * np.pi / 8
-    directions = np.column_stack([np.cos(turns), np.sin(turns)])
-    radii = np.array([5, 9, 14, 20, 28, 38, 50, 65, 85])[:, None, None] * scale
-    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3}
-    for at in np.argsort(crowd, kind="stable"):
-        style = {"ha": "center", "va": "center", "fontsize": 8, "color": language_colour(names[at], "#000000")}
-        label = axis.annotate(names[at], (x[at], y[at]), arrowprops=line, **style)
-        extent = Text.get_window_extent(label, renderer)  # without the line
-        half = np.array([extent.width / 2 + 1.5 * scale, extent.height / 2 + scale])
-        centres = (points[at] + directions * (radii + np.abs(directions) * half)).reshape(-1, 2)
-        boxes = np.hstack([centres - half, centres + half])[:, None]
-        shared = np.minimum(boxes, taken)[..., 2:] - np.maximum(boxes, taken)[..., :2]
-        cost = shared.clip(0).prod(2).sum(1)
-        cost += 1e6 * ((boxes[:, 0, :2] < frame.min) | (boxes[:, 0, 2:] > frame.max)).any(1)
-        best = int(cost.argmin())
-        taken = np.vstack([taken, boxes[best]])
-        label.set_position(axis.transData.inverted().transform(centres[best]))
-        if best < 2 * len(directions):
-            label.arrowprops = label.arrow_patch = None

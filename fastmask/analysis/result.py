@@ -89,11 +89,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
 
 
 def kind_of(masks: Any, units: str | None, kinds: Sequence[str] = ("heads", "neurons")) -> str:
-    """Which of `kinds` is looked at: `units`, by default the first that `masks` have.
-
-    Raises:
-        KeyError: they do not have it, or none.
-    """
+    """Which of `kinds` is looked at: `units`, by default the first that `masks` have; KeyError if they do not."""
     known = [kind for kind in kinds if getattr(masks, kind) is not None]
     units = units or next(iter(known), kinds[0])
     if units not in known:

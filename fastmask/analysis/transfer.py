@@ -190,7 +190,9 @@ def typology(
 
 
 def _draw_typology(table: pd.DataFrame, what: str, measure: str, extent: float) -> Any:
-    figure = drawing.new_figure(*((5.2, 3.8) if len(table) <= 14 else (7.2, 5.2)))
+    """Points, and their names in a column beside them, by gain."""
+    n = len(table)
+    figure = drawing.new_figure(5.2 if n <= 14 else 7.2, max(3.8, 0.17 * n))
     axis = figure.subplots()
     axis.axhline(0, color=GREY, linewidth=0.8)
     colours = [drawing.language_colour(name, GREY) for name in table.language]
@@ -200,5 +202,17 @@ def _draw_typology(table: pd.DataFrame, what: str, measure: str, extent: float) 
     axis.margins(0.1)
     axis.set_ylim(-1.2 * extent, 1.2 * extent)
     drawing.bare(axis)
-    drawing.label_points(axis, list(table.similarity), list(table.gain), list(table.language))
+    line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 3}
+    ordered = table.sort_values(["gain", "language"])
+    for row, place in zip(ordered.itertuples(), np.linspace(-1.15 * extent, 1.15 * extent, n), strict=True):
+        axis.annotate(
+            row.language,
+            (row.similarity, row.gain),
+            (1.03, place),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color=drawing.language_colour(row.language, "#000000"),
+            arrowprops=line,
+        )
     return figure

@@ -16,18 +16,7 @@ from fastmask.compare.tables import by_language_and_seed
 from fastmask.files.manifest import check_files
 from fastmask.models import attach
 from fastmask.reports.page import Part
-from fastmask.reports.runs import (
-    CONTROLS,
-    Row,
-    Run,
-    SkipError,
-    batches_of,
-    drawn,
-    load_data,
-    score_of,
-    task_at,
-    task_of,
-)
+from fastmask.reports.runs import Row, Run, SkipError, batches_of, drawn, load_data, score_of, task_at, task_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.task import Task
@@ -74,7 +63,7 @@ def effect(part: Part) -> None:
             for name in (BASELINE, CONTROL)
         }
     else:
-        tables, baselines = [], study.baselines or {}
+        tables, baselines = [], study.baselines or {}  # as in `summary.md`
         for condition in EFFECTS:
             rows = study.scores[study.scores["condition"] == condition].rename(columns={"arm": "method"})
             scores = rows.groupby(["language", "method", "seed"], sort=False)["score"].mean().dropna().reset_index()
@@ -82,7 +71,6 @@ def effect(part: Part) -> None:
     for title, name, note, scores in tables:
         known = set(scores.method)
         for baseline, of_methods in baselines.items():
-            # Each against what `summary.md` compares it with.
             against = {method: other for method, other in of_methods.items() if {method, other} <= known}
             if against:
                 result = analysis.effect(scores, against, seed=part.options.seed)
@@ -112,8 +100,7 @@ def typology(part: Part) -> None:
     study = part.study
     if study.scores is None:
         raise SkipError("a single run has no scores of unseen languages: `fastmask compare` makes them")
-    methods = {name: runs[0].config.method for name, runs in study.variants.items()}
-    variants = [name for name, method in methods.items() if name != BASELINE and method not in CONTROLS]
+    variants = [name for name in study.analysed if name != BASELINE]
     if BASELINE not in study.variants or not variants:
         raise SkipError(f"a gain needs a run of method {BASELINE} and another one, not a control")
     seen, missing = load_data(study.runs[0], "train", part.options.data)

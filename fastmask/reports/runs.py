@@ -28,7 +28,7 @@ from fastmask.training.engine import device_of
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, WEIGHTS, check_finished, data_of, load_run
 
 __all__ = [
-    "CONTROLS", "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "score_of",
+    "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "score_of",
     "studies_of", "task_at", "task_of",
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from fastmask.tasks.data.synthetic_languages import LANGUAGES as ARTIFICIAL
 
 __all__ = [
-    "AMOUNT", "COLOURS", "GREY", "LANGUAGE_FAMILIES", "MARKERS", "ON_LIGHT", "SIGNED", "UNKNOWN_FAMILY", "WRITTEN",
+    "COLOURS", "GREY", "LANGUAGE_FAMILIES", "MARKERS", "ON_LIGHT", "SIGNED", "UNKNOWN_FAMILY", "WRITTEN",
     "bare", "colour_languages", "families_of", "family_colour", "heatmap", "language_colour",
     "legend_above", "new_figure",
 ]  # fmt: skip
@@ -27,7 +27,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#777777"
 ON_LIGHT = "#101010"
-AMOUNT = "cividis"
 SIGNED = "PuOr"
 
 WRITTEN = 14  # rows and columns up to which numbers fit into the cells of a heatmap
@@ -137,7 +136,7 @@ def heatmap(
     rows: Sequence[str],
     columns: Sequence[str],
     *,
-    colours: str = AMOUNT,
+    colours: str = "cividis",
     low: float,
     high: float,
     numbers: str | None = "{:.2f}",

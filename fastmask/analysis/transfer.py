@@ -203,16 +203,9 @@ def _draw_typology(table: pd.DataFrame, what: str, measure: str, extent: float) 
     axis.set_ylim(-1.2 * extent, 1.2 * extent)
     drawing.bare(axis)
     line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 3}
-    ordered = table.sort_values(["gain", "language"])
-    for row, place in zip(ordered.itertuples(), np.linspace(-1.15 * extent, 1.15 * extent, n), strict=True):
-        axis.annotate(
-            row.language,
-            (row.similarity, row.gain),
-            (1.03, place),
-            textcoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-            color=drawing.language_colour(row.language, "#000000"),
-            arrowprops=line,
-        )
+    style = {"textcoords": ("axes fraction", "data"), "va": "center", "fontsize": 8, "arrowprops": line}
+    places = np.linspace(-1.15 * extent, 1.15 * extent, n)
+    for row, place in zip(table.sort_values(["gain", "language"]).itertuples(), places, strict=True):
+        colour = drawing.language_colour(row.language, "#000000")
+        axis.annotate(row.language, (row.similarity, row.gain), (1.03, place), color=colour, **style)
     return figure

@@ -330,7 +330,6 @@ def cross_values(
 
     Nothing is attached to the task's encoder yet. The random mask of a language without a subnetwork has the sizes of
     the next language's in turn.
-
     """
     names = subnets.languages
     controls = random_like(subnets, mask_seed(seed)).rename({name: f"{CONTROL} {name}" for name in names})

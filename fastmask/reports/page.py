@@ -36,38 +36,31 @@ THEME = (
 )
 NEEDLESS = re.compile(rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu[^;"]*;? ?""")
 SHOWS = {
-    "effect": (
-        "Effect of each method",
-        "What each method does to each language's score, against the full network and against random masks of the same "
-        "sizes, and what of it is inside the noise.",
-    ),
+    "effect": ("Effect of each method", "What it does to each language's score, and what of that is inside the noise."),
     "overlap": (
         "Overlap of masks",
-        "How much the languages' subnetworks have in common, beside random masks of the same sizes.",
+        "How much the languages' subnetworks share, beside random masks of the same sizes.",
     ),
-    "heads": (
-        "Use of heads and neurons",
-        "How many languages own each head or neuron, and how many units all, one or none of them own.",
-    ),
+    "heads": ("Use of heads and neurons", "How many languages own each of them, and how many all, one or none own."),
     "conflict": (
         "Gradient conflict",
-        "Whether the languages' gradients pull the shared parameters the same way, beside how far one language's "
-        "gradients agree with themselves.",
+        "Whether languages pull parameters the same way, beside one language with itself.",
     ),
     "cross": (
         "Cross-evaluation",
-        "How well each language is parsed by every language's subnetwork, and whether its own is the best.",
+        "How well each language does under every subnetwork, and whether its own is the best.",
     ),
     "typology": ("Typology", "Whether unseen languages gain more, the nearer they are to a training language."),
     "ablation": (
         "Ablation of single heads",
-        "What each head is worth to each language, and whether the importance score foresees it.",
+        "What a head is worth to each language, and whether its score foresees it.",
     ),
     "dynamics": (
         "Dynamics of masks",
-        "How dynamic masks move in training: what changes, how far they get, whether related languages' come together.",
+        "What changes in training, how far it gets, whether related languages come together.",
     ),
 }
+"""Title of each analysis, and what it shows."""
 
 
 class Skipped(NamedTuple):

@@ -76,22 +76,28 @@ def ablation(
         subnets.index(name)
         if not given:
             raise ValueError(f"no batch of language {name!r}")
+    probes = probes_of(model)
     rows: list[tuple[Any, ...]] = []
     examples = []
     with frozen(model if whole is None else whole):
         for name, given in data.items():
-            owned = keep[subnets.index(name)].cpu().numpy()
+            masks = {kind: getattr(subnets, kind)[subnets.index(name)] for kind in {probe.kind for probe in probes}}
+            owned = masks[units].cpu().numpy()
             score, predicted = _scores(model, name, given, loss, units, owned)
             with torch.no_grad(), language(model, name):
                 base = torch.cat([loss(batch) for batch in given]).double()
-            n = len(base)
-            examples.append(n)
-            for (layer, unit), own in np.ndenumerate(owned):
-                change = _flipped(model, name, units, layer, unit, given, loss).double() - base
-                mean = float(change.mean())
-                error = float(change.std()) / n**0.5 if n > 1 else np.nan
-                values = (mean, error, mean if own else -mean, score[layer, unit], predicted[layer, unit])
-                rows.append((name, layer, unit, bool(own), *values))
+                n = len(base)
+                examples.append(n)
+                for at, own in np.ndenumerate(owned):
+                    flipped = masks[units].clone()
+                    flipped[at] ^= True
+                    of_kind = {**masks, units: flipped}
+                    gates = [of_kind[probe.kind][probe.layer, : probe.units] for probe in probes]
+                    with all_units_computed(model), gated(model, probes, gates):
+                        change = torch.cat([loss(batch) for batch in given]).double() - base
+                    mean = float(change.mean())
+                    error = float(change.std()) / n**0.5 if n > 1 else np.nan
+                    rows.append((name, *at, bool(own), mean, error, mean if own else -mean, score[at], predicted[at]))
     columns = ["language", "layer", "unit", "owned", "change", "error", "worth", "score", "predicted"]
     table = pd.DataFrame(rows, columns=columns)
     agreement = _agreement(table, list(data), seed)
@@ -106,37 +112,17 @@ def ablation(
     return Result("ablation", table, caption, lambda: _draw(table, agreement, units, shape), {"agreement": agreement})
 
 
-def _flipped(
-    model: nn.Module,
-    name: str,
-    units: str,
-    layer: int,
-    unit: int,
-    batches: Sequence[Any],
-    loss: Callable[[Any], Tensor],
-) -> Tensor:
-    """Loss of each example with one unit of a language's subnetwork removed if owned, given if not."""
-    subnets, probes = attached(model).subnets, probes_of(model)
-    gates = []
-    for probe in probes:
-        gate = getattr(subnets, probe.kind)[subnets.index(name), probe.layer, : probe.units].clone()
-        if (probe.kind, probe.layer) == (units, layer) and unit < probe.units:
-            gate[unit] ^= True
-        gates.append(gate)
-    with torch.no_grad(), language(model, name), all_units_computed(model), gated(model, probes, gates):
-        return torch.cat([loss(batch) for batch in batches])
-
-
 def _scores(
     model: nn.Module, name: str, batches: Sequence[Any], loss: Callable[[Any], Tensor], units: str, owned: Any
 ) -> tuple[Any, Any]:
     """Importance and first-order worth of every unit, [layers, units]."""
     seen = [all_gate_gradients(model, name, batch, loss) for batch in batches]
     examples = sum(one.examples for one in seen)
-    score, signed = (sum(getattr(one, kind)[units].numpy() for one in seen) for kind in ("absolute", "signed"))
-    score = score / examples
+    score = sum(one.absolute[units].numpy() for one in seen) / examples
     norm = np.sqrt((np.where(owned, score, 0) ** 2).sum(1, keepdims=True))
-    return score / np.maximum(norm, np.finfo(np.float64).tiny), -signed / examples
+    return score / np.maximum(norm, np.finfo(np.float64).tiny), -sum(
+        one.signed[units].numpy() for one in seen
+    ) / examples
 
 
 def _agreement(table: pd.DataFrame, languages: Sequence[str], seed: int) -> pd.DataFrame:
@@ -147,8 +133,7 @@ def _agreement(table: pd.DataFrame, languages: Sequence[str], seed: int) -> pd.D
             found: list[float] = []
             for number, column in enumerate(("score", "predicted")):
                 where = [seed, place, int(owned), number]
-                enough = len(mine) > 1
-                found += spearman_permutation(mine[column], mine.worth, seed=where) if enough else (np.nan, np.nan)
+                found += spearman_permutation(mine[column], mine.worth, seed=where) if len(mine) else (np.nan, np.nan)
             rows.append((name, group, len(mine), *found))
     columns = ["language", "group", "n", "score_rho", "score_p", "predicted_rho", "predicted_p"]
     result = pd.DataFrame(rows, columns=columns)

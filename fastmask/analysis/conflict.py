@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastmask.analysis.drawing import COLOURS, GREY, SIGNED, bare, heatmap, legend_above, new_figure
-from fastmask.analysis.gradients import gradients_of, products
+from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, SIGNED, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.result import Result, span
 from fastmask.linear import MaskedLinear
 from fastmask.models.attach import attached, is_attached, language, owner_of
 from fastmask.models.modes import evaluating
 from fastmask.models.structure import layers_of, structure_of
 
-__all__ = ["gradient_conflict"]
+__all__ = ["along_training", "gradient_conflict", "gradients_of", "products", "side_by_side"]
 
 PANELS = {"all": "all parameters", "encoder": "encoder", "shared": "weights both own"}
+HELD = 4 * 2**30  # bytes of gradients, of all languages together, that are held at a time
+CHUNK = 1 << 16  # coordinates whose float64 products are summed at a time
 
 
 def gradient_conflict(
@@ -51,8 +54,8 @@ def gradient_conflict(
     languages conflict where `cosine_halves`, the mean of cos(a_i, b_j) and cos(a_j, b_i), from as many sentences, is
     lower. The cosine of the whole gradients, from twice as many, is not to be compared with it.
 
-    The gradients of all languages are held for some of the parameters at a time (`gradients`), so a large model is run
-    several times.
+    The gradients of all languages are held for some of the parameters at a time (`gradients_of`), so a large model is
+    run several times.
 
     Args:
         model: a Hugging Face model, attached or not, or any module with `layers`. In eval mode during the call.
@@ -94,20 +97,44 @@ def gradient_conflict(
         return losses.sum()
 
     scopes = _scopes(model, whole, layers)
-    sums: dict[str, dict[str, Any]] = {}
+    sums: dict[str, Any] = {}
     with evaluating(whole):  # dropout would make halves and languages differ by chance
         for name, rows, gradients in gradients_of(whole, run, data):
             found = dict.fromkeys(scopes[name], products(gradients))
             if name in owned:
                 found["shared"] = products(gradients, owned[name][:, rows])
             for scope, new in found.items():
-                before = sums.get(scope, dict.fromkeys(new, 0))
-                sums[scope] = {what: before[what] + value for what, value in new.items()}
-    sums = {scope: sums[scope] for scope in sorted(sums, key=_order)}
+                sums[scope] = sums.get(scope, 0) + new
+
     examples = {name: sum(sizes[id(batch)] for batch in given) for name, given in data.items()}
     halves = min(map(len, data.values())) > 1
-    table, per_language = _tables(data, sums, examples, halves)
-    summary = _summary(table, per_language)
+    pairs, languages = [], []
+    order = [*PANELS, *(f"layer {number}" for number in range(len(scopes)))]
+    for scope in sorted(sums, key=order.index):
+        dot, absolute, signs, both, of_halves, norms, norms_a, norms_b = sums[scope]
+        cosines = _over(dot, np.sqrt(norms * norms.T))
+        between = _over(of_halves, np.sqrt(norms_a * norms_b.T))
+        between = (between + between.T) / 2 if halves else np.full_like(cosines, np.nan)
+        plain, weighted = _over((both - signs) / 2, both), _over((absolute - dot) / 2, absolute)
+        for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
+            at = i, j
+            pairs.append((scope, a, b, cosines[at], between[at], plain[at], weighted[at], int(both[at])))
+        for i, (name, given) in enumerate(data.items()):
+            norm = np.sqrt(dot[i, i]) / examples[name]  # of the mean loss, not the sum
+            languages.append((scope, name, examples[name], len(given), norm, between[i, i]))
+    columns = ["scope", "language_a", "language_b", "cosine", "cosine_halves", "conflict", "conflict_weighted"]
+    table = pd.DataFrame(pairs, columns=[*columns, "coordinates"])
+    per_language = pd.DataFrame(languages, columns=["scope", "language", "examples", "batches", "norm", "split_half"])
+    summary = table.groupby("scope", sort=False).agg(
+        mean=("cosine", "mean"),
+        least=("cosine", "min"),
+        largest=("cosine", "max"),
+        conflict=("conflict", "mean"),
+        cosine_halves=("cosine_halves", "mean"),
+        negative=("cosine", lambda cosine: float((cosine < 0).mean())),
+    )
+    summary["split_half"] = per_language.groupby("scope")["split_half"].mean()
+    summary = summary.reset_index()
     network = "their subnetworks" if masked else "the full network"
     caption = (
         f"Cosine of the gradients of {len(names)} languages' mean losses in {network}, {span(examples.values())} "
@@ -123,15 +150,9 @@ def gradient_conflict(
         + (", and mean over languages of the diagonal." if halves else ".")
     )
     shown = "cosine_halves" if halves else "cosine"
-    largest = max(table[shown].abs().max(), per_language.split_half.abs().max(), 0.05)
-    return Result(
-        "conflict",
-        table,
-        caption,
-        lambda extent=largest: _draw(names, table, per_language, summary, shown, extent),
-        {"languages": per_language, "scopes": summary},
-        float(largest),
-    )
+    largest = float(max(table[shown].abs().max(), per_language.split_half.abs().max(), 0.05))
+    more = {"languages": per_language, "scopes": summary}
+    return Result("conflict", table, caption, partial(_draw, table, per_language, summary, shown), more, largest)
 
 
 def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -149,74 +170,82 @@ def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
 
 def _scopes(model: nn.Module, whole: nn.Module, layers: Sequence[str] | None) -> dict[str, list[str]]:
     """To which scopes each parameter of `whole` belongs."""
-    owner = owner_of(model)
-    encoder: nn.Module = cast(Any, owner).base_model if hasattr(owner, "base_model") else owner
-    modules = (
-        layers_of(owner, structure_of(owner)) if layers is None else [owner.get_submodule(name) for name in layers]
-    )
-    inside = {id(parameter) for parameter in encoder.parameters()}
-    number = {id(parameter): at for at, layer in enumerate(modules) for parameter in layer.parameters()}
+    owner: Any = owner_of(model)
+    modules = [owner.get_submodule(name) for name in layers] if layers else layers_of(owner, structure_of(owner))
+    parts = {"encoder": getattr(owner, "base_model", owner), **{f"layer {at}": of for at, of in enumerate(modules)}}
+    inside = {scope: {id(parameter) for parameter in part.parameters()} for scope, part in parts.items()}
     return {
-        name: ["all"]
-        + (["encoder"] if id(parameter) in inside else [])
-        + ([f"layer {number[id(parameter)]}"] if id(parameter) in number else [])
+        name: ["all", *(scope for scope, members in inside.items() if id(parameter) in members)]
         for name, parameter in whole.named_parameters()
     }
 
 
-def _order(scope: str) -> tuple[int, int]:
-    return (list(PANELS).index(scope), 0) if scope in PANELS else (len(PANELS), int(scope.split()[1]))
+def _over(values: Any, by: Any) -> Any:
+    return np.divide(values, by, out=np.full_like(values, np.nan), where=by > 0)
 
 
-def _ratio(products: Any, squares: Any) -> Any:
-    return np.divide(products, np.sqrt(squares), out=np.full_like(products, np.nan), where=squares > 0)
+def gradients_of(
+    whole: nn.Module, run: Callable[[str, Any], Tensor], data: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Gradients of every language's summed loss with respect to every parameter, one parameter at a time.
+
+    As many parameters as fit into `HELD` are differentiated together; for the next ones every batch runs again.
+    `run`(language, batch) runs `whole`, in eval mode (its passes must not see different dropout), and returns a scalar.
+
+    Yields:
+        (name, rows, gradients): gradients [L, 2, R, C] of the sums over even and over odd batches, in the rows [R]
+        where some language has a gradient; of an embedding those are the words that occur. A vector has C = 1.
+    """
+    left = [(name, parameter) for name, parameter in whole.named_parameters() if parameter.requires_grad]
+    while left:
+        sizes = np.cumsum([2 * len(data) * parameter.nbytes for _, parameter in left])
+        fitting = max(1, int((sizes <= HELD).sum()))
+        group, left = left[:fitting], left[fitting:]
+        found: dict[str, list[tuple[int, int, Tensor, Tensor]]] = {name: [] for name, _ in group}
+        for (place, (language_name, batches)), half in itertools.product(enumerate(data.items()), (0, 1)):
+            sums: Sequence[Tensor] = ()
+            for batch in batches[half::2]:
+                of_batch = torch.autograd.grad(
+                    run(language_name, batch), [parameter for _, parameter in group], materialize_grads=True
+                )
+                sums = [a + b for a, b in zip(sums, of_batch, strict=True)] if sums else of_batch
+            for (name, _), gradient in zip(group, sums, strict=False):
+                matrix = gradient.reshape(len(gradient), -1) if gradient.ndim else gradient.reshape(1, 1)
+                rows = matrix.any(1).nonzero()[:, 0]
+                found[name].append((place, half, rows, matrix[rows]))
+        for name, _ in group:
+            pieces = found.pop(name)
+            rows = torch.cat([own for _, _, own, _ in pieces]).unique()
+            if len(rows):
+                gradients = pieces[0][3].new_zeros(len(data), 2, len(rows), pieces[0][3].shape[1])
+                for place, half, own, values in pieces:
+                    gradients[place, half, torch.searchsorted(rows, own)] = values
+                yield name, rows, gradients
 
 
-def _tables(
-    data: Mapping[str, Sequence[Any]], sums: Mapping[str, Mapping[str, Any]], examples: Mapping[str, int], halves: bool
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One row for each scope and pair of languages, and one for each scope and language."""
-    pairs, languages = [], []
-    for scope, of in sums.items():
-        cosines = _ratio(of["dot"], of["norms"] * of["norms"].T)
-        between = _ratio(of["halves"], of["norms_a"] * of["norms_b"].T)
-        between = (between + between.T) / 2 if halves else np.full_like(cosines, np.nan)
-        for (i, a), (j, b) in itertools.combinations(enumerate(data), 2):
-            both, absolute = of["both"][i, j], of["absolute"][i, j]
-            plain = (both - of["signs"][i, j]) / 2 / both if both else np.nan
-            weighted = (absolute - of["dot"][i, j]) / 2 / absolute if absolute else np.nan
-            pairs.append((scope, a, b, cosines[i, j], between[i, j], plain, weighted, int(both)))
-        for i, (name, given) in enumerate(data.items()):
-            norm = np.sqrt(of["dot"][i, i]) / examples[name]  # of the mean loss, not the sum
-            languages.append((scope, name, examples[name], len(given), norm, between[i, i]))
-    columns = ["scope", "language_a", "language_b", "cosine", "cosine_halves", "conflict", "conflict_weighted"]
-    return (
-        pd.DataFrame(pairs, columns=[*columns, "coordinates"]),
-        pd.DataFrame(languages, columns=["scope", "language", "examples", "batches", "norm", "split_half"]),
-    )
+def products(gradients: Tensor, owned: Tensor | None = None) -> NDArray[np.float64]:
+    """Sums over coordinates of products of L gradients [L, 2, R, C], as [8, L, L] of languages i and j.
+
+    With g = a + b the gradient of all batches, a of the even and b of the odd ones: g_i g_j; |g_i g_j|; the sign of
+    g_i g_j; 1 where g_i g_j is not 0; a_i b_j; and the squares of g_i, a_i and b_i over what j owns (`owned`
+    bool [L, R, C]; default everything).
+    """
+    L = len(gradients)
+    everything = torch.ones(1, 1, dtype=torch.bool, device=gradients.device)
+    keeps = everything.expand(L, gradients[0, 0].numel()) if owned is None else owned.flatten(1)
+    sums = np.zeros((8, L, L))
+    for piece, kept in zip(gradients.flatten(2).split(CHUNK, 2), keeps.split(CHUNK, 1), strict=True):
+        a, b = piece.double().unbind(1)
+        g, keep = a + b, kept.double()
+        signs = g.sign()
+        pairs = [(g, g), (g.abs(), g.abs()), (signs, signs), (signs.abs(), signs.abs()), (a, b)]
+        pairs += [(x.square(), keep) for x in (g, a, b)]
+        sums += torch.stack([x @ y.t() for x, y in pairs]).cpu().numpy()
+    return sums
 
 
-def _summary(table: pd.DataFrame, per_language: pd.DataFrame) -> pd.DataFrame:
-    found = table.groupby("scope", sort=False).agg(
-        mean=("cosine", "mean"),
-        least=("cosine", "min"),
-        largest=("cosine", "max"),
-        conflict=("conflict", "mean"),
-        cosine_halves=("cosine_halves", "mean"),
-        negative=("cosine", lambda cosine: float((cosine < 0).mean())),
-    )
-    found["split_half"] = per_language.groupby("scope")["split_half"].mean()
-    return found.reset_index()
-
-
-def _draw(
-    names: Sequence[str],
-    table: pd.DataFrame,
-    per_language: pd.DataFrame,
-    summary: pd.DataFrame,
-    shown: str,
-    extent: float,
-) -> Any:
+def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame, shown: str, extent: float) -> Any:
+    names = list(dict.fromkeys(per_language.language))
     scopes = [scope for scope in PANELS if (table.scope == scope).any()][-2:]
     n = len(names)
     side = max(2.8, (0.24 if n > 14 else 0.4) * n + 0.6)
@@ -244,3 +273,89 @@ def _draw(
     bare(right)
     legend_above(right, ncols=1)
     return figure
+
+
+# ---- several models, and one along its training
+
+
+def side_by_side(table: pd.DataFrame) -> Result:
+    """Several networks: `table` is `more["scopes"]` of each, with columns `variant` and `seed`."""
+    table = table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
+    caption = (
+        f"Cosine of gradients in {table.variant.nunique()} networks, {table.seed.nunique()} "
+        f"seed{'s' if table.seed.nunique() > 1 else ''} (small: each seed, large: their mean): over pairs of two "
+        "languages, beside the control, one language with itself on other sentences; both from halves of equally many. "
+        "Languages conflict as far as the first is lower. Weights both own: those in masked modules that belong to "
+        "both."
+    )
+    return Result("conflict", table, caption, partial(_draw_side_by_side, table))
+
+
+def _draw_side_by_side(table: pd.DataFrame) -> Any:
+    scopes = [scope for scope in PANELS if (table.scope == scope).any()]
+    variants = list(dict.fromkeys(table.variant))
+    figure = new_figure(1.6 + 2.9 * len(scopes), 0.36 * len(variants) + 1.7)
+    panels = figure.subplots(1, len(scopes), sharey=True, sharex=True, squeeze=False)[0]
+    lines = {_shown(table): (-0.13, "two languages"), "split_half": (0.13, "one language with itself")}
+    for panel, scope in zip(panels, scopes, strict=True):
+        rows = table[table.scope == scope]
+        for at, (column, (shift, label)) in enumerate(lines.items()):
+            style = {"color": COLOURS[at], "marker": MARKERS[at], "linestyle": ""}
+            y = [variants.index(variant) + shift for variant in rows.variant]
+            panel.plot(rows[column], y, markersize=3, alpha=0.6, **style)
+            means = rows.groupby("variant")[column].mean().reindex(variants)
+            panel.plot(means, np.arange(len(variants)) + shift, markersize=7, label=label, fillstyle="none", **style)
+        panel.axvline(0, color=GREY, linewidth=0.8)
+        panel.set_title(PANELS[scope], fontsize=10)
+        panel.set_xlabel("cosine of gradients")
+        panel.grid(axis="x", color=GREY, alpha=0.2)
+        panel.set_axisbelow(True)
+    bare(*panels)
+    panels[0].set_yticks(range(len(variants)), variants)
+    panels[0].set_ylim(len(variants) - 0.5, -0.5)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False
+    )
+    return figure
+
+
+def along_training(table: pd.DataFrame, switch: int | None) -> Result:
+    """One network at several checkpoints: `table` is `more["scopes"]` of each, with columns `step` and `sentences`.
+
+    From the step `switch` on languages had their subnetworks, or episodes (None: no such step).
+    """
+    table = table.sort_values("step", kind="stable", ignore_index=True)
+    caption = (
+        f"Cosine of gradients at {table.step.nunique()} checkpoints, from step {table.step.min()} to "
+        f"{table.step.max()}, on the same at most {table.sentences.max()} training sentences of each language. Left: "
+        "mean over pairs of languages (halves of the sentences) and, the control, over languages of one with itself; "
+        "the gap between them is conflict. Right: share of the coordinates in which the signs of two languages' "
+        "gradients differ; one half for gradients that know nothing of each other."
+        + ("" if switch is None else " Dashed: from there on subnetworks, or episodes.")
+    )
+    return Result("conflict-along", table, caption, partial(_draw_along, table, switch))
+
+
+def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:
+    figure = new_figure(9.0, 3.4)
+    left, right = figure.subplots(1, 2)
+    encoder = table[table.scope == "encoder"]
+    left.plot(encoder.step, encoder[_shown(table)], f"{MARKERS[0]}-", color=COLOURS[0], label="two languages")
+    left.plot(encoder.step, encoder.split_half, f"{MARKERS[1]}--", color=COLOURS[1], label="one with itself")
+    left.axhline(0, color=GREY, linewidth=0.8)
+    for at, scope in enumerate(("encoder", "shared")):
+        rows = table[table.scope == scope]
+        right.plot(rows.step, 100 * rows.conflict, f"{MARKERS[at]}-", color=COLOURS[at], label=PANELS[scope])
+    right.axhline(50, color=GREY, linewidth=0.8)
+    for panel, label in ((left, "cosine in the encoder"), (right, "coordinates in conflict, %")):
+        panel.set(xlabel="step", ylabel=label)
+        if switch is not None:
+            panel.axvline(switch, color="black", linewidth=0.8, linestyle="--")
+        legend_above(panel)
+    bare(left, right)
+    return figure
+
+
+def _shown(table: pd.DataFrame) -> str:
+    """The column of cosines between languages that can be compared with those of one language with itself."""
+    return "cosine_halves" if table.cosine_halves.notna().any() else "mean"

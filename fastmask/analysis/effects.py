@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, colour_languages, new_figure
-from fastmask.analysis.paired import paired
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import SAMPLES, bootstrap_interval, holm, p_text
+from fastmask.analysis.statistics import SAMPLES, bootstrap_interval, holm, p_text, paired
 from fastmask.errors import unknown
 
 __all__ = ["effect", "verdict"]
@@ -35,9 +35,10 @@ def effect(
     - For a language, the mean of d over seeds, with a paired percentile bootstrap over seeds. Below 6 seeds no test can
       reach p = 0.05, and the interval of so few is too narrow, so the verdict is then "too few".
     - For a method, the mean over languages (each the mean over its seeds), a bootstrap interval over languages and
-      seeds, and the larger of the p-values of a sign-flip test over languages and a t-test over seeds (`paired`),
-      corrected over methods (Holm). Below 6 languages no test can reach p = 0.05: "too few". All languages of a seed
-      come from one pair of models, so of one seed nothing follows for others: "one seed", and no p-value.
+      seeds, and the larger of the p-values of a sign-flip test over languages and a t-test over seeds
+      (`statistics.paired`), corrected over methods (Holm). Below 6 languages no test can reach p = 0.05: "too few". All
+      languages of a seed come from one pair of models, so of one seed nothing follows for others: "one seed", and no
+      p-value.
 
     Args:
         scores: a table with columns `method`, `language`, `seed`, `score`, or rows as mappings.
@@ -69,7 +70,7 @@ def effect(
             d = gains.loc[language].to_numpy()
             low, high = bootstrap_interval(d, level, [seed, number, place])
             says = "better" if low > 0 else "worse" if high < 0 else "inside noise"
-            means = (pair.loc[language][method].mean(), pair.loc[language][other].mean(), float(d.mean()))
+            means = (*pair.loc[language].mean(), float(d.mean()))
             rows.append((method, language, *means, low, high, len(d), says if len(d) >= ENOUGH else "too few"))
         if len(gains):
             found = paired(gains, level=level)
@@ -80,13 +81,22 @@ def effect(
     columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
     columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
-    more = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
-    more.insert(columns.index("p") + 1, "p_holm", holm(list(more.p)))
-    more["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in more.itertuples()]
-    ends = pd.concat([table[["low", "high"]], more[["low", "high"]]])
-    extent = float(ends.abs().max(axis=None)) or 1.0
-    caption = _caption(table, more, level)
-    return Result("effect", table, caption, lambda extent=extent: _draw(table, more, extent), {"methods": more}, extent)
+    methods = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
+    methods.insert(columns.index("p") + 1, "p_holm", holm(methods.p))
+    methods["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in methods.itertuples()]
+
+    n, of_baselines = int(methods.seeds.max()), methods.groupby("against", sort=False)["method"]
+    pairs = "; ".join(f"to {name!r} of {', '.join(of)}" for name, of in of_baselines)
+    few = ", too narrow with so few seeds: read them as the spread of seeds" if n < ENOUGH else ""
+    caption = (
+        f"Difference {pairs}, paired; {table.language.nunique()} languages, {n} seed{'s' if n > 1 else ''}. "
+        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({SAMPLES:,} samples){few}. "
+        "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
+        "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
+        "this table. Right of 0 the method is better; it is only known to be where p is small."
+    )
+    extent = float(pd.concat([table, methods])[["low", "high"]].abs().max(axis=None)) or 1.0
+    return Result("effect", table, caption, partial(_draw, table, methods), {"methods": methods}, extent)
 
 
 def verdict(row: Any, p: float, threshold: float = 0.05) -> str:
@@ -111,20 +121,6 @@ def _against(baseline: str | Mapping[str, str], methods: Sequence[str]) -> dict[
     if own := [name for name, other in wanted.items() if name == other]:
         raise ValueError(f"{own[0]!r} is given as its own baseline (expected another method)")
     return {name: wanted[name] for name in methods if name in wanted}
-
-
-def _caption(table: pd.DataFrame, methods: pd.DataFrame, level: float) -> str:
-    languages, seeds = table.language.nunique(), int(methods.seeds.max())
-    groups = methods.groupby("against", sort=False)["method"]
-    pairs = "; ".join(f"to {name!r} of {', '.join(of)}" for name, of in groups)
-    few = ", too narrow with so few seeds: read them as the spread of seeds" if seeds < ENOUGH else ""
-    return (
-        f"Difference {pairs}, paired; {languages} languages, {seeds} seed{'s' if seeds > 1 else ''}. "
-        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({SAMPLES:,} samples){few}. "
-        "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
-        "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
-        "this table. Right of 0 the method is better; it is only known to be where p is small."
-    )
 
 
 def _checked(scores: pd.DataFrame | Sequence[Mapping[str, Any]]) -> pd.DataFrame:

@@ -12,10 +12,19 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fastmask.analysis.chance import chance_jaccard, jaccard
-from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, heatmap, legend_above, new_figure
-from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
+from fastmask.analysis.drawing import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    UNKNOWN_FAMILY,
+    bare,
+    families_of,
+    heatmap,
+    legend_above,
+    new_figure,
+)
 from fastmask.analysis.result import Result, kind_of
+from fastmask.analysis.sharing import chance_jaccard, jaccard
 from fastmask.dynamic import History, Snapshot
 from fastmask.files import FileError, parse_json, read_sealed
 

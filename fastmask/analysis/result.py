@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
+from operator import methodcaller
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib import rc_context
 
 from fastmask.errors import unknown
 from fastmask.files import replace_file
 
-__all__ = ["Result", "kind_of", "span"]
+__all__ = ["Result", "kind_of", "span", "write_files"]
 
-DPI = 150  # of a PNG
 # Letters stay letters in an SVG, so that it is small and can be searched; the fonts are equally wide.
 SVG = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
 
@@ -39,7 +41,7 @@ class Result:
     caption: str
     draw: Callable[..., Any] = field(repr=False)
     more: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    extent: float = float("nan")
+    extent: float = math.nan
 
     def figure(self, extent: float | None = None) -> Any:
         """A new `matplotlib.figure.Figure`, which needs no display and touches no global state of matplotlib.
@@ -47,17 +49,17 @@ class Result:
         Args:
             extent: another one than the result's own, for equal scales side by side.
         """
-        return self.draw() if extent is None or self.extent != self.extent else self.draw(extent)
+        if math.isnan(self.extent):
+            return self.draw()
+        return self.draw(self.extent if extent is None else extent)
 
     def pictures(self, extent: float | None = None) -> dict[str, bytes]:
         """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes.
 
         The SVG has no background.
         """
-        from matplotlib import rc_context
-
         figure, png, svg = self.figure(extent), BytesIO(), BytesIO()
-        figure.savefig(png, dpi=DPI, format="png")
+        figure.savefig(png, dpi=150, format="png")
         with rc_context({**SVG, "svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
             figure.savefig(svg, dpi=100, format="svg", metadata={"Date": None}, transparent=True)
         return {"png": png.getvalue(), "svg": svg.getvalue()}
@@ -76,18 +78,18 @@ class Result:
 
         CSV files hold names as they are, to be read again; a spreadsheet takes one starting with ``=`` for a formula.
         """
-        contents = self.files(self.pictures())
-        for name, content in contents.items():
-            replace_file(Path(folder, name), lambda partial, content=content: partial.write_bytes(content))  # type: ignore[misc]
-        return [Path(folder, name) for name in contents]
+        return write_files(Path(folder), self.files(self.pictures()))
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name, each replaced at once; returns the paths."""
+    for name, content in contents.items():
+        replace_file(folder / name, methodcaller("write_bytes", content))
+    return [folder / name for name in contents]
 
 
 def kind_of(masks: Any, units: str | None, kinds: Sequence[str] = ("heads", "neurons")) -> str:
-    """Which of `kinds` is looked at: `units`, by default the first that `masks` have.
-
-    Raises:
-        KeyError: they do not have it, or none.
-    """
+    """Which of `kinds` is looked at: `units`, by default the first that `masks` have; KeyError if they do not."""
     known = [kind for kind in kinds if getattr(masks, kind) is not None]
     units = units or next(iter(known), kinds[0])
     if units not in known:

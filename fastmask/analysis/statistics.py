@@ -6,6 +6,13 @@ the observed order is one of the permutations, and a p-value is never 0 (Phipson
 
 `scipy.stats.permutation_test` counts the same permutations, one by one in Python: a second and more for what takes
 milliseconds here, and a comparison has dozens of tests.
+
+`paired` sets one method against another on the same languages and seeds: the one test that every table and picture
+prints. A result should hold for other languages and for other seeds. All languages of a seed come from one pair of
+models, so pairs of language and seed are no independent draws, and each of the two is tested by itself: languages, each
+the mean over its seeds, by a sign-flip test; seeds, each the mean over its languages, by a t-test. A difference is one
+where both see it, so the p-value of the whole is the larger of the two. The interval is a bootstrap that draws
+languages and seeds both.
 """
 
 from __future__ import annotations
@@ -13,13 +20,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata, ttest_1samp
 
 __all__ = [
-    "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired_sign_flip",
-    "share_of_orders", "spearman_permutation", "t_of_mean",
+    "SAMPLES", "Paired", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired",
+    "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
 ]  # fmt: skip
 
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images
@@ -27,6 +37,7 @@ ORDERS_COUNTED = 9  # items with at most 9! = 362,880 orders
 DRAWS = 20_000  # of a permutation test that cannot count them all
 SAMPLES = 10_000  # of a bootstrap
 CHUNK = 4_000_000  # numbers in memory at a time
+TIE = 1e-9  # means of equal scores differ by rounding
 
 Seed = int | Sequence[int]
 
@@ -37,12 +48,6 @@ def paired_sign_flip(differences: ArrayLike) -> float:
     If two methods do not differ, each paired difference d_i is as likely as -d_i. p is the share of the sign patterns s
     with |sum_i s_i d_i| >= |sum_i d_i| (Fisher 1935, section 21). Exact up to 20 differences; with n of them the
     smallest possible p is 2^(1 - n), so fewer than 6 can never show anything at 0.05.
-
-    Args:
-        differences: [n], one for each pair, such as a language and seed.
-
-    Raises:
-        ValueError: no differences, or some that are not finite.
     """
     d = _finite(differences, "differences")
     close = abs(d.sum()) - 1e-12 * np.abs(d).sum()  # sums of the same numbers in another order are ties
@@ -55,20 +60,22 @@ def paired_sign_flip(differences: ArrayLike) -> float:
     return float((np.abs(sums) >= close).mean())
 
 
+def t_of_mean(values: ArrayLike) -> float:
+    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0."""
+    v = _finite(values, "values")
+    if len(v) < 2:
+        raise ValueError("expected at least two values, given one")
+    if (v == v[0]).all():  # no spread, and no t
+        return 1.0 if v[0] == 0 else 0.0
+    return float(ttest_1samp(v, 0).pvalue)
+
+
 def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: Seed = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron 1979).
+    """Percentile bootstrap interval of the mean of `values` [n] (Efron 1979).
 
     The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - level) / 2
     to their (1 + level) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
     by (n - 1) / n in variance): with 3 seeds of one language read it as a lower bound of the doubt.
-
-    Args:
-        values: [n]; for a paired interval, the differences of the pairs.
-        level: of confidence, between 0 and 1.
-        seed: of the samples; the same seed gives the same interval.
-
-    Raises:
-        ValueError: no values, some that are not finite, or a level outside (0, 1).
     """
     v = _finite(values, "values")
     drawn = np.random.default_rng(seed).integers(0, len(v), (SAMPLES, len(v)))
@@ -81,13 +88,6 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     Rows and columns are sampled with replacement, each for itself, and the entries where they cross are averaged (the
     pigeonhole bootstrap, Owen 2007): the interval says how far the mean moves with other rows and other columns. A
     single column, or row, is every sample's: the interval then says nothing of others.
-
-    Args:
-        values: [rows, columns], such as differences by language and seed; NaN where there is none.
-        level: of confidence, between 0 and 1.
-
-    Raises:
-        ValueError: no table of numbers, none that is known, or a level outside (0, 1).
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2:
@@ -101,20 +101,47 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     return _middle(sums[counts > 0] / counts[counts > 0], level)
 
 
-def t_of_mean(values: ArrayLike) -> float:
-    """Two-sided p-value of "the mean is zero", by Student's t; 1 where all values are 0.
+@dataclass(frozen=True)
+class Paired:
+    """One method against another."""
 
-    Raises:
-        ValueError: fewer than two values, or some that are not finite.
-    """
-    from scipy.stats import ttest_1samp
+    by_language: tuple[float, ...]  # the mean difference of each language over its seeds
+    by_seed: tuple[float, ...]  # of each seed over its languages
+    p_languages: float  # two-sided, of the sign-flip test over `by_language`; not corrected
+    p_seeds: float  # of the t-test over `by_seed`; NaN for a single seed
+    low: float  # the interval of the mean difference, over languages and seeds
+    high: float
 
-    v = _finite(values, "values")
-    if len(v) < 2:
-        raise ValueError("expected at least two values, given one")
-    if (v == v[0]).all():  # no spread, and no t
-        return 1.0 if v[0] == 0 else 0.0
-    return float(ttest_1samp(v, 0).pvalue)
+    @property
+    def p(self) -> float:
+        """The larger of the two p-values; NaN for a single seed, which says nothing of others."""
+        return math.nan if math.isnan(self.p_seeds) else max(self.p_languages, self.p_seeds)
+
+    @property
+    def difference(self) -> float:
+        """The mean over languages."""
+        return float(np.mean(self.by_language))
+
+    @property
+    def wins(self) -> int:
+        """In how many languages the method is better."""
+        return sum(value > TIE for value in self.by_language)
+
+    @property
+    def seeds_agree(self) -> int:
+        """In how many seeds the mean difference has the sign of the whole."""
+        return sum(value * np.sign(self.difference) > TIE for value in self.by_seed)
+
+
+def paired(differences: pd.Series, *, level: float = 0.95) -> Paired:
+    """Test a method against another one, by their differences: a series over `language` and `seed`, NaN for a gap."""
+    known = differences.dropna()
+    by_language = known.groupby(level="language").mean()
+    by_seed = known.groupby(level="seed").mean()
+    p_languages = paired_sign_flip(by_language.to_numpy())
+    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy(), level)
+    p_seeds = t_of_mean(by_seed.to_numpy()) if len(by_seed) > 1 else math.nan
+    return Paired(tuple(map(float, by_language)), tuple(map(float, by_seed)), p_languages, p_seeds, low, high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -126,17 +153,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Raises:
         ValueError: a p-value outside [0, 1].
     """
-    given = np.asarray(p_values, dtype=np.float64).reshape(-1)
-    tested = ~np.isnan(given)
-    p = given[tested]
-    if not ((p >= 0) & (p <= 1)).all():
+    given = pd.Series(p_values, dtype=np.float64)
+    p = given.dropna().sort_values(kind="stable")
+    if not p.between(0, 1).all():
         raise ValueError(f"expected p-values between 0 and 1, given {list(p_values)}")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))).clip(max=1)
-    result = given.copy()
-    result[tested] = adjusted
-    return [float(value) for value in result]
+    adjusted = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    return [float(value) for value in adjusted.reindex(given.index)]
 
 
 def p_text(p: float) -> str:
@@ -150,19 +172,9 @@ def spearman_permutation(x: ArrayLike, y: ArrayLike, *, seed: Seed = 0) -> tuple
     rho is Pearson's correlation of the ranks, ties sharing mean ranks (Spearman 1904). p is the share of the orders of
     y with |rho| at least as large as observed: all n! of them up to n = 9, `DRAWS` drawn ones above.
 
-    Args:
-        x: [n].
-        y: [n].
-        seed: of the drawn orders; plays no part up to n = 9.
-
     Returns:
         (rho, p); both NaN where x or y is constant or n < 2, and there is no correlation to speak of.
-
-    Raises:
-        ValueError: different lengths, no values, or some that are not finite.
     """
-    from scipy.stats import rankdata
-
     a, b = rankdata(_finite(x, "x")), rankdata(_finite(y, "y"))
     if len(a) != len(b):
         raise ValueError(f"expected x and y of one length, given {len(a)} and {len(b)}")
@@ -179,13 +191,6 @@ def diagonal_permutation(matrix: ArrayLike, *, seed: Seed = 0) -> float:
 
     If columns were handed to rows at random, each order pi of them would be as likely. p is the share of the orders
     with sum_i M[i, pi(i)] >= sum_i M[i, i]; a row's or a column's general level cancels. Exact up to 9 rows.
-
-    Args:
-        matrix: [L, L], higher is better.
-        seed: of the drawn orders; plays no part up to 9 rows.
-
-    Raises:
-        ValueError: a matrix that is not square, or not finite.
     """
     m = np.asarray(matrix, dtype=np.float64)
     if m.ndim != 2 or m.shape[0] != m.shape[1]:
@@ -209,7 +214,7 @@ def share_of_orders(n: int, hit: Callable[[NDArray[np.int64]], NDArray[np.bool_]
 
 
 def _middle(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    """The middle of what was drawn: the quantiles between which the share `level` lies."""
+    """The quantiles between which the share `level` lies."""
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, given {level}")
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])

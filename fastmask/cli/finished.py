@@ -81,8 +81,7 @@ def add_analyze(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
 def run_analyze(options: argparse.Namespace) -> None:
     """Analyze, and say where the report is and what is not in it."""
-    from fastmask.reports.making import make_report
-    from fastmask.reports.sections import Options
+    from fastmask.reports import Options, make_report
 
     if options.sentences is not None and options.sentences < 2:
         raise ValueError(f"--sentences is {options.sentences} (expected at least 2)")

@@ -1,6 +1,6 @@
 """The tables of a comparison: one row per score, one per cell, the summary of each condition, and what was decided.
 
-Every test is that of `analysis.paired`: an arm's scores of a language are averaged over support sets first, and a
+Every test is that of `statistics.paired`: an arm's scores of a language are averaged over support sets first, and a
 difference must hold over languages and over seeds. p-values are corrected (Holm) over all tests of the page that they
 stand on; hypotheses that the plan names are a family of their own.
 """
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmask.analysis.paired import Paired, paired
-from fastmask.analysis.statistics import holm
+from fastmask.analysis.statistics import Paired, holm, paired
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
 __all__ = [

@@ -11,8 +11,8 @@ import torch
 from scipy.stats import hypergeom
 
 import fastmask as fm
-from fastmask.analysis.chance import chance_jaccard, chance_owners
-from fastmask.analysis.language_families import LANGUAGE_FAMILIES, families_of
+from fastmask.analysis.drawing import LANGUAGE_FAMILIES, families_of
+from fastmask.analysis.sharing import chance_jaccard, chance_owners
 
 
 def subnets(rows, languages=("aa", "bb", "cc")):

@@ -14,7 +14,7 @@ from tiny_models import batch, tiny
 from torch import nn
 
 import fastmask as fm
-from fastmask.analysis.gradients import gradients_of, products
+from fastmask.analysis.conflict import gradients_of, products
 
 LANGUAGES = ["aa", "bb", "cc"]
 
@@ -202,7 +202,7 @@ class Tangle(nn.Module):
 @pytest.mark.parametrize("held", [1, 4000, 2**40], ids=["one parameter at a time", "some", "all"])
 def test_gradients_equal_backward(held, monkeypatch):
     """However many parameters are differentiated together, every gradient must be whole, in its rows and halves."""
-    monkeypatch.setattr("fastmask.analysis.gradients.HELD", held)
+    monkeypatch.setattr("fastmask.analysis.conflict.HELD", held)
     torch.manual_seed(1)
     net = Tangle().double()
     generator = torch.Generator().manual_seed(2)
@@ -229,7 +229,7 @@ def test_gradients_equal_backward(held, monkeypatch):
 def test_holds_as_much_as_it_may(monkeypatch):
     """The gradients of all languages must not be alive for the whole model at once, or large models need too much."""
     net = nn.Sequential(*[nn.Linear(16, 16) for _ in range(12)])
-    monkeypatch.setattr("fastmask.analysis.gradients.HELD", 5 * 2 * (16 * 16 + 16) * 4)  # of one layer
+    monkeypatch.setattr("fastmask.analysis.conflict.HELD", 5 * 2 * (16 * 16 + 16) * 4)  # of one layer
     batches = {name: [torch.full((2, 16), v + 1.0)] * 2 for v, name in enumerate("abcde")}
     alive: list = []
     for name, _, gradients in gradients_of(net, lambda _, x: net(x).sum(), batches):
@@ -244,9 +244,8 @@ def test_products_in_chunks(monkeypatch):
     gradients = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(0))
     owned = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1)) < 0.5
     whole = products(gradients, owned)
-    monkeypatch.setattr("fastmask.analysis.gradients.CHUNK", 7)
-    for name, sums in products(gradients, owned).items():
-        np.testing.assert_allclose(sums, whole[name], rtol=1e-12)
+    monkeypatch.setattr("fastmask.analysis.conflict.CHUNK", 7)
+    np.testing.assert_allclose(products(gradients, owned), whole, rtol=1e-12)
 
 
 @pytest.mark.parametrize(

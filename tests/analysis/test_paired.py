@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 import fastmask as fm
-from fastmask.analysis.paired import paired
-from fastmask.analysis.statistics import paired_sign_flip, t_of_mean
+from fastmask.analysis.statistics import paired, paired_sign_flip, t_of_mean
 from fastmask.compare.tables import compared
 
 

@@ -9,9 +9,9 @@ from whole_results import whole_result
 from fastmask.compare.plan import CompareConfig, Plan, arms_of, write_result
 from fastmask.compare.report import load_tables, write_report
 from fastmask.compare.tables import summary_table
-from fastmask.reports.folders import Run, Study, studies_of
-from fastmask.reports.scores import effect
-from fastmask.reports.sections import Gathered, Options
+from fastmask.reports.analyses import effect
+from fastmask.reports.page import Part
+from fastmask.reports.runs import Run, Study, studies_of
 from fastmask.training.config import TrainConfig
 
 SHOWN = ("seen", "adapted", "zero-shot")  # in both
@@ -19,9 +19,9 @@ SHOWN = ("seen", "adapted", "zero-shot")  # in both
 
 def same(plan: Plan, study: Study) -> None:
     """Differences, intervals and p-values of `summary.csv` are those of the report's tables."""
-    found = Gathered("effect", Options())
-    effect(study, found)
-    tables = {section.title: section.result.more["methods"] for section in found.sections()}
+    found = Part(study, "effect")
+    effect(found)
+    tables = {section.title: section.result.more["methods"] for section in found.sections}
     summary = summary_table(plan, load_tables(plan)[0]).set_index(["condition", "arm"])
     count = 0
     for title, table in tables.items():

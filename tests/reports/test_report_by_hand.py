@@ -13,11 +13,9 @@ from safetensors.torch import load_file
 
 import fastmask as fm
 from fastmask.models import attach
-from fastmask.reports.crossing import cross_values, mask_seed
-from fastmask.reports.folders import studies_of
-from fastmask.reports.loading import batches_of, data_for, score_of
-from fastmask.reports.making import make_report
-from fastmask.reports.sections import Options
+from fastmask.reports import Options, make_report
+from fastmask.reports.analyses import cross_values, mask_seed
+from fastmask.reports.runs import batches_of, drawn, load_data, score_of, studies_of
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.training.run_folder import complete, load_run
@@ -51,7 +49,8 @@ def masks_of(run):
 def rows_of(run, split, language):
     """The sentences that the report draws."""
     (study,) = studies_of([run])
-    return data_for(study.runs[0], split).rows(language, split, OPTIONS.sentences, OPTIONS.seed)
+    splits, _ = load_data(study.runs[0], split)
+    return drawn(splits, language, split, OPTIONS.sentences, OPTIONS.seed)
 
 
 def attached_task(run):
@@ -126,8 +125,8 @@ def test_cross(comparison, tables_of):
     found = tables_of([comparison], "cross")
     languages = [*LANGUAGES, "qad", "qag", "qah"]
     (study,) = studies_of([comparison])
-    data = data_for(study.runs[0], "test", None, study.unseen)
-    rows = {language: data.rows(language, "test", 6, 3) for language in languages}
+    splits, _ = load_data(study.runs[0], "test", None, study.unseen)
+    rows = {language: drawn(splits, language, "test", 6, 3) for language in languages}
     values = {}
     for seed in (0, 1):
         run = comparison / f"seed-{seed}" / "static" / "run"

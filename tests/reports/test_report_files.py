@@ -9,10 +9,8 @@ import shutil
 import pytest
 
 from fastmask.files import FileError
-from fastmask.reports.folders import studies_of
-from fastmask.reports.loading import task_at
-from fastmask.reports.making import _write_files
-from fastmask.reports.sections import Options
+from fastmask.reports import Options, _replace_files
+from fastmask.reports.runs import studies_of, task_at
 from fastmask.training import run_folder
 
 
@@ -20,10 +18,10 @@ def test_files_of_the_report_before_are_removed(tmp_path):
     """Of a folder with a report only what the report left is replaced or removed, and nothing outside it."""
     (tmp_path / "precious").write_text("old")
     folder = tmp_path / "report"
-    _write_files(folder, {"report.html": b"page", "a.csv": b"1"})
+    _replace_files(folder, {"report.html": b"page", "a.csv": b"1"})
     (folder / "notes.txt").touch()
     (folder / "contents.json").write_text(json.dumps(["../precious", "a.csv", "report.html"]))
-    _write_files(folder, {"report.html": b"new", "b.csv": b"2"})
+    _replace_files(folder, {"report.html": b"new", "b.csv": b"2"})
     assert sorted(os.listdir(folder)) == ["b.csv", "contents.json", "notes.txt", "report.html"]
     assert (folder / "report.html").read_bytes() == b"new"
     assert (tmp_path / "precious").read_text() == "old"

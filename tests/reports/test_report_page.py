@@ -15,14 +15,12 @@ import pandas as pd
 import pytest
 
 import fastmask as fm
-from fastmask.analysis.drawing import new_figure
-from fastmask.analysis.language_families import LANGUAGE_FAMILIES, family_colour
+from fastmask.analysis import result as results
+from fastmask.analysis.drawing import LANGUAGE_FAMILIES, family_colour, new_figure
 from fastmask.analysis.result import Result
-from fastmask.reports import making
-from fastmask.reports.folders import studies_of
-from fastmask.reports.making import make_report
-from fastmask.reports.page import ROOM, SHOWN_ROWS, Part, page
-from fastmask.reports.sections import Gathered, Options, Skipped, file_name
+from fastmask.reports import make_report
+from fastmask.reports.page import ROOM, SHOWN_ROWS, Part, Skipped, file_name, render
+from fastmask.reports.runs import Options, studies_of
 
 VOID = {"meta", "img", "br", "link", "hr"}
 
@@ -113,12 +111,11 @@ def test_files_are_listed_and_there(report):
 
 def page_of(study, *results):
     """A page of some results, and their sections."""
-    found = Gathered("overlap", Options())
+    part = Part(study, "overlap")
     for number, result in enumerate(results):
-        found.add("<i>title</i>", result, f"x{number}")
-    sections = found.sections()
-    part = Part(study, "overlap", sections)
-    return page([study], [part], [Skipped("a", "<u>", "because & so")], "a <b>"), sections
+        part.add("<i>title</i>", result, f"x{number}")
+    part.draw()
+    return render([study], [part], [Skipped("a", "<u>", "because & so")], "a <b>"), part.sections
 
 
 def test_hostile_names_and_long_tables(static_run):
@@ -239,7 +236,7 @@ def test_an_interrupted_report_leaves_whole_files(static_run, tmp_path, monkeypa
     """Ctrl-C leaves whole files only, and the next report removes them."""
     out = tmp_path / "out"
     make_report([static_run], ["overlap"], out)
-    old, write, count = (out / "report.html").read_bytes(), making.replace_file, itertools.count()
+    old, write, count = (out / "report.html").read_bytes(), results.replace_file, itertools.count()
 
     def write_some(path, writer):
         if next(count) == 4:
@@ -247,7 +244,7 @@ def test_an_interrupted_report_leaves_whole_files(static_run, tmp_path, monkeypa
         write(path, writer)
 
     with monkeypatch.context() as patched:
-        patched.setattr(making, "replace_file", write_some)
+        patched.setattr(results, "replace_file", write_some)
         with pytest.raises(KeyboardInterrupt):
             make_report([static_run], ["heads"], out)
     assert (out / "report.html").read_bytes() == old

@@ -9,9 +9,8 @@ import pytest
 
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
-from fastmask.reports.folders import studies_of
-from fastmask.reports.making import ANALYSES, make_report
-from fastmask.reports.sections import Options
+from fastmask.reports import ANALYSES, Options, make_report
+from fastmask.reports.runs import studies_of
 
 FEW = Options(sentences=4)
 

@@ -1,0 +1,376 @@
+"""The analyses of a report: each adds to a `Part` what it finds in the runs of a study, or says what cannot be done."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from fastmask import analysis
+from fastmask.analysis.conflict import along_training, side_by_side
+from fastmask.compare.plan import CONDITIONS
+from fastmask.compare.tables import by_language_and_seed
+from fastmask.files import check_files
+from fastmask.models import attach
+from fastmask.reports.page import Part
+from fastmask.reports.runs import Row, Run, SkipError, batches_of, drawn, load_data, score_of, task_at, task_of
+from fastmask.subnetworks import Subnetworks
+from fastmask.subnetworks.controls import random_like
+from fastmask.tasks.task import Task
+from fastmask.training.run_folder import DYNAMIC_FILE, complete, step_of
+from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
+
+__all__ = ["ANALYSES", "cross_values", "mask_seed"]
+
+BASELINE, CONTROL = "full", "random"  # variants, and columns of the cross-evaluation
+EFFECTS = ("seen", "adapted", "zero-shot")
+GAINED = ("zero-shot", "chosen", "adapted")
+CHECKPOINTS = 16  # at most, of a run
+# Of each language: sentences that are scored; for gradients, two halves of two batches each.
+SCORED, CROSSED, ABLATED, CONFLICTED = 200, 120, 128, 64
+
+
+def _rows(part: Part, run: Run, split: str, n: int, more: str = "") -> dict[str, list[Row]]:
+    """At most `n` examples of each language that has the split, of those of the run and `more`."""
+    options = part.options
+    splits, missing = load_data(run, split, options.data, more)
+    part.skip_all(missing)
+    return {name: drawn(splits, name, split, options.sentences or n, options.seed) for name in splits}
+
+
+# ---- scores
+
+
+def effect(part: Part) -> None:
+    """Every variant against `full`, and every one with masks against `random`.
+
+    By the scores of a comparison, or by test examples that are scored anew.
+    """
+    study, methods = part.study, list(part.study.variants)
+    if BASELINE not in methods:
+        raise SkipError("there is no run of method full without meta-learning to compare with")
+    if len(methods) < 2:
+        raise SkipError("there is no run to compare with the one of method full")
+    if study.scores is None:
+        scores = _scores(part)
+        title, note = f"{study.metric} of {scores.language.nunique()} languages", f"{study.metric} on the test split."
+        tables = [(title, "", note, scores)]
+        baselines = {
+            name: dict.fromkeys([method for method in methods if method not in (BASELINE, name)], name)
+            for name in (BASELINE, CONTROL)
+        }
+    else:
+        tables, baselines = [], study.baselines or {}  # as in `summary.md`
+        for condition in EFFECTS:
+            rows = study.scores[study.scores["condition"] == condition].rename(columns={"arm": "method"})
+            scores = rows.groupby(["language", "method", "seed"], sort=False)["score"].mean().dropna().reset_index()
+            tables.append((condition, condition, f"{study.metric}; {CONDITIONS[condition]}.", scores))
+    for title, name, note, scores in tables:
+        known = set(scores.method)
+        for baseline, of_methods in baselines.items():
+            against = {method: other for method, other in of_methods.items() if {method, other} <= known}
+            if against:
+                result = analysis.effect(scores, against, seed=part.options.seed)
+                part.add(f"{title}, over {baseline}", result, name, "" if baseline == BASELINE else baseline, note=note)
+
+
+def _scores(part: Part) -> pd.DataFrame:
+    """Every run scored on the same test examples."""
+    rows = {run.folder: _rows(part, run, "test", SCORED) for run in part.study.runs}
+    first, *others = rows.values()
+    languages = [name for name in first if all(name in other for other in others)]
+    if not languages:
+        raise SkipError("the runs have no language in common")
+    scores = []
+    for run in (run for runs in part.study.variants.values() for run in runs):
+        with part.attempt(f"{run.variant}, seed {run.config.seed}"):
+            task, subnets = task_of(run, part.options)
+            for name in languages:
+                own = name if subnets is not None and name in subnets.languages else None
+                score = score_of(task, rows[run.folder][name], {"": own})[""]
+                scores.append((run.variant, name, run.config.seed, score))
+    return pd.DataFrame(scores, columns=["method", "language", "seed", "score"])
+
+
+def typology(part: Part) -> None:
+    """Gain over `full` on unseen languages against their similarity to the training languages, by two measures."""
+    study = part.study
+    if study.scores is None:
+        raise SkipError("a single run has no scores of unseen languages: `fastmask compare` makes them")
+    variants = [name for name in study.analysed if name != BASELINE]
+    if BASELINE not in study.variants or not variants:
+        raise SkipError(f"a gain needs a run of method {BASELINE} and another one, not a control")
+    seen, missing = load_data(study.runs[0], "train", part.options.data)
+    every, missing_anywhere = load_data(study.runs[0], None, part.options.data, study.unseen)
+    part.skip_all({**missing, **missing_anywhere})
+    unseen = [name for name in every if name not in seen and name not in missing]
+    if len(unseen) < 3 or not seen:
+        raise SkipError(f"a correlation needs at least three unseen languages, and there are {len(unseen)}")
+    with part.attempt("by head direction"):
+        profiles = {
+            name: HeadDirection.of_rows([row for rows in every[name].values() for row in rows])
+            for name in [*seen, *unseen]
+        }
+        training = {name: profiles[name] for name in seen}
+        near = {name: head_direction_similarity(profiles[name], training) for name in unseen}
+        _correlations(part, variants, "head direction", near)
+    with part.attempt("by URIEL"):
+        try:
+            near = {name: uriel_similarity(name, list(seen)) for name in unseen}
+        except (ImportError, KeyError) as error:
+            raise SkipError(str(error)) from error
+        _correlations(part, variants, "URIEL", near)
+
+
+def _correlations(part: Part, variants: Sequence[str], measure: str, near: Mapping[str, Mapping[str, float]]) -> None:
+    """One for each condition and variant, pictures of those after adaptation."""
+    scores = part.study.scores
+    assert scores is not None
+    rows, shown = [], []
+    for condition in [name for name in GAINED if (scores["condition"] == name).any()]:
+        of_condition = scores[scores["condition"] == condition]
+        full = by_language_and_seed(of_condition, BASELINE)
+        for variant in variants:
+            gains = (by_language_and_seed(of_condition, variant) - full).dropna()
+            known = gains.index.get_level_values("language")
+            result = analysis.typology(
+                {name: gains.loc[name].tolist() for name in near if name in known},
+                near,
+                what=f"{part.study.metric} of {variant} minus that of full, {condition}",
+                measure=f"similarity to the nearest training language ({measure})",
+                seed=part.options.seed,
+            )
+            rows.append(result.more["correlation"].assign(measure=measure, condition=condition, variant=variant))
+            if condition == "adapted":
+                shown.append((variant, result))
+    correlations = pd.concat(rows, ignore_index=True)[["measure", "condition", "variant", "n", "rho", "p"]]
+    for number, (variant, result) in enumerate(shown):
+        result = replace(result, more={"every-correlation": correlations} if number == 0 else {})
+        part.add(f"{variant}, adapted, by {measure}", result, variant, measure, on_page=" + " not in variant)
+
+
+# ---- masks
+
+
+def overlap(part: Part) -> None:
+    """Of the masks of each variant: between languages, and between seeds that began with the same weights."""
+    for variant, runs in part.study.masked.items():
+        first, *others = (subnets for _, subnets in runs)
+        if len(first.languages) < 2 and not others:
+            part.skip(variant, "there is one language and one seed, and nothing to overlap with")
+            continue
+        same_start = runs[0][0].config.model != "small"
+        if not others:
+            part.skip(f"{variant}, between seeds", "there is one seed only")
+        elif not same_start:
+            why = "each seed began with random weights of its own, so its units are not those of another seed"
+            part.skip(f"{variant}, between seeds", why)
+        for kind in _kinds_of(first):
+            result = analysis.overlap(first, seeds=others, same_start=same_start, units=kind, seed=part.options.seed)
+            part.add(f"{kind} of {variant}", result, kind, variant)
+
+
+def use(part: Part) -> None:
+    """Of heads and neurons by the languages of each variant and seed."""
+    for variant, runs in part.study.masked.items():
+        for run, masks in runs:
+            if len(masks.languages) < 2:
+                part.skip(variant, "there is one language, which shares its units with nobody")
+                continue
+            for kind in [kind for kind in _kinds_of(masks) if kind != "weights"]:
+                seed, first = f"seed {run.config.seed}", run is runs[0][0]
+                result = analysis.unit_use(masks, units=kind, seed=part.options.seed)
+                part.add(f"{kind} of {variant}, {seed}", result, kind, variant, seed, on_page=first)
+    if not part.sections and not part.skipped:
+        raise SkipError("the subnetworks mask neither heads nor neurons")
+
+
+def _kinds_of(masks: Subnetworks) -> list[str]:
+    return [kind for kind in ("heads", "neurons", "weights") if getattr(masks, kind) is not None]
+
+
+def dynamics(part: Part) -> None:
+    """How the masks of each run of method `dynamic` moved."""
+    moving = {name: runs for name, runs in part.study.variants.items() if runs[0].config.method == "dynamic"}
+    if not moving:
+        raise SkipError("no run is of method dynamic")
+    for variant, run in ((variant, run) for variant, runs in moving.items() for run in runs):
+        config, seed = run.config, f"seed {run.config.seed}"
+        steps = None  # where episodes decide: only changes are known
+        if config.meta == "none":
+            updates = range(0, config.last_mask_step + 1, config.update_every)
+            steps = [step for step in updates if step > config.shared_steps]
+        for kind in ("heads", "neurons") if config.units == "both" else (config.units,):
+            with part.attempt(f"{variant}, {seed}"):
+                result = analysis.dynamics(run.folder / DYNAMIC_FILE, units=kind, steps=steps)
+                title, first = f"{kind} of {variant}, {seed}", run is moving[variant][0]
+                part.add(title, result, kind, variant, seed, on_page=first)
+
+
+# ---- gradients
+
+
+def conflict(part: Part) -> None:
+    """Of every variant at the end of training, all of them side by side, and along checkpoints."""
+    at_end, of_first = [], []
+    for variant, runs in part.study.analysed.items():
+        with part.attempt(variant):
+            rows = _training_rows(part, runs[0])
+            for run in runs:
+                with part.attempt(f"{variant}, seed {run.config.seed}"):
+                    result = _conflict(task_of(run, part.options)[0], rows)
+                    at_end.append(result.more["scopes"].assign(variant=variant, seed=run.config.seed))
+                    if run is runs[0]:
+                        of_first.append((variant, run.config.seed, result))
+    if len(at_end) > 1:
+        part.add("all of them, side by side", side_by_side(pd.concat(at_end, ignore_index=True)), "all")
+    for variant, seed, result in of_first:
+        note = f"Sentences of the train split, the weights of seed {seed} at the end of training."
+        part.add(f"{variant}, seed {seed}", result, variant, note=note)
+    with part.attempt("along checkpoints"):
+        _along_checkpoints(part)
+
+
+def _training_rows(part: Part, run: Run) -> dict[str, list[Row]]:
+    """Sentences of each of a run's languages that can be read."""
+    rows, masks = _rows(part, run, "train", CONFLICTED), run.masks
+    rows = {name: own for name, own in rows.items() if masks is None or name in masks.languages}
+    if len(rows) < 2:
+        raise SkipError(f"gradients conflict between two languages or more, and there is {', '.join(rows) or 'none'}")
+    return rows
+
+
+def _conflict(task: Task, rows: Mapping[str, Sequence[Row]]) -> analysis.Result:
+    batches = {language: batches_of(task, given, language) for language, given in rows.items()}
+    return analysis.gradient_conflict(task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model)
+
+
+def _along_checkpoints(part: Part) -> None:
+    """The conflict at each checkpoint of every run that kept several."""
+    kept = [(run, complete(run.folder)) for runs in part.study.analysed.values() for run in runs]
+    if not any(len(steps) > 1 for _, steps in kept):
+        one = "one checkpoint" if any(steps for _, steps in kept) else "no checkpoint"
+        which = "a cell of a comparison keeps" if part.study.scores is not None else "the run kept"
+        raise SkipError(f"{which} {one}: `fastmask train --keep-checkpoints 0` keeps all")
+    for run, steps in ((run, steps) for run, steps in kept if len(steps) > 1):
+        with part.attempt(f"{run.variant}, along checkpoints"):
+            rows, tables = _training_rows(part, run), []
+            for at in np.unique(np.linspace(0, len(steps) - 1, CHECKPOINTS).round().astype(int)):
+                with part.attempt(f"{run.variant}, {steps[at].name}"):
+                    check_files(steps[at])
+                    task, subnets = task_at(run, steps[at], part.options)
+                    result = _conflict(task, rows)
+                    table = result.more["scopes"]
+                    table.insert(0, "step", step_of(steps[at]))
+                    table.insert(1, "network", "full network" if subnets is None else "subnetworks")
+                    table.insert(2, "sentences", int(result.more["languages"].examples.max()))
+                    tables.append(table)
+            if tables:
+                seed = f"seed {run.config.seed}"
+                result = along_training(pd.concat(tables, ignore_index=True), run.config.switch_step)
+                part.add(f"{run.variant}, {seed}, along training", result, run.variant, seed)
+
+
+# ---- the models under other masks
+
+
+def cross(part: Part) -> None:
+    """The score of every language under every subnetwork, mean over seeds: of the first variant that has some.
+
+    A model that was trained through any masks prefers each language's own, so where there is a variant of method
+    `random`, it is done as well, to compare with.
+    """
+    study, options = part.study, part.options
+    variant, runs = next(iter(study.masked.items()))
+    networks = {variant: [run for run, _ in runs]}
+    if (others := study.variants.get(CONTROL)) and variant != CONTROL:
+        networks[CONTROL] = others
+    names = runs[0][1].languages
+    rows = _rows(part, runs[0][0], "test", CROSSED, study.unseen)
+    languages = sorted(rows, key=lambda name: name not in names)  # the training languages first
+    if len(names) < 2:
+        raise SkipError("there is one language, whose subnetwork can be exchanged with no other")
+    if not languages:
+        raise SkipError("none of the languages has a test split")
+    rows = {name: rows[name] for name in languages}
+    unseen = len(set(languages) - set(names))
+    for of, of_seeds in networks.items():
+        cells = []
+        for run in of_seeds:
+            with part.attempt(f"{of}, seed {run.config.seed}"):
+                task, subnets = task_of(run, options, attached=False)
+                assert subnets is not None
+                values = cross_values(task, subnets, rows, options.seed)
+                cells += [(run.config.seed, *pair, score) for pair, score in values.items()]
+        if cells:
+            table = pd.DataFrame(cells, columns=["seed", "language", "subnetwork", "score"])
+            means, seeds = table.groupby(["language", "subnetwork"])["score"].mean(), table.seed.nunique()
+
+            def mean(language: str, network: str, means: pd.Series = means) -> float:
+                return float(means[language, network])
+
+            result = analysis.cross_evaluation(mean, languages, names, seed=options.seed)
+            note = (
+                f"{study.metric}, mean over {seeds} seed{'s' if seeds > 1 else ''} of {of}; at most "
+                f"{options.sentences or CROSSED} test sentences of each language"
+                f"{f', of which {unseen} are unseen' if unseen else ''}. full: the full network of the same weights; "
+                "random: a random mask with as many units in each layer as the language's own has, and of a language "
+                "without one as another's has."
+            )
+            part.add(of, replace(result, more={**result.more, "seeds": table}), of, note=note)
+
+
+def cross_values(
+    task: Task, subnets: Subnetworks, rows: Mapping[str, Sequence[Row]], seed: int
+) -> dict[tuple[str, str], float]:
+    """The score of each language's rows under each subnetwork, the full network ("full") and a random mask ("random").
+
+    Nothing is attached to the task's encoder yet. The random mask of a language without a subnetwork has the sizes of
+    the next language's in turn.
+    """
+    names = subnets.languages
+    controls = random_like(subnets, mask_seed(seed)).rename({name: f"{CONTROL} {name}" for name in names})
+    attach(task.encoder, Subnetworks.stack([subnets, controls]))
+    values = {}
+    for place, (language, given) in enumerate(rows.items()):
+        own = language if language in names else names[place % len(names)]
+        networks = {**{name: name for name in names}, BASELINE: None, CONTROL: f"{CONTROL} {own}"}
+        values.update({(language, name): score for name, score in score_of(task, given, networks).items()})
+    return values
+
+
+def mask_seed(seed: int) -> int:
+    """The seed of the random masks: not `seed` itself, by which a run of method random may have drawn its own."""
+    return int(np.random.default_rng([seed, zlib.crc32(b"cross-evaluation")]).integers(2**31))
+
+
+def ablation(part: Part) -> None:
+    """Every head flipped in every language's subnetwork, in the first seed of the first variant that has some."""
+    variant, ((run, masks), *_) = next(iter(part.study.masked.items()))
+    if masks.heads is None:
+        raise SkipError("the subnetworks do not mask heads")
+    rows = _rows(part, run, "test", ABLATED)
+    task, _ = task_of(run, part.options)
+    batches = {name: batches_of(task, own, name) for name, own in rows.items() if name in masks.languages}
+    if batches:
+        result = analysis.ablation(
+            task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model, seed=part.options.seed
+        )
+        note = "Sentences of the test split; loss: that of training."
+        part.add(f"heads of {variant}, seed {run.config.seed}", result, variant, note=note)
+
+
+ANALYSES: dict[str, Callable[[Part], None]] = {
+    "effect": effect,
+    "overlap": overlap,
+    "heads": use,
+    "conflict": conflict,
+    "cross": cross,
+    "typology": typology,
+    "ablation": ablation,
+    "dynamics": dynamics,
+}
+"""By name, in the order of the report."""

@@ -1,0 +1,274 @@
+"""What a report is made of: training runs and comparisons of many, their models, and examples to run these on."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fastmask.compare.plan import SETTINGS_FILE, Plan, is_done
+from fastmask.compare.report import load_results
+from fastmask.compare.tables import scores_table
+from fastmask.files import read_tensors
+from fastmask.models import attach
+from fastmask.settings import items_of
+from fastmask.subnetworks import Subnetworks
+from fastmask.tasks.task import Splits, Task, heading
+from fastmask.training.config import TrainConfig
+from fastmask.training.engine import device_of
+from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, WEIGHTS, check_finished, data_of, load_run
+
+__all__ = [
+    "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "score_of",
+    "studies_of", "task_at", "task_of",
+]  # fmt: skip
+
+CONTROLS = ("random", "permuted", "shuffled", "shared", "vector")
+"""Methods whose masks are made to be compared with, and not analysed where there are others."""
+BATCH = 16  # examples that are computed at once, in an order that has nothing to do with their length
+Row = Mapping[str, Any]
+
+
+class SkipError(ValueError):
+    """An analysis does not apply; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for every analysis."""
+
+    seed: int = 0  # of the sentences that are drawn, and of permutations and random masks
+    sentences: int | None = None  # of each language; None: as many as each analysis takes by itself
+    data: str | None = None  # folder of the treebanks; None: that of the run
+    device: str = "auto"  # where to compute
+    strict: bool = False  # an error ends everything, instead of being listed among what was skipped
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished training run."""
+
+    folder: Path
+    config: TrainConfig
+    variant: str  # the same for all seeds: of a comparison the arm, else method and meta-learning
+
+    @property
+    def masks(self) -> Subnetworks | None:
+        """The run's subnetworks, None for method `full`."""
+        file = self.folder / MASKS_FILE
+        return Subnetworks.load(file) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that are put side by side."""
+
+    title: str
+    runs: tuple[Run, ...]  # the finished ones
+    unfinished: tuple[str, ...] = ()  # of a comparison: names of its other cells
+    scores: pd.DataFrame | None = None  # of a comparison: the rows of its ``results.csv``
+    baselines: Mapping[str, Mapping[str, str]] | None = None  # "full" or "random" -> arm -> what it is compared with
+    unseen: str = ""  # the languages that are only tested on, by commas
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # to show
+
+    @property
+    def variants(self) -> dict[str, list[Run]]:
+        """Variant -> its runs, by seed."""
+        found: dict[str, list[Run]] = {}
+        for run in self.runs:
+            found.setdefault(run.variant, []).append(run)
+        return {name: sorted(runs, key=lambda run: run.config.seed) for name, runs in found.items()}
+
+    @property
+    def languages(self) -> list[str]:
+        """Those that have subnetworks or scores."""
+        owning = [name for run in self.runs if (masks := run.masks) is not None for name in masks.languages]
+        return list(dict.fromkeys(owning if self.scores is None else [*owning, *self.scores["language"]]))
+
+    @property
+    def days(self) -> tuple[str, str]:
+        """On which the first and the last model was written."""
+        times = [(run.folder / "model").stat().st_mtime for run in self.runs]
+        first, last = (datetime.date.fromtimestamp(time).isoformat() for time in (min(times), max(times)))
+        return first, last
+
+    @property
+    def metric(self) -> str:
+        """What the score of the runs' task is called."""
+        task = self.runs[0].config.task_class
+        return heading(task.metric) + ("" if task.higher_is_better else " (lower is better)")
+
+    @property
+    def analysed(self) -> dict[str, list[Run]]:
+        """The variants without the controls, where there are any others."""
+        others = {name: runs for name, runs in self.variants.items() if runs[0].config.method not in CONTROLS}
+        return others or self.variants
+
+    @property
+    def masked(self) -> dict[str, list[tuple[Run, Subnetworks]]]:
+        """The analysed variants that have subnetworks, with them; of several with the same ones the first.
+
+        Raises:
+            SkipError: there is none.
+        """
+        found: dict[str, list[tuple[Run, Subnetworks]]] = {}
+        known: list[list[tuple[int, Subnetworks]]] = []
+        for name, runs in self.analysed.items():
+            own = [(run, masks) for run in runs if (masks := run.masks) is not None]
+            if own and (by_seed := [(run.config.seed, masks) for run, masks in own]) not in known:
+                found[name] = own
+                known.append(by_seed)
+        if not found:
+            raise SkipError("no run has subnetworks (method full)")
+        return found
+
+
+# ---- folders
+
+
+def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
+    """The training runs among the folders as one study, and each comparison as one of its own.
+
+    Raises:
+        FileNotFoundError: no such folder, neither a run nor a comparison, a run that has not finished, or a comparison
+            without a finished cell.
+    """
+    studies, runs = [], []
+    for folder in {os.path.realpath(given): Path(given) for given in folders}.values():
+        if (folder / SETTINGS_FILE).is_file():
+            studies.append(_comparison(folder))
+        elif (folder / CONFIG_FILE).is_file():
+            check_finished(folder)
+            runs.append((folder, TrainConfig.load(folder / CONFIG_FILE)))
+        elif not folder.is_dir():
+            raise FileNotFoundError(f"no run at {folder}: there is no such folder")
+        else:
+            inside = [name for name in ("run", "final") if (folder / name / CONFIG_FILE).is_file()]
+            hint = f"; did you mean {folder / inside[0]}?" if inside else ""
+            raise FileNotFoundError(
+                f"{folder} holds neither a run of `fastmask train` ({CONFIG_FILE}) nor a comparison of "
+                f"`fastmask compare` ({SETTINGS_FILE}){hint}"
+            )
+    return ([_alone(runs)] if runs else []) + studies
+
+
+def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
+    """A study of runs that were trained one by one."""
+
+    def plain(config: TrainConfig) -> str:
+        meta = {"none": "", "fomaml": " + FOMAML"}.get(config.meta, f" + {config.meta.capitalize()}")
+        return f"{config.method}{meta}"
+
+    runs = []
+    above = Path(os.path.commonpath([folder.resolve().parent for folder, _ in given]))
+    labels = [folder.resolve().relative_to(above).as_posix() for folder, _ in given]
+    for (folder, config), label in zip(given, labels, strict=True):
+        alike = [other for where, other in given if where != folder and plain(other) == plain(config)]
+        apart = any(
+            other.seed == config.seed or config.differences(other).keys() - {"seed", "masks"} for other in alike
+        )
+        runs.append(Run(folder, config, f"{plain(config)} ({label})" if apart else plain(config)))
+    shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
+    unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""
+    settings = {folder.name: vars(config) for folder, config in given}
+    return Study(", ".join(labels), tuple(runs), unseen=unseen, settings=settings)
+
+
+def _comparison(folder: Path) -> Study:
+    """A study of the cells of a comparison that are done."""
+    plan = Plan.stored(folder)
+    runs, unfinished = [], []
+    for job in plan.cells:
+        run = plan.folder(job) / "run"
+        if is_done(plan, job) and (run / CONFIG_FILE).is_file():
+            check_finished(run)
+            runs.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
+        else:
+            unfinished.append(job.name)
+    if not runs:
+        raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
+    scores = scores_table(load_results(plan))
+    settings = {"comparison": plan.settings["comparison"], "training": plan.training}
+    settings |= {f"arm {arm}": own for arm, own in plan.arms.items()}
+    names = folder.resolve().name, tuple(runs), tuple(unfinished)
+    return Study(*names, scores, plan.baselines, plan.config.unseen, settings)
+
+
+# ---- models and examples
+
+
+def load_data(run: Run, split: str | None, data: str | None = None, more: str = "") -> tuple[Splits, dict[str, str]]:
+    """What has a split (None: any) of the languages that a run was trained on, and of `more`, by commas.
+
+    Returns:
+        Language -> split -> rows; and language, as it was asked for -> why there is nothing of it.
+    """
+    config = run.config
+    wanted: dict[str, Any] = {"splits": (split,)} if split else {"optional": ("train", "dev", "test")}
+    splits: dict[str, Mapping[str, Any]] = {}
+    missing: dict[str, str] = {}
+    try:
+        where, languages, _ = data_of(config, run.folder) if data is None else (data, config.language_list, [])
+        languages = languages or config.task_class.languages(where, config.task_settings)
+        for item in dict.fromkeys([*languages, *items_of(more)]):
+            try:
+                found = config.task_class.load(where, item, config.task_settings, **wanted)
+                for name, of_language in found.items():
+                    splits.setdefault(name, of_language)
+            except KeyError:
+                missing[item] = f"there is no data of it in {where}"
+            except ValueError as error:
+                missing[item] = str(error).splitlines()[0]
+    except FileNotFoundError as error:
+        raise SkipError(f"{error}: name the data with --data") from None
+    return splits, missing
+
+
+def drawn(splits: Splits, language: str, split: str, n: int, seed: int) -> list[Row]:
+    """`n` examples of a language, in random order, the same for every run."""
+    rows = splits[language][split]
+    order = np.random.default_rng([seed, zlib.crc32(f"{language} {split}".encode())]).permutation(len(rows))
+    return [rows[int(row)] for row in order[:n]]
+
+
+def task_of(run: Run, options: Options, attached: bool = True) -> tuple[Task, Subnetworks | None]:
+    """The model of a finished run and its subnetworks, attached or not; None for method `full`."""
+    loaded = load_run(run.folder, attached=attached)
+    loaded.task.model.to(device_of(options.device))
+    return loaded.task, loaded.subnetworks
+
+
+def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetworks | None]:
+    """The model as it was at a checkpoint, with the subnetworks of that moment attached (None before the switch)."""
+    task, _ = task_of(run, options, attached=False)
+    task.model.load_state_dict(read_tensors(checkpoint / WEIGHTS)[0])
+    masks = checkpoint / MASKS_FILE
+    subnets = Subnetworks.load(masks) if masks.is_file() else None
+    if subnets is not None:
+        attach(task.encoder, subnets)
+    return task, subnets
+
+
+def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
+    """Rows of language `name` as batches of `BATCH`, in their order, without those that cannot be trained on."""
+    examples = task.training_examples(rows, name)
+    places = np.arange(len(examples))
+    pieces = [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
+    return [task.collate(examples.select(piece)).to(task.device) for piece in pieces]
+
+
+def score_of(task: Task, rows: Sequence[Row], networks: Mapping[str, str | None]) -> dict[str, float]:
+    """`Task.metric` of the rows under each of the attached subnetworks that are named, None: the full network."""
+    examples, found = task.examples(rows), {}
+    for name, network in networks.items():
+        with task.reading(network):
+            found[name] = task.score(examples, task.predict(examples))[task.metric]
+    return found

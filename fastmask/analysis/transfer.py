@@ -113,7 +113,8 @@ def _draw_cross(values: pd.DataFrame, difference: pd.DataFrame, owned: int, labe
     n = len(names)
     width = max(3.6, 0.42 * n + 1.8) if n <= 16 else 0.27 * n + 1.8
     figure = drawing.new_figure(width, max(2.4, 0.27 * len(languages) + 1.3))
-    axis, scale = figure.subplots(), {"colours": SIGNED, "low": -extent, "high": extent}
+    axis = figure.subplots()
+    scale: dict[str, Any] = {"colours": SIGNED, "low": -extent, "high": extent}
     image = drawing.heatmap(axis, difference, languages, names, **scale, numbers=None)
     if n <= WRITTEN:
         for (row, column), value in np.ndenumerate(values.to_numpy()):

@@ -58,16 +58,17 @@ def effect(part: Part) -> None:
         scores = _scores(part)
         title, note = f"{study.metric} of {scores.language.nunique()} languages", f"{study.metric} on the test split."
         tables = [(title, "", note, scores)]
-        baselines = {
-            name: dict.fromkeys([method for method in methods if method not in (BASELINE, name)], name)
-            for name in (BASELINE, CONTROL)
-        }
     else:
-        tables, baselines = [], study.baselines or {}  # as in `summary.md`
+        tables = []
         for condition in EFFECTS:
             rows = study.scores[study.scores["condition"] == condition].rename(columns={"arm": "method"})
             scores = rows.groupby(["language", "method", "seed"], sort=False)["score"].mean().dropna().reset_index()
             tables.append((condition, condition, f"{study.metric}; {CONDITIONS[condition]}.", scores))
+    # Of a comparison each against what `summary.md` compares it with.
+    baselines = study.baselines or {
+        name: dict.fromkeys([method for method in methods if method not in (BASELINE, name)], name)
+        for name in (BASELINE, CONTROL)
+    }
     for title, name, note, scores in tables:
         known = set(scores.method)
         for baseline, of_methods in baselines.items():

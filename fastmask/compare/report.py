@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
+from fastmask.analysis.drawing import SIGNED, new_figure
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan, is_done, read_result
 from fastmask.compare.tables import (
@@ -293,7 +293,13 @@ def _draw_gains(plan: Plan, scores: pd.DataFrame, baseline: str, condition: str)
     figure = new_figure(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows))
     axis = figure.add_subplot()
     limit = max(1.0, float(np.nanmax(np.abs(gains)))) if np.isfinite(gains).any() else 1.0
-    image = heatmap(axis, gains, rows, languages, colours=SIGNED, low=-limit, high=limit, numbers="{:+.1f}")
+    image = axis.imshow(gains, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
+    for (row, column), value in np.ndenumerate(gains):
+        if np.isfinite(value):
+            colour = "white" if abs(value) > 0.65 * limit else "black"
+            axis.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set_xticks(range(len(languages)), languages)
+    axis.set_yticks(range(len(rows)), rows)
     axis.set_title(f"{_metric(scores)} over {baseline}, {condition}")
     figure.colorbar(image, ax=axis, label=f"{_metric(scores)} points")
     return figure

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmask.discovery.gates import frozen, gate_gradients, gated, probes_of
 from fastmask.models.attach import attached, language, owner_of
 from fastmask.models.structure import UnitGroup
-from fastmask.subnetworks.subnetworks import Subnetworks
+from fastmask.subnetworks import Subnetworks
 
 __all__ = [
     "COMPARING", "RANKINGS", "SCORES", "Importance", "entropy", "importance", "relative", "shapley", "unit_masks",

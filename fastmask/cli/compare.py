@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -93,7 +93,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     return Plan(Path(options.out), options.data, config, training, arms_of(methods, metas))
 
 
-def _some_of(options: argparse.Namespace, name: str, known: Sequence[str] | Any, default: Sequence[str]) -> list[str]:
+def _some_of(options: argparse.Namespace, name: str, known: Collection[str], default: Sequence[str]) -> list[str]:
     """The names that an option lists, each once."""
     given = items_of(",".join(getattr(options, name) or default))
     for item in given:

@@ -23,6 +23,9 @@ from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.subnetworks import masks_file
 from fastmask.training.config import TrainConfig
+from fastmask.training.engine import device_of
+from fastmask.training.methods import draws_for
+from fastmask.training.run_folder import load_run
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
@@ -44,29 +47,15 @@ def add_discover(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
     add_data(parser)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A finished run with all that discovery reads."""
-
-    folder: str
-    task: Task
-    config: TrainConfig
-    train: Mapping[str, Any]
-    dev: Mapping[str, Any]
-
-
 def run_discover(options: argparse.Namespace) -> None:
     """Find, combine, check, save and show."""
-    from fastmask.training.methods import draws_for
-
     check_writable(options.masks)
     runs = _runs(options)
-    config = runs[0].config
     draws: list[Draw] = []
-    for one in runs:
-        print(f"{one.folder}: {', '.join(one.train)}", file=sys.stderr)
-        show = round_printer(sys.stderr, config.tau, one.task.metric)
-        draws += draws_for(one.task, one.train, one.dev, one.config, show)
+    for folder, task, config, train, dev in runs:
+        print(f"{folder}: {', '.join(train)}", file=sys.stderr)
+        draws += draws_for(task, train, dev, config, round_printer(sys.stderr, config.tau, task.metric))
+    config = runs[0][2]
     subnets = combine(draws, options.combine, config.density)
     made_from = _made_from(options, config, draws, subnets)
     subnets.save(options.masks, {"made_from": json.dumps(made_from)})
@@ -76,47 +65,40 @@ def run_discover(options: argparse.Namespace) -> None:
         print(line, file=stream)
 
 
-def _runs(options: argparse.Namespace) -> list[_Run]:
-    """Load every run, and see before anything is computed that their subnetworks can be combined."""
-    from fastmask.training.engine import device_of
-    from fastmask.training.run_folder import load_run
-
+def _runs(options: argparse.Namespace) -> list[tuple[str, Task, TrainConfig, dict[str, Any], dict[str, Any]]]:
+    """Folder, task, settings, training examples and dev rows of every run, once they are known to go together."""
     given = given_settings(options)
     if {"tau", "density"} <= given.keys():
         raise ConfigError("--tau and --density are both given (expected one: a density is kept whatever tau is)")
     if "tau" in given:
         given["density"] = None  # else that of the run would count
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
-    (first, start), *others = ((folder, _start(run.config)) for folder, run in loaded.items())
-    for other, another in others:
-        if another != start:
+    configs = {folder: dataclasses.replace(run.config, **given) for folder, run in loaded.items()}
+    first, *others = loaded
+    for other in others:
+        # Head 3 of one run is head 3 of another if they started from the same weights.
+        started = (loaded[folder].config for folder in (first, other))
+        start, another = ((config.model, config.seed if config.model == "small" else None) for config in started)
+        if start != another:
             raise ValueError(
                 f"{first} and {other} did not start from the same weights (model {start[0]!r} and {another[0]!r}; "
                 "'small' starts from its seed): their heads and neurons do not correspond and cannot be combined"
             )
+        for name in ("score", "units", "density", *(("tau",) if configs[first].density is None else ())):
+            mine, theirs = (getattr(configs[folder], name) for folder in (first, other))
+            if mine != theirs:
+                raise ConfigError(
+                    f"{name} is {mine} in {first} and {theirs} in {other} (expected the same: give --{name})"
+                )
     runs = []
     for folder, run in loaded.items():
-        config = dataclasses.replace(run.config, **given)
         data, languages = which_data(run.config, folder, options)
-        datasets = run.task.load(data, languages, config.task_settings, optional=("dev", "test"))
+        datasets = run.task.load(data, languages, configs[folder].task_settings, optional=("dev", "test"))
         train = {name: run.task.training_examples(splits["train"], name) for name, splits in datasets.items()}
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         run.task.model.to(device_of(options.device))
-        runs.append(_Run(folder, run.task, config, train, dev))
-    settings = ["score", "units", "density", *(["tau"] if runs[0].config.density is None else [])]
-    for other_run in runs[1:]:
-        for name in settings:
-            mine, theirs = getattr(runs[0].config, name), getattr(other_run.config, name)
-            if mine != theirs:
-                raise ConfigError(
-                    f"{name} is {mine} in {first} and {theirs} in {other_run.folder} (expected the same: give --{name})"
-                )
+        runs.append((folder, run.task, configs[folder], train, dev))
     return runs
-
-
-def _start(config: TrainConfig) -> tuple[str, int | None]:
-    """Which weights a run started from: head 3 of one run is head 3 of another if they are the same."""
-    return config.model, config.seed if config.model == "small" else None
 
 
 def _made_from(

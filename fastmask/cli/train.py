@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from fastmask.cli.options import FILE, add_settings, add_task_settings, given_settings
@@ -20,6 +21,10 @@ from fastmask.cli.report import examples_of, print_scores, round_printer, scored
 from fastmask.files import check_writable, write_text
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
+from fastmask.training.engine import device_of
+from fastmask.training.episodes import Budget
+from fastmask.training.loop import train
+from fastmask.training.methods import check_subnetworks, subnetworks_of
 from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
 
 if TYPE_CHECKING:
@@ -49,9 +54,6 @@ def run_train(options: argparse.Namespace) -> None:
 
     Of several processes (`torchrun`, `accelerate launch`) the first one scores and speaks.
     """
-    from fastmask.training.loop import train
-    from fastmask.training.methods import check_subnetworks, subnetworks_of
-
     config = _config(options)
     check_out(config)  # before anything is written or computed
     check_writable(Path(config.out, CONFIG_FILE))
@@ -129,11 +131,6 @@ def _config(options: argparse.Namespace) -> TrainConfig:
 
 def _print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     """What is about to be done, on what and where, before it takes long."""
-    import torch
-
-    from fastmask.training.engine import device_of
-    from fastmask.training.episodes import Budget
-
     device = device_of(config.device)
     threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
     size = sum(parameter.numel() for parameter in task.model.parameters())

@@ -106,8 +106,8 @@ scored = {name: [some(name, 16) for _ in range(2)] for name in train}
 subnets = fm.discover(model, scored, loss_of_each, units="both", density=0.5)
 print("overlap of the languages (Jaccard):", subnets.overlap().tolist())
 
-# 3. Each sentence of a mixed batch through the subnetwork of its language; every so often weak live units are
-# exchanged for stronger dead ones. Without the last four lines the subnetworks are static.
+# 3. Each sentence of a mixed batch through the subnetwork of its language; every so often the least important live
+# units are swapped for random dead ones. Without the last three lines the subnetworks are static.
 fm.attach(model, subnets)
 model.train()
 optimizer = fm.LiveAdamW(model.parameters(), lr=2e-4, model=model)
@@ -118,9 +118,8 @@ for step in range(1, options.steps + 1):
     model(**batch, languages=names).loss.backward()
     optimizer.step()
     if dynamic.due(step):
-        for name in train:
-            dynamic.scout(name, some(name, 8), loss_of_each)
-        dynamic.update(step)
+        scores = {name: fm.importance(model, [some(name, 16)], loss_of_each, name) for name in train}
+        dynamic.update(step, scores)
 report("subnetworks")
 
 # 4. Episodes: every language takes two steps on a support batch; its query batch says where to go from here.

@@ -97,17 +97,16 @@ fm.attach(model, subnets)
 
 
 class Dynamic(TrainerCallback):
-    """Exchanges weak live units for stronger dead ones; without it the subnetworks are static."""
+    """Swaps the least important live units for random dead ones; without it the subnetworks are static."""
 
     def __init__(self):
         self.dynamic = fm.DynamicSubnetworks(model, every=max(1, options.steps // 4), until=options.steps * 3 // 4)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.dynamic.due(state.global_step):
-            for name in data:
-                batch = {key: value.to(args.device) for key, value in some(name, 8).items()}
-                self.dynamic.scout(name, batch, loss_of_each)
-            self.dynamic.update(state.global_step)
+            batches = {name: [{key: value.to(args.device) for key, value in some(name, 16).items()}] for name in data}
+            scores = {name: fm.importance(model, batch, loss_of_each, name) for name, batch in batches.items()}
+            self.dynamic.update(state.global_step, scores)
 
 
 trainer = Trainer(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastmask.decomposed import decompositions
     from fastmask.deltas import Delta
     from fastmask.discovery import discover
+    from fastmask.discovery.importance import importance
     from fastmask.dynamic import DynamicSubnetworks
     from fastmask.linear import MaskedLinear, masked_linear, sparse_update_linear
     from fastmask.masks import Mask
@@ -32,7 +33,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "fastmask.decomposed": ("decompositions",),
     "fastmask.deltas": ("Delta",),
-    "fastmask.discovery": ("discover",),
+    "fastmask.discovery": ("discover", "importance"),
     "fastmask.dynamic": ("DynamicSubnetworks",),
     "fastmask.linear": ("MaskedLinear", "masked_linear", "sparse_update_linear"),
     "fastmask.masks": ("Mask",),
@@ -68,6 +69,7 @@ __all__ = [
     "extract",
     "freeze_unmasked",
     "from_pretrained",
+    "importance",
     "language",
     "masked_linear",
     "merge",

@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from fastmask.analysis.all_units import all_gate_gradients, all_units_computed
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, SIGNED, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.result import Result, span
 from fastmask.analysis.statistics import spearman_permutation
 from fastmask.discovery.gates import frozen, gated, probes_of
-from fastmask.dynamic.scout import all_units_computed, scout
 from fastmask.errors import unknown
 from fastmask.models.attach import attached, language
 
@@ -131,7 +131,7 @@ def _scores(
     model: nn.Module, name: str, batches: Sequence[Any], loss: Callable[[Any], Tensor], units: str, owned: Any
 ) -> tuple[Any, Any]:
     """Importance and first-order worth of every unit, [layers, units]."""
-    seen = [scout(model, name, batch, loss) for batch in batches]
+    seen = [all_gate_gradients(model, name, batch, loss) for batch in batches]
     examples = sum(one.examples for one in seen)
     score, signed = (sum(getattr(one, kind)[units].numpy() for one in seen) for kind in ("absolute", "signed"))
     score = score / examples

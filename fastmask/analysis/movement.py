@@ -16,9 +16,8 @@ from fastmask.analysis.chance import chance_jaccard, jaccard
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.language_families import UNKNOWN_FAMILY, families_of
 from fastmask.analysis.result import Result, kind_of
-from fastmask.dynamic.history import History, Snapshot
+from fastmask.dynamic import History, Snapshot
 from fastmask.files import FileError, parse_json, read_sealed
-from fastmask.subnetworks import Subnetworks
 
 __all__ = ["dynamics", "read_history"]
 
@@ -105,14 +104,10 @@ def read_history(path: str | PathLike[str]) -> History:
     tensors, header = read_sealed(path)
     if "header" not in header:
         raise FileError(path, "is a safetensors file, but not a history of masks")
-    state: dict[str, Any] = parse_json(path, header["header"])
-    past = {name.removeprefix("history."): tensor for name, tensor in tensors.items() if name.startswith("history.")}
     try:
-        history = History(Subnetworks(state["languages"], tensors.get("masks.heads"), tensors.get("masks.neurons")))
-        history.load(past)
-    except ValueError as error:
-        raise FileError(path, str(error)) from None
-    return history
+        return History.of_state(parse_json(path, header["header"]), tensors)
+    except (KeyError, ValueError) as error:
+        raise FileError(path, f"is not a history of masks: {error}") from None
 
 
 def _pairs(

@@ -57,7 +57,13 @@ def importance(
     lives = [getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu() for probe in probes]
     totals = [torch.zeros(len(live), dtype=torch.float64) for live in lives]
     sentences = 0
-    with frozen(model), language(model, language_name), gated(model, probes) as gates, torch.enable_grad():
+    with (
+        frozen(model),
+        language(model, language_name),
+        gated(model, probes) as gates,
+        torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),  # a compiled model would be compiled again for the gates
+    ):
         for batch in batches:
             gates.clear()
             losses = loss(batch)

@@ -2,7 +2,7 @@
 
 A forward hook on each masked layer marks its output with the languages of the pass; when the backward pass comes
 through the output and then adds to `.grad` of the layer's weight, those languages have arrived. So forward passes that
-are never differentiated do not count, nor does what `torch.autograd.grad` hands out (inner loops, scouts, importance
+are never differentiated do not count, nor does what `torch.autograd.grad` hands out (inner loops, importance
 scores), and a note lives as long as the gradient it is about: one that is set to None begins anew.
 """
 

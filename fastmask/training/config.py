@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from fastmask.discovery.pruning import SCORES
-from fastmask.dynamic.dynamic import STRATEGIES
 from fastmask.meta.learner import ALGORITHMS
 from fastmask.settings import ConfigError, Settings, items_of, setting
 from fastmask.subnetworks.subnetworks import UNITS
@@ -99,7 +98,6 @@ class TrainConfig(Settings):
         low=0,
         below=1,
     )
-    strategy: str = _subnetworks("swap", "how dynamic subnetworks are updated", choices=STRATEGIES)
     update_every: int = _subnetworks(100, "steps between updates of dynamic subnetworks", low=1)
     freeze_masks: float = _subnetworks(
         0.25,
@@ -107,9 +105,7 @@ class TrainConfig(Settings):
         low=0,
         high=1,
     )
-    scout_sentences: int = _subnetworks(
-        8, "training examples per language that an update looks at, in each process", low=1
-    )
+    update_sentences: int = _subnetworks(16, "training examples per language that an update scores units on", low=1)
 
     meta: str = _meta(
         "none",

@@ -180,7 +180,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.task.model.eval()
-        share = None if self.dynamic is None else self.dynamic.scouting_share
+        share = None if self.dynamic is None else self.dynamic.share_of_time
         budget = Budget.of(config, len(self.data))
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget, share)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from fastmask.discovery import COMPARING, Draw, Round, combine, discover
+from fastmask.discovery import COMPARING, Draw, Importance, Round, combine, discover, importance
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, read_metadata, read_sealed, write_sealed
 from fastmask.files.tensors import SEAL
@@ -113,7 +112,7 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
     attach(task.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))
     try:
         if config.method == "dynamic":
-            DynamicSubnetworks(task.encoder, config.strategy)
+            DynamicSubnetworks(task.encoder)
     finally:
         detach(task.encoder)
 
@@ -221,14 +220,14 @@ class DynamicMasks:
     That is: when the run's step, which an episode may move by several, reaches or passes a multiple of it, up to
     `config.last_mask_step`: masks that change at the end would never be trained.
 
-    Each update scouts `config.scout_sentences` training examples of every language. Which ones depends on the seed,
-    the step and the language alone, so a resumed run scouts the same.
+    Each update scores units on `config.update_sentences` training examples of every language. Which ones depends on the
+    seed, the step and the language alone, so a resumed run has the same. Several processes share the languages.
     """
 
     def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
         self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
-        self.masks = DynamicSubnetworks(task.encoder, config.strategy, every=1, until=config.last_mask_step)
-        self._began = (0.0, time.perf_counter())
+        self.masks = DynamicSubnetworks(task.encoder, every=1, until=config.last_mask_step, seed=config.seed)
+        self._began, self._seconds = time.perf_counter(), 0.0
 
     @property
     def subnetworks(self) -> Subnetworks:
@@ -237,30 +236,33 @@ class DynamicMasks:
         return subnets
 
     @property
-    def scouting_share(self) -> float:
-        """Share of the time, since this object was made or resumed, that went into looking for better masks."""
-        seconds, since = self._began
-        return (self.masks.seconds - seconds) / (time.perf_counter() - since)
+    def share_of_time(self) -> float:
+        """Share of the time, since this object was made or resumed, that updates took."""
+        return self._seconds / (time.perf_counter() - self._began)
 
     def update(self, step: int) -> list[str]:
         """Update the masks after `step` steps, unless they are frozen; returns the languages whose masks changed."""
         if not self.masks.due(step):
             return []
-        # Dropout would add noise to the scores.
-        with evaluating(self.task.model), preserved_random_state(self.accelerator.device):
-            for position, (language, examples) in enumerate(self.train.items()):
-                seed = [self.config.seed, step, position, self.accelerator.process_index]
-                rows = np.random.default_rng(seed).permutation(len(examples))[: self.config.scout_sentences]
-                batch = self.task.collate(examples.select(rows)).to(self.accelerator.device)
-                self.masks.scout(language, batch, lambda batch: self.task.loss(batch).each)
-        return self.masks.update(step, self._sum_over_processes)
+        start = time.perf_counter()
+        first, processes = self.accelerator.process_index, self.accelerator.num_processes
+        with preserved_random_state(self.accelerator.device):
+            mine = [
+                (language, self._scores(language, examples, np.random.default_rng([self.config.seed, step, place])))
+                for place, (language, examples) in list(enumerate(self.train.items()))[first::processes]
+            ]
+        changed = self.masks.update(step, dict(gathered(mine)))
+        self._seconds += time.perf_counter() - start
+        return changed
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
-        summed: Tensor = self.accelerator.reduce(tensor.to(self.accelerator.device), "sum")
-        return summed.to(tensor.device)
+    def _scores(self, language: str, examples: Any, generator: np.random.Generator) -> Importance:
+        rows = generator.permutation(len(examples))[: self.config.update_sentences]
+        batch = self.task.collate(examples.select(rows)).to(self.accelerator.device)
+        with evaluating(self.task.model):
+            return importance(self.task.encoder, [batch], lambda batch: self.task.loss(batch).each, language)
 
     def save(self, path: Path) -> None:
-        """Write averages, scores and the history of all masks, for `fastmask.analysis.movement.read_history`."""
+        """Write the history of all masks, for `fastmask.analysis.movement.read_history`."""
         state = self.masks.state_dict()
         write_sealed(path, state["tensors"], {"header": json.dumps(state["header"])})
 
@@ -275,4 +277,4 @@ class DynamicMasks:
             self.masks.load_state_dict({"tensors": tensors, "header": json.loads(header["header"])})
         except (ValueError, KeyError, TypeError) as error:
             raise FileError(path, f"does not fit the run's subnetworks: {error}") from None
-        self._began = (self.masks.seconds, time.perf_counter())
+        self._began, self._seconds = time.perf_counter(), 0.0

@@ -39,7 +39,7 @@ TRAINING = {
     "support_sentences": 2,
     "query_sentences": 2,
     "update_every": 2,
-    "scout_sentences": 2,
+    "update_sentences": 2,
 }
 COMPARISON = {
     "train": "qaa,qab,qac",

@@ -29,7 +29,7 @@ from fastmask.files import LOCK_FILES
 
 TRAINING = {
     "steps": 6, "batch_size": 4, "density": 0.5, "score_sentences": 4, "dev_sentences": 2, "eval_every": 0,
-    "checkpoint_every": 2, "threads": 1, "update_every": 2, "scout_sentences": 2, "inner_steps": 1,
+    "checkpoint_every": 2, "threads": 1, "update_every": 2, "update_sentences": 2, "inner_steps": 1,
     "support_sentences": 1, "query_sentences": 1,
 }  # fmt: skip
 COMPARISON = {

@@ -298,10 +298,8 @@ def test_scores_of_layers_that_are_shared_and_of_units_in_their_slots(make, opti
     found = importance(model, [0], lambda _: model(tokens, **options).logits.square().mean((1, 2)), "b")
     torch.testing.assert_close(found.heads.double(), torch.stack(wanted["heads"]), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.neurons.double(), torch.stack(wanted["neurons"]), rtol=1e-5, atol=1e-6)
-    dynamic = fm.DynamicSubnetworks(model, every=1)
-    dynamic.scout("b", 0, lambda _: model(tokens, **options).logits.square().mean((1, 2)))
     with pytest.raises(ValueError, match="it ran it 2 times"):
-        dynamic.scout("b", 0, lambda _: (model(tokens).logits + model(tokens).logits).square().mean((1, 2)))
+        importance(model, [0], lambda _: (model(tokens).logits + model(tokens).logits).square().mean((1, 2)), "b")
 
 
 def test_rounds_towards_a_density_are_of_one_size(model):

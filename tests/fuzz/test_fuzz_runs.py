@@ -113,7 +113,7 @@ class Stopped(BaseException):
 def stopped_run(small_data, tmp_path_factory):
     """A dynamic run that was stopped after step 5, with checkpoints of steps 3 and 4; and how it ends unbroken."""
     folder = tmp_path_factory.mktemp("stopped")
-    changes = {"method": "dynamic", "update_every": 1, "scout_sentences": 2, "keep_checkpoints": 0}
+    changes = {"method": "dynamic", "update_every": 1, "update_sentences": 2, "keep_checkpoints": 0}
     datasets = load_small(small_data)
 
     def go(out, **more):

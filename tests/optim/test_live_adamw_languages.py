@@ -336,14 +336,13 @@ def test_weights_that_are_stored_transposed(forward, density):
     assert (sum(states) < sum(p.numel() for p in trained.values())) == (density == 0.25)
 
 
-def test_scouts_and_episodes(bert):
-    """An episode's languages move in the next step; those of a scout or an inner loop alone do not."""
+def test_scores_and_episodes(bert):
+    """An episode's languages move in the next step; those of scores or an inner loop alone do not."""
     fm.attach(bert, subnets())
     optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
-    dynamic = fm.DynamicSubnetworks(bert)
     learner = fm.MetaLearner(bert, lambda batch: bert_loss(bert), inner_steps=2)
     learner.episode([Task("de", [None], 0), Task("ko", [None], 0)])
-    dynamic.scout("fi", None, lambda batch: bert_loss(bert).expand(2))
+    fm.importance(bert, [None], lambda batch: bert_loss(bert).expand(2), "fi")
     assert_only_moved(bert, optimizer, 0, 2)
 
 

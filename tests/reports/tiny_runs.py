@@ -25,7 +25,7 @@ TRAINING: dict[str, Any] = {
     "threads": 1,
     "discover_at": 0.5,
     "update_every": 1,
-    "scout_sentences": 2,
+    "update_sentences": 2,
     "lr": 0.003,
 }
 COMPARISON = {

@@ -161,7 +161,7 @@ def config_of(name: str, place: Path, out: Path, **changes: Any) -> TrainConfig:
         "task": CASES[name].task, "task_options": CASES[name].options, "data": str(place / "data"),
         "languages": ",".join(LANGUAGES), "model": str(place / "model"), "out": str(out), "steps": 6, "batch_size": 6,
         "discover_at": 0.34, "density": 0.5, "score_sentences": 4, "dev_sentences": 3, "eval_every": 0, "log_every": 1,
-        "checkpoint_every": 2, "update_every": 2, "scout_sentences": 2, "threads": 1, "lr": 1e-2, "encoder_lr": 3e-3,
+        "checkpoint_every": 2, "update_every": 2, "update_sentences": 2, "threads": 1, "lr": 1e-2, "encoder_lr": 3e-3,
         "inner_steps": 1, "support_sentences": 2, "query_sentences": 2,
     }  # fmt: skip
     return TrainConfig(**{**given, **changes})

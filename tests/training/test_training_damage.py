@@ -23,7 +23,7 @@ from fastmask.unseen import Choice
 from fastmask.unseen.adapted_run import save_adapted
 
 SETTINGS: dict[str, Any] = {
-    "method": "dynamic", "update_every": 2, "scout_sentences": 2, "units": "both", "meta": "fomaml", "inner_steps": 1,
+    "method": "dynamic", "update_every": 2, "update_sentences": 2, "units": "both", "meta": "fomaml", "inner_steps": 1,
     "support_sentences": 1, "query_sentences": 1, "inner_lr": 0.05,
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 
 
 def dynamic_settings(method: str) -> dict[str, Any]:
-    return {"update_every": 4, "scout_sentences": 4} if method == "dynamic" else {}
+    return {"update_every": 4, "update_sentences": 4} if method == "dynamic" else {}
 
 
 # ---- the gradient

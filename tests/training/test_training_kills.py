@@ -28,7 +28,7 @@ from fastmask.unseen.adapted_run import save_adapted
 META = {"meta": "fomaml", "inner_steps": 1, "support_sentences": 2, "query_sentences": 2, "inner_lr": 0.05}
 KINDS: dict[str, dict[str, Any]] = {
     "static": {"method": "static"},
-    "dynamic": {"method": "dynamic", "update_every": 2, "scout_sentences": 2, "units": "both"},
+    "dynamic": {"method": "dynamic", "update_every": 2, "update_sentences": 2, "units": "both"},
     "fomaml": {"method": "static", **META},
 }
 RANDOM_KILLS = 50

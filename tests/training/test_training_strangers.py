@@ -26,7 +26,7 @@ from fastmask.training.loop import TrainResult, train
 from fastmask.training.run_folder import load_run
 from tests.compare.tiny_encoder import tiny_encoder
 
-SETTINGS = {"method": "dynamic", "update_every": 2, "scout_sentences": 2}
+SETTINGS = {"method": "dynamic", "update_every": 2, "update_sentences": 2}
 PICKLES = ("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "pytorch_model.bin", "scaler.pt")
 
 

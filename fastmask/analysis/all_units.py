@@ -1,8 +1,8 @@
-"""A scout step: one language's subnetwork, computed with all units of the model.
+"""One language's subnetwork, computed with all units of the model.
 
-A dead unit is normally not computed, so nobody knows what it would be worth. A scout computes every unit and multiplies
-it by a gate, 1 where the language owns it and 0 where it does not. The function is that of the language's subnetwork,
-but its derivative with respect to the gates exists for the dead units as well.
+A dead unit is normally not computed, so nobody knows what it would be worth. Here every unit is computed, and
+multiplied by a gate, 1 where the language owns it and 0 where it does not. The function is that of the language's
+subnetwork, but its derivative with respect to the gates exists for the dead units as well.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastmask.models.attach import attached, language
 from fastmask.models.layers import AttachedLinear
 from fastmask.models.routing import Route, Router
 
-__all__ = ["Scouted", "all_units_computed", "scout"]
+__all__ = ["GateGradients", "all_gate_gradients", "all_units_computed"]
 
 
 @dataclass(frozen=True)
-class Scouted:
-    """What a scout saw, by kind of unit ("heads", "neurons"): sums over examples, float64 [layers, units], on the CPU.
+class GateGradients:
+    """Gradients of gates by kind of unit ("heads", "neurons"): sums over examples, float64 [layers, units], on CPU.
 
     Attributes:
         examples: how many examples were summed.
@@ -39,7 +39,9 @@ class Scouted:
     signed: dict[str, Tensor]
 
 
-def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any], Tensor]) -> Scouted:
+def all_gate_gradients(
+    model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any], Tensor]
+) -> GateGradients:
     """Gradients of the gates of all units, live and dead, of one language's subnetwork.
 
     Args:
@@ -59,7 +61,7 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
     row = subnets.index(language_name)
     probes = probes_of(model)
     if not probes:
-        raise ValueError("a scout needs subnetworks over heads or neurons; these have only weights")
+        raise ValueError("gates need subnetworks over heads or neurons; these have only weights")
     values = [getattr(subnets, probe.kind)[row, probe.layer, : probe.units] for probe in probes]
     with (
         frozen(model),
@@ -71,13 +73,13 @@ def scout(model: nn.Module, language_name: str, batch: Any, loss: Callable[[Any]
     ):
         losses = loss(batch)
         grads = [grad.double() for grad in gate_gradients(losses, gates, probes)]
-    found = Scouted(
+    found = GateGradients(
         losses.shape[0],
         _by_kind(probes, [grad.abs().sum(0) for grad in grads]),
         _by_kind(probes, [grad.sum(0) for grad in grads]),
     )
     if not all(bool(sums.isfinite().all()) for sums in found.absolute.values()):
-        raise FloatingPointError(f"scouting {language_name!r}: the loss or a gradient of it is not finite")
+        raise FloatingPointError(f"scoring {language_name!r}: the loss or a gradient of it is not finite")
     return found
 
 

@@ -99,7 +99,7 @@ def run_adapt(options: argparse.Namespace) -> None:
     if steps:
         print(f"training loss {losses[0]:.3f} before the first of {steps} steps, {losses[-1]:.3f} before the last")
         if losses[-1] > losses[0]:
-            print("it rose: lower --lr and --encoder-lr", file=sys.stderr)
+            print("the loss rose: lower --lr and --encoder-lr", file=sys.stderr)
         score(choice, steps)
     _print_scores(scores, task)
 
@@ -122,7 +122,7 @@ def run_adapt(options: argparse.Namespace) -> None:
 def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, dict[str, Any]]:
     """How to choose, and how to adapt: in the steps that the run was trained for, if it was in episodes of SGD."""
     if options.support is None and (options.steps or options.sentences):
-        raise ConfigError("steps and sentences are of support examples (expected --support FILE, too)")
+        raise ConfigError("--steps and --sentences need support examples (expected --support FILE)")
     for name, least in (("steps", 0), ("sentences", 1), ("seed", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -168,7 +168,7 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
         return None
     left, word = without_repeats(rows, support, partial(task.words_of, options=settings)), task.example_word
     if len(left) < len(rows):
-        print(f"{len(rows) - len(left)} test {word} are left out: they stand in the support set, too", file=sys.stderr)
+        print(f"{len(rows) - len(left)} test {word} are left out: they are also in the support set", file=sys.stderr)
     if not left:
         one = word.rstrip("s")
         raise ConfigError(f"every test {one} is also a support {one} (expected others)")

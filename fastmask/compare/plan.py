@@ -65,7 +65,7 @@ class CompareConfig(Settings):
     seeds: int = setting(3, "number of seeds (0, 1, 2, ...)", low=1, high=1000)
     choose: str = setting("nearest", "how an unseen language gets its subnetwork before adaptation", choices=CHOICES)
     shots: int | None = setting(None, "sentences in a support set; support_sentences if not given", low=1)
-    support_sets: int = setting(3, "random support sets per unseen language, drawn anew for each seed", low=1)
+    support_sets: int = setting(3, "random support sets per unseen language and seed", low=1)
     adapt_steps: int | None = setting(
         None, "gradient steps on a support set; inner_steps of the arm if not given", low=1
     )

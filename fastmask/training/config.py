@@ -122,7 +122,7 @@ class TrainConfig(Settings):
     query_sentences: int = _meta(
         20, "examples in a query batch, on which the meta-gradient is computed (FOMAML)", low=1
     )
-    meta_batch: int | None = _meta(None, "languages per episode, drawn anew for each; all if not given", low=1)
+    meta_batch: int | None = _meta(None, "languages sampled for each episode; all if not given", low=1)
     meta_lr: float | None = _meta(
         None,
         "peak learning rate of the outer steps, outside a pretrained encoder; lr if not given",

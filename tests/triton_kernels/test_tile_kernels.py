@@ -241,6 +241,6 @@ def test_interpreter_refuses_bf16() -> None:
 def test_any_problem(
     ids: list[int], T: int, N: int, K: int, block: tuple[int, int], density: float, half: bool
 ) -> None:
-    """The kernels are right for any batch, shape and mask."""
+    """The kernels are right for any batch, shape and mask; of whole numbers, as the norm of a few errors is luck."""
     dtype = torch.float16 if half else torch.float32
-    Problem(ids, T, 4, N, K, block, density, dtype, torch.float32, seed=N + K).check_all()
+    Problem(ids, T, 4, N, K, block, density, dtype, torch.float32, seed=N + K, whole=True).check_all()

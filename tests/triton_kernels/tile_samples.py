@@ -38,12 +38,14 @@ class Problem:
     def __init__(
         self, ids: list[int], T: int, L: int, N: int, K: int, block: tuple[int, int] = (1, 1), density: float = 0.4,
         dtype: torch.dtype = torch.float32, weight_dtype: torch.dtype | None = None, seed: int = 0,
-        tile: tuple[int, int] = TILE,
+        tile: tuple[int, int] = TILE, whole: bool = False,
     ) -> None:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(DEVICE)
+            numbers = torch.randn(*shape, generator=generator).to(DEVICE)
+            # Sums of small whole numbers are exact in any order.
+            return numbers.round().clamp(-2, 2) if whole else numbers
 
         flags = torch.rand(L, -(-N // block[0]), -(-K // block[1]), generator=generator) < density
         if L >= 3:

@@ -273,8 +273,8 @@ def test_progress_without_dev_data(tmp_path: Path, capsys: Any) -> None:
 
 
 TWO_PROCESSES = """
-import sys
-sys.path.insert(0, sys.argv[1])
+import os, sys
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from test_training_loop import random_subnetworks
 from toy_run import toy_config, toy_data, toy_task
 from fastmask.training.loop import train

@@ -285,4 +285,4 @@ def test_refusals() -> None:
 def test_any_problem(ids: list[int], T: int, sides: tuple[int, int], density: float, half: bool) -> None:
     """The kernels are right for any batch, shape and mask."""
     dtype = torch.float16 if half else torch.float32
-    check_all(paired(ids, T, 4, sides, density=density, dtype=dtype, weight_dtype=torch.float32, seed=T))
+    check_all(paired(ids, T, 4, sides, density=density, dtype=dtype, weight_dtype=torch.float32, seed=T, whole=True))

@@ -17,7 +17,7 @@ from fastmask.files import check_writable
 from fastmask.models import attach
 from fastmask.settings import ConfigError
 from fastmask.tasks.task import UNKNOWN_LABELS, heading
-from fastmask.training.engine import device_of
+from fastmask.training.engine import device_of, inner_rates
 from fastmask.training.run_folder import load_run
 from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, profiles_of, save_adapted
 from fastmask.unseen.adapting import without_repeats
@@ -32,13 +32,11 @@ if TYPE_CHECKING:
 __all__ = ["add_adapt", "print_choice", "run_adapt"]
 
 Rows = list[Mapping[str, Any]]
+ADAMW_RATE = 3e-5
 
 
 def add_adapt(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    head, encoder = (
-        ", ".join(f"{rates[i]:g} for {name}" for name, rates in unseen.DEFAULT_RATES.items()) for i in (0, 1)
-    )
-    trained = "for a run trained in episodes, that of its inner loop"
+    inner = "default: that of the run's inner steps"
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
     add("--language", required=True, metavar="CODE", help="name of the unseen language")
@@ -48,11 +46,11 @@ def add_adapt(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None
     add("--choose", choices=unseen.CHOICES, help=which)
     similarity = "measure of similarity for nearest (default: uriel where lang2vec is installed)"
     add("--similarity", choices=SIMILARITIES, help=similarity)
-    steps = f"gradient steps, each on all support examples (default: {unseen.DEFAULT_STEPS}; {trained})"
+    steps = f"gradient steps, each on all support examples ({inner})"
     add("--steps", type=int, metavar="K", help=steps)
     add("--optimizer", choices=tuple(unseen.OPTIMIZERS), default="sgd", help="optimizer for these steps")
-    add("--lr", type=float, metavar="X", help=f"learning rate outside the encoder (default: {head}; {trained})")
-    rate = f"learning rate of the encoder; use less for a pretrained one (default: {encoder}; {trained})"
+    add("--lr", type=float, metavar="X", help=f"learning rate outside the encoder ({inner}; {ADAMW_RATE:g} for adamw)")
+    rate = f"learning rate of the encoder ({inner}; {ADAMW_RATE:g} for adamw)"
     add("--encoder-lr", type=float, metavar="X", help=rate)
     add("--unknown-labels", choices=UNKNOWN_LABELS, default="fail", help="what to do with labels new to the model")
     test = parser.add_mutually_exclusive_group()
@@ -120,7 +118,7 @@ def run_adapt(options: argparse.Namespace) -> None:
 
 
 def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, dict[str, Any]]:
-    """How to choose, and how to adapt: in the steps that the run was trained for, if it was in episodes of SGD."""
+    """How to choose, and how to adapt: like the inner steps of the run."""
     if options.support is None and (options.steps or options.sentences):
         raise ConfigError("--steps and --sentences need support examples (expected --support FILE)")
     for name, least in (("steps", 0), ("sentences", 1), ("seed", 0)):
@@ -128,9 +126,8 @@ def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, di
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value} (expected at least {least})")
     config = loaded.config
-    usual = (unseen.DEFAULT_STEPS, *unseen.DEFAULT_RATES[options.optimizer])
-    if config.meta != "none" and options.optimizer == "sgd":
-        usual = config.inner_steps, config.inner_lr, config.inner_encoder_lr
+    rates = inner_rates(loaded.task, config) if options.optimizer == "sgd" else (ADAMW_RATE, ADAMW_RATE)
+    usual = config.inner_steps, *rates
     given = (0 if options.support is None else options.steps, options.lr, options.encoder_lr)
     steps, head_lr, encoder_lr = (mine if own is None else own for own, mine in zip(given, usual, strict=True))
     how_fast = {"steps": steps, "head_lr": head_lr, "encoder_lr": encoder_lr, "optimizer": options.optimizer}

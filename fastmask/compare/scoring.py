@@ -16,6 +16,7 @@ from fastmask.models import attach, detach
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
+from fastmask.training.engine import inner_rates
 from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
 from fastmask.unseen.choosing import FULL_CHOICE
 
@@ -112,10 +113,11 @@ class _Cell:
 
     def unseen(self, language: str, supports: Sequence[Rows]) -> Iterator[dict[str, Any]]:
         config, run, masked = self.scorer.config, self.run, self.subnets is not None
+        head_lr, encoder_lr = inner_rates(self.task, run)
         how_fast: dict[str, Any] = {
             "steps": config.adapt_steps or run.inner_steps,
-            "head_lr": run.inner_lr if config.adapt_lr is None else config.adapt_lr,
-            "encoder_lr": run.inner_encoder_lr if config.adapt_encoder_lr is None else config.adapt_encoder_lr,
+            "head_lr": head_lr if config.adapt_lr is None else config.adapt_lr,
+            "encoder_lr": encoder_lr if config.adapt_encoder_lr is None else config.adapt_encoder_lr,
             "optimizer": config.adapt_optimizer,
         }
         main, nothing = (config.choose, "union") if masked else ("full", "full")

@@ -109,13 +109,11 @@ class TrainConfig(Settings):
         choices=("sentences", "updates"),
     )
     inner_steps: int = _meta(5, "SGD steps per episode on the support set of each language", low=1)
-    inner_lr: float = _meta(
-        0.01, "learning rate of the inner steps, outside the encoder (published for mBERT: 1e-4)", above=0
-    )
-    inner_encoder_lr: float = _meta(
-        0.003,
-        "learning rate of the inner steps for the encoder, in the small parser also for its word embeddings "
-        "(published for mBERT: 1e-5)",
+    inner_lr: float = _meta(0.03, "learning rate of the inner steps, outside the encoder", above=0)
+    inner_encoder_lr: float | None = _meta(
+        None,
+        "learning rate of the inner steps for the encoder, in the small parser also for its word embeddings; 0.01 for "
+        "the small one, 0.001 for others if not given",
         low=0,
     )
     support_sentences: int = _meta(20, "examples in a support batch", low=1)
@@ -141,7 +139,12 @@ class TrainConfig(Settings):
         0, "random seed for weights, order of examples, dropout and random masks", low=0, high=2**32 - 1
     )
     lr: float = _optimization(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
-    encoder_lr: float = _optimization(3e-5, "peak learning rate of a pretrained encoder", above=0, high=1)
+    encoder_lr: float | None = _optimization(
+        None,
+        "peak learning rate of a pretrained encoder; 2e-4 * 384 / its width if not given",
+        above=0,
+        high=1,
+    )
     warmup: float = _optimization(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
     schedule: str = _optimization(
         "cosine", "how the learning rate decays after warmup", choices=("cosine", "linear", "constant")

@@ -101,10 +101,21 @@ def build_optimizer(task: Task, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def peak_rates(task: Task, config: TrainConfig, episodes: bool = False) -> list[float]:
-    """Peak learning rate of each group of `build_optimizer`, in plain steps or as the outer rate of episodes."""
+    """Peak learning rate of each group of `build_optimizer`, in plain steps or as the outer rate of episodes.
+
+    By default that of a pretrained encoder is the one tuned at width 384 (docs/results/0-tuning-encoder.md); Adam's
+    goes with the inverse of the width (Yang et al. 2021, https://arxiv.org/abs/2203.03466).
+    """
     rate = (episodes and config.meta_lr) or config.lr
-    encoder_rate = (episodes and config.meta_encoder_lr) or config.encoder_lr
+    width = getattr(getattr(task.encoder, "config", None), "hidden_size", 384)
+    encoder_rate = (episodes and config.meta_encoder_lr) or config.encoder_lr or 2e-4 * 384 / width
     return [encoder_rate if of_encoder else rate for of_encoder, _ in _groups(task)]
+
+
+def inner_rates(task: Task, config: TrainConfig) -> tuple[float, float]:
+    """The rates of SGD on a support set, outside and inside of the encoder; tuned on Croatian and Telugu."""
+    encoder = config.inner_encoder_lr
+    return config.inner_lr, (1e-3 if task.pretrained else 1e-2) if encoder is None else encoder
 
 
 def _groups(task: Task) -> dict[tuple[bool, bool], list[nn.Parameter]]:

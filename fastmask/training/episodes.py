@@ -24,7 +24,7 @@ from fastmask.settings import ConfigError
 from fastmask.tasks.task import Task
 from fastmask.training.batches import Seen
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import peak_rates, sum_gradients
+from fastmask.training.engine import inner_rates, peak_rates, sum_gradients
 
 __all__ = ["Budget", "Episodes", "episode_sampler"]
 
@@ -140,7 +140,7 @@ class Episodes:
             lambda batch: task.loss(batch).mean,
             algorithm=config.meta,
             inner_steps=config.inner_steps,
-            inner_learning_rate=task.rates(config.inner_lr, config.inner_encoder_lr),
+            inner_learning_rate=task.rates(*inner_rates(task, config)),
             inner_dropout=config.meta == "reptile",
         )
         self.done = 0

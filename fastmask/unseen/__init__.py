@@ -5,8 +5,6 @@ the steps, and `adapted_run` stores the result.
 """
 
 from fastmask.unseen.adapting import (
-    DEFAULT_RATES,
-    DEFAULT_STEPS,
     OPTIMIZERS,
     AdaptationDiverged,
     Pool,
@@ -18,7 +16,7 @@ from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_los
 from fastmask.unseen.typology import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
 
 __all__ = [
-    "CHOICES", "DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "UNION", "AdaptationDiverged", "Choice", "HeadDirection",
+    "CHOICES", "OPTIMIZERS", "UNION", "AdaptationDiverged", "Choice", "HeadDirection",
     "Pool", "adapted", "choose", "head_direction_similarity", "similarity_measure", "split_pool", "support_losses",
     "support_sets", "uriel_similarity", "with_language", "with_union",
 ]  # fmt: skip

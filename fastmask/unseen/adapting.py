@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastmask.tasks.task import Task
 
 __all__ = [
-    "DEFAULT_RATES", "DEFAULT_STEPS", "OPTIMIZERS", "AdaptationDiverged", "Pool", "adapted", "split_pool",
+    "OPTIMIZERS", "AdaptationDiverged", "Pool", "adapted", "split_pool",
     "support_sets", "without_repeats",
 ]  # fmt: skip
 
@@ -196,9 +196,6 @@ class _Moments:
     steps: int = 0
 
 
-DEFAULT_STEPS = 20
-# Of the head and of what is below it; for the small model, tried on two validation languages (Croatian and Telugu).
-DEFAULT_RATES = {"sgd": (3e-3, 1e-3), "adamw": (3e-5, 3e-5)}
 OPTIMIZERS: dict[str, type[FastWeights]] = {"sgd": FastWeights, "adamw": AdamWeights}
 
 

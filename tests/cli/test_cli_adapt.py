@@ -13,9 +13,9 @@ from typed_command import output_of
 
 import fastmask as fm
 from fastmask.cli import main
+from fastmask.cli.adapt import ADAMW_RATE
 from fastmask.files import LOCK_FILES
 from fastmask.training.run_folder import load_run
-from fastmask.unseen import DEFAULT_RATES, DEFAULT_STEPS
 
 TINY = ["--languages", "qaa,qac,qae", "--batch-size", "9", "--score-sentences", "8", "--dev-sentences", "6"]
 TINY += ["--eval-every", "0", "--threads", "1"]
@@ -175,7 +175,7 @@ def test_a_run_in_episodes_is_adapted_as_it_was_trained(data, tiny, support, cap
         [
             ([], (3, 0.02, 0.004)),
             (["--steps", "1", "--lr", "0.1"], (1, 0.1, 0.004)),
-            (["--optimizer", "adamw"], (DEFAULT_STEPS, *DEFAULT_RATES["adamw"])),
+            (["--optimizer", "adamw"], (3, ADAMW_RATE, ADAMW_RATE)),
         ]
     ):
         given = ["--language", "qaf", "--support", support, "--sentences", "4", *options]

@@ -27,7 +27,7 @@ from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig
-from fastmask.training.engine import accelerator_for, build_optimizer, peak_rates
+from fastmask.training.engine import accelerator_for, build_optimizer, inner_rates, peak_rates
 from fastmask.training.episodes import Episodes, episode_sampler
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint
@@ -177,6 +177,10 @@ def test_outer_rates_of_a_pretrained_encoder_are_its_own(tmp_path: Path) -> None
     assert sorted(peak_rates(task, config)) == [0.01] * 2 + [0.1] * 2
     unset = toy_config(tmp_path, meta="fomaml", lr=0.1)
     assert peak_rates(toy_task(), unset, episodes=True) == [0.1] * 2
+    width = task.encoder.config.hidden_size
+    assert sorted(peak_rates(task, unset)) == sorted([2e-4 * 384 / width] * 2 + [0.1] * 2)  # what was tuned at 384
+    assert inner_rates(toy_task(), unset) == (0.03, 0.01)
+    assert inner_rates(task, unset) == (0.03, 0.001)
 
 
 # ---- the run

@@ -139,9 +139,19 @@ def add_sampled(grad: Tensor, where: tuple[Tensor, Tensor], a: Tensor, c: Tensor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         sums = torch.sparse_csr_tensor(*where, values, grad.shape, check_invariants=False)
-    for of_a, of_c in zip(a.split(SAMPLED_TOKENS), c.split(SAMPLED_TOKENS), strict=True):
-        torch.sparse.sampled_addmm(sums, of_a.t(), of_c, out=sums)
+    for of_a, of_c in zip(_by_tokens(a), _by_tokens(c), strict=True):
+        torch.sparse.sampled_addmm(sums, of_a, of_c.t(), out=sums)
     grad.add_(sums)
+
+
+def _by_tokens(x: Tensor) -> list[Tensor]:
+    """The transposes [n, tokens] of some rows after the other of x [M, n], each contiguous.
+
+    `sampled_addmm` would transpose both factors itself, but on one core.
+    """
+    M = len(x) - len(x) % SAMPLED_TOKENS
+    whole = x[:M].unflatten(0, (-1, SAMPLED_TOKENS)).transpose(1, 2).contiguous()
+    return [*whole, x[M:].t().contiguous()] if len(x) > M else [*whole]
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

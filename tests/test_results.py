@@ -45,6 +45,14 @@ def test_the_page_says_what_the_summary_says(folder):
     assert not [number for number in said if float(number) not in known]
 
 
+def test_the_readme_says_what_the_summaries_say():
+    """Every score with a deviation in the README stands in the summary of the page that it links."""
+    said = re.findall(r"\d+\.\d\d ± \d+\.\d\d", (RESULTS.parents[1] / "README.md").read_text())
+    summary = (RESULTS / "1-transfer" / "summary.md").read_text()
+    assert said
+    assert not [score for score in said if score not in summary]
+
+
 @folders
 def test_the_plan_is_older_than_the_runs(folder, tmp_path):
     """Nothing was decided after it was seen: the plan has a date, and no run is from before it."""

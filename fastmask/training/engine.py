@@ -107,9 +107,15 @@ def peak_rates(task: Task, config: TrainConfig, episodes: bool = False) -> list[
     goes with the inverse of the width (Yang et al. 2021, https://arxiv.org/abs/2203.03466).
     """
     rate = (episodes and config.meta_lr) or config.lr
-    width = getattr(getattr(task.encoder, "config", None), "hidden_size", 384)
-    encoder_rate = (episodes and config.meta_encoder_lr) or config.encoder_lr or 2e-4 * 384 / width
+    encoder_rate = (episodes and config.meta_encoder_lr) or config.encoder_lr or 2e-4 * 384 / _width(task.encoder)
     return [encoder_rate if of_encoder else rate for of_encoder, _ in _groups(task)]
+
+
+def _width(encoder: Any) -> int:
+    """Features of a token; those of the text part where a config has several."""
+    config: Any = getattr(encoder, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(config, "hidden_size", 768))
 
 
 def inner_rates(task: Task, config: TrainConfig) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from processes import start_process
 from safetensors.torch import load_file
 from test_training_loop import Killed, random_subnetworks
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
+from transformers import Gemma3Config
 
 import fastmask as fm
 from fastmask.cli import main
@@ -179,6 +180,8 @@ def test_outer_rates_of_a_pretrained_encoder_are_its_own(tmp_path: Path) -> None
     assert peak_rates(toy_task(), unset, episodes=True) == [0.1] * 2
     width = task.encoder.config.hidden_size
     assert sorted(peak_rates(task, unset)) == sorted([2e-4 * 384 / width] * 2 + [0.1] * 2)  # what was tuned at 384
+    task.encoder.config = Gemma3Config(text_config={"hidden_size": 96})  # of text and pictures
+    assert sorted(peak_rates(task, unset)) == sorted([2e-4 * 384 / 96] * 2 + [0.1] * 2)
     assert inner_rates(toy_task(), unset) == (0.03, 0.01)
     assert inner_rates(task, unset) == (0.03, 0.001)
 

@@ -48,6 +48,7 @@ from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig
+from fastmask.training.engine import in_precision
 from fastmask.training.episodes import Budget, episode_sampler
 from fastmask.training.loop import MASKS_INPUT, train
 from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of
@@ -231,7 +232,8 @@ class Runner:
         began = time.perf_counter()
         trained = train(self._task(config), self.datasets, config, progress=False)
         scored = time.perf_counter()
-        scores = self.scorer.scores(trained.task, trained.subnetworks, config)
+        with in_precision(trained.task.model, config.precision):
+            scores = self.scorer.scores(trained.task, trained.subnetworks, config)
         speeds = [
             record["words_per_second"]
             for record in trained.history

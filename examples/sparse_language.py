@@ -19,6 +19,7 @@ from torch import nn
 
 import fastmask as fm
 from fastmask.tasks.data.treebanks import load_treebanks
+from fastmask.training.engine import in_precision
 from fastmask.training.run_folder import load_run
 
 WAYS = ("none", "all", "weights", "units", "norms", "lora")
@@ -34,6 +35,7 @@ options.add_argument("--rates", default="", help="other learning rates, as in al
 options.add_argument("--steps", type=int, default=60)
 options.add_argument("--seeds", type=int, default=3, help="draws of the sentences")
 options.add_argument("--test", type=int, default=150, help="test sentences")
+options.add_argument("--precision", default="no", choices=("no", "bf16"))
 options.add_argument("--csv", default="sparse.csv")
 options = options.parse_args()
 given = (item.partition("=") for item in options.rates.split(",") if item)
@@ -144,10 +146,11 @@ for language, of in splits.items():
                 task = load_run(options.run, attached=False).task
                 layers = linear_layers(task.encoder)
                 few = 0.05 * sum(layer.weight.numel() for layer in layers.values())
-                began = time.perf_counter()
-                size = 0 if way == "none" else adapt(way, task, batches_of(task, support, language), language, few)
-                seconds = time.perf_counter() - began
-                las = score(task, task.examples(test))
+                with in_precision(task.model, options.precision):
+                    began = time.perf_counter()
+                    size = 0 if way == "none" else adapt(way, task, batches_of(task, support, language), language, few)
+                    seconds = time.perf_counter() - began
+                    las = score(task, task.examples(test))
                 rows.append([language, count, seed, way, round(las, 2), round(seconds, 1), size])
                 print(f"{language}, {count} sentences, seed {seed}, {way}: LAS {las:.2f}, {seconds:.0f} s, {size:,} B")
                 with open(options.csv, "w", newline="") as file:

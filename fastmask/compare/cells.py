@@ -94,7 +94,9 @@ def run_all(
     with held(plan.out), engine as pool:
         running: dict[Future[Result], Job] = {}
         while waiting or running:
-            for job in [job for job in waiting if all(is_done(plan, name) for name in job.needs)]:
+            # Not all that can start: on this machine seeds then end one after the other, and not all at the end.
+            room = workers - len(running) if ray is None else len(waiting)
+            for job in [job for job in waiting if all(is_done(plan, name) for name in job.needs)][:room]:
                 waiting.remove(job)
                 running[pool.submit(do, plan, job)] = job
             for future in wait(running, return_when=FIRST_COMPLETED).done:

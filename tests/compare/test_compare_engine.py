@@ -6,6 +6,8 @@ import dataclasses
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import pytest
 from processes import fork_pools, start_process
 from test_compare_kills import ARMS, COMPARISON, TRAINING
 
+from fastmask.compare import cells
 from fastmask.compare.cells import CellFailedError, do, run_all
-from fastmask.compare.plan import RESULT_FILE, CompareConfig, Plan, is_done, read_result
+from fastmask.compare.plan import RESULT_FILE, CompareConfig, Job, Plan, is_done, read_result, write_result
 from fastmask.files import HeldError, held
 
 LIMIT = 240.0  # seconds
@@ -122,3 +125,25 @@ def test_on_a_ray_cluster(data: Path, tmp_path: Path) -> None:
     in_processes(other)
     for job in plan.cells:
         assert read_result(plan, job)["scores"] == read_result(other, job)["scores"]
+
+
+def test_seeds_end_one_after_the_other(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of a later seed wait for a free process, so a comparison that is stopped has whole seeds."""
+    plan = plan_in(tmp_path / "out", data)
+
+    @contextmanager
+    def threads(workers: int, _: int) -> Any:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool
+
+    def done_at_once(plan: Plan, job: Job) -> dict[str, Any]:
+        write_result(plan, job, {})
+        return {}
+
+    monkeypatch.setattr(cells, "processes", threads)
+    monkeypatch.setattr(cells, "do", done_at_once)
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seeds=4))
+    seeds: list[int] = []
+    run_all(plan, plan.jobs, 1, 1, lambda job, result: seeds.append(job.seed))
+    assert seeds == sorted(seeds)
+    assert len(seeds) == len(plan.jobs)

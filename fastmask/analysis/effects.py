@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, colour_languages, new_figure
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import SAMPLES, bootstrap_interval, holm, p_text, paired
+from fastmask.analysis.statistics import SAMPLES, bootstrap_interval, holm, p_text, paired, t_of_mean
 from fastmask.errors import unknown
 
 __all__ = ["effect", "verdict"]
@@ -27,13 +28,16 @@ def effect(
     *,
     level: float = 0.95,
     seed: int = 0,
+    higher_is_better: bool = True,
 ) -> Result:
-    """Differences of each method to its baseline, paired by language and seed, over those that both have.
+    """Gains of each method over its baseline, paired by language and seed, over those that both have.
 
-    d(method, language, seed) = score(method, language, seed) - score(baseline, language, seed), higher is better.
+    d(method, language, seed) = score(method, language, seed) - score(baseline, language, seed), or the other way round
+    where a lower score is better: above 0 the method is better.
 
-    - For a language, the mean of d over seeds, with a paired percentile bootstrap over seeds. Below 6 seeds no test can
-      reach p = 0.05, and the interval of so few is too narrow, so the verdict is then "too few".
+    - For a language, the mean of d over seeds, with a paired percentile bootstrap over seeds, which is too narrow for
+      few of them, and a t-test over seeds, corrected over the languages of the method (Holm), which decides. Below 6
+      seeds the verdict is "too few".
     - For a method, the mean over languages (each the mean over its seeds), a bootstrap interval over languages and
       seeds, and the larger of the p-values of a sign-flip test over languages and a t-test over seeds
       (`statistics.paired`), corrected over methods (Holm). Below 6 languages no test can reach p = 0.05: "too few". All
@@ -45,10 +49,11 @@ def effect(
         baseline: the method that all others are compared with; or, for each method that is to be compared, with which.
         level: of the intervals; 1 - level is where a p-value counts.
         seed: of the bootstrap.
+        higher_is_better: of the scores.
 
     Returns:
         table: one row for each method and language: `score`, `baseline`, `difference`, `low`, `high`, `n` seeds,
-            `verdict` ("better", "worse", "inside noise", "too few").
+            `p_holm`, `verdict` ("better", "worse", "inside noise", "too few").
         more["methods"]: one row for each method: `against` (its baseline), `difference`, `low`, `high`, `languages`,
             `languages_better`, `p`, `p_holm`, `seeds`, `seeds_agree`, `verdict` ("better", "worse", "inside noise",
             "one seed", "too few").
@@ -65,20 +70,22 @@ def effect(
     rows, summary = [], []
     for number, (method, other) in enumerate(against.items()):
         pair = wide[[method, other]].dropna()
-        gains = pair[method] - pair[other]
-        for place, language in enumerate(name for name in every if name in gains.index.get_level_values("language")):
-            d = gains.loc[language].to_numpy()
-            low, high = bootstrap_interval(d, level, [seed, number, place])
-            says = "better" if low > 0 else "worse" if high < 0 else "inside noise"
-            means = (*pair.loc[language].mean(), float(d.mean()))
-            rows.append((method, language, *means, low, high, len(d), says if len(d) >= ENOUGH else "too few"))
+        gains = (pair[method] - pair[other]) * (1 if higher_is_better else -1)
+        known = [name for name in every if name in gains.index.get_level_values("language")]
+        of_each = [gains.loc[language].to_numpy() for language in known]
+        corrected = holm([t_of_mean(d) if len(d) >= ENOUGH else math.nan for d in of_each])
+        for place, (language, d, p) in enumerate(zip(known, of_each, corrected, strict=True)):
+            says = "inside noise" if p > 1 - level else "better" if d.mean() > 0 else "worse"
+            interval = bootstrap_interval(d, level, [seed, number, place])
+            numbers = (*pair.loc[language].mean(), float(d.mean()), *interval, len(d), p)
+            rows.append((method, language, *numbers, "too few" if math.isnan(p) else says))
         if len(gains):
             found = paired(gains, level=level)
             languages, seeds = (len(found.by_language), found.wins), (len(found.by_seed), found.seeds_agree)
             summary.append((method, other, found.difference, found.low, found.high, *languages, found.p, *seeds))
     if not summary:
         raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
-    columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "verdict"]
+    columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "p_holm", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
     columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
     methods = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
@@ -86,10 +93,10 @@ def effect(
     methods["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in methods.itertuples()]
 
     n, of_baselines = int(methods.seeds.max()), methods.groupby("against", sort=False)["method"]
-    pairs = "; ".join(f"to {name!r} of {', '.join(of)}" for name, of in of_baselines)
+    pairs = "; ".join(f"{name!r} of {', '.join(of)}" for name, of in of_baselines)
     few = ", too narrow with so few seeds: read them as the spread of seeds" if n < ENOUGH else ""
     caption = (
-        f"Difference {pairs}, paired; {table.language.nunique()} languages, {n} seed{'s' if n > 1 else ''}. "
+        f"Gain over {pairs}, paired; {table.language.nunique()} languages, {n} seed{'s' if n > 1 else ''}. "
         f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({SAMPLES:,} samples){few}. "
         "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
         "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
@@ -168,5 +175,5 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame, extent: float) -> Any:
     panels[0].set_yticks([*y, mean], [*languages, "mean"])
     panels[0].set(ylim=(len(languages) + 1.3, -0.8), xlim=(-1.05 * extent, 1.05 * extent))
     colour_languages(panels[0])
-    figure.supxlabel(f"score - score of {methods.against[0] if one else 'the baseline'}", fontsize=9)
+    figure.supxlabel(f"gain over {methods.against[0] if one else 'the baseline'}", fontsize=9)
     return figure

@@ -84,7 +84,28 @@ def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
     if known is None:
         return tables
     order = {(job.seed, job.arm): number for number, job in enumerate(plan.cells)}
-    return _joined(tables[0], known[0], order), _joined(tables[1], known[1], order)
+    scores, cells = _joined(tables[0], known[0], order), _joined(tables[1], known[1], order)
+    _check_alike(scores)
+    return scores, cells
+
+
+def _check_alike(scores: pd.DataFrame) -> None:
+    """See that every cell was scored on the same languages; others are of another comparison."""
+    if missing := [name for name in SCORE_COLUMNS if name not in scores.columns]:
+        raise ValueError(f"the known scores have no column {', '.join(missing)} (expected those of this plan)")
+    of_conditions = scores[scores["condition"].isin(CONDITIONS)]
+    first: tuple[Any, set[str]] | None = None
+    for cell, rows in of_conditions.groupby(["seed", "arm"], sort=False):
+        languages = {
+            f"{language} ({condition})" for language, condition in zip(rows["language"], rows["condition"], strict=True)
+        }
+        first = first or (cell, languages)
+        if differ := sorted(languages ^ first[1]):
+            (seed, arm), (other_seed, other_arm) = cell, first[0]
+            raise ValueError(
+                f"cells were scored on different languages: {arm} of seed {seed} and {other_arm} of seed {other_seed} "
+                f"differ in {', '.join(differ[:4])} (expected known cells to be of this plan)"
+            )
 
 
 def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, str], int]) -> pd.DataFrame:
@@ -131,8 +152,10 @@ def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> N
     for title, rows in page_tables(plan, scores, cells):
         table = Table(title=title)
         for name in rows[0]:
-            words = ("hypothesis", "arm", "over", "verdict", "condition")
-            table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+            # Where there is little room words are folded, and numbers stay whole.
+            words = name in ("hypothesis", "arm", "over", "verdict", "condition")
+            width = None if words else max(len(row[name]) for row in rows)
+            table.add_column(name, justify="left" if words else "right", min_width=width, overflow="fold")
         for row in rows:
             table.add_row(*row.values())
         console.print(table)
@@ -284,12 +307,13 @@ def _draw_means(plan: Plan, scores: pd.DataFrame) -> Any:
 
 
 def _draw_gains(plan: Plan, scores: pd.DataFrame, baseline: str, condition: str) -> Any:
-    """Score of every arm minus that of the arm `baseline`, by language; mean over seeds and support sets."""
+    """How much better every arm is than the arm `baseline`, by language; mean over seeds and support sets."""
     part = scores[scores["condition"] == condition]
     means = part.groupby(["arm", "language"])["score"].mean().unstack("language")
     languages = list(dict.fromkeys(part["language"]))
     rows = [arm for arm in plan.arms if arm != baseline]
-    gains = (means - means.loc[baseline]).reindex(rows)[languages].to_numpy()
+    sign = 1 if plan.task.higher_is_better else -1
+    gains = sign * (means - means.loc[baseline]).reindex(rows)[languages].to_numpy()
     figure = new_figure(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows))
     axis = figure.add_subplot()
     limit = max(1.0, float(np.nanmax(np.abs(gains)))) if np.isfinite(gains).any() else 1.0
@@ -300,6 +324,6 @@ def _draw_gains(plan: Plan, scores: pd.DataFrame, baseline: str, condition: str)
             axis.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=colour)
     axis.set_xticks(range(len(languages)), languages)
     axis.set_yticks(range(len(rows)), rows)
-    axis.set_title(f"{_metric(scores)} over {baseline}, {condition}")
+    axis.set_title(f"gain over {baseline} in {_metric(scores)}, {condition}")
     figure.colorbar(image, ax=axis, label=f"{_metric(scores)} points")
     return figure

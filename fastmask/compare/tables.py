@@ -114,7 +114,8 @@ def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
 
     ``p`` is the larger of the p-values over languages and over seeds, corrected over the hypotheses. A hypothesis
     "holds" where p <= 0.05 and the difference is on its side, "does not hold" where it is on the other, and is "open"
-    else; a difference whose whole interval lies within the plan's `zone` around 0 means nothing, however sure it is.
+    else; a difference whose whole interval lies within the plan's `zone` around 0 means nothing, however sure it is
+    (with a single seed there is no p-value, and no such interval).
     """
     sign = 1 if plan.task.higher_is_better else -1
     rows: list[dict[str, Any]] = []
@@ -127,7 +128,9 @@ def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
         rows.append({"hypothesis": name, **wanted.model_dump(), **_numbers(found, wanted.more_than), **counts})
     table = pd.DataFrame(rows)
     if len(table):
-        table["p"] = holm(table["uncorrected_p"].tolist())
+        # One that is not measured yet counts as a test: a p-value must not grow when the rest of the plan is done.
+        unknown = table["uncorrected_p"].isna()
+        table["p"] = np.where(unknown, np.nan, holm(table["uncorrected_p"].fillna(1.0).tolist()))
         table["verdict"] = [_verdict(row, plan.zone) for row in table.itertuples()]
     return table
 
@@ -135,7 +138,7 @@ def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
 def _verdict(row: Any, zone: float) -> str:
     if np.isnan(row.difference):
         return "not measured"
-    if zone and row.more_than == 0 and -zone <= row.low and row.high <= zone:
+    if not np.isnan(row.p) and zone and row.more_than == 0 and -zone <= row.low and row.high <= zone:
         return f"no difference that matters (within ±{zone:g})"
     if not row.p <= SURE:
         return "open"

@@ -74,9 +74,7 @@ def make_report(
 
     parts: list[Part] = []
     taken: set[str] = set()
-    skipped = [
-        Skipped("comparison", name, "this cell is not done yet") for study in studies for name in study.unfinished
-    ]
+    skipped = [Skipped("comparison", name, why) for study in studies for name, why in study.missing.items()]
     for number, study in enumerate(studies, start=1):
         stem = f"{file_name(str(number), study.title)[:40]}-" if len(studies) > 1 else ""
         for name in ANALYSES if what is None else [name for name in ANALYSES if name in what]:

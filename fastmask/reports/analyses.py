@@ -50,7 +50,7 @@ def effect(part: Part) -> None:
     By the scores of a comparison, or by test examples that are scored anew.
     """
     study, methods = part.study, list(part.study.variants)
-    if BASELINE not in methods:
+    if BASELINE not in methods and not (study.baselines or {}).get(BASELINE):
         raise SkipError("there is no run of method full without meta-learning to compare with")
     if len(methods) < 2:
         raise SkipError("there is no run to compare with the one of method full")
@@ -74,15 +74,21 @@ def effect(part: Part) -> None:
         for baseline, of_methods in baselines.items():
             against = {method: other for method, other in of_methods.items() if {method, other} <= known}
             if against:
-                result = analysis.effect(scores, against, seed=part.options.seed)
+                result = analysis.effect(
+                    scores, against, seed=part.options.seed, higher_is_better=study.higher_is_better
+                )
                 part.add(f"{title}, over {baseline}", result, name, "" if baseline == BASELINE else baseline, note=note)
 
 
 def _scores(part: Part) -> pd.DataFrame:
-    """Every run scored on the same test examples."""
-    rows = {run.folder: _rows(part, run, "test", SCORED) for run in part.study.runs}
-    first, *others = rows.values()
-    languages = [name for name in first if all(name in other for other in others)]
+    """Every run scored on the same test examples: those of the first one's data, or of `--data`."""
+    first, *others = part.study.runs
+    for run in others:
+        if (run.config.task, run.config.task_options) != (first.config.task, first.config.task_options):
+            raise SkipError(f"{run.folder} has another task, or other settings of it, than {first.folder}")
+    rows = _rows(part, first, "test", SCORED)
+    known = [load_data(run, "test", part.options.data)[0] for run in others]
+    languages = [name for name in rows if all(name in other for other in known)]
     if not languages:
         raise SkipError("the runs have no language in common")
     scores = []
@@ -91,7 +97,7 @@ def _scores(part: Part) -> pd.DataFrame:
             task, subnets = task_of(run, part.options)
             for name in languages:
                 own = name if subnets is not None and name in subnets.languages else None
-                score = score_of(task, rows[run.folder][name], {"": own})[""]
+                score = score_of(task, rows[name], {"": own})[""]
                 scores.append((run.variant, name, run.config.seed, score))
     return pd.DataFrame(scores, columns=["method", "language", "seed", "score"])
 
@@ -101,8 +107,9 @@ def typology(part: Part) -> None:
     study = part.study
     if study.scores is None:
         raise SkipError("a single run has no scores of unseen languages: `fastmask compare` makes them")
-    variants = [name for name in study.analysed if name != BASELINE]
-    if BASELINE not in study.variants or not variants:
+    full = next((name for name, runs in study.variants.items() if runs[0].config.method == BASELINE), None)
+    variants = [name for name in study.analysed if name != full]
+    if full is None or not variants:
         raise SkipError(f"a gain needs a run of method {BASELINE} and another one, not a control")
     seen, missing = load_data(study.runs[0], "train", part.options.data)
     every, missing_anywhere = load_data(study.runs[0], None, part.options.data, study.unseen)
@@ -117,30 +124,32 @@ def typology(part: Part) -> None:
         }
         training = {name: profiles[name] for name in seen}
         near = {name: head_direction_similarity(profiles[name], training) for name in unseen}
-        _correlations(part, variants, "head direction", near)
+        _correlations(part, full, variants, "head direction", near)
     with part.attempt("by URIEL"):
         try:
             near = {name: uriel_similarity(name, list(seen)) for name in unseen}
         except (ImportError, KeyError) as error:
             raise SkipError(str(error)) from error
-        _correlations(part, variants, "URIEL", near)
+        _correlations(part, full, variants, "URIEL", near)
 
 
-def _correlations(part: Part, variants: Sequence[str], measure: str, near: Mapping[str, Mapping[str, float]]) -> None:
+def _correlations(
+    part: Part, baseline: str, variants: Sequence[str], measure: str, near: Mapping[str, Mapping[str, float]]
+) -> None:
     """One for each condition and variant, pictures of those after adaptation."""
-    scores = part.study.scores
+    scores, sign = part.study.scores, 1 if part.study.higher_is_better else -1
     assert scores is not None
     rows, shown = [], []
     for condition in [name for name in GAINED if (scores["condition"] == name).any()]:
         of_condition = scores[scores["condition"] == condition]
-        full = by_language_and_seed(of_condition, BASELINE)
+        full = by_language_and_seed(of_condition, baseline)
         for variant in variants:
-            gains = (by_language_and_seed(of_condition, variant) - full).dropna()
+            gains = sign * (by_language_and_seed(of_condition, variant) - full).dropna()
             known = gains.index.get_level_values("language")
             result = analysis.typology(
                 {name: gains.loc[name].tolist() for name in near if name in known},
                 near,
-                what=f"{part.study.metric} of {variant} minus that of full, {condition}",
+                what=f"gain of {variant} over {baseline} in {part.study.metric}, {condition}",
                 measure=f"similarity to the nearest training language ({measure})",
                 seed=part.options.seed,
             )
@@ -313,7 +322,9 @@ def cross(part: Part) -> None:
             def mean(language: str, network: str, means: pd.Series = means) -> float:
                 return float(means[language, network])
 
-            result = analysis.cross_evaluation(mean, languages, names, seed=options.seed)
+            result = analysis.cross_evaluation(
+                mean, languages, names, seed=options.seed, higher_is_better=study.higher_is_better
+            )
             note = (
                 f"{study.metric}, mean over {seeds} seed{'s' if seeds > 1 else ''} of {of}; at most "
                 f"{options.sentences or CROSSED} test sentences of each language"

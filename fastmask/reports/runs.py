@@ -73,7 +73,7 @@ class Study:
 
     title: str
     runs: tuple[Run, ...]  # the finished ones
-    unfinished: tuple[str, ...] = ()  # of a comparison: names of its other cells
+    missing: Mapping[str, str] = field(default_factory=dict)  # of a comparison: its other cells, and why
     scores: pd.DataFrame | None = None  # of a comparison: the rows of its ``results.csv``
     baselines: Mapping[str, Mapping[str, str]] | None = None  # "full" or "random" -> arm -> what it is compared with
     unseen: str = ""  # the languages that are only tested on, by commas
@@ -104,7 +104,12 @@ class Study:
     def metric(self) -> str:
         """What the score of the runs' task is called."""
         task = self.runs[0].config.task_class
-        return heading(task.metric) + ("" if task.higher_is_better else " (lower is better)")
+        return heading(task.metric) + ("" if self.higher_is_better else " (lower is better)")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of that score."""
+        return self.runs[0].config.task_class.higher_is_better
 
     @property
     def analysed(self) -> dict[str, list[Run]]:
@@ -185,21 +190,27 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
 def _comparison(folder: Path) -> Study:
     """A study of the cells of a comparison that are done."""
     plan = Plan.stored(folder)
-    runs, unfinished = [], []
+    runs, missing = [], {}
     for job in plan.cells:
         run = plan.folder(job) / "run"
-        if is_done(plan, job) and (run / CONFIG_FILE).is_file():
+        if not is_done(plan, job):
+            missing[job.name] = "this cell is not done yet"
+        elif not (run / CONFIG_FILE).is_file():
+            missing[job.name] = "the model of this cell was not kept (--no-keep-models)"
+        else:
             check_finished(run)
             runs.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
-        else:
-            unfinished.append(job.name)
     if not runs:
+        if any(is_done(plan, job) for job in plan.cells):
+            raise FileNotFoundError(
+                f"the comparison in {folder} kept no models (--no-keep-models), and an analysis runs them; "
+                "its scores and tests are in summary.md and results.csv there"
+            )
         raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
     scores = scores_table(load_results(plan))
     settings = {"comparison": plan.settings["comparison"], "training": plan.training}
     settings |= {f"arm {arm}": own for arm, own in plan.arms.items()}
-    names = folder.resolve().name, tuple(runs), tuple(unfinished)
-    return Study(*names, scores, plan.baselines, plan.config.unseen, settings)
+    return Study(folder.resolve().name, tuple(runs), missing, scores, plan.baselines, plan.config.unseen, settings)
 
 
 # ---- models and examples

@@ -106,6 +106,31 @@ def test_verdicts():
     assert (of_language["better"], of_language["worse"], of_language["same"]) == ("better", "worse", "inside noise")
 
 
+def test_a_lower_score_can_be_better():
+    """With perplexities, a method that lowers them gains, in every number and word."""
+    generator = np.random.default_rng(1)
+    noise = {name: list(generator.normal(50, 1, 6)) for name in "abcdefgh"}
+    scores = rows(full=noise, low={name: [v - 1 - 0.1 * i for i, v in enumerate(of)] for name, of in noise.items()})
+    found = fm.analysis.effect(scores, higher_is_better=False)
+    assert (found.table.difference > 0).all()
+    assert set(found.table.verdict) == {"better"}
+    whole = found.more["methods"].iloc[0]
+    assert (whole.verdict, whole.languages_better) == ("better", 8)
+    mirrored = fm.analysis.effect([{**row, "score": -row["score"]} for row in scores])
+    assert list(mirrored.table.difference) == list(found.table.difference)
+
+
+def test_noise_is_rarely_called_an_effect_of_a_language():
+    """Of the languages of a method, where nothing differs, any is called better or worse in few of many comparisons."""
+    generator, alarms = np.random.default_rng(0), 0
+    for _ in range(100):
+        full, other = generator.normal(50, 1, (2, 14, 6))
+        names = [f"l{place}" for place in range(14)]
+        scores = rows(full=dict(zip(names, full, strict=True)), other=dict(zip(names, other, strict=True)))
+        alarms += bool(set(fm.analysis.effect(scores).table.verdict) - {"inside noise"})
+    assert alarms <= 10
+
+
 def test_interval_is_that_of_the_pairs():
     """The interval is that of the paired differences, however far the seeds themselves spread."""
     scores = rows(full={"en": [10, 20, 30, 40, 50, 60]}, static={"en": [11, 21, 31, 41, 51, 61.5]})

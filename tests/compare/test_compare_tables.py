@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastmask.analysis.statistics import holm, t_of_mean
+from fastmask.compare import report
 from fastmask.compare.plan import CompareConfig, Hypothesis, Plan, arms_of
-from fastmask.compare.tables import cells_table, compared, decisions, scores_table, summary_table
+from fastmask.compare.report import page_tables, print_tables
+from fastmask.compare.tables import SCORE_COLUMNS, cells_table, compared, decisions, scores_table, summary_table
 
 # arm -> language -> LAS of seeds 0 and 1
 LAS = {
@@ -147,5 +151,46 @@ def test_what_was_decided():
     assert found.difference["not worse"] == pytest.approx(found.difference["near"])
     assert list(found.p) == holm(list(found.uncorrected_p))
     missing = {key: value for key, value in cells(gains).items() if key[1] != "better"}
-    assert decisions(plan, scores_table(missing)).verdict[0] == "not measured"
+    some = decisions(plan, scores_table(missing)).set_index("hypothesis")
+    assert some.verdict["better"] == "not measured"
+    # A hypothesis that is not measured yet is a test all the same.
+    assert (some.p.dropna() >= found.p[some.p.dropna().index]).all()
+    assert (some.p["worse"], found.p["worse"]) == pytest.approx((6 * some.uncorrected_p["worse"],) * 2)
+    one_seed = {key: value for key, value in cells(gains).items() if key[0] == 0}
+    assert set(decisions(plan, scores_table(one_seed)).verdict) == {"open"}
     assert decisions(dataclasses.replace(plan, hypotheses={}), scores_table(cells(gains))).empty
+
+
+def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path):
+    """Words are folded in a narrow terminal; no digit of a difference, interval or p-value is cut off."""
+    las = {arm: {f"l{n}": (values["fi"][0] + n, values["fi"][1] + n) for n in range(7)} for arm, values in LAS.items()}
+    hypotheses = {
+        "subnetworks transfer better": Hypothesis(arm="static", over="full", condition="adapted"),
+        "by which units they have": Hypothesis(arm="static", over="random", condition="adapted"),
+    }
+    plan = dataclasses.replace(PLAN, out=tmp_path, hypotheses=hypotheses, zone=0.3)
+    scores = scores_table(results(las)).assign(choice="own", subnetwork="own", steps=0, words=9)
+    known = scores[list(SCORE_COLUMNS)], cells_table(results(las))
+    rows = [row for _, of_table in page_tables(plan, *known) for row in of_table]
+    words = ("hypothesis", "arm", "over", "condition", "verdict")
+    numbers = {number for row in rows for name, text in row.items() if name not in words for number in text.split()}
+    for width in (90, 130):
+        console = Console(width=width, file=io.StringIO())
+        print_tables(plan, console, known)
+        printed = console.file.getvalue()
+        assert [text for text in numbers if text not in printed] == []
+    of_another = (scores["arm"] == "static") & (scores["seed"] == 1) & (scores["language"] == "l3")
+    with pytest.raises(ValueError, match=r"static of seed 1 and full of seed 0 differ in l3 \(adapted\)"):
+        print_tables(plan, console, (known[0][~of_another], known[1]))
+
+
+def test_a_lower_perplexity_is_drawn_as_a_gain():
+    """The picture of gains is positive where the summary is."""
+    scores = scores_table(results())
+    up, down = (
+        report._draw_gains(dataclasses.replace(PLAN, training=training), scores, "full", "adapted")
+        for training in ({}, {"task": "lm"})
+    )
+    gains, losses = (figure.axes[0].images[0].get_array() for figure in (up, down))
+    assert gains[1, 0] == pytest.approx(1.0)  # static of fi
+    assert (gains == -losses).all()

@@ -40,11 +40,13 @@ def test_of_a_comparison_that_was_run(comparison):
     same(Plan.stored(comparison), studies_of([comparison])[0])
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 5])
-def test_of_made_scores(tmp_path, lost):
-    """They do for every method, with meta-learning, and while cells are still missing."""
+@pytest.mark.parametrize(
+    ("lost", "task"), [pytest.param(0, "parsing", marks=pytest.mark.slow), (5, "parsing"), (5, "lm")]
+)
+def test_of_made_scores(tmp_path, lost, task):
+    """They do for every method, with meta-learning, while cells are still missing, and where lower is better."""
     arms = arms_of(["full", "static", "dynamic", "random"], ["none", "fomaml"])
-    plan = Plan(tmp_path, "", CompareConfig(train="a,b", unseen="c,d", seeds=3), {"steps": 2}, arms)
+    plan = Plan(tmp_path, "", CompareConfig(train="a,b", unseen="c,d", seeds=3), {"steps": 2, "task": task}, arms)
     generator = np.random.default_rng(0)
     done = [cell for number, cell in enumerate(plan.cells) if number % 7 >= lost or cell.arm == "full"]
     runs = []
@@ -62,7 +64,7 @@ def test_of_made_scores(tmp_path, lost):
             if (number + place) % 11 or not lost
         ]
         write_result(plan, cell, whole_result(scores))
-        runs.append(Run(plan.folder(cell), TrainConfig(**arms[cell.arm], seed=cell.seed), cell.arm))
+        runs.append(Run(plan.folder(cell), TrainConfig(**arms[cell.arm], seed=cell.seed, task=task), cell.arm))
     same(plan, Study("made", tuple(runs), scores=load_tables(plan)[0], baselines=plan.baselines))
 
 

@@ -43,10 +43,15 @@ def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
     shutil.copytree(comparison, copy)
     (copy / "seed-1" / "static" / "result.json").unlink()
     (study,) = studies_of([copy])
-    assert study.unfinished == ("seed-1/static",)
+    assert study.missing == {"seed-1/static": "this cell is not done yet"}
     made = make_report([copy], ["effect", "overlap"], options=FEW)
     assert says(made, "comparison (seed-1/static)", "not done")
     assert says(made, "overlap (static, between seeds)", "one seed only")
+    for cell in copy.glob("seed-*/*/run"):
+        if (cell.parent / "result.json").is_file():
+            shutil.rmtree(cell)
+    with pytest.raises(FileNotFoundError, match=r"kept no models.*results\.csv"):
+        studies_of([copy])
     for seed in (0, 1):
         shutil.rmtree(copy / f"seed-{seed}")
     with pytest.raises(FileNotFoundError, match="no finished cell"):

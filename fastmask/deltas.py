@@ -144,6 +144,10 @@ class Delta:
 
     def __init__(self, changes: Iterable[Change]) -> None:
         self.changes = tuple(changes)
+        digests = [change.digest for change in self.changes]
+        for number, change in enumerate(self.changes):
+            if change.digest in digests[:number]:
+                raise ValueError(f"the delta of {change.language!r} is given twice (expected each change once)")
 
     @classmethod
     def of(
@@ -153,7 +157,7 @@ class Delta:
         language: str,
         *,
         beside: Iterable[str] = (),
-        ignore: Iterable[str] = (),
+        ignore: str | Iterable[str] = (),
     ) -> Delta:
         """The change of one language.
 
@@ -163,14 +167,18 @@ class Delta:
             language: one of the attached subnetworks'.
             beside: languages that were trained together with it: what they own may have changed, too. What they share
                 with `language` is in its delta, and in theirs.
-            ignore: beginnings of names that are not looked at: a head that was trained for the task, say.
+            ignore: beginnings of names that are not looked at, or one: a head that was trained for the task, say.
 
         Raises:
             KeyError: not a language of the attached subnetworks.
             ValueError: nothing attached; parameters of other names, shapes or dtypes; something has changed that the
                 language does not own, or experts have; NaN or infinity.
         """
-        subnets, owner, skipped = attached(model).subnets, owner_of(model), tuple(ignore)
+        subnets, owner, skipped = (
+            attached(model).subnets,
+            owner_of(model),
+            ignore if isinstance(ignore, str) else tuple(ignore),
+        )
         if isinstance(beside, str):
             raise ValueError(f"expected beside as a sequence of language names, given the single name {beside!r}")
         own, others = subnets.index(language), [subnets.index(name) for name in beside]
@@ -233,6 +241,7 @@ class Delta:
         """
         model = owner_of(model)
         layers = _layers.setdefault(model, [])
+        _forget_if_reloaded(layers, model)
         for change in self.changes:
             _parameters_of(change, model)
             if any(other.digest == change.digest for other, _ in layers):
@@ -257,6 +266,7 @@ class Delta:
         """
         model = owner_of(model)
         layers, gone = _layers.get(model, []), {change.digest for change in self.changes}
+        _forget_if_reloaded(layers, model)
         for change in self.changes:
             if all(other.digest != change.digest for other, _ in layers):
                 names = ", ".join(repr(other.language) for other, _ in layers) or "none"
@@ -371,6 +381,17 @@ def _take_off(model: nn.Module, change: Change, before: dict[str, Tensor]) -> No
             )
     for name, part in change.parts.items():
         part.write(parameters[name], before[name])
+
+
+def _forget_if_reloaded(layers: _Layers, model: nn.Module) -> None:
+    """Forget what was added to a model whose parameters are again what they were before the first change."""
+    if not layers:
+        return
+    parameters = _parameters(model)
+    parts = [(name, part) for change, _ in layers for name, part in change.parts.items() if name in parameters]
+    alike = (part.shape == tuple(parameters[name].shape) for name, part in parts)
+    if parts and all(alike) and all(_digest_of(part.read(parameters[name])) == part.base for name, part in parts):
+        layers.clear()
 
 
 @contextmanager

@@ -146,7 +146,7 @@ class Live:
             return self._by_unit(parameter).index_select(1, self._units)
         if self.kind == "blocks":
             view, row, column = self._blocks(parameter)
-            return view[row, :, column]
+            return view[row, :, column].contiguous()
         if self.kind == "weights":  # `masked_select` takes four times as long as finding and gathering
             return parameter.reshape(-1).index_select(0, self._units)
         return parameter.clone(memory_format=torch.preserve_format)

@@ -97,8 +97,8 @@ def compute_projections(
         for mask, width in zip(masks, packed_widths, strict=True)
     ]
     layers = Layers(stored, masks[0].n_languages, activation, full_forward)
-    ys = _Eager.apply(layers, as_examples(x), language_ids, *weights, *biases)
-    return ys if x.ndim == 3 else [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
+    ys: Sequence[Tensor] = _Eager.apply(layers, x, language_ids, *weights, *biases)
+    return ys
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -129,9 +129,14 @@ class _Eager(torch.autograd.Function):
         weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
         path = path_for(x, weights)
-        ys = path.forward(layers, x, weights, biases, language_ids, kept)
+        ys = [
+            y.view(*x.shape[:-1], y.shape[2])
+            for y in path.forward(layers, as_examples(x), weights, biases, language_ids, kept)
+        ]
         ctx.path, ctx.layers, ctx.has_bias = path, layers, bool(biases)  # what is kept is for the same path's backward
-        ctx.save_for_backward(x, language_ids, *weights, *(kept or ()))
+        # A frozen layer needs nothing of x but its shape: it is neither kept nor must it stay as it was.
+        reads_x, ctx.shape = any(ctx.needs_input_grad[3 : 3 + G]) or layers.activation != NONE, x.shape
+        ctx.save_for_backward(x if reads_x else x.new_empty(1), language_ids, *weights, *(kept or ()))
         # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
         return tuple(y.data if y._is_view() else y for y in ys)
 
@@ -142,8 +147,9 @@ class _Eager(torch.autograd.Function):
         x, language_ids, *tensors = ctx.saved_tensors
         needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
         needs = Needs(needs_x, given[:G], given[G:] if ctx.has_bias else [False] * G)
-        dx, dws, dbs = ctx.path.backward(ctx.layers, dys, x, tensors[:G], language_ids, needs, tensors[G:])
-        return None, dx, None, *dws, *(dbs if ctx.has_bias else ())
+        x, upstreams = as_examples(x.expand(ctx.shape)), [as_examples(dy) for dy in dys]
+        dx, dws, dbs = ctx.path.backward(ctx.layers, upstreams, x, tensors[:G], language_ids, needs, tensors[G:])
+        return None, None if dx is None else dx.view(ctx.shape), None, *dws, *(dbs if ctx.has_bias else ())
 
 
 # ---- the path

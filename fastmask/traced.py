@@ -78,11 +78,11 @@ def _backward(
     seen: set[int] = set()
     grads = []
     for w, grad in zip([*weights, *weights], [*dws, *dbs], strict=True):
-        grad = w.new_empty(0) if grad is None else grad
+        grad = w.new_empty(0) if grad is None else grad.contiguous()  # as the tracer was told
         memory = grad.untyped_storage()._cdata
         grads.append(grad.clone() if memory in seen else grad)
         seen.add(memory)
-    return x.new_empty(0) if dx is None else dx.view(x.shape), grads[: len(dws)], grads[len(dws) :]
+    return x.new_empty(0) if dx is None else dx.view(x.shape).contiguous(), grads[: len(dws)], grads[len(dws) :]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -152,9 +152,9 @@ def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> N
     for title, rows in page_tables(plan, scores, cells):
         table = Table(title=title)
         for name in rows[0]:
-            # Where there is little room words are folded, and numbers stay whole.
+            # Where there is little room, cells are folded, but no number is.
             words = name in ("hypothesis", "arm", "over", "verdict", "condition")
-            width = None if words else max(len(row[name]) for row in rows)
+            width = None if words else max((len(part) for row in rows for part in row[name].split()), default=None)
             table.add_column(name, justify="left" if words else "right", min_width=width, overflow="fold")
         for row in rows:
             table.add_row(*row.values())

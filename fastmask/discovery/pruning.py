@@ -113,6 +113,7 @@ def discover(
         ValueError: an option out of range, subnetworks attached already, no metric where tau needs one, or a score that
             is not for these languages or units.
         KeyError: an unknown kind of unit or score.
+        FloatingPointError: scores of units that are not finite.
     """
     if score not in SCORES:
         raise unknown("score", score, SCORES)
@@ -155,9 +156,19 @@ def discover(
         last = {kind: torch.zeros(keep.shape) for kind, keep in masks.items()}
         full = measured(masks)
         if density is None:
+            if full.metric is not None and not full.metric >= 0:
+                raise ValueError(
+                    f"{name}: the metric of the full network is {full.metric}; expected a number that is at least 0, "
+                    "higher is better, or a density to prune to"
+                )
             report(0, masks, full)
         for number, drops in enumerate(_rounds(masks, drop, density), start=1):
             scores = vars(ranking or importance(model, scoring, loss, name))
+            for kind, keep in masks.items():
+                if not bool(torch.isfinite(scores[kind][keep]).all()):
+                    raise FloatingPointError(
+                        f"{name}: scores of {kind} are not finite; the loss or its gradient is not"
+                    )
             last = {kind: torch.where(keep, scores[kind], last[kind]) for kind, keep in masks.items()}
             smaller = {kind: _without_lowest(keep, scores[kind], drops[kind]) for kind, keep in masks.items()}
             if all(torch.equal(smaller[kind], keep) for kind, keep in masks.items()):
@@ -186,8 +197,8 @@ def discover(
 
 
 def live_units(density: float, layers: int, units: int) -> int:
-    """How many of layers x units a density keeps: at least one in each layer."""
-    return max(layers, round(density * layers * units))
+    """How many of the units of all layers together a density keeps: at least one in each layer."""
+    return max(layers, round(density * units))
 
 
 _Masks = dict[str, Tensor]  # "heads", "neurons" or both -> bool [layers, units]
@@ -195,11 +206,14 @@ _Masks = dict[str, Tensor]  # "heads", "neurons" or both -> bool [layers, units]
 
 def _rounds(masks: _Masks, drop: float, density: float | None) -> Iterator[dict[str, int]]:
     """How many units of each kind each round drops: without a density always as many."""
-    steps = {kind: max(1, int(drop * keep.numel())) for kind, keep in masks.items()}
+    steps = {kind: max(1, int(drop * int(keep.sum()))) for kind, keep in masks.items()}
     if density is None:
         yield from itertools.repeat(steps)
         return
-    surplus = {kind: max(0, int(keep.sum()) - live_units(density, *keep.shape)) for kind, keep in masks.items()}
+    # Of the units that there are: layers may have different numbers of them.
+    surplus = {
+        kind: max(0, int(keep.sum()) - live_units(density, len(keep), int(keep.sum()))) for kind, keep in masks.items()
+    }
     # Rounds of one size: a last one for what is left over would cost as much as any other.
     rounds = max(math.ceil(surplus[kind] / step - 0.5) for kind, step in steps.items())
     for left in range(max(rounds, int(any(surplus.values()))), 0, -1):
@@ -294,7 +308,7 @@ def _kept(votes: Tensor, scores: Tensor, elected: Tensor, density: float | None)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     key = (votes.flatten() * len(order) + rank).view_as(votes)  # no two units have the same
     best = torch.zeros_like(elected).scatter_(1, key.argmax(1, keepdim=True), True)
-    count = int((elected | best).sum()) if density is None else live_units(density, *votes.shape)
+    count = int((elected | best).sum()) if density is None else live_units(density, len(votes), votes.numel())
     first = key.masked_fill(best, int(key.max()) + 1).flatten().argsort(descending=True, stable=True)[:count]
     return torch.zeros(votes.numel(), dtype=torch.bool).scatter_(0, first, True).view_as(votes)
 

@@ -222,10 +222,11 @@ class LiveAdamW(torch.optim.AdamW):
                 layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True)
             note = self._notes[layer]
             carrier = _carrier(layer)
-            if carrier is not None and carrier not in self._hooked:
+            # Layers may share a parameter: each notes what came through it.
+            if carrier is not None and layer not in self._hooked.setdefault(carrier, weakref.WeakSet()):
                 carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer)))
                 carrier.register_post_accumulate_grad_hook(note.gradient_has_come)
-                self._hooked[carrier] = True
+                self._hooked[carrier].add(layer)
 
     def _live_parts(self, languages: Languages | None) -> dict[Tensor, Live]:
         """What lives of each parameter that has a mask."""
@@ -391,6 +392,7 @@ class _Note:
         self._pending: list[tuple[Ids, tuple[str, ...]]] = []
         self._pass = -1  # which backward pass the pending ones are of
         self._begins = True
+        self._version = -1  # of the gradient, when something was last added to it
 
     def passed_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad and not torch.compiler.is_compiling():
@@ -405,11 +407,14 @@ class _Note:
     def gradient_is_coming(self, layer: weakref.ref[MaskedLinear], _: Tensor) -> None:
         there = layer()
         carrier = None if there is None else _carrier(there)
-        self._begins = carrier is None or carrier.grad is None
+        grad = None if carrier is None else carrier.grad
+        # Somebody else may have set it to zero in place.
+        self._begins = grad is None or (grad._version != self._version and not bool(grad.any()))
 
-    def gradient_has_come(self, _: Tensor) -> None:
+    def gradient_has_come(self, carrier: Tensor) -> None:
         if self._begins:
             self.arrived = []
+        self._version = -1 if carrier.grad is None else carrier.grad._version
         if self._pass == torch._C._current_graph_task_id():
             self.arrived += self._pending
         self._pending = []

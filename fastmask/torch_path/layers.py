@@ -139,7 +139,8 @@ def backward(
             dw = table.weight_grad(inside.present, of_dy, pieces, weight, dtype)
             dws[g] = cast(dw if inside.parts else dw.zero_(), weight.dtype)
         if needs.biases[g]:
-            dbs[g] = cast(table.bias_grad(dy, inside, dtype), weight.dtype)
+            db = table.bias_grad(dy, inside, torch.float32 if weight.dtype in HALF else weight.dtype)
+            dbs[g] = cast(db, weight.dtype)
     dx = None if flat is None else inside.unsorted(flat, T)
     if dx is not None and gated and not gated[0].of_rows:
         dx = gated[0].leave(dx, split, x.shape[2])

@@ -16,6 +16,8 @@ __all__ = ["Split", "first_equals"]
 
 Made = TypeVar("Made")
 
+MOST_MADE = 64  # plans that are kept for the ids of a batch
+
 
 class Split:
     """A batch with the examples of each language side by side.
@@ -51,6 +53,9 @@ class Split:
             ValueError: an id that is not -1 to n_languages - 1.
         """
         split = _splits.of(language_ids, lambda: cls(language_ids.tolist()))
+        # What numpy writes is not counted. (On a GPU the question would wait for it.)
+        if language_ids.device.type == "cpu" and split.languages != (now := language_ids.tolist()):
+            split = cls(now)
         for language in split.present:
             if not FULL <= language < n_languages:
                 raise ValueError(
@@ -71,9 +76,12 @@ class Split:
 
     def once(self, key: tuple[Hashable, ...], make: Callable[[], Made]) -> Made:
         """What `make` makes for this batch: made in the forward pass, and handed to the backward pass."""
-        if key not in self._made:
-            self._made[key] = make()
-        made: Made = self._made[key]
+        made: Made | None = self._made.get(key)
+        if made is None:
+            made = self._made[key] = make()
+            # Ids may outlive masks and numbers of tokens, of which there can be any number.
+            for oldest in list(self._made)[:-MOST_MADE]:
+                self._made.pop(oldest, None)
         return made
 
     def pieces(self, tokens: Tensor, T: int) -> Sequence[Tensor]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import KINDS, assert_close, check, gradients, random_mask
+from torch._subclasses import FakeTensorMode
 
 from fastmask import Mask, masked_linear
 from fastmask.operators import Settings, compute
 from fastmask.torch_path.naive import masked_linear_naive
+from fastmask.torch_path.split import Split
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
 
@@ -244,3 +247,66 @@ def test_full_network_is_the_plain_linear():
     x, weight, bias = torch.randn(2, 3, 4), torch.randn(6, 4), torch.randn(6)
     mask = random_mask("weights", 2, 6, 4)
     torch.testing.assert_close(masked_linear(x, weight, mask, torch.tensor([-1, -1]), bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_lie_in_memory_as_a_tracer_was_told(kind):
+    """A weight that is a transposed view (GPT-2's), or an input that is, gives gradients with the promised strides."""
+    mask, ids = random_mask(kind, 2, 6, 8, unit=2), torch.tensor([0, 1])
+    settings = Settings(kind, list((*mask.geometry, 0)[:2]), 2, [-1], "")
+    x, weight = torch.randn(2, 8, 1).transpose(1, 2), torch.randn(8, 6).t()
+    arguments = ([torch.randn(2, 1, 6)], x, [weight], ids, [mask.index], [mask.extents], *settings)
+    wanted = True, [True], [False]
+    found = torch.ops.fastmask.masked_linear_backward(*arguments, *wanted)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        promised = torch.ops.fastmask.masked_linear_backward(*arguments, *wanted)
+    for real, fake in zip((found[0], found[1][0]), (promised[0], promised[1][0]), strict=True):
+        assert (real.shape, real.stride()) == (fake.shape, fake.stride())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_layer_keeps_nothing_of_its_input(kind):
+    """As of `nn.Linear`: what went through a frozen layer may be written to afterwards, and is not held."""
+    mask, ids, held = random_mask(kind, 2, 6, 8, unit=2), torch.tensor([0, 1]), []
+    weight = torch.randn(6, 8).double()
+    x = torch.randn(2, 50, 8).double().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t.numel()) or t, lambda t: t):
+        inside = x * 1
+        y = masked_linear(inside, weight, mask, ids)
+    assert x.numel() not in held
+    inside.add_(1)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected = torch.stack([dy[i] @ (weight * mask.to_dense()[i]) for i in range(2)])
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_are_summed_in_float32(dtype):
+    """The gradient of a bias over many examples does not stop growing where low precision would."""
+    mask = Mask.rows((torch.arange(96) % 2 == 0)[None], 96)
+    weight, bias = torch.randn(96, 96, dtype=dtype), torch.zeros(96, dtype=dtype, requires_grad=True)
+    ids = torch.zeros(4096, dtype=torch.int64)
+    masked_linear(torch.randn(4096, 96, dtype=dtype), weight, mask, ids, bias).sum().backward()
+    assert torch.equal(bias.grad, 4096 * mask.to_dense()[0, :, 0].to(dtype))
+
+
+def test_ids_that_numpy_changes_are_read_again():
+    """A batch is that of its language ids as they are now, whoever wrote them."""
+    numbers = np.zeros(4, dtype=np.int64)
+    ids = torch.from_numpy(numbers)
+    mask = Mask.rows(torch.tensor([[True, True, False], [False, True, True]]), 3)
+    weight, x = torch.randn(3, 3), torch.randn(4, 3)
+    for languages in ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]):
+        numbers[:] = languages
+        expected = masked_linear(x, weight, mask, torch.tensor(languages))
+        assert torch.equal(masked_linear(x, weight, mask, ids), expected)
+
+
+def test_one_tensor_of_ids_does_not_keep_every_mask_it_was_used_with():
+    """Ids that live as long as a program hold the plans of the latest masks, not of all."""
+    ids = torch.tensor([0, 1])
+    for _ in range(200):
+        mask = Mask.rows(torch.rand(2, 8) < 0.5, 8)
+        masked_linear(torch.randn(2, 8), torch.randn(8, 8), mask, ids)
+    assert len(Split.of(ids, 2)._made) <= 64

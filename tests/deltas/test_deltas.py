@@ -314,3 +314,35 @@ def test_files_that_hold_something_else(plain, deltas, tmp_path, damage, message
     write_sealed(tmp_path / "de", tensors, {**header, "version": "2"})
     with pytest.raises(FileError, match="has format version 2"):
         fm.Delta.load(tmp_path / "de")
+
+
+def test_one_name_can_be_ignored(plain):
+    """A single name is a beginning of names, not its letters."""
+    subnets = subnetworks(plain)
+    model = trained(plain, subnets, "de")
+    with torch.no_grad():
+        parameter = next(p for name, p in model.named_parameters() if name.startswith("embeddings.word"))
+        parameter += 1
+    names = [set(fm.Delta.of(model, plain, "de", ignore=i).changes[0].parts) for i in ("embeddings", ["embeddings"])]
+    assert names[0] == names[1] != set()
+
+
+def test_a_change_cannot_be_given_twice(plain, deltas):
+    """Two times the same change is a mistake, wherever a delta is made."""
+    (change,) = deltas[0][0].changes
+    with pytest.raises(ValueError, match="'de' is given twice"):
+        fm.Delta([change, change])
+
+
+def test_a_model_that_is_loaded_anew_has_nothing_on_it(plain, deltas):
+    """After `load_state_dict` of the base a delta can be added again, and is not there to be removed."""
+    delta = deltas[0][0]
+    model, base = copy.deepcopy(plain), copy.deepcopy(plain.state_dict())
+    delta.add(model)
+    model.load_state_dict(base)
+    with pytest.raises(ValueError, match="never added"):
+        delta.remove(model)
+    delta.add(model)
+    assert any(not torch.equal(p, base[name]) for name, p in model.named_parameters())
+    delta.remove(model)
+    assert_same(parameters(model), base)

@@ -31,7 +31,7 @@ def draws(draw):
     def masks(units):
         score = torch.rand(languages, layers, units, generator=generator)
         forced = score.clone().scatter_(2, score.argmax(2, keepdim=True), 2.0)
-        order = forced.flatten(1).argsort(1, descending=True)[:, : live_units(density, layers, units)]
+        order = forced.flatten(1).argsort(1, descending=True)[:, : live_units(density, layers, layers * units)]
         return torch.zeros(languages, layers * units, dtype=torch.bool).scatter_(1, order, True).view_as(score)
 
     def one():

@@ -317,3 +317,21 @@ def test_rounds_towards_a_density_are_of_one_size(model):
     found = fm.discover(model, {"a": [data()]}, loss_of(model), density=1.0, on_round=rounds.append)
     assert not rounds
     assert found.heads.all()
+
+
+def test_scores_that_are_not_finite_are_refused(model):
+    """A loss that is not a number does not end as the full network."""
+    loss = loss_of(model)
+    with pytest.raises(FloatingPointError, match="de: scores of heads are not finite"):
+        fm.discover(model, {"de": [data()]}, lambda ids: loss(ids) * float("nan"), density=0.5)
+    with pytest.raises(ValueError, match=r"de: the metric of the full network is -1\.0"):
+        fm.discover(model, {"de": [data()]}, loss, metric=lambda name: -1.0)
+
+
+def test_a_density_is_of_the_units_that_there_are(model):
+    """Layers with different numbers of heads: half of five heads are two or three."""
+    keep = torch.ones(1, LAYERS, HEADS, dtype=torch.bool)
+    keep[0, 1, 1:] = False
+    small = fm.extract(fm.attach(model, Subnetworks(["x"], heads=keep)), "x")
+    found = fm.discover(small, {"de": [data()]}, loss_of(small), density=0.5)
+    assert int(found.heads.sum()) in (2, 3)

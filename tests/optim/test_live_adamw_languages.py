@@ -395,3 +395,70 @@ def test_two_processes_take_the_same_step(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(first["moved"], first["owned"])
     torch.testing.assert_close(first["net"], second["net"], rtol=0, atol=0)
+
+
+def optimizer_over(*layers):
+    net = torch.nn.ModuleList(layers)
+    return fm.LiveAdamW(net.parameters(), lr=1e-2, model=net)
+
+
+def halves():
+    return fm.Mask.rows(torch.tensor([[True, True, False, False], [False, False, True, True]]), 4)
+
+
+def test_layers_that_share_a_weight_both_count():
+    """Languages that come through either of two layers with one Parameter are those of its gradient."""
+    first, second = fm.MaskedLinear(4, 4, halves(), bias=False), fm.MaskedLinear(4, 4, halves(), bias=False)
+    second.weight = first.weight
+    optimizer = optimizer_over(first, second)
+    second(first(torch.randn(2, 4), torch.tensor([0, 0])), torch.tensor([1, 1])).sum().backward()
+    before = first.weight.detach().clone()
+    optimizer.step()
+    assert (first.weight != before).any(1).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 3, 4), (2, 3, 5, 4)])
+def test_an_output_may_be_written_to(shape):
+    """An activation in place of a masked layer's output does not hide its languages."""
+    layer = fm.MaskedLinear(4, 4, halves())
+    optimizer = optimizer_over(layer)
+    torch.nn.ReLU(inplace=True)(layer(torch.randn(shape), torch.tensor([1, 1]))).sum().backward()
+    before = layer.bias.detach().clone()
+    optimizer.step()
+    assert (layer.bias != before).tolist()[:2] == [False, False]
+
+
+def test_gradients_that_somebody_else_sets_to_zero_are_gone():
+    """Zeroing gradients in place begins anew, as setting them to None does; scaling them does not."""
+    layer = fm.MaskedLinear(4, 4, halves(), bias=False)
+    optimizer = optimizer_over(layer)
+    for language in (0, 1):
+        layer(torch.ones(2, 4), torch.tensor([language] * 2)).sum().backward()
+        before = layer.weight.detach().clone()
+        optimizer.step()
+        assert (layer.weight != before).any(1).tolist() == [language == 0] * 2 + [language == 1] * 2
+        layer.zero_grad(set_to_none=False)
+    optimizer.zero_grad()
+    layer(torch.ones(2, 4), torch.tensor([0, 0])).sum().backward()
+    layer.weight.grad.mul_(0.5)
+    layer(torch.ones(2, 4), torch.tensor([1, 1])).sum().backward()
+    before = layer.weight.detach().clone()
+    optimizer.step()
+    assert (layer.weight != before).any(1).all()
+
+
+def test_blocks_of_a_transposed_weight():
+    """A weight whose rows do not lie together is stepped like one whose rows do."""
+    keep = torch.zeros(1, 2, 4, dtype=torch.bool)
+    keep[0, 0, 0] = keep[0, 1, 2] = True
+    moved = []
+    for transposed in (False, True):
+        torch.manual_seed(0)
+        layer = fm.MaskedLinear(8, 8, fm.Mask.blocks(keep, (4, 2)), bias=False)
+        weight = layer.weight.detach()
+        layer.weight = torch.nn.Parameter(weight.t().contiguous().t() if transposed else weight)
+        optimizer = optimizer_over(layer)
+        layer(torch.randn(2, 3, 8), torch.tensor([0, 0])).square().sum().backward()
+        optimizer.step()
+        moved.append(layer.weight.detach().clone())
+    torch.testing.assert_close(*moved)

@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastmask.kept import is_capturing, never_written, sent
-from fastmask.models.contexts import ContextLanguage, backward_pass
-from fastmask.models.language_arguments import LanguageCounts
-from fastmask.models.recomputation import may_recompute, recall, remember
+from fastmask.models.contexts import ContextLanguage, backward_pass, may_recompute, recall, remember
+from fastmask.models.languages import LanguageCounts
 
 __all__ = ["Route", "Router"]
+
+_RECOMPUTED = (
+    "the language of its forward pass is not known there. Pass language_ids in what is checkpointed, or enter "
+    "`with fastmask.language(...)` inside of it (once `torch.utils.checkpoint` has seen one language from outside, "
+    "and only one, it finds that by itself)"
+)
 
 
 class Route:
@@ -73,9 +78,6 @@ class Route:
             n_languages: L.
             sizes: of the tokens that the call gives, if it gives any.
             counts: of ids that are not on the CPU, the `LanguageCounts`; anything else is ignored.
-
-        Raises:
-            ValueError: an id out of range, or ids of another shape.
         """
         present = _present(ids, n_languages, counts)
         if isinstance(ids, int):
@@ -104,14 +106,8 @@ class Route:
         return same and self.packs_heads == other.packs_heads
 
     def examples(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those.
-
-        Raises:
-            ValueError: x has another number of examples, or of tokens.
-        """
-        if self.tokens is None:
-            return x, self.ids_for(x)
-        if x.ndim == 2 and x.shape[0] == self.tokens[0] * self.tokens[1]:
+        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those."""
+        if self.tokens is None or (x.ndim == 2 and x.shape[0] == self.tokens[0] * self.tokens[1]):
             return x, self.ids_for(x)
         if tuple(x.shape[:2]) != self.tokens or x.ndim != 3:
             raise ValueError(
@@ -129,9 +125,6 @@ class Route:
         """A language id for each example of x [B, ...], on its device; one tensor for all layers of a pass.
 
         Models flatten examples and tokens (experts, choices): then every example has as many rows, one after the other.
-
-        Raises:
-            ValueError: x has another number of examples.
         """
         made = self._made
         if made is not None and made.shape[0] == x.shape[0] and made.device == x.device:
@@ -253,11 +246,7 @@ class Router:
     def resolve(
         self, ids: Tensor | int | None, sizes: tuple[int, ...] | None = None, counts: Tensor | None = None
     ) -> Route:
-        """The route of a forward call: of its ids, or else of `fastmask.language`, or else of `set_language`.
-
-        Raises:
-            ValueError: there is none, ids inside `fastmask.language`, or ids that do not fit (see `Route.of`).
-        """
+        """The route of a forward call: of its ids, or else of `fastmask.language`, or else of `set_language`."""
         default = self.default.get()
         if ids is not None:
             if default is not None:
@@ -287,11 +276,7 @@ class Router:
         return self._remembered(Route(language, (language,), shared=shared, model=self.default.number))
 
     def current(self) -> Route:
-        """The route of the running pass; where the model's own forward was gone around, that of a default.
-
-        Raises:
-            RuntimeError: there is neither.
-        """
+        """The route of the running pass; where the model's own forward was gone around, that of a default."""
         route = self.running.route
         if route is not None:
             if is_compiling():
@@ -323,10 +308,3 @@ class Router:
         if not is_compiling() and may_recompute(began_with_grad=True):
             remember(self.default.number, route)
         return route
-
-
-_RECOMPUTED = (
-    "the language of its forward pass is not known there. Pass language_ids in what is checkpointed, or enter "
-    "`with fastmask.language(...)` inside of it (once `torch.utils.checkpoint` has seen one language from outside, "
-    "and only one, it finds that by itself)"
-)

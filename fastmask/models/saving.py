@@ -20,9 +20,9 @@ from torch import nn
 
 from fastmask.files import FileError, Record, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
-from fastmask.models.entry import UNLOADED, plain_class_of
-from fastmask.models.exporting import SIZES, shrink
+from fastmask.models.calls import UNLOADED, plain_class_of
 from fastmask.models.families import Family
+from fastmask.models.one_language import SIZES, shrink
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["from_pretrained", "save_pretrained"]
@@ -109,14 +109,13 @@ def save_pretrained(
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
         folder.mkdir(parents=True, exist_ok=True)
-        kind: Any = "subnetworks" if masked else "extracted"
+        # By name: deltas, say, may lie beside them, and come and go.
+        files = sorted(folder.glob("*model*.safetensors")) if weights else []
         if masked:
             attached(owner).subnets.save(folder / MASKS, metadata)
-        files = [folder / MASKS] if masked else []
-        # By name: deltas, say, may lie beside them, and come and go.
-        files += sorted(folder.glob("*model*.safetensors")) if weights else []
+            files.insert(0, folder / MASKS)
         about = About(
-            kind=kind,
+            kind="subnetworks" if masked else "extracted",
             model_class=plain_class.__name__,
             forward="full" if full else "masked",
             base=base,

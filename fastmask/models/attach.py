@@ -20,10 +20,9 @@ from fastmask.models.languages import id_of
 from fastmask.models.layers import Around, put, unit_layers, weight_layers, wrapped_in
 from fastmask.models.other_libraries import (
     Places,
+    change_class,
     check_model,
     check_shared,
-    follow_class,
-    is_own,
     kind_of,
     move_hook,
     unhook_if_alone,
@@ -120,11 +119,11 @@ def attach(
     of_units = unit_layers(model, subnets, router, structure)
     check_shared(model, of_units)
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
-    unpacked, wrapped = dict(found.unpacked), set()
+    wrapped: dict[str, str] = {}
     for group in (group for kind in kinds for group in structure.groups(kind)):
-        if (name := wrapped_in(model, group)) is not None and group.place not in wrapped:
-            wrapped.add(group.place)
-            unpacked[group.place] = f"masks are put around {name!r}, a {kind_of(model.get_submodule(name))}"
+        if (name := wrapped_in(model, group)) is not None:
+            wrapped.setdefault(group.place, f"masks are put around {name!r}, a {kind_of(model.get_submodule(name))}")
+    unpacked = {**found.unpacked, **wrapped}
     if not full_forward:
         _say(model, structure, unpacked, found.untried)
     if unpacked or found.apart:
@@ -144,10 +143,7 @@ def attach(
     state = Attached(subnets, router, places, plain, around, structure, unpacked)
     models: list[nn.Module] = [model, *inner]
     for module in models:
-        if is_own(vars(module).get("forward"), module):  # left behind by hooks that were taken off
-            del module.forward
-        module.__class__ = attached_class(plain_class_of(module))
-        follow_class(module)
+        change_class(module, attached_class(plain_class_of(module)))
         setattr(module, OUTER if module is model else INNER, state)
     return model
 
@@ -189,8 +185,7 @@ def detach(model: Model) -> Model:
     for mask in state.around.values():
         mask.take_off()
     for module in models:
-        module.__class__ = plain_class_of(module)
-        follow_class(module)
+        change_class(module, plain_class_of(module))
         delattr(module, OUTER if module is owner else INNER)
     return model
 

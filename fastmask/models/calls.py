@@ -103,10 +103,9 @@ class _Arguments:
 def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
     """The one subclass of a model's class, under the same name, that takes languages when it is called.
 
-    A subclass rather than functions on the instance, or hooks: copies of the model run their own, the route ends with
-    the call whatever ends it, and `isinstance`, `save_pretrained` and `inspect.signature(model.forward)` go on working.
-    The languages are taken at `__call__`, so that they reach the layers whatever forward others have put on the
-    instance; a forward that is called by itself takes them, too.
+    A subclass, and not functions on the instance or hooks: copies of the model run their own, the route ends with the
+    call whatever ends it, `isinstance` and `inspect.signature(model.forward)` go on working. Languages are taken at
+    `__call__`, whatever forward others have put on the instance; a forward that is called by itself takes them, too.
     """
     if plain in _CLASSES:
         return _CLASSES[plain]
@@ -251,12 +250,9 @@ def _empty(plain: type[nn.Module]) -> nn.Module:
 
 
 def packs_heads(cache: Any, heads: Tensor, present: tuple[int, ...] | None) -> bool:
-    """Whether a pass that fills or continues a cache sends its heads packed; the cache is made ready for it.
+    """Whether a pass that fills or continues a cache (None: makes one) sends its heads packed; the cache is made ready.
 
-    Args:
-        cache: any cache of transformers, or None for one that the model will make.
-        heads: bool [L, layers, heads], the masks of the attached subnetworks.
-        present: the languages of the batch, if they are known.
+    heads: bool [L, layers, heads], the attached masks; present: the languages of the batch, if they are known.
     """
     packed: LiveHeads | None = getattr(cache, _PACKED, None)
     alone = present is not None and len(present) == 1 and present[0] >= 0
@@ -305,6 +301,7 @@ def _unpack(cache: Any, packed: LiveHeads) -> None:
 
 
 def _check(cache: Any, heads: int) -> None:
+    """Refuse a cache of another number of heads that does not say which they are."""
     for layer in getattr(getattr(cache, "self_attention_cache", cache), "layers", ()):
         states = getattr(layer, "keys", None)
         if isinstance(states, Tensor) and states.ndim == 4 and states.shape[1] != heads:

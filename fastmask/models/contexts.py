@@ -236,9 +236,7 @@ def remember(number: int, route: Any) -> None:
     found = _checkpoint()
     if found is None:
         return
-    if not hasattr(found, _NAME):
-        setattr(found, _NAME, {})
-    routes = getattr(found, _NAME)
+    routes = vars(found).setdefault(_NAME, {})
     known = routes.setdefault(number, route)
     if known is not route and (known is None or not known.equals(route)):
         routes[number] = None  # several: which one a recomputed call had is not known

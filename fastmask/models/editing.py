@@ -43,35 +43,29 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
     given = {what: keep for what, keep in (("heads", heads), ("neurons", neurons)) if keep is not None}
     if not given:
         raise ValueError("nothing to set: give heads, neurons or both")
-    for what, keep in given.items():
-        _check_one(what, keep, getattr(state.subnets, what), language)
     # Everything that can fail comes before the first change to the model.
     layers = _masked_layers(model)
     wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
     changed: dict[Masked, Mask] = {}
     for what, keep in given.items():
+        if (before := wide[what]) is None:
+            raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
+            was = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(f"expected {what} of {language!r} as a bool tensor {tuple(before.shape[1:])}, given {was}")
+        dead = (~keep.any(1)).nonzero().flatten().tolist()
+        if dead:
+            raise ValueError(f"this would leave {language!r} without live {what} in layer {dead[0]}: keep at least one")
         for index, group in enumerate(state.structure.groups(what)):
             if keep[index, group.units :].any():
                 raise ValueError(f"layer {index} has {group.units} {what}, given masks that own one behind those")
-            if torch.equal(keep[index].cpu(), wide[what][row, index].cpu()):
+            if torch.equal(keep[index].cpu(), before[row, index].cpu()):
                 continue
             for name, unit in group.projections.items():
                 changed[layers[name]] = layers[name].mask.replaced(row, kept_of(keep[index, : group.units], unit))
-        wide[what] = wide[what].clone()
+        wide[what] = before.clone()
         wide[what][row] = keep
     _change(state, Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide), changed)
-
-
-def _check_one(what: str, keep: Tensor, before: Tensor | None, name: str) -> None:
-    """Refuse what cannot be one language's units."""
-    if before is None:
-        raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
-        given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise ValueError(f"expected {what} of {name!r} as a bool tensor {tuple(before.shape[1:])}, given {given}")
-    dead = (~keep.any(1)).nonzero().flatten().tolist()
-    if dead:
-        raise ValueError(f"this would leave {name!r} without live {what} in layer {dead[0]}: keep at least one")
 
 
 def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:

@@ -28,21 +28,13 @@ _STEP = 8  # packed widths are multiples of it: grouped products want rows that 
 
 @dataclass(frozen=True)
 class Stacked:
-    """A parameter that holds something of every expert, and where the neurons lie in it.
+    """A parameter that holds something of every expert, and where the neurons lie in it."""
 
-    Attributes:
-        name: of the parameter, below its module.
-        dim: along which neurons lie.
-        parts: how many entries along `dim` a neuron has: 2 where gate and up are one parameter, otherwise 1.
-        interleaved: whether these lie side by side; otherwise all gates come first, and then all ups.
-        read: whether it reads neurons (down), and does not compute them.
-    """
-
-    name: str
-    dim: int
-    parts: int = 1
-    interleaved: bool = False
-    read: bool = False
+    name: str  # below its module
+    dim: int  # along which neurons lie
+    parts: int = 1  # how many entries along `dim` a neuron has: 2 where gate and up are one parameter
+    interleaved: bool = False  # whether these lie side by side; otherwise all gates come first, and then all ups
+    read: bool = False  # whether it reads neurons (down), and does not compute them
 
     def entries(self, neurons: Tensor, n: int) -> Tensor:
         """Where some neurons (int64 [live]) of n lie along `dim`, int64 [live * parts]."""
@@ -90,13 +82,10 @@ def stacked_in(module: nn.Module, layout: Projections) -> tuple[int, tuple[Stack
 
 
 class AttachedExperts(nn.Module):
-    """A module of experts that looks like the one it replaces, and shares all it holds.
+    """A module of experts that looks like the `plain` one it replaces, and shares all it holds.
 
-    Args:
-        plain: the module; tokens come to it as [tokens, in], whatever examples they are of.
-        mask: of its neurons, over columns: those of any expert's down projection.
-        stacked: its parameters with neurons in them.
-        packs: whether dead neurons are left out; otherwise all are computed, and dead ones not read.
+    Its mask is over columns, those of any expert's down projection. If it `packs`, dead neurons are left out; otherwise
+    all are computed, and dead ones not read.
     """
 
     def __init__(
@@ -188,14 +177,10 @@ class AttachedExperts(nn.Module):
                 entries = [stacked.entries(own if full else _padded(own), n) for own in live]
                 made = _Some.apply(parameter, stacked.dim, full, *entries)
                 if stacked.read and not full:  # what stands in for neurons that are not there is not read
-                    made = [
-                        part
-                        if part.shape[stacked.dim] == len(own)
-                        else part * _flags(torch.arange(len(own), device=part.device), part, stacked.dim)
-                        for part, own in zip(made, live, strict=True)
-                    ]
+                    made = [_cleared(stacked, part, len(own)) for part, own in zip(made, live, strict=True)]
             elif stacked.read:
-                made = [parameter * _flags(own, parameter, stacked.dim) for own in live]
+                none = torch.zeros(n, dtype=torch.bool, device=parameter.device)
+                made = [parameter * stacked.beside(none.index_fill(0, own, True), parameter) for own in live]
             else:
                 continue
             for (own, _), part in zip(masked, made, strict=True):
@@ -217,10 +202,10 @@ def _padded(live: Tensor) -> Tensor:
     return torch.cat([live, first.expand(-len(live) % _STEP if len(live) else _STEP)])
 
 
-def _flags(index: Tensor, of: Tensor, dim: int) -> Tensor:
-    """1 at some entries along a dimension, otherwise 0, to be multiplied with a tensor."""
-    flags = of.new_zeros(of.shape[dim]).index_fill(0, index, 1)
-    return flags.view(*[-1 if other == dim else 1 for other in range(of.ndim)])
+def _cleared(stacked: Stacked, part: Tensor, n: int) -> Tensor:
+    """A part of a parameter with zeros behind its first n neurons."""
+    there = torch.arange(part.shape[stacked.dim], device=part.device) < n
+    return part if len(there) == n else part * stacked.beside(there, part)
 
 
 class _Some(torch.autograd.Function):

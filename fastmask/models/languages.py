@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmask.errors import unknown
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["LanguageCollator", "LanguageCounts", "id_of", "ids_of"]
+__all__ = ["LanguageCollator", "LanguageCounts", "checked_id", "id_of", "ids_of"]
 
 
 def id_of(name: str | None, languages: tuple[str, ...]) -> int:
@@ -28,37 +28,41 @@ def id_of(name: str | None, languages: tuple[str, ...]) -> int:
 
 def ids_of(given: dict[str, Any], languages: tuple[str, ...]) -> Tensor | int | None:
     """What the one argument that was given says: ids, one id for the whole batch, or None if there is none."""
-    for name, value in given.items():
-        if name == "language":
-            return id_of(value, languages)
-        if name == "languages":
-            if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-                what = repr(value) if isinstance(value, str) else type(value).__name__
-                raise ValueError(
-                    f"expected languages as a list of names (None: full network), one for each example, given {what}"
-                )
-            return torch.tensor([id_of(each, languages) for each in value], dtype=torch.int64, device="cpu")
-        if name == "language_ids":
-            return _as_int64(value)
-    return None
-
-
-def _as_int64(ids: Any) -> Tensor:
-    given, tensor = type(ids).__name__, ids
+    if "language" in given:
+        return id_of(given["language"], languages)
+    if (names := given.get("languages")) is not None:
+        if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+            what = repr(names) if isinstance(names, str) else type(names).__name__
+            raise ValueError(
+                f"expected languages as a list of names (None: full network), one for each example, given {what}"
+            )
+        return torch.tensor([id_of(each, languages) for each in names], dtype=torch.int64, device="cpu")
+    if (ids := given.get("language_ids")) is None:
+        return None
+    what, tensor = type(ids).__name__, ids
     if isinstance(ids, list | tuple):
         try:
             tensor = torch.tensor(ids, device="cpu") if ids else torch.zeros(0, dtype=torch.int64)
         except (TypeError, ValueError):
             tensor = None
-        given = f"{given} of {', '.join(sorted({type(each).__name__ for each in ids}))}"
+        what = f"{what} of {', '.join(sorted({type(each).__name__ for each in ids}))}"
     if isinstance(tensor, Tensor):
         if tensor.dtype in (torch.int64, torch.int32) and tensor.ndim > 0:
             return tensor.long()
-        given = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
     raise ValueError(
         "expected language_ids as an int64 tensor [batch] (or int32, or a list of ints; names go in languages=[...], "
-        f"one name for the whole batch in language=...), given {given}"
+        f"one name for the whole batch in language=...), given {what}"
     )
+
+
+def checked_id(number: int, n_languages: int) -> int:
+    """An id of a language, or -1, and an error for any other number."""
+    if not -1 <= number < n_languages:
+        raise ValueError(
+            f"language id {number} is out of range: expected 0 to {n_languages - 1}, or -1 for the full network"
+        )
+    return number
 
 
 class LanguageCounts(Tensor):
@@ -162,12 +166,6 @@ class LanguageCollator:
         if value is None or isinstance(value, str):
             return id_of(value, self.languages)
         try:
-            number = operator.index(value)
+            return checked_id(operator.index(value), len(self.languages))
         except TypeError:
             raise ValueError(f"expected a language's name or id in {self.column!r}, given {value!r}") from None
-        if not -1 <= number < len(self.languages):
-            raise ValueError(
-                f"language id {number} is out of range: expected 0 to {len(self.languages) - 1}, or -1 for the full "
-                "network"
-            )
-        return number

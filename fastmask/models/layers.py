@@ -28,7 +28,6 @@ __all__ = [
     "Around",
     "AttachedConv1D",
     "AttachedLinear",
-    "Layers",
     "Siblings",
     "put",
     "unit_layers",
@@ -51,7 +50,6 @@ class AttachedLinear(MaskedLinear):
         of_heads: whether the units are heads, which a route may want unpacked.
         parts: output rows of each of several projections that the weight holds, and of a unit in each; () for one.
         activation: a name of `torch_path.layers`, applied to the input in place of the model's own.
-        siblings: the layers that read the same input, to which this one is added.
     """
 
     def __init__(
@@ -70,15 +68,10 @@ class AttachedLinear(MaskedLinear):
         **options: Any,
     ) -> None:
         self.parts = tuple(parts)
-        super().__init__(
-            in_features, out_features, mask, forward="full" if router.full_forward else "masked", **options
-        )
-        self.router = router
-        self.unit = unit
-        self.packs = packs and unit is not None
-        self.of_heads = of_heads
-        self.activation = activation
-        self.siblings = siblings
+        forward = "full" if router.full_forward else "masked"
+        super().__init__(in_features, out_features, mask, forward=forward, **options)
+        self.router, self.unit, self.packs, self.of_heads = router, unit, packs and unit is not None, of_heads
+        self.activation, self.siblings = activation, siblings
         if siblings is not None:
             siblings.layers.append(self)
 
@@ -139,13 +132,10 @@ class AttachedLinear(MaskedLinear):
         """Each part packed by itself: [queries | keys | values] with as many units of each."""
         sizes = [size for size, _ in self.parts]
         masks = [self._beside_weight(mask) for mask, _ in self._of_parts]
-        widths = [
-            self._widest(counts, route, x, size, unit)
-            for (_, counts), (size, unit) in zip(self._of_parts, self.parts, strict=True)
-        ]
+        both = zip(self._of_parts, self.parts, strict=True)
+        widths = [self._widest(counts, route, x, size, unit) for (_, counts), (size, unit) in both]
         biases = [] if self.bias is None else list(self.bias.split(sizes))
-        weights = list(self.matrix.split(sizes))
-        examples, ids = route.examples(x)
+        weights, (examples, ids) = list(self.matrix.split(sizes)), route.examples(x)
         return route.joined(torch.cat(list(compute_projections(examples, weights, masks, ids, biases, widths)), -1))
 
 
@@ -197,7 +187,10 @@ class Siblings:
 
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""
-        layers, me, now = self.layers, self.layers.index(layer), (_version(x), torch.is_grad_enabled())
+        # Counts writes to x. A tracer has no versions and shows writes as new tensors; tensors of inference mode have
+        # none either: a model that wrote to the input between its projections would go unnoticed there.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        layers, me, now = self.layers, self.layers.index(layer), (version, torch.is_grad_enabled())
         of, then, left = route.waiting.get(self, (None, None, {}))
         if of is not x or then != now or me not in left:
             examples, ids = route.examples(x)
@@ -217,15 +210,6 @@ class Siblings:
         if not left:
             del route.waiting[self]
         return y
-
-
-def _version(x: Tensor) -> int:
-    """Counts what was written to x in place.
-
-    A tracer knows of no versions and shows writes as new tensors. Tensors of inference mode keep none either: a model
-    that wrote to the input between its projections would go unnoticed there.
-    """
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class Around:
@@ -292,13 +276,8 @@ def unit_layers(
 ) -> Layers:
     """The layers of heads and neurons, by module name, and identities for activations that they take over.
 
-    Args:
-        model: plain.
-        subnets: masks for its geometry.
-        router: where the layers will look up their languages.
-        structure: of the model.
-        unpacked: places (`UnitGroup.place`) whose units stay in their slots.
-        apart: places whose projections do not read the same input.
+    At places (`UnitGroup.place`) that are `unpacked` units stay in their slots, at those `apart` projections do not
+    read the same input.
     """
     _check_geometry(model, subnets, structure)
     layers: Layers = {}
@@ -396,13 +375,9 @@ def _check_geometry(model: nn.Module, subnets: Subnetworks, structure: Structure
         if not sizes:
             raise ValueError(f"the masks are for {kind}, and {what} none that fastmask knows how to mask")
         if tuple(keep.shape[1:]) != (len(sizes), max(sizes)):
-            raise ValueError(
-                f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {kind}, "
-                f"{what} {len(sizes)} layers of {max(sizes)} {kind}"
-            )
+            there = f"{what} {len(sizes)} layers of {max(sizes)} {kind}"
+            raise ValueError(f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {kind}, {there}")
         for index, group in enumerate(structure.groups(kind)):
             if keep[:, index, group.units :].any():
-                raise ValueError(
-                    f"the masks own {kind} of layer {index} that do not exist: {what} {group.units} there "
-                    f"({group.name})"
-                )
+                there = f"{what} {group.units} there ({group.name})"
+                raise ValueError(f"the masks own {kind} of layer {index} that do not exist: {there}")

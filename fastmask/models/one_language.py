@@ -131,15 +131,9 @@ def _of_experts(layer: AttachedExperts, languages: tuple[str, ...], model: Any) 
 SIZES = "_fastmask_sizes"  # of an extracted model: {module name: (out_features, in_features)}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
 _NEURONS = (
-    "intermediate_size",
-    "ffn_dim",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "d_ff",
-    "hidden_dim",
-    "n_inner",
+    "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim", "n_inner",
     "moe_intermediate_size",
-)
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -206,7 +200,11 @@ def extract(model: nn.Module, language: str) -> Any:
             sizes[group.name] = _cut_experts(small, group, keep.nonzero().flatten())
             continue
         for name, unit in group.projections.items():
-            sizes[name] = _cut(small, name, kept_of(keep, unit), 0 if name in group.rows else 1)
+            linear, of_rows = small.get_submodule(name), name in group.rows
+            index = kept_of(keep, unit).nonzero().flatten().to(linear.weight.device)
+            weight = linear.weight.index_select(int(of_rows == is_conv1d(linear)), index)
+            bias = linear.bias.index_select(0, index) if linear.bias is not None and of_rows else linear.bias
+            sizes[name] = _resize(linear, weight, bias)
     ordinary = _ordinary(small, _live(state, "heads", row), _live(state, "neurons", row))
     if ordinary is not None:
         return ordinary
@@ -232,17 +230,6 @@ def shrink(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
         _resize(linear, weight.new_empty((width, out) if is_conv1d(linear) else (out, width)), bias)
 
 
-def _cut(model: nn.Module, name: str, keep: Tensor, dim: int) -> tuple[int, int]:
-    linear: Any = model.get_submodule(name)
-    index = keep.nonzero().flatten().to(linear.weight.device)
-    weight = linear.weight.index_select(1 - dim if is_conv1d(linear) else dim, index)
-    bias = linear.bias
-    if bias is not None and dim == 0:
-        bias = bias.index_select(0, index)
-    _resize(linear, weight, bias)
-    return weight.shape[::-1] if is_conv1d(linear) else tuple(weight.shape)
-
-
 def _cut_experts(model: nn.Module, group: UnitGroup, live: Tensor) -> tuple[int, int]:
     """Leave some neurons (int64 [live]) of every expert; returns (outputs, neurons)."""
     module = model.get_submodule(group.name)
@@ -255,15 +242,16 @@ def _cut_experts(model: nn.Module, group: UnitGroup, live: Tensor) -> tuple[int,
     return sizes
 
 
-def _resize(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
-    trained = linear.weight.requires_grad
-    linear.weight = nn.Parameter(weight, requires_grad=trained)
+def _resize(linear: Any, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Give a linear layer another weight and bias; returns (outputs, inputs)."""
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=linear.bias.requires_grad)
     if is_conv1d(linear):
         linear.nx, linear.nf = weight.shape
-    else:
-        linear.out_features, linear.in_features = weight.shape
+        return linear.nf, linear.nx
+    linear.out_features, linear.in_features = weight.shape
+    return linear.out_features, linear.in_features
 
 
 def _live(state: Attached, kind: str, row: int) -> tuple[int, int] | None:

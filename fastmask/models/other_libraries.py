@@ -16,19 +16,9 @@ from torch import Tensor, nn
 from fastmask.models.structure import is_conv1d
 
 __all__ = [
-    "Places",
-    "check_model",
-    "check_shared",
-    "follow_class",
-    "is_own",
-    "is_wrapped",
-    "kind_of",
-    "move_hook",
-    "obstacle",
-    "plain_experts",
-    "plain_linear",
-    "unhook_if_alone",
-]
+    "Places", "change_class", "check_model", "check_shared", "is_wrapped", "kind_of", "move_hook", "obstacle",
+    "plain_experts", "plain_linear", "unhook_if_alone",
+]  # fmt: skip
 
 # By name: importing them takes seconds, and some belong to libraries that need not be there.
 _WRAPPERS = {
@@ -73,7 +63,7 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{what}{_WRAPPERS[name]}: attach first, wrap afterwards")
 
 
-def is_own(forward: Any, module: nn.Module) -> bool:
+def _is_own(forward: Any, module: nn.Module) -> bool:
     """Whether a forward is just that of the module's class, bound to the module.
 
     Or what the class has decorated: `Accelerator.unwrap_model` takes more off than `prepare` put on.
@@ -102,18 +92,18 @@ def plain_linear(model: nn.Module, name: str) -> Any:
     why = obstacle(module, hook_of(module))
     weight: Any = module._parameters.get("weight")
     expected = (module.nx, module.nf) if is_conv1d(module) else (module.out_features, module.in_features)
+    path = name.split(".")
     if why is None and (is_foreign(weight) or not weight.is_floating_point()):
         why = f"its weight is {kind_of(weight)} of {weight.dtype}, and quantised layers cannot be masked"
     elif why is None and tuple(weight.shape) != expected:
         why = f"its weight has shape {tuple(weight.shape)}, expected {expected}"
+    elif any(isinstance(model.get_submodule(".".join(path[:i])), nn.TransformerEncoderLayer) for i in range(len(path))):
+        why = why or (
+            "in evaluation mode nn.TransformerEncoderLayer reads the weights of its layers without calling them, and "
+            "would leave masks out"
+        )
     if why is not None:
         raise ValueError(f"cannot mask {name!r}: {why}")
-    path = name.split(".")
-    if any(isinstance(model.get_submodule(".".join(path[:i])), nn.TransformerEncoderLayer) for i in range(len(path))):
-        raise ValueError(
-            f"cannot mask {name!r}: in evaluation mode nn.TransformerEncoderLayer reads the weights of its layers "
-            "without calling them, and would leave masks out"
-        )
     return module
 
 
@@ -172,7 +162,7 @@ def _hung_on(module: nn.Module, hook: Any) -> str | None:
                 "on an attached layer see inputs and outputs packed to the live heads or neurons)"
             )
     forward = vars(module).get("forward")
-    if forward is not None and not is_own(forward, module) and (hook is None or hook_of(module) is not hook):
+    if forward is not None and not _is_own(forward, module) and (hook is None or hook_of(module) is not hook):
         return f"its forward has been replaced, as accelerate's device_map and offload do ({_UNHOOK})"
     return None
 
@@ -218,8 +208,11 @@ def unhook_if_alone(module: nn.Module, layer: nn.Module) -> None:
         remove_hook_from_module(module)
 
 
-def follow_class(module: nn.Module) -> None:
-    """Let the hook of a module call the forward of its class, which has changed, and show its signature."""
+def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Let the hook of a module, too, call the forward of its new class, and show its signature."""
+    if _is_own(vars(module).get("forward"), module):  # left behind by hooks that were taken off
+        del module.forward
+    module.__class__ = kind
     forward = vars(module).get("forward")
     if hook_of(module) is None or not isinstance(forward, functools.partial):
         return
@@ -239,17 +232,14 @@ class Places:
     """Where the modules that `attach` put into a model stand (and those with masks `around`), and if they still do."""
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], around: Collection[str] = ()) -> None:
-        self._around = frozenset(around)
-        modules = {**modules, **{name: model.get_submodule(name) for name in around}}
         self._root = model._modules  # not the model: a circle would keep its memory until garbage is collected
+        self._kinds = {name: type(module) for name, module in modules.items()}
         self._leaves: dict[str, tuple[Modules, str, nn.Module]] = {}
-        for name, module in modules.items():
+        self._linears: list[tuple[str, nn.Linear, tuple[int, int]]] = []
+        for name, module in {**modules, **{name: model.get_submodule(name) for name in around}}.items():
             parent, _, child = name.rpartition(".")
             self._leaves[name] = (model.get_submodule(parent)._modules, child, module)
-        self._kinds = {name: type(module) for name, module in modules.items()}
-        self._linears: list[tuple[str, nn.Linear, tuple[int, int]]] = []
-        for name, module in modules.items():
-            if isinstance(module, nn.Linear) and name not in self._around:
+            if isinstance(module, nn.Linear) and name in modules:
                 shape = module.out_features, module.in_features
                 stored = shape[::-1] if getattr(module, "transposed", False) else shape
                 self._linears.append((name, module, stored))
@@ -276,12 +266,11 @@ class Places:
     def removable(self, plain: Mapping[str, nn.Module]) -> dict[str, tuple[Modules, str, nn.Module]]:
         """What `detach` takes out for `plain`, and where it stands: not what others have replaced by theirs."""
         found = {}
-        for name, (modules, child, layer) in self._leaves.items():
+        for name, kind in self._kinds.items():
+            modules, child, layer = self._leaves[name]
             now = modules.get(child)
-            if name in self._around:
-                continue
             if now is layer:
-                if type(layer) is not self._kinds[name]:
+                if type(layer) is not kind:
                     raise ValueError(
                         f"cannot detach: {name!r} has become {kind_of(layer)}. Remove parametrizations first"
                     )

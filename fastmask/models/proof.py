@@ -30,7 +30,7 @@ from fastmask.models.experts import Stacked
 from fastmask.models.layers import Around, put, unit_layers
 from fastmask.models.other_libraries import is_wrapped
 from fastmask.models.routing import Route, Router
-from fastmask.models.structure import Structure, UnitGroup, is_conv1d, kept_of
+from fastmask.models.structure import Structure, UnitGroup, is_conv1d, kept_of, number_in
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["Found", "Inputs", "ProofError", "short", "try_layers", "working_inputs"]
@@ -51,17 +51,11 @@ _known: dict[str, Found] = {}
 
 @dataclass(frozen=True)
 class Found:
-    """What trying showed, by place (`UnitGroup.place`).
+    """What trying showed, by place (`UnitGroup.place`)."""
 
-    Attributes:
-        unpacked: where units cannot be packed, and why not.
-        apart: where the projections do not read the same input, so that there is nothing to compute together.
-        untried: where nothing was shown, not even that unpacked units are right.
-    """
-
-    unpacked: Mapping[str, str]
-    apart: frozenset[str] = frozenset()
-    untried: frozenset[str] = frozenset()
+    unpacked: Mapping[str, str]  # where units cannot be packed, and why not
+    apart: frozenset[str] = frozenset()  # where projections read different inputs: nothing is computed together
+    untried: frozenset[str] = frozenset()  # where nothing was shown, not even that unpacked units are right
 
 
 class ProofError(ValueError):
@@ -71,15 +65,8 @@ class ProofError(ValueError):
 def try_layers(model: nn.Module, structure: Structure, kinds: tuple[str, ...], example: Inputs | None = None) -> Found:
     """Run a tiny batch through the layers that `attach` would put in, and through weights times masks.
 
-    Args:
-        model: plain; it is as it was afterwards.
-        structure: of the model.
-        kinds: which units are masked: "heads", "neurons" or both.
-        example: the arguments of a forward pass of three examples; made from the model's config if not given.
-
-    Raises:
-        ProofError: even unpacked layers give something else than weights times masks, or the model reads weights
-            without calling the layers that hold them.
+    A `ProofError` says that even unpacked layers give something else than weights times masks, or that the model reads
+    weights without calling the layers that hold them.
     """
     groups = [group for kind in kinds for group in structure.groups(kind)]
     places = list(dict.fromkeys(group.place for group in groups))
@@ -112,12 +99,10 @@ def _tried(model: nn.Module, groups: list[UnitGroup], places: list[str], trial: 
     calls = wanted[0].inputs
     _check_called(model, groups, calls, trial.inputs)
     apart = frozenset(group.place for group in groups if len({calls.get(name) for name in group.rows}) > 1)
-    reached = {group.place for group in groups if group.columns[0] in calls}
-    untried = frozenset(place for place in places if place not in reached)
-    unpacked = dict.fromkeys(
-        (place for place in places if place in untried),
-        "the tiny batch does not reach it; give attach(..., example=inputs)",
-    )
+    candidates = list(dict.fromkeys(group.place for group in groups if group.columns[0] in calls))
+    why = "the tiny batch does not reach it; give attach(..., example=inputs)"
+    unpacked: dict[str, str] = {place: why for place in places if place not in candidates}
+    untried = frozenset(unpacked)
 
     def differs(unpacked: Collection[str]) -> str | None:
         try:
@@ -126,19 +111,18 @@ def _tried(model: nn.Module, groups: list[UnitGroup], places: list[str], trial: 
             return short(error)
         return _difference(got, [reference.outputs for reference in wanted])
 
-    if (why := differs(unpacked)) is None:
+    if (together := differs(unpacked)) is None:
         return Found(unpacked, apart, untried)
     if (still := differs(places)) is not None:
         raise ProofError(
             f"cannot attach to {type(model).__name__}: its layers do not give what weights multiplied by masks would "
             f"({still})"
         )
-    candidates = [place for place in places if place in reached]
     for place in candidates:
         if (alone := differs(set(places) - {place})) is not None:
             unpacked[place] = alone
     if differs(unpacked) is not None:
-        unpacked |= dict.fromkeys((place for place in candidates if place not in unpacked), f"together: {why}")
+        unpacked |= {place: f"together: {together}" for place in candidates if place not in unpacked}
     return Found(unpacked, apart, untried)
 
 
@@ -204,18 +188,15 @@ def _difference(got: Recorded, wanted: list[Recorded]) -> str | None:
     """Where the outputs of a mixed batch are not those of its languages alone."""
     for name, outputs in got.items():
         for language, expected in enumerate(wanted):
-            rows = _ROWS[language]
-            calls = expected.get(name, [])
+            rows, calls = _ROWS[language], expected.get(name, [])
             if len(calls) != len(outputs):
                 return f"{name!r} runs {len(outputs)} times, expected {len(calls)}"
             for output, right in zip(outputs, calls, strict=True):
-                if output.shape[0] % _EXAMPLES or output.shape[1:] != right.shape[1:]:
-                    return f"{name!r} gives the shape {tuple(output.shape)}, for {len(rows)} of it {tuple(right.shape)}"
-                mine = output.unflatten(0, (_EXAMPLES, -1))[rows].flatten(0, 1)
+                whole = output.shape[0] % _EXAMPLES == 0
+                mine = output.unflatten(0, (_EXAMPLES, -1))[rows].flatten(0, 1) if whole else output
                 if mine.shape != right.shape:
                     return f"{name!r} gives the shape {tuple(mine.shape)}, expected {tuple(right.shape)}"
-                error = float((mine - right).abs().max()) if right.numel() else 0.0
-                scale = float(right.abs().max()) if right.numel() else 0.0
+                error, scale = (float(x.abs().max()) if x.numel() else 0.0 for x in (mine - right, right))
                 if not error <= _TOLERANCE.get(right.dtype, _USUAL) * max(scale, 1e-30):
                     return f"{name!r} gives other numbers (off by {error:.1e} of {scale:.1e})"
     return None
@@ -246,17 +227,11 @@ def _made_up(structure: Structure, kinds: tuple[str, ...]) -> Subnetworks:
 
 @dataclass(frozen=True)
 class _Reference:
-    """What a run with weights times masks showed.
-
-    Attributes:
-        outputs: of every `columns` projection.
-        inputs: which tensor each projection read first, by its id.
-        routing: what modules of experts were given beside tokens, at each call.
-    """
+    """What a run with weights times masks showed."""
 
     outputs: Recorded
-    inputs: dict[str, int]
-    routing: dict[str, list[tuple[Any, Any]]]
+    inputs: dict[str, int]  # which tensor each projection read first, by its id
+    routing: dict[str, list[tuple[Any, Any]]]  # what modules of experts were given beside tokens, at each call
 
 
 class _Multiplied(nn.Module):
@@ -437,9 +412,5 @@ def _tiny_batch(model: nn.Module) -> Iterator[dict[str, Any]]:
 
 def _setting(config: Any, name: str) -> int:
     """A number of a config, or of one of the configs in it; 0 if there is none."""
-    places = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))] if config else []
-    for place in places:
-        value = getattr(place, name, None)
-        if type(value) is int and value > 0:
-            return value
-    return 0
+    inside = [value for value in vars(config).values() if hasattr(value, "to_dict")] if config else []
+    return number_in([config, *inside], [name])

@@ -35,27 +35,17 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class About(Record):
-    """What `fastmask.json` says of a folder.
-
-    Attributes:
-        kind: a model with subnetworks, or one without, that was extracted.
-        model_class: of `transformers`.
-        forward: as for `attach`.
-        base, revision: the model that it came from, as `transformers` knows it.
-        files: SHA-256 of the masks and the weights.
-        weights: whether they are here, or those of `base`.
-        sizes: of the linear layers of an extracted model, which may have subnetworks of its own.
-    """
+    """What `fastmask.json` says of a folder."""
 
     version: Literal[1] = 1
-    kind: Literal["subnetworks", "extracted"]
+    kind: Literal["subnetworks", "extracted"]  # an extracted model may have subnetworks of its own
     model_class: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
     forward: Literal["masked", "full"] = "masked"
-    base: str | None = None
+    base: str | None = None  # the model that it came from, as `transformers` knows it
     revision: str | None = None
-    weights: bool = True
-    files: dict[str, Sha256] = Field(default_factory=dict)
-    sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)
+    weights: bool = True  # whether they are here; otherwise those of `base`
+    files: dict[str, Sha256] = Field(default_factory=dict)  # the masks and the weights
+    sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)  # of the linear layers of an extracted model
 
 
 def save_pretrained(

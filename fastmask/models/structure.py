@@ -7,7 +7,7 @@ decoder layer's own attention and its attention to the encoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,17 @@ from fastmask.models.families import Family, Projections, family_of
 if TYPE_CHECKING:
     from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["Geometry", "Structure", "UnitGroup", "is_conv1d", "kept_of", "layers_of", "sizes_of", "structure_of"]
+__all__ = [
+    "Geometry",
+    "Structure",
+    "UnitGroup",
+    "is_conv1d",
+    "kept_of",
+    "layers_of",
+    "number_in",
+    "sizes_of",
+    "structure_of",
+]
 
 # Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
 # tokens inside of one expert have lost which example they belong to (experts in one module are told by `stacked_in`).
@@ -38,25 +48,18 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_at
 class UnitGroup:
     """The heads of one attention, or the neurons of one FFN, or of the experts of one layer.
 
-    Attributes:
-        kind: "heads" or "neurons".
-        name: of the module that holds the projections.
-        units: how many there are. Query heads that read one key/value head are one unit, unless the layout names no
-            projections of keys and values.
-        rows: how many output rows of each projection one unit takes. Several numbers are of a projection that computes
-            several things one after the other (all queries, all keys, all values).
-        columns: the projection that reads the units, and how many input columns one unit takes.
-        activation: the module between, if it stands alone.
-        stacked: of experts, the parameters of the module `columns[0]` that hold their neurons; there are no `rows`.
+    Query heads that read one key/value head are one unit, unless the layout names no projections of keys and values.
     """
 
-    kind: str
-    name: str
-    units: int
+    kind: str  # "heads" or "neurons"
+    name: str  # of the module that holds the projections
+    units: int  # how many there are
+    # How many output rows of each projection one unit takes. Several numbers are of a projection that computes several
+    # things one after the other (all queries, all keys, all values).
     rows: dict[str, tuple[int, ...]]
-    columns: tuple[str, int]
-    activation: str | None = None
-    stacked: tuple[Stacked, ...] = ()
+    columns: tuple[str, int]  # the projection that reads the units, and how many input columns one unit takes
+    activation: str | None = None  # the module between, if it stands alone
+    stacked: tuple[Stacked, ...] = ()  # of experts, the parameters of `columns[0]` with their neurons; no `rows` then
 
     @property
     def projections(self) -> dict[str, tuple[int, ...]]:
@@ -98,11 +101,7 @@ class Geometry:
 
     @classmethod
     def of(cls, model: Any) -> Geometry:
-        """Of a model, or of a Hugging Face config (then the bare model is built, without memory).
-
-        Raises:
-            ValueError: no heads and no neurons are found.
-        """
+        """Of a model, or of a Hugging Face config (then the bare model is built, without memory)."""
         if not isinstance(model, nn.Module):
             if not hasattr(model, "model_type"):
                 raise ValueError(f"expected a model or its Hugging Face config, given {type(model).__name__}")
@@ -147,14 +146,10 @@ class Structure:
 
 
 def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
-    """Find the attentions and FFNs of a model, plain or attached, by the layouts of a family, or all that are known.
-
-    Raises:
-        ValueError: neither heads nor neurons are found, or an attention does not say how many heads it has.
-    """
+    """Find the attentions and FFNs of a model, plain or attached, by the layouts of a family, or all that are known."""
     looked_for = family_of(model) if family is None else family
-    attentions = tuple(_found(model, looked_for.attention, "heads", _heads))
-    ffns = tuple(_found(model, looked_for.ffn, "neurons", _neurons))
+    attentions = tuple(_found(model, looked_for.attention, "heads"))
+    ffns = tuple(_found(model, looked_for.ffn, "neurons"))
     if not attentions and not ffns:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         kind = f" (model type {model_type!r})" if model_type else ""
@@ -192,10 +187,9 @@ def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
 
 
 _Measured = tuple[int, list[tuple[int, ...]]] | None  # how many units, and how many rows of each projection one takes
-_Measure = Callable[[nn.Module, nn.Module, Projections, list[int], int], _Measured]
 
 
-def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure: _Measure) -> Iterator[UnitGroup]:
+def _found(model: nn.Module, layouts: Sequence[Projections], kind: str) -> Iterator[UnitGroup]:
     taken: set[str] = set()
     for name, module in model.named_modules():
         # Units are those of a stack of layers: a task head may have projections of the same names.
@@ -212,21 +206,15 @@ def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure:
             names = [f"{name}.{part}" for part in layout.rows]
             if len(sizes) < len(parts) or taken.intersection(names):
                 continue
-            width = sizes[-1][1]
-            measured = measure(model, module, layout, [out for out, _ in sizes[:-1]], width)
+            outs, width = [out for out, _ in sizes[:-1]], sizes[-1][1]
+            measured = _heads(model, module, layout, outs, width) if kind == "heads" else _neurons(outs, width)
             if measured is None:
                 continue
             units, rows = measured
             taken.update(names)
-            own = layout.activation
-            yield UnitGroup(
-                kind,
-                name,
-                units,
-                dict(zip(names, rows, strict=True)),
-                (f"{name}.{layout.columns}", width // units),
-                f"{name}.{own}" if own is not None and _below(module, own) is not None else None,
-            )
+            columns, own = (f"{name}.{layout.columns}", width // units), layout.activation
+            activation = f"{name}.{own}" if own is not None and _below(module, own) is not None else None
+            yield UnitGroup(kind, name, units, dict(zip(names, rows, strict=True)), columns, activation)
             break
 
 
@@ -237,14 +225,16 @@ def _below(module: nn.Module, name: str) -> nn.Module | None:
     return found
 
 
-def _neurons(model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int) -> _Measured:
+def _neurons(outs: list[int], width: int) -> _Measured:
     if all(out == width for out in outs):
         return width, [(1,)] * len(outs)
     return (width, [(1, 1)]) if outs == [2 * width] else None  # gate and up in one
 
 
 def _heads(model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int) -> _Measured:
-    size, count = _number(model, holder, _HEAD_SIZES), _number(model, holder, _HEAD_COUNTS)
+    # Of the attention, of what is in it, of a config.
+    places = [*holder.modules(), getattr(holder, "config", None), getattr(model, "config", None)]
+    size, count = number_in(places, _HEAD_SIZES), number_in(places, _HEAD_COUNTS)
     if any(isinstance(child, nn.Conv1d) for child in holder.children()):
         return None  # linear attention over a state, whose heads are no units of these projections
     if len(outs) == 2:  # latent attention: every head has keys and values of its own
@@ -269,9 +259,8 @@ def _heads(model: nn.Module, holder: nn.Module, layout: Projections, outs: list[
     return units, [(out // units,) for out in outs]
 
 
-def _number(model: nn.Module, holder: nn.Module, names: Sequence[str]) -> int:
-    """The first of some attributes that is a number: of the attention, of what is in it, of a config."""
-    places = [*holder.modules(), getattr(holder, "config", None), getattr(model, "config", None)]
+def number_in(places: Iterable[Any], names: Sequence[str]) -> int:
+    """The first of some attributes that is a number, in the first of some places that has one; otherwise 0."""
     for place in places:
         for name in names:
             value = getattr(place, name, None)

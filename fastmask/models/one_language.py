@@ -269,17 +269,16 @@ def _ordinary(small: Any, heads: tuple[int, int] | None, neurons: tuple[int, int
     if not hasattr(config, "to_dict"):
         return None
     wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    sizes: dict[str, int] = {}
-    # Attention code that computes a head's size from the number of heads would compute another one.
-    if heads is not None and getattr(config, "head_dim", None) is not None:
-        for name in _HEADS:
-            if isinstance(count := getattr(config, name, None), int):
-                sizes[name] = count * heads[1] // heads[0]
-    if neurons is not None:
-        sizes |= {name: neurons[1] for name in _NEURONS if getattr(config, name, None) == neurons[0]}
     try:
-        for name, size in sizes.items():
-            setattr(config, name, size)
+        # Attention code that computes a head's size from the number of heads would compute another one.
+        if heads is not None and getattr(config, "head_dim", None) is not None:
+            for name in _HEADS:
+                if isinstance(count := getattr(config, name, None), int):
+                    setattr(config, name, count * heads[1] // heads[0])
+        if neurons is not None:
+            for name in _NEURONS:
+                if getattr(config, name, None) == neurons[0]:
+                    setattr(config, name, neurons[1])
         with torch.device("meta"):
             given = {name: tensor.shape for name, tensor in type(small)(config).state_dict().items()}
         if given != wanted:

@@ -23,6 +23,7 @@ from fastmask.models.other_libraries import (
     change_class,
     check_model,
     check_shared,
+    is_own,
     kind_of,
     move_hook,
     unhook_if_alone,
@@ -143,6 +144,8 @@ def attach(
     state = Attached(subnets, router, places, plain, around, structure, unpacked)
     models: list[nn.Module] = [model, *inner]
     for module in models:
+        if is_own(vars(module).get("forward"), module):  # left behind by hooks that were taken off
+            del module.forward
         change_class(module, attached_class(plain_class_of(module)))
         setattr(module, OUTER if module is model else INNER, state)
     return model

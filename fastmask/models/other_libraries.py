@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastmask.models.structure import is_conv1d
 
 __all__ = [
-    "Places", "change_class", "check_model", "check_shared", "is_wrapped", "kind_of", "move_hook", "obstacle",
-    "plain_experts", "plain_linear", "unhook_if_alone",
+    "Places", "change_class", "check_model", "check_shared", "is_own", "is_wrapped", "kind_of", "move_hook",
+    "obstacle", "plain_experts", "plain_linear", "unhook_if_alone",
 ]  # fmt: skip
 
 # By name: importing them takes seconds, and some belong to libraries that need not be there.
@@ -63,7 +63,7 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{what}{_WRAPPERS[name]}: attach first, wrap afterwards")
 
 
-def _is_own(forward: Any, module: nn.Module) -> bool:
+def is_own(forward: Any, module: nn.Module) -> bool:
     """Whether a forward is just that of the module's class, bound to the module.
 
     Or what the class has decorated: `Accelerator.unwrap_model` takes more off than `prepare` put on.
@@ -162,7 +162,7 @@ def _hung_on(module: nn.Module, hook: Any) -> str | None:
                 "on an attached layer see inputs and outputs packed to the live heads or neurons)"
             )
     forward = vars(module).get("forward")
-    if forward is not None and not _is_own(forward, module) and (hook is None or hook_of(module) is not hook):
+    if forward is not None and not is_own(forward, module) and (hook is None or hook_of(module) is not hook):
         return f"its forward has been replaced, as accelerate's device_map and offload do ({_UNHOOK})"
     return None
 
@@ -210,8 +210,6 @@ def unhook_if_alone(module: nn.Module, layer: nn.Module) -> None:
 
 def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Let the hook of a module, too, call the forward of its new class, and show its signature."""
-    if _is_own(vars(module).get("forward"), module):  # left behind by hooks that were taken off
-        del module.forward
     module.__class__ = kind
     forward = vars(module).get("forward")
     if hook_of(module) is None or not isinstance(forward, functools.partial):

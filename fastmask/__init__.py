@@ -18,11 +18,10 @@ if TYPE_CHECKING:
     from fastmask.masks import Mask
     from fastmask.meta import MetaLearner
     from fastmask.models.attach import attach, detach, freeze_unmasked, language, set_language
-    from fastmask.models.collator import LanguageCollator
-    from fastmask.models.counting import summary
     from fastmask.models.editing import add_language, remove_language
-    from fastmask.models.exporting import extract, merge
     from fastmask.models.families import Family, Projections, register_family
+    from fastmask.models.languages import LanguageCollator
+    from fastmask.models.one_language import extract, merge, summary
     from fastmask.models.saving import from_pretrained, save_pretrained
     from fastmask.optim import LiveAdamW
     from fastmask.subnetworks import Subnetworks
@@ -39,11 +38,10 @@ _WHERE = {
     "fastmask.masks": ("Mask",),
     "fastmask.meta": ("MetaLearner",),
     "fastmask.models.attach": ("attach", "detach", "freeze_unmasked", "language", "set_language"),
-    "fastmask.models.collator": ("LanguageCollator",),
-    "fastmask.models.counting": ("summary",),
     "fastmask.models.editing": ("add_language", "remove_language"),
-    "fastmask.models.exporting": ("extract", "merge"),
     "fastmask.models.families": ("Family", "Projections", "register_family"),
+    "fastmask.models.languages": ("LanguageCollator",),
+    "fastmask.models.one_language": ("extract", "merge", "summary"),
     "fastmask.models.saving": ("from_pretrained", "save_pretrained"),
     "fastmask.optim": ("LiveAdamW",),
     "fastmask.subnetworks": ("Subnetworks",),

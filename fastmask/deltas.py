@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed, write_sealed
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.models.attach import attached, owner_of
-from fastmask.models.expert_layer import AttachedExperts
+from fastmask.models.experts import AttachedExperts
 
 __all__ = ["Change", "Delta", "Part"]
 

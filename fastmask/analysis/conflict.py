@@ -18,7 +18,7 @@ from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, SIGNED, bare, heat
 from fastmask.analysis.result import Result, span
 from fastmask.linear import MaskedLinear
 from fastmask.models.attach import attached, is_attached, language, owner_of
-from fastmask.models.modes import evaluating
+from fastmask.models.contexts import evaluating
 from fastmask.models.structure import layers_of, structure_of
 
 __all__ = ["along_training", "gradient_conflict", "gradients_of", "products", "side_by_side"]

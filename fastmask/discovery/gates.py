@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.models.attach import attached, owner_of
+from fastmask.models.contexts import evaluating
 from fastmask.models.layers import AttachedLinear
-from fastmask.models.modes import evaluating
 from fastmask.torch_path.layers import NONE, activate
 
 __all__ = ["Gate", "Probe", "frozen", "gate_gradients", "gated", "probes_of"]

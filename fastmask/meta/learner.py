@@ -26,7 +26,7 @@ from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights, InnerRates, listed, rates_of
 from fastmask.models.attach import attached
 from fastmask.models.attach import language as run_with
-from fastmask.models.modes import evaluating
+from fastmask.models.contexts import evaluating
 
 __all__ = ["ALGORITHMS", "Adapted", "Draw", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
 

@@ -13,19 +13,24 @@ from torch import Tensor, nn
 
 from fastmask.linear import checked_forward
 from fastmask.live import masked_parameters
-from fastmask.models.around import Around
-from fastmask.models.building import put, unit_layers, weight_layers, wrapped_in
-from fastmask.models.entry import INNER, OUTER, attached_class, inner_models, plain_class_of
-from fastmask.models.expert_layer import AttachedExperts
+from fastmask.models.calls import INNER, OUTER, attached_class, inner_models, plain_class_of, state_of
+from fastmask.models.experts import AttachedExperts
 from fastmask.models.families import Family
-from fastmask.models.language_arguments import id_of
-from fastmask.models.offloading import follow_class, move_hook, unhook_if_alone
-from fastmask.models.places import Places
-from fastmask.models.plain import check_model, check_shared, is_own, kind_of
-from fastmask.models.proof import Found, try_layers
+from fastmask.models.languages import id_of
+from fastmask.models.layers import Around, put, unit_layers, weight_layers, wrapped_in
+from fastmask.models.other_libraries import (
+    Places,
+    change_class,
+    check_model,
+    check_shared,
+    is_own,
+    kind_of,
+    move_hook,
+    unhook_if_alone,
+)
+from fastmask.models.proof import Found, Inputs, try_layers
 from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
-from fastmask.models.tiny_batch import Inputs
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of", "set_language"]
@@ -115,7 +120,11 @@ def attach(
     of_units = unit_layers(model, subnets, router, structure)
     check_shared(model, of_units)
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
-    unpacked = {**found.unpacked, **_wrapped(model, structure, kinds)}
+    wrapped: dict[str, str] = {}
+    for group in (group for kind in kinds for group in structure.groups(kind)):
+        if (name := wrapped_in(model, group)) is not None:
+            wrapped.setdefault(group.place, f"masks are put around {name!r}, a {kind_of(model.get_submodule(name))}")
+    unpacked = {**found.unpacked, **wrapped}
     if not full_forward:
         _say(model, structure, unpacked, found.untried)
     if unpacked or found.apart:
@@ -137,19 +146,9 @@ def attach(
     for module in models:
         if is_own(vars(module).get("forward"), module):  # left behind by hooks that were taken off
             del module.forward
-        module.__class__ = attached_class(plain_class_of(module))
-        follow_class(module)
+        change_class(module, attached_class(plain_class_of(module)))
         setattr(module, OUTER if module is model else INNER, state)
     return model
-
-
-def _wrapped(model: nn.Module, structure: Structure, kinds: tuple[str, ...]) -> dict[str, str]:
-    """Places where masks are put around adapters or quantised layers."""
-    found: dict[str, str] = {}
-    for group in (group for kind in kinds for group in structure.groups(kind)):
-        if (name := wrapped_in(model, group)) is not None:
-            found.setdefault(group.place, f"masks are put around {name!r}, a {kind_of(model.get_submodule(name))}")
-    return found
 
 
 def _say(model: nn.Module, structure: Structure, unpacked: Mapping[str, str], untried: Collection[str]) -> None:
@@ -189,8 +188,7 @@ def detach(model: Model) -> Model:
     for mask in state.around.values():
         mask.take_off()
     for module in models:
-        module.__class__ = plain_class_of(module)
-        follow_class(module)
+        change_class(module, plain_class_of(module))
         delattr(module, OUTER if module is owner else INNER)
     return model
 
@@ -206,7 +204,7 @@ def freeze_unmasked(model: Model) -> Model:
         ValueError: nothing in the model has a mask.
     """
     masked: set[Tensor] = set(masked_parameters(model))
-    if (state := _state_of(owner_of(model))) is not None:
+    if (state := state_of(owner_of(model))) is not None:
         masked.update(*(owner_of(model).get_submodule(name).parameters() for name in state.around))
     for layer in model.modules():
         if isinstance(layer, AttachedExperts):
@@ -259,20 +257,15 @@ def set_language(model: nn.Module, name: str | EllipsisType | None = ...) -> Non
 
 def is_attached(model: nn.Module) -> bool:
     """Whether subnetworks are attached to a model (also below DistributedDataParallel or torch.compile)."""
-    return _state_of(owner_of(model)) is not None
+    return state_of(owner_of(model)) is not None
 
 
 def attached(model: nn.Module) -> Attached:
     """The state that `attach` left on a model."""
-    state = _state_of(owner_of(model))
+    state = state_of(owner_of(model))
     if state is None:
         raise ValueError(f"no subnetworks are attached to this {type(model).__name__}: call fastmask.attach first")
     return state
-
-
-def _state_of(module: nn.Module) -> Attached | None:
-    found: Attached | None = vars(module).get(OUTER) or vars(module).get(INNER)
-    return found
 
 
 def owner_of(model: nn.Module) -> nn.Module:

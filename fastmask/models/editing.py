@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.masks import Mask
-from fastmask.models.around import Around
-from fastmask.models.attach import attached, owner_of
-from fastmask.models.building import kept_of, masks_of
-from fastmask.models.expert_layer import AttachedExperts
-from fastmask.models.layers import AttachedLinear
+from fastmask.models.attach import Attached, attached, owner_of
+from fastmask.models.experts import AttachedExperts
+from fastmask.models.layers import Around, AttachedLinear
+from fastmask.models.structure import kept_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["add_language", "remove_language", "set_subnetwork"]
@@ -39,46 +38,34 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
         KeyError: not a language of the attached subnetworks.
         ValueError: a kind of unit that is not masked, another shape or dtype, or a layer left without a live unit.
     """
-    state, owner = attached(model), owner_of(model)
+    state = attached(model)
     row = state.subnets.index(language)
     given = {what: keep for what, keep in (("heads", heads), ("neurons", neurons)) if keep is not None}
     if not given:
         raise ValueError("nothing to set: give heads, neurons or both")
-    for what, keep in given.items():
-        _check_one(what, keep, getattr(state.subnets, what), language)
     # Everything that can fail comes before the first change to the model.
-    layers = _masked_layers(owner)
+    layers = _masked_layers(model)
+    wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
     changed: dict[Masked, Mask] = {}
     for what, keep in given.items():
+        if (before := wide[what]) is None:
+            raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
+        if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
+            was = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+            raise ValueError(f"expected {what} of {language!r} as a bool tensor {tuple(before.shape[1:])}, given {was}")
+        dead = (~keep.any(1)).nonzero().flatten().tolist()
+        if dead:
+            raise ValueError(f"this would leave {language!r} without live {what} in layer {dead[0]}: keep at least one")
         for index, group in enumerate(state.structure.groups(what)):
-            own = keep[index, : group.units]
             if keep[index, group.units :].any():
                 raise ValueError(f"layer {index} has {group.units} {what}, given masks that own one behind those")
-            if torch.equal(keep[index].cpu(), getattr(state.subnets, what)[row, index].cpu()):
+            if torch.equal(keep[index].cpu(), before[row, index].cpu()):
                 continue
-            for module_name, unit in group.projections.items():
-                layer = layers[module_name]
-                changed[layer] = layer.mask.replaced(row, kept_of(own, unit))
-    wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
-    for what, keep in given.items():
-        wide[what] = wide[what].clone()
+            for name, unit in group.projections.items():
+                changed[layers[name]] = layers[name].mask.replaced(row, kept_of(keep[index, : group.units], unit))
+        wide[what] = before.clone()
         wide[what][row] = keep
-    subnets = Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide)
-    for layer, mask in changed.items():
-        layer.mask = mask
-    state.subnets = subnets
-
-
-def _check_one(what: str, keep: Tensor, before: Tensor | None, name: str) -> None:
-    """Refuse what cannot be one language's units."""
-    if before is None:
-        raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
-    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
-        given = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
-        raise ValueError(f"expected {what} of {name!r} as a bool tensor {tuple(before.shape[1:])}, given {given}")
-    dead = (~keep.any(1)).nonzero().flatten().tolist()
-    if dead:
-        raise ValueError(f"this would leave {name!r} without live {what} in layer {dead[0]}: keep at least one")
+    _change(state, Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide), changed)
 
 
 def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:
@@ -95,14 +82,14 @@ def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:
     """
     state = attached(model)
     own = subnet.map(lambda keep: keep.cpu()) if isinstance(subnet, Subnetworks) else subnet
-    there = state.subnets.map(lambda keep: keep.cpu())
-    subnets, owner = there.append(name, own), owner_of(model)
-    new = _masks_of(owner, subnets.select([name]))
-    masks = {}
-    for module_name, layer in _masked_layers(owner).items():
-        mask = layer.mask
-        masks[layer] = Mask.stack([mask, new[module_name].to(mask.device)])
-    _change(model, subnets, masks)
+    subnets, owner = state.subnets.map(lambda keep: keep.cpu()).append(name, own), owner_of(model)
+    alone = subnets.select([name])
+    new = {module_name: Mask.weights(keep) for module_name, keep in (alone.weights or {}).items()}
+    for _, group, units in state.structure.masked(alone):
+        new |= group.masks(owner, units)
+    layers = _masked_layers(model).items()
+    masks = {layer: Mask.stack([layer.mask, new[name].to(layer.mask.device)]) for name, layer in layers}
+    _change(state, subnets, masks)
 
 
 def remove_language(model: nn.Module, name: str) -> None:
@@ -125,30 +112,19 @@ def remove_language(model: nn.Module, name: str) -> None:
     if not rest:
         raise ValueError(f"{name!r} is the only language: fastmask.detach(model) takes the subnetworks off")
     ids = [row for row in range(len(rest) + 1) if row != gone]
-    layers = _masked_layers(owner_of(model))
-    _change(model, state.subnets.select(rest), {layer: layer.mask.select(ids) for layer in layers.values()})
+    masks = {layer: layer.mask.select(ids) for layer in _masked_layers(model).values()}
+    _change(state, state.subnets.select(rest), masks)
 
 
-def _change(model: nn.Module, subnets: Subnetworks, masks: Mapping[Masked, Mask]) -> None:
-    """Give every masked layer its mask of other subnetworks."""
+def _change(state: Attached, subnets: Subnetworks, masks: Mapping[Masked, Mask]) -> None:
     for layer, mask in masks.items():
         layer.mask = mask
-    state = attached(model)
     state.subnets = subnets
     state.router.rename(subnets.languages)
 
 
-def _masked_layers(owner: nn.Module) -> dict[str, Masked]:
+def _masked_layers(model: nn.Module) -> dict[str, Masked]:
     """What holds the mask of each module, by its name."""
-    layers: dict[str, Any] = dict(owner.named_modules())
+    layers: dict[str, Any] = dict(owner_of(model).named_modules())
     inside = {name: layer for name, layer in layers.items() if isinstance(layer, AttachedLinear | AttachedExperts)}
-    return {**inside, **attached(owner).around}
-
-
-def _masks_of(owner: nn.Module, subnets: Subnetworks) -> dict[str, Mask]:
-    """The masks that `attach` would make, by module name."""
-    state = attached(owner)
-    found: dict[str, Mask] = {}
-    for _, group, keep in state.structure.masked(subnets):
-        found |= masks_of(owner, group, keep)
-    return found | {name: Mask.weights(keep) for name, keep in (subnets.weights or {}).items()}
+    return {**inside, **attached(model).around}

@@ -1,25 +1,39 @@
-"""The masked layer inside a Hugging Face model: it reads its languages from the model's router.
+"""What `attach` puts into a model: masked layers, which read their languages from the model's router.
 
 Layers that share their input (Q, K and V; gate and up) are `Siblings`: whichever the model calls first computes all.
-One layer that holds several projections (fused QKV, gate-up) computes them side by side: its `parts`.
+One layer that holds several projections (fused QKV, gate-up) computes them side by side: its `parts`. Modules that are
+more than linear layers (LoRA of PEFT, quantised weights) run as they are, with masks `Around` them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.masks import UNPACKED, Mask
+from fastmask.models.experts import AttachedExperts
+from fastmask.models.other_libraries import is_wrapped, obstacle, plain_experts, plain_linear
 from fastmask.models.routing import Route, Router
+from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
 from fastmask.operators import compute, compute_projections
-from fastmask.torch_path.layers import NONE
+from fastmask.subnetworks.subnetworks import Subnetworks
+from fastmask.torch_path.layers import NONE, name_of
 
-__all__ = ["AttachedConv1D", "AttachedLinear", "Siblings"]
+__all__ = [
+    "Around",
+    "AttachedConv1D",
+    "AttachedLinear",
+    "Siblings",
+    "put",
+    "unit_layers",
+    "weight_layers",
+    "wrapped_in",
+]
 
 
 class AttachedLinear(MaskedLinear):
@@ -36,7 +50,6 @@ class AttachedLinear(MaskedLinear):
         of_heads: whether the units are heads, which a route may want unpacked.
         parts: output rows of each of several projections that the weight holds, and of a unit in each; () for one.
         activation: a name of `torch_path.layers`, applied to the input in place of the model's own.
-        siblings: the layers that read the same input, to which this one is added.
     """
 
     def __init__(
@@ -55,15 +68,10 @@ class AttachedLinear(MaskedLinear):
         **options: Any,
     ) -> None:
         self.parts = tuple(parts)
-        super().__init__(
-            in_features, out_features, mask, forward="full" if router.full_forward else "masked", **options
-        )
-        self.router = router
-        self.unit = unit
-        self.packs = packs and unit is not None
-        self.of_heads = of_heads
-        self.activation = activation
-        self.siblings = siblings
+        forward = "full" if router.full_forward else "masked"
+        super().__init__(in_features, out_features, mask, forward=forward, **options)
+        self.router, self.unit, self.packs, self.of_heads = router, unit, packs and unit is not None, of_heads
+        self.activation, self.siblings = activation, siblings
         if siblings is not None:
             siblings.layers.append(self)
 
@@ -90,9 +98,8 @@ class AttachedLinear(MaskedLinear):
             return self.siblings.output_of(self, x, route)
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
-        mask, width = self.mask, self.packed_width(route, x)
-        examples, ids = route.examples(x)
-        y = compute(examples, self.matrix, mask, ids, self.bias, width, self.activation, self.full_forward)
+        width, (examples, ids) = self.packed_width(route, x), route.examples(x)
+        y = compute(examples, self.matrix, self.mask, ids, self.bias, width, self.activation, self.full_forward)
         return route.joined(y)
 
     def packs_in(self, route: Route) -> bool:
@@ -125,13 +132,10 @@ class AttachedLinear(MaskedLinear):
         """Each part packed by itself: [queries | keys | values] with as many units of each."""
         sizes = [size for size, _ in self.parts]
         masks = [self._beside_weight(mask) for mask, _ in self._of_parts]
-        widths = [
-            self._widest(counts, route, x, size, unit)
-            for (_, counts), (size, unit) in zip(self._of_parts, self.parts, strict=True)
-        ]
+        both = zip(self._of_parts, self.parts, strict=True)
+        widths = [self._widest(counts, route, x, size, unit) for (_, counts), (size, unit) in both]
         biases = [] if self.bias is None else list(self.bias.split(sizes))
-        weights = list(self.matrix.split(sizes))
-        examples, ids = route.examples(x)
+        weights, (examples, ids) = list(self.matrix.split(sizes)), route.examples(x)
         return route.joined(torch.cat(list(compute_projections(examples, weights, masks, ids, biases, widths)), -1))
 
 
@@ -164,21 +168,6 @@ class AttachedConv1D(AttachedLinear):
         return self._stored[1]
 
 
-@dataclass
-class _Outputs:
-    """The outputs of all siblings for one input, by their number; each is handed out once."""
-
-    x: Tensor
-    version: int
-    with_grad: bool
-    left: dict[int, Tensor]
-
-    def fit(self, me: int, x: Tensor) -> bool:
-        """Whether the output of number `me` is there, and for this very input in this gradient mode."""
-        same = self.x is x and self.version == _version(x) and self.with_grad == torch.is_grad_enabled()
-        return same and me in self.left
-
-
 class Siblings:
     """Row-masked layers that a model calls with one input, one after the other.
 
@@ -198,9 +187,12 @@ class Siblings:
 
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""
-        me, layers = self.layers.index(layer), self.layers
-        outputs: _Outputs | None = route.waiting.get(self)
-        if outputs is None or not outputs.fit(me, x):
+        # Counts writes to x. A tracer has no versions and shows writes as new tensors; tensors of inference mode have
+        # none either: a model that wrote to the input between its projections would go unnoticed there.
+        version = 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+        layers, me, now = self.layers, self.layers.index(layer), (version, torch.is_grad_enabled())
+        of, then, left = route.waiting.get(self, (None, None, {}))
+        if of is not x or then != now or me not in left:
             examples, ids = route.examples(x)
             ys = compute_projections(
                 examples,
@@ -212,18 +204,180 @@ class Siblings:
                 NONE,
                 layer.full_forward,
             )
-            outputs = _Outputs(x, _version(x), torch.is_grad_enabled(), dict(enumerate(map(route.joined, ys))))
-            route.waiting[self] = outputs
-        y = outputs.left.pop(me)
-        if not outputs.left:
+            left = dict(enumerate(map(route.joined, ys)))
+            route.waiting[self] = x, now, left
+        y: Tensor = left.pop(me)
+        if not left:
             del route.waiting[self]
         return y
 
 
-def _version(x: Tensor) -> int:
-    """Counts what was written to x in place.
+class Around:
+    """The masks of a module's rows (put on its output) or columns (on its input), as hooks.
 
-    A tracer knows of no versions and shows writes as new tensors. Tensors of inference mode keep none either: a model
-    that wrote to the input between its projections would go unnoticed there.
+    Masking whole rows of a weight is masking its outputs, masking columns its inputs, whatever the weight is made of:
+    exact, at dense cost, and adapters are masked with the weight that they are added to.
     """
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+    def __init__(self, mask: Mask, router: Router) -> None:
+        self.mask, self.router = mask, router
+        self._handle: Any = None
+
+    @property
+    def mask(self) -> Mask:
+        """The mask; it may be replaced."""
+        return self._mask
+
+    @mask.setter
+    def mask(self, mask: Mask) -> None:
+        self._mask = mask
+        dense = mask.to_dense()
+        dead = ~(dense[:, :, 0] if mask.kind == "rows" else dense[:, 0])
+        self._dead = torch.cat([dead, torch.zeros_like(dead[:1])])  # the last one is the full network's, -1
+
+    def put(self, module: nn.Module) -> None:
+        if self.mask.kind == "rows":
+            self._handle = module.register_forward_hook(self._of_output)
+        else:
+            self._handle = module.register_forward_pre_hook(self._of_input)
+
+    def take_off(self) -> None:
+        self._handle.remove()
+
+    def _of_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self._masked(output)
+
+    def _of_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (self._masked(args[0]), *args[1:])
+
+    def _masked(self, x: Tensor) -> Tensor:
+        if self._dead.device != x.device:
+            self._dead = self._dead.to(x.device)
+        route = self.router.current()
+        examples, ids = route.examples(x)
+        dead = self._dead[ids].view(examples.shape[0], *[1] * (examples.ndim - 2), -1)
+        return route.joined(examples.masked_fill(dead, 0))
+
+
+# ---- making them of the modules of a model, and putting them in
+
+
+Layers = dict[str, nn.Module | Around]
+"""What `attach` puts into a model, by the name of the module whose place it takes, or around which it is put."""
+
+
+def unit_layers(
+    model: nn.Module,
+    subnets: Subnetworks,
+    router: Router,
+    structure: Structure,
+    unpacked: Collection[str] = (),
+    apart: Collection[str] = (),
+) -> Layers:
+    """The layers of heads and neurons, by module name, and identities for activations that they take over.
+
+    At places (`UnitGroup.place`) that are `unpacked` units stay in their slots, at those `apart` projections do not
+    read the same input.
+    """
+    _check_geometry(model, subnets, structure)
+    layers: Layers = {}
+    for _, group, keep in structure.masked(subnets):
+        how = {"router": router, "packs": group.place not in unpacked, "of_heads": group.kind == "heads"}
+        layers |= _of_group(model, group, keep, group.place not in apart, how)
+    return layers
+
+
+def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Layers:
+    """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
+    if group.stacked:
+        plain, mask = plain_experts(model, group.name), group.masks(model, keep)[group.name]
+        return {group.name: AttachedExperts(plain, mask, group.stacked, options["router"], options["packs"])}
+    layers: Layers = {}
+    full, wrapped = options["router"].full_forward, wrapped_in(model, group)
+    if full and wrapped:
+        raise ValueError(
+            f'forward="full" needs the weights that learn, and {wrapped!r} is an adapter or a quantised layer: merge '
+            "adapters first (`merge_and_unload()`)"
+        )
+    if full or wrapped:
+        options = {**options, "packs": False}
+    linears: dict[str, Any] = {name: model.get_submodule(name) for name in group.projections}
+    linears = {name: each if is_wrapped(each) else plain_linear(model, name) for name, each in linears.items()}
+    masks, siblings = group.masks(model, keep), None
+    if together and len(group.rows) > 1 and not any(is_wrapped(linears[name]) for name in group.rows):
+        alike = {(linears[name].bias is not None, masks[name].in_features) for name in group.rows}
+        fused = any(len(unit) > 1 for unit in group.rows.values())
+        siblings = Siblings() if len(alike) == 1 and not fused else None
+    for name, unit in group.rows.items():
+        parts = [(of_part * group.units, of_part) for of_part in unit] if len(unit) > 1 else []
+        layers[name] = _layer(linears[name], masks[name], unit=sum(unit), parts=parts, siblings=siblings, **options)
+    name, of_unit = group.columns
+    activation = NONE
+    # Where the full network runs, the model computes activations itself, once.
+    if group.activation is not None and not full and not is_wrapped(linears[name]):
+        activation = name_of(model.get_submodule(group.activation))
+        if activation != NONE:
+            if why := obstacle(model.get_submodule(group.activation)):
+                raise ValueError(f"cannot compute {group.activation!r} in the layer behind it: {why}")
+            layers[group.activation] = nn.Identity()
+    layers[name] = _layer(linears[name], masks[name], unit=of_unit, activation=activation, **options)
+    return layers
+
+
+def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router, taken: Collection[str]) -> Layers:
+    """The layers with a mask over single weights, by module name; `taken` have one over heads or neurons."""
+    layers: Layers = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, keep in (subnets.weights or {}).items():
+        if name not in modules:
+            raise unknown("linear layer", name, [n for n, module in modules.items() if isinstance(module, nn.Linear)])
+        linear = plain_linear(model, name)
+        expected = (len(subnets.languages), *sizes_of(linear))  # type: ignore[misc]
+        if tuple(keep.shape) != expected:
+            raise ValueError(f"the mask of {name!r} has shape {tuple(keep.shape)}, expected {expected}")
+        if name in taken:
+            raise ValueError(f"{name!r} has a mask over weights and one over heads or neurons: give one of the two")
+        layers[name] = _layer(linear, Mask.weights(keep), router=router, unit=None)
+    return layers
+
+
+def _layer(linear: nn.Module, mask: Mask, **options: Any) -> AttachedLinear | Around:
+    if is_wrapped(linear):
+        return Around(mask, options["router"])
+    kind = AttachedConv1D if is_conv1d(linear) else AttachedLinear
+    return kind.from_linear(linear, mask, **options)  # type: ignore[arg-type]
+
+
+def wrapped_in(model: nn.Module, group: UnitGroup) -> str | None:
+    """The first projection of a group that is an adapter or quantised, if one is."""
+    return next((name for name in group.projections if is_wrapped(model.get_submodule(name))), None)
+
+
+def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Layers:
+    """Put layers into a model, and masks around its modules; returns the modules that stood there."""
+    before: Layers = {}
+    for name, layer in layers.items():
+        if isinstance(layer, Around):
+            layer.put(model.get_submodule(name))
+        else:
+            parent, _, child = name.rpartition(".")
+            children = model.get_submodule(parent)._modules
+            before[name], children[child] = children[child], layer  # type: ignore[assignment]
+    return before
+
+
+def _check_geometry(model: nn.Module, subnets: Subnetworks, structure: Structure) -> None:
+    what = f"this {type(model).__name__} has"
+    for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
+        if keep is None:
+            continue
+        sizes = [group.units for group in structure.groups(kind)]
+        if not sizes:
+            raise ValueError(f"the masks are for {kind}, and {what} none that fastmask knows how to mask")
+        if tuple(keep.shape[1:]) != (len(sizes), max(sizes)):
+            there = f"{what} {len(sizes)} layers of {max(sizes)} {kind}"
+            raise ValueError(f"the masks are for {keep.shape[1]} layers of {keep.shape[2]} {kind}, {there}")
+        for index, group in enumerate(structure.groups(kind)):
+            if keep[:, index, group.units :].any():
+                there = f"{what} {group.units} there ({group.name})"
+                raise ValueError(f"the masks own {kind} of layer {index} that do not exist: {there}")

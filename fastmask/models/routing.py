@@ -12,11 +12,16 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastmask.kept import is_capturing, never_written, sent
-from fastmask.models.contexts import ContextLanguage, backward_pass
-from fastmask.models.language_arguments import LanguageCounts
-from fastmask.models.recomputation import may_recompute, recall, remember
+from fastmask.models.contexts import ContextLanguage, backward_pass, may_recompute, recall, remember
+from fastmask.models.languages import LanguageCounts, checked_id
 
 __all__ = ["Route", "Router"]
+
+_RECOMPUTED = (
+    "the language of its forward pass is not known there. Pass language_ids in what is checkpointed, or enter "
+    "`with fastmask.language(...)` inside of it (once `torch.utils.checkpoint` has seen one language from outside, "
+    "and only one, it finds that by itself)"
+)
 
 
 class Route:
@@ -30,9 +35,8 @@ class Route:
             reached around the model's forward makes one for itself.
         tokens: (B, T) where each token has an id, and `language_ids` are those of all tokens, one after the other.
         choices: how many examples of a layer may belong to one of the batch, side by side (multiple choice).
-        packs_heads: whether heads travel packed. Not where they may go into a cache of keys and values: what continues
-            it may have other languages, so each head keeps its slot (`caches`). Nor where tokens of one row have
-            several languages: attention joins the same head of all of them.
+        packs_heads: whether heads travel packed. Not into a cache of keys and values, which other languages may
+            continue (`calls`); nor where tokens of a row have several languages: attention joins the same head of all.
         model: the number of the model whose standing language, or `fastmask.language`, it comes from, if it does.
         awaits_forward: the model was called, and its forward, which comes next, is to find this route.
         waiting: outputs that layers have computed for one another (`layers.Siblings`).
@@ -48,12 +52,9 @@ class Route:
         tokens: tuple[int, int] | None = None,
         choices: int = 1,
     ) -> None:
-        self.language_ids = language_ids
-        self.present = present
-        self.shared = shared
-        self.tokens, self.choices = tokens, choices
+        self.language_ids, self.present, self.shared = language_ids, present, shared
+        self.model, self.tokens, self.choices = model, tokens, choices
         self.packs_heads = shared and tokens is None
-        self.model = model
         self.awaits_forward = False
         tracing = is_compiling()
         self.backward_pass = -1 if tracing else backward_pass()
@@ -65,22 +66,14 @@ class Route:
     def of(
         cls, ids: Tensor | int, n_languages: int, sizes: tuple[int, ...] | None = None, counts: Tensor | None = None
     ) -> Route:
-        """The route of a call.
+        """The route of a call, whose tokens have some sizes.
 
-        Args:
-            ids: one id, or int64 [B], [B, T] (one for each token) or, where a model takes [B, choices, T], [B],
-                [B, choices] or [B, choices, T].
-            n_languages: L.
-            sizes: of the tokens that the call gives, if it gives any.
-            counts: of ids that are not on the CPU, the `LanguageCounts`; anything else is ignored.
-
-        Raises:
-            ValueError: an id out of range, or ids of another shape.
+        Ids are one for all, or int64 [B], [B, T] (one for each token) or, where a model takes [B, choices, T], [B],
+        [B, choices] or [B, choices, T]. Counts are the `LanguageCounts` of ids on a GPU; anything else is ignored.
         """
-        present = _present(ids, n_languages, counts)
         if isinstance(ids, int):
             return cls(ids, (ids,))
-        choices = 1
+        present, choices = _present(ids, n_languages, counts), 1
         if sizes is not None and len(sizes) == 3:
             choices = sizes[1]
             if ids.shape in (sizes[:2], sizes):
@@ -104,14 +97,8 @@ class Route:
         return same and self.packs_heads == other.packs_heads
 
     def examples(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those.
-
-        Raises:
-            ValueError: x has another number of examples, or of tokens.
-        """
-        if self.tokens is None:
-            return x, self.ids_for(x)
-        if x.ndim == 2 and x.shape[0] == self.tokens[0] * self.tokens[1]:
+        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those."""
+        if self.tokens is None or (x.ndim == 2 and x.shape[0] == self.tokens[0] * self.tokens[1]):
             return x, self.ids_for(x)
         if tuple(x.shape[:2]) != self.tokens or x.ndim != 3:
             raise ValueError(
@@ -129,54 +116,36 @@ class Route:
         """A language id for each example of x [B, ...], on its device; one tensor for all layers of a pass.
 
         Models flatten examples and tokens (experts, choices): then every example has as many rows, one after the other.
-
-        Raises:
-            ValueError: x has another number of examples.
         """
         made = self._made
         if made is not None and made.shape[0] == x.shape[0] and made.device == x.device:
             return made
-        if isinstance(self.language_ids, int):
-            made = self._ids_of_one(x, self.language_ids)
-        elif self._fits(x):
-            made = sent(self.language_ids.detach(), x.device)
-            if made.shape[0] != x.shape[0]:
-                made = made.repeat_interleave(x.shape[0] // made.shape[0])
+        ids, rows = self.language_ids, x.shape[0]
+        if isinstance(ids, int):
+            if self.model is not None and is_compiling():
+                made = torch.ops.fastmask.language_of_pass(x, ids, self.model)
+            else:
+                made = torch.full((rows,), ids, device=x.device)
         else:
-            raise ValueError(
-                f"expected one language id for each of the {x.shape[0]} examples, "
-                f"given language_ids of shape {tuple(self.language_ids.shape)}"
-            )
+            examples = ids.shape[0]
+            if rows not in (examples, examples * self.choices) and (x.ndim != 2 or not examples or rows % examples):
+                raise ValueError(
+                    f"expected one language id for each of the {rows} examples, "
+                    f"given language_ids of shape {tuple(ids.shape)}"
+                )
+            made = sent(ids.detach(), x.device)
+            if examples != rows:
+                made = made.repeat_interleave(rows // examples)
         self._made = never_written(made)  # what a layer makes of them serves the others
         return made
 
-    def _fits(self, x: Tensor) -> bool:
-        """Whether x has an example for each id, or as many rows for each: choices, or tokens that a model flattened."""
-        examples, rows = self.language_ids.shape[0], x.shape[0]  # type: ignore[union-attr]
-        return rows in (examples, examples * self.choices) or (x.ndim == 2 and examples > 0 and rows % examples == 0)
 
-    def _ids_of_one(self, x: Tensor, language: int) -> Tensor:
-        if self.model is None or not is_compiling():
-            return torch.full((x.shape[0],), language, device=x.device)
-        made: Tensor = torch.ops.fastmask.language_of_pass(x, language, self.model)
-        return made
-
-
-def _present(ids: Tensor | int, n_languages: int, counts: Tensor | None) -> tuple[int, ...] | None:
+def _present(ids: Tensor, n_languages: int, counts: Tensor | None) -> tuple[int, ...] | None:
     """The languages that occur in ids, if that is known without waiting for anything; all of them are in range."""
-    if isinstance(ids, int):
-        return (ids,)
     if is_compiling():
         return None
     if ids.device.type == "cpu":
-        present = tuple(sorted(set(ids.flatten().tolist())))
-        for language in present:
-            if not -1 <= language < n_languages:
-                raise ValueError(
-                    f"language id {language} is out of range: expected 0 to {n_languages - 1}, "
-                    "or -1 for the full network"
-                )
-        return present
+        return tuple(checked_id(language, n_languages) for language in sorted(set(ids.flatten().tolist())))
     # Not for a CUDA graph, which is replayed for batches of other languages.
     if isinstance(counts, LanguageCounts) and counts.shape == (n_languages + 1,) and not is_capturing(ids.device):
         there = (counts.as_subclass(Tensor) > 0).to(ids.device, non_blocking=True)
@@ -221,8 +190,7 @@ class _Running(threading.local):
 class Router:
     """Where the masked layers of one model look up the languages of the pass that they are called in.
 
-    Threads may run one model at the same time, and tasks may take turns, each with languages of its own. Where all run
-    the full network (`full_forward`), languages say what learns, and a pass without gradients needs none.
+    Where all run the full network (`full_forward`), languages say what learns, and a pass without gradients needs none.
     """
 
     def __init__(self, languages: tuple[str, ...], full_forward: bool = False, standing: int | None = None) -> None:
@@ -253,11 +221,7 @@ class Router:
     def resolve(
         self, ids: Tensor | int | None, sizes: tuple[int, ...] | None = None, counts: Tensor | None = None
     ) -> Route:
-        """The route of a forward call: of its ids, or else of `fastmask.language`, or else of `set_language`.
-
-        Raises:
-            ValueError: there is none, ids inside `fastmask.language`, or ids that do not fit (see `Route.of`).
-        """
+        """The route of a forward call: of its ids, or else of `fastmask.language`, or else of `set_language`."""
         default = self.default.get()
         if ids is not None:
             if default is not None:
@@ -287,11 +251,7 @@ class Router:
         return self._remembered(Route(language, (language,), shared=shared, model=self.default.number))
 
     def current(self) -> Route:
-        """The route of the running pass; where the model's own forward was gone around, that of a default.
-
-        Raises:
-            RuntimeError: there is neither.
-        """
+        """The route of the running pass; where the model's own forward was gone around, that of a default."""
         route = self.running.route
         if route is not None:
             if is_compiling():
@@ -323,10 +283,3 @@ class Router:
         if not is_compiling() and may_recompute(began_with_grad=True):
             remember(self.default.number, route)
         return route
-
-
-_RECOMPUTED = (
-    "the language of its forward pass is not known there. Pass language_ids in what is checkpointed, or enter "
-    "`with fastmask.language(...)` inside of it (once `torch.utils.checkpoint` has seen one language from outside, "
-    "and only one, it finds that by itself)"
-)

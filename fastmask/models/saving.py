@@ -20,9 +20,9 @@ from torch import nn
 
 from fastmask.files import FileError, Record, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
-from fastmask.models.entry import UNLOADED, plain_class_of
-from fastmask.models.exporting import SIZES, shrink
+from fastmask.models.calls import UNLOADED, plain_class_of
 from fastmask.models.families import Family
+from fastmask.models.one_language import SIZES, shrink
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["from_pretrained", "save_pretrained"]
@@ -35,27 +35,17 @@ Size = Annotated[int, Field(ge=1)]
 
 
 class About(Record):
-    """What `fastmask.json` says of a folder.
-
-    Attributes:
-        kind: a model with subnetworks, or one without, that was extracted.
-        model_class: of `transformers`.
-        forward: as for `attach`.
-        base, revision: the model that it came from, as `transformers` knows it.
-        files: SHA-256 of the masks and the weights.
-        weights: whether they are here, or those of `base`.
-        sizes: of the linear layers of an extracted model, which may have subnetworks of its own.
-    """
+    """What `fastmask.json` says of a folder."""
 
     version: Literal[1] = 1
-    kind: Literal["subnetworks", "extracted"]
+    kind: Literal["subnetworks", "extracted"]  # an extracted model may have subnetworks of its own
     model_class: Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
     forward: Literal["masked", "full"] = "masked"
-    base: str | None = None
+    base: str | None = None  # the model that it came from, as `transformers` knows it
     revision: str | None = None
-    weights: bool = True
-    files: dict[str, Sha256] = Field(default_factory=dict)
-    sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)
+    weights: bool = True  # whether they are here; otherwise those of `base`
+    files: dict[str, Sha256] = Field(default_factory=dict)  # the masks and the weights
+    sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)  # of the linear layers of an extracted model
 
 
 def save_pretrained(
@@ -109,14 +99,13 @@ def save_pretrained(
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
         folder.mkdir(parents=True, exist_ok=True)
-        kind: Any = "subnetworks" if masked else "extracted"
+        # By name: deltas, say, may lie beside them, and come and go.
+        files = sorted(folder.glob("*model*.safetensors")) if weights else []
         if masked:
             attached(owner).subnets.save(folder / MASKS, metadata)
-        files = [folder / MASKS] if masked else []
-        # By name: deltas, say, may lie beside them, and come and go.
-        files += sorted(folder.glob("*model*.safetensors")) if weights else []
+            files.insert(0, folder / MASKS)
         about = About(
-            kind=kind,
+            kind="subnetworks" if masked else "extracted",
             model_class=plain_class.__name__,
             forward="full" if full else "masked",
             base=base,

@@ -7,7 +7,7 @@ decoder layer's own attention and its attention to the encoder.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.masks import Mask
 from fastmask.models.experts import Stacked, stacked_in
 from fastmask.models.families import Family, Projections, family_of
 
 if TYPE_CHECKING:
     from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["Geometry", "Structure", "UnitGroup", "is_conv1d", "layers_of", "sizes_of", "structure_of"]
+__all__ = [
+    "Geometry",
+    "Structure",
+    "UnitGroup",
+    "is_conv1d",
+    "kept_of",
+    "layers_of",
+    "number_in",
+    "sizes_of",
+    "structure_of",
+]
 
 # Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
 # tokens inside of one expert have lost which example they belong to (experts in one module are told by `stacked_in`).
@@ -37,25 +48,18 @@ _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_at
 class UnitGroup:
     """The heads of one attention, or the neurons of one FFN, or of the experts of one layer.
 
-    Attributes:
-        kind: "heads" or "neurons".
-        name: of the module that holds the projections.
-        units: how many there are. Query heads that read one key/value head are one unit, unless the layout names no
-            projections of keys and values.
-        rows: how many output rows of each projection one unit takes. Several numbers are of a projection that computes
-            several things one after the other (all queries, all keys, all values).
-        columns: the projection that reads the units, and how many input columns one unit takes.
-        activation: the module between, if it stands alone.
-        stacked: of experts, the parameters of the module `columns[0]` that hold their neurons; there are no `rows`.
+    Query heads that read one key/value head are one unit, unless the layout names no projections of keys and values.
     """
 
-    kind: str
-    name: str
-    units: int
+    kind: str  # "heads" or "neurons"
+    name: str  # of the module that holds the projections
+    units: int  # how many there are
+    # How many output rows of each projection one unit takes. Several numbers are of a projection that computes several
+    # things one after the other (all queries, all keys, all values).
     rows: dict[str, tuple[int, ...]]
-    columns: tuple[str, int]
-    activation: str | None = None
-    stacked: tuple[Stacked, ...] = ()
+    columns: tuple[str, int]  # the projection that reads the units, and how many input columns one unit takes
+    activation: str | None = None  # the module between, if it stands alone
+    stacked: tuple[Stacked, ...] = ()  # of experts, the parameters of `columns[0]` with their neurons; no `rows` then
 
     @property
     def projections(self) -> dict[str, tuple[int, ...]]:
@@ -67,6 +71,17 @@ class UnitGroup:
     def place(self) -> str:
         """What groups of one sort have in common: the kind, and the name without numbers."""
         return f"{self.kind} of {re.sub(r'[.][0-9]+(?=[.]|$)', '.*', self.name)}"
+
+    def masks(self, model: nn.Module, keep: Tensor) -> dict[str, Mask]:
+        """The mask of each projection, by module name, of the units that live: bool [L, units]."""
+        if self.stacked:
+            return {self.name: Mask.columns(keep, 1)}
+        masks: dict[str, Mask] = {}
+        for name, unit in self.projections.items():
+            out, into = sizes_of(model.get_submodule(name))  # type: ignore[misc]
+            flags = kept_of(keep, unit)
+            masks[name] = Mask.rows(flags, into) if name in self.rows else Mask.columns(flags, out)
+        return masks
 
 
 @dataclass(frozen=True)
@@ -86,12 +101,15 @@ class Geometry:
 
     @classmethod
     def of(cls, model: Any) -> Geometry:
-        """Of a model, or of a Hugging Face config (then the bare model is built, without memory).
+        """Of a model, or of a Hugging Face config (then the bare model is built, without memory)."""
+        if not isinstance(model, nn.Module):
+            if not hasattr(model, "model_type"):
+                raise ValueError(f"expected a model or its Hugging Face config, given {type(model).__name__}")
+            from transformers import AutoModel  # not at the top: whoever has a config has imported it already
 
-        Raises:
-            ValueError: no heads and no neurons are found.
-        """
-        structure = structure_of(model if isinstance(model, nn.Module) else _model_of(model))
+            with torch.device("meta"):
+                model = AutoModel.from_config(model)
+        structure = structure_of(model)
         heads, neurons = ([group.units for group in structure.groups(kind)] for kind in ("heads", "neurons"))
         return cls(tuple(heads), tuple(neurons))
 
@@ -112,9 +130,7 @@ class Structure:
 
     @cached_property
     def one_stack(self) -> bool:
-        """Whether it is one stack of layers with an attention each, all of as many heads: a cache then has a layer
-        for each of them.
-        """
+        """Whether it is one stack of layers with an attention each, all of as many heads, as a cache has."""
         return len({(group.place, group.units) for group in self.attentions}) == 1
 
     def groups(self, kind: str) -> tuple[UnitGroup, ...]:
@@ -130,21 +146,12 @@ class Structure:
 
 
 def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
-    """Find the attentions and FFNs of a model, plain or with subnetworks attached.
-
-    Args:
-        model: any module with attentions and FFNs of a known layout, or of `family`'s.
-        family: the layouts to look for; those that are registered and known if not given.
-
-    Raises:
-        ValueError: neither heads nor neurons are found, or an attention does not say how many heads it has.
-    """
+    """Find the attentions and FFNs of a model, plain or attached, by the layouts of a family, or all that are known."""
     looked_for = family_of(model) if family is None else family
-    attentions = tuple(_found(model, looked_for.attention, "heads", _heads))
-    ffns = tuple(_found(model, looked_for.ffn, "neurons", _neurons))
+    attentions = tuple(_found(model, looked_for.attention, "heads"))
+    ffns = tuple(_found(model, looked_for.ffn, "neurons"))
     if not attentions and not ffns:
-        config = getattr(model, "config", None)
-        model_type = getattr(config, "model_type", None)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
         kind = f" (model type {model_type!r})" if model_type else ""
         raise ValueError(
             f"cannot attach to {type(model).__name__}{kind}: it has no attention and no FFN of a known layout. Say "
@@ -157,6 +164,11 @@ def layers_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     """The Transformer layers that hold the attentions, in order; one list for all stacks."""
     names = [re.match(r".*?[.][0-9]+(?=[.]|$)", group.name) for group in structure.attentions or structure.ffns]
     return [model.get_submodule(name) for name in dict.fromkeys(found[0] for found in names if found)]
+
+
+def kept_of(keep: Tensor, unit: tuple[int, ...]) -> Tensor:
+    """Flags of a projection's output rows, bool [..., out], from those of units, [..., units]."""
+    return torch.cat([keep.repeat_interleave(of_part, -1) for of_part in unit], -1)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -174,12 +186,10 @@ def sizes_of(linear: nn.Module) -> tuple[int, int] | None:
     return sizes if all(type(size) is int for size in sizes) else None  # type: ignore[return-value]
 
 
-# ---- looking for them
-
-_Measure = Callable[[nn.Module, nn.Module, Projections, list[int], int], tuple[int, list[tuple[int, ...]]] | None]
+_Measured = tuple[int, list[tuple[int, ...]]] | None  # how many units, and how many rows of each projection one takes
 
 
-def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure: _Measure) -> Iterator[UnitGroup]:
+def _found(model: nn.Module, layouts: Sequence[Projections], kind: str) -> Iterator[UnitGroup]:
     taken: set[str] = set()
     for name, module in model.named_modules():
         # Units are those of a stack of layers: a task head may have projections of the same names.
@@ -191,53 +201,40 @@ def _found(model: nn.Module, layouts: Sequence[Projections], kind: str, measure:
                 units, stacked = experts
                 yield UnitGroup(kind, name, units, {}, (name, 1), stacked=stacked)
                 break
-            sizes = [_sizes_below(module, part) for part in (*layout.rows, layout.columns)]
+            parts = [_below(module, part) for part in (*layout.rows, layout.columns)]
+            sizes = [found for part in parts if part is not None and (found := sizes_of(part)) is not None]
             names = [f"{name}.{part}" for part in layout.rows]
-            if None in sizes or taken.intersection(names):
+            if len(sizes) < len(parts) or taken.intersection(names):
                 continue
-            outs = [out for out, _ in sizes[:-1]]  # type: ignore[misc]
-            width = sizes[-1][1]  # type: ignore[index]
-            measured = measure(model, module, layout, outs, width)
+            outs, width = [out for out, _ in sizes[:-1]], sizes[-1][1]
+            measured = _heads(model, module, layout, outs, width) if kind == "heads" else _neurons(outs, width)
             if measured is None:
                 continue
             units, rows = measured
             taken.update(names)
-            own = layout.activation
-            yield UnitGroup(
-                kind,
-                name,
-                units,
-                dict(zip(names, rows, strict=True)),
-                (f"{name}.{layout.columns}", width // units),
-                f"{name}.{own}" if own is not None and _below(module, own) is not None else None,
-            )
+            columns, own = (f"{name}.{layout.columns}", width // units), layout.activation
+            activation = f"{name}.{own}" if own is not None and _below(module, own) is not None else None
+            yield UnitGroup(kind, name, units, dict(zip(names, rows, strict=True)), columns, activation)
             break
 
 
-def _below(module: nn.Module, name: str) -> Any:
-    found: Any = module
+def _below(module: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = module
     for part in name.split("."):
-        found = found._modules.get(part) if isinstance(found, nn.Module) else None
+        found = found._modules.get(part) if found is not None else None
     return found
 
 
-def _sizes_below(module: nn.Module, name: str) -> tuple[int, int] | None:
-    found = _below(module, name)
-    return None if found is None else sizes_of(found)
-
-
-def _neurons(
-    model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int
-) -> tuple[int, list[tuple[int, ...]]] | None:
+def _neurons(outs: list[int], width: int) -> _Measured:
     if all(out == width for out in outs):
         return width, [(1,)] * len(outs)
     return (width, [(1, 1)]) if outs == [2 * width] else None  # gate and up in one
 
 
-def _heads(
-    model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int
-) -> tuple[int, list[tuple[int, ...]]] | None:
-    size, count = _number(model, holder, _HEAD_SIZES), _number(model, holder, _HEAD_COUNTS)
+def _heads(model: nn.Module, holder: nn.Module, layout: Projections, outs: list[int], width: int) -> _Measured:
+    # Of the attention, of what is in it, of a config.
+    places = [*holder.modules(), getattr(holder, "config", None), getattr(model, "config", None)]
+    size, count = number_in(places, _HEAD_SIZES), number_in(places, _HEAD_COUNTS)
     if any(isinstance(child, nn.Conv1d) for child in holder.children()):
         return None  # linear attention over a state, whose heads are no units of these projections
     if len(outs) == 2:  # latent attention: every head has keys and values of its own
@@ -262,24 +259,11 @@ def _heads(
     return units, [(out // units,) for out in outs]
 
 
-def _number(model: nn.Module, holder: nn.Module, names: Sequence[str]) -> int:
-    """The first of some attributes that is a number: of the attention, of what is in it, of a config."""
-    places = [*holder.modules(), getattr(holder, "config", None), getattr(model, "config", None)]
+def number_in(places: Iterable[Any], names: Sequence[str]) -> int:
+    """The first of some attributes that is a number, in the first of some places that has one; otherwise 0."""
     for place in places:
         for name in names:
             value = getattr(place, name, None)
             if type(value) is int and value > 0:
                 return value
     return 0
-
-
-def _model_of(config: Any) -> nn.Module:
-    """The bare model of a config, on the meta device."""
-    if not hasattr(config, "model_type"):
-        raise ValueError(f"expected a model or its Hugging Face config, given {type(config).__name__}")
-    # Not at the top: whoever has a config has imported it already.
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModel.from_config(config)
-    return model

@@ -22,8 +22,8 @@ from typing_extensions import Self
 from fastmask.errors import unknown
 from fastmask.files import FileError, Record, read_json, write_text
 from fastmask.models.attach import attached
-from fastmask.models.entry import plain_class_of
-from fastmask.models.language_arguments import LanguageCounts
+from fastmask.models.calls import plain_class_of
+from fastmask.models.languages import LanguageCounts
 from fastmask.settings import ConfigError
 from fastmask.tasks.batching import like_lengths
 from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars

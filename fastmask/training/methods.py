@@ -18,7 +18,7 @@ from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import SEAL, FileError, read_metadata, read_sealed, write_sealed
 from fastmask.models import attach, detach
 from fastmask.models.attach import attached
-from fastmask.models.modes import evaluating
+from fastmask.models.contexts import evaluating
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled

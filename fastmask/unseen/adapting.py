@@ -25,7 +25,7 @@ from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.learner import MetaLearner
 from fastmask.models.attach import attached
-from fastmask.models.modes import evaluating
+from fastmask.models.contexts import evaluating
 
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task

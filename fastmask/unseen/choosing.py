@@ -17,7 +17,7 @@ from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL
 from fastmask.models.attach import attached
-from fastmask.models.modes import evaluating
+from fastmask.models.contexts import evaluating
 from fastmask.subnetworks import Subnetworks
 
 if TYPE_CHECKING:

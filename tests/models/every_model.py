@@ -25,10 +25,8 @@ from transformers.models.auto import modeling_auto
 
 import fastmask as fm
 from fastmask.models.attach import attached
-from fastmask.models.building import kept_of
-from fastmask.models.proof import ProofError
-from fastmask.models.structure import Structure, is_conv1d, structure_of
-from fastmask.models.tiny_batch import short, working_inputs
+from fastmask.models.proof import ProofError, short, working_inputs
+from fastmask.models.structure import Structure, is_conv1d, kept_of, structure_of
 
 KINDS = {
     "masked LM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",

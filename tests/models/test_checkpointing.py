@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 import fastmask as fm
-from fastmask.models import recomputation
+from fastmask.models import contexts
 from fastmask.models.routing import Route
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
@@ -300,7 +300,7 @@ class TestNothingToGoBy:
 
     def test_a_checkpoint_that_torch_has_changed(self, monkeypatch):
         """Where a checkpoint can no longer be found, recomputing is an error."""
-        monkeypatch.setattr(recomputation, "_checkpoint", lambda: None)
+        monkeypatch.setattr(contexts, "_checkpoint", lambda: None)
         model = attached()
         with fm.language(model, "aa"):
             y = without_reentry(loss(model, INPUTS), embedded(model, INPUTS))

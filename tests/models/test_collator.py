@@ -27,7 +27,7 @@ from transformers import (
 
 import fastmask as fm
 from fastmask.models.attach import attached
-from fastmask.models.language_arguments import LanguageCounts
+from fastmask.models.languages import LanguageCounts
 from fastmask.models.routing import Route
 
 LANGUAGES = ["de", "fi", "sw"]

@@ -17,10 +17,9 @@ import fastmask as fm
 from fastmask.discovery import importance
 from fastmask.models.attach import attached
 from fastmask.models.editing import set_subnetwork
-from fastmask.models.expert_layer import AttachedExperts
-from fastmask.models.experts import Stacked
+from fastmask.models.experts import AttachedExperts, Stacked
+from fastmask.models.proof import working_inputs
 from fastmask.models.structure import Geometry, structure_of
-from fastmask.models.tiny_batch import working_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -9,7 +9,7 @@ from every_model import LANGUAGES, first_of, tiny_model
 from torch import Tensor
 
 import fastmask as fm
-from fastmask.models.tiny_batch import working_inputs
+from fastmask.models.proof import working_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

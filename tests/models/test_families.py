@@ -11,8 +11,8 @@ from every_model import LANGUAGES, all_types, first_of, multiplied, quiet, times
 import fastmask as fm
 from fastmask.discovery import importance
 from fastmask.models.editing import set_subnetwork
+from fastmask.models.proof import working_inputs
 from fastmask.models.structure import structure_of
-from fastmask.models.tiny_batch import working_inputs
 
 RIGHT = ("packed", "partly packed", "unpacked")
 

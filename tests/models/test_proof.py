@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastmask as fm
-from fastmask.models.tiny_batch import working_inputs
+from fastmask.models.proof import working_inputs
 
 
 class TestProof:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import is_attached
-from fastmask.models.entry import plain_class_of
+from fastmask.models.calls import plain_class_of
 from fastmask.tasks.language_vectors import LanguageVectors, ids_of
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer

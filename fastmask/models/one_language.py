@@ -1,34 +1,139 @@
-"""One language's network as a plain model: `merge` multiplies its masks in, `extract` also leaves out what is dead."""
+"""The network of one language by itself: what it has and costs, and as a plain model.
+
+`summary` counts, `merge` multiplies its masks into a copy, `extract` also leaves out what is dead.
+"""
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmask.models.attach import attached, detach, owner_of
-from fastmask.models.building import kept_of
-from fastmask.models.expert_layer import AttachedExperts
+from fastmask.models.attach import Attached, attached, detach, owner_of
+from fastmask.models.experts import AttachedExperts
 from fastmask.models.layers import AttachedLinear
-from fastmask.models.structure import UnitGroup, is_conv1d, structure_of
+from fastmask.models.structure import UnitGroup, is_conv1d, kept_of, structure_of
 
-__all__ = ["SIZES", "extract", "merge", "shrink"]
+__all__ = ["SIZES", "Part", "Summary", "extract", "merge", "shrink", "summary"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is live of some masked weights, in one language.
+
+    Attributes:
+        parameters: live weights and biases.
+        all_parameters: those of the full network.
+        flops: floating-point operations of their products for one token, forward; of experts, of as many as the config
+            says a token goes to.
+        n_bytes: of the live parameters in memory.
+    """
+
+    parameters: int = 0
+    all_parameters: int = 0
+    flops: int = 0
+    n_bytes: int = 0
+
+    def __add__(self, other: Part) -> Part:
+        return Part(*map(operator.add, astuple(self), astuple(other)))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; prints as a table.
+
+    Attributes:
+        languages: {language: live part of everything masked}.
+        layers: {module name: {language: live part}} of every masked layer.
+        unmasked: parameters that no mask touches (embeddings, norms, heads of tasks); each language uses them all.
+        trainable: parameters that require gradients, masked or not.
+        unpacked: {place: why} where units cannot be packed (see `attach`).
+    """
+
+    languages: dict[str, Part]
+    layers: dict[str, dict[str, Part]]
+    unmasked: int
+    trainable: int
+    unpacked: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        width = max(len("language"), *(len(name) for name in self.languages))
+        head = f"{'language':<{width}} {'live of masked':>16} {'share':>6} {'with unmasked':>14}"
+        lines = [f"{head} {'MFLOP/token':>12} {'MB':>8}"]
+        for name, part in self.languages.items():
+            share = part.parameters / max(1, part.all_parameters)
+            lines.append(
+                f"{name:<{width}} {part.parameters:>16,} {share:>6.1%} {part.parameters + self.unmasked:>14,} "
+                f"{part.flops / 1e6:>12.2f} {part.n_bytes / 1e6:>8.1f}"
+            )
+        lines.append(f"unmasked, in every language: {self.unmasked:,}; trainable in all: {self.trainable:,}")
+        lines += [f"not packed: {place} ({why})" for place, why in self.unpacked.items()]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Live parameters, operations and bytes of each language's network.
+
+    Args:
+        model: with subnetworks attached.
+
+    Raises:
+        ValueError: no subnetworks are attached, or masks are put around adapters or quantised layers.
+    """
+    state, owner = attached(model), owner_of(model)
+    if state.around:
+        raise ValueError(f"cannot count what is live in {next(iter(state.around))!r}, an adapter or a quantised layer")
+    layers: dict[str, dict[str, Part]] = {}
+    masked: set[int] = set()
+    for name, layer in owner.named_modules():
+        if isinstance(layer, AttachedExperts):
+            layers[name] = _of_experts(layer, state.subnets.languages, owner)
+            masked |= {id(getattr(layer, stacked.name)) for stacked in layer.stacked}
+        if not isinstance(layer, AttachedLinear):
+            continue
+        weight, bias, mask = layer.weight, layer.bias, layer.mask
+        masked |= {id(weight), id(bias)}
+        biases = 0 if bias is None else bias.numel()
+        of_each = [biases] * mask.n_languages if mask.kind != "rows" or not biases else mask.live_counts()
+        layers[name] = {
+            language: Part(live + own, weight.numel() + biases, 2 * live, (live + own) * weight.element_size())
+            for language, live, own in zip(state.subnets.languages, mask.live.tolist(), of_each, strict=True)
+        }
+    parameters = list(owner.parameters())
+    return Summary(
+        {language: sum((of[language] for of in layers.values()), Part()) for language in state.subnets.languages},
+        layers,
+        sum(p.numel() for p in parameters if id(p) not in masked),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        dict(state.unpacked),
+    )
+
+
+def _of_experts(layer: AttachedExperts, languages: tuple[str, ...], model: Any) -> dict[str, Part]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    per_token = getattr(text, "num_experts_per_tok", None)
+    parameters: list[Any] = [getattr(layer, stacked.name) for stacked in layer.stacked]
+    experts, size, neurons = len(parameters[0]), parameters[0].element_size(), layer.mask.in_features
+    every, weights = (sum(p.numel() for p in some) for some in (parameters, [p for p in parameters if p.ndim == 3]))
+    found = {}
+    for language, live in zip(languages, layer.mask.live_counts(), strict=True):
+        count, products = every * live // neurons, weights * live // neurons
+        found[language] = Part(count, every, 2 * products * (per_token or experts) // experts, count * size)
+    return found
+
 
 SIZES = "_fastmask_sizes"  # of an extracted model: {module name: (out_features, in_features)}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads")
 _NEURONS = (
-    "intermediate_size",
-    "ffn_dim",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "d_ff",
-    "hidden_dim",
-    "n_inner",
+    "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "hidden_dim", "n_inner",
     "moe_intermediate_size",
-)
+)  # fmt: skip
 
 
 @torch.no_grad()
@@ -95,8 +200,12 @@ def extract(model: nn.Module, language: str) -> Any:
             sizes[group.name] = _cut_experts(small, group, keep.nonzero().flatten())
             continue
         for name, unit in group.projections.items():
-            sizes[name] = _cut(small, name, kept_of(keep, unit), 0 if name in group.rows else 1)
-    ordinary = _ordinary(small, {kind: _live(state, kind, row) for kind in ("heads", "neurons")})
+            linear, of_rows = small.get_submodule(name), name in group.rows
+            index = kept_of(keep, unit).nonzero().flatten().to(linear.weight.device)
+            weight = linear.weight.index_select(int(of_rows == is_conv1d(linear)), index)
+            bias = linear.bias.index_select(0, index) if linear.bias is not None and of_rows else linear.bias
+            sizes[name] = _resize(linear, weight, bias)
+    ordinary = _ordinary(small, _live(state, "heads", row), _live(state, "neurons", row))
     if ordinary is not None:
         return ordinary
     setattr(small, SIZES, sizes)
@@ -104,12 +213,7 @@ def extract(model: nn.Module, language: str) -> Any:
 
 
 def shrink(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
-    """Give linear layers and experts of a plain model other sizes, with weights to be loaded.
-
-    Raises:
-        KeyError: a module that the model does not have.
-        ValueError: a module that is no linear layer.
-    """
+    """Give linear layers and experts of a plain model other sizes, with weights to be loaded."""
     experts = {group.name: group for group in structure_of(model).ffns if group.stacked} if sizes else {}
     for name, (out, width) in sizes.items():
         try:
@@ -126,17 +230,6 @@ def shrink(model: nn.Module, sizes: dict[str, tuple[int, int]]) -> None:
         _resize(linear, weight.new_empty((width, out) if is_conv1d(linear) else (out, width)), bias)
 
 
-def _cut(model: nn.Module, name: str, keep: Tensor, dim: int) -> tuple[int, int]:
-    linear: Any = model.get_submodule(name)
-    index = keep.nonzero().flatten().to(linear.weight.device)
-    weight = linear.weight.index_select(1 - dim if is_conv1d(linear) else dim, index)
-    bias = linear.bias
-    if bias is not None and dim == 0:
-        bias = bias.index_select(0, index)
-    _resize(linear, weight, bias)
-    return weight.shape[::-1] if is_conv1d(linear) else tuple(weight.shape)
-
-
 def _cut_experts(model: nn.Module, group: UnitGroup, live: Tensor) -> tuple[int, int]:
     """Leave some neurons (int64 [live]) of every expert; returns (outputs, neurons)."""
     module = model.get_submodule(group.name)
@@ -149,18 +242,19 @@ def _cut_experts(model: nn.Module, group: UnitGroup, live: Tensor) -> tuple[int,
     return sizes
 
 
-def _resize(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
-    trained = linear.weight.requires_grad
-    linear.weight = nn.Parameter(weight, requires_grad=trained)
+def _resize(linear: Any, weight: Tensor, bias: Tensor | None) -> tuple[int, int]:
+    """Give a linear layer another weight and bias; returns (outputs, inputs)."""
+    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach(), requires_grad=linear.bias.requires_grad)
     if is_conv1d(linear):
         linear.nx, linear.nf = weight.shape
-    else:
-        linear.out_features, linear.in_features = weight.shape
+        return linear.nf, linear.nx
+    linear.out_features, linear.in_features = weight.shape
+    return linear.out_features, linear.in_features
 
 
-def _live(state: Any, kind: str, row: int) -> tuple[int, int] | None:
+def _live(state: Attached, kind: str, row: int) -> tuple[int, int] | None:
     """(units, live units) where every group of a kind has the same; None otherwise, or where none is cut."""
     keeps, groups = getattr(state.subnets, kind), state.structure.groups(kind)
     if keeps is None or any(group.place in state.unpacked for group in groups):
@@ -169,27 +263,22 @@ def _live(state: Any, kind: str, row: int) -> tuple[int, int] | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _resize_config(config: Any, live: dict[str, tuple[int, int] | None]) -> None:
-    # Attention code that computes a head's size from the number of heads would compute another one.
-    if live["heads"] is not None and getattr(config, "head_dim", None) is not None:
-        units, left = live["heads"]
-        for name in _HEADS:
-            if isinstance(heads := getattr(config, name, None), int):
-                setattr(config, name, heads * left // units)
-    if live["neurons"] is not None:
-        for name in _NEURONS:
-            if getattr(config, name, None) == live["neurons"][0]:
-                setattr(config, name, live["neurons"][1])
-
-
-def _ordinary(small: Any, live: dict[str, tuple[int, int] | None]) -> Any:
+def _ordinary(small: Any, heads: tuple[int, int] | None, neurons: tuple[int, int] | None) -> Any:
     """The same model under a config that says its sizes, or None if there is no such config."""
     config = copy.deepcopy(getattr(small, "config", None))
     if not hasattr(config, "to_dict"):
         return None
     wanted = {name: tensor.shape for name, tensor in small.state_dict().items()}
     try:
-        _resize_config(config, live)
+        # Attention code that computes a head's size from the number of heads would compute another one.
+        if heads is not None and getattr(config, "head_dim", None) is not None:
+            for name in _HEADS:
+                if isinstance(count := getattr(config, name, None), int):
+                    setattr(config, name, count * heads[1] // heads[0])
+        if neurons is not None:
+            for name in _NEURONS:
+                if getattr(config, name, None) == neurons[0]:
+                    setattr(config, name, neurons[1])
         with torch.device("meta"):
             given = {name: tensor.shape for name, tensor in type(small)(config).state_dict().items()}
         if given != wanted:

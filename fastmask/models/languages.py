@@ -1,4 +1,4 @@
-"""A column of languages in a dataset becomes the language ids of each batch, around any collator."""
+"""Languages by name or by number: what a call says of them, and a batch of a dataset with a column of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,91 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.models.attach import attached
-from fastmask.models.language_arguments import LanguageCounts, id_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["LanguageCollator"]
+__all__ = ["LanguageCollator", "LanguageCounts", "checked_id", "id_of", "ids_of"]
+
+
+def id_of(name: str | None, languages: tuple[str, ...]) -> int:
+    """The id of a language: its position; -1, the full network, for None."""
+    if name is None:
+        return -1
+    if not isinstance(name, str):
+        raise ValueError(f"expected the name of a language (None: the full network), given {type(name).__name__}")
+    if name not in languages:
+        raise unknown("language", name, languages)
+    return languages.index(name)
+
+
+def ids_of(given: dict[str, Any], languages: tuple[str, ...]) -> Tensor | int | None:
+    """What the one argument that was given says: ids, one id for the whole batch, or None if there is none."""
+    if "language" in given:
+        return id_of(given["language"], languages)
+    if (names := given.get("languages")) is not None:
+        if isinstance(names, str | bytes) or not isinstance(names, Sequence):
+            what = repr(names) if isinstance(names, str) else type(names).__name__
+            raise ValueError(
+                f"expected languages as a list of names (None: full network), one for each example, given {what}"
+            )
+        return torch.tensor([id_of(each, languages) for each in names], dtype=torch.int64, device="cpu")
+    if (ids := given.get("language_ids")) is None:
+        return None
+    what, tensor = type(ids).__name__, ids
+    if isinstance(ids, list | tuple):
+        try:
+            tensor = torch.tensor(ids, device="cpu") if ids else torch.zeros(0, dtype=torch.int64)
+        except (TypeError, ValueError):
+            tensor = None
+        what = f"{what} of {', '.join(sorted({type(each).__name__ for each in ids}))}"
+    if isinstance(tensor, Tensor):
+        if tensor.dtype in (torch.int64, torch.int32) and tensor.ndim > 0:
+            return tensor.long()
+        what = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+    raise ValueError(
+        "expected language_ids as an int64 tensor [batch] (or int32, or a list of ints; names go in languages=[...], "
+        f"one name for the whole batch in language=...), given {what}"
+    )
+
+
+def checked_id(number: int, n_languages: int) -> int:
+    """An id of a language, or -1, and an error for any other number."""
+    if not -1 <= number < n_languages:
+        raise ValueError(
+            f"language id {number} is out of range: expected 0 to {n_languages - 1}, or -1 for the full network"
+        )
+    return number
+
+
+class LanguageCounts(Tensor):
+    """How many examples of a batch each language has, int64 [L + 1], the full network last: it stays on the host.
+
+    The ids of a batch move to a GPU, and then nobody knows which languages they are without waiting for it. This tensor
+    does not follow: not when accelerate, `Trainer`, DistributedDataParallel or a `BatchEncoding` move the whole batch,
+    and workers of a DataLoader pass it on as it is. Whatever else is made of it is a plain tensor, which is ignored.
+    """
+
+    # As in nn.Parameter: what operations make of it is plain, so that nothing can be taken for counts that are not.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, ids: Tensor, n_languages: int) -> LanguageCounts:
+        """The counts of ids on the CPU, all in range."""
+        return torch.bincount(ids.flatten() % (n_languages + 1), minlength=n_languages + 1).as_subclass(cls)
+
+    def present(self) -> tuple[int, ...]:
+        """The languages that occur, in order; -1 is the full network."""
+        counts = self.tolist()
+        return (*([-1] if counts[-1] else []), *(number for number, count in enumerate(counts[:-1]) if count))
+
+    def to(self, *_: Any, **__: Any) -> LanguageCounts:
+        """Stay."""
+        return self
+
+    cuda = to
+    pin_memory = to
+
+    def __deepcopy__(self, memo: Any) -> LanguageCounts:
+        return self.clone().as_subclass(LanguageCounts)
 
 
 class LanguageCollator:
@@ -43,6 +123,8 @@ class LanguageCollator:
         column: str = "language",
         times: int = 1,
     ) -> None:
+        from fastmask.models.attach import attached  # which imports this module
+
         subnets = languages if isinstance(languages, Subnetworks) else attached(languages).subnets
         self.collator, self.languages, self.column, self.times = collator, subnets.languages, column, times
 
@@ -84,12 +166,6 @@ class LanguageCollator:
         if value is None or isinstance(value, str):
             return id_of(value, self.languages)
         try:
-            number = operator.index(value)
+            return checked_id(operator.index(value), len(self.languages))
         except TypeError:
             raise ValueError(f"expected a language's name or id in {self.column!r}, given {value!r}") from None
-        if not -1 <= number < len(self.languages):
-            raise ValueError(
-                f"language id {number} is out of range: expected 0 to {len(self.languages) - 1}, or -1 for the full "
-                "network"
-            )
-        return number

@@ -66,10 +66,10 @@ CHANGES = {
     "pruning": (lambda m: prune.l1_unstructured(m, "weight", 0.5), r"parameters are bias, weight_orig .*prune\.remove"),
     "own forward": (lambda m: setattr(m, "forward", lambda x: x), "its forward has been replaced"),
     "child module": (lambda m: m.add_module("lora", nn.Linear(2, 2)), "it also holds lora"),
-    "subclass": (lambda m: setattr(m, "__class__", Held), r"found test_plain\.Held: quantised layers"),
+    "subclass": (lambda m: setattr(m, "__class__", Held), r"found test_refused_models\.Held: quantised layers"),
     "foreign weight": (
         lambda m: with_weight(m, nn.Parameter(m.weight.detach().as_subclass(Quantised), requires_grad=False)),
-        r"its weight is test_plain\.Quantised of torch\.float64, and quantised",
+        r"its weight is test_refused_models\.Quantised of torch\.float64, and quantised",
     ),
     "integer weight": (
         lambda m: with_weight(m, nn.Parameter(m.weight.detach().to(torch.int8), requires_grad=False)),

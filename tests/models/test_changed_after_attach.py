@@ -80,7 +80,7 @@ def test_a_layer_that_was_wrapped(model, expected, name):
     """An adapter on a packed layer is refused; taken off, the model runs as before."""
     layer = model.get_submodule(name)
     put(model, name, Adapter(layer))
-    assert_refused(model, f"masked layer '{re.escape(name)}' was wrapped in test_places.Adapter .*merge_and_unload")
+    assert_refused(model, f"masked layer '{re.escape(name)}' was wrapped in {__name__}.Adapter .*merge_and_unload")
     with pytest.raises(
         ValueError, match=f"cannot detach: the masked layer '{re.escape(name)}' is wrapped in .*Adapter"
     ):
@@ -172,7 +172,7 @@ def test_a_compiled_model_is_checked_while_it_is_traced():
         compiled(**batch(2))
         put(model, QUERY, Adapter(model.get_submodule(QUERY)))
         with pytest.raises(
-            Exception, match=f"ValueError: the masked layer '{QUERY}' was wrapped in test_places.Adapter"
+            Exception, match=f"ValueError: the masked layer '{QUERY}' was wrapped in {__name__}.Adapter"
         ):
             compiled(**batch(2))
     torch._dynamo.reset()
@@ -183,7 +183,8 @@ def test_a_weight_of_another_library(model):
     layer = model.get_submodule(DOWN)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised), requires_grad=False)
     assert_refused(
-        model, f"weight of the masked layer '{DOWN}' became test_places.Quantised after attach, and quantised"
+        model,
+        f"weight of the masked layer '{DOWN}' became {__name__}.Quantised after attach, and quantised",
     )
     fm.detach(model)  # the quantised model, plain
     assert type(model.get_submodule(DOWN)) is nn.Linear

@@ -13,6 +13,7 @@ import torch
 from fastmask_kernels.chips import has_tf32
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_arguments import aligned
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
@@ -178,7 +179,7 @@ def _columns_backward(
     if needs.x:
         transposed = _transposed(weight, dy) if transposed is None else transposed
         before = x if activation != NONE else None
-        active = torch.empty_like(x) if activation != NONE and needs.weights[0] else None
+        active = x.new_empty(x.shape) if activation != NONE and needs.weights[0] else None
         (dx,) = row_matmul(
             dy, [transposed], index, counts, plan, [_packed_width(mask, K)], activation=activation, before=before,
             active=active, allow_tf32=tf32,
@@ -207,9 +208,9 @@ def _transposed(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Activations [B, T, width] as contiguous [B * T, width], without a copy where that is possible."""
+    """Activations [B, T, width] as [B * T, width]; rows may lie apart, where each begins at a multiple of 16 bytes."""
     rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-    return rows if rows.is_contiguous() else rows.contiguous()
+    return rows if rows.stride(1) == 1 and aligned(rows) else rows.contiguous()
 
 
 def _packed_width(mask: StoredMask, size: int) -> int:

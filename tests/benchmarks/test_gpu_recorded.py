@@ -100,6 +100,15 @@ for kind, unit in (("rows", 1), ("rows", 64), ("columns", 1), ("blocks", 64), ("
     mask = _mask(kind, unit, 2, 256, 256)
     master = layer_pass([mask], ids, 64, torch.bfloat16, torch.float32)
     found[f"{kind} of {unit}"] = ran(master), ran(biases_alone(mask, ids))
+
+def of_a_slice():
+    x = randn(2, 64, 1024, dtype=torch.bfloat16)[:, :, 256:512].requires_grad_()
+    y = fm.masked_linear(x, weight, mask, ids.to("meta"))
+    torch.autograd.grad(y, [x], [randn(2, 64, 1024, dtype=torch.bfloat16)[:, :, 512:768]])
+
+for kind in ("rows", "blocks"):
+    mask, weight = _mask(kind, 64, 2, 256, 256).to("meta"), randn(256, 256, dtype=torch.bfloat16)
+    found[f"slices, {kind}"] = ran(of_a_slice), ["sum"]
 print(json.dumps(found))
 """
 
@@ -114,7 +123,7 @@ def needless() -> dict[str, Any]:
 
 
 def test_kernels_read_float32_parameters_as_they_are(needless: dict[str, Any]) -> None:
-    """No pass casts a weight or bias: kernels round what they read; W^T of columns is one copy."""
+    """No pass casts a weight or bias, or copies slices of wider tensors; W^T of columns is one copy."""
     for kind, (master, _) in needless.items():
         assert "_to_copy" not in master, kind
         copies = 1 if kind.startswith("columns") else 0

@@ -70,7 +70,7 @@ def tune_rows(
     """
     (N, K), width, G, dtype = weights[0].shape, index.shape[1], len(weights), weights[0].dtype
     chip, kind, grad_kind = chip_of(x.device), kind_of(x, dtype, False), kind_of(x, None, False)
-    rows, sizes = ([index] * G, [counts] * G, plan), [*[width] * G, K]
+    rows, sizes = ([index] * G, [counts] * G, plan), [K]
     ys = row_matmul(x, weights, *rows, [width] * G)
 
     def forward(config: Config) -> object:
@@ -93,7 +93,7 @@ def tune_rows(
             ("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]),
         ]
     return [
-        _keep(problem(name, x, dtype, sizes, plan, False), launch, candidates)
+        _keep(problem(name, x, dtype, [width] * G, sizes, plan, False), launch, candidates)
         for name, dtype, launch, candidates in jobs
     ]
 
@@ -111,7 +111,7 @@ def tune_tiles(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> lis
         tile, paired = layout.tile[::-1] if transposed else layout.tile, layout.pairs(transposed) is not None
         kernel = "pair_matmul" if paired else "tile_matmul"
         candidates = block_sizes(chip_of(x.device), x.dtype, weight.dtype, tile, paired)
-        found.append(_keep(problem(kernel, x, weight.dtype, sizes, plan, False), launch, candidates))
+        found.append(_keep(problem(kernel, x, weight.dtype, (), sizes, plan, False), launch, candidates))
     return found
 
 

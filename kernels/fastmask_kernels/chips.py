@@ -188,8 +188,7 @@ def has_tf32(device: torch.device) -> bool:
 
 @cache
 def _architecture(device: torch.device) -> str:
-    name: str = torch.cuda.get_device_properties(device).gcnArchName  # such as gfx942:sramecc+:xnack-
-    return name.split(":")[0]
+    return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]  # of gfx942:sramecc+:xnack-
 
 
 def multiprocessors(device: torch.device) -> int:

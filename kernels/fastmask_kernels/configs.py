@@ -258,21 +258,29 @@ def cache_file() -> Path:
 
 
 def problem(
-    kernel: str, x: Tensor, weight_dtype: torch.dtype | None, sizes: Sequence[int], plan: Plan, allow_tf32: bool
-) -> str:
-    """The name under which a launch is remembered: the same for batches of about as many tokens and languages."""
+    kernel: str, x: Tensor, weight_dtype: torch.dtype | None, widths: Sequence[int], sizes: Sequence[int], plan: Plan,
+    allow_tf32: bool,
+) -> str:  # fmt: skip
+    """The name under which a launch is remembered: the same for about as many tokens and languages.
+
+    Packed widths, those of a batch's largest language, need only be about the same, and multiples of 16 or not.
+    """
     chip = torch.cuda.get_device_name(x.device) if x.is_cuda else "cpu"
     tokens, languages = (size.bit_length() for size in (plan.n_rows, plan.present.shape[0]))
     dtypes = f"{x.dtype}/{weight_dtype}/{'tf32' if allow_tf32 else 'exact'}".replace("torch.", "")
-    return f"{chip}/{kernel}/{dtypes}/{'x'.join(map(str, sizes))}/2^{tokens} tokens/2^{languages} languages"
+    steps = [max(1, 1 << width.bit_length() >> 2) for width in widths]
+    near = [(width + step // 2) // step * step for width, step in zip(widths, steps, strict=True)]
+    sides = "x".join(map(str, [*near, *sizes])) + (" odd" if any(width % 16 for width in widths) else "")
+    return f"{chip}/{kernel}/{dtypes}/{sides}/2^{tokens} tokens/2^{languages} languages"
 
 
 def tuned(
-    kernel: str, x: Tensor, weight_dtype: torch.dtype | None, sizes: Sequence[int], plan: Plan, allow_tf32: bool
-) -> Config | None:
+    kernel: str, x: Tensor, weight_dtype: torch.dtype | None, widths: Sequence[int], sizes: Sequence[int], plan: Plan,
+    allow_tf32: bool,
+) -> Config | None:  # fmt: skip
     """What was measured best for a launch, or None. Costs nothing while nothing has been measured."""
     found = _remembered()
-    return found.get(problem(kernel, x, weight_dtype, sizes, plan, allow_tf32)) if found else None
+    return found.get(problem(kernel, x, weight_dtype, widths, sizes, plan, allow_tf32)) if found else None
 
 
 def remember(name: str, config: Config) -> None:

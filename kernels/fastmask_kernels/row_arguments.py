@@ -225,7 +225,7 @@ class RowProblem(NamedTuple):
         def usable(config: Config) -> bool:
             return unit % config["BN"] == 0
 
-        sizes = [*widths, K, unit] if unit else [*widths, K]
-        return tuned(kernel, self.x, None, sizes, self.plan, self.allow_tf32) or choose(
+        sizes = [K, unit] if unit else [K]
+        return tuned(kernel, self.x, None, widths, sizes, self.plan, self.allow_tf32) or choose(
             table, self.x.device, kind, fits, outer, ("BM", tokens), pieces=pieces, usable=usable
         )

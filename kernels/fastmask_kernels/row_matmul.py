@@ -230,7 +230,7 @@ def _prepare(
     _check_activation_function(activation, before, active, list(widths), x, plan)
     if plan.n_rows == 0:
         return 0, None
-    config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
+    config = config or tuned("row_matmul", x, weights[0].dtype, widths, [K], plan, allow_tf32)
     if config is None:
         even = all(width % 16 == 0 for width in widths)
         fits = rows.aligned(x, *weights) and (before is None or (even and rows.aligned(before)))
@@ -261,11 +261,9 @@ def _check_activation_function(
 ) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, given {name!r}")
-    if name == "":
-        if before is not None or active is not None:
-            raise ValueError("before and active are an activation's input and output: expected an activation")
-        return
-    if len(widths) != 1 or before is None:
+    if not name and (before is not None or active is not None):
+        raise ValueError("before and active are an activation's input and output: expected an activation")
+    if name and (len(widths) != 1 or before is None):
         raise ValueError(f"activation {name!r}: expected one weight and `before`, given {len(widths)} and {before}")
     for what, tensor in (("before", before), ("active", active)):
         if tensor is not None:

@@ -147,12 +147,12 @@ def _prepare(
         rows.check_parameters("bias", [bias], [(K,)], x)
     if plan.n_rows == 0:
         return 0, None
-    sizes = [*[given.shape[1] for given in xs], K]
-    config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
+    widths = [given.shape[1] for given in xs]
+    config = config or tuned("row_matmul_t", x, weights[0].dtype, widths, [K], plan, allow_tf32)
     if config is None:
         config = choose(
             ROW_MATMUL_T, x.device, kind_of(x, weights[0].dtype, allow_tf32), rows.aligned(*xs, *weights),
-            {"BM": [plan.n_rows], "BK": [K]}, ("BN", sum(sizes[:-1])), segments=plan.present.shape[0],
+            {"BM": [plan.n_rows], "BK": [K]}, ("BN", sum(widths)), segments=plan.present.shape[0],
         )  # fmt: skip
     acts, ws, lists, lengths, bs, batch = positions(G, G, G, G, bias is not None, 3)
     n_tiles = plan.n_tiles(config["BM"])
@@ -160,7 +160,7 @@ def _prepare(
         row_matmul_t_kernel, (n_tiles * triton.cdiv(K, config["BK"]),),
         [*filled(acts), *filled(ws), *filled(lists), *filled(lengths), *(bs or ws[:1]), *batch],
         n_tiles, K, *filled([weight.shape[0] for weight in weights]),
-        *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
+        *filled([index.shape[1] for index in indices]), *filled(widths),
         *filled([x.stride(0) for x in xs]),
         G=G, HAS_BIAS=bias is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         **config.options,

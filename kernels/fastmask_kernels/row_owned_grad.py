@@ -186,9 +186,8 @@ class OwnedGrad(NamedTuple):
         K, dtype, device = p.x.shape[1], p.weight_dtype, p.x.device
         make = torch.zeros if self.run is None else torch.empty
         dW = [make((K, n) if p.transposed else (n, K), dtype=dtype, device=device) for n in p.n_rows]
-        db = [make(K, dtype=dtype, device=device)] if p.column_sums else None
-        if p.with_bias:
-            db = [make(n, dtype=dtype, device=device) for n in p.n_rows]
+        sizes = [K] if p.column_sums else p.n_rows if p.with_bias else []
+        db = [make(n, dtype=dtype, device=device) for n in sizes] or None
         if self.run is not None:
             batch = p.plan.token_rows, p.plan.starts, p.plan.present
             self.run(p.x, *p.dys, *p.indices, *p.counts, *dW, *(db or ()), *batch)

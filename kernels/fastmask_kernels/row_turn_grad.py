@@ -38,11 +38,9 @@ def programs_before(slot, present, counts, N, width, SLOTS: tl.constexpr, BN: tl
 # compute what the segment adds to BN elements of db. With column sums there are programs before all others, n_sums of
 # them, that sum SUMMED columns of X over all tokens. Grid, one-dimensional: those; then slots (the batch's segments) x
 # chunks of BN packed rows of all weights x strips, in `turn_order`.
-@triton.jit(
-    do_not_specialize=[
-        "N0", "N1", "N2", "most0", "most1", "most2", "n_present", "first_slot", "together", "n_sums", "n_tokens",
-    ],
-)  # fmt: skip
+@triton.jit(do_not_specialize=[
+    "N0", "N1", "N2", "most0", "most1", "most2", "n_present", "first_slot", "together", "n_sums", "n_tokens",
+])  # fmt: skip
 def row_turn_grad_kernel(
     dy0, dy1, dy2, x, index0, index1, index2, counts0, counts1, counts2, dw0, dw1, dw2, db0, db1, db2,
     sums, turns, token_rows, starts, present,

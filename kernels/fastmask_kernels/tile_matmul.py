@@ -251,7 +251,7 @@ def tile_matmul(
         OUT_TILE, IN_TILE, out_tiles, in_tiles = IN_TILE, OUT_TILE, in_tiles, out_tiles
         tiles, counts = layout.column_tiles, layout.column_counts
     sizes, even = [int(transposed), *layout.shape, *layout.tile], (out_size % OUT_TILE == 0, in_size % IN_TILE == 0)
-    config = config or tuned("pair_matmul" if pairs else "tile_matmul", x, weight.dtype, sizes, plan, allow_tf32)
+    config = config or tuned("pair_matmul" if pairs else "tile_matmul", x, weight.dtype, (), sizes, plan, allow_tf32)
     if config is None:
         fits, n_pairs = layout.bits is None or all(even), pairs[0].shape[1] if pairs else None
         config = _choose(x, weight.dtype, (OUT_TILE, IN_TILE), plan, fits, n_pairs)

@@ -173,8 +173,8 @@ def shipped_for(chip):
     tables = {"row_matmul": configs.ROW_MATMUL, "row_matmul_t": configs.ROW_MATMUL_T}
     tables |= {"row_turn_grad": configs.ROW_TURN_GRAD, "row_owned_grad": configs.ROW_OWNED_GRAD}
     for name, table in tables.items():
-        for (own, kind), configs in table.items():
-            for config in configs if own == chip else ():
+        for (own, kind), entries in table.items():
+            for config in entries if own == chip else ():
                 want(f"{name}_kernel", kind, config)
     bf, fp = torch.bfloat16, torch.float32
     for kind, dtypes in {"half": (bf, bf), "master": (bf, fp), "ieee": (fp, fp), "tf32": (fp, fp)}.items():

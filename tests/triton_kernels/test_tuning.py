@@ -33,21 +33,35 @@ def setting(rows=4, tokens=8):
 def test_kept_on_disk_and_read_by_another_process():
     """What was measured comes back as it was, in another process, too."""
     x, plan = setting()
-    assert configs.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
-    configs.remember(configs.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, False) is None
+    configs.remember(configs.problem("row_matmul", x, torch.float32, [16], [32], plan, False), SMALL)
     configs._remembered.cache_clear()  # as another process would start
-    assert configs.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) == SMALL
-    assert configs.tuned("row_matmul", x, torch.float32, [16, 48], plan, False) is None
-    assert configs.tuned("row_matmul", x, torch.float32, [16, 32], plan, True) is None
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, False) == SMALL
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [48], plan, False) is None
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, True) is None
 
 
 def test_another_number_of_tokens_is_another_problem_only_if_far_off():
     """Similar numbers of tokens share a config; far larger ones have their own."""
     x, plan = setting(tokens=8)
     near, far = setting(tokens=9)[1], setting(tokens=80)[1]
-    name = configs.problem("k", x, None, [1], plan, False)
-    assert configs.problem("k", x, None, [1], near, False) == name
-    assert configs.problem("k", x, None, [1], far, False) != name
+    name = configs.problem("k", x, None, [], [1], plan, False)
+    assert configs.problem("k", x, None, [], [1], near, False) == name
+    assert configs.problem("k", x, None, [], [1], far, False) != name
+
+
+def test_another_width_is_another_problem_only_if_far_off_or_odd():
+    """Packed widths are those of the batch's largest language: what was measured for one serves those near it."""
+    x, plan = setting()
+
+    def name(*widths):
+        return configs.problem("k", x, None, widths, [32], plan, False)
+
+    assert name(2048) == name(1936) == name(2080)
+    assert name(2048) != name(1024)
+    assert name(2048) != name(2051), "which no 16-byte copies reach"
+    assert name(384, 384, 384) == name(400, 384, 368) != name(384)
+    assert len({name(width) for width in range(16, 4097, 16)}) < 20
 
 
 BROKEN = ["", "{", "[]", "3", '{"format": 99, "configs": {}}', '{"format": 2, "configs": [1]}', "[" * 100_000, "\xff"]
@@ -59,7 +73,7 @@ def test_a_broken_file_counts_as_none(content):
     configs.cache_file().parent.mkdir(parents=True)
     configs.cache_file().write_text(content, encoding="latin-1")
     x, plan = setting()
-    assert configs.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, False) is None
     configs.remember("other", SMALL)
     assert json.loads(configs.cache_file().read_text())["configs"].keys() == {"other"}
 
@@ -85,7 +99,7 @@ def test_a_launch_takes_it(monkeypatch):
     x, plan = setting()
     arguments = (x, [torch.randn(16, 32)], [torch.arange(16).expand(2, 16).contiguous()], [torch.tensor([16, 8])])
     plainly = row_matmul(*arguments, plan, [16])[0]
-    configs.remember(configs.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
+    configs.remember(configs.problem("row_matmul", x, torch.float32, [16], [32], plan, False), SMALL)
     seen = {}
     original = type(row_matmul_kernel).__getitem__
 

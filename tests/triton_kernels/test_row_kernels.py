@@ -312,7 +312,7 @@ WRONG = {
     "dtype of x": ({"x": torch.zeros(5, 34, dtype=torch.float64)}, TypeError, r"x: expected float16.*float64"),
     "rows of x": ({"x": torch.zeros(4, 34)}, ValueError, r"x: expected shape \[5, width\], given \(4, 34\)"),
     "transposed x": ({"x": torch.zeros(34, 5).t()}, ValueError, "side by side"),
-    "columns of x": ({"x": torch.zeros(5, 33)}, ValueError, r"weights\[0\]: expected shape \[N, 33\]"),
+    "columns of x": ({"x": torch.zeros(5, 33)}, ValueError, r"weights\[0\]: expected shape \(16, 33\), given \(16, 34\)"),
     "transposed weight": ({"weights": [torch.zeros(34, 16).t()]}, ValueError, "contiguous rows"),
     "dtype of weight": ({"weights": [torch.zeros(16, 34, dtype=torch.float16)]}, TypeError, "float16"),
     "four weights": ({"weights": [torch.zeros(16, 34)] * 4}, ValueError, "1 to 3 weights.*given 4"),
@@ -325,7 +325,7 @@ WRONG = {
     ),
     "number of indices": ({"indices": []}, ValueError, "expected 1 indices and counts, given 0 and 1"),
     "width": ({"widths": [0]}, ValueError, "widths: expected 1 positive integers"),
-    "bias": ({"biases": [torch.zeros(15)]}, ValueError, r"biases: expected shapes \[\(16,\)\], given \[\(15,\)\]"),
+    "bias": ({"biases": [torch.zeros(15)]}, ValueError, r"biases\[0\]: expected shape \(16,\), given \(15,\)"),
 }
 
 

@@ -174,6 +174,14 @@ def test_fewer_residents_than_the_table_says_are_noticed() -> None:
     assert expected_residents("other_kernel", "sm_90", {}, 4, 2) == 0
 
 
+def test_block_sizes_of_a_target_fit_every_chip_that_takes_them() -> None:
+    """A GPU of capability 8.6, 8.9 or 12.x takes the block sizes of 8.0, and has 99 KB for a program, not 163."""
+    for kib, wrong in ((99, 0), (100, 1)):
+        found = failures([Row("a", "", "bf16", "sm_80", 16, False, build_of(126, kib * 1024), num_warps=8)])
+        assert len(found) == wrong
+        assert all("the chip allows 101376" in line for line in found)
+
+
 def test_spills_are_noticed(samples: dict[str, Any]) -> None:
     """A kernel that keeps its accumulator in slow memory fails."""
     made, lines = row(samples, "spilling")["build"], failures_of(samples, "spilling")

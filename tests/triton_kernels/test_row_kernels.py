@@ -312,7 +312,11 @@ WRONG = {
     "dtype of x": ({"x": torch.zeros(5, 34, dtype=torch.float64)}, TypeError, r"x: expected float16.*float64"),
     "rows of x": ({"x": torch.zeros(4, 34)}, ValueError, r"x: expected shape \[5, width\], given \(4, 34\)"),
     "transposed x": ({"x": torch.zeros(34, 5).t()}, ValueError, "side by side"),
-    "columns of x": ({"x": torch.zeros(5, 33)}, ValueError, r"weights\[0\]: expected shape \(16, 33\), given \(16, 34\)"),
+    "columns of x": (
+        {"x": torch.zeros(5, 33)},
+        ValueError,
+        r"weights\[0\]: expected shape \(16, 33\), given \(16, 34\)",
+    ),
     "transposed weight": ({"weights": [torch.zeros(34, 16).t()]}, ValueError, "contiguous rows"),
     "dtype of weight": ({"weights": [torch.zeros(16, 34, dtype=torch.float16)]}, TypeError, "float16"),
     "four weights": ({"weights": [torch.zeros(16, 34)] * 4}, ValueError, "1 to 3 weights.*given 4"),

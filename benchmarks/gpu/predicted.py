@@ -1,6 +1,6 @@
 """What dense and masked layers take on a GPU, on paper: a roofline of products, traffic and launches around them.
 
-Nothing here is measured. Block sizes are those that would be launched, times those of `fastmask_kernels.cost_model`;
+Nothing here is measured. Block sizes are those that would be launched, times those of `fastmask_kernels.configs`;
 the assumptions of the rest stand below. All is bfloat16. `python -m benchmarks.gpu.predicted` prints all sections.
 """
 
@@ -10,9 +10,19 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
-from fastmask_kernels.cost_model import L2_SHARE, WAVE, programs_of, seconds
-from fastmask_kernels.limits import CHIPS
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, Table, choose
+from fastmask_kernels.chips import CHIPS
+from fastmask_kernels.configs import (
+    L2_SHARE,
+    ROW_MATMUL,
+    ROW_MATMUL_T,
+    ROW_OWNED_GRAD,
+    ROW_TURN_GRAD,
+    WAVE,
+    Table,
+    choose,
+    programs_of,
+    seconds,
+)
 from fastmask_kernels.row_owned_grad import owned
 
 from benchmarks.cases.op import PARTS, unit_of, weight_shape

@@ -21,9 +21,9 @@ from unittest.mock import patch
 import torch
 from fastmask_kernels import live_adamw
 from fastmask_kernels.chips import chip_of
+from fastmask_kernels.configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.recorder import DEVICE, Launch, Operation, Recorder, Variant
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad

@@ -13,6 +13,7 @@ import torch
 from fastmask_kernels.chips import has_tf32
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_arguments import aligned
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
@@ -48,10 +49,12 @@ def forward(
     B, T, _ = x.shape
     plan, tf32, mask = plan_of(language_ids, T, layers.n_languages, x.device), _tf32(x), layers.masks[0]
     rows = activate(_rows(x), layers.activation)
-    given = [bias.to(x.dtype) for bias in biases]
     if layers.full_forward:  # no kernel of ours is faster than the library's where nothing is left out
         x = rows.view(B, T, rows.shape[1])
-        return [full_linear(x, w.to(x.dtype), given[g] if given else None) for g, w in enumerate(weights)]
+        given: Sequence[Tensor | None] = biases or [None] * len(weights)
+        return [full_linear(x, w.to(x.dtype), bias) for w, bias in zip(weights, given, strict=True)]
+    biases = _biases(biases, x)
+    bias = biases[0] if biases else None
     if mask.kind == "rows":
         packed = row_matmul(
             rows,
@@ -60,7 +63,7 @@ def forward(
             [mask.extents for mask in layers.masks],
             plan,
             [_packed_width(mask, weight.shape[0]) for mask, weight in zip(layers.masks, weights, strict=True)],
-            given or None,
+            biases or None,
             allow_tf32=tf32,
         )
         ys = [_spread(y, mask, plan, y.shape[1]) for y, mask in zip(packed, layers.masks, strict=True)]
@@ -69,10 +72,9 @@ def forward(
         if kept is not None:
             kept.append(transposed)
         rows = _packed(rows, mask, plan)
-        bias = given[0] if given else None
         ys = [row_matmul_t([rows], [transposed], [mask.index], [mask.extents], plan, bias, allow_tf32=tf32)]
     else:
-        layout, bias = layout_of(mask, *weights[0].shape), given[0] if given else None
+        layout = layout_of(mask, *weights[0].shape)
         ys = [tile_matmul(rows, weights[0], layout, plan, bias, allow_tf32=tf32)]
     return [y.view(B, T, y.shape[1]) for y in ys]
 
@@ -137,7 +139,7 @@ def _rows_backward(
         dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan, allow_tf32=tf32)
     dws: list[Tensor | None] = [None] * len(masks)
     dbs: list[Tensor | None] = [None] * len(masks)
-    wanted = [g for g in range(len(masks)) if needs.weights[g] or needs.biases[g]]
+    wanted = [g for g in range(len(masks)) if needs.weights[g]]
     if wanted:
         found_w, found_b = row_weight_grad(
             [dys[g] for g in wanted],
@@ -148,12 +150,16 @@ def _rows_backward(
             [weights[g].shape[0] for g in wanted],
             weight_dtype=weights[0].dtype,
             units=[masks[g].geometry[0] for g in wanted],
-            with_bias=any(needs.biases),
+            with_bias=any(needs.biases[g] for g in wanted),
             allow_tf32=tf32,
         )
         for place, g in enumerate(wanted):
-            dws[g] = found_w[place] if needs.weights[g] else None
-            dbs[g] = found_b[place] if found_b is not None and needs.biases[g] else None
+            dws[g], dbs[g] = found_w[place], found_b[place] if found_b is not None and needs.biases[g] else None
+    for g, (dy, mask, weight) in enumerate(zip(dys, masks, weights, strict=True)):
+        if needs.biases[g] and not needs.weights[g]:  # as where biases alone are trained: no products
+            N = weight.shape[0]
+            spread = unpack(dy, mask.index, mask.extents, plan, N, table=positions_of(mask, N))
+            dbs[g] = spread.sum(0, dtype=weight.dtype)
     return dx, dws, dbs
 
 
@@ -173,7 +179,7 @@ def _columns_backward(
     if needs.x:
         transposed = _transposed(weight, dy) if transposed is None else transposed
         before = x if activation != NONE else None
-        active = torch.empty_like(x) if activation != NONE and needs.weights[0] else None
+        active = x.new_empty(x.shape) if activation != NONE and needs.weights[0] else None
         (dx,) = row_matmul(
             dy, [transposed], index, counts, plan, [_packed_width(mask, K)], activation=activation, before=before,
             active=active, allow_tf32=tf32,
@@ -189,15 +195,22 @@ def _columns_backward(
     return dx, dw, db
 
 
+def _biases(biases: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
+    """As kernels read them: of x's dtype or float32, all of one, and so nearly always as they are."""
+    if {bias.dtype for bias in biases} in ({x.dtype}, {torch.float32}):
+        return biases
+    return [bias.to(x.dtype) for bias in biases]
+
+
 def _transposed(weight: Tensor, like: Tensor) -> Tensor:
-    """The weight [N, K] as [K, N] in the dtype of the activations: the copy that autocast would make anyway."""
-    return weight.to(like.dtype).t().contiguous()
+    """The weight [N, K] as [K, N] in the dtype of the activations: in one copy, which autocast would make anyway."""
+    return torch.empty(weight.shape[::-1], dtype=like.dtype, device=weight.device).copy_(weight.t())
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Activations [B, T, width] as contiguous [B * T, width], without a copy where that is possible."""
+    """Activations [B, T, width] as [B * T, width]; rows may lie apart, where each begins at a multiple of 16 bytes."""
     rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-    return rows if rows.is_contiguous() else rows.contiguous()
+    return rows if rows.stride(1) == 1 and aligned(rows) else rows.contiguous()
 
 
 def _packed_width(mask: StoredMask, size: int) -> int:

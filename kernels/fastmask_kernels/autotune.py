@@ -1,7 +1,7 @@
 """`python -m fastmask_kernels.autotune`: measure the shipped block sizes on this GPU and remember the best of each.
 
 Every kernel is timed on random data of the sizes given, with each config its tables hold for this chip; the fastest is
-kept in `tuning.cache_file()`, and later launches of such sizes take it.
+kept in `configs.cache_file()`, and later launches of such sizes take it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,19 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmask_kernels import pair_matmul, tuning
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Config
+from fastmask_kernels.configs import (
+    ROW_MATMUL,
+    ROW_MATMUL_T,
+    ROW_OWNED_GRAD,
+    ROW_TURN_GRAD,
+    Config,
+    cache_file,
+    kind_of,
+    problem,
+    remember,
+)
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, kind_of
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_owned_grad import owned
@@ -29,6 +37,7 @@ from fastmask_kernels.tile_matmul import block_sizes, tile_matmul
 __all__ = ["fastest", "main"]
 
 Launch = Callable[[Config], object]
+PROJECTIONS = (1, 3)  # weights of a launch: a layer alone, and Q, K and V
 
 
 def fastest(launch: Launch, candidates: Sequence[Config], time: Callable[[Callable[[], object]], float]) -> Config:
@@ -53,38 +62,38 @@ def fastest(launch: Launch, candidates: Sequence[Config], time: Callable[[Callab
 
 
 def tune_rows(
-    x: Tensor, weight: Tensor, index: Tensor, counts: Tensor, plan: Plan, unit: int = 1
+    x: Tensor, weights: Sequence[Tensor], index: Tensor, counts: Tensor, plan: Plan, unit: int = 1
 ) -> list[tuple[str, Config]]:
-    """Best configs of the row kernels for activations [M, K] and a weight [N, K]; returned and remembered.
+    """Best configs of the row kernels for activations [M, K] and weights [N, K]; returned and remembered.
 
     With units that one program may own (`row_owned_grad.owned`) those of dW alone: the others know no units.
     """
-    (N, K), width, chip = weight.shape, index.shape[1], chip_of(x.device)
-    kind = kind_of(x, weight.dtype, False)
-    y = row_matmul(x, [weight], [index], [counts], plan, [width])[0]
-    rows = ([index], [counts], plan)
+    (N, K), width, G, dtype = weights[0].shape, index.shape[1], len(weights), weights[0].dtype
+    chip, kind, grad_kind = chip_of(x.device), kind_of(x, dtype, False), kind_of(x, None, False)
+    rows, sizes = ([index] * G, [counts] * G, plan), [K]
+    ys = row_matmul(x, weights, *rows, [width] * G)
 
     def forward(config: Config) -> object:
-        return row_matmul(x, [weight], *rows, [width], config=config)
+        return row_matmul(x, weights, *rows, [width] * G, config=config)
 
     def transposed(config: Config) -> object:
-        return row_matmul_t([y], [weight], *rows, config=config)
+        return row_matmul_t(ys, weights, *rows, config=config)
 
     def grad(config: Config) -> object:
-        return row_weight_grad([y], x, *rows, [N], weight_dtype=weight.dtype, units=[unit], config=config)
+        return row_weight_grad(ys, x, *rows, [N] * G, weight_dtype=dtype, units=[unit] * G, config=config)
 
-    grad_kind = kind_of(x, None, False)
-    whole = [config for config in ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
-    sizes = [width, K]
-    jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = [
-        ("row_matmul", weight.dtype, forward, ROW_MATMUL[chip, kind]),
-        ("row_matmul_t", weight.dtype, transposed, ROW_MATMUL_T[chip, kind]),
-        ("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]),
-    ]
     if owned([unit]):
-        jobs, sizes = [("row_owned_grad", None, grad, whole)], [width, K, unit]  # of other heads it may divide none
+        whole = [config for config in ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
+        sizes.append(unit)  # a block may divide no other head
+        jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = [("row_owned_grad", None, grad, whole)]
+    else:
+        jobs = [
+            ("row_matmul", dtype, forward, ROW_MATMUL[chip, kind]),
+            ("row_matmul_t", dtype, transposed, ROW_MATMUL_T[chip, kind]),
+            ("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]),
+        ]
     return [
-        _keep(tuning.problem(name, x, dtype, sizes, plan, False), launch, candidates)
+        _keep(problem(name, x, dtype, [width] * G, sizes, plan, False), launch, candidates)
         for name, dtype, launch, candidates in jobs
     ]
 
@@ -99,18 +108,16 @@ def tune_tiles(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> lis
         def launch(config: Config, given: Tensor = given, transposed: bool = transposed) -> object:
             return tile_matmul(given, weight, layout, plan, transposed=transposed, config=config)
 
-        kinds, out_in = (chip_of(x.device), x.dtype, weight.dtype), layout.tile[::-1] if transposed else layout.tile
-        if layout.pairs(transposed):
-            kernel, candidates = "pair_matmul", pair_matmul.block_sizes(*kinds, out_in[1])
-        else:
-            kernel, candidates = "tile_matmul", block_sizes(*kinds, out_in)
-        found.append(_keep(tuning.problem(kernel, x, weight.dtype, sizes, plan, False), launch, candidates))
+        tile, paired = layout.tile[::-1] if transposed else layout.tile, layout.pairs(transposed) is not None
+        kernel = "pair_matmul" if paired else "tile_matmul"
+        candidates = block_sizes(chip_of(x.device), x.dtype, weight.dtype, tile, paired)
+        found.append(_keep(problem(kernel, x, weight.dtype, (), sizes, plan, False), launch, candidates))
     return found
 
 
 def _keep(name: str, launch: Launch, candidates: Sequence[Config]) -> tuple[str, Config]:
     config = fastest(launch, candidates, lambda run: triton.testing.do_bench(run, return_mode="median"))
-    tuning.remember(name, config)
+    remember(name, config)
     return name, config
 
 
@@ -144,13 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [torch.randperm(units, device="cuda")[:live].sort().values for _ in range(options.languages)]
         rows = torch.stack(chosen)[:, :, None] * unit + torch.arange(unit, device="cuda")
         counts = torch.full((options.languages,), live * unit, device="cuda")
-        found += tune_rows(x, weight, rows.flatten(1), counts, plan, unit)
+        for G in PROJECTIONS:
+            weights = [weight, *[torch.randn_like(weight) for _ in range(G - 1)]]
+            found += tune_rows(x, weights, rows.flatten(1), counts, plan, unit)
     keep = torch.rand(options.languages, -(-N // 64), -(-K // 64), device="cuda") < options.density
     if N % 64 == 0 and K % 64 == 0:
         found += tune_tiles(x, weight, TileLayout.from_blocks(keep, (64, 64)), plan)
     for name, config in found:
         print(f"{name}: {dict(config.blocks)}, {config.num_warps} warps, {config.num_stages} stages")
-    print(f"kept in {tuning.cache_file()}")
+    print(f"kept in {cache_file()}")
     return 0
 
 

@@ -13,17 +13,11 @@ What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout
   more dots than `compiling.STEPS` counts.
 - `copies`: loads from global memory in that loop, number x bits of one thread: `async` go straight to shared memory
   (LDGSTS, UTMALDG), the others through registers.
-- `KB/step`, `FLOP/B`: the bytes that one program reads in one step from outside its multiprocessor, and its FLOPs for
-  each, as `compiling.STEPS` states them.
-- `bound`, `predicted`: FLOPs at the chip's rate for these operands against bytes at the rate of its L2 cache (tiles
-  that neighbours share come mostly from there): the longer time is the bound, and FLOP time / bound is the share of
-  the rate to expect at best. Nothing else is counted: not the mask's instructions, edges, launches, or memory.
 
-Not a timing: nothing here runs. `--roofline` prints the floors of whole layers instead. The exit status is 1 if a
-kernel spills, has a stack, lacks tensor-core instructions, asks for more shared memory than there is, or fits a
-multiprocessor less often than its table of block sizes says (lines FAILED); 2 if the report cannot be made. Lines
-WARNING are what ptxas calls a potential performance loss, as when it runs tensor-core instructions one by one; they
-leave the exit status alone.
+Not a timing: nothing here runs. The exit status is 1 if a kernel spills, has a stack, lacks tensor-core instructions,
+asks for more shared memory than there is, or fits a multiprocessor less often than its table of block sizes says (lines
+FAILED); 2 if the report cannot be made. Lines WARNING are what ptxas calls a potential performance loss, as when it
+runs tensor-core instructions one by one; they leave the exit status alone.
 """
 
 from __future__ import annotations
@@ -43,11 +37,10 @@ from pathlib import Path
 
 import triton
 
-from fastmask_kernels.compiling import Build, build, dots, operand_bits, resident, step_of
-from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.chips import CHIPS
+from fastmask_kernels.compiling import Build, build, dots, operand_bits, resident, step_flops
+from fastmask_kernels.configs import expected_residents
 from fastmask_kernels.recorder import Variant
-from fastmask_kernels.roofline import roofline_table
-from fastmask_kernels.row_configs import expected_residents
 
 __all__ = ["LAUNCHED", "Row", "collect", "failures", "main", "report", "table", "warnings"]
 
@@ -62,8 +55,6 @@ class Row:
     config: str
     dtypes: str
     target: str
-    flops: int
-    bytes: int
     bits: int
     tensor_cores: bool
     build: Build | None
@@ -76,16 +67,6 @@ class Row:
         """Programs that a multiprocessor holds at a time; None if it does not compile."""
         return None if self.build is None else resident(self.build, self.num_warps, CHIPS[self.target])
 
-    @property
-    def prediction(self) -> tuple[str, float | None]:
-        """What bounds the loop, "FLOP" or "L2", and the best share of the FLOP rate; None without any FLOPs."""
-        chip = CHIPS[self.target]
-        wide = "tf32" if self.tensor_cores else "fp32"
-        compute = self.flops / chip.flops("bf16" if self.bits == 16 and self.tensor_cores else wide)
-        transfer = self.bytes / chip.l2
-        share = compute / max(compute, transfer) if self.flops else None
-        return ("FLOP" if compute >= transfer else "L2"), share
-
 
 def collect(targets: Sequence[str], module: str = LAUNCHED, kernel: str = "", quick: bool = False) -> list[Variant]:
     """What `variants(chip)` of a module gives for each of `targets`, where its description contains `kernel`.
@@ -96,19 +77,14 @@ def collect(targets: Sequence[str], module: str = LAUNCHED, kernel: str = "", qu
     found = [variant for target in targets for variant in variants(target) if kernel in str(variant)]
     if not quick:
         return found
-    largest: dict[tuple[object, ...], Variant] = {}
+    largest: dict[tuple[object, ...], tuple[tuple[int, ...], Variant]] = {}
     for variant in found:
         flags = [(k, v) for k, v in sorted(variant.constexprs.items()) if isinstance(v, bool | str)]
         kind = (variant.chip, variant.kernel, operand_bits(variant), *flags)
-        if kind not in largest or _size(variant) > _size(largest[kind]):
-            largest[kind] = variant
-    return list(largest.values())
-
-
-def _size(variant: Variant) -> tuple[int, ...]:
-    """FLOPs and bytes of a step, stages, then what is not known to be a multiple of 16."""
-    step = step_of(variant)
-    return (step.flops, step.bytes, variant.num_stages, len(variant.unhinted))
+        size = (step_flops(variant), variant.num_stages, len(variant.unhinted))
+        if kind not in largest or size > largest[kind][0]:
+            largest[kind] = size, variant
+    return [variant for _, variant in largest.values()]
 
 
 _variants: list[Variant] = []  # of the report that is being made: worker processes inherit them; they cannot be pickled
@@ -142,24 +118,21 @@ def _compile_all(jobs: Sequence[int], workers: int) -> dict[int, Row]:
 
 def _row(index: int, crashed: bool = False) -> Row:
     variant = _variants[index]
-    step = step_of(variant)
     flags = ("G", "SLOTS", "GROUP")  # small numbers that say nothing of a tile
     sizes = [f"{k}={v}" for k, v in variant.constexprs.items() if isinstance(v, int) and not isinstance(v, bool)]
     pointers = [kind[1:] for kind in variant.source.signature.values() if kind.startswith("*")]
+    launch = variant.num_warps, variant.num_stages
+    expected = expected_residents(variant.source.fn.__name__, variant.chip, variant.constexprs, *launch)
     row = Row(
         kernel=str(variant),
-        config=" ".join(
-            [*(s for s in sizes if not s.startswith(flags)), f"w{variant.num_warps}", f"s{variant.num_stages}"]
-        ),
+        config=" ".join([*(s for s in sizes if not s.startswith(flags)), "w{} s{}".format(*launch)]),
         dtypes="+".join(dict.fromkeys(kind for kind in pointers if kind.startswith(("bf", "fp")))) or "-",
         target=variant.chip,
-        flops=step.flops,
-        bytes=step.bytes,
         bits=operand_bits(variant),
         tensor_cores=dots(variant),
         build=None,
         num_warps=variant.num_warps,
-        expected=0 if variant.unhinted else _expected(variant),
+        expected=0 if variant.unhinted else expected,
     )
     if crashed:
         return replace(row, error="the compiler crashed")
@@ -168,12 +141,6 @@ def _row(index: int, crashed: bool = False) -> Row:
     except Exception as problem:
         # A compiler may raise anything; whatever it is belongs in the row, beside those that compiled.
         return replace(row, error=f"{type(problem).__name__}: {problem}")
-
-
-def _expected(variant: Variant) -> int:
-    """Programs of a multiprocessor that block sizes were chosen for."""
-    name, launch = variant.source.fn.__name__, (variant.num_warps, variant.num_stages)
-    return expected_residents(name, variant.chip, variant.constexprs, *launch)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -198,8 +165,8 @@ def _problems(row: Row) -> list[str]:
     if row.tensor_cores and not any(name.startswith(wanted) for name in made.tensor):
         instead = ", ".join(made.tensor) or "none"
         found.append(f"has no {' or '.join(wanted)} instruction in its inner loop; tensor-core instructions: {instead}")
-    if made.shared > chip.shared_memory:
-        found.append(f"asks for {made.shared} bytes of shared memory, the chip allows {chip.shared_memory}")
+    if made.shared > chip.program_memory:
+        found.append(f"asks for {made.shared} bytes of shared memory, the chip allows {chip.program_memory}")
     if made.tensor_memory > chip.tensor_memory:
         found.append(f"asks for {made.tensor_memory} columns of tensor memory, the chip has {chip.tensor_memory}")
     if row.resident is not None and row.resident < row.expected:
@@ -215,12 +182,12 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, under a line of headings."""
     head = ["kernel", "config", "dtype", "target", "regs", "stack", "spill", "fit", "shared", "tensor cores", "steps"]
-    cells = [[*head, "copies", "KB/step", "FLOP/B", "bound", "predicted"]]
+    cells = [[*head, "copies"]]
     for row in rows:
-        made, (bound, share) = row.build, row.prediction
+        made = row.build
         start = [row.kernel, row.config, row.dtypes, row.target]
         if made is None:
-            cells.append([*start, *["-"] * 11, f"does not compile: {(row.error or '').splitlines()[0]}"])
+            cells.append([*start, *["-"] * 7, f"does not compile: {(row.error or '').splitlines()[0]}"])
             continue
         copies = [f"{n} x {bits} async" for bits, n in sorted(made.async_copies.items())]
         copies += [f"{n} x {bits}" for bits, n in sorted(made.loads.items())]
@@ -231,14 +198,10 @@ def table(rows: Sequence[Row]) -> str:
                 str(made.stack),
                 f"{made.spill_stores}/{made.spill_loads}",
                 str(row.resident),
-                f"{made.shared / 1024:.0f}/{CHIPS[row.target].shared_memory // 1024}",
+                f"{made.shared / 1024:.0f}/{CHIPS[row.target].program_memory // 1024}",
                 ", ".join(f"{n} {name}" for name, n in made.tensor.items()) or "none",
                 "-" if made.steps is None else f"{made.steps:g}",
                 ", ".join(copies) or "none",
-                f"{row.bytes / 1e3:.1f}",
-                f"{row.flops / row.bytes:.0f}" if row.bytes else "-",
-                bound,
-                "-" if share is None else f"{share:.0%}",
             ]
         )
     widths = [max(len(line[i]) for line in cells if len(line) > i + 1) for i in range(len(cells[0]) - 1)]
@@ -259,11 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="of each kernel and set of flags the largest tile only")
     parser.add_argument("--json", metavar="FILE", help="write the rows, and what is wrong, to FILE as well")
     parser.add_argument("--module", default=LAUNCHED, help="whose variants(chip) to compile; default: %(default)s")
-    parser.add_argument("--roofline", action="store_true", help="print the floors of whole layers; compile nothing")
     options = parser.parse_args(arguments)
-    if options.roofline:
-        print(roofline_table())
-        return 0
     targets = options.target.split(",")
     if unknown := [target for target in targets if target not in CHIPS]:
         parser.error(f"unknown target {', '.join(unknown)}; there are {', '.join(CHIPS)}")
@@ -277,17 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong, doubtful = failures(rows), warnings(rows)
     print(table(rows))
     if options.json:
-        plain = {"triton": triton.__version__, "rows": [_plain(row) for row in rows]}
+        plain = {"triton": triton.__version__, "rows": [asdict(row) | {"resident": row.resident} for row in rows]}
         Path(options.json).write_text(json.dumps({**plain, "failures": wrong, "warnings": doubtful}))
     print(f"\n{len(rows)} compiled with Triton {triton.__version__}: {len(wrong)} failures, {len(doubtful)} warnings")
     for line in [*(f"WARNING {line}" for line in doubtful), *(f"FAILED {line}" for line in wrong)]:
         print(line)
     return 1 if wrong else 0
-
-
-def _plain(row: Row) -> dict[str, object]:
-    bound, share = row.prediction
-    return {**asdict(row), "resident": row.resident, "bound": bound, "predicted_share": share}
 
 
 if __name__ == "__main__":

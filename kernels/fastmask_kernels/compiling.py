@@ -2,6 +2,11 @@
 
 NVIDIA: registers, stack and instructions come from the binary (`cuobjdump`, in Triton's wheel), the bytes of spills and
 warnings from the log of `ptxas`. AMD: all of it from the assembly and the metadata at its end.
+
+The inner loop is found in the machine code, a list of `Instruction`, each with the instructions it may jump to. A loop
+is what graph theory calls a natural loop: a jump back to an instruction that every path to the jump passes, and all
+between the two. Address ranges would not do: compilers place waits of the loop behind the kernel's end and jump back
+from there.
 """
 
 from __future__ import annotations
@@ -21,11 +26,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
-from fastmask_kernels.assembly import Instruction, inner_loop, read_amdgcn, read_sass
-from fastmask_kernels.limits import CHIPS, Chip
+from fastmask_kernels.chips import CHIPS, Chip
 from fastmask_kernels.recorder import Variant
 
-__all__ = ["STEPS", "Build", "Step", "build", "dots", "operand_bits", "resident", "step_of"]
+__all__ = [
+    "STEPS", "Build", "Instruction", "build", "dots", "inner_loop", "loops", "operand_bits", "read_amdgcn", "read_sass",
+    "resident", "step_flops",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,6 @@ class Build:
         tensor: tensor-core instructions of the inner loop by name, without their accumulator type.
         async_copies, loads: loads from global memory in the inner loop by their bits for one thread (or "tile" for a
             copy engine's): those that go straight to shared memory, and those that pass through registers.
-        loop: every instruction of the inner loop, by the first part of its name.
         steps: steps of the kernel's inner loop that one round of the compiled loop does, from the shape in the names of
             the tensor-core instructions; None where the names do not tell.
         warnings: what ptxas calls a potential performance loss, as when it runs tensor-core instructions one by one.
@@ -59,45 +65,27 @@ class Build:
     tensor: dict[str, int]
     async_copies: dict[str, int]
     loads: dict[str, int]
-    loop: dict[str, int]
     steps: float | None
     warnings: list[str] = field(default_factory=list)
 
 
-# ---- one step of a kernel's inner loop, as its source says
-
-
-@dataclass(frozen=True)
-class Step:
-    """Multiply-adds times two, and bytes read from outside the multiprocessor, of one step of one program."""
-
-    flops: int
-    bytes: int
-
-
-def _product(rows: int, columns: int, depth: int, row_bytes: int, column_bytes: int) -> Step:
-    return Step(2 * rows * columns * depth, (rows * row_bytes + columns * column_bytes) * depth)
-
-
-# By the kernel's name, from its constexprs and the bytes of an element by argument; kernels without dots have none.
-STEPS: dict[str, Callable[[dict[str, Any], dict[str, int]], Step]] = {
-    "row_matmul_kernel": lambda c, size: _product(c["BM"], c["BN"], c["BK"], size["x"], size["w0"]),
-    "row_matmul_t_kernel": lambda c, size: _product(c["BM"], c["BK"], c["BN"], size["x0"], size["w0"]),
-    "row_turn_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy0"], size["x"]),
-    "row_owned_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy0"], size["x"]),
-    "tile_matmul_kernel": lambda c, size: _product(c["OUT_TILE"], c["BM"], c["BK"], size["weight"], size["x"]),
-    "pair_matmul_kernel": lambda c, size: _product(2 * c["OUT_TILE"], c["BM"], c["BK"], size["weight"], size["x"]),
-    "tile_weight_grad_kernel": lambda c, size: _product(c["BN"], c["BK"], c["BM"], size["dy"], size["x"]),
-    "pair_weight_grad_kernel": lambda c, size: _product(c["BN"], 2 * c["TK"], c["BM"], size["dy"], size["x"]),
+# FLOPs of one step of a kernel's inner loop, from its constexprs, by its name; kernels without dots have none.
+STEPS: dict[str, Callable[[dict[str, Any]], int]] = {
+    **dict.fromkeys(
+        ("row_matmul_kernel", "row_matmul_t_kernel", "row_turn_grad_kernel", "row_owned_grad_kernel"),
+        lambda c: 2 * c["BM"] * c["BN"] * c["BK"],
+    ),
+    "tile_matmul_kernel": lambda c: 2 * c["OUT_TILE"] * c["BM"] * c["BK"],
+    "pair_matmul_kernel": lambda c: 4 * c["OUT_TILE"] * c["BM"] * c["BK"],
+    "tile_weight_grad_kernel": lambda c: 2 * c["BN"] * c["BK"] * c["BM"],
+    "pair_weight_grad_kernel": lambda c: 4 * c["BN"] * c["TK"] * c["BM"],
 }
-_SIZES = {"*bf16": 2, "*fp16": 2, "*fp32": 4}
 
 
-def step_of(variant: Variant) -> Step:
-    """The work of one step; a mask's bits, at most a sixteenth of the weight's bytes, are not counted."""
+def step_flops(variant: Variant) -> int:
+    """The FLOPs of one step of the inner loop; 0 without dots."""
     work = STEPS.get(variant.source.fn.__name__)
-    sizes = {name: _SIZES[kind] for name, kind in variant.source.signature.items() if kind in _SIZES}
-    return Step(0, 0) if work is None else work(variant.constexprs, sizes)
+    return 0 if work is None else work(variant.constexprs)
 
 
 def operand_bits(variant: Variant) -> int:
@@ -231,11 +219,10 @@ def _loop_facts(body: Sequence[Instruction], names: tuple[str, ...], variant: Va
     flops = [_flops(opcode) for opcode in tensor]
     # A warp group, four warps, works on one HGMMA together; one warp on any other.
     groups = variant.num_warps / (4 if chip.target == "sm_90" and tensor and tensor[0].startswith("HGMMA") else 1)
-    known = bool(tensor) and step_of(variant).flops > 0 and None not in flops
+    known = bool(tensor) and step_flops(variant) > 0 and None not in flops
     return {
         "tensor": dict(Counter(re.sub(r"\.F(16|32).*", "", opcode) for opcode in tensor)),
-        "loop": dict(Counter(i.opcode.split(".")[0] for i in body)),
-        "steps": sum(f for f in flops if f) * groups / step_of(variant).flops if known else None,
+        "steps": sum(f for f in flops if f) * groups / step_flops(variant) if known else None,
     }
 
 
@@ -246,3 +233,123 @@ def _flops(opcode: str) -> int | None:
         return 2 * m * n * k
     shapes = {"HMMA.16816": 16 * 8 * 16, "HMMA.1688": 16 * 8 * 8, "HMMA.1684": 16 * 8 * 4}
     return next((2 * size for name, size in shapes.items() if opcode.startswith(name + ".")), None)
+
+
+# ---- the inner loop
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its name with modifiers, what it works on, and the positions of those that may come next."""
+
+    opcode: str
+    operands: str
+    following: tuple[int, ...]
+
+
+def read_sass(text: str) -> list[Instruction]:
+    """Instructions of the one function in the output of `cuobjdump -sass`."""
+    pattern = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?([A-Z]\w*[\w.]*)\s*([^;]*);")
+    lines = [match.groups() for match in map(pattern.search, text.splitlines()) if match]
+    position = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
+    if len(position) != len(lines):
+        raise ValueError("the disassembly holds more than one function; a kernel that calls others cannot be read")
+    instructions = []
+    rejoins: dict[str, int] = {}  # barrier register -> where the last BSSY said that divergent threads meet
+    for i, (_, guard, opcode, operands) in enumerate(lines):
+        name, operands = opcode.split(".")[0], operands.strip()
+        address = re.search(r"0x([0-9a-f]+)\)?$", operands)
+        jump = position.get(int(address[1], 16)) if address else None
+        conditional = guard is not None
+        following = [i + 1]
+        if name == "BSSY" and jump is not None:
+            rejoins[operands.split(",")[0]] = jump
+        elif name == "BSYNC":
+            following = [i + 1, rejoins.get(operands, i + 1)]
+        elif name == "BRA" and jump is not None:
+            # `BRA.U UP0, 0x10` and `BRA P0, 0x10` have their condition among the operands.
+            following = [jump, i + 1] if conditional or "," in operands else [jump]
+        elif name in ("EXIT", "RET", "BRX", "JMX", "BPT") and not conditional:
+            following = []
+        instructions.append((opcode, operands, following))
+    return _instructions(instructions)
+
+
+def read_amdgcn(text: str) -> list[Instruction]:
+    """Instructions of the kernel in AMD assembly, the first function of the text."""
+    body = text.split(".Lfunc_end0:")[0]
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str]] = []
+    for line in body.splitlines():
+        line = line.split(";")[0].rstrip()
+        if label := re.match(r"(\.LBB\w+):", line):
+            labels[label[1]] = len(lines)
+        elif found := re.match(r"\s+([a-z]\w+)(?:\s+(.*))?$", line):
+            lines.append((found[1], (found[2] or "").strip()))
+    instructions = []
+    for i, (opcode, operands) in enumerate(lines):
+        following = [i + 1]
+        if opcode == "s_branch":
+            following = [labels[operands]]
+        elif opcode.startswith("s_cbranch"):
+            following = [labels[operands], i + 1]
+        elif opcode in ("s_endpgm", "s_setpc_b64"):
+            following = []
+        instructions.append((opcode, operands, following))
+    return _instructions(instructions)
+
+
+def _instructions(found: list[tuple[str, str, list[int]]]) -> list[Instruction]:
+    """Without jumps past the end, and each that follows named once."""
+    inside = range(len(found))
+    return [Instruction(op, args, tuple(j for j in dict.fromkeys(after) if j in inside)) for op, args, after in found]
+
+
+def loops(code: Sequence[Instruction]) -> list[set[int]]:
+    """The natural loops of `code`, as sets of positions; jumps back to one instruction make one loop."""
+    before: list[list[int]] = [[] for _ in code]
+    for i, instruction in enumerate(code):
+        for j in instruction.following:
+            before[j].append(i)
+    # What is reached, and whether the way there from the first instruction still goes on: a jump to one of those is a
+    # jump back. (Of code from compilers, whose loops are entered at one place.)
+    on_path = {0: True} if code else {}
+    path = [(0, iter(code[0].following))] if code else []
+    jumps = []
+    while path:
+        at, after = path[-1]
+        for j in after:
+            if j not in on_path:
+                on_path[j] = True
+                path.append((j, iter(code[j].following)))
+                break
+            if on_path[j]:
+                jumps.append((at, j))
+        else:
+            on_path[at] = False
+            path.pop()
+    found: dict[int, set[int]] = {}
+    for tail, head in jumps:
+        body, todo = found.setdefault(head, {head}), [tail]
+        while todo:
+            at = todo.pop()
+            if at not in body and at in on_path:
+                body.add(at)
+                todo.extend(before[at])
+    return list(found.values())
+
+
+def inner_loop(code: Sequence[Instruction], wanted: tuple[str, ...]) -> list[Instruction]:
+    """The body of the innermost loop with the most instructions whose names begin with one of `wanted`.
+
+    Of equals the longest; where no loop has any, the longest innermost loop; where there is no loop, all of the code.
+    """
+    found = loops(code)
+    weights = [sum(code[i].opcode.startswith(wanted) for i in body) for body in found]
+    if any(weights):
+        found = [body for body, weight in zip(found, weights, strict=True) if weight]
+    innermost = [body for body in found if not any(other < body for other in found)]
+    if not innermost:
+        return list(code)
+    best = max(innermost, key=lambda body: (sum(code[i].opcode.startswith(wanted) for i in body), len(body)))
+    return [code[i] for i in sorted(best)]

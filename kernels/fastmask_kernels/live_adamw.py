@@ -8,7 +8,7 @@ GPU, so nothing waits for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -120,26 +120,46 @@ def live_adamw(
         groups.setdefault((job.parameter.device, job.parameter.dtype, _vector(job)), []).append(job)
     logs = [part for beta in (beta1, beta2) for part in _in_two(math.log(max(beta, 1e-30)))]
     for (device, dtype, vector), group in groups.items():
-        table, pieces = [], 0
-        for job in group:
-            (N, K), (bn, bk) = _shape(job.parameter), job.cell
-            across = triton.cdiv(K, config["BK"])
-            pointers = [tensor.data_ptr() for tensor in job[:6]]
-            table.append([*pointers, N, K, bn, min(bk, K), job.words.shape[1], across, pieces])
-            pieces += across * triton.cdiv(N, config["BN"])
-        numbers = torch.tensor(table)
-        if device.type == "cuda":  # from pinned memory nothing waits for the copy
-            numbers = numbers.pin_memory()
-        numbers = numbers.to(device, non_blocking=True)
-        counts = numbers[:, -1].diff(append=numbers.new_full((1,), pieces))
-        job_of = torch.repeat_interleave(counts, output_size=pieces)
+        numbers, job_of = _table(group, device, (dtype, vector), config)
         rate = lr.to(device, torch.float32) if isinstance(lr, Tensor) else lr
         launch(
-            live_adamw_kernel, (pieces,), numbers,
+            live_adamw_kernel, (len(job_of),), numbers,
             numbers, job_of, rate, weight_decay, 1 - beta1, beta2, 1 - beta2, *logs, eps, -1.0 if maximize else 1.0,
             LR_ON_DEVICE=isinstance(rate, Tensor), DTYPE=DTYPES[dtype], VECTOR=vector,
-            **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options,
         )  # fmt: skip
+
+
+_tables: dict[Hashable, tuple[Tensor, Tensor]] = {}
+_MOST_TABLES = 16  # gradients lie where they lay in the last step, if the same weights live
+
+
+def _table(jobs: list[Job], device: torch.device, kind: Hashable, config: Config) -> tuple[Tensor, Tensor]:
+    """What the kernel reads of each job, int64 [jobs, FIELDS], and the job of each program; kept for the next step."""
+    rows, pieces, counts = [], 0, []
+    for job in jobs:
+        (N, K), (bn, bk) = _shape(job.parameter), job.cell
+        across = triton.cdiv(K, config["BK"])
+        pointers = [tensor.data_ptr() for tensor in job[:6]]
+        rows.append((*pointers, N, K, bn, min(bk, K), job.words.shape[1], across, pieces))
+        counts.append(across * triton.cdiv(N, config["BN"]))
+        pieces += counts[-1]
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0  # another's may not be written yet
+    key = (device, stream, kind, config, *rows)
+    found = _tables.get(key)
+    # What a CUDA graph makes lies in its own memory, and what is kept may go before the graph does.
+    captured = on_gpu and torch.cuda.is_current_stream_capturing()
+    if found is None or captured:
+        numbers, job_of = torch.tensor(rows), torch.repeat_interleave(torch.tensor(counts), output_size=pieces)
+        if on_gpu:  # from pinned memory nothing waits for the copy
+            numbers, job_of = numbers.pin_memory(), job_of.pin_memory()
+        found = numbers.to(device, non_blocking=True), job_of.to(device, non_blocking=True)
+        if not captured:
+            if len(_tables) >= _MOST_TABLES:
+                _tables.pop(next(iter(_tables)))
+            _tables[key] = found
+    return found
 
 
 def _shape(parameter: Tensor) -> tuple[int, int]:

@@ -25,7 +25,7 @@ CONFIG = Config((("BM", 8), ("BN", 256)), num_warps=4, num_stages=1)
 # Grid: (token tiles, blocks of BN columns of the result).
 @triton.jit(do_not_specialize=["entries"])
 def gather_columns_kernel(
-    x, y, table, counts, token_rows, tiles, x_stride, y_stride, x_width, y_width, entries,
+    x, y, table, counts, token_rows, tiles, x_stride, x_width, y_width, entries,
     COUNTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -47,13 +47,10 @@ def gather_columns_kernel(
     inside = (m < last)[:, None]
     taken = inside & ((source >= 0) & (source < x_width))[None, :]
     values = tl.load(x + token[:, None] * x_stride + source[None, :], mask=taken, other=0.0)
-    tl.store(y + token[:, None] * y_stride + c[None, :], values, mask=inside & (c < y_width)[None, :])
+    tl.store(y + token[:, None] * y_width + c[None, :], values, mask=inside & (c < y_width)[None, :])
 
 
-def pack(
-    x: Tensor, index: Tensor, counts: Tensor, plan: Plan, width: int, *, out: Tensor | None = None,
-    config: Config | None = None,
-) -> Tensor:  # fmt: skip
+def pack(x: Tensor, index: Tensor, counts: Tensor, plan: Plan, width: int, *, config: Config = CONFIG) -> Tensor:
     """Live columns of x to the front, in the order of `index`, exact zeros behind.
 
     Args:
@@ -62,7 +59,6 @@ def pack(
         counts: how many they are, int64 [L].
         plan: the batch; rows of the full network stay as they are (cut or filled with zeros to `width`).
         width: of the result.
-        out: where to write, [M, width]; None takes fresh memory.
         config: block sizes BM (tokens) and BN (columns).
 
     Returns:
@@ -71,30 +67,26 @@ def pack(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
-    return _gather(x, index, counts, plan, width, out, config)
+    return _gather(x, index, counts, plan, width, config)
 
 
 def unpack(
     xp: Tensor, index: Tensor, counts: Tensor, plan: Plan, n: int, *, table: Tensor | None = None,
-    out: Tensor | None = None, config: Config | None = None,
+    config: Config = CONFIG,
 ) -> Tensor:  # fmt: skip
     """Packed columns back to their places, exact zeros where a language owns nothing; undoes `pack`.
 
     Args:
-        xp: [M, width], float16, bfloat16 or float32; what lies behind the live units is never used.
-        index: the live units of each language, int64 [L, most].
-        counts: how many they are, int64 [L].
-        plan: the batch; rows of the full network stay as they are (cut or filled with zeros to n).
+        xp: [M, width], of which what lies behind the live units is never used.
+        index: like what follows, as for `pack`.
+        counts: see there.
+        plan: see there.
         n: width N of the result.
         table: `positions(index, counts, n)`, if it is at hand; None makes it.
-        out: where to write, [M, n]; None takes fresh memory.
-        config: block sizes BM (tokens) and BN (columns).
+        config: see there.
 
     Returns:
         [M, n] in xp's dtype.
-
-    Raises:
-        TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
     if table is None:
         table = positions(index, counts, n)
@@ -103,7 +95,7 @@ def unpack(
             f"table: expected contiguous int32 {(plan.n_languages, n)}, given {table.dtype} {tuple(table.shape)}"
         )
     check_index(0, index, counts, plan, xp.device)
-    return _gather(xp, table, None, plan, n, out, config)
+    return _gather(xp, table, None, plan, n, config)
 
 
 def positions(index: Tensor, counts: Tensor, n: int) -> Tensor:
@@ -117,28 +109,20 @@ def positions(index: Tensor, counts: Tensor, n: int) -> Tensor:
     return table[:, :n].contiguous()
 
 
-def _gather(
-    x: Tensor, table: Tensor, counts: Tensor | None, plan: Plan, width: int, out: Tensor | None, config: Config | None
-) -> Tensor:
+def _gather(x: Tensor, table: Tensor, counts: Tensor | None, plan: Plan, width: int, config: Config) -> Tensor:
     check_activation("x", x, plan)
     if counts is not None:
         check_index(0, table, counts, plan, x.device)
     if width < 1:
         raise ValueError(f"width: expected a positive integer, given {width}")
-    if out is None:
-        out = torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device)
-    check_activation("out", out, plan, width)
-    if out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(f"out: expected {x.dtype} on {x.device}, given {out.dtype} on {out.device}")
+    out = torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device)
     if plan.n_rows == 0:
         return out
-    if config is None:
-        config = CONFIG
     tiles = plan.tiles(config["BM"])
     launch(
         gather_columns_kernel, (tiles.shape[0], triton.cdiv(width, config["BN"])), out,
-        x, out, table, table if counts is None else counts, plan.token_rows, tiles, x.stride(0), out.stride(0),
+        x, out, table, table if counts is None else counts, plan.token_rows, tiles, x.stride(0),
         x.shape[1], width, table.shape[1],
-        COUNTED=counts is not None, **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+        COUNTED=counts is not None, **config.options,
     )  # fmt: skip
     return out

@@ -118,12 +118,9 @@ class Plan:
         check_runnable(language_ids)
         B, device = language_ids.shape[0], language_ids.device
         self.n_rows, self.n_languages, self.n_segments = B * tokens, n_languages, n_languages + 1
-        n_present = min(self.n_segments, B)
-        sizes = (self.n_rows, self.n_segments + 1, n_present)
-        self.token_rows, self.starts, self.present = (
-            torch.empty(size, dtype=torch.int32, device=device) for size in sizes
-        )
-        self.ok = torch.empty((), dtype=torch.int32, device=device)
+        n_present, kind = min(self.n_segments, B), {"dtype": torch.int32, "device": device}
+        self.token_rows, self.starts = torch.empty(self.n_rows, **kind), torch.empty(self.n_segments + 1, **kind)
+        self.present, self.ok = torch.empty(n_present, **kind), torch.empty((), **kind)
         segments = triton.next_power_of_2(self.n_segments)
         if B > _MANY:
             order = torch.sort(language_ids, stable=True).indices

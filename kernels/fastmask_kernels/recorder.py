@@ -27,9 +27,9 @@ from triton.runtime import JITFunction
 from triton.runtime import driver as drivers
 
 from fastmask_kernels import chips, interpreter, launching
-from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.chips import CHIPS
 
-__all__ = ["Launch", "Operation", "Recorder", "Stub", "Variant"]
+__all__ = ["DEVICE", "Launch", "Operation", "Recorder", "Variant"]
 
 DEVICE = "meta"
 # Of those that are not views: they make or describe tensors and leave the memory alone.
@@ -108,18 +108,24 @@ class Operation:
     callers: tuple[str, ...]
 
 
-class Stub:
-    """Inside of `with`, Triton's own launch path ends at a driver that launches nothing; one at a time in a process.
+class Recorder(TorchDispatchMode):
+    """Inside of `with`, records what runs on `DEVICE`; one at a time in a process, and not under Triton's interpreter.
+
+    Triton's own launch path ends at a driver that launches nothing.
 
     Args:
-        chip: whose block sizes are chosen; a key of `limits.CHIPS`.
-        device: the type of device whose tensors kernels accept.
+        chip: whose block sizes are chosen; a key of `chips.CHIPS`.
+
+    Attributes:
+        launches, operations: what ran, in order; `events` holds both together.
     """
 
-    def __init__(self, chip: str = "sm_90", device: str = DEVICE) -> None:
+    def __init__(self, chip: str = "sm_90") -> None:
+        super().__init__()
         if interpreting := triton.knobs.runtime.interpret:
             raise RuntimeError(f"the recorder needs Triton's launch path; TRITON_INTERPRET is {interpreting}")
-        self.chip, self.device = chip, device
+        self.chip, self.device = chip, DEVICE
+        self.events: list[Launch | Operation] = []
         target = CHIPS[chip]
         self._device = f"recorded {chip}"  # Triton keeps what it compiled by device
         self._driver = SimpleNamespace(
@@ -130,23 +136,30 @@ class Stub:
         self._seen: set[JITFunction[Any]] = set()
         self._before: list[tuple[Any, str, Any]] = []
 
-    def __enter__(self) -> Stub:
-        patches = [
+    @property
+    def launches(self) -> list[Launch]:
+        return [event for event in self.events if isinstance(event, Launch)]
+
+    @property
+    def operations(self) -> list[Operation]:
+        return [event for event in self.events if isinstance(event, Operation)]
+
+    def __enter__(self) -> Recorder:
+        for owner, name, value in (
             (drivers, "_active", self._driver),
             (triton.compiler, "compile", self._compile),
             (chips, "stand_in", self.chip),
             (interpreter, "recorded_device", self.device),
             (torch, "is_autocast_enabled", _is_autocast_enabled),
-        ]
-        if self.device != DEVICE:
-            patches.append((torch, "_assert_async", lambda *_: None))  # of what a kernel would have written
-        for owner, name, value in patches:
+        ):
             self._before.append((owner, name, getattr(owner, name)))
             setattr(owner, name, value)
         launching.forget()
+        super().__enter__()
         return self
 
     def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
         while self._before:
             setattr(*self._before.pop())
         launching.forget()
@@ -154,6 +167,8 @@ class Stub:
             kernel.device_caches.pop(self._device, None)
             kernel.compile = triton.compiler.compile
         self._seen.clear()
+
+    # ---- Triton
 
     def _compile(self, source: Any, target: Any, options: dict[str, Any]) -> Any:
         """In the place of `triton.compile`: a kernel that is not there."""
@@ -164,44 +179,7 @@ class Stub:
 
     def _runner(self, variant: Variant) -> Callable[..., None]:
         """What is called, with the grid first, for each launch of a variant."""
-        return lambda *_: None
 
-
-class Recorder(Stub, TorchDispatchMode):
-    """Inside of `with`, records what runs on `DEVICE`; one at a time in a process, and not under Triton's interpreter.
-
-    Args:
-        chip: as for `Stub`.
-
-    Attributes:
-        launches, operations: what ran, in order; `events` holds both together.
-    """
-
-    def __init__(self, chip: str = "sm_90") -> None:
-        TorchDispatchMode.__init__(self)
-        Stub.__init__(self, chip)
-        self.events: list[Launch | Operation] = []
-
-    @property
-    def launches(self) -> list[Launch]:
-        return [event for event in self.events if isinstance(event, Launch)]
-
-    @property
-    def operations(self) -> list[Operation]:
-        return [event for event in self.events if isinstance(event, Operation)]
-
-    def __enter__(self) -> Recorder:
-        Stub.__enter__(self)
-        TorchDispatchMode.__enter__(self)
-        return self
-
-    def __exit__(self, *raised: Any) -> None:
-        TorchDispatchMode.__exit__(self, *raised)
-        Stub.__exit__(self)
-
-    # ---- Triton
-
-    def _runner(self, variant: Variant) -> Callable[..., None]:
         def run(x: int, y: int, z: int, *_: Any) -> None:
             self.events.append(Launch(variant, (x, y, z), _phase(), _callers(sys._getframe(1))))
 

@@ -11,33 +11,69 @@ one launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.configs import Config
+from fastmask_kernels import row_arguments as rows
+from fastmask_kernels.configs import ROW_MATMUL, Config, choose, kind_of, tuned
 from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_activation import ACTIVATIONS, put_through_activation
-from fastmask_kernels.row_arguments import (
-    aligned,
-    check_activation,
-    check_outs,
-    check_rows,
-    check_vectors,
-    check_weights,
-    filled,
-    positions,
-)
-from fastmask_kernels.row_configs import ROW_MATMUL, choose, kind_of
-from fastmask_kernels.row_pieces import live_count, pick
-from fastmask_kernels.tile_pieces import grouped
-from fastmask_kernels.tuning import tuned
+from fastmask_kernels.program_order import grouped
+from fastmask_kernels.row_arguments import filled, live_count, pick, positions
 
 __all__ = ["row_matmul"]
+
+ACTIVATIONS = ("", "gelu", "relu")
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    """What an activation function, GELU (by the error function) or ReLU, makes of z."""
+    if ACTIVATION == "gelu":
+        return 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    return tl.where(z <= 0, 0.0, z)
+
+
+@triton.jit
+def through_activation(dy, z, ACTIVATION: tl.constexpr):
+    """The gradient at z for an upstream gradient."""
+    if ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * z * z) * 0.3989422804014327
+        return dy * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
+    return tl.where(z <= 0, 0.0, dy)
+
+
+@triton.jit
+def put_through_activation(
+    y, before, before_stride, active, acc, token_rows, first, last, j, live, width,
+    ACTIVATION: tl.constexpr, ACTIVE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Writes acc [BN, BM] as the gradient of `before`, in PIECES of its tokens: registers hold no second tile."""
+    if PIECES > 1:
+        halves = tl.permute(tl.reshape(acc, (BN, 2, BM // 2)), (0, 2, 1))
+        left, right = tl.split(halves)
+        put_through_activation(
+            y, before, before_stride, active, left, token_rows, first, last, j, live, width,
+            ACTIVATION, ACTIVE, BM // 2, BN, PIECES // 2,
+        )  # fmt: skip
+        put_through_activation(
+            y, before, before_stride, active, right, token_rows, first + BM // 2, last, j, live, width,
+            ACTIVATION, ACTIVE, BM // 2, BN, PIECES // 2,
+        )  # fmt: skip
+    else:
+        m = first + tl.arange(0, BM)
+        token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)
+        stored = (m < last)[None, :] & (j < width)[:, None]
+        place = token[None, :] * before_stride + j[:, None]
+        z = tl.load(before + place, mask=stored & live[:, None], other=0.0).to(tl.float32)
+        result = through_activation(acc, z, ACTIVATION).to(y.dtype.element_ty)
+        tl.store(y + token[None, :] * width + j[:, None], tl.where(live[:, None], result, 0.0), mask=stored)
+        if ACTIVE:
+            there = active + token[None, :] * width + j[:, None]
+            tl.store(there, activated(z, ACTIVATION).to(active.dtype.element_ty), mask=stored)  # 0 is mapped to 0
 
 
 # One program computes y_g of one tile of at most BM tokens of one language and BN packed rows. It sums over K in steps
@@ -48,18 +84,12 @@ __all__ = ["row_matmul"]
 def row_matmul_kernel(
     x, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, b0, b1, b2, y0, y1, y2,
     before, active, token_rows, tiles,
-    n_tiles, K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, y_stride0, y_stride1, y_stride2,
+    n_tiles, K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2,
     before_stride, G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     ACTIVATION: tl.constexpr, ACTIVE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    blocks0 = tl.cdiv(width0, BN)
-    n_columns = blocks0
-    if G >= 2:
-        blocks1 = tl.cdiv(width1, BN)
-        n_columns += blocks1
-    if G >= 3:
-        n_columns += tl.cdiv(width2, BN)
+    n_columns = rows.blocks_of(width0, width1, width2, G, BN)
     tile, column = grouped(tl.program_id(0), n_tiles, n_columns, GROUP)
     segment = tl.load(tiles + 3 * tile)
     if segment < 0:
@@ -67,26 +97,17 @@ def row_matmul_kernel(
     first = tl.load(tiles + 3 * tile + 1)
     last = tl.load(tiles + 3 * tile + 2)
 
-    g = 0
-    if G >= 2:
-        g += (column >= blocks0).to(tl.int32)
-        start1 = blocks0
-        start2 = blocks0
-        if G >= 3:
-            g += (column >= blocks0 + blocks1).to(tl.int32)
-            start2 += blocks1
-        column -= tl.where(g == 0, 0, tl.where(g == 1, start1, start2))
+    g, column = rows.weight_of(column, width0, width1, G, BN)
     w = pick(g, w0, w1, w2, G)
     index = pick(g, index0, index1, index2, G)
     y = pick(g, y0, y1, y2, G)
     width = pick(g, width0, width1, width2, G)
-    y_stride = pick(g, y_stride0, y_stride1, y_stride2, G)
     count = live_count(pick(g, counts0, counts1, counts2, G), segment, pick(g, N0, N1, N2, G), width)
 
     m = first + tl.arange(0, BM)
     token = tl.load(token_rows + tl.minimum(m, last - 1)).to(tl.int64)  # the last token again, never stored
     j = column * BN + tl.arange(0, BN)
-    y_tile = y + token[None, :] * y_stride + j[:, None]
+    y_tile = y + token[None, :] * width + j[:, None]
     stored = (m < last)[None, :] & (j < width)[:, None]
     if ACTIVE:
         active_tile = active + token[None, :] * width + j[:, None]
@@ -98,10 +119,7 @@ def row_matmul_kernel(
 
     # A row behind the live ones is row 0 of the weight: it is there to be read, and its product is not used.
     live = j < count
-    language = tl.maximum(segment - 1, 0).to(tl.int64)
-    most = pick(g, most0, most1, most2, G)
-    row = tl.load(index + language * most + j, mask=j < tl.where(segment == 0, 0, count), other=0)
-    row += tl.where(j < tl.where(segment == 0, count, 0), j, 0)
+    row = rows.live_rows(index, pick(g, most0, most1, most2, G), segment, count, j)
 
     # The weight is the left operand: where it is float32 it is cast in registers, and only a left operand may come
     # from there (wgmma).
@@ -130,7 +148,7 @@ def row_matmul_kernel(
         tl.store(y_tile, tl.where(live[:, None], result, 0.0), mask=stored)
     else:
         put_through_activation(
-            y, y_stride, before, before_stride, active, acc, token_rows, first, last, j, live, width,
+            y, before, before_stride, active, acc, token_rows, first, last, j, live, width,
             ACTIVATION, ACTIVE, BM, BN, BM // (16 if EVEN_K else 8),
         )  # fmt: skip
 
@@ -144,7 +162,6 @@ def row_matmul(
     widths: Sequence[int],
     biases: Sequence[Tensor] | None = None,
     *,
-    outs: Sequence[Tensor] | None = None,
     activation: str = "",
     before: Tensor | None = None,
     active: Tensor | None = None,
@@ -165,7 +182,6 @@ def row_matmul(
         widths: of each output; at least the counts of every language present, and N_g with the full network. Multiples
             of 16 or the copies are slow.
         biases: [N_g] of each weight, or None.
-        outs: where to write, [M, width_g] of x's dtype; may be slices of one buffer. None takes fresh memory.
         activation: "gelu" (by the error function), "relu" or "" for none; with one weight only.
         before: [M, width_0] of x's dtype, the activation's input; what lies behind the live units is never used.
         active: where to write f(before), exactly 0 behind the live units; contiguous and of x's dtype. None: not
@@ -181,57 +197,43 @@ def row_matmul(
     """
     key = (
         "row_matmul", described(x, *weights), described_masks(indices), described_masks(counts), plan.sizes,
-        tuple(widths), biases and described(*biases), outs and described(*outs), activation,
-        None if before is None else described(before), None if active is None else described(active),
-        config, allow_tf32,
+        tuple(widths), biases and described(*biases), activation, None if before is None else described(before),
+        None if active is None else described(active), config, allow_tf32,
     )  # fmt: skip
-    prepare = partial(
-        _prepare,
-        x,
-        weights,
-        indices,
-        counts,
-        plan,
-        widths,
-        biases,
-        outs,
-        activation,
-        before,
-        active,
-        config,
-        allow_tf32,
+    BM, run = prepared(
+        key,
+        lambda: _prepare(
+            x, weights, indices, counts, plan, widths, biases, activation, before, active, config, allow_tf32
+        ),
     )
-    BM, run = prepared(key, prepare)
-    if outs is None:
-        outs = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
+    ys = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
     if run is not None:
         more = [tensor for tensor in (before, active) if tensor is not None]
-        run(x, *weights, *indices, *counts, *(biases or ()), *outs, *more, plan.token_rows, plan.tiles(BM))
-    return list(outs)
+        run(x, *weights, *indices, *counts, *(biases or ()), *ys, *more, plan.token_rows, plan.tiles(BM))
+    return ys
 
 
 def _prepare(
     x: Tensor, weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
-    widths: Sequence[int], biases: Sequence[Tensor] | None, outs: Sequence[Tensor] | None, activation: str,
-    before: Tensor | None, active: Tensor | None, config: Config | None, allow_tf32: bool,
+    widths: Sequence[int], biases: Sequence[Tensor] | None, activation: str, before: Tensor | None,
+    active: Tensor | None, config: Config | None, allow_tf32: bool,
 ) -> tuple[int, Prepared | None]:  # fmt: skip
     """Check the arguments of `row_matmul`; the tokens of a tile, and the launch, None for an empty batch."""
-    check_activation("x", x, plan)
+    rows.check_activation("x", x, plan)
     K, G = x.shape[1], len(weights)
-    check_rows(indices, counts, G, plan, x.device)
-    check_weights(weights, x, K)
+    rows.check_rows(indices, counts, G, plan, x.device)
+    rows.check_parameters("weights", weights, [(w.shape[0], K) for w in weights], x)
     if len(widths) != G or min(widths) < 1:
         raise ValueError(f"widths: expected {G} positive integers, given {list(widths)}")
-    check_vectors("biases", biases, [weight.shape[0] for weight in weights], x)
-    if outs is not None:
-        check_outs(outs, list(widths), x, plan)
+    if biases is not None:
+        rows.check_parameters("biases", biases, [(w.shape[0],) for w in weights], x)
     _check_activation_function(activation, before, active, list(widths), x, plan)
     if plan.n_rows == 0:
         return 0, None
-    config = config or tuned("row_matmul", x, weights[0].dtype, [*widths, K], plan, allow_tf32)
+    config = config or tuned("row_matmul", x, weights[0].dtype, widths, [K], plan, allow_tf32)
     if config is None:
         even = all(width % 16 == 0 for width in widths)
-        fits = aligned(x, *weights) and (before is None or (even and aligned(before)))
+        fits = rows.aligned(x, *weights) and (before is None or (even and rows.aligned(before)))
         config = choose(
             ROW_MATMUL, x.device, kind_of(x, weights[0].dtype, allow_tf32), fits,
             {"BM": [plan.n_rows], "BN": list(widths)}, ("BK", K), segments=plan.present.shape[0],
@@ -247,11 +249,10 @@ def _prepare(
         row_matmul_kernel, (n_tiles * columns,), [*places, *(befores or xs), *(actives or xs), *batch],
         n_tiles, K, x.stride(0), *filled([weight.shape[0] for weight in weights]),
         *filled([index.shape[1] for index in indices]), *filled(widths),
-        *filled(list(widths) if outs is None else [out.stride(0) for out in outs]),
         0 if before is None else before.stride(0),
         G=G, HAS_BIAS=biases is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
         ACTIVATION=activation, ACTIVE=active is not None,
-        **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip
 
 
@@ -260,17 +261,12 @@ def _check_activation_function(
 ) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, given {name!r}")
-    if name == "":
-        if before is not None or active is not None:
-            raise ValueError("before and active are an activation's input and output: expected an activation")
-        return
-    if len(widths) != 1 or before is None:
+    if not name and (before is not None or active is not None):
+        raise ValueError("before and active are an activation's input and output: expected an activation")
+    if name and (len(widths) != 1 or before is None):
         raise ValueError(f"activation {name!r}: expected one weight and `before`, given {len(widths)} and {before}")
     for what, tensor in (("before", before), ("active", active)):
         if tensor is not None:
-            check_activation(what, tensor, plan, widths[0])
-            if tensor.dtype != x.dtype or tensor.device != x.device:
-                given = f"{tensor.dtype} on {tensor.device}"
-                raise ValueError(f"{what}: expected {x.dtype} on {x.device}, given {given}")
+            rows.check_activation(what, tensor, plan, widths[0], like=x)
     if active is not None and not active.is_contiguous():
         raise ValueError(f"active: expected contiguous rows, given strides {active.stride()}")

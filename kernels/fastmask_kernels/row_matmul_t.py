@@ -7,30 +7,18 @@ column mask. Up to three weights that share the result (the input of Q, K and V)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmask_kernels.configs import Config
+from fastmask_kernels import row_arguments as rows
+from fastmask_kernels.configs import ROW_MATMUL_T, Config, choose, kind_of, tuned
 from fastmask_kernels.launching import Prepared, described, described_masks, prepared
 from fastmask_kernels.plan import Plan
-from fastmask_kernels.row_arguments import (
-    aligned,
-    check_activation,
-    check_outs,
-    check_rows,
-    check_vectors,
-    check_weights,
-    filled,
-    positions,
-)
-from fastmask_kernels.row_configs import ROW_MATMUL_T, choose, kind_of
-from fastmask_kernels.row_pieces import live_count, pick
-from fastmask_kernels.tile_pieces import grouped
-from fastmask_kernels.tuning import tuned
+from fastmask_kernels.program_order import grouped
+from fastmask_kernels.row_arguments import filled, live_count, pick, positions
 
 __all__ = ["row_matmul_t"]
 
@@ -74,7 +62,7 @@ def add_live_rows(
 @triton.jit(do_not_specialize=["n_tiles", "N0", "N1", "N2", "most0", "most1", "most2"])
 def row_matmul_t_kernel(
     x0, x1, x2, w0, w1, w2, index0, index1, index2, counts0, counts1, counts2, bias, y, token_rows, tiles,
-    n_tiles, K, y_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, x_stride0, x_stride1, x_stride2,
+    n_tiles, K, N0, N1, N2, most0, most1, most2, width0, width1, width2, x_stride0, x_stride1, x_stride2,
     G: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -97,7 +85,7 @@ def row_matmul_t_kernel(
         )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
-    y_tile = y + token[:, None] * y_stride + k[None, :]
+    y_tile = y + token[:, None] * K + k[None, :]
     tl.store(y_tile, acc.to(y.dtype.element_ty), mask=(m < last)[:, None] & (k < K)[None, :])
 
 
@@ -109,7 +97,6 @@ def row_matmul_t(
     plan: Plan,
     bias: Tensor | None = None,
     *,
-    out: Tensor | None = None,
     config: Config | None = None,
     allow_tf32: bool = False,
 ) -> Tensor:
@@ -122,7 +109,6 @@ def row_matmul_t(
         counts: how many they are, int64 [L].
         plan: the batch; its rows of the full network take column j of xs_g to row j of the weight.
         bias: [K], or None.
-        out: where to write, [M, K]; None takes fresh memory.
         config: block sizes BM (tokens), BN (live rows in one step), BK (columns) and GROUP; None chooses.
         allow_tf32: lets float32 products use TF32 (10 bits of mantissa).
 
@@ -134,52 +120,48 @@ def row_matmul_t(
     """
     key = (
         "row_matmul_t", described(*xs), described(*weights), described_masks(indices), described_masks(counts),
-        plan.sizes, bias is not None and described(bias), out is not None and described(out), config, allow_tf32,
+        plan.sizes, bias is not None and described(bias), config, allow_tf32,
     )  # fmt: skip
-    BM, run = prepared(key, partial(_prepare, xs, weights, indices, counts, plan, bias, out, config, allow_tf32))
-    if out is None:
-        out = torch.empty(plan.n_rows, weights[0].shape[1], dtype=xs[0].dtype, device=xs[0].device)
+    BM, run = prepared(key, lambda: _prepare(xs, weights, indices, counts, plan, bias, config, allow_tf32))
+    y = torch.empty(plan.n_rows, weights[0].shape[1], dtype=xs[0].dtype, device=xs[0].device)
     if run is not None:
         given = () if bias is None else (bias,)
-        run(*xs, *weights, *indices, *counts, *given, out, plan.token_rows, plan.tiles(BM))
-    return out
+        run(*xs, *weights, *indices, *counts, *given, y, plan.token_rows, plan.tiles(BM))
+    return y
 
 
 def _prepare(
     xs: Sequence[Tensor], weights: Sequence[Tensor], indices: Sequence[Tensor], counts: Sequence[Tensor], plan: Plan,
-    bias: Tensor | None, out: Tensor | None, config: Config | None, allow_tf32: bool,
+    bias: Tensor | None, config: Config | None, allow_tf32: bool,
 ) -> tuple[int, Prepared | None]:  # fmt: skip
     """Check the arguments of `row_matmul_t`; the tokens of a tile, and the launch, None for an empty batch."""
     G = len(weights)
     if not xs or len(xs) != G:
         raise ValueError(f"expected as many activations as weights, given {len(xs)} and {G}")
     for number, x in enumerate(xs):
-        check_activation(f"xs[{number}]", x, plan)
-        if x.dtype != xs[0].dtype or x.device != xs[0].device:
-            raise ValueError(f"xs[{number}]: expected {xs[0].dtype} on {xs[0].device}, given {x.dtype} on {x.device}")
+        rows.check_activation(f"xs[{number}]", x, plan, like=xs[0])
     x, K = xs[0], weights[0].shape[-1]
-    check_rows(indices, counts, G, plan, x.device)
-    check_weights(weights, x, K)
-    check_vectors("bias", None if bias is None else [bias], [K], x)
-    if out is not None:
-        check_outs([out], [K], x, plan)
+    rows.check_rows(indices, counts, G, plan, x.device)
+    rows.check_parameters("weights", weights, [(w.shape[0], K) for w in weights], x)
+    if bias is not None:
+        rows.check_parameters("bias", [bias], [(K,)], x)
     if plan.n_rows == 0:
         return 0, None
-    sizes = [*[given.shape[1] for given in xs], K]
-    config = config or tuned("row_matmul_t", x, weights[0].dtype, sizes, plan, allow_tf32)
+    widths = [given.shape[1] for given in xs]
+    config = config or tuned("row_matmul_t", x, weights[0].dtype, widths, [K], plan, allow_tf32)
     if config is None:
         config = choose(
-            ROW_MATMUL_T, x.device, kind_of(x, weights[0].dtype, allow_tf32), aligned(*xs, *weights),
-            {"BM": [plan.n_rows], "BK": [K]}, ("BN", sum(sizes[:-1])), segments=plan.present.shape[0],
+            ROW_MATMUL_T, x.device, kind_of(x, weights[0].dtype, allow_tf32), rows.aligned(*xs, *weights),
+            {"BM": [plan.n_rows], "BK": [K]}, ("BN", sum(widths)), segments=plan.present.shape[0],
         )  # fmt: skip
     acts, ws, lists, lengths, bs, batch = positions(G, G, G, G, bias is not None, 3)
     n_tiles = plan.n_tiles(config["BM"])
     return config["BM"], Prepared(
         row_matmul_t_kernel, (n_tiles * triton.cdiv(K, config["BK"]),),
         [*filled(acts), *filled(ws), *filled(lists), *filled(lengths), *(bs or ws[:1]), *batch],
-        n_tiles, K, K if out is None else out.stride(0), *filled([weight.shape[0] for weight in weights]),
-        *filled([index.shape[1] for index in indices]), *filled([x.shape[1] for x in xs]),
+        n_tiles, K, *filled([weight.shape[0] for weight in weights]),
+        *filled([index.shape[1] for index in indices]), *filled(widths),
         *filled([x.stride(0) for x in xs]),
         G=G, HAS_BIAS=bias is not None, EVEN_K=K % config["BK"] == 0, PRECISION="tf32" if allow_tf32 else "ieee",
-        **dict(config.blocks), num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options,
     )  # fmt: skip

@@ -15,13 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmask_kernels import row_arguments as rows
+from fastmask_kernels.configs import ROW_OWNED_GRAD
 from fastmask_kernels.launching import Prepared
-from fastmask_kernels.row_arguments import filled, positions
-from fastmask_kernels.row_configs import ROW_OWNED_GRAD
-from fastmask_kernels.row_pieces import live_count, pick
-from fastmask_kernels.row_problem import RowProblem
-from fastmask_kernels.tile_pieces import grouped
-from fastmask_kernels.turnstile import put_tile
+from fastmask_kernels.program_order import grouped, put_tile
+from fastmask_kernels.row_arguments import RowProblem, filled, live_count, pick, positions, sum_over_tokens
 
 __all__ = ["OwnedGrad", "owned"]
 
@@ -32,23 +30,6 @@ _GROUP = 8  # blocks of rows that are walked side by side
 def owned(units: Sequence[int]) -> bool:
     """Whether units of so many rows, by weight, are large enough for one program to own each block of rows."""
     return math.gcd(*units) % _ROWS == 0
-
-
-@triton.jit
-def sum_over_tokens(
-    rows, row_stride, column, inside, token_rows, first, last, LISTED: tl.constexpr, SIZE: tl.constexpr,
-    BM: tl.constexpr,
-):  # fmt: skip
-    """The sum [SIZE] of columns over tokens first to last: of rows that `token_rows` lists, or of all in order."""
-    total = tl.zeros([BM, SIZE], tl.float32)
-    for m in range(first, last, BM):
-        position = m + tl.arange(0, BM)
-        token = tl.minimum(position, last - 1)
-        if LISTED:
-            token = tl.load(token_rows + token)
-        tile = rows + token.to(tl.int64)[:, None] * row_stride + column[None, :]
-        total += tl.load(tile, mask=(position < last)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -63,51 +44,35 @@ def place_of(index, counts, language, segment, row, N, most, width, UNIT: tl.con
 
 
 # One program computes BN rows, all of one unit, and BK columns of one dW: the sum over the batch's languages that own
-# the unit of the products of dY^T and X over their tokens, in steps of BM. With a bias there is one strip more, whose
-# programs sum BN elements of db. With column sums there is one block of rows more, whose programs sum a strip of X over
-# all tokens. Grid, one-dimensional: blocks of rows of all weights x strips, in the order of `grouped`.
+# the unit of the products of dY^T and X over their tokens, in steps of BM. Before them, as theirs are the longest walks
+# over tokens, come programs that sum BN elements of db each (WITH_BIAS), or SUMMED columns of X over all tokens
+# (COLUMN_SUMS). Grid, one-dimensional: those; then blocks of rows of all weights x strips, in the order of `grouped`.
 @triton.jit(do_not_specialize=["N0", "N1", "N2", "most0", "most1", "most2", "n_present", "n_rows"])
 def row_owned_grad_kernel(
     dy0, dy1, dy2, x, index0, index1, index2, counts0, counts1, counts2, dw0, dw1, dw2, db0, db1, db2, sums,
     token_rows, starts, present,
     K, x_stride, N0, N1, N2, most0, most1, most2, width0, width1, width2, dy_stride0, dy_stride1, dy_stride2,
     n_present, n_rows,
-    G: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr,
-    WITH_BIAS: tl.constexpr, COLUMN_SUMS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    G: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, TRANSPOSED: tl.constexpr, WITH_BIAS: tl.constexpr,
+    COLUMN_SUMS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SUMMED: tl.constexpr,
+    SUM_STEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    blocks0 = N0 // BN
-    n_blocks = blocks0
-    if G >= 2:
-        blocks1 = N1 // BN
-        n_blocks += blocks1
-    if G >= 3:
-        n_blocks += N2 // BN
-    column_strips = tl.cdiv(K, BK)
-    n_strips = column_strips
-    if WITH_BIAS:
-        n_strips += 1
+    program = tl.program_id(0)
     if COLUMN_SUMS:
-        n_blocks += 1
-    block, strip = grouped(tl.program_id(0), n_blocks, n_strips, GROUP)
-
-    k = strip * BK + tl.arange(0, BK)
-    k_inside = k < K
-    if COLUMN_SUMS:  # noqa: SIM102 (known when the kernel is compiled)
-        if block == n_blocks - 1:
-            total = sum_over_tokens(x, x_stride, k, k_inside, token_rows, 0, n_rows, False, BK, BM)
-            tl.store(sums + k, total.to(sums.dtype.element_ty), mask=k_inside)
+        if program < tl.cdiv(K, SUMMED):
+            column = program * SUMMED + tl.arange(0, SUMMED)
+            total = sum_over_tokens(x, x_stride, column, column < K, token_rows, 0, n_rows, False, SUMMED, SUM_STEP)
+            tl.store(sums + column, total.to(sums.dtype.element_ty), mask=column < K)
             return
+        program -= tl.cdiv(K, SUMMED)
+    n_blocks = rows.blocks_of(N0, N1, N2, G, BN)
+    if WITH_BIAS:
+        block, strip = grouped(program - n_blocks, n_blocks, tl.cdiv(K, BK), GROUP)
+        block = tl.where(program < n_blocks, program, block)
+    else:
+        block, strip = grouped(program, n_blocks, tl.cdiv(K, BK), GROUP)
 
-    g = 0
-    if G >= 2:
-        g += (block >= blocks0).to(tl.int32)
-        start1 = blocks0
-        start2 = blocks0
-        if G >= 3:
-            g += (block >= blocks0 + blocks1).to(tl.int32)
-            start2 += blocks1
-        block -= tl.where(g == 0, 0, tl.where(g == 1, start1, start2))
+    g, block = rows.weight_of(block, N0, N1, G, BN)
     N = pick(g, N0, N1, N2, G)
     most = pick(g, most0, most1, most2, G)
     width = pick(g, width0, width1, width2, G)
@@ -120,7 +85,7 @@ def row_owned_grad_kernel(
     within = block * BN - unit + tl.arange(0, BN)
 
     if WITH_BIAS:  # noqa: SIM102 (known when the kernel is compiled)
-        if strip == column_strips:
+        if program < n_blocks:
             total = tl.zeros([BN], tl.float32)
             for entry in range(n_present):
                 segment = tl.load(present + entry)
@@ -129,12 +94,14 @@ def row_owned_grad_kernel(
                 place, has = place_of(index, counts, language, segment, unit, N, most, width, UNIT, UNITS)
                 first = tl.load(starts + known)
                 last = tl.where(has & (segment >= 0), tl.load(starts + known + 1), first)
-                column = place + within
-                total += sum_over_tokens(dy, dy_stride, column, column < width, token_rows, first, last, True, BN, BM)
+                j = place + within
+                total += sum_over_tokens(dy, dy_stride, j, j < width, token_rows, first, last, True, BN, SUM_STEP)
             db = pick(g, db0, db1, db2, G)
             tl.store(db + row, total.to(db.dtype.element_ty))
             return
 
+    k = strip * BK + tl.arange(0, BK)
+    k_inside = k < K
     inner = tl.arange(0, BM)
     acc = tl.zeros([BN, BK], tl.float32)
     for entry in range(n_present):
@@ -164,10 +131,10 @@ def row_owned_grad_kernel(
     dw, everything = pick(g, dw0, dw1, dw2, G), tl.full([BN], 1, tl.int1)
     if TRANSPOSED:
         far = N.to(tl.int64)
-        put_tile(dw + row[:, None] + strip * BK * far, acc, everything, K - strip * BK, 0, far, ACCUMULATE, BN, BK, 4)
+        put_tile(dw + row[:, None] + strip * BK * far, acc, everything, K - strip * BK, 0, far, False, BN, BK, 4)
     else:
         far = row.to(tl.int64)[:, None] * K
-        put_tile(dw + far + strip * BK, acc, everything, K - strip * BK, 0, 1, ACCUMULATE, BN, BK, 4)
+        put_tile(dw + far + strip * BK, acc, everything, K - strip * BK, 0, 1, False, BN, BK, 4)
 
 
 class OwnedGrad(NamedTuple):
@@ -177,7 +144,8 @@ class OwnedGrad(NamedTuple):
 
     @classmethod
     def of(cls, p: RowProblem) -> OwnedGrad:
-        """Decide all that does not depend on where the tensors lie."""
+        """Check the arguments, and decide all that does not depend on where the tensors lie."""
+        p.check()
         if p.plan.n_rows == 0:
             return cls(None)
         K, G, unit = p.x.shape[1], len(p.dys), math.gcd(*p.units)
@@ -188,21 +156,28 @@ class OwnedGrad(NamedTuple):
         BN, BK = config["BN"], config["BK"]
         if unit % BN:
             raise ValueError(f"config: expected BN to divide units of {unit} rows, given BN = {BN}")
-        blocks = sum(n // BN for n in p.n_rows) + p.column_sums
-        strips = triton.cdiv(K, BK) + p.with_bias
+        blocks, strips = sum(n // BN for n in p.n_rows), triton.cdiv(K, BK)
+        programs = blocks * (strips + p.with_bias) + (triton.cdiv(K, rows.SUM_COLUMNS) if p.column_sums else 0)
         xs, acts, lists, lengths, dws, dbs, sums, rest = positions(1, G, G, G, G, G * p.with_bias, p.column_sums, 3)
-        places = [*filled(acts), *xs, *filled(lists), *filled(lengths), *filled(dws), *filled(dbs or dws)]
+        places = [
+            *filled(acts),
+            *xs,
+            *filled(lists),
+            *filled(lengths),
+            *filled(dws),
+            *filled(dbs or dws),
+        ]
         units = max(1, *[index.shape[1] // unit for index in p.indices])
         return cls(
             Prepared(
-                row_owned_grad_kernel, (blocks * strips,), [*places, *(sums or xs), *rest],
+                row_owned_grad_kernel, (programs,), [*places, *(sums or xs), *rest],
                 K, p.x.stride(0), *filled(p.n_rows), *filled([index.shape[1] for index in p.indices]),
                 *filled([dy.shape[1] for dy in p.dys]), *filled([dy.stride(0) for dy in p.dys]),
                 p.plan.present.shape[0], p.plan.n_rows,
-                G=G, UNIT=unit, UNITS=triton.next_power_of_2(units), TRANSPOSED=p.transposed, ACCUMULATE=p.accumulate,
-                WITH_BIAS=p.with_bias, COLUMN_SUMS=p.column_sums, EVEN_K=K % BK == 0,
-                PRECISION="tf32" if p.allow_tf32 else "ieee", **dict(config.blocks), GROUP=_GROUP,
-                num_warps=config.num_warps, num_stages=config.num_stages,
+                G=G, UNIT=unit, UNITS=triton.next_power_of_2(units), TRANSPOSED=p.transposed, WITH_BIAS=p.with_bias,
+                COLUMN_SUMS=p.column_sums, EVEN_K=K % BK == 0, PRECISION="tf32" if p.allow_tf32 else "ieee",
+                SUMMED=rows.SUM_COLUMNS, SUM_STEP=p.sum_step(BN),
+                **config.options, GROUP=_GROUP,
             )
         )  # fmt: skip
 
@@ -210,18 +185,10 @@ class OwnedGrad(NamedTuple):
         """Returns dW and db (or, with column sums, those)."""
         K, dtype, device = p.x.shape[1], p.weight_dtype, p.x.device
         make = torch.zeros if self.run is None else torch.empty
-        if p.outs is None:
-            dW = [make((K, n) if p.transposed else (n, K), dtype=dtype, device=device) for n in p.n_rows]
-        else:
-            dW = list(p.outs)
-        db = [make(K, dtype=dtype, device=device)] if p.column_sums else None
-        if p.with_bias:
-            db = [make(n, dtype=dtype, device=device) for n in p.n_rows]
+        dW = [make((K, n) if p.transposed else (n, K), dtype=dtype, device=device) for n in p.n_rows]
+        sizes = [K] if p.column_sums else p.n_rows if p.with_bias else []
+        db = [make(n, dtype=dtype, device=device) for n in sizes] or None
         if self.run is not None:
-            self.run(
-                p.x, *p.dys, *p.indices, *p.counts, *dW, *(db or ()), p.plan.token_rows, p.plan.starts, p.plan.present
-            )
-        elif not p.accumulate:
-            for out in p.outs or ():
-                out.zero_()
+            batch = p.plan.token_rows, p.plan.starts, p.plan.present
+            self.run(p.x, *p.dys, *p.indices, *p.counts, *dW, *(db or ()), *batch)
         return dW, db

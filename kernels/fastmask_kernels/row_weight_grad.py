@@ -15,8 +15,8 @@ from torch import Tensor
 from fastmask_kernels.configs import Config
 from fastmask_kernels.launching import described, described_masks, prepared
 from fastmask_kernels.plan import Plan
+from fastmask_kernels.row_arguments import RowProblem
 from fastmask_kernels.row_owned_grad import OwnedGrad, owned
-from fastmask_kernels.row_problem import RowProblem
 from fastmask_kernels.row_turn_grad import TurnGrad
 
 __all__ = ["row_weight_grad"]
@@ -32,8 +32,6 @@ def row_weight_grad(
     *,
     weight_dtype: torch.dtype,
     units: Sequence[int] | None = None,
-    outs: Sequence[Tensor] | None = None,
-    accumulate: bool = False,
     with_bias: bool = False,
     transposed: bool = False,
     column_sums: bool = False,
@@ -55,9 +53,6 @@ def row_weight_grad(
         weight_dtype: of fresh results, x's dtype or float32.
         units: rows of each weight that live and die together, in every language and from a multiple of it on: the rows
             of a head. None says nothing of that, as does 1.
-        outs: float32 [N_g, K] contiguous, where dW_g is written, or added to with `accumulate`; returned as they are.
-            None takes fresh memory.
-        accumulate: add to `outs` instead of overwriting them; biases' gradients are always fresh.
         with_bias: also sum db.
         transposed: return fresh dW_g as contiguous [K, N_g]: a mask over columns is one over the transposed weight's
             rows.
@@ -73,18 +68,13 @@ def row_weight_grad(
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
     problem = RowProblem(
-        dys, x, indices, counts, plan, n_rows, units or [1] * len(n_rows), weight_dtype, outs, accumulate, with_bias,
-        transposed and outs is None, column_sums, config, allow_tf32,
+        dys, x, indices, counts, plan, n_rows, units or [1] * len(n_rows), weight_dtype, with_bias, transposed,
+        column_sums, config, allow_tf32,
     )  # fmt: skip
     key = (
         "row_weight_grad", described(x, *dys), described_masks(indices), described_masks(counts), plan.sizes,
-        tuple(n_rows), units and tuple(units), weight_dtype, outs and described(*outs), accumulate, with_bias,
-        transposed, column_sums, config, allow_tf32,
+        tuple(n_rows), units and tuple(units), weight_dtype, with_bias, transposed, column_sums, config, allow_tf32,
     )  # fmt: skip
-    run = prepared(key, lambda: _prepare(problem))
+    kind = OwnedGrad if owned(problem.units) else TurnGrad
+    run: OwnedGrad | TurnGrad = prepared(key, lambda: kind.of(problem))
     return run(problem)
-
-
-def _prepare(problem: RowProblem) -> OwnedGrad | TurnGrad:
-    problem.check()
-    return (OwnedGrad if owned(problem.units) else TurnGrad).of(problem)

@@ -1,11 +1,10 @@
-"""`TileLayout`: which tiles of a weight each language owns, as the kernels read it.
+"""`TileLayout`: which tiles of a weight each language owns, as the kernels read it; and checks of what goes with it.
 
 As FlexAttention's block mask, but for weights. A weight [N, K] is cut into tiles of (TN, TK); for each language a tile
 is empty (never read), partial (read with the bits of its weights) or full (read without). The kernels walk lists of
 the tiles that are not empty: along a row of tiles for Y = X (W o M)^T, along a column for dX = dY (W o M).
 
-All tensors have a size that does not depend on what the masks hold, so that one language can be replaced alone
-(`update`) and nothing ever waits for the device.
+All tensors have a size that does not depend on what the masks hold, so that nothing ever waits for the device.
 """
 
 from __future__ import annotations
@@ -14,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.chips import CHIPS
+from fastmask_kernels.interpreter import check_runnable
+from fastmask_kernels.plan import Plan
 
-__all__ = ["EMPTY", "FULL_TILE", "PARTIAL", "TileLayout", "default_tile"]
+__all__ = ["EMPTY", "FULL_TILE", "PARTIAL", "TileLayout", "check_gradient", "check_product", "default_tile"]
 
 EMPTY, PARTIAL, FULL_TILE = 0, 1, 2  # what `TileLayout.state` says of a tile
 
@@ -50,16 +51,16 @@ class TileLayout:
     for 100 languages over 4096 x 4096 in tiles of 64. Bits take L x N x K / 8 bytes: 210 MB there.
 
     Attributes:
-        shape, tile, block: (N, K), (TN, TK) and the (bn, bk) that `update` expects of `keep`, or None (bits).
+        shape, tile: (N, K) and (TN, TK).
         state: uint8 [S, NT, KT], 0 empty, 1 partial, 2 full. At an edge a tile is full if all that exists is live.
         row_tiles: int16 [S, NT, KT]; for each row of tiles the columns of the full ones, then of the partial ones.
         row_counts: int32 [S, NT, 2]; how many are full, how many partial. What follows them in the list means nothing.
         column_tiles, column_counts: int16 [S, KT, NT], int32 [S, KT, 2]; the same of each column of tiles.
         row_pairs: int16 [S, ceil(NT / 2), KT]; for rows 2r and 2r + 1 of tiles the columns where both are full, then
-            those where only row 2r is, then only row 2r + 1. None unless all tiles are empty or full and TN is below
-            128: two rows of such tiles together are no higher than the kernels can use.
-        row_pair_counts: int32 [S, ceil(NT / 2), 3]; how many of each.
-        column_pairs, column_pair_counts: int16 [S, ceil(KT / 2), NT], int32 [S, ceil(KT / 2), 3]; the same of columns.
+            those where only row 2r is, then only row 2r + 1; and int32 [S, ceil(NT / 2), 3], how many of each. None
+            unless all tiles are empty or full and TN is below 128: two rows of such tiles together are no higher than
+            the kernels can use.
+        column_pairs: int16 [S, ceil(KT / 2), NT] and int32 [S, ceil(KT / 2), 3]; the same of columns.
         bits: int32 [L, N, ceil(K / 32)], weight k is bit k % 32 of word k // 32; None where no tile can be partial.
         one_bit: int32 [32] beside bits; entry i has bit i set.
     """
@@ -79,7 +80,6 @@ class TileLayout:
         if max(NT, KT) > torch.iinfo(torch.int16).max:
             raise ValueError(f"a weight of {N} x {K} has too many tiles of {TN} x {TK}: lists hold 32767 of a side")
         self.shape, self.tile = (N, K), (TN, TK)
-        self.block: tuple[int, int] | None = None
         self.bits: Tensor | None = None
         self.one_bit: Tensor | None = None
         self.state = torch.full((S, NT, KT), FULL_TILE, dtype=torch.uint8, device=device)
@@ -87,10 +87,8 @@ class TileLayout:
         self.row_counts = torch.empty(S, NT, 2, dtype=torch.int32, device=device)
         self.column_tiles = torch.empty(S, KT, NT, dtype=torch.int16, device=device)
         self.column_counts = torch.empty(S, KT, 2, dtype=torch.int32, device=device)
-        self.row_pairs: Tensor | None = None
-        self.row_pair_counts: Tensor | None = None
-        self.column_pairs: Tensor | None = None
-        self.column_pair_counts: Tensor | None = None
+        self.row_pairs: tuple[Tensor, Tensor] | None = None
+        self.column_pairs: tuple[Tensor, Tensor] | None = None
 
     # ---- constructors
 
@@ -99,8 +97,7 @@ class TileLayout:
         """Masks over single weights.
 
         Args:
-            bits: int32 [L, N, ceil(K / 32)], see the class; bits past K are ignored. Kept, not copied: `update` writes
-                into it.
+            bits: int32 [L, N, ceil(K / 32)], see the class; bits past K are ignored. Kept, not copied.
             N: rows of the weight.
             K: columns of the weight.
             tile: (TN, TK), powers of two, TN >= 16, TK >= 32; `default_tile` if None.
@@ -115,8 +112,7 @@ class TileLayout:
             raise ValueError(f"expected bits [languages, {N}, {words}] for {N} x {K}, given {tuple(bits.shape)}")
         layout = cls(bits.shape[0], (N, K), tile or default_tile((1, 1), (N, K)), bits.device)
         layout._take_bits(bits.contiguous())
-        layout._read_bits(0, layout.n_languages)
-        layout._fill_lists(0, layout.n_languages + 1)
+        layout._fill_lists()
         return layout
 
     @classmethod
@@ -137,51 +133,26 @@ class TileLayout:
             raise ValueError(
                 f"expected keep [languages, N / bn, K / bk] and block (bn, bk), given {tuple(keep.shape)} and {block}"
             )
-        bn, bk = block
+        L, (bn, bk) = keep.shape[0], block
         N, K = keep.shape[1] * bn, keep.shape[2] * bk
-        tile = tile or default_tile(block, (N, K))
-        layout = cls(keep.shape[0], (N, K), tile, keep.device)
-        layout.block = (bn, bk)
-        if bn % tile[0] or bk % tile[1]:
-            layout._take_bits(torch.empty(layout.n_languages, N, -(-K // 32), dtype=torch.int32, device=keep.device))
+        layout = cls(L, (N, K), tile or default_tile(block, (N, K)), keep.device)
+        TN, TK = layout.tile
+        if bn % TN == 0 and bk % TK == 0:
+            state = keep.to(torch.uint8) * FULL_TILE
+            layout.state[1:].copy_(state.repeat_interleave(bn // TN, 1).repeat_interleave(bk // TK, 2))
+            NT, KT = layout.n_tiles
+            layout.row_pairs = layout._room_for_pairs(NT, KT) if TN < _PAIRED else None
+            layout.column_pairs = layout._room_for_pairs(KT, NT) if TK < _PAIRED else None
         else:
-            layout._make_pairs()
-        layout._read_blocks(keep, 0)
-        layout._fill_lists(0, layout.n_languages + 1)
+            bits = torch.empty(L, N, -(-K // 32), dtype=torch.int32, device=keep.device)
+            for flags, words in zip(keep, bits, strict=True):
+                # Only the columns are spelled out; the rows of a block share their words.
+                flags = F.pad(flags.repeat_interleave(bk, 1), (0, bits.shape[2] * 32 - K))
+                octets = (flags.view(torch.int64) * _PACK >> 56) & 255
+                words.copy_(octets.to(torch.uint8).view(torch.int32).repeat_interleave(bn, 0))
+            layout._take_bits(bits)
+        layout._fill_lists()
         return layout
-
-    def update(self, language: int, *, bits: Tensor | None = None, keep: Tensor | None = None) -> None:
-        """Replace the mask of one language in place: give what the layout was built from, for that language.
-
-        Args:
-            language: 0 to L - 1.
-            bits: int32 [N, ceil(K / 32)], for a layout made by `from_bits`.
-            keep: bool [N / bn, K / bk], for a layout made by `from_blocks`.
-
-        Raises:
-            IndexError: no such language.
-            TypeError, ValueError: the other kind of mask, or a wrong dtype or shape.
-        """
-        if not 0 <= language < self.n_languages:
-            raise IndexError(f"language {language} of a layout of {self.n_languages}")
-        if self.block is None:
-            assert self.bits is not None
-            given, name, dtype, expected = bits, "bits", torch.int32, tuple(self.bits.shape[1:])
-        else:
-            sides = (self.shape[0] // self.block[0], self.shape[1] // self.block[1])
-            given, name, dtype, expected = keep, "keep", torch.bool, sides
-        if given is None or (bits is not None and keep is not None):
-            raise ValueError(f"this layout was built from {name}: give {name} alone")
-        if given.dtype != dtype:
-            raise TypeError(f"expected {name} of dtype {dtype}, given {given.dtype}")
-        if tuple(given.shape) != expected:
-            raise ValueError(f"expected {name} {expected} of one language, given {tuple(given.shape)}")
-        if self.block is None:
-            self.bits[language].copy_(given)  # type: ignore[index]
-            self._read_bits(language, language + 1)
-        else:
-            self._read_blocks(given[None], language)
-        self._fill_lists(language + 1, language + 2)
 
     # ---- properties
 
@@ -199,19 +170,9 @@ class TileLayout:
     def device(self) -> torch.device:
         return self.state.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors together."""
-        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def pairs(self, transposed: bool) -> tuple[Tensor, Tensor] | None:
         """Lists and counts of the pairs of rows, or of columns if transposed; None where there are none."""
-        if transposed:
-            tiles, counts = self.column_pairs, self.column_pair_counts
-        else:
-            tiles, counts = self.row_pairs, self.row_pair_counts
-        return None if tiles is None or counts is None else (tiles, counts)
+        return self.column_pairs if transposed else self.row_pairs
 
     def __repr__(self) -> str:
         (N, K), (TN, TK) = self.shape, self.tile
@@ -221,61 +182,36 @@ class TileLayout:
     # ---- how it is filled
 
     def _take_bits(self, bits: Tensor) -> None:
+        """Keep the bits, and see which tiles they fill: a tile is full if all of its words are, and so on."""
         self.bits = bits
         # Computed on the device: a copy from the host could not be made inside of a CUDA graph.
         self.one_bit = 1 << torch.arange(32, dtype=torch.int32, device=bits.device)
-
-    def _read_blocks(self, keep: Tensor, first: int) -> None:
-        """State, and bits where there are any, of the languages from `first` on: `keep` bool [n, N / bn, K / bk]."""
-        assert self.block is not None
-        bn, bk = self.block
-        if self.bits is None:
-            state = keep.to(torch.uint8) * FULL_TILE
-            state = state.repeat_interleave(bn // self.tile[0], 1).repeat_interleave(bk // self.tile[1], 2)
-            self.state[first + 1 : first + 1 + len(keep)].copy_(state)
-            return
-        K, words = self.shape[1], self.bits.shape[2]
-        for language, flags in enumerate(keep, first):
-            # Only the columns are spelled out; the rows of a block share their words.
-            flags = F.pad(flags.repeat_interleave(bk, 1), (0, words * 32 - K))
-            octets = (flags.view(torch.int64) * _PACK >> 56) & 255
-            self.bits[language].copy_(octets.to(torch.uint8).view(torch.int32).repeat_interleave(bn, 0))
-        self._read_bits(first, first + len(keep))
-
-    def _read_bits(self, first: int, last: int) -> None:
-        """State of the languages from `first` to before `last`: a tile is full if all of its words are, and so on."""
-        assert self.bits is not None
         (N, K), (TN, TK), (NT, KT) = self.shape, self.tile, self.n_tiles
-        words, tile_words = self.bits.shape[2], TK // 32
+        words, tile_words = bits.shape[2], TK // 32
         exists = torch.full((words,), -1, dtype=torch.int32, device=self.device)
         if K % 32:
             exists[-1] = (1 << K % 32) - 1
         edge = (0, KT * tile_words - words, 0, NT * TN - N)
         step = max(1, _CHUNK // (4 * NT * TN * KT * tile_words))
-        for start in range(first, last, step):
-            part = self.bits[start : min(start + step, last)] & exists
+        for part, state in zip(bits.split(step), self.state[1:].split(step), strict=True):
+            part = part & exists
             live, full = (
                 _by_tile(F.pad(part != 0, edge, value=False), TN, tile_words).any(-1).any(2),
                 _by_tile(F.pad(part == exists, edge, value=True), TN, tile_words).all(-1).all(2),
             )
-            self.state[start + 1 : start + 1 + len(part)].copy_(live.to(torch.uint8) + (live & full))
+            state.copy_(live.to(torch.uint8) + (live & full))
 
-    def _make_pairs(self) -> None:
-        """Room for the lists of pairs, where they are of use."""
-        (NT, KT), S, device = self.n_tiles, self.n_languages + 1, self.device
-        if self.tile[0] < _PAIRED:
-            self.row_pairs = torch.empty(S, -(-NT // 2), KT, dtype=torch.int16, device=device)
-            self.row_pair_counts = torch.empty(S, -(-NT // 2), 3, dtype=torch.int32, device=device)
-        if self.tile[1] < _PAIRED:
-            self.column_pairs = torch.empty(S, -(-KT // 2), NT, dtype=torch.int16, device=device)
-            self.column_pair_counts = torch.empty(S, -(-KT // 2), 3, dtype=torch.int32, device=device)
+    def _room_for_pairs(self, lines: int, across: int) -> tuple[Tensor, Tensor]:
+        S, pairs, device = self.n_languages + 1, -(-lines // 2), self.device
+        tiles = torch.empty(S, pairs, across, dtype=torch.int16, device=device)
+        return tiles, torch.empty(S, pairs, 3, dtype=torch.int32, device=device)
 
-    def _fill_lists(self, first: int, last: int) -> None:
-        """Lists and counts, in both orientations, of the segments from `first` to before `last`."""
+    def _fill_lists(self) -> None:
+        """Lists and counts, in both orientations."""
         NT, KT = self.n_tiles
         step = max(1, _CHUNK // (16 * NT * KT))
-        for start in range(first, last, step):
-            where = slice(start, min(start + step, last))
+        for start in range(0, self.n_languages + 1, step):
+            where = slice(start, start + step)
             for transposed, state, tiles, counts in (
                 (False, self.state[where], self.row_tiles, self.row_counts),
                 (True, self.state[where].transpose(1, 2), self.column_tiles, self.column_counts),
@@ -296,3 +232,63 @@ def _list(kinds: Tensor, listed: tuple[int, ...], tiles: Tensor, counts: Tensor)
 def _by_tile(flags: Tensor, TN: int, tile_words: int) -> Tensor:
     """[n, NT * TN, KT * tile_words] -> [n, NT, TN, KT, tile_words]."""
     return flags.unflatten(2, (-1, tile_words)).unflatten(1, (-1, TN))
+
+
+# ---- what the kernels over tiles accept, from shapes, dtypes and strides alone
+
+
+def check_operands(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> None:
+    """Raise TypeError or ValueError unless activations, weight, masks and plan belong together."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"expected activations of float16, bfloat16 or float32, given {x.dtype}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"expected a weight of {x.dtype} or float32, given {weight.dtype}")
+    if tuple(weight.shape) != layout.shape:
+        raise ValueError(f"expected a weight of the layout's shape {layout.shape}, given {tuple(weight.shape)}")
+    if plan.n_languages != layout.n_languages:
+        raise ValueError(f"a plan of {plan.n_languages} languages with a layout of {layout.n_languages}")
+    if plan.n_rows >= 2**31:
+        raise ValueError(f"{plan.n_rows} rows in one batch: positions are 32-bit")
+    for name, device in (("weight", weight.device), ("layout", layout.device), ("plan", plan.token_rows.device)):
+        if device != x.device:
+            raise ValueError(f"activations on {x.device} with a {name} on {device}")
+
+
+def check_product(
+    x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan, bias: Tensor | None, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of `tile_matmul` as a kernel reads them, x and weight with contiguous rows, and where it writes."""
+    check_operands(x, weight, layout, plan)
+    check_runnable(x, weight)
+    N, K = layout.shape
+    in_size, out_size = (N, K) if transposed else (K, N)
+    if x.shape != (plan.n_rows, in_size):
+        raise ValueError(f"expected x [{plan.n_rows}, {in_size}], given {tuple(x.shape)}")
+    if bias is not None and (transposed or bias.shape != (N,) or bias.device != x.device):
+        raise ValueError(f"expected a bias [{N}] on {x.device} and not transposed, given {tuple(bias.shape)}")
+    out = torch.empty(plan.n_rows, out_size, dtype=x.dtype, device=x.device)
+    return with_contiguous_rows(x), with_contiguous_rows(weight), out
+
+
+def check_gradient(
+    dy: Tensor, x: Tensor, layout: TileLayout, plan: Plan, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands of `tile_weight_grad` as a kernel reads them, with contiguous rows, and where it writes."""
+    N, K = layout.shape
+    if dy.shape != (plan.n_rows, N) or x.shape != (plan.n_rows, K):
+        raise ValueError(
+            f"expected dy [{plan.n_rows}, {N}] and x [{plan.n_rows}, {K}], given {tuple(dy.shape)}, {tuple(x.shape)}"
+        )
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy is {dy.dtype}, x is {x.dtype}: they must agree")
+    if dy.device != x.device:
+        raise ValueError(f"dy on {dy.device}, x on {x.device}")
+    grad = torch.empty(N, K, dtype=weight_dtype, device=x.device)
+    check_operands(x, grad, layout, plan)
+    check_runnable(dy, x)
+    return with_contiguous_rows(dy), with_contiguous_rows(x), grad
+
+
+def with_contiguous_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself if elements of a row lie side by side, else a copy."""
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

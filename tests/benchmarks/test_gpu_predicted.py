@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.chips import CHIPS
 
 from benchmarks.cases.op import PARTS
 from benchmarks.gpu.predicted import DENSE, KERNELS, SAME, dense_products, linears_of, masked_products, predicted_ms

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,6 +72,71 @@ def test_a_pass_launches_no_more_than_it_did(layer: str, counts: dict[str, Any])
     assert (tuple(masked), tuple(found["plan"])) == MOST[layer]
 
 
+# Prints what a pass of each kind of mask runs, with float32 weights under bfloat16, and where biases alone are trained.
+NEEDLESS = """
+import json, torch
+import fastmask as fm
+from benchmarks.gpu.recorded import _mask, layer_pass, origin, randn, record
+from fastmask.operators import compute
+from torch import nn
+
+def ran(run):
+    events = [event for event in record(run).events if origin(event) == "masked"]
+    return [event.name.split(".")[0] for event in events]
+
+def biases_alone(mask, ids):
+    mask = mask.to("meta")
+    weight, bias = randn(mask.out_features, mask.in_features, dtype=torch.bfloat16), nn.Parameter(
+        randn(mask.out_features, dtype=torch.bfloat16)
+    )
+    x = randn(len(ids), 64, mask.in_features, dtype=torch.bfloat16)
+    def run():
+        y = fm.masked_linear(x, weight, mask, ids.to("meta"), bias)
+        torch.autograd.grad(y, [bias], [torch.empty_like(y)])
+    return run
+
+found, ids = {}, torch.tensor([1, 0])
+for kind, unit in (("rows", 1), ("rows", 64), ("columns", 1), ("blocks", 64), ("weights", 1)):
+    mask = _mask(kind, unit, 2, 256, 256)
+    master = layer_pass([mask], ids, 64, torch.bfloat16, torch.float32)
+    found[f"{kind} of {unit}"] = ran(master), ran(biases_alone(mask, ids))
+
+def of_a_slice():
+    x = randn(2, 64, 1024, dtype=torch.bfloat16)[:, :, 256:512].requires_grad_()
+    y = fm.masked_linear(x, weight, mask, ids.to("meta"))
+    torch.autograd.grad(y, [x], [randn(2, 64, 1024, dtype=torch.bfloat16)[:, :, 512:768]])
+
+for kind in ("rows", "blocks"):
+    mask, weight = _mask(kind, 64, 2, 256, 256).to("meta"), randn(256, 256, dtype=torch.bfloat16)
+    found[f"slices, {kind}"] = ran(of_a_slice), ["sum"]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def needless() -> dict[str, Any]:
+    """By kind of mask: what master weights run, and what biases alone do."""
+    done = run("-c", NEEDLESS)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_kernels_read_float32_parameters_as_they_are(needless: dict[str, Any]) -> None:
+    """No pass casts a weight or bias, or copies slices of wider tensors; W^T of columns is one copy."""
+    for kind, (master, _) in needless.items():
+        assert "_to_copy" not in master, kind
+        copies = 1 if kind.startswith("columns") else 0
+        assert master.count("copy_") + master.count("clone") - master.count("row_turn_grad_kernel") <= copies, kind
+
+
+def test_biases_alone_take_no_weight_gradient(needless: dict[str, Any]) -> None:
+    """Where only biases are trained no pass multiplies for a gradient that nobody asked for."""
+    for kind, (_, alone) in needless.items():
+        assert not [name for name in alone if "grad" in name], kind
+        assert "sum" in alone, kind
+
+
 # ---- the gate
 
 # Prints, for each chip given, what is shipped and not launched by the gate's problems: table entries, tiles and turns.
@@ -79,9 +144,9 @@ NOT_LAUNCHED = """
 import json, sys, torch
 from benchmarks.gpu import recorded
 from benchmarks.gpu.recorded import forced
-from fastmask_kernels import pair_matmul, row_configs, tile_matmul
+from fastmask_kernels import configs, tile_matmul
 from fastmask_kernels.recorder import Recorder
-from fastmask_kernels.turnstile import TURNSTILE_CHIPS
+from fastmask_kernels.program_order import TURN_CHIPS
 
 def launched_on(chip, steps):
     launched, turns = set(), set()
@@ -105,18 +170,18 @@ def shipped_for(chip):
         sizes = dict(config.blocks)
         blocks = (*(sizes.get(name) for name in ("BM", "BN", "BK")), *(tile or (None, None)))
         wanted.add((kernel, kind, blocks, config.num_warps, config.num_stages))
-    tables = {"row_matmul": row_configs.ROW_MATMUL, "row_matmul_t": row_configs.ROW_MATMUL_T}
-    tables |= {"row_turn_grad": row_configs.ROW_TURN_GRAD, "row_owned_grad": row_configs.ROW_OWNED_GRAD}
+    tables = {"row_matmul": configs.ROW_MATMUL, "row_matmul_t": configs.ROW_MATMUL_T}
+    tables |= {"row_turn_grad": configs.ROW_TURN_GRAD, "row_owned_grad": configs.ROW_OWNED_GRAD}
     for name, table in tables.items():
-        for (own, kind), configs in table.items():
-            for config in configs if own == chip else ():
+        for (own, kind), entries in table.items():
+            for config in entries if own == chip else ():
                 want(f"{name}_kernel", kind, config)
     bf, fp = torch.bfloat16, torch.float32
     for kind, dtypes in {"half": (bf, bf), "master": (bf, fp), "ieee": (fp, fp), "tf32": (fp, fp)}.items():
-        for config in pair_matmul.block_sizes(chip, *dtypes, 64):
+        for config in tile_matmul.block_sizes(chip, *dtypes, (64, 64), True):
             want("pair_matmul_kernel", kind, config, 64, 64)
         for side in (64, 128):
-            for config in tile_matmul.block_sizes(chip, *dtypes, (side, side)):
+            for config in tile_matmul.block_sizes(chip, *dtypes, (side, side), False):
                 want("tile_matmul_kernel", kind, config, side, side)
     return wanted
 
@@ -127,7 +192,7 @@ with forced():
         wanted, (launched, turns) = shipped_for(chip), launched_on(chip, steps)
         missing = sorted(map(str, wanted - launched))
         for kernel in ("row_turn_grad_kernel", "pair_weight_grad_kernel"):
-            if (kernel, chip in TURNSTILE_CHIPS, True) not in turns:
+            if (kernel, chip in TURN_CHIPS, True) not in turns:
                 missing.append(f"{kernel} in turns")
         found[chip] = [len(wanted), missing]
 print(json.dumps(found))

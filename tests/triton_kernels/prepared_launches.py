@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fastmask_kernels import launching
@@ -13,14 +16,12 @@ from fastmask_kernels.plan import Plan
 from fastmask_kernels.recorder import Recorder
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
-from fastmask_kernels.row_turn_grad import row_turn_grad_kernel
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from recorder_kernels import scale
 
-__all__ = ["TURNS", "Driver", "Prepared", "calls", "json", "launching", "scale", "torch"]
+__all__ = ["Driver", "Prepared", "calls", "json", "launching", "scale", "torch"]
 
 L, K = 3, 64
-TURNS = row_turn_grad_kernel.arg_names.index("turns")
 
 
 class Driver(Recorder):
@@ -42,6 +43,25 @@ class Driver(Recorder):
         return run
 
 
+def with_the_same_memory(call: Callable[[], object]) -> Callable[[], object]:
+    """`call` with results, and whatever else it makes, where they were the first time."""
+    made: list[torch.Tensor] = []
+
+    def run() -> object:
+        places = itertools.count()
+
+        def again(make: Callable[..., torch.Tensor], *shape: Any, **options: Any) -> torch.Tensor:
+            place = next(places)
+            if place == len(made):
+                made.append(make(*shape, **options))
+            return made[place]
+
+        with patch("torch.empty", partial(again, torch.empty)), patch("torch.zeros", partial(again, torch.zeros)):
+            return call()
+
+    return run
+
+
 def calls() -> dict[str, Callable[[], object]]:
     """Every kind of launch that is prepared; each call gives the kernel the same memory."""
     found: dict[str, Callable[[], object]] = {}
@@ -53,30 +73,18 @@ def calls() -> dict[str, Callable[[], object]]:
             x, bias = torch.zeros(M, K, dtype=act), torch.zeros(K, dtype=own)
             weights, biases = [torch.zeros(n, K, dtype=own) for n in sizes], [torch.zeros(n, dtype=own) for n in sizes]
             masks = ([torch.zeros(L, n, dtype=torch.int64) for n in sizes], [torch.zeros(L, dtype=torch.int64)] * G)
-            packed, out = [torch.zeros(M, n, dtype=act) for n in sizes], torch.zeros(M, K, dtype=act)
-            outs = [torch.zeros(M, n, dtype=act) for n in sizes]
-            dWs, heads = [torch.zeros(n, K) for n in sizes], [torch.zeros(M, 64, dtype=act) for _ in sizes]
-            dW_heads = [torch.zeros(64, K) for _ in sizes]
-            name = f"{act} {own} {G}"
+            packed, heads = ([torch.zeros(M, n, dtype=act) for n in widths] for widths in (sizes, [64] * G))
+            grad = partial(row_weight_grad, x=x, plan=plan, weight_dtype=torch.float32)
+            name, both = f"{act} {own} {G}", dict(zip(("indices", "counts"), masks, strict=True))
             for with_bias in (True, False):
-                found[f"row_matmul {name} {with_bias}"] = (
-                    lambda x=x, w=weights, m=masks, p=plan, n=sizes, o=outs, b=(biases if with_bias else None): (
-                        row_matmul(x, w, *m, p, n, b, outs=o)
-                    )
-                )
-                found[f"row_matmul_t {name} {with_bias}"] = (
-                    lambda x=packed, w=weights, m=masks, p=plan, o=out, b=(bias if with_bias else None): row_matmul_t(
-                        x, w, *m, p, b, out=o
-                    )
-                )
-            found[f"row_weight_grad {name}"] = lambda d=packed, x=x, m=masks, p=plan, n=sizes, o=dWs: row_weight_grad(
-                d, x, *m, p, n, weight_dtype=torch.float32, outs=o, accumulate=True
-            )
-            found[f"row_weight_grad of heads {name}"] = lambda d=heads, x=x, m=masks, p=plan, G=G, o=dW_heads: (
-                row_weight_grad(d, x, *m, p, [64] * G, weight_dtype=torch.float32, outs=o, units=[64] * G)
-            )
+                b, bs = (bias, biases) if with_bias else (None, None)
+                found[f"row_matmul {name} {with_bias}"] = partial(row_matmul, x, weights, *masks, plan, sizes, bs)
+                found[f"row_matmul_t {name} {with_bias}"] = partial(row_matmul_t, packed, weights, *masks, plan, b)
+            found[f"row_weight_grad {name}"] = partial(grad, packed, **both, n_rows=sizes)
+            found[f"row_weight_grad of heads {name}"] = partial(grad, heads, **both, n_rows=[64] * G, units=[64] * G)
             if G == 1:
-                found[f"activation {name}"] = lambda x=x, w=weights, m=masks, p=plan, n=sizes, o=outs, z=packed: (
-                    row_matmul(x, w, *m, p, n, outs=o, activation="gelu", before=z[0], active=z[0])
+                z = packed[0]
+                found[f"activation {name}"] = partial(
+                    row_matmul, x, weights, *masks, plan, sizes, activation="gelu", before=z, active=z
                 )
-    return found
+    return {name: with_the_same_memory(call) for name, call in found.items()}

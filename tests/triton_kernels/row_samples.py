@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from fastmask_kernels.configs import Config
-from fastmask_kernels.naive_rows import naive_row_weight_grad
+from fastmask_kernels.naive import naive_row_weight_grad
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_weight_grad import row_weight_grad
 from kernel_oracle import DEVICE, assert_close

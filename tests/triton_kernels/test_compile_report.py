@@ -18,13 +18,11 @@ import pytest
 import sample_kernels
 import triton
 from fastmask_kernels import compile_report
-from fastmask_kernels.assembly import inner_loop, loops, read_amdgcn, read_sass
+from fastmask_kernels.chips import CHIPS
 from fastmask_kernels.compile_report import Row, collect, failures, report
-from fastmask_kernels.compiling import Build, resident
-from fastmask_kernels.limits import CHIPS
+from fastmask_kernels.compiling import Build, inner_loop, loops, read_amdgcn, read_sass, resident
+from fastmask_kernels.configs import TABLES, expected_residents
 from fastmask_kernels.recorder import Variant
-from fastmask_kernels.roofline import masked_linear, roofline, roofline_table
-from fastmask_kernels.row_configs import TABLES, expected_residents
 
 HERE = Path(__file__).parent
 
@@ -48,6 +46,43 @@ def test_launched_kernels_compile_well(arguments: tuple[str, ...]) -> None:
     """No launch in use spills registers, misses the tensor cores, or asks for more memory than the chip has."""
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Prints of each loop of two kernels: whether it multiplies, and how many loads straight to shared memory it has.
+SUMS = """
+import json, torch, triton
+from triton.backends.compiler import GPUTarget
+from fastmask_kernels.plan import Plan
+from fastmask_kernels.recorder import Recorder
+from fastmask_kernels.row_weight_grad import row_weight_grad
+
+def randn(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+found, options = [], {"weight_dtype": torch.bfloat16}
+for of in ({"units": [64], "column_sums": True}, {"units": [1], "with_bias": True}):
+    with Recorder("sm_90") as recorder:
+        plan = Plan(randn(4, dtype=torch.int64), 64, 3)
+        masks = [randn(3, 128, dtype=torch.int64)], [randn(3, dtype=torch.int64)]
+        row_weight_grad([randn(256, 128)], randn(256, 128), *masks, plan, [128], **options, **of)
+    variant = recorder.launches[-1].variant
+    launch = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    made = triton.compile(variant.source, target=GPUTarget("cuda", 90, 32), options=launch)
+    bodies = [loop.split("scf.yield")[0] for loop in made.asm["ttgir"].split("scf.for")[1:]]
+    found.append([["dot" in body, body.count("async_copy_global_to_local")] for body in bodies])
+print(json.dumps(found))
+"""
+
+
+def test_sums_over_tokens_are_read_ahead() -> None:
+    """The longest walks over tokens, those of biases' gradients, do not wait for each step's loads."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", SUMS]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    for kernel in json.loads(done.stdout):
+        assert {multiplies for multiplies, _ in kernel} == {True, False}
+        assert all(loads > 0 for _, loads in kernel), kernel
 
 
 # ---- the report notices
@@ -103,17 +138,8 @@ def test_narrow_loads_are_told_from_wide_ones(samples: dict[str, Any], target: s
     assert made["loads"] == {"16": 2 * 64 * 32 // (128 if target == "sm_90" else 256)}
 
 
-def test_a_prediction_weighs_flops_against_bytes(samples: dict[str, Any]) -> None:
-    """The predicted bound follows from the case and the chip's rates."""
-    found, chip = row(samples, "good"), CHIPS["sm_90"]
-    assert found["bound"] == "L2"
-    assert found["predicted_share"] == pytest.approx(128 * 128 / (128 + 128) * chip.l2 / chip.flops_16bit)
-    assert row(samples, "good", "gfx942")["bound"] == "FLOP"
-    assert row(samples, "good", "gfx942")["predicted_share"] == 1
-
-
 def build_of(registers: int, shared: int) -> Build:
-    return Build(registers, 0, 0, 0, 0, shared, 0, {}, {}, {}, {}, None)
+    return Build(registers, 0, 0, 0, 0, shared, 0, {}, {}, {}, None)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +162,7 @@ def test_programs_that_fit_a_multiprocessor(chip, registers, shared_kib, warps, 
 
 def test_fewer_residents_than_the_table_says_are_noticed() -> None:
     """A kernel fails if fewer of its programs fit than the model that chose its block sizes assumed."""
-    fits = Row("a", "", "bf16", "sm_90", 0, 0, 16, False, build_of(126, 96 * 1024), num_warps=8, expected=2)
+    fits = Row("a", "", "bf16", "sm_90", 16, False, build_of(126, 96 * 1024), num_warps=8, expected=2)
     assert failures([fits]) == []
     (line,) = failures([replace(fits, expected=3)])
     assert "lets a multiprocessor hold 2 programs, its table says 3" in line
@@ -146,6 +172,14 @@ def test_fewer_residents_than_the_table_says_are_noticed() -> None:
                 launch = (name, chip, dict(config.blocks), config.num_warps, config.num_stages)
                 assert 1 <= expected_residents(*launch) <= config.resident
     assert expected_residents("other_kernel", "sm_90", {}, 4, 2) == 0
+
+
+def test_block_sizes_of_a_target_fit_every_chip_that_takes_them() -> None:
+    """A GPU of capability 8.6, 8.9 or 12.x takes the block sizes of 8.0, and has 99 KB for a program, not 163."""
+    for kib, wrong in ((99, 0), (100, 1)):
+        found = failures([Row("a", "", "bf16", "sm_80", 16, False, build_of(126, kib * 1024), num_warps=8)])
+        assert len(found) == wrong
+        assert all("the chip allows 101376" in line for line in found)
 
 
 def test_spills_are_noticed(samples: dict[str, Any]) -> None:
@@ -300,46 +334,3 @@ def test_loops_of_amd_assembly() -> None:
     code = read_amdgcn(AMDGCN)
     assert len(code) == 6
     assert len(inner_loop(code, ("v_mfma",))) == 4
-
-
-# ---- floors
-
-
-def test_roofline() -> None:
-    """A floor is the slower of arithmetic and transfers."""
-    chip = CHIPS["sm_90"]
-    assert roofline(790e12, 1, chip) == (pytest.approx(1), "compute")
-    assert roofline(1, 4.3e12, chip) == (pytest.approx(1), "memory")
-    assert roofline(67e9, 4.3e6, chip, "fp32") == (pytest.approx(1e-3), "compute")
-    with pytest.raises(ValueError, match="dtype must be one of"):
-        roofline(1, 1, chip, "int8")
-
-
-def test_work_of_a_linear_layer() -> None:
-    """FLOPs and bytes are those of the operation, counted by hand."""
-    M, N, K = 10, 128, 64
-    dense = masked_linear("dense", M, N, K, 1.0, 8)
-    assert {work.flops for work in dense.values()} == {2 * 10 * 128 * 64}
-    assert {work.n_bytes for work in dense.values()} == {2 * (10 * 64 + 128 * 64 + 10 * 128)}
-
-    rows = masked_linear("packed rows", M, N, K, 0.5, 2)  # two languages of half the rows: 3 of 4 rows have an owner
-    assert {work.flops for work in rows.values()} == {10 * 128 * 64}
-    assert rows["forward"].n_bytes == 2 * (10 * 64 + 0.75 * 128 * 64 + 10 * 64) + 4 * 2 * 64
-    assert rows["dX"].n_bytes == rows["forward"].n_bytes
-    assert rows["dW"].n_bytes == 2 * (10 * 64 + 10 * 64 + 128 * 64) + 4 * 2 * 64
-    full_width = masked_linear("rows", M, N, K, 0.5, 2)
-    assert full_width["forward"].n_bytes == rows["forward"].n_bytes + 2 * 10 * 64
-    assert full_width["dX"].n_bytes == rows["dX"].n_bytes
-
-    bits = masked_linear("weights", M, N, K, 0.5, 1)
-    assert {work.flops for work in bits.values()} == {2 * 10 * 128 * 64}
-    assert bits["forward"].n_bytes == 2 * (10 * 64 + 0.5 * 128 * 64 + 10 * 128) + 128 * 64 / 8
-    with pytest.raises(ValueError, match="kind must be one of"):
-        masked_linear("heads", M, N, K, 0.5, 1)
-
-
-def test_roofline_table_lists_every_pass() -> None:
-    """Every workload and every pass stands in the table of floors."""
-    text = roofline_table()
-    for expected in ("rows 50%", "BERT-base", "blocks 70%", "blocks 50%", "blocks 30%", "bits 50%"):
-        assert sum(expected in line for line in text.splitlines()) >= 3

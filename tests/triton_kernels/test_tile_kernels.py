@@ -9,7 +9,7 @@ import torch
 from covering import covering
 from fastmask_kernels.configs import Config
 from fastmask_kernels.interpreter import interpreting
-from fastmask_kernels.naive_tiles import tile_matmul_naive
+from fastmask_kernels.naive import naive_tile_matmul
 from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from hypothesis import Phase, given, settings
@@ -63,7 +63,7 @@ def test_more_tiles_than_a_group() -> None:
     problem.check_matmul(False, bias=True, config=Config((("BM", 16), ("BK", 32)), 4, 2))
     problem.check_matmul(True, bias=False, config=Config((("BM", 16), ("BK", 16)), 4, 2))
     problem.check_grad(config=tiny)
-    problem.check_scores(tiny)
+    problem.check_whole_grad(tiny)
 
 
 def test_shipped_block_sizes() -> None:
@@ -73,84 +73,38 @@ def test_shipped_block_sizes() -> None:
         problem.check_matmul(False, bias=True, config=None)
         problem.check_matmul(True, bias=False, config=None)
         problem.check_grad(config=None)
-        problem.check_scores(None)
+        problem.check_whole_grad(None)
 
 
 def test_pieces_of_a_tile() -> None:
-    """A tile that several programs share is written whole, and its score is the sum of theirs."""
+    """A tile that several programs share is written whole."""
     problem = Problem(IDS, 5, 3, 60, 100)
     blocks = Problem(IDS, 5, 3, 64, 128, (32, 64))
     for each in (problem, blocks):
         each.check_grad(config=PIECES)
-        each.check_scores(PIECES)
+        each.check_whole_grad(PIECES)
 
 
 def test_pieces_of_the_last_tile_read_nothing_behind_the_edge() -> None:
-    """A piece of a tile that lies wholly past the edge reads nothing there, and scores nothing."""
+    """A piece of a tile that lies wholly past the edge reads nothing there."""
     problem = Problem(IDS, 9, 3, 48, 96)  # one piece and a half of PIECES' tiles in both directions
     for name, width in (("dy", 48), ("x", 96)):
         room = torch.full((problem.plan.n_rows, width + 64), float("nan"), device=DEVICE)
         room[:, :width] = getattr(problem, name)
         setattr(problem, name, room[:, :width])
     problem.check_grad(config=PIECES)
-    p = problem
-    _, scores = tile_weight_grad(
-        p.dy, p.x, p.layout, p.plan, weight_dtype=torch.float32, weight=p.weight, config=PIECES
-    )
-    assert not scores.isnan().any()
 
 
-def test_accumulate_into_any_strides() -> None:
-    """A second micro-batch adds to the gradient of the first, and to nothing beside it."""
-    for block in ((1, 1), (32, 64)):
-        problem = Problem([0, 0, 1], 9, 3, 96, 128, block, density=0.3)
-        room = torch.randn(128 + 3, 2 * 96, device=DEVICE)
-        before = room.clone()
-        view = room[:128, ::2].t()
-        grad = problem.check_grad(out=view, accumulate=True, start=view.clone())
-        assert grad.data_ptr() == view.data_ptr()
-        assert torch.equal(room[:, 1::2], before[:, 1::2])
-        assert torch.equal(room[128:], before[128:])
-        view.fill_(float("nan"))
-        problem.check_grad(out=view)  # overwritten, not added to
-
-
-def test_accumulate_leaves_dead_tiles_alone() -> None:
-    """A tile that no language of the batch owns is neither read nor written."""
-    problem = Problem([1, 1], 4, 3, 64, 64)
-    out = torch.full((64, 64), float("nan"), device=DEVICE)
-    options: dict[str, Any] = {"weight_dtype": torch.float32, "config": GRAD}
-    tile_weight_grad(problem.dy, problem.x, problem.layout, problem.plan, out=out, accumulate=True, **options)
-    assert out.isnan().all()
-    tile_weight_grad(problem.dy, problem.x, problem.layout, problem.plan, out=out, **options)
-    assert not out.any()
-
-
-def test_output_views_and_strided_inputs() -> None:
-    """Slices and transposed tensors give the same results, and nothing is written outside of `out`."""
+def test_strided_inputs() -> None:
+    """Slices and transposed tensors give the same results."""
     problem = Problem(IDS, 7, 3, 70, 100, dtype=torch.float16)
     M = problem.plan.n_rows
-    room = torch.full((M, 70 + 9), float("nan"), dtype=torch.float16, device=DEVICE)
-    y = problem.check_matmul(False, bias=True, out=room[:, 4:74])
-    assert y.data_ptr() == room[:, 4:].data_ptr()
-    assert room[:, :4].isnan().all()
-    assert room[:, 74:].isnan().all()
     problem.x = torch.randn(M, 300, device=DEVICE).half()[:, 11:111]  # rows apart
     problem.dy = torch.randn(70, M, device=DEVICE).half().t()  # columns apart
     problem.weight = torch.randn(100, 70, device=DEVICE).half().t()
     problem.check_all()
     problem.weight = torch.randn(70, 130, device=DEVICE).half()[:, 3:103]
     problem.check_all()
-
-
-def test_update_is_seen_by_the_next_launch() -> None:
-    """After an update of a mask the next launch uses the new one."""
-    for block in ((1, 1), (32, 64)):
-        problem = Problem([0, 3, 1, 3], 8, 4, 64, 128, block)
-        flags = torch.rand(64 // block[0], 128 // block[1], device=DEVICE) < 0.5
-        problem.layout.update(3, keep=flags)
-        problem.keep[3] = flags.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-        problem.check_all()
 
 
 def test_reruns_are_bit_identical() -> None:
@@ -170,8 +124,8 @@ def test_dead_weights_are_not_read() -> None:
     clean = problem.weight.nan_to_num(0)
     for transposed, x in ((False, problem.x), (True, problem.dy)):
         y = tile_matmul(x, problem.weight, problem.layout, problem.plan, transposed=transposed, config=MATMUL)
-        truth = tile_matmul_naive(x.double(), clean.double(), problem.keep, problem.language_of, None, transposed)
-        plain = tile_matmul_naive(x, clean, problem.keep, problem.language_of, None, transposed)
+        truth = naive_tile_matmul(x.double(), clean.double(), problem.keep, problem.language_of, None, transposed)
+        plain = naive_tile_matmul(x, clean, problem.keep, problem.language_of, None, transposed)
         assert_close("y", y, truth, plain)
 
 
@@ -181,7 +135,7 @@ def test_empty_batch() -> None:
     assert problem.check_matmul(False, bias=True).shape == (0, 40)
     assert problem.check_matmul(True, bias=False).shape == (0, 70)
     assert not problem.check_grad().any()
-    problem.check_scores()
+    problem.check_whole_grad()
 
 
 def test_refusals() -> None:
@@ -198,8 +152,6 @@ def test_refusals() -> None:
         (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, other.plan)),
         (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, p.bias[1:])),
         (ValueError, lambda: tile_matmul(p.dy, p.weight, p.layout, p.plan, p.bias, transposed=True)),
-        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, out=p.x)),
-        (ValueError, lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, out=p.dy.t().contiguous().t())),
         (
             ValueError,
             lambda: tile_matmul(p.x, p.weight, p.layout, p.plan, config=Config((("BM", 16), ("BK", 48)), 4, 2)),
@@ -207,11 +159,7 @@ def test_refusals() -> None:
         (ValueError, lambda: tile_weight_grad(p.dy, p.x[1:], p.layout, p.plan, **grad)),
         (TypeError, lambda: tile_weight_grad(p.dy.half(), p.x, p.layout, p.plan, **grad)),
         (TypeError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, weight_dtype=torch.float16)),
-        (TypeError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, out=p.weight.half(), **grad)),
-        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, out=p.weight[1:], **grad)),
-        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, accumulate=True, **grad)),
         (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, other.plan, **grad)),
-        (ValueError, lambda: tile_weight_grad(p.dy, p.x, p.layout, p.plan, weight=p.weight[1:], **grad)),
     ):
         with pytest.raises(error):
             call()

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 import triton
-from fastmask_kernels import autotune, row_owned_grad, tuning
+from fastmask_kernels import autotune, configs, row_owned_grad
+from fastmask_kernels import row_matmul as row_matmul_module
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul, row_matmul_kernel
@@ -19,9 +20,9 @@ SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), 4, 2)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuning._remembered.cache_clear()
+    configs._remembered.cache_clear()
     yield
-    tuning._remembered.cache_clear()
+    configs._remembered.cache_clear()
 
 
 def setting(rows=4, tokens=8):
@@ -32,21 +33,35 @@ def setting(rows=4, tokens=8):
 def test_kept_on_disk_and_read_by_another_process():
     """What was measured comes back as it was, in another process, too."""
     x, plan = setting()
-    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
-    tuning.remember(tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
-    tuning._remembered.cache_clear()  # as another process would start
-    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) == SMALL
-    assert tuning.tuned("row_matmul", x, torch.float32, [16, 48], plan, False) is None
-    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, True) is None
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, False) is None
+    configs.remember(configs.problem("row_matmul", x, torch.float32, [16], [32], plan, False), SMALL)
+    configs._remembered.cache_clear()  # as another process would start
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, False) == SMALL
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [48], plan, False) is None
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, True) is None
 
 
 def test_another_number_of_tokens_is_another_problem_only_if_far_off():
     """Similar numbers of tokens share a config; far larger ones have their own."""
     x, plan = setting(tokens=8)
     near, far = setting(tokens=9)[1], setting(tokens=80)[1]
-    name = tuning.problem("k", x, None, [1], plan, False)
-    assert tuning.problem("k", x, None, [1], near, False) == name
-    assert tuning.problem("k", x, None, [1], far, False) != name
+    name = configs.problem("k", x, None, [], [1], plan, False)
+    assert configs.problem("k", x, None, [], [1], near, False) == name
+    assert configs.problem("k", x, None, [], [1], far, False) != name
+
+
+def test_another_width_is_another_problem_only_if_far_off_or_odd():
+    """Packed widths are those of the batch's largest language: what was measured for one serves those near it."""
+    x, plan = setting()
+
+    def name(*widths):
+        return configs.problem("k", x, None, widths, [32], plan, False)
+
+    assert name(2048) == name(1936) == name(2080)
+    assert name(2048) != name(1024)
+    assert name(2048) != name(2051), "which no 16-byte copies reach"
+    assert name(384, 384, 384) == name(400, 384, 368) != name(384)
+    assert len({name(width) for width in range(16, 4097, 16)}) < 20
 
 
 BROKEN = ["", "{", "[]", "3", '{"format": 99, "configs": {}}', '{"format": 2, "configs": [1]}', "[" * 100_000, "\xff"]
@@ -55,43 +70,26 @@ BROKEN = ["", "{", "[]", "3", '{"format": 99, "configs": {}}', '{"format": 2, "c
 @pytest.mark.parametrize("content", BROKEN)
 def test_a_broken_file_counts_as_none(content):
     """A broken cache stops no launch."""
-    tuning.cache_file().parent.mkdir(parents=True)
-    tuning.cache_file().write_text(content, encoding="latin-1")
+    configs.cache_file().parent.mkdir(parents=True)
+    configs.cache_file().write_text(content, encoding="latin-1")
     x, plan = setting()
-    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
-    tuning.remember("other", SMALL)
-    assert json.loads(tuning.cache_file().read_text())["configs"].keys() == {"other"}
-
-
-def test_a_damaged_file_counts_as_none():
-    """A file in which something changed gives nothing, rather than a config that was never measured."""
-    x, plan = setting()
-    name = tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False)
-    tuning.remember(name, SMALL)
-    content = tuning.cache_file().read_text()
-    changes = [("16", "17"), ('"BM"', '"BN"'), ("4,", "true,"), ("4,", "4.0,"), ("2^", "3^"), ("{", "[")]
-    for old, new in changes:
-        assert old in content
-        tuning.cache_file().write_text(content.replace(old, new))
-        tuning._remembered.cache_clear()
-        assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) is None
-    tuning.cache_file().write_text(content)
-    tuning._remembered.cache_clear()
-    assert tuning.tuned("row_matmul", x, torch.float32, [16, 32], plan, False) == SMALL
+    assert configs.tuned("row_matmul", x, torch.float32, [16], [32], plan, False) is None
+    configs.remember("other", SMALL)
+    assert json.loads(configs.cache_file().read_text())["configs"].keys() == {"other"}
 
 
 def test_it_is_written_whole(tmp_path, monkeypatch):
     """A link to the file stays one, and a write that fails leaves what was there and nothing else."""
     (tmp_path / "real.json").touch()
-    tuning.cache_file().parent.mkdir(parents=True)
-    tuning.cache_file().symlink_to(tmp_path / "real.json")
-    tuning.remember("a", SMALL)
-    assert tuning.cache_file().is_symlink()
+    configs.cache_file().parent.mkdir(parents=True)
+    configs.cache_file().symlink_to(tmp_path / "real.json")
+    configs.remember("a", SMALL)
+    assert configs.cache_file().is_symlink()
     before = (tmp_path / "real.json").read_text()
     assert '"a"' in before
     monkeypatch.setattr(json, "dump", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        tuning.remember("b", SMALL)
+        configs.remember("b", SMALL)
     assert (tmp_path / "real.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fastmask", "real.json"]
 
@@ -101,7 +99,7 @@ def test_a_launch_takes_it(monkeypatch):
     x, plan = setting()
     arguments = (x, [torch.randn(16, 32)], [torch.arange(16).expand(2, 16).contiguous()], [torch.tensor([16, 8])])
     plainly = row_matmul(*arguments, plan, [16])[0]
-    tuning.remember(tuning.problem("row_matmul", x, torch.float32, [16, 32], plan, False), SMALL)
+    configs.remember(configs.problem("row_matmul", x, torch.float32, [16], [32], plan, False), SMALL)
     seen = {}
     original = type(row_matmul_kernel).__getitem__
 
@@ -128,13 +126,33 @@ def test_block_sizes_of_large_heads_are_not_those_of_small_ones(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(autotune.ROW_OWNED_GRAD, ("sm_90", "ieee"), [measured])
         patch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() and 1.0)
-        autotune.tune_rows(x, torch.randn(128, 32), index, counts, plan, 128)
+        autotune.tune_rows(x, [torch.randn(128, 32)], index, counts, plan, 128)
     taken = []
     monkeypatch.setattr(row_owned_grad, "Prepared", lambda *_, **options: taken.append(options["BN"]))
     for unit in (128, 64):
         row_weight_grad([dy], x, [index], [counts], plan, [128], weight_dtype=x.dtype, units=[unit])
     assert taken[0] == 128
     assert 64 % taken[1] == 0
+
+
+def test_three_projections_are_measured_and_taken(monkeypatch):
+    """Q, K and V go in one launch, which has block sizes of its own."""
+    plan = Plan(torch.tensor([0, 1]), 8, 2)
+    x, weights, index = torch.randn(16, 32), [torch.randn(16, 32)] * 3, torch.arange(16).expand(2, 16).contiguous()
+    rows = [index] * 3, [torch.tensor([16, 8])] * 3, plan
+    assert autotune.PROJECTIONS == (1, 3)
+    with monkeypatch.context() as patch:
+        for table in (autotune.ROW_MATMUL, autotune.ROW_MATMUL_T, autotune.ROW_TURN_GRAD):
+            patch.setitem(table, ("sm_90", "ieee"), [SMALL])
+        patch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() is None or 1.0)
+        found = autotune.tune_rows(x, weights, index, rows[1][0], plan)
+    assert [config for _, config in found] == [SMALL] * 3
+    taken = []
+    monkeypatch.setattr(row_matmul_module, "choose", lambda *_, **__: taken.append("chosen") or SMALL)
+    row_matmul(x, weights, *rows, [16] * 3)
+    assert not taken
+    row_matmul(x, weights[:1], [index], rows[1][:1], plan, [16])
+    assert taken == ["chosen"]
 
 
 def test_the_fastest_that_runs_is_chosen():

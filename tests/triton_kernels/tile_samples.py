@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fastmask_kernels.configs import Config
-from fastmask_kernels.naive_tiles import tile_matmul_naive, tile_scores_naive, tile_weight_grad_naive
+from fastmask_kernels.naive import naive_tile_matmul, naive_tile_weight_grad
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_matmul import tile_matmul
@@ -61,48 +61,40 @@ class Problem:
         self.weight, self.bias = normal(N, K).to(weight_dtype or dtype), normal(N).to(weight_dtype or dtype)
 
     def check_matmul(self, transposed: bool, bias: bool, **options: Any) -> Tensor:
-        """Y, or dX if transposed; `multiply` is what to check, if not `tile_matmul`."""
+        """Y, or dX if transposed."""
         x, b = self.dy if transposed else self.x, self.bias if bias else None
         config = options.pop("config", MATMUL)
-        multiply = options.pop("multiply", tile_matmul)
-        y = multiply(x, self.weight, self.layout, self.plan, b, transposed=transposed, config=config, **options)
+        y = tile_matmul(x, self.weight, self.layout, self.plan, b, transposed=transposed, config=config, **options)
         b64 = None if b is None else b.double()
         weight = self.weight.to(x.dtype)  # a float32 master weight is rounded, in the kernel too
-        truth = tile_matmul_naive(x.double(), weight.double(), self.keep, self.language_of, b64, transposed)
-        plain = tile_matmul_naive(x, weight, self.keep, self.language_of, b, transposed)
+        truth = naive_tile_matmul(x.double(), weight.double(), self.keep, self.language_of, b64, transposed)
+        plain = naive_tile_matmul(x, weight, self.keep, self.language_of, b, transposed)
         assert_close("dx" if transposed else "y", y, truth, plain)
         return y
 
-    def check_grad(self, start: Tensor | None = None, **options: Any) -> Tensor:
-        """DW; `start` is what it was added to, `differentiate` what to check, if not `tile_weight_grad`."""
+    def check_grad(self, **options: Any) -> Tensor:
+        """DW; `differentiate` is what to check, if not `tile_weight_grad`."""
         weight_dtype, config = self.weight.dtype, options.pop("config", GRAD)
         differentiate = options.pop("differentiate", tile_weight_grad)
         grad = differentiate(
             self.dy, self.x, self.layout, self.plan, weight_dtype=weight_dtype, config=config, **options
         )
         assert isinstance(grad, Tensor)
-        truth = tile_weight_grad_naive(self.dy.double(), self.x.double(), self.keep, self.language_of).sum(0)
-        plain = tile_weight_grad_naive(self.dy, self.x, self.keep, self.language_of).sum(0).to(weight_dtype)
-        if start is not None:
-            truth, plain = truth + start.double(), (plain + start).to(weight_dtype)
+        truth = naive_tile_weight_grad(self.dy.double(), self.x.double(), self.keep, self.language_of).sum(0)
+        plain = naive_tile_weight_grad(self.dy, self.x, self.keep, self.language_of).sum(0).to(weight_dtype)
         assert_close("dW", grad, truth, plain)
         return grad
 
-    def check_scores(self, config: Config | None = GRAD) -> None:
-        """DW and scores of small whole numbers: their sums are exact, so nothing may differ."""
+    def check_whole_grad(self, config: Config | None = GRAD) -> None:
+        """DW of small whole numbers: their sums are exact, so nothing may differ."""
         dy, x = self.dy.clamp(-2, 2).round(), self.x.clamp(-2, 2).round()
-        weight = self.weight.clamp(-2, 2).round()
-        grad, scores = tile_weight_grad(
-            dy, x, self.layout, self.plan, weight_dtype=weight.dtype, weight=weight, config=config
-        )
-        parts = tile_weight_grad_naive(dy.double(), x.double(), self.keep, self.language_of)
-        assert torch.equal(grad.double(), parts.sum(0))
-        assert scores.dtype == torch.float32
-        assert torch.equal(scores.double(), tile_scores_naive(parts, weight.double(), self.layout.tile))
+        grad = tile_weight_grad(dy, x, self.layout, self.plan, weight_dtype=self.weight.dtype, config=config)
+        truth = naive_tile_weight_grad(dy.double(), x.double(), self.keep, self.language_of).sum(0)
+        assert torch.equal(grad.double(), truth)
 
     def check_all(self) -> None:
         """Everything, once."""
         self.check_matmul(False, bias=True)
         self.check_matmul(True, bias=False)
         self.check_grad()
-        self.check_scores()
+        self.check_whole_grad()

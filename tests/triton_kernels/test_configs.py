@@ -6,11 +6,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastmask_kernels import row_configs
-from fastmask_kernels.configs import Config
-from fastmask_kernels.cost_model import L2_SHARE, WAVE, programs_of, seconds
-from fastmask_kernels.limits import CHIPS
-from fastmask_kernels.row_configs import ROW_MATMUL, ROW_MATMUL_T, ROW_OWNED_GRAD, ROW_TURN_GRAD, choose
+from fastmask_kernels import configs
+from fastmask_kernels.chips import CHIPS
+from fastmask_kernels.configs import (
+    L2_SHARE,
+    ROW_MATMUL,
+    ROW_MATMUL_T,
+    ROW_OWNED_GRAD,
+    ROW_TURN_GRAD,
+    WAVE,
+    Config,
+    choose,
+    programs_of,
+    seconds,
+)
 
 H200, NO_GPU = CHIPS["sm_90"], torch.device("meta")  # which counts as an H200
 OUTER = {"BM": [8192], "BN": [384]}
@@ -107,9 +116,9 @@ def test_decisions_of_weight_gradients() -> None:
         3,
     )
     for unit in (64, 192, 320):
-        for (chip, kind), configs in ROW_OWNED_GRAD.items():
-            assert any(unit % entry["BN"] == 0 for entry in configs[:-1] or configs), f"{chip} {kind}: units of {unit}"
-            assert unit % configs[-1]["BN"] == 0
+        for (chip, kind), entries in ROW_OWNED_GRAD.items():
+            assert any(unit % entry["BN"] == 0 for entry in entries[:-1] or entries), f"{chip} {kind}: units of {unit}"
+            assert unit % entries[-1]["BN"] == 0
     neurons = {"BN": [1536], "BK": [768]}
     assert blocks(choose(ROW_TURN_GRAD, NO_GPU, "half", True, neurons, ("BM", 910), pieces=9)) == (64, 128, 256, 5)
 
@@ -118,7 +127,7 @@ def test_the_devices_own_multiprocessors_count(monkeypatch: pytest.MonkeyPatch) 
     """A small GPU is given the small tiles that a large one needs to be busy."""
     few = {"BM": [1024], "BN": [768]}
     assert blocks(choose(ROW_MATMUL, NO_GPU, "half", True, few, ("BK", 768)))[:2] == (128, 128)
-    monkeypatch.setattr(row_configs, "multiprocessors", lambda device: 12)
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 12)
     assert blocks(choose(ROW_MATMUL, NO_GPU, "half", True, few, ("BK", 768)))[:2] == (256, 128)
 
 

@@ -1,7 +1,8 @@
-"""What the row kernels compute, in a few lines of plain torch; slow, and the oracle of their tests.
+"""What the kernels compute, in a few lines of plain torch: their definition, and the oracle of their tests.
 
-Each function takes the language of every row, `languages` (a list of M ints, -1 for the full network), in the place of
-a plan, and computes in the dtype of its arguments.
+Functions of rows take the language of every row of the batch, `languages` (a list of M ints, -1 for the full network),
+in the place of a plan. Those of tiles take masks that are spelled out, bool [L, N, K], and `language_of`, int64 [M].
+All compute in the dtype of their arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["naive_pack", "naive_row_matmul", "naive_row_matmul_t", "naive_row_weight_grad", "naive_unpack"]
+__all__ = [
+    "naive_pack", "naive_row_matmul", "naive_row_matmul_t", "naive_row_weight_grad", "naive_tile_matmul",
+    "naive_tile_weight_grad", "naive_unpack",
+]  # fmt: skip
 
 
 def live_rows(index: Tensor, counts: Tensor, language: int, n: int) -> Tensor:
@@ -79,3 +83,32 @@ def naive_unpack(xp: Tensor, index: Tensor, counts: Tensor, languages: Sequence[
         rows = live_rows(index, counts, language, n)
         out[m, rows] = xp[m, : len(rows)]
     return out
+
+
+# ---- tiles
+
+
+def _with_full(keep: Tensor) -> Tensor:
+    """Masks of all segments, [L + 1, N, K]: first the full network, which owns everything."""
+    return torch.cat([torch.ones_like(keep[:1]), keep])
+
+
+def naive_tile_matmul(
+    x: Tensor, weight: Tensor, keep: Tensor, language_of: Tensor, bias: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    """y_m = (W o M_l) x_m + bias, or x_m (W o M_l) if transposed, for each row m of language l; in x's dtype."""
+    masked = weight.to(x.dtype) * _with_full(keep)[language_of + 1]  # [M, N, K]
+    if transposed:
+        return torch.einsum("mn,mnk->mk", x, masked)
+    y = torch.einsum("mk,mnk->mn", x, masked)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def naive_tile_weight_grad(dy: Tensor, x: Tensor, keep: Tensor, language_of: Tensor) -> Tensor:
+    """dW_l = M_l o (dY_l^T X_l) of every segment, [L + 1, N, K]; their sum is dW."""
+    return torch.stack(
+        [
+            mask * (dy[language_of + 1 == segment].t() @ x[language_of + 1 == segment])
+            for segment, mask in enumerate(_with_full(keep))
+        ]
+    )

@@ -1,10 +1,11 @@
-"""How programs add to the same part of a weight's gradient one after the other: the same bits every run.
+"""The order of programs in a grid; and how those that add to one part of a weight's gradient take turns.
 
-Sums of two languages meet in the same rows of dW. They take turns: programs of one language add to a strip of columns
-only after all programs of the languages before have. A counter for each strip says how many have; a program knows from
-the masks how many must. A program waits only for programs with lower ids (`turn_order`), which hardware starts earlier,
-so that nobody waits for a program that cannot start. Where a chip's barrier does not order the stores of all threads
-(`TURNSTILE_CHIPS` names those where it does), each language gets a launch of its own instead.
+Sums of two languages meet in the same rows of dW. They take turns, so that every run gives the same bits: programs of
+one language add to a strip of columns only after all programs of the languages before have. A semaphore for each strip
+counts how many have; a program knows from the masks how many must. A program waits only for programs with lower ids
+(`turn_order`), which hardware starts earlier, so that nobody waits for a program that cannot start. Where a chip's
+barrier does not order the stores of all threads (`TURN_CHIPS` names those where it does), each language gets a launch
+of its own instead.
 """
 
 from __future__ import annotations
@@ -12,16 +13,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["TURNSTILE_CHIPS", "end_turn", "put_tile", "strips_together", "turn_order", "wait_for_turn"]
+__all__ = ["TURN_CHIPS", "end_turn", "grouped", "put_tile", "strips_together", "turn_order", "wait_for_turn"]
 
 # Triton's barrier on AMD waits for shared memory only: another wave's stores may still be on their way when the counter
 # is raised.
-TURNSTILE_CHIPS = ("sm_80", "sm_90", "sm_100")
+TURN_CHIPS = ("sm_80", "sm_90", "sm_100")
 
 
 def strips_together(n_strips: int, n_chunks: int, programs: int) -> int:
     """As many strips at a time as give one segment about so many `programs`."""
     return min(n_strips, triton.cdiv(programs, n_chunks))
+
+
+@triton.jit
+def grouped(program, firsts, seconds, GROUP: tl.constexpr):
+    """The place (first, second) of a program in a grid of firsts x seconds.
+
+    GROUP firsts go through all seconds side by side before the next ones start, so that programs that run at the same
+    time share what they read on both sides.
+    """
+    start = program // (GROUP * seconds) * GROUP
+    in_group = tl.minimum(firsts - start, GROUP)
+    place = program % (GROUP * seconds)
+    return start + place % in_group, place // in_group
 
 
 @triton.jit
@@ -60,9 +74,7 @@ def put_tile(
 ):  # fmt: skip
     """Adds acc [BN, BK] to rows of dW, or writes it there, in PIECES of its columns: registers hold no second tile.
 
-    Columns lie `step` elements apart.
-
-    `.cg` reads from the L2 cache, where the sums of other multiprocessors are; L1 may hold what was there before.
+    Columns lie `step` elements apart. `.cg` reads from the L2 cache, where the sums of other multiprocessors are.
     """
     if PIECES > 1:
         halves = tl.permute(tl.reshape(acc, (BN, 2, BK // 2)), (0, 2, 1))

@@ -13,11 +13,10 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from fastmask.discovery import COMPARING, Draw, Importance, Round, combine, discover, importance
+from fastmask.discovery import COMPARING, Draw, Round, combine, discover, importance
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import SEAL, FileError, read_metadata, read_sealed, write_sealed
 from fastmask.models import attach, detach
-from fastmask.models.attach import attached
 from fastmask.models.modes import evaluating
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
@@ -205,36 +204,27 @@ class DynamicMasks:
         self._began, self._seconds = time.perf_counter(), 0.0
 
     @property
-    def subnetworks(self) -> Subnetworks:
-        """The masks as they are now."""
-        subnets: Subnetworks = attached(self.task.encoder).subnets
-        return subnets
-
-    @property
     def share_of_time(self) -> float:
-        """Share of the time, since this object was made or resumed, that updates took."""
+        """Share of the time, since this object was made, that updates took."""
         return self._seconds / (time.perf_counter() - self._began)
 
     def update(self, step: int) -> list[str]:
         """Update the masks after `step` steps, unless they are frozen; returns the languages whose masks changed."""
         if not self.masks.due(step):
             return []
-        start = time.perf_counter()
-        first, processes = self.accelerator.process_index, self.accelerator.num_processes
+        start, task, mine = time.perf_counter(), self.task, []
+        of_this_process = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         with preserved_random_state(self.accelerator.device):
-            mine = [
-                (language, self._scores(language, examples, np.random.default_rng([self.config.seed, step, place])))
-                for place, (language, examples) in list(enumerate(self.train.items()))[first::processes]
-            ]
+            for place, (language, examples) in list(enumerate(self.train.items()))[of_this_process]:
+                generator = np.random.default_rng([self.config.seed, step, place])
+                rows = generator.permutation(len(examples))[: self.config.update_sentences]
+                batch = task.collate(examples.select(rows)).to(self.accelerator.device)
+                with evaluating(task.model):
+                    scores = importance(task.encoder, [batch], lambda batch: task.loss(batch).each, language)
+                mine.append((language, scores))
         changed = self.masks.update(step, dict(gather_object(mine)))
         self._seconds += time.perf_counter() - start
         return changed
-
-    def _scores(self, language: str, examples: Any, generator: np.random.Generator) -> Importance:
-        rows = generator.permutation(len(examples))[: self.config.update_sentences]
-        batch = self.task.collate(examples.select(rows)).to(self.accelerator.device)
-        with evaluating(self.task.model):
-            return importance(self.task.encoder, [batch], lambda batch: self.task.loss(batch).each, language)
 
     def save(self, path: Path) -> None:
         """Write the history of all masks, for `fastmask.analysis.movement.read_history`."""
@@ -252,4 +242,3 @@ class DynamicMasks:
             self.masks.load_state_dict({"tensors": tensors, "header": json.loads(header["header"])})
         except (ValueError, KeyError, TypeError) as error:
             raise FileError(path, f"does not fit the run's subnetworks: {error}") from None
-        self._began, self._seconds = time.perf_counter(), 0.0

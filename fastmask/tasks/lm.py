@@ -90,6 +90,8 @@ class LanguageModelling(TransformersTask):
 
     def _wrapped(self, ids: list[int]) -> dict[str, Any]:
         whole = [*self.prefix, *ids, *self.suffix]
+        if not whole:  # of an empty text, and no model reads nothing
+            return {"input_ids": [self.tokenizer.pad_token_id], "attention_mask": [0]}
         return {"input_ids": whole, "attention_mask": [1] * len(whole)}
 
     def is_labelled(self, features: Mapping[str, Any]) -> bool:

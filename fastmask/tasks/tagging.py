@@ -15,8 +15,9 @@ from torch import nn
 from fastmask.errors import unknown
 from fastmask.settings import setting
 from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
+from fastmask.tasks.predicting import CHUNK
 from fastmask.tasks.pretrained import WordPieces, load_word_tokenizer
-from fastmask.tasks.task import CHUNK, Rows, Splits, TaskSettings
+from fastmask.tasks.task import Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import (
     IGNORE,
     Examples,

@@ -27,8 +27,9 @@ from fastmask.models.attach import attached
 from fastmask.models.entry import plain_class_of
 from fastmask.models.language_arguments import LanguageCounts
 from fastmask.settings import ConfigError
+from fastmask.tasks.predicting import like_lengths
 from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars
-from fastmask.tasks.task import UNKNOWN_LABELS, Loss, Rows, Splits, Task, TaskSettings, like_lengths, listed
+from fastmask.tasks.task import UNKNOWN_LABELS, Loss, Rows, Splits, Task, TaskSettings, listed
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig

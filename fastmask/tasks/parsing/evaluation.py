@@ -16,7 +16,7 @@ from fastmask.tasks.parsing.features import Features
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.scores import Scores
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS
-from fastmask.tasks.task import CHUNK, like_lengths
+from fastmask.tasks.predicting import CHUNK, like_lengths
 
 __all__ = ["Tree", "cut", "encode", "join", "parse", "predict_file", "rows_that_fit", "scores_of", "too_long"]
 

@@ -84,15 +84,25 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
     """See, before anything is trained, that `subnetworks_of` will return something that fits the model.
 
     Raises:
-        OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language, or the
-            density would leave a layer without a live head or neuron.
+        OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language; the
+            density would leave a layer without a live head or neuron, or nothing to swap; the score is not for these
+            units or so few languages.
     """
-    if config.method == "full":
+    if config.method in ("full", "vector"):  # every language owns all units
         return
     languages = list(languages)
     if config.method == "shuffled" and len(languages) < 2:
         raise ValueError(f"method is 'shuffled' (expected another one with a single language, {languages[0]})")
     if config.masks is None:
+        if config.score in COMPARING and len(languages) < 2:
+            raise ValueError(
+                f"score is {config.score!r}, which compares languages (expected another one with a single language, "
+                f"{languages[0]})"
+            )
+        if config.score == "shapley" and config.units != "heads":
+            raise ValueError(f"score is 'shapley', which is of heads, and units is {config.units!r} (expected heads)")
+        if config.method == "dynamic" and config.density == 1:
+            raise ValueError("density is 1.0 (expected less with method dynamic: there would be no unit to swap)")
         _check_density(task, config)
         return
     attach(task.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))

@@ -214,12 +214,7 @@ def _load(treebank: Treebank, split: str, cache_dir: str | os.PathLike[str] | No
                 _rows,
                 features=FEATURES,
                 cache_dir=None if cache_dir is None else str(cache_dir),
-                gen_kwargs={
-                    "files": files,
-                    "language": treebank.code,
-                    "treebank": treebank.name,
-                    "version": _ROWS_VERSION,
-                },
+                gen_kwargs=dict(files=files, language=treebank.code, treebank=treebank.name, version=_ROWS_VERSION),
                 split=datasets.NamedSplit(split),
             )
         except datasets.exceptions.DatasetGenerationError as error:
@@ -237,16 +232,7 @@ def _rows(
     """Yield one row per sentence; sizes, checksums and version are here because arguments make up the cache key."""
     for path, _, _ in files:
         for sentence in read_sentences(path):
-            yield {
-                "language": language,
-                "treebank": treebank,
-                "sent_id": sentence.sent_id,
-                "words": sentence.words,
-                "upos": sentence.upos,
-                "heads": sentence.heads,
-                "deprels": sentence.deprels,
-                "conllu": sentence.conllu,
-            }
+            yield {"language": language, "treebank": treebank, **vars(sentence)}
 
 
 # Progress bars and log levels of `datasets` belong to the whole process, and a second thread must not find a data set

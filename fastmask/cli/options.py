@@ -160,7 +160,7 @@ def _help_of(item: dataclasses.Field[Any], default: str | None) -> str:
 
 def add_task_settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Add the options of the task that `arguments` name (``--task``), by default those of parsing."""
-    from fastmask.tasks.registry import task_class
+    from fastmask.tasks import task_class
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task")

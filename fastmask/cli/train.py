@@ -20,9 +20,8 @@ from fastmask.cli.options import FILE, add_settings, add_task_settings, given_se
 from fastmask.cli.report import examples_of, print_scores, round_printer, scored, stability_lines
 from fastmask.files import check_writable, write_text
 from fastmask.tasks.task import Splits, Task
-from fastmask.training.config import TrainConfig
+from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import device_of
-from fastmask.training.episodes import Budget
 from fastmask.training.loop import train
 from fastmask.training.methods import check_subnetworks, subnetworks_of
 from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of

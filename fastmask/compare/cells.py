@@ -47,9 +47,9 @@ from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training import run_folder
-from fastmask.training.config import TrainConfig
+from fastmask.training.batches import episode_sampler
+from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import in_precision
-from fastmask.training.episodes import Budget, episode_sampler
 from fastmask.training.loop import MASKS_INPUT, train
 from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of
 from fastmask.workers import processes

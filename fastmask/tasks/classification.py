@@ -10,9 +10,8 @@ import numpy as np
 from torch import nn
 
 from fastmask.settings import setting
-from fastmask.tasks.labels import check_labels, labels_of, model_for, name_of
 from fastmask.tasks.task import Splits, TaskSettings
-from fastmask.tasks.transformers_task import Examples, TransformersTask
+from fastmask.tasks.transformers_task import Examples, TransformersTask, check_labels, labels_of, model_for, name_of
 
 __all__ = ["Classification", "ClassificationSettings"]
 
@@ -34,7 +33,6 @@ class Classification(TransformersTask):
     options: ClassificationSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `TransformersTask`."""
         super().__init__(*args, **kwargs)
         if getattr(self.model.config, "pad_token_id", None) is None:  # GPT-2 looks for the last piece that is none
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -43,17 +41,14 @@ class Classification(TransformersTask):
 
     @classmethod
     def new_model(cls, name: str, options: Any, datasets: Splits) -> nn.Module:
-        """A model whose classes are those of all training rows."""
         return model_for(cls.auto, name, (c for of in datasets.values() for c in of["train"][options.label_column]))
 
     def features(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Pieces of the text or pair, and the number of its class."""
         found = self.encoded(row, self.options.text_column, self.options.pair_column)
         number = self.numbers.get(name_of(row.get(self.options.label_column)) or "")
         return found if number is None else {**found, "labels": number}
 
     def answers(self, batch: Any, examples: Examples) -> list[str]:
-        """The best class."""
         return [self.labels[number] for number in self.logits(batch).argmax(-1).tolist()]
 
     def score(self, examples: Examples, predictions: Sequence[str]) -> dict[str, float]:
@@ -74,12 +69,10 @@ class Classification(TransformersTask):
         return {"accuracy": 100 * float((golds == guesses).mean()), "macro_f1": 100 * float(np.mean(f1))}
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
-        """Rows whose class the model has."""
         column = self.options.label_column
         missing = check_labels((row.get(column) for row in rows), self.labels, unknown)
         return [row for row in rows if name_of(row.get(column)) not in missing]
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> tuple[Any, ...]:
-        """Two examples are the same if their texts are."""
         return tuple(row[column] for column in (options.text_column, options.pair_column) if column)

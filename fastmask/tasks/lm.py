@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.settings import ConfigError, setting
-from fastmask.tasks.pretrained import load_model, model_type_of
+from fastmask.tasks.pretrained import around, load_model, model_type_of
 from fastmask.tasks.task import Loss, Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import IGNORE, LABELS, Examples, TransformersTask, cross_entropy
-from fastmask.tasks.word_pieces import around
 
 __all__ = ["LanguageModelling", "LanguageModellingSettings"]
 
@@ -47,7 +46,6 @@ class LanguageModelling(TransformersTask):
     options: LanguageModellingSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `TransformersTask`."""
         super().__init__(*args, **kwargs)
         self.masked = _kind(self.model.config.model_type, self.options) == "masked"
         if self.masked and self.tokenizer.mask_token_id is None:
@@ -59,7 +57,6 @@ class LanguageModelling(TransformersTask):
 
     @classmethod
     def auto_class(cls, name: str, options: Any) -> str:
-        """By the setting `kind`, else by the type of the model."""
         return CLASSES[_kind(model_type_of(name), options)]
 
     @classmethod
@@ -71,7 +68,6 @@ class LanguageModelling(TransformersTask):
         return load_model(cls.auto_class(name, options), name, **({"is_decoder": True} if causal_encoder else {}))
 
     def features(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The beginning of a text."""
         return self._wrapped(self._pieces(row)[: self.room])
 
     def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Examples:
@@ -94,10 +90,11 @@ class LanguageModelling(TransformersTask):
 
     def _wrapped(self, ids: list[int]) -> dict[str, Any]:
         whole = [*self.prefix, *ids, *self.suffix]
+        if not whole:  # of an empty text, and no model reads nothing
+            return {"input_ids": [self.tokenizer.pad_token_id], "attention_mask": [0]}
         return {"input_ids": whole, "attention_mask": [1] * len(whole)}
 
     def is_labelled(self, features: Mapping[str, Any]) -> bool:
-        """Whether there is a token to predict."""
         ids = features["input_ids"]
         return len(ids) > 1 if not self.masked else not np.isin(ids, self.special.numpy()).all()
 
@@ -145,7 +142,6 @@ class LanguageModelling(TransformersTask):
         ]
 
     def score(self, examples: Examples, predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Perplexity over all predicted tokens together."""
         tokens = sum(found["tokens"] for found in predictions)
         if not tokens:
             raise ValueError("the texts have no token to predict")
@@ -153,7 +149,6 @@ class LanguageModelling(TransformersTask):
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        """Two examples are the same if their text is."""
         return str(row[options.text_column])
 
 

@@ -14,13 +14,19 @@ from torch import nn
 
 from fastmask.errors import unknown
 from fastmask.settings import setting
-from fastmask.tasks.data.conllu import Sentence, read_texts, with_upos, write_texts
-from fastmask.tasks.data.lines import CHUNK
-from fastmask.tasks.labels import check_labels, labels_of, model_for, name_of
-from fastmask.tasks.pretrained import model_type_of
+from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
+from fastmask.tasks.predicting import CHUNK
+from fastmask.tasks.pretrained import WordPieces, load_word_tokenizer
 from fastmask.tasks.task import Rows, Splits, TaskSettings
-from fastmask.tasks.transformers_task import IGNORE, Examples, TransformersTask
-from fastmask.tasks.word_pieces import WordPieces, load_word_tokenizer
+from fastmask.tasks.transformers_task import (
+    IGNORE,
+    Examples,
+    TransformersTask,
+    check_labels,
+    labels_of,
+    model_for,
+    name_of,
+)
 from fastmask.unseen.typology import direction_profile, direction_similarity
 
 __all__ = ["Tagging", "TaggingSettings"]
@@ -54,7 +60,6 @@ class Tagging(TransformersTask):
     options: TaggingSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `TransformersTask`."""
         super().__init__(*args, **kwargs)
         self.labels = labels_of(self.model)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
@@ -68,17 +73,14 @@ class Tagging(TransformersTask):
 
     @classmethod
     def new_model(cls, name: str, options: Any, datasets: Splits) -> nn.Module:
-        """A model whose labels are those of all training rows."""
         tags = (tag for of in datasets.values() for tags in of["train"][options.label_column] for tag in tags or ())
         return model_for(cls.auto, name, tags)
 
     @classmethod
     def new_tokenizer(cls, name: str) -> Any:
-        """The tokenizer, for words."""
-        return load_word_tokenizer(name, model_type_of(name))
+        return load_word_tokenizer(name)
 
     def examples(self, rows: Rows) -> Examples:
-        """Sentences as pieces."""
         rows = list(rows)
         words = list(dict.fromkeys(word for row in rows for word in self._words(row)))
         pieces = dict(zip(words, (found.tolist() for found in self.pieces.units_of(words)), strict=True))
@@ -124,7 +126,6 @@ class Tagging(TransformersTask):
         return found
 
     def answers(self, batch: Any, examples: Examples) -> list[Any]:
-        """Tags of the words that fit."""
         best = self.logits(batch).argmax(-1).cpu().numpy()
         return [
             [self.labels[number] for number in found[features["_starts"]]]
@@ -165,16 +166,17 @@ class Tagging(TransformersTask):
         """CoNLL-U in and out, where only UPOS changes; JSON lines for other tags, and if the file is called so."""
         if self.options.label_column != "upos" or Path(source).suffix in (".json", ".jsonl", ".ndjson"):
             return super().predict_file(source, target)
-        return write_texts(target, self._tagged(read_texts(source, require_tree=False)))
 
-    def _tagged(self, sentences: Iterator[tuple[Sentence, str]]) -> Iterator[str]:
-        while chunk := list(itertools.islice(sentences, CHUNK)):
-            found = self.predict(self.examples({self.options.text_column: s.words} for s, _ in chunk))
-            for (_, text), tags in zip(chunk, found, strict=True):
-                yield with_upos(text, tags)
+        def tagged() -> Iterator[str]:
+            sentences = read_texts(source, require_tree=False)
+            while chunk := list(itertools.islice(sentences, CHUNK)):
+                found = self.predict(self.examples({self.options.text_column: s.words} for s, _ in chunk))
+                for (_, text), tags in zip(chunk, found, strict=True):
+                    yield with_upos(text, tags)
+
+        return write_texts(target, tagged())
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
-        """Rows without tags that the model does not have."""
         column = self.options.label_column
         missing = check_labels((tag for row in rows for tag in row.get(column) or ()), self.labels, unknown)
         if not missing:
@@ -188,12 +190,10 @@ class Tagging(TransformersTask):
         return direction_profile(rows) or None
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-        """By the direction of dependencies; see `fastmask.unseen.typology`."""
         return direction_similarity(profile, others)
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
-        """Two sentences are the same if their words are."""
         assert isinstance(options, TaggingSettings)
         return tuple(row[options.text_column])
 

@@ -10,6 +10,7 @@ import abc
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,20 +27,12 @@ from fastmask.settings import Settings, setting
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
 
-__all__ = ["UNKNOWN_LABELS", "Batch", "Examples", "Loss", "Rows", "Splits", "Task", "TaskSettings", "heading"]
+__all__ = ["UNKNOWN_LABELS", "Examples", "Loss", "Rows", "Splits", "Task", "TaskSettings", "heading", "listed"]
 
 UNKNOWN_LABELS = ("fail", "universal", "ignore")
 
 Rows = Iterable[Mapping[str, Any]]
 Splits = Mapping[str, Mapping[str, Any]]  # language -> "train", "dev", "test" -> rows
-
-
-class Batch(Protocol):
-    """The tensors of one step: a mapping (`transformers.BatchEncoding`), or any object that moves to a device."""
-
-    def to(self, device: Any) -> Any:
-        """Return the batch on `device`."""
-        ...
 
 
 class Examples(Protocol):
@@ -304,7 +297,10 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def collate(self, examples: Any, language_ids: Tensor | None = None) -> Any:
-        """One batch of all of `examples`, on the CPU; `language_ids` (int64 [B], or none) go to the encoder."""
+        """One batch of all of `examples`, on the CPU; `language_ids` (int64 [B], or none) go to the encoder.
+
+        A mapping (`transformers.BatchEncoding`), or any object whose `to` moves it to a device.
+        """
 
     @abc.abstractmethod
     def loss(self, batch: Any, model: nn.Module | None = None) -> Loss:
@@ -340,7 +336,7 @@ class Task(abc.ABC):
         Raises:
             FileError: not JSON lines.
         """
-        from fastmask.tasks.data.lines import predicted_lines
+        from fastmask.tasks.predicting import predicted_lines
 
         return predicted_lines(self, source, target)
 
@@ -370,3 +366,8 @@ class Task(abc.ABC):
 def heading(metric: str) -> str:
     """What tables call a score: LAS, but accuracy."""
     return metric.upper() if len(metric) <= 4 else metric.replace("_", " ")
+
+
+def listed(counts: Counter[str]) -> str:
+    """Labels with their counts, the most frequent first."""
+    return ", ".join(f"{label} ({count})" for label, count in sorted(counts.items(), key=lambda item: (-item[1], item)))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,22 +18,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
-from fastmask.errors import unknown
+from fastmask.errors import unknown as unknown_name
 from fastmask.files import FileError, Record, read_json, write_text
 from fastmask.models.attach import attached
 from fastmask.models.calls import plain_class_of
 from fastmask.models.languages import LanguageCounts
 from fastmask.settings import ConfigError
-from fastmask.tasks.batching import like_lengths
+from fastmask.tasks.predicting import like_lengths
 from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars
-from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
+from fastmask.tasks.task import UNKNOWN_LABELS, Loss, Rows, Splits, Task, TaskSettings, listed
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
 
-__all__ = ["IGNORE", "Examples", "TransformersTask", "cross_entropy"]
+__all__ = [
+    "IGNORE", "LABELS", "Examples", "TransformersTask", "check_labels", "cross_entropy", "labels_of", "model_for",
+    "name_of",
+]  # fmt: skip
 
 FILE = "task.json"
 FORMAT_VERSION = 1
@@ -42,8 +47,6 @@ UNKNOWN = 0.5  # share of the text, above which a tokenizer cannot be meant for 
 
 
 class _Saved(Record):
-    """What ``task.json`` holds."""
-
     version: int
     task: str
     max_length: int
@@ -65,7 +68,6 @@ class Examples:
         self.lengths = np.array([len(found["input_ids"]) for found in self.features], dtype=np.int64)
 
     def __len__(self) -> int:
-        """Return the number of examples."""
         return len(self.features)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
@@ -73,12 +75,10 @@ class Examples:
         return iter(self.features)
 
     def select(self, rows: np.ndarray) -> Self:
-        """Return examples `rows` (int64 [m]), in that order."""
         return type(self)([self.features[row] for row in rows], [self.rows[row] for row in rows])
 
     @staticmethod
     def join(parts: Sequence[Examples]) -> Examples:
-        """Put several one after the other."""
         return Examples([found for part in parts for found in part.features], [r for part in parts for r in part.rows])
 
 
@@ -171,7 +171,7 @@ class TransformersTask(Task):
             for split, rows in of.items():
                 for column in cls.columns(options):
                     if column not in rows.column_names:
-                        error = unknown("column", column, rows.column_names)
+                        error = unknown_name("column", column, rows.column_names)
                         raise ValueError(f"{os.fspath(data)}, {name} {split}: {error}")
         return loaded
 
@@ -233,7 +233,12 @@ class TransformersTask(Task):
         """Rows with what the model sees of each; a warning says how many are cut."""
         rows = list(rows)
         features = [self.features(row) for row in rows]
-        self.warn_of_length(sum(len(found["input_ids"]) >= self.max_length for found in features), len(rows))
+        if long := sum(len(found["input_ids"]) >= self.max_length for found in features):
+            warnings.warn(
+                f"{long} of {len(rows)} {self.example_word} may be cut: they fill the {self.max_length} "
+                f"{self.token_word} that the model sees",
+                stacklevel=2,
+            )
         return Examples(features, rows)
 
     def encoded(self, row: Mapping[str, Any], *columns: str | None) -> dict[str, Any]:
@@ -249,22 +254,13 @@ class TransformersTask(Task):
     def text(self, row: Mapping[str, Any], column: str) -> str:
         """A column's text; a list of words is joined."""
         if column not in row:
-            raise unknown("column", column, row)
+            raise unknown_name("column", column, row)
         found = row[column]
         if isinstance(found, (list, tuple)) and all(isinstance(word, str) for word in found):
             return " ".join(found)
         if not isinstance(found, str):
             raise ValueError(f"{column} is {found!r:.60} (expected text)")
         return found
-
-    def warn_of_length(self, long: int, of: int) -> None:
-        """Say how many examples are not seen whole."""
-        if long:
-            warnings.warn(
-                f"{long} of {of} {self.example_word} may be cut: they fill the {self.max_length} {self.token_word} "
-                "that the model sees",
-                stacklevel=3,
-            )
 
     def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Examples:
         """The same of rows that have labels."""
@@ -282,7 +278,6 @@ class TransformersTask(Task):
         return [row for row, item in zip(rows, found, strict=True) if self.is_labelled(item)]
 
     def is_labelled(self, features: Mapping[str, Any]) -> bool:
-        """Whether there is a label to learn from."""
         labels = features.get(LABELS)
         return any(label != IGNORE for label in labels) if isinstance(labels, list) else labels not in (None, IGNORE)
 
@@ -305,7 +300,10 @@ class TransformersTask(Task):
         inputs = [{k: v for k, v in found.items() if k != LABELS and not k.startswith("_")} for found in examples]
         batch = self.tokenizer.pad(inputs, padding_side="right", return_tensors="pt")
         if all(LABELS in found for found in examples):
-            batch[LABELS] = _padded([found[LABELS] for found in examples])
+            labels: Any = [found[LABELS] for found in examples]
+            if isinstance(labels[0], list):
+                labels = pad_sequence([torch.tensor(of, dtype=torch.int64) for of in labels], True, IGNORE)
+            batch[LABELS] = torch.as_tensor(labels)
         if language_ids is not None:
             batch["language_ids"] = language_ids
             if self.is_attached:  # counted here, so that nothing need be asked of a GPU
@@ -319,7 +317,6 @@ class TransformersTask(Task):
         return found.logits
 
     def loss(self, batch: Any, model: nn.Module | None = None) -> Loss:
-        """The loss of a batch with labels; see `loss_of`."""
         if LABELS not in batch:
             raise ValueError(f"some of the {self.example_word} have no labels to learn from")
         return self.loss_of(self.logits(batch, model), batch[LABELS])
@@ -340,11 +337,60 @@ class TransformersTask(Task):
         return [found[row] for row in range(len(examples))]
 
 
-def _padded(labels: Sequence[Any]) -> Tensor:
-    """Labels of a batch: [B] of numbers, or [B, T] of lists of them."""
-    if not isinstance(labels[0], list):
-        return torch.tensor(labels)
-    padded = torch.full((len(labels), max(map(len, labels))), IGNORE, dtype=torch.int64)
-    for row, found in zip(padded, labels, strict=True):
-        row[: len(found)] = torch.tensor(found, dtype=torch.int64)
-    return padded
+# ---- labels by name: of the training rows, in a model's config, and those that a model does not have
+
+
+def name_of(label: Any) -> str | None:
+    """A label by its name; None if there is none: not given, or ``_`` as CoNLL-U has it."""
+    return None if label is None or label in ("_", "") else str(label)
+
+
+def model_for(auto: str, name: str, labels: Iterable[Any]) -> nn.Module:
+    """A pretrained model with a head for these labels, whose names its config has; see `load_model`.
+
+    Raises:
+        ValueError: fewer than two labels.
+    """
+    names = sorted({found for label in labels if (found := name_of(label)) is not None}, key=_by_number)
+    if len(names) < 2:
+        raise ValueError(f"the training data has the labels {', '.join(names) or 'none'} (expected at least two)")
+    numbers = {label: number for number, label in enumerate(names)}
+    return load_model(auto, name, id2label=dict(enumerate(names)), label2id=numbers)
+
+
+def labels_of(model: Any) -> list[str]:
+    """The labels of a model, in the order of its logits."""
+    config = model.config
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
+def check_labels(given: Iterable[Any], known: Iterable[str], unknown: str) -> set[str]:
+    """The labels that the model does not have, which are to be left out.
+
+    Args:
+        given: of the rows.
+        known: of the model.
+        unknown: one of `UNKNOWN_LABELS`; none but relations have a universal part, so "universal" is as "fail".
+
+    Raises:
+        ValueError: there are some, and `unknown` is not "ignore"; lists them with their counts.
+        KeyError: `unknown` is none of the three.
+    """
+    if unknown not in UNKNOWN_LABELS:
+        raise unknown_name("way of dealing with unknown labels", unknown, UNKNOWN_LABELS)
+    known = set(known)
+    missing = Counter(found for label in given if (found := name_of(label)) is not None and found not in known)
+    if not missing:
+        return set()
+    if unknown != "ignore":
+        raise ValueError(
+            f"labels that the model was not trained on: {listed(missing)}. It knows {', '.join(sorted(known))}. "
+            "Correct them, or leave them out (ignore)"
+        )
+    warnings.warn(f"labels that the model does not know are left out: {listed(missing)}", stacklevel=3)
+    return set(missing)
+
+
+def _by_number(label: str) -> tuple[int, str]:
+    """Numbers in their order, then words in theirs; 1 and 01 are two labels, whose order must not change."""
+    return (int(label) if label.isascii() and label.isdigit() else 1 << 62, label)

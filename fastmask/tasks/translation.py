@@ -39,7 +39,6 @@ class Translation(TransformersTask):
     options: TranslationSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """See `TransformersTask`."""
         import sacrebleu  # noqa: F401 - whoever does not have it hears so before training
 
         super().__init__(*args, **kwargs)
@@ -52,7 +51,6 @@ class Translation(TransformersTask):
             )
 
     def features(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Pieces of the source, and of the target if the row has one."""
         self._set("src_lang", row, self.options.source_code)
         found = self.encoded(row, self.options.source_column)
         if row.get(self.options.target_column) is None:
@@ -104,7 +102,6 @@ class Translation(TransformersTask):
         return torch.cat([start, before], 1)
 
     def answers(self, batch: Any, examples: Examples) -> list[str]:
-        """Translations; those into one language are generated together."""
         codes = [self._code(row, self.options.target_code) for row in examples.rows]
         found = [""] * len(codes)
         for code in dict.fromkeys(codes):
@@ -150,5 +147,4 @@ class Translation(TransformersTask):
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        """Two examples are the same if their source is."""
         return row[options.source_column]

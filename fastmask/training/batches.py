@@ -1,6 +1,6 @@
-"""Plain training: batches that mix the languages, alike in length, the same after a resume.
+"""What a step trains on: a plain batch that mixes the languages, or an episode of meta-learning.
 
-Three properties hold at once:
+Of plain batches, three properties hold at once:
 
 * **Shares.** Language l gets a share p_l ~ n_l ** temperature of every batch. Its count is drawn by systematic
   resampling (one uniform number per step), so it is p_l * batch_size in expectation and never off by one or more.
@@ -8,7 +8,16 @@ Three properties hold at once:
 * **Lengths.** All languages draw from the same length *quantile* of their own sentences at a step, so that a batch is
   little padded although no language is tied to long or to short steps.
 
-Every random decision is a function of (seed, what it is for, a counter), so the state is a handful of counters.
+Every random decision is a function of (seed, what it is for, a counter), so the state is a handful of counters, and
+batches are the same after a resume.
+
+An episode lets every language of a meta-batch take inner steps on a support batch, through its own subnetwork; the
+outer step follows FOMAML's gradient on query batches, or Reptile's displacement. Several processes share an episode's
+languages, and their gradients are summed.
+
+A *step* of a run is what a plain batch of `batch_size` examples moves it on by; learning rate, scores and checkpoints
+follow that axis with and without meta-learning. How many steps an episode moves it on by follows from what runs with
+and without meta-learning have in common (`meta_budget`): the examples that they draw, or the optimizer's steps.
 """
 
 from __future__ import annotations
@@ -21,11 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmask.meta import Draw, EpisodeSampler, MetaLearner
+from fastmask.meta import Task as EpisodeTask
 from fastmask.tasks.task import Task
-from fastmask.training.config import TrainConfig
-from fastmask.training.engine import peak_rates
+from fastmask.training.config import Budget, TrainConfig
+from fastmask.training.engine import inner_rates, peak_rates, sum_gradients
 
-__all__ = ["MixedBatches", "MixedLanguageSampler", "Seen", "without_conflict"]
+__all__ = ["Episodes", "MixedBatches", "MixedLanguageSampler", "Seen", "episode_sampler", "without_conflict"]
 
 _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
 
@@ -55,10 +66,14 @@ class MixedBatches:
         self.joined = type(parts[0]).join(parts)
         self.languages = list(train)
         self.ids: Tensor | None = None
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        lengths = [examples.lengths for examples in parts]
-        sizes = config.batch_size, config.temperature, config.seed
-        self.sampler = MixedLanguageSampler(lengths, *sizes, rank=rank, world_size=processes)
+        self.sampler = MixedLanguageSampler(
+            [examples.lengths for examples in parts],
+            config.batch_size,
+            config.temperature,
+            config.seed,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
 
     def use_subnetworks(self, ids: Tensor) -> None:
         """From now on send each example through its language's subnetwork: that of `ids` [languages]."""
@@ -212,3 +227,93 @@ class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
         """Go on where `state_dict` was called, with the same data and settings."""
         self._step, self._epochs, self._taken = state["step"], list(state["epochs"]), [list(t) for t in state["taken"]]
         self._orders = [self._order(language) for language in range(len(self.lengths))]
+
+
+def episode_sampler(config: TrainConfig, train: Mapping[str, Any]) -> EpisodeSampler:
+    """Which sentences the episodes of a run see; raises ValueError where a language has too few of them."""
+    sizes = {code: len(examples) for code, examples in train.items()}
+    return EpisodeSampler(sizes, *config.episode_sizes, meta_batch=config.meta_batch, seed=config.seed)
+
+
+class Episodes:
+    """Training in episodes, through the subnetworks where some are attached.
+
+    The inner steps of FOMAML are those of `fastmask.unseen.adapted`, to the bit: dropout is off in them, as it is when
+    the model is tested, so the meta-gradient is taken at the very weights that a language will be adapted to. It is on
+    in the query pass, whose gradient trains the model. Reptile has no other gradients than those of its inner steps,
+    and keeps dropout in them.
+    """
+
+    title = "episodes"
+
+    def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
+        """Set up sampling and inner steps; raises what `Budget.of` and `episode_sampler` do.
+
+        The model of `task` is not wrapped; it autocasts by itself if `accelerator` has prepared it so.
+        """
+        self.rates = peak_rates(task, config, episodes=True)
+        self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
+        self.budget = Budget.of(config, len(train))
+        self.sampler = episode_sampler(config, train)
+        self.learner = MetaLearner(
+            task.model,
+            lambda batch: task.loss(batch).mean,
+            algorithm=config.meta,
+            inner_steps=config.inner_steps,
+            inner_learning_rate=task.rates(*inner_rates(task, config)),
+            inner_dropout=config.meta == "reptile",
+        )
+        self.done = 0
+
+    def accumulate(self, step: int) -> Seen:
+        """Put the meta-gradient of the next episode into `.grad`, summed over processes."""
+        draws, config = next(self.sampler), self.config
+        mine = draws[self.accelerator.process_index :: self.accelerator.num_processes]
+        words = 0
+        for draw in mine:  # support batches that take several inner steps count as often
+            lengths = self.train[draw.language].lengths
+            passes = 1 if config.meta == "reptile" else config.inner_steps
+            words += int(lengths[draw.support].sum()) * passes + int(lengths[draw.query].sum())
+        results = self.learner.episode(map(self._task, mine), n_languages=len(draws))
+        if self.accelerator.num_processes > 1:
+            sum_gradients(self.task.model.parameters())
+        if config.meta == "reptile":
+            for parameter, rate in self.learner.rates().items():
+                if parameter.grad is not None:  # a distance, to the units of a gradient
+                    parameter.grad.div_(rate * config.inner_steps)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.accelerator.device)
+        for result in results:
+            query = result.support_losses.new_zeros(()) if result.query_loss is None else result.query_loss
+            sums[:3] += torch.stack([result.support_losses[0], result.support_losses[-1], query])
+        sums[3] = words
+        first, last, query_loss, n_words = self.accelerator.reduce(sums, "sum").tolist()
+        losses = {"support_loss_first": first / len(draws), "support_loss_last": last / len(draws)}
+        if config.meta == "fomaml":
+            losses["query_loss"] = query_loss / len(draws)
+        self.done += 1
+        return Seen(
+            self.budget.step_after(self.done),
+            {"loss": losses.get("query_loss", losses["support_loss_last"]), **losses},
+            round(n_words),
+            [draw.language for draw in draws],
+            {"episodes": self.done, **self.budget.after(self.done)},
+        )
+
+    def _task(self, draw: Draw) -> EpisodeTask:
+        """Its batches; made one draw at a time."""
+
+        def batch(rows: np.ndarray) -> Any:
+            return self.task.collate(self.train[draw.language].select(rows)).to(self.accelerator.device)
+
+        parts = np.split(draw.support, self.config.inner_steps if self.config.meta == "reptile" else 1)
+        support = [batch(rows) for rows in parts]
+        return EpisodeTask(draw.language, support, batch(draw.query) if len(draw.query) else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, between two episodes."""
+        return {"done": self.done, "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last episode that was done."""
+        self.sampler.load_state_dict(state["sampler"])
+        self.done = int(state["done"])

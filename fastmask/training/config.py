@@ -1,4 +1,4 @@
-"""All settings of a training run, which a YAML file or the command line fills in."""
+"""All settings of a training run, which a YAML file or the command line fills in, and what it spends by them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastmask.discovery import SCORES
 from fastmask.meta.learner import ALGORITHMS
 from fastmask.settings import ConfigError, Settings, items_of, setting
 from fastmask.subnetworks.subnetworks import UNITS
-from fastmask.tasks.registry import task_class
+from fastmask.tasks import task_class
 from fastmask.tasks.task import Task, TaskSettings
 
-__all__ = ["DEVICES", "METAS", "METHODS", "TrainConfig"]
+__all__ = ["DEVICES", "METAS", "METHODS", "Budget", "TrainConfig"]
 
 METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "shared", "vector")
 METAS = ("none", *ALGORITHMS)
 DEVICES = ("auto", "cpu", "cuda")
 
 _GROUPS = ("data", "model", "subnetworks", "meta-learning", "optimization", "logging")
-_data, _model, _subnetworks, _meta, _optimization, _logging = (partial(setting, group=title) for title in _GROUPS)
+_data, _model, _masks, _meta, _optim, _logging = (partial(setting, group=title) for title in _GROUPS)
 
 
 @dataclass
@@ -50,7 +50,7 @@ class TrainConfig(Settings):
     device: str = _model("auto", "where to compute; auto: on a GPU if there is one", choices=DEVICES)
     threads: int | None = _model(None, "number of CPU threads; PyTorch's choice if not given", low=1)
 
-    method: str = _subnetworks(
+    method: str = _masks(
         "static",
         "which subnetworks to train: none (full), one found per language (static), the same but updated during "
         "training (dynamic), or a control: random ones, found ones moved to other units (permuted), another "
@@ -58,43 +58,41 @@ class TrainConfig(Settings):
         "language (vector)",
         choices=METHODS,
     )
-    units: str = _subnetworks("both", "what subnetworks are made of", choices=UNITS)
-    density: float | None = _subnetworks(None, "share of units to keep; set by tau if not given", above=0, high=1)
-    masks: str | None = _subnetworks(
-        None, "file of subnetworks to train, from `fastmask discover`, instead of finding them"
-    )
-    score: str = _subnetworks(
+    units: str = _masks("both", "what subnetworks are made of", choices=UNITS)
+    density: float | None = _masks(None, "share of units to keep; set by tau if not given", above=0, high=1)
+    masks: str | None = _masks(None, "file of subnetworks to train, from `fastmask discover`, instead of finding them")
+    score: str = _masks(
         "gradient",
         "how units are ranked: by the gradients of their gates (gradient), by these minus those of other languages "
         "(relative), by how much of their activity belongs to the language (entropy), or by Shapley values of heads "
         "(shapley)",
         choices=SCORES,
     )
-    score_sentences: int = _subnetworks(256, "training examples per language used to score units", low=1)
-    draws: int = _subnetworks(
+    score_sentences: int = _masks(256, "training examples per language used to score units", low=1)
+    draws: int = _masks(
         1, "how many times to draw those examples; a language keeps the units that most draws keep", low=1
     )
-    tau: float = _subnetworks(
+    tau: float = _masks(
         0.95,
         "prune while the dev score stays at or above tau times that of the full network (without dev data: while the "
         "loss rises by no more than -ln tau)",
         above=0,
         high=1,
     )
-    discover_at: float = _subnetworks(
+    discover_at: float = _masks(
         0.6,
         "share of the steps for which the full network is trained before the switch to subnetworks and episodes",
         low=0,
         below=1,
     )
-    update_every: int = _subnetworks(100, "steps between updates of dynamic subnetworks", low=1)
-    freeze_masks: float = _subnetworks(
+    update_every: int = _masks(100, "steps between updates of dynamic subnetworks", low=1)
+    freeze_masks: float = _masks(
         0.25,
         "share of the steps after the switch, at the end, during which dynamic subnetworks no longer change",
         low=0,
         high=1,
     )
-    update_sentences: int = _subnetworks(16, "training examples per language that an update scores units on", low=1)
+    update_sentences: int = _masks(16, "training examples per language that an update scores units on", low=1)
 
     meta: str = _meta(
         "none",
@@ -122,52 +120,42 @@ class TrainConfig(Settings):
     )
     meta_batch: int | None = _meta(None, "languages sampled for each episode; all if not given", low=1)
     meta_lr: float | None = _meta(
-        None,
-        "peak learning rate of the outer steps, outside a pretrained encoder; lr if not given",
-        above=0,
-        high=1,
+        None, "peak learning rate of the outer steps, outside a pretrained encoder; lr if not given", above=0, high=1
     )
     meta_encoder_lr: float | None = _meta(
         None, "peak learning rate of the outer steps for a pretrained encoder; encoder_lr if not given", above=0, high=1
     )
 
-    steps: int = _optimization(
-        1500, "number of training steps; the demonstration takes 600 unless told otherwise", low=1
+    steps: int = _optim(1500, "number of training steps; the demonstration takes 600 unless told otherwise", low=1)
+    batch_size: int = _optim(32, "examples per step, over all languages and processes", low=1)
+    seed: int = _optim(0, "random seed for weights, order of examples, dropout and random masks", low=0, high=2**32 - 1)
+    lr: float = _optim(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
+    encoder_lr: float | None = _optim(
+        None, "peak learning rate of a pretrained encoder; 2e-4 * 384 / its width if not given", above=0, high=1
     )
-    batch_size: int = _optimization(32, "examples per step, over all languages and processes", low=1)
-    seed: int = _optimization(
-        0, "random seed for weights, order of examples, dropout and random masks", low=0, high=2**32 - 1
-    )
-    lr: float = _optimization(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
-    encoder_lr: float | None = _optimization(
-        None,
-        "peak learning rate of a pretrained encoder; 2e-4 * 384 / its width if not given",
-        above=0,
-        high=1,
-    )
-    warmup: float = _optimization(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
-    schedule: str = _optimization(
+    warmup: float = _optim(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
+    schedule: str = _optim(
         "cosine", "how the learning rate decays after warmup", choices=("cosine", "linear", "constant")
     )
-    freeze_embeddings: bool = _optimization(
+    freeze_embeddings: bool = _optim(
         False,
         "do not train the input embeddings (of a pretrained encoder: pieces, positions and token types), nor adapt "
         "them",
     )
-    optimizer: str = _optimization(
+    optimizer: str = _optim(
         "adamw",
         "AdamW (adamw), or an AdamW that skips weights that no language in the batch owns and rows of the input "
         "embeddings that the batch does not look up (live)",
         choices=("adamw", "live"),
     )
-    conflict: str = _optimization(
+    conflict: str = _optim(
         "none",
         "what to do when the gradients of two languages conflict: nothing (none), or remove the component of each "
         "that opposes the other (pcgrad; takes one gradient per language, in plain batches only)",
         choices=("none", "pcgrad"),
     )
-    weight_decay: float = _optimization(0.01, "weight decay of AdamW, applied to matrices only", low=0, high=1)
-    max_grad_norm: float = _optimization(1.0, "maximum norm of the gradient; larger ones are clipped", above=0)
+    weight_decay: float = _optim(0.01, "weight decay of AdamW, applied to matrices only", low=0, high=1)
+    max_grad_norm: float = _optim(1.0, "maximum norm of the gradient; larger ones are clipped", above=0)
 
     out: str = _logging("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model")
     resume: bool = _logging(False, "continue from the last checkpoint in `out`, with the settings of that run")
@@ -216,6 +204,13 @@ class TrainConfig(Settings):
         """The last step after which dynamic subnetworks may be updated; weights are trained behind every update."""
         return self.steps - max(1, round(self.freeze_masks * (self.steps - self.shared_steps)))
 
+    @property
+    def episode_sizes(self) -> tuple[int, int]:
+        """Support and query sentences of a language in an episode; Reptile has a batch for each inner step."""
+        if self.meta == "reptile":
+            return self.support_sentences * self.inner_steps, 0
+        return self.support_sentences, self.query_sentences
+
     def validate(self) -> None:
         """Check types, ranges, and what must fit together.
 
@@ -247,3 +242,76 @@ class TrainConfig(Settings):
         """Return the settings that make a resumed run another run: name -> (own value, the other's)."""
         own, others = self.identity(), other.identity()
         return {name: (own[name], others[name]) for name in own if own[name] != others[name]}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run spends, by which runs with and without meta-learning are compared.
+
+    An episode draws, for each of its languages, a support batch once however many inner steps it takes (Reptile draws
+    one for each of them), and FOMAML's query batch. Gradient passes are forward and backward passes over a batch, one
+    that is split over processes counting once: one for a plain step; K, and for FOMAML one more, for each language of
+    an episode. What looking for better masks takes (method `dynamic`) is not in it.
+    """
+
+    steps: int  # of the run, in all
+    plain_steps: int  # of them, optimizer steps on one mixed batch each
+    episodes: int  # optimizer steps on the meta-gradient of one episode each; 0 without meta-learning
+    outer_steps: int  # steps of the optimizer in all: `plain_steps` + `episodes`
+    episode_sentences: int  # different sentences that one episode draws
+    sentences: int  # drawn in all; several epochs draw one several times
+    gradient_passes: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, n_languages: int) -> Budget:
+        """The budget of a run with `n_languages` training languages.
+
+        Raises:
+            ConfigError: the steps after the switch hold less than one episode, or there are fewer languages than a
+                meta-batch takes.
+        """
+        plain, episodes, drawn, passes = config.steps, 0, 0, 0
+        if config.meta != "none":
+            members = n_languages if config.meta_batch is None else config.meta_batch
+            if members > n_languages:
+                raise ConfigError(f"meta_batch is {members} (expected at most the number of languages, {n_languages})")
+            support, query = config.episode_sizes
+            drawn, passes = members * (support + query), members * (config.inner_steps + (query > 0))
+            plain, left = config.shared_steps, config.steps - config.shared_steps
+            episodes = left if config.meta_budget == "updates" else left * config.batch_size // drawn
+            if episodes < 1:
+                raise ConfigError(
+                    f"an episode draws {drawn} sentences ({members} languages, {support} support and {query} query "
+                    f"sentences), and the {left} steps after the switch have only {left * config.batch_size}: expected "
+                    "more steps, fewer of support_sentences, query_sentences or meta_batch, or meta_budget updates"
+                )
+        sentences, gradient_passes = plain * config.batch_size + episodes * drawn, plain + episodes * passes
+        return cls(config.steps, plain, episodes, plain + episodes, drawn, sentences, gradient_passes)
+
+    def step_after(self, episode: int) -> int:
+        """The run's step after episode number `episode` (from 1): its share of the steps, rounded.
+
+        The last step is reached with the last episode and not before, also where an episode is less than a step.
+        """
+        if episode == self.episodes:
+            return self.steps
+        share = (self.steps - self.plain_steps) * episode / self.episodes
+        return min(self.plain_steps + round(share), self.steps - 1)
+
+    def after(self, episode: int) -> dict[str, int]:
+        """What is spent after `episode` episodes (of at least one): `outer_steps`, `sentences`, `gradient_passes`."""
+        to_come = self.episodes - episode
+        passes = (self.gradient_passes - self.plain_steps) // self.episodes
+        return {
+            "outer_steps": self.outer_steps - to_come,
+            "sentences": self.sentences - to_come * self.episode_sentences,
+            "gradient_passes": self.gradient_passes - to_come * passes,
+        }
+
+    def __str__(self) -> str:
+        """One line for people."""
+        of_episodes = f" ({self.plain_steps:,} plain, {self.episodes:,} episodes)" if self.episodes else ""
+        return (
+            f"{self.outer_steps:,} optimizer steps{of_episodes}, {self.sentences:,} training examples drawn, "
+            f"{self.gradient_passes:,} gradient passes"
+        )

@@ -22,7 +22,7 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "in_precision",
+    "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "in_precision", "inner_rates",
     "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state", "random_state",
     "set_random_state", "sum_gradients",
 ]  # fmt: skip

@@ -21,14 +21,14 @@ from accelerate.utils import gather_object, set_seed
 
 from fastmask.files import FileError, held, read_tensors, write_tensors
 from fastmask.models import attach
+from fastmask.models.attach import attached
 from fastmask.optim import LiveAdamW, by_rows, sparse_gradients
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, heading
 from fastmask.training import engine, run_folder
-from fastmask.training.batches import MixedBatches
-from fastmask.training.config import TrainConfig
-from fastmask.training.episodes import Budget, Episodes
+from fastmask.training.batches import Episodes, MixedBatches
+from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.methods import DynamicMasks, SwitchPoint, digest_of_masks, some_rows, subnetworks_of
 from fastmask.training.metrics import MetricsLog, TrainingProgress
 
@@ -104,9 +104,8 @@ class _Run:
         task.check(self.data)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
-        examples = {f"training data of {name}": data for name, data in self.data.items()}
-        examples |= {f"dev data of {name}": data for name, data in self.dev.items()}
-        self.inputs = {what: task.digest(data) for what, data in examples.items()}
+        self.inputs = {f"training data of {name}": task.digest(data) for name, data in self.data.items()}
+        self.inputs |= {f"dev data of {name}": task.digest(data) for name, data in self.dev.items()}
         if given := digest_of_masks(config):
             self.inputs[MASKS_INPUT] = given
         set_seed(config.seed, device_specific=True)
@@ -120,7 +119,6 @@ class _Run:
         self.batches = MixedBatches(task, self.model, self.data, config, self.accelerator)
         self.episodes = None if config.meta == "none" else Episodes(task, self.data, config, self.accelerator)
         self.phase: MixedBatches | Episodes = self.batches
-        self.subnetworks: Subnetworks | None = None
         self.dynamic: DynamicMasks | None = None
         self.step = 0
         self.unscored = False  # whether the dev scores of this step are still to come
@@ -155,6 +153,11 @@ class _Run:
         share = None if self.dynamic is None else self.dynamic.share_of_time
         budget = Budget.of(config, len(self.data))
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget, share)
+
+    @property
+    def subnetworks(self) -> Subnetworks | None:
+        """Those under the encoder, once there are some."""
+        return attached(self.task.encoder).subnets if self.task.is_attached else None
 
     @property
     def switched(self) -> bool:
@@ -206,7 +209,6 @@ class _Run:
             return every > 0 and before // every < self.step // every
 
         if self.dynamic is not None and passed(config.update_every) and (changed := self.dynamic.update(self.step)):
-            self.subnetworks = self.dynamic.subnetworks
             self.log.add({"step": self.step, "masks_changed": changed})
         if last or passed(config.log_every):
             self.bar.show(self._log_means())
@@ -274,7 +276,6 @@ class _Run:
         attach(self.task.encoder, subnetworks)
         if self.config.method == "vector":
             engine.add_parameter(self.optimizer, self.task, self.task.add_vectors(len(subnetworks.languages)))
-        self.subnetworks = subnetworks
         self.batches.use_subnetworks(ids)
         if self.config.method == "dynamic":
             self.dynamic = DynamicMasks(self.task, self.data, self.config, self.accelerator)
@@ -328,7 +329,6 @@ class _Run:
             run_folder.load_optimizer(self.optimizer, read_tensors(start / run_folder.OPTIMIZER)[0])
             if self.dynamic is not None:
                 self.dynamic.load(start / run_folder.DYNAMIC_FILE)
-                self.subnetworks = self.dynamic.subnetworks
             self.step, self.unscored, self.checkpoint = run_folder.step_of(start), progress.evaluate, start
             mine = progress.random[self.accelerator.process_index]
             engine.set_random_state(mine, self.accelerator.device)  # last: what is built draws numbers

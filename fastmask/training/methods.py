@@ -13,11 +13,10 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from fastmask.discovery import COMPARING, Draw, Importance, Round, combine, discover, importance
+from fastmask.discovery import COMPARING, Draw, Round, combine, discover, importance
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import SEAL, FileError, read_metadata, read_sealed, write_sealed
 from fastmask.models import attach, detach
-from fastmask.models.attach import attached
 from fastmask.models.contexts import evaluating
 from fastmask.models.structure import Geometry
 from fastmask.subnetworks import Subnetworks
@@ -85,15 +84,25 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
     """See, before anything is trained, that `subnetworks_of` will return something that fits the model.
 
     Raises:
-        OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language, or the
-            density would leave a layer without a live head or neuron.
+        OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language; the
+            density would leave a layer without a live head or neuron, or nothing to swap; the score is not for these
+            units or so few languages.
     """
-    if config.method == "full":
+    if config.method in ("full", "vector"):  # every language owns all units
         return
     languages = list(languages)
     if config.method == "shuffled" and len(languages) < 2:
         raise ValueError(f"method is 'shuffled' (expected another one with a single language, {languages[0]})")
     if config.masks is None:
+        if config.score in COMPARING and len(languages) < 2:
+            raise ValueError(
+                f"score is {config.score!r}, which compares languages (expected another one with a single language, "
+                f"{languages[0]})"
+            )
+        if config.score == "shapley" and config.units != "heads":
+            raise ValueError(f"score is 'shapley', which is of heads, and units is {config.units!r} (expected heads)")
+        if config.method == "dynamic" and config.density == 1:
+            raise ValueError("density is 1.0 (expected less with method dynamic: there would be no unit to swap)")
         _check_density(task, config)
         return
     attach(task.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))
@@ -205,36 +214,27 @@ class DynamicMasks:
         self._began, self._seconds = time.perf_counter(), 0.0
 
     @property
-    def subnetworks(self) -> Subnetworks:
-        """The masks as they are now."""
-        subnets: Subnetworks = attached(self.task.encoder).subnets
-        return subnets
-
-    @property
     def share_of_time(self) -> float:
-        """Share of the time, since this object was made or resumed, that updates took."""
+        """Share of the time, since this object was made, that updates took."""
         return self._seconds / (time.perf_counter() - self._began)
 
     def update(self, step: int) -> list[str]:
         """Update the masks after `step` steps, unless they are frozen; returns the languages whose masks changed."""
         if not self.masks.due(step):
             return []
-        start = time.perf_counter()
-        first, processes = self.accelerator.process_index, self.accelerator.num_processes
+        start, task, mine = time.perf_counter(), self.task, []
+        of_this_process = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         with preserved_random_state(self.accelerator.device):
-            mine = [
-                (language, self._scores(language, examples, np.random.default_rng([self.config.seed, step, place])))
-                for place, (language, examples) in list(enumerate(self.train.items()))[first::processes]
-            ]
+            for place, (language, examples) in list(enumerate(self.train.items()))[of_this_process]:
+                generator = np.random.default_rng([self.config.seed, step, place])
+                rows = generator.permutation(len(examples))[: self.config.update_sentences]
+                batch = task.collate(examples.select(rows)).to(self.accelerator.device)
+                with evaluating(task.model):
+                    scores = importance(task.encoder, [batch], lambda batch: task.loss(batch).each, language)
+                mine.append((language, scores))
         changed = self.masks.update(step, dict(gather_object(mine)))
         self._seconds += time.perf_counter() - start
         return changed
-
-    def _scores(self, language: str, examples: Any, generator: np.random.Generator) -> Importance:
-        rows = generator.permutation(len(examples))[: self.config.update_sentences]
-        batch = self.task.collate(examples.select(rows)).to(self.accelerator.device)
-        with evaluating(self.task.model):
-            return importance(self.task.encoder, [batch], lambda batch: self.task.loss(batch).each, language)
 
     def save(self, path: Path) -> None:
         """Write the history of all masks, for `fastmask.analysis.movement.read_history`."""
@@ -252,4 +252,3 @@ class DynamicMasks:
             self.masks.load_state_dict({"tensors": tensors, "header": json.loads(header["header"])})
         except (ValueError, KeyError, TypeError) as error:
             raise FileError(path, f"does not fit the run's subnetworks: {error}") from None
-        self._began, self._seconds = time.perf_counter(), 0.0

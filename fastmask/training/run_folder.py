@@ -32,9 +32,10 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "WEIGHTS", "CheckpointError", "FinishedRun", "Progress",
-    "check_finished", "check_out", "complete", "data_of", "folder_of", "latest", "load_optimizer",
-    "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save", "step_of", "write_finished",
+    "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "OPTIMIZER", "PROGRESS", "WEIGHTS", "CheckpointError",
+    "FinishedRun", "Progress", "check_finished", "check_out", "complete", "data_of", "folder_of", "latest",
+    "load_optimizer", "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save", "step_of",
+    "write_finished",
 ]  # fmt: skip
 
 CONFIG_FILE = "config.yaml"
@@ -66,13 +67,12 @@ class Progress(Record):
 
 
 def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
-    """Return the folder of all checkpoints of a run, or of the one after `step` steps."""
-    folder = Path(run, "checkpoints")
-    return folder if step is None else folder / f"step-{step:08d}"
+    """The folder of all checkpoints of a run, or of the one after `step` steps."""
+    return Path(run, "checkpoints", *([] if step is None else [f"step-{step:08d}"]))
 
 
 def step_of(path: Path) -> int:
-    """Return the number of steps after which a checkpoint was made, from its folder's name."""
+    """After how many steps a checkpoint was made, by its folder's name."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -103,9 +103,8 @@ def newest_whole(run: str | os.PathLike[str]) -> Path | None:
             warnings.warn(f"damaged checkpoint, going back to {path}: {fault}", UserWarning, stacklevel=2)
         return path
     if faults:
-        raise CheckpointError(
-            f"no checkpoint in {folder_of(run)} is whole (expected one to go on from): {'; '.join(faults)}"
-        )
+        said = "; ".join(faults)
+        raise CheckpointError(f"no checkpoint in {folder_of(run)} is whole (expected one to go on from): {said}")
     return None
 
 

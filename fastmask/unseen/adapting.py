@@ -1,7 +1,7 @@
 """Few-shot adaptation: which examples of an unseen language make a support set, and fine-tuning steps on them.
 
 Steps are taken in place, and undone afterwards unless they are kept. By default they are the inner steps of an episode
-of FOMAML in training (`fastmask.training.episodes`), to the bit: plain SGD, the whole support set as one batch in each
+of FOMAML in training (`fastmask.training.batches`), to the bit: plain SGD, the whole support set as one batch in each
 step, nothing clipped, two learning rates (`Task.rates`), and dropout off. What meta-learning prepares for is then what
 happens in the test, and an evaluation does not depend on random numbers. AdamW without weight decay is much less
 sensitive to the learning rate; no episode takes such steps.

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastmask.cli import _parser
-from fastmask.tasks.registry import TASKS
+from fastmask.tasks import TASKS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cli.md"
 HEAD = "\n| option | default | meaning |\n|---|---|---|\n"

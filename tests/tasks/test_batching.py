@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmask.tasks.batching import ENOUGH, PADDING, like_lengths
+from fastmask.tasks.predicting import ENOUGH, PADDING, like_lengths
 
 CPU = torch.device("cpu")
 

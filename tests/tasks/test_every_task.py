@@ -19,7 +19,7 @@ import fastmask as fm
 from fastmask.compare.cells import Runner, do
 from fastmask.compare.plan import RESERVED, CompareConfig, Plan
 from fastmask.compare.report import write_report
-from fastmask.tasks.registry import task_class
+from fastmask.tasks import task_class
 from fastmask.tasks.task import Task
 from fastmask.training.loop import TrainResult, train
 from fastmask.training.run_folder import load_run

@@ -11,7 +11,7 @@ import torch
 
 import fastmask as fm
 from fastmask.settings import ConfigError
-from fastmask.tasks.language_vectors import LanguageVectors
+from fastmask.tasks.parsing.parser import LanguageVectors
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.config import TrainConfig
 from fastmask.training.loop import train

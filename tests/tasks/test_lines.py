@@ -8,8 +8,8 @@ import os
 import pytest
 
 from fastmask.files import FileError
-from fastmask.tasks.data import lines
-from fastmask.tasks.data.lines import predicted_lines
+from fastmask.tasks import predicting
+from fastmask.tasks.predicting import predicted_lines
 
 
 class Lengths:
@@ -30,7 +30,7 @@ class Lengths:
 
 def test_lines_come_back_with_predictions(tmp_path, monkeypatch):
     """Each line comes back in its place with its prediction, and the file is never in memory as a whole."""
-    monkeypatch.setattr(lines, "CHUNK", 2)
+    monkeypatch.setattr(predicting, "CHUNK", 2)
     rows = [{"text": "ä" * n, "more": {"n": n}} for n in range(5)]
     source = tmp_path / "in.jsonl"
     source.write_text("\n\n".join(json.dumps(row) for row in rows), encoding="utf-8-sig")
@@ -63,7 +63,7 @@ def test_what_is_no_line_is_named(text, said, tmp_path):
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     """After a failure the file is what it was."""
-    monkeypatch.setattr(lines, "CHUNK", 1)
+    monkeypatch.setattr(predicting, "CHUNK", 1)
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"text": "a"}\n{"text": "fail"}\n')
     with pytest.raises(RuntimeError, match="failed"):

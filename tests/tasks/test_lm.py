@@ -128,3 +128,12 @@ def test_masking_needs_a_mask(model, tiny, tmp_path):
     task.tokenizer.mask_token = None
     with pytest.raises(ConfigError, match="the tokenizer has no mask"):
         LanguageModelling(task.model, task.tokenizer, task.options)
+
+
+@pytest.mark.parametrize("texts", [[""], ["", "aa1 aa2"]], ids=["alone", "beside another"])
+def test_an_empty_text_has_no_perplexity(model, texts):
+    """A causal tokenizer makes nothing at all of an empty line; a file that has one is predicted all the same."""
+    task = model("causal")
+    found = task.predict(task.examples([{"text": text} for text in texts]))
+    assert found[0] == {"loss": 0.0, "tokens": 0, "perplexity": None}
+    assert all(math.isfinite(one["loss"]) for one in found)

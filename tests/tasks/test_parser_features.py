@@ -51,7 +51,11 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 def test_unseen_labels_are_ignored_not_replaced() -> None:
     """A label that the parser does not know is left out of training."""
     vocabulary = Vocabulary.build(SENTENCES)
-    assert vocabulary.deprel_ids(["root", "never-seen", "_"]).tolist() == [vocabulary.deprel("root"), IGNORE, IGNORE]
+    assert vocabulary.deprel_ids(["root", "never-seen", "_"]).tolist() == [
+        vocabulary.deprels.index("root"),
+        IGNORE,
+        IGNORE,
+    ]
     assert vocabulary.upos_ids(["VERB", "X", "_"]).tolist()[1:] == [UNKNOWN_UPOS, UNKNOWN_UPOS]
     assert UNKNOWN_UPOS not in vocabulary.upos_ids(list(vocabulary.upos))
 

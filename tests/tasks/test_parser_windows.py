@@ -10,10 +10,19 @@ from hypothesis import strategies as st
 from toy_parser import SENTENCES, conllu, small_parser
 
 from fastmask.tasks.data.conllu import read_sentences
-from fastmask.tasks.parsing.evaluation import CHUNK, encode, parse, predict_file, scores_of
+from fastmask.tasks.parsing.evaluation import (
+    CHUNK,
+    cut,
+    encode,
+    join,
+    parse,
+    predict_file,
+    rows_that_fit,
+    scores_of,
+    too_long,
+)
 from fastmask.tasks.parsing.features import TrigramFeatures
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
-from fastmask.tasks.parsing.windows import cut, join, rows_that_fit, too_long
 
 
 class CountedFeatures(TrigramFeatures):

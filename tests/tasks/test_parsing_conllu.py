@@ -19,7 +19,7 @@ from fastmask.tasks.data.conllu import (
     write_blocks,
     write_texts,
 )
-from fastmask.tasks.parsing.scores import score
+from fastmask.tasks.parsing.scores import Gold
 
 
 def row(identifier: object, head: object = 0, form: str = "w", deprel: str = "dep", upos: str = "NOUN") -> str:
@@ -167,7 +167,7 @@ def test_a_form_of_any_character_is_one_word(read, tmp_path: Path, form: str) ->
     text = f"# sent_id = \u2028{form}x\n{row(1, 0, form, 'root')}\n{row(2, 1, form)}\n\n"
     (sentence,) = read(text)
     assert sentence.words == (form, form)
-    assert score([sentence.conllu], [sentence.conllu]).las == 100
+    assert Gold([sentence.conllu]).score([sentence.conllu]).las == 100
     write_texts(tmp_path / "copy", [with_tree(text, [2, 0], ["dep", "root"])])
     assert [s.words for s in read_sentences(tmp_path / "copy")] == [(form, form)]
 
@@ -178,7 +178,7 @@ def test_empty_nodes_and_tokens_at_the_start(read) -> None:
     text = f"# newpar\n# sent_id = x\n{row('1-2')}\n{nodes}\n{row(1, 0, deprel='root')}\n{row(2, 1)}\n\n"
     (sentence,) = read(text)
     assert (sentence.words, sentence.sent_id) == (("w", "w"), "x")
-    assert score([sentence.conllu], [sentence.conllu]).words == 2
+    assert Gold([sentence.conllu]).score([sentence.conllu]).words == 2
 
 
 @settings(deadline=None, max_examples=300)
@@ -210,7 +210,7 @@ def test_the_official_scorer_takes_what_is_accepted_as_a_tree(tmp_path_factory, 
         blocks = [sentence.conllu for sentence in read_sentences(path)]
     except ConlluError:
         return
-    assert score(blocks, blocks).las == 100
+    assert Gold(blocks).score(blocks).las == 100
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "  \n"], ids=["no-bytes", "blank-lines", "spaces"])

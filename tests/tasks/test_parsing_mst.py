@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastmask.tasks.parsing.mst import maximum_spanning_trees
+from fastmask.tasks.parsing.biaffine import maximum_spanning_trees
 
 
 def is_tree(heads: np.ndarray) -> bool:

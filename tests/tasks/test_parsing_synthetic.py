@@ -13,7 +13,7 @@ from fastmask.tasks.data.conllu import Sentence, read_sentences
 from fastmask.tasks.data.synthetic import SENTENCES, UNSEEN_TRAIN, write_treebanks
 from fastmask.tasks.data.synthetic_languages import LANGUAGES, SEEN, UNSEEN, lexicon
 from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks
-from fastmask.tasks.parsing.scores import score
+from fastmask.tasks.parsing.scores import Gold
 
 SPLITS = ("train", "dev", "test")
 
@@ -84,7 +84,7 @@ def test_the_scorer_and_the_loader_accept_them(toy: Path, tmp_path: Path) -> Non
     assert {treebank.code for treebank in find_treebanks(toy).values()} == set(LANGUAGES) == {*SEEN, *UNSEEN}
     loaded = load_treebanks(toy, list(LANGUAGES), cache_dir=tmp_path)
     blocks = [row for splits in loaded.values() for row in splits["test"]["conllu"]]
-    assert score(blocks, blocks).las == 100.0
+    assert Gold(blocks).score(blocks).las == 100.0
 
 
 def test_every_relation_occurs_in_every_language(sentences: dict[tuple[str, str], list[Sentence]]) -> None:

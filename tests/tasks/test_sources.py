@@ -48,6 +48,18 @@ def saved(folder):
     return folder
 
 
+def test_cells_of_a_csv_file_are_what_they_say(tmp_path):
+    """A class or language called NA, nan or None is no empty cell; an empty one is, and its row has no language."""
+    path = tmp_path / "train.csv"
+    path.write_text("language,text,label\nnan,one,None\nnan,two,NA\nnan,three,\n,four,null\n", encoding="utf-8")
+    with pytest.warns(UserWarning, match=r"train: 1 of 4 rows have no language and are left out"):
+        found = load(path, "nan", splits=["train"])
+    assert list(found["nan"]["train"]["label"]) == ["None", "NA", None]
+    assert read_file(path)[3] == {"language": None, "text": "four", "label": "null"}
+    with pytest.warns(UserWarning, match="have no language"):
+        assert languages_of(path, "language") == ["nan"]
+
+
 @pytest.mark.parametrize(
     "make",
     [in_columns, lambda f: in_columns(f, ".csv"), lambda f: in_columns(f, ".parquet"), in_folders, saved],

@@ -13,7 +13,7 @@ from tiny_tasks import CASES, config_of, rows_of
 
 from fastmask.files import FileError
 from fastmask.tasks.classification import Classification
-from fastmask.tasks.transformers_task import Examples, cross_entropy
+from fastmask.tasks.transformers_task import Examples, _by_number, cross_entropy
 
 
 @pytest.fixture
@@ -34,6 +34,13 @@ def test_examples_are_selected_and_joined():
     found = Examples.join([part, part.select(np.array([2, 0]))]).select(np.array([3, 1]))
     assert (found.rows, found.lengths.tolist(), len(found)) == ([{"row": 3}, {"row": 2}], [3, 2], 2)
     assert [item["labels"] for item in found] == [3, 2]
+
+
+def test_numbers_that_are_written_in_two_ways_have_one_order():
+    """Labels are numbered alike in every process, whose sets of text have orders of their own: 1 and 01 are two."""
+    names = ["10", "9", "1", "01", "b", "a", "001"]
+    for turned in (names, names[::-1]):
+        assert sorted(turned, key=_by_number) == ["001", "01", "1", "9", "10", "a", "b"]
 
 
 def test_a_loss_without_labels_is_zero_with_a_gradient():

@@ -36,10 +36,10 @@ def rows() -> list[dict]:
     return [{**sentence, "conllu": conllu(sentence)} for sentence in SENTENCES]
 
 
-def small_parser(dropout: float = 0.0, seed: int = 0, loss_over: str = "words") -> Parser:
+def small_parser(dropout: float = 0.0, seed: int = 0) -> Parser:
     """Return a parser of two layers with two heads of 8."""
     torch.manual_seed(seed)
-    config = ParserConfig(arc_size=16, label_size=8, dropout=dropout, loss_over=loss_over)
+    config = ParserConfig(arc_size=16, label_size=8, dropout=dropout)
     parser = Parser.small(
         Vocabulary.build(SENTENCES), 2, 2, 8, 32, buckets=64, max_positions=32, encoder_dropout=dropout, config=config
     )

@@ -13,8 +13,8 @@ from toy_run import toy_data
 import fastmask as fm
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
+from fastmask.training.batches import episode_sampler
 from fastmask.training.config import TrainConfig
-from fastmask.training.episodes import episode_sampler
 
 
 def first_meta_gradient(parser: Parser, config: TrainConfig, subnetworks: Any = None) -> dict[str, Tensor]:

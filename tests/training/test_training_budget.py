@@ -6,7 +6,8 @@ import pytest
 from toy_run import toy_config, toy_data, toy_task
 
 from fastmask.settings import ConfigError
-from fastmask.training.episodes import Budget, episode_sampler
+from fastmask.training.batches import episode_sampler
+from fastmask.training.config import Budget
 
 META = {"meta": "fomaml", "inner_steps": 5, "support_sentences": 4, "query_sentences": 2}
 

@@ -27,9 +27,9 @@ from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import run_folder
+from fastmask.training.batches import Episodes, episode_sampler
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import accelerator_for, build_optimizer, inner_rates, peak_rates
-from fastmask.training.episodes import Episodes, episode_sampler
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint
 from fastmask.unseen import adapted

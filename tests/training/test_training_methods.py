@@ -94,6 +94,24 @@ def test_shuffling_needs_two_languages(tmp_path: Path) -> None:
     check_subnetworks(parser, toy_config(tmp_path, method="static", masks=str(tmp_path / "m")), LANGUAGES[:1])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"score": "entropy"}, r"score is 'entropy', which compares languages .*single language"),
+        ({"score": "shapley", "units": "both"}, r"score is 'shapley', .* units is 'both' \(expected heads\)"),
+        ({"method": "dynamic", "density": 1.0}, r"density is 1.0 \(expected less with method dynamic"),
+    ],
+    ids=["score of two", "score of heads", "nothing to swap"],
+)
+def test_what_finding_subnetworks_would_refuse(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """It is refused before the full network is trained, not at the switch; where nothing is found, it is no matter."""
+    languages, settings = LANGUAGES[:1], {"method": "static", "density": 0.5, **changes}
+    with pytest.raises(ValueError, match=said):
+        check_subnetworks(toy_task(), toy_config(tmp_path, **settings), languages)
+    for method in ("full", "vector"):
+        check_subnetworks(toy_task(), toy_config(tmp_path, **{**settings, "method": method}), languages)
+
+
 def test_dev_rows_are_drawn_from_all_of_them_and_always_alike() -> None:
     """Scores must not go by the first rows, which are often of one source, and runs must score the same ones."""
     rows = [{"number": number} for number in range(400)]

@@ -7,8 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fastmask.tasks.parsing.relations import check_deprels
-from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary, check_deprels
 from fastmask.unseen import split_pool, support_sets
 
 

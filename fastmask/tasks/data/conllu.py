@@ -22,15 +22,8 @@ from conllu.parser import parse_comment_line, parse_id_value
 from fastmask.files import STDOUT, replace_file
 
 __all__ = [
-    "ConlluError",
-    "Sentence",
-    "read_sentences",
-    "read_texts",
-    "with_tree",
-    "with_upos",
-    "write_blocks",
-    "write_texts",
-]
+    "ConlluError", "Sentence", "read_sentences", "read_texts", "with_tree", "with_upos", "write_blocks", "write_texts",
+]  # fmt: skip
 
 COLUMNS = 10
 ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC = range(COLUMNS)
@@ -111,7 +104,6 @@ def read_texts(path: str | os.PathLike[str], require_tree: bool = True) -> Itera
                     raise ConlluError(path, number, "the file is compressed (expected text: unpack it)") from None
                 problem = f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8"
                 raise ConlluError(path, number, f"{problem} (expected a UTF-8 file)") from None
-                raise ConlluError(path, number, problem) from None
             line = whole.removesuffix("\n").removesuffix("\r")
             if number == 1:
                 line = line.removeprefix(_BOM)
@@ -142,23 +134,16 @@ def with_tree(conllu_block: str, heads: Sequence[int], deprels: Sequence[str]) -
         ValueError: a length differs from the number of words, a head is out of range, or a label is empty or holds
             white space.
     """
-    lines = conllu_block.split("\n")
-    places = [i for i, line in enumerate(lines) if _WORD_LINE.match(line)]
-    n = len(places)
+    n = sum(_WORD_LINE.match(line) is not None for line in conllu_block.split("\n"))
     if len(heads) != n or len(deprels) != n:
         raise ValueError(
             f"{len(heads)} heads and {len(deprels)} deprels for a sentence of {n} words (expected {n} each)"
         )
-    for position, place in enumerate(places):
-        head, deprel = int(heads[position]), str(deprels[position])
+    for word, head in enumerate(heads, start=1):
         if not 0 <= head <= n:
-            raise ValueError(f"head {head} of word {position + 1} is out of range (expected 0..{n})")
-        if not deprel or any(character.isspace() for character in deprel):
-            raise ValueError(f"deprel {deprel!r} of word {position + 1} is empty or holds white space")
-        columns = lines[place].split("\t")
-        columns[HEAD], columns[DEPREL] = str(head), deprel
-        lines[place] = "\t".join(columns)
-    return "\n".join(lines)
+            raise ValueError(f"head {head} of word {word} is out of range (expected 0..{n})")
+    with_heads = _with_column(conllu_block, HEAD, [str(head) for head in heads], "head")
+    return _with_column(with_heads, DEPREL, deprels, "deprel")
 
 
 def with_upos(conllu_block: str, upos: Sequence[str]) -> str:
@@ -167,15 +152,20 @@ def with_upos(conllu_block: str, upos: Sequence[str]) -> str:
     Raises:
         ValueError: another number of tags, or one that is empty or holds white space.
     """
+    return _with_column(conllu_block, UPOS, upos, "tag")
+
+
+def _with_column(conllu_block: str, column: int, values: Sequence[str], what: str) -> str:
+    """Replace one column of the word lines, all else byte for byte."""
     lines = conllu_block.split("\n")
     places = [i for i, line in enumerate(lines) if _WORD_LINE.match(line)]
-    if len(upos) != len(places):
-        raise ValueError(f"{len(upos)} tags for a sentence of {len(places)} words (expected {len(places)})")
-    for place, tag in zip(places, upos, strict=True):
-        if not tag or any(character.isspace() for character in tag):
-            raise ValueError(f"tag {tag!r} is empty or holds white space")
+    if len(values) != len(places):
+        raise ValueError(f"{len(values)} {what}s for a sentence of {len(places)} words (expected {len(places)})")
+    for word, (place, value) in enumerate(zip(places, values, strict=True), start=1):
+        if not value or any(character.isspace() for character in value):
+            raise ValueError(f"{what} {value!r} of word {word} is empty or holds white space")
         columns = lines[place].split("\t")
-        columns[UPOS] = tag
+        columns[column] = value
         lines[place] = "\t".join(columns)
     return "\n".join(lines)
 
@@ -293,7 +283,6 @@ def _head(text: str, word: int, words: int) -> int:
 
 
 def _bad_head(text: str, words: int) -> str:
-    """Say what is wrong with a HEAD."""
     if text in ("", "_"):
         return "HEAD is missing (expected 0 or a word's ID)"
     if not re.fullmatch("0|-?[1-9][0-9]*", text):

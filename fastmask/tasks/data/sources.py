@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,7 @@ from fastmask.files import FileError
 from fastmask.settings import items_of
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.tasks.data.preparing import preparing
-from fastmask.tasks.data.treebanks import SPLITS, load_treebanks, trained_languages
+from fastmask.tasks.data.treebanks import SPLITS, load_treebanks, preparing, trained_languages
 
 __all__ = ["languages_of", "load", "read_file"]
 
@@ -136,8 +136,11 @@ def _by_language(data: str | os.PathLike[str], column: str, splits: Sequence[str
         if column not in rows.column_names:
             error = unknown("column", column, rows.column_names)
             raise type(error)(f"{os.fspath(data)}, {split}: {error} (expected one that names the language of a row)")
-        names = np.array([str(name) for name in rows[column]], dtype=object)
-        for name in dict.fromkeys(names.tolist()):
+        names = np.array([None if name is None else str(name) for name in rows[column]], dtype=object)
+        if nameless := int((names == None).sum()):  # noqa: E711 - of each element
+            where = f"{os.fspath(data)}, {split}"
+            warnings.warn(f"{where}: {nameless} of {len(names)} rows have no {column} and are left out", stacklevel=2)
+        for name in dict.fromkeys(name for name in names.tolist() if name is not None):
             found.setdefault(name, {})[split] = partial(rows.select, np.flatnonzero(names == name))
     return {name: partial(dict, of) for name, of in found.items()}
 
@@ -166,7 +169,6 @@ def _groups(data: str | os.PathLike[str]) -> Callable[[], Parts] | dict[str, Cal
 
 
 def _of_folder(folder: Path) -> Parts:
-    """What a folder holds directly."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         try:
             saved = datasets.load_from_disk(str(folder))
@@ -214,7 +216,6 @@ def _of_hub(name: str) -> Callable[[], Parts] | dict[str, Callable[[], Parts]]:
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name says."""
     words = re.split(r"[^a-z]+", path.stem.lower())
     found = {_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES}
     return found.pop() if len(found) == 1 else None
@@ -237,7 +238,9 @@ def _read(path: Path) -> datasets.Dataset:
         raise FileError(path, "is empty (expected at least one row)")
     try:
         with preparing():
-            return _named(datasets.load_dataset(kind, data_files=str(path), split="train"))
+            # pandas would read the cells NA, nan, null and None, which may be a class or a language, as empty ones.
+            options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+            return _named(datasets.load_dataset(kind, data_files=str(path), split="train", **options))
     except Exception as error:
         raise FileError(path, f"cannot be read as {kind.upper()}: {_first_line(error)}") from error
 

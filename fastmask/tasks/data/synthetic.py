@@ -51,7 +51,6 @@ class _Node:
     after: list[_Node] = field(default_factory=list)
 
     def words(self) -> list[_Node]:
-        """Return the words of this subtree in order."""
         left = [word for node in self.before for word in node.words()]
         return [*left, self, *(word for node in self.after for word in node.words())]
 
@@ -91,7 +90,6 @@ def write_treebanks(
 
 
 def _block(words: list[_Node], sent_id: str, contractions: bool) -> str:
-    """Return a sentence as CoNLL-U."""
     heads: dict[int, int] = {}
     place = {id(word): position for position, word in enumerate(words, start=1)}
     for word in words:
@@ -171,7 +169,6 @@ class _Grammar:
         return verb
 
     def place_arguments(self, verb: _Node, subject: _Node | None, core: list[_Node]) -> None:
-        """Put the subject and what is left of the clause around the verb."""
         order = self.language.order
         scrambled = self.chance(self.language.scrambling)
         first = [subject] if subject else []
@@ -185,7 +182,6 @@ class _Grammar:
             verb.before, verb.after = first, core
 
     def add_verb_modifiers(self, verb: _Node, depth: int) -> None:
-        """Add what stands next to the verb, then clauses at the edges."""
         if self.chance(0.3):
             adverb = self.word("adverb", "ADV", "advmod")
             if self.language.order == "SOV" or self.chance(0.3):

@@ -6,30 +6,28 @@ releases, ``en_ewt-ud-train.conllu`` (large ones come in several files: ``de_hdt
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 
 from fastmask.errors import unknown
 from fastmask.files import sha256_of
 from fastmask.tasks.data.conllu import ConlluError, read_sentences
 from fastmask.tasks.data.language_codes import LANGUAGE_CODES, same_language
-from fastmask.tasks.data.preparing import preparing
 
 __all__ = [
-    "FEATURES",
-    "SPLITS",
-    "Treebank",
-    "find_treebanks",
-    "load_treebanks",
-    "select_treebanks",
+    "FEATURES", "SPLITS", "Treebank", "find_treebanks", "load_treebanks", "preparing", "select_treebanks",
     "trained_languages",
-]
+]  # fmt: skip
 
 SPLITS = ("train", "dev", "test")
 
@@ -176,7 +174,9 @@ def load_treebanks(
     for code, treebanks in chosen.items():  # all complaints before the first file is read
         for split in splits:
             if split not in optional and not any(split in treebank.files for treebank in treebanks):
-                raise _missing_split(code, treebanks, split)
+                has = [f"  {bank.folder} (has {', '.join(bank.files) or 'no split'})" for bank in treebanks]
+                said = f"language {code!r} has no {split} split. Looked for {split}.conllu or *-ud-{split}.conllu in:"
+                raise ValueError("\n".join([said, *has]))
             for treebank in treebanks:
                 _check_files(treebank, split)
     loaded: dict[str, dict[str, datasets.Dataset]] = {}
@@ -187,13 +187,6 @@ def load_treebanks(
             if parts:
                 loaded[code][split] = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     return loaded
-
-
-def _missing_split(code: str, treebanks: Sequence[Treebank], split: str) -> ValueError:
-    """Build the error for a language none of whose treebanks has `split`."""
-    lines = [f"language {code!r} has no {split} split. Looked for {split}.conllu or *-ud-{split}.conllu in:"]
-    lines += [f"  {treebank.folder} (has {', '.join(treebank.files) or 'no split'})" for treebank in treebanks]
-    return ValueError("\n".join(lines))
 
 
 def _check_files(treebank: Treebank, split: str) -> None:
@@ -221,12 +214,7 @@ def _load(treebank: Treebank, split: str, cache_dir: str | os.PathLike[str] | No
                 _rows,
                 features=FEATURES,
                 cache_dir=None if cache_dir is None else str(cache_dir),
-                gen_kwargs={
-                    "files": files,
-                    "language": treebank.code,
-                    "treebank": treebank.name,
-                    "version": _ROWS_VERSION,
-                },
+                gen_kwargs=dict(files=files, language=treebank.code, treebank=treebank.name, version=_ROWS_VERSION),
                 split=datasets.NamedSplit(split),
             )
         except datasets.exceptions.DatasetGenerationError as error:
@@ -244,13 +232,27 @@ def _rows(
     """Yield one row per sentence; sizes, checksums and version are here because arguments make up the cache key."""
     for path, _, _ in files:
         for sentence in read_sentences(path):
-            yield {
-                "language": language,
-                "treebank": treebank,
-                "sent_id": sentence.sent_id,
-                "words": sentence.words,
-                "upos": sentence.upos,
-                "heads": sentence.heads,
-                "deprels": sentence.deprels,
-                "conllu": sentence.conllu,
-            }
+            yield {"language": language, "treebank": treebank, **vars(sentence)}
+
+
+# Progress bars and log levels of `datasets` belong to the whole process, and a second thread must not find a data set
+# half prepared; so one thread at a time. Between processes `datasets` itself holds a file lock.
+_one_at_a_time = threading.RLock()
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Silence the progress bars and messages of `datasets` inside, and put both back as they were."""
+    with _one_at_a_time:
+        levels = datasets.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
+        bars_were_on = datasets.are_progress_bars_disabled() is False
+        datasets.logging.set_verbosity(logging.CRITICAL)  # errors are raised, too
+        huggingface_hub.logging.set_verbosity(logging.CRITICAL)
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            datasets.logging.set_verbosity(levels[0])
+            huggingface_hub.logging.set_verbosity(levels[1])
+            if bars_were_on:
+                datasets.enable_progress_bars()

@@ -8,7 +8,7 @@ Python loop over words.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,6 @@ class Encoded:
     texts: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Return the number of sentences."""
         return len(self.word_start) - 1
 
     @cached_property
@@ -88,7 +87,6 @@ class Encoded:
 
     @staticmethod
     def join(parts: Sequence[Encoded]) -> Encoded:
-        """Put data sets one after the other."""
 
         def starts(arrays: list[np.ndarray]) -> np.ndarray:
             offsets = np.cumsum([0] + [int(a[-1]) for a in arrays[:-1]])
@@ -157,13 +155,12 @@ class Batch:
         """Which are words and which padding: bool [B, W], True for words."""
         return torch.arange(self.upos.shape[1], device=self.upos.device) < self.lengths[:, None]
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on `device`."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        return Batch(**moved)
+        moved: dict[str, Any] = {name: of.to(device, non_blocking=True) for name, of in self._tensors().items()}
+        return replace(self, **moved)
 
     def tiled(self, times: int) -> Batch:
         """Return the whole batch `times` times over, [times * B] sentences: first all of them, then all of them again.
@@ -171,25 +168,11 @@ class Batch:
         For scoring sentences under several subnetworks at once: `language_ids` are repeated, too, for the caller to
         replace.
         """
-
-        def again(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.repeat(times, *[1] * (tensor.ndim - 1))
-
-        places = again(self.places)
+        again: dict[str, Any] = {name: of.repeat(times, *[1] * (of.ndim - 1)) for name, of in self._tensors().items()}
         if self.units.ndim == 1:  # flat trigrams: each copy's places point into its own copy of the units
-            offsets = torch.arange(times, device=places.device) * len(self.units)
-            places = places + offsets.repeat_interleave(len(self.places))
-        return Batch(
-            lengths=again(self.lengths),
-            upos=again(self.upos),
-            heads=again(self.heads),
-            deprels=again(self.deprels),
-            units=again(self.units),
-            places=places,
-            unit_lengths=again(self.unit_lengths),
-            lengths_list=self.lengths_list * times,
-            language_ids=None if self.language_ids is None else again(self.language_ids),
-        )
+            offsets = torch.arange(times, device=self.places.device) * len(self.units)
+            again["places"] += offsets.repeat_interleave(len(self.places))
+        return replace(self, **again, lengths_list=self.lengths_list * times)
 
     @staticmethod
     def cut(part: Encoded, units: np.ndarray, places: np.ndarray, unit_lengths: np.ndarray) -> Batch:

@@ -8,17 +8,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fastmask.tasks.batching import like_lengths
-from fastmask.tasks.data.conllu import Sentence, read_texts, with_tree, write_texts
+import numpy as np
+
+from fastmask.tasks.data.conllu import read_texts, with_tree, write_texts
 from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.features import Features
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.scores import Scores
-from fastmask.tasks.parsing.vocabulary import UNKNOWN_UPOS
-from fastmask.tasks.parsing.windows import Tree, cut, join, too_long
+from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS
+from fastmask.tasks.predicting import CHUNK, like_lengths
 
-__all__ = ["encode", "parse", "predict_file", "scores_of"]
+__all__ = ["Tree", "cut", "encode", "join", "parse", "predict_file", "rows_that_fit", "scores_of", "too_long"]
 
-CHUNK = 512  # sentences of a file that are in memory at a time
+Tree = tuple[np.ndarray, list[str]]  # heads, 0 for the root, and labels
 
 
 def encode(parser: Parser, rows: Iterable[Mapping[str, Any]]) -> Encoded:
@@ -40,7 +42,6 @@ class _Noticed:
         self.longest = ""  # not the longest one, but the first that is too long
 
     def look(self, encoded: Encoded, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of the next sentences."""
         long = too_long(self.parser.features, encoded)
         if len(long) and not self.long:
             row = int(long[0])
@@ -85,7 +86,7 @@ def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
     """Return (heads, labels) of every sentence, in the order of `encoded`, by the subnetwork that `fastmask.language`
     says; batches are made of like lengths, of `batch_size` sentences at most.
 
-    A sentence that is longer than the encoder is parsed in windows; see `fastmask.tasks.parsing.windows`.
+    A sentence that is longer than the encoder is parsed in windows; see `cut`.
     """
     device = next(parser.parameters()).device
     windows, first = cut(parser.features, encoded)
@@ -114,19 +115,107 @@ def predict_file(parser: Parser, in_path: str | os.PathLike[str], out_path: str 
         ConlluError: the input is not CoNLL-U.
         OSError: the input cannot be read, or the output not written.
     """
-    return write_texts(out_path, _predicted(parser, read_texts(in_path, require_tree=False)))
 
+    def predicted() -> Iterator[str]:
+        sentences, noticed = read_texts(in_path, require_tree=False), _Noticed(parser)
+        while chunk := list(itertools.islice(sentences, CHUNK)):
+            rows = [vars(sentence) for sentence, _ in chunk]
+            encoded = parser.features.encode(rows, parser.vocabulary)
+            noticed.look(encoded, rows)
+            yield from _with_trees([text for _, text in chunk], parse(parser, encoded))
+        noticed.warn(tags=True)
 
-def _predicted(parser: Parser, sentences: Iterator[tuple[Sentence, str]]) -> Iterator[str]:
-    """Yield the texts of a stream of sentences with their new trees, a chunk in memory at a time."""
-    noticed = _Noticed(parser)
-    while chunk := list(itertools.islice(sentences, CHUNK)):
-        rows = [vars(sentence) for sentence, _ in chunk]
-        encoded = parser.features.encode(rows, parser.vocabulary)
-        noticed.look(encoded, rows)
-        yield from _with_trees([text for _, text in chunk], parse(parser, encoded))
-    noticed.warn(tags=True)
+    return write_texts(out_path, predicted())
 
 
 def _with_trees(blocks: Iterable[str], trees: Sequence[Tree]) -> list[str]:
     return [with_tree(block, heads.tolist(), labels) for block, (heads, labels) in zip(blocks, trees, strict=True)]
+
+
+# ---- sentences that are longer than the encoder: left out of training, and parsed in windows whose trees are joined
+
+
+def too_long(features: Features, encoded: Encoded, limit: int | None = None) -> np.ndarray:
+    """Return int64 [m]: the sentences that need more positions than the encoder has, or than `limit`."""
+    room = features.max_positions if limit is None else min(limit, features.max_positions)
+    return np.flatnonzero(features.positions(encoded) > room)
+
+
+def rows_that_fit(
+    features: Features, encoded: Encoded, what: str, language: str = "", limit: int | None = None
+) -> np.ndarray:
+    """Return int64 [m]: the sentences to train on; a warning says how many are too long and left out.
+
+    Args:
+        features: of the encoder.
+        encoded: N sentences.
+        what: they are, for messages: "training sentences".
+        language: whose they are, for messages.
+        limit: at most so many positions; what the encoder has if None.
+
+    Raises:
+        ValueError: there are sentences, and none of them fits.
+    """
+    long = too_long(features, encoded, limit)
+    fits = np.setdiff1d(np.flatnonzero(encoded.lengths > 0), long)
+    room = features.max_positions if limit is None else min(limit, features.max_positions)
+    whose = f"{language}: " if language else ""
+    if len(encoded) and not len(fits):
+        raise ValueError(f"{whose}none of the {len(encoded)} {what} fits into {room} positions")
+    if len(long):
+        warnings.warn(
+            f"{whose}{len(long)} of {len(encoded)} {what} are left out: they need more than {room} positions",
+            stacklevel=2,
+        )
+    return fits
+
+
+def cut(features: Features, encoded: Encoded) -> tuple[Encoded, np.ndarray]:
+    """Cut sentences that are too long into windows, which follow one another and hold as many words as fit.
+
+    Returns:
+        The same words with every window as a sentence, those of a cut sentence without gold heads; and int64 [N + 1]:
+        the windows of sentence i are first[i] .. first[i + 1].
+    """
+    room = features.max_positions - features.special_positions
+    ends = np.concatenate([[0], np.cumsum(features.word_positions(encoded))])  # positions up to each word
+    windows = np.ones(len(encoded), dtype=np.int64)
+    heads, starts = encoded.heads.copy(), [encoded.word_start]
+    for sentence in too_long(features, encoded):
+        word, end = (int(place) for place in encoded.word_start[sentence : sentence + 2])
+        heads[word:end] = IGNORE
+        cuts = []
+        while ends[end] - ends[word] > room:
+            word = int(np.searchsorted(ends, ends[word] + room, side="right")) - 1
+            cuts.append(word)
+        windows[sentence] += len(cuts)
+        starts.append(np.array(cuts, dtype=np.int64))
+    parts = Encoded(
+        word_start=np.sort(np.concatenate(starts)),
+        unit_start=encoded.unit_start,
+        units=encoded.units,
+        upos=encoded.upos,
+        heads=heads,
+        deprels=encoded.deprels,
+    )
+    return parts, np.concatenate([[0], np.cumsum(windows)])
+
+
+def join(trees: Sequence[Tree], first: np.ndarray, label: str) -> list[Tree]:
+    """Join the trees of the windows of every sentence into one, whose root is that of the first window.
+
+    Args:
+        trees: of all windows.
+        first: as `cut` returns it.
+        label: of the arcs from the first window's root to the roots of the others.
+    """
+    joined = []
+    for begin, end in itertools.pairwise(first.tolist()):
+        heads, labels = trees[begin]
+        root = int(np.flatnonzero(heads == 0)[0]) + 1 if end > begin + 1 else 0
+        for more, names in trees[begin + 1 : end]:
+            own = int(np.flatnonzero(more == 0)[0])
+            heads = np.concatenate([heads, np.where(more == 0, root, more + len(heads))])
+            labels = [*labels, *names[:own], label, *names[own + 1 :]]
+        joined.append((heads, labels))
+    return joined

@@ -18,8 +18,7 @@ from pydantic import Field
 from fastmask.files import Record, read_json, write_text
 from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
-from fastmask.tasks.pretrained import load_tokenizer
-from fastmask.tasks.word_pieces import WordPieces
+from fastmask.tasks.pretrained import WordPieces, load_tokenizer
 
 __all__ = ["Features", "PieceFeatures", "TrigramFeatures", "load_features", "trigrams"]
 
@@ -28,8 +27,6 @@ TOKENIZER = "tokenizer"  # a folder
 
 
 class _SavedTrigrams(Record):
-    """What ``features.json`` holds of a `TrigramFeatures`."""
-
     kind: Literal["trigrams"] = "trigrams"
     buckets: int = Field(ge=1, le=1 << 26)
     max_positions: int = Field(ge=2, le=1 << 24)
@@ -37,8 +34,6 @@ class _SavedTrigrams(Record):
 
 
 class _SavedPieces(Record):
-    """What ``features.json`` holds of a `PieceFeatures`."""
-
     kind: Literal["pieces"] = "pieces"
     max_positions: int = Field(ge=2, le=1 << 24)
 
@@ -134,7 +129,6 @@ class TrigramFeatures(Features):
     special_positions = 1
 
     def __init__(self, buckets: int = 16384, max_positions: int = 512, whole_word: bool = True) -> None:
-        """Set the size of the hash table, the encoder's positions and whether a word also has a unit of its own."""
         if buckets < 1 or max_positions < 2:
             raise ValueError(f"buckets is {buckets} (expected >= 1), max_positions {max_positions} (expected >= 2)")
         self.buckets = buckets
@@ -142,7 +136,6 @@ class TrigramFeatures(Features):
         self.whole_word = whole_word
 
     def units_of(self, words: list[str]) -> list[np.ndarray]:
-        """Return the trigrams of every word."""
         return [np.asarray(trigrams(word, self.buckets, self.whole_word), dtype=np.int32) for word in words]
 
     def collate(self, part: Encoded) -> Batch:
@@ -156,11 +149,9 @@ class TrigramFeatures(Features):
         return Batch.cut(part, part.units, offsets, lengths + 1)
 
     def word_positions(self, encoded: Encoded) -> np.ndarray:
-        """Return int64 [n]: one for each word."""
         return np.ones(int(encoded.word_start[-1]), dtype=np.int64)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``features.json``."""
         saved = _SavedTrigrams(buckets=self.buckets, max_positions=self.max_positions, whole_word=self.whole_word)
         write_text(Path(folder, FILE), saved.model_dump_json(indent=1))
 
@@ -188,7 +179,6 @@ class PieceFeatures(WordPieces, Features):
         return Batch.cut(part, ids, first, total)
 
     def word_positions(self, encoded: Encoded) -> np.ndarray:
-        """Return int64 [n]: one for each piece."""
         return np.diff(encoded.unit_start)
 
     def unknown(self, encoded: Encoded) -> np.ndarray:
@@ -199,7 +189,6 @@ class PieceFeatures(WordPieces, Features):
         return ~np.logical_or.reduceat(is_known, encoded.unit_start[:-1])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``features.json`` and the tokenizer."""
         write_text(Path(folder, FILE), _SavedPieces(max_positions=self.max_positions).model_dump_json(indent=1))
         self.tokenizer.save_pretrained(Path(folder, TOKENIZER))
 

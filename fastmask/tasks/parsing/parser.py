@@ -13,24 +13,26 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
-from fastmask.models.attach import is_attached
+from fastmask.models.attach import attached, is_attached
 from fastmask.models.calls import plain_class_of
-from fastmask.tasks.language_vectors import LanguageVectors, ids_of
 from fastmask.tasks.parsing.batch import Batch
-from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer
+from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer, maximum_spanning_trees
 from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
-from fastmask.tasks.parsing.mst import maximum_spanning_trees
 from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
-from fastmask.tasks.pretrained import check_fit, load_encoder, positions_of, without_progress_bars
-from fastmask.tasks.word_pieces import load_word_tokenizer
+from fastmask.tasks.pretrained import (
+    check_fit,
+    load_encoder,
+    load_word_tokenizer,
+    positions_of,
+    without_progress_bars,
+)
 
-__all__ = ["LOSSES", "Parser", "ParserConfig", "ParserOutput"]
+__all__ = ["LanguageVectors", "Parser", "ParserConfig", "ParserOutput"]
 
 FORMAT_VERSION = 1
-LOSSES = ("words", "sentences")
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,11 @@ class ParserConfig:
         label_size: width of the label perceptrons; their form has labels * (label_size + 1)^2 weights. One less than a
             multiple of 16, so that with the constant 1 rows are aligned: a third faster on a CPU than one more.
         dropout: on word states and inside the perceptrons.
-        loss_over: the batch loss is a mean over its "words", or over its "sentences" of their mean over words.
     """
 
     arc_size: int = 256
     label_size: int = 95
     dropout: float = 0.2
-    loss_over: str = "words"
-
-    def __post_init__(self) -> None:
-        """Reject an unknown `loss_over`."""
-        if self.loss_over not in LOSSES:
-            raise ValueError(f"loss_over is {self.loss_over!r} (expected one of {', '.join(LOSSES)})")
 
 
 class _Version(Record, extra="ignore"):
@@ -63,17 +58,13 @@ class _Version(Record, extra="ignore"):
 
 
 class _SavedSizes(Record):
-    """A `ParserConfig` in ``parser.json``."""
-
     arc_size: int = Field(ge=1, le=1 << 16)
     label_size: int = Field(ge=1, le=1 << 16)
     dropout: float = Field(ge=0, lt=1)
-    loss_over: Literal["words", "sentences"]
+    loss_over: Literal["words"]  # what the loss of a batch is a mean over
 
 
 class _Saved(Record):
-    """What ``parser.json`` holds."""
-
     version: int
     config: _SavedSizes
 
@@ -87,13 +78,53 @@ class ParserOutput:
         states: [B, W + 1, D], the root's state first.
         loss_per_sentence: float32 [B], mean over the sentence's words of arc and label cross entropy, so that a score
             made of its gradients does not depend on the batch; None without gold heads.
-        loss: float32 [], see `ParserConfig.loss_over`; None without gold heads.
+        loss: float32 [], the mean over the words of the batch; None without gold heads.
     """
 
-    arc_scores: torch.Tensor
-    states: torch.Tensor
-    loss_per_sentence: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
+    arc_scores: Tensor
+    states: Tensor
+    loss_per_sentence: Tensor | None = None
+    loss: Tensor | None = None
+
+
+class LanguageVectors(nn.Module):
+    """One learned vector for each of L languages, added to the encoder's input: the control for what routing tells.
+
+    Which subnetwork runs also says which language a sentence is in, to a model that is otherwise told nothing of it.
+    Method `vector` gives that much to the full network: every language owns all units, and has a vector, zero at first.
+    Examples find theirs by the language ids that would find a subnetwork, so choosing for an unseen language, adapting
+    and scoring work as they do with masks: a training language's vector for its mask, the mean of all for the union.
+
+    Attributes:
+        weight: [L, D], in the order of the subnetworks' languages.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    @classmethod
+    def zero(cls, languages: int, like: Tensor) -> LanguageVectors:
+        """No vector says anything yet; width, dtype and device are those of `like`, [..., D]."""
+        return cls(like.new_zeros(languages, like.shape[-1]))
+
+    def forward(self, inputs: Tensor, language_ids: Tensor | int | None) -> Tensor:
+        """Inputs [B, T, D] with the vector of each example's language; unchanged of none and of the full network (-1).
+
+        `language_ids` are int64 [B], or one for all; L, a language more than there are, is their union.
+        """
+        if language_ids is None or (isinstance(language_ids, int) and language_ids < 0):
+            return inputs
+        mean, none = self.weight.mean(0, keepdim=True), torch.zeros_like(self.weight[:1])
+        table = torch.cat([self.weight, mean, none])  # -1 is the last row
+        ids = torch.as_tensor(language_ids, device=table.device)
+        chosen = table[ids].to(inputs.dtype)
+        return inputs + (chosen if ids.ndim == 0 else chosen[:, None])
+
+    def with_copy(self, language: int) -> LanguageVectors:
+        """The same, and a last one that is a copy of `language`'s: -1 is none, L the mean of all."""
+        added = self(self.weight.new_zeros(1, 1, self.weight.shape[1]), language)[0]
+        return LanguageVectors(torch.cat([self.weight, added]).detach().clone())
 
 
 class Parser(nn.Module):
@@ -165,38 +196,18 @@ class Parser(nn.Module):
         return cls(encoder, TrigramFeatures(buckets, max_positions), vocabulary, config or ParserConfig())
 
     @classmethod
-    def pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        vocabulary: Vocabulary,
-        max_length: int | None = None,
-        config: ParserConfig | None = None,
-    ) -> Parser:
+    def pretrained(cls, name: str, vocabulary: Vocabulary) -> Parser:
         """Put a parser on any encoder that `transformers.AutoModel` and `AutoTokenizer` find on disk or on the Hub.
-
-        Args:
-            name_or_path: a folder or a name on the Hub.
-            vocabulary: of the training data.
-            max_length: at most so many positions per sentence; never more than the model has.
-            config: sizes of what stands on the encoder.
 
         Raises:
             OSError: there is no such model.
             FileError: its weights are incomplete, it has no tokenizer, or one is damaged.
         """
-        name = os.fspath(name_or_path)
         encoder = load_encoder(name)
-        kind = getattr(encoder.config, "model_type", "")
-        tokenizer = load_word_tokenizer(name, kind)
+        tokenizer = load_word_tokenizer(name)
         check_fit(tokenizer, encoder, name)
-        room = positions_of(encoder, tokenizer)
-        features = PieceFeatures(tokenizer, min(room, max_length) if max_length else room)
-        return cls(encoder, features, vocabulary, config or ParserConfig())
-
-    @property
-    def is_attached(self) -> bool:
-        """Whether subnetworks are attached to the encoder, whose forward then takes `language_ids`."""
-        return is_attached(self.encoder)
+        features = PieceFeatures(tokenizer, positions_of(encoder, tokenizer))
+        return cls(encoder, features, vocabulary, ParserConfig())
 
     def rates(self, head: float, encoder: float) -> dict[str, float]:
         """Two learning rates by the beginning of parameters' names, as `fastmask.MetaLearner` takes them.
@@ -207,7 +218,7 @@ class Parser(nn.Module):
         below += [] if self.language_vectors is None else ["language_vectors"]
         return {"": head, **dict.fromkeys(below, encoder)}
 
-    def forward(self, batch: Batch, language_ids: torch.Tensor | None = None) -> ParserOutput:
+    def forward(self, batch: Batch, language_ids: Tensor | None = None) -> ParserOutput:
         """Score all arcs, and the losses where the batch has gold heads.
 
         Args:
@@ -228,34 +239,38 @@ class Parser(nn.Module):
         label_loss = F.cross_entropy(label_scores, wanted, ignore_index=IGNORE, reduction="none")
         total = arc_loss + label_loss
         per_sentence = total.new_zeros(len(batch.lengths)).index_add(0, rows, total) / batch.lengths
-        loss = total.mean() if self.config.loss_over == "words" else per_sentence.mean()
-        return ParserOutput(scores, states, per_sentence, loss)
+        return ParserOutput(scores, states, per_sentence, total.mean())
 
-    def encode(self, batch: Batch, language_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def encode(self, batch: Batch, language_ids: Tensor | None = None) -> Tensor:
         """Return the states [B, W + 1, D] of the root (first) and the words."""
-        extra = {} if language_ids is None or not self.is_attached else {"language_ids": language_ids}
+        attached_now = is_attached(self.encoder)
+        extra = {"language_ids": language_ids} if attached_now and language_ids is not None else {}
+
+        def with_vectors(inputs: Tensor) -> Tensor:
+            """Of the languages given, or of that of `fastmask.language`, where there are any."""
+            if self.language_vectors is None or not attached_now:
+                return inputs
+            ids = attached(self.encoder).router.default.get() if language_ids is None else language_ids
+            return self.language_vectors(inputs, ids)
+
         T = int(batch.unit_lengths.max()) if len(batch.unit_lengths) else 0
         attention = (torch.arange(T, device=batch.unit_lengths.device) < batch.unit_lengths[:, None]).long()
         if self.trigrams is not None and self.upos is not None:
             B, W = batch.upos.shape
             words = self.trigrams(batch.units, batch.places).view(B, W, -1) + self.upos(batch.upos)
             inputs = torch.cat([self.root.expand(B, 1, -1), words], dim=1)
-            if self.language_vectors is not None:
-                inputs = self.language_vectors(inputs, ids_of(self.encoder, language_ids))
-            return self.encoder(inputs_embeds=inputs, attention_mask=attention, **extra).last_hidden_state
-        given: dict[str, torch.Tensor] = {"input_ids": batch.units}
+            return self.encoder(inputs_embeds=with_vectors(inputs), attention_mask=attention, **extra).last_hidden_state
+        given: dict[str, Tensor] = {"input_ids": batch.units}
         if self.language_vectors is not None:
             pieces = self.encoder.get_input_embeddings()(batch.units)  # type: ignore[operator]
-            given = {"inputs_embeds": self.language_vectors(pieces, ids_of(self.encoder, language_ids))}
+            given = {"inputs_embeds": with_vectors(pieces)}
         states = self.encoder(**given, attention_mask=attention, **extra).last_hidden_state
         rows = torch.arange(len(states), device=states.device)[:, None]
         root = self.root.to(states.dtype).expand(len(states), 1, -1)
         return torch.cat([root, states[rows, batch.places]], dim=1)
 
     @torch.no_grad()
-    def predict(
-        self, batch: Batch, language_ids: torch.Tensor | None = None
-    ) -> tuple[list[np.ndarray], list[list[str]]]:
+    def predict(self, batch: Batch, language_ids: Tensor | None = None) -> tuple[list[np.ndarray], list[list[str]]]:
         """Return the heads (int arrays, 0 = root) of the best single-rooted trees and the labels of their arcs.
 
         The root is labelled ``root`` (or a subtype of it), and no other word is. Runs with dropout off and leaves the
@@ -281,7 +296,7 @@ class Parser(nn.Module):
             start += length
         return trees, labels
 
-    def _best(self, scores: torch.Tensor, allowed: np.ndarray, otherwise: str) -> list[str]:
+    def _best(self, scores: Tensor, allowed: np.ndarray, otherwise: str) -> list[str]:
         """The best label of every row of `scores` [n, R] out of the numbers in `allowed`; `otherwise` if none is."""
         if not len(allowed):
             return [otherwise] * len(scores)
@@ -302,7 +317,7 @@ class Parser(nn.Module):
         replace_file(folder / "parser.safetensors", partial(save_file, own))
         self.vocabulary.save(folder / "vocabulary.json")
         self.features.save(folder)
-        saved = _Saved(version=FORMAT_VERSION, config=_SavedSizes(**asdict(self.config)))
+        saved = _Saved(version=FORMAT_VERSION, config=_SavedSizes(**asdict(self.config), loss_over="words"))
         write_text(folder / "parser.json", saved.model_dump_json(indent=1))
 
     @classmethod
@@ -325,14 +340,13 @@ class Parser(nn.Module):
         encoder = load_encoder(os.fspath(folder / "encoder"), whole=True)
         if isinstance(features, PieceFeatures):
             check_fit(features.tokenizer, encoder, os.fspath(folder))
-        parser = cls(encoder, features, vocabulary, ParserConfig(**saved.config.model_dump()))
+        parser = cls(encoder, features, vocabulary, ParserConfig(**saved.config.model_dump(exclude={"loss_over"})))
         if parser.trigrams is not None:
             parser.encoder.embeddings.word_embeddings.weight.requires_grad_(False)  # type: ignore[union-attr]
         parser._load_own(folder / "parser.safetensors")
         return parser.eval()
 
     def _load_own(self, path: Path) -> None:
-        """Read the weights beside the encoder's."""
         found, _ = read_tensors(path)
         if vectors := [value for name, value in found.items() if name.startswith("language_vectors.")]:
             self.language_vectors = LanguageVectors.zero(len(vectors[0]), self.root)

@@ -14,7 +14,7 @@ from io import StringIO
 
 from udtools.udeval import UDError, evaluate, load_conllu
 
-__all__ = ["Gold", "Scores", "score"]
+__all__ = ["Gold", "Scores"]
 
 
 @dataclass(frozen=True)
@@ -35,28 +35,11 @@ class Scores:
     words: int
 
 
-def score(gold_blocks: Sequence[str], predicted_blocks: Sequence[str]) -> Scores:
-    """Score predicted trees against gold trees, punctuation counted.
-
-    Args:
-        gold_blocks: CoNLL-U blocks, one sentence each (`Sentence.conllu`).
-        predicted_blocks: as many blocks with the same words and tokens in the same order.
-
-    Raises:
-        ValueError: nothing to score, different numbers of sentences, a sentence whose words differ, or a sentence
-            the official scorer refuses (several roots, a cycle, a HEAD that is no number); the message names the
-            sentence, counted from 1, and its sent_id.
-    """
-    if len(gold_blocks) != len(predicted_blocks):
-        raise ValueError(f"{len(predicted_blocks)} predicted sentences for {len(gold_blocks)} gold sentences")
-    return Gold(gold_blocks).score(predicted_blocks)
-
-
 class Gold:
     """Gold sentences in the scorer's own form, which takes as long to make as trees take to score.
 
     Args:
-        blocks: CoNLL-U blocks, one sentence each.
+        blocks: CoNLL-U blocks, one sentence each (`Sentence.conllu`).
 
     Raises:
         ValueError: no sentence.
@@ -70,7 +53,12 @@ class Gold:
         self._loaded: object = None
 
     def score(self, predicted_blocks: Sequence[str]) -> Scores:
-        """Score as many predicted blocks; raises as `score`."""
+        """Score predicted trees, punctuation counted: as many blocks with the same words and tokens in the same order.
+
+        Raises:
+            ValueError: different numbers of sentences, a sentence whose words differ, or one that the official scorer
+                refuses (several roots, a cycle, a HEAD that is no number); names the sentence, counted from 1.
+        """
         if len(self.blocks) != len(predicted_blocks):
             raise ValueError(f"{len(predicted_blocks)} predicted sentences for {len(self.blocks)} gold sentences")
         predicted_sentences = [_rows(block) for block in predicted_blocks]
@@ -92,7 +80,6 @@ def _rows(block: str) -> list[list[str]]:
 
 
 def _name(number: int, block: str) -> str:
-    """Return how a sentence is called in messages."""
     for line in block.split("\n"):
         if line.startswith("# sent_id"):
             return f"sentence {number} ({line.partition('=')[2].strip()})"
@@ -112,12 +99,12 @@ def _refuse(gold: list[list[str]], predicted: list[list[str]], name: str) -> Non
 def _load(sentences: list[list[list[str]]], gold_blocks: Sequence[str], side: str) -> object:
     """Return the scorer's own form of the sentences; raise ValueError naming a sentence that it refuses."""
     try:
-        return _parse("".join(_text(rows) for rows in sentences))
+        return load_conllu(StringIO("".join(_text(rows) for rows in sentences)), "<memory>", {})
     except (UDError, ValueError, IndexError):
         # Its message counts lines of the whole text, so ask again sentence by sentence.
         for number, rows in enumerate(sentences, start=1):
             try:
-                _parse(_text(rows))
+                load_conllu(StringIO(_text(rows)), "<memory>", {})
             except (UDError, ValueError, IndexError) as error:
                 name = _name(number, gold_blocks[number - 1])
                 raise ValueError(f"{side} {name}: the official scorer refuses it: {error}") from error
@@ -131,10 +118,6 @@ def _text(rows: list[list[str]]) -> str:
     """
     lines = (f"{row[0]}\t{row[1]}\t_\t_\t_\t_\t{row[6]}\t{row[7]}\t_\t_\n" for row in rows)
     return "".join(lines) + "\n"
-
-
-def _parse(text: str) -> object:
-    return load_conllu(StringIO(text), "<memory>", {})
 
 
 @contextmanager

@@ -20,13 +20,10 @@ from fastmask.settings import setting
 from fastmask.tasks.data import synthetic
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.treebanks import load_treebanks, trained_languages
-from fastmask.tasks.language_vectors import LanguageVectors
 from fastmask.tasks.parsing.batch import Batch, Encoded
-from fastmask.tasks.parsing.evaluation import encode, parse, predict_file, scores_of
-from fastmask.tasks.parsing.parser import Parser
-from fastmask.tasks.parsing.relations import check_deprels
-from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary
-from fastmask.tasks.parsing.windows import Tree, rows_that_fit
+from fastmask.tasks.parsing.evaluation import Tree, encode, parse, predict_file, rows_that_fit, scores_of
+from fastmask.tasks.parsing.parser import LanguageVectors, Parser
+from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary, check_deprels
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
 from fastmask.unseen.typology import direction_profile, direction_similarity
 
@@ -61,7 +58,6 @@ class Parsing(Task):
 
     @classmethod
     def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
-        """Every language of a folder of treebanks that has training data."""
         codes = trained_languages(data)
         if not codes:
             raise ValueError(f"no treebank in {os.fspath(data)} has training data (*train.conllu)")
@@ -76,17 +72,14 @@ class Parsing(Task):
         splits: Sequence[str] = ("train", "dev", "test"),
         optional: Sequence[str] = (),
     ) -> Splits:
-        """Treebanks; see `fastmask.tasks.data.treebanks.load_treebanks`."""
         return load_treebanks(data, languages, splits, optional)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], options: TaskSettings) -> list[Mapping[str, Any]]:
-        """The sentences of a CoNLL-U file, each with a tree."""
         return [dataclasses.asdict(sentence) for sentence in read_sentences(path)]
 
     @classmethod
     def demo(cls, folder: str | os.PathLike[str]) -> tuple[str, list[str], list[str]]:
-        """Eight artificial languages, two of them unseen."""
         return os.fspath(synthetic.treebanks_in(folder)), list(synthetic.SEEN), list(synthetic.UNSEEN)
 
     @classmethod
@@ -104,30 +97,24 @@ class Parsing(Task):
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read a parser; see `Parser.load`."""
         return cls(Parser.load(folder))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the parser; see `Parser.save`."""
         self.model.save(Path(folder))
 
     @property
     def encoder(self) -> Any:
-        """The parser's encoder."""
         return self.model.encoder
 
     @property
     def encoder_name(self) -> str:
-        """The encoder's parameters are those below ``encoder``."""
         return "encoder."
 
     @property
     def pretrained(self) -> bool:
-        """All but the small one, which is trained from scratch."""
         return self.model.trigrams is None
 
     def rates(self, head: float, encoder: float) -> dict[str, float]:
-        """See `Parser.rates`: embeddings of the small encoder count as encoder."""
         return self.model.rates(head, encoder)
 
     def input_embeddings(self) -> list[nn.Module]:
@@ -136,17 +123,14 @@ class Parsing(Task):
         return own or super().input_embeddings()
 
     def add_vectors(self, languages: int) -> nn.Parameter:
-        """A vector for each language, added to the encoder's input."""
         self.model.language_vectors = LanguageVectors.zero(languages, self.model.root)
         return self.model.language_vectors.weight
 
     def add_language(self, like: int) -> None:
-        """The new language's vector is a copy, if there are any."""
         if self.model.language_vectors is not None:
             self.model.language_vectors = self.model.language_vectors.with_copy(like)
 
     def examples(self, rows: Rows) -> Encoded:
-        """Sentences as arrays."""
         return encode(self.model, rows)
 
     def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Encoded:
@@ -159,13 +143,11 @@ class Parsing(Task):
         return every.select(fits)
 
     def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Sentences that are not too long."""
         every = self.model.features.encode(rows, self.model.vocabulary)
         fits = rows_that_fit(self.model.features, every, "support sentences", limit=self.max_length)
         return [rows[row] for row in fits.tolist()]
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
-        """Sentences without relations that the parser does not have; see `relations.check_deprels`."""
         return check_deprels(rows, self.model.vocabulary, unknown)
 
     def check(self, train: Mapping[str, Encoded]) -> None:
@@ -185,21 +167,18 @@ class Parsing(Task):
                 )
 
     def collate(self, examples: Encoded, language_ids: Tensor | None = None) -> Batch:
-        """Pad sentences to one batch."""
         batch = self.model.features.collate(examples)
         batch.language_ids = language_ids
         return batch
 
     def loss(self, batch: Batch, model: nn.Module | None = None) -> Loss:
-        """Cross entropy of arcs and labels; `mean` over words or sentences, see `ParserConfig.loss_over`."""
+        """Cross entropy of arcs and labels; `mean` over words."""
         found = (self.model if model is None else model)(batch)
         if found.loss is None:
             raise ValueError("the sentences have no heads to learn from (expected trees)")
-        weight = batch.n_words if self.model.config.loss_over == "words" else len(batch.lengths_list)
-        return Loss(found.loss, found.loss_per_sentence, weight)
+        return Loss(found.loss, found.loss_per_sentence, batch.n_words)
 
     def predict(self, examples: Encoded, batch_size: int = 64) -> list[Tree]:
-        """Trees: heads and labels of every sentence."""
         return parse(self.model, examples, batch_size)
 
     def score(self, examples: Encoded, predictions: Sequence[Tree]) -> dict[str, float]:
@@ -208,7 +187,6 @@ class Parsing(Task):
         return {"las": found.las, "uas": found.uas}
 
     def predict_file(self, source: str, target: str) -> int:
-        """CoNLL-U in, CoNLL-U out; only HEAD and DEPREL change."""
         return predict_file(self.model, source, target)
 
     def digest(self, examples: Encoded) -> str:
@@ -227,10 +205,8 @@ class Parsing(Task):
         return direction_profile(rows)
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-        """By the direction of dependencies; see `fastmask.unseen.typology`."""
         return direction_similarity(profile, others)
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
-        """Two sentences are the same if their words are."""
         return tuple(row["words"])

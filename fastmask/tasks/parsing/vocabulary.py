@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fastmask.errors import unknown
+from fastmask.errors import nearest
+from fastmask.errors import unknown as unknown_name
 from fastmask.files import FileError, Record, read_json, write_text
+from fastmask.tasks.task import UNKNOWN_LABELS, listed
 
-__all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary"]
+__all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary", "check_deprels"]
 
 IGNORE = -100  # target of a word that has no answer; F.cross_entropy skips it by default
 UNKNOWN_UPOS = 0  # row 0 of the UPOS embedding stays zero: an unseen tag adds nothing
@@ -22,8 +24,6 @@ ROOT, UNSPECIFIED, LOOSE = "root", "dep", "parataxis"  # relations of Universal 
 
 
 class _Saved(Record):
-    """What ``vocabulary.json`` holds."""
-
     deprels: list[str]
     upos: list[str]
     subtypes: str
@@ -104,12 +104,6 @@ class Vocabulary:
         """Return int64 [n]; a tag not seen in training (or ``_``) is `UNKNOWN_UPOS`."""
         return np.fromiter((self._upos_ids.get(tag, UNKNOWN_UPOS) for tag in tags), np.int64, len(tags))
 
-    def deprel(self, label: str) -> int:
-        """Return the number of one label; raise KeyError with the nearest names if it was not seen in training."""
-        if label not in self._deprel_ids:
-            raise unknown("dependency label", label, self.deprels)
-        return self._deprel_ids[label]
-
     @property
     def loose(self) -> str:
         """The label that attaches what merely stands beside: ``parataxis``, ``dep``, or the most frequent one."""
@@ -117,7 +111,6 @@ class Vocabulary:
         return next((label for label in (LOOSE, UNSPECIFIED, *known) if label in known), UNSPECIFIED)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a JSON file."""
         saved = _Saved(deprels=list(self.deprels), upos=list(self.upos), subtypes=self.subtypes)
         write_text(path, saved.model_dump_json(indent=1))
 
@@ -136,13 +129,54 @@ class Vocabulary:
             raise FileError(path, str(error)) from None
 
     def __eq__(self, other: object) -> bool:
-        """Two vocabularies are equal if they number everything alike."""
         if not isinstance(other, Vocabulary):
             return NotImplemented
         return (self.deprels, self.upos, self.subtypes) == (other.deprels, other.upos, other.subtypes)
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
-        """Say how many labels and tags there are."""
-        return f"Vocabulary({len(self.deprels)} deprels, {len(self.upos)} upos, subtypes={self.subtypes!r})"
+
+def check_deprels(
+    rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, unknown: str = "fail"
+) -> list[Mapping[str, Any]]:
+    """The rows, once every relation in them is one the model can learn, or has been dealt with as asked.
+
+    Args:
+        rows: with "deprels".
+        vocabulary: of the model.
+        unknown: what to do about relations that it lacks. "fail"; "universal": `nsubj:xyz` becomes `nsubj` where the
+            vocabulary has that, anything else fails; "ignore": such words keep their head and have no label in the
+            loss, with a warning that lists them.
+
+    Raises:
+        ValueError: relations that are left unknown, listed with their counts.
+        KeyError: `unknown` is none of the three.
+    """
+    if unknown not in UNKNOWN_LABELS:
+        raise unknown_name("way of dealing with unknown relations", unknown, UNKNOWN_LABELS)
+    counts = Counter(label for row in rows for label in row["deprels"])
+    known = vocabulary.deprel_ids(list(counts)) != IGNORE
+    missing = Counter({label: counts[label] for label, found in zip(counts, known, strict=True) if not found})
+    if not missing:
+        return list(rows)
+    if unknown == "ignore":
+        warnings.warn(
+            f"relations that the model does not know have no label in the loss: {listed(missing)}", stacklevel=2
+        )
+        return list(rows)
+    universal: dict[str, str] = {}
+    if unknown == "universal":
+        whole = {label: label.split(":", 1)[0] for label in missing if ":" in label}
+        universal = {label: relation for label, relation in whole.items() if relation in vocabulary.deprels}
+        missing = Counter({label: count for label, count in missing.items() if label not in universal})
+    if missing:
+        close = {label: nearest(label, vocabulary.deprels, 1) for label in missing}
+        hints = ", ".join(f"{label} looks like {found[0]}" for label, found in close.items() if found)
+        ways = "leave their labels out (ignore)"
+        if unknown == "fail":
+            ways = f"map subtypes to their universal relations (universal) or {ways}"
+        raise ValueError(
+            f"relations that the model was not trained on: {listed(missing)}{f' ({hints})' if hints else ''}. "
+            f"It knows {', '.join(sorted(vocabulary.deprels))}. Correct them, or {ways}"
+        )
+    return [{**row, "deprels": [universal.get(label, label) for label in row["deprels"]]} for row in rows]

@@ -266,3 +266,18 @@ class TestErrors:
         assert "objet looks like obj" in complaint("--unknown-labels", "universal", **{"--support": changed})
         options = ["--support", changed, "--unknown-labels", "ignore", "--steps", "1", "--out", tmp_path / "out"]
         output_of(capsys, "adapt", run, "--language", "qaf", *options)
+
+
+def test_a_language_of_the_run_under_another_name(full_run, support, capsys, tmp_path):
+    """A language that was trained on is not an unseen one, however it is written."""
+    for name in ("QAA", "qaa"):
+        assert (
+            main(
+                [
+                    str(item)
+                    for item in ("adapt", full_run, "--language", name, "--support", support, "--out", tmp_path / "o")
+                ]
+            )
+            == 2
+        )
+        assert "which the run was trained on or adapted to already" in capsys.readouterr().err

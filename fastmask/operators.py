@@ -97,8 +97,8 @@ def compute_projections(
         for mask, width in zip(masks, packed_widths, strict=True)
     ]
     layers = Layers(stored, masks[0].n_languages, activation, full_forward)
-    ys: Sequence[Tensor] = _Eager.apply(layers, x, language_ids, *weights, *biases)
-    return ys
+    computed: Sequence[Tensor] = _Eager.apply(layers, x, language_ids, *weights, *biases)
+    return computed
 
 
 def autocast(x: Tensor) -> Tensor:

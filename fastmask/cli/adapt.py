@@ -17,7 +17,7 @@ from fastmask.files import check_writable
 from fastmask.models import attach
 from fastmask.settings import ConfigError
 from fastmask.tasks.task import UNKNOWN_LABELS, heading
-from fastmask.training.engine import device_of, inner_rates
+from fastmask.training.engine import ADAMW_RATE, device_of, inner_rates
 from fastmask.training.run_folder import load_run
 from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, profiles_of, save_adapted
 from fastmask.unseen.adapting import without_repeats
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["add_adapt", "print_choice", "run_adapt"]
 
 Rows = list[Mapping[str, Any]]
-ADAMW_RATE = 3e-5
 
 
 def add_adapt(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -42,7 +41,8 @@ def add_adapt(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None
     add("--language", required=True, metavar="CODE", help="name of the unseen language")
     add("--support", metavar="FILE", type=FILE, help="support examples (parsing: CoNLL-U); zero-shot if not given")
     add("--sentences", type=int, metavar="N", help="number of support examples to draw; all of them if not given")
-    which = "how to choose a subnetwork (default: nearest; full for a run without any)"
+    usual = "nearest, or best where examples have no trees; full for a run without any"
+    which = f"how to choose a subnetwork (default: {usual})"
     add("--choose", choices=unseen.CHOICES, help=which)
     similarity = "measure of similarity for nearest (default: uriel where lang2vec is installed)"
     add("--similarity", choices=SIMILARITIES, help=similarity)
@@ -73,6 +73,8 @@ def run_adapt(options: argparse.Namespace) -> None:
     steps = how_fast["steps"]
     rows = task.fitting(task.known_labels(_support(options, loaded), options.unknown_labels))
     support = task.training_examples(rows, options.language, "support") if rows else None
+    if options.choose is None and how == "nearest" and rows and task.profile(rows) is None:
+        how = "best"  # without trees only URIEL knows what is near, and that may not be there
     test = _test(options, loaded, rows)
     task.model.to(device_of(options.device))
 
@@ -126,8 +128,7 @@ def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, di
         if value is not None and value < least:
             raise ConfigError(f"{name} is {value} (expected at least {least})")
     config = loaded.config
-    rates = inner_rates(loaded.task, config) if options.optimizer == "sgd" else (ADAMW_RATE, ADAMW_RATE)
-    usual = config.inner_steps, *rates
+    usual = config.inner_steps, *inner_rates(loaded.task, config, options.optimizer)
     given = (0 if options.support is None else options.steps, options.lr, options.encoder_lr)
     steps, head_lr, encoder_lr = (mine if own is None else own for own, mine in zip(given, usual, strict=True))
     how_fast = {"steps": steps, "head_lr": head_lr, "encoder_lr": encoder_lr, "optimizer": options.optimizer}

@@ -126,7 +126,15 @@ def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "te
         means = {name: fmean(scores[name] for scores in found) if found else math.nan for name in names}
         return {f"{whose} {heading(name)}": "-" if math.isnan(m) else f"{m:.2f}" for name, m in means.items()}
 
-    own, table = [row.own for row in rows if row.own is not None], []
+    def of_languages(scores: Callable[[Row], dict[str, float] | None]) -> list[dict[str, float]]:
+        """The scores of each language that has some, mean over its treebanks."""
+        found: dict[str, list[dict[str, float]]] = {}
+        for row in rows:
+            if (of_row := scores(row)) is not None:
+                found.setdefault(row.language, []).append(of_row)
+        return [{name: fmean(each[name] for each in of) for name in names} for of in found.values()]
+
+    own, table = of_languages(lambda row: row.own), []
     for row in rows:
         called = row.language if row.part is None else f"{row.language} {row.part}"
         cells = {"language": called if row.own is not None or not own else f"{called} (no subnetwork)"}
@@ -136,7 +144,7 @@ def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "te
         for whose, speed in (("full", row.full_words_per_second), ("subnet", row.words_per_second)):
             cells[f"{whose} {task.token_word}/s"] = "-" if speed is None else f"{speed:,.0f}"
         table.append(cells)
-    counted = [row.full for row in rows if row.own is not None or not own]
+    counted = of_languages(lambda row: row.full if row.own is not None or not own else None)
     last = {"language": f"mean of {len(counted)}"} | mean("full", counted) | mean("subnet", own)
     title = f"{' / '.join(map(heading, names))} on the {split} sets{', percent' if task.percent else ''}"
     print_table(title, table, file, last=last if len(counted) > 1 else None)

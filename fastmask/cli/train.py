@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fastmask.cli.options import FILE, add_settings, add_task_settings, given_settings
 from fastmask.cli.report import examples_of, print_scores, round_printer, scored, stability_lines
 from fastmask.files import check_writable, write_text
+from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import device_of
@@ -125,6 +126,8 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     values["task_options"] = {**known, **given.get("task_options", {})}
     if values["data"] is None and file is None and "steps" not in given:
         values["steps"] = EMBEDDED_STEPS
+    if values["masks"] and values["languages"] is None and values["method"] != "full":
+        values["languages"] = ",".join(Subnetworks.load(values["masks"]).languages)
     return TrainConfig.from_dict(values)
 
 

@@ -57,7 +57,16 @@ class Scorer:
             for rows in self.supports(language, seed):
                 task.training_examples(rows, language, "support")
                 if nearest:
-                    _profile(task, rows)
+                    self.similarity(task, rows)
+
+    def similarity(self, task: Task, rows: Rows) -> dict[str, float]:
+        """How near each training language is to a support set; ValueError where the task cannot tell."""
+        found = task.profile(rows)
+        if found is None:
+            raise ValueError(f"task {task.name} cannot tell which language is nearest (choose best, union or full)")
+        if not self.profiles:
+            self.profiles = {language: task.profile(rows) for language, rows in self._train.items()}
+        return task.similarity(found, self.profiles)
 
     def scores(self, task: Task, subnets: Subnetworks | None, run: TrainConfig) -> list[dict[str, Any]]:
         """Every score of a trained model, which comes back as it was.
@@ -72,8 +81,6 @@ class Scorer:
             is), "support_set" (None where none was looked at), "steps", "score" (that of `Task.metric`), "scores" and
             "words". The conditions are `CONDITIONS`, and "other choice": rules beside the one that is adapted from.
         """
-        if not self.profiles:
-            self.profiles = {language: task.profile(rows) for language, rows in self._train.items()}
         cell = _Cell(self, task, None if subnets is None else with_union(subnets), run)
         rows = [cell.seen(language, test) for language, test in self.seen.items()]
         if subnets is not None:
@@ -113,7 +120,7 @@ class _Cell:
 
     def unseen(self, language: str, supports: Sequence[Rows]) -> Iterator[dict[str, Any]]:
         config, run, masked = self.scorer.config, self.run, self.subnets is not None
-        head_lr, encoder_lr = inner_rates(self.task, run)
+        head_lr, encoder_lr = inner_rates(self.task, run, config.adapt_optimizer)
         how_fast: dict[str, Any] = {
             "steps": config.adapt_steps or run.inner_steps,
             "head_lr": head_lr if config.adapt_lr is None else config.adapt_lr,
@@ -138,9 +145,7 @@ class _Cell:
             yield after | {"support_set": number}
 
     def _choose(self, how: str, rows: Rows, support: Any) -> Choice:
-        similarity = None
-        if how == "nearest":
-            similarity = self.task.similarity(_profile(self.task, rows), self.scorer.profiles)
+        similarity = self.scorer.similarity(self.task, rows) if how == "nearest" else None
         return choose(self.task, self.subnets, support, how, similarity=similarity)
 
     def _row(
@@ -164,10 +169,3 @@ class _Cell:
             "scores": scores,
             "words": int(test.lengths.sum()),
         }
-
-
-def _profile(task: Task, rows: Rows) -> dict[str, Any]:
-    found = task.profile(rows)
-    if found is None:
-        raise ValueError(f"task {task.name} cannot tell which language is nearest (choose best, union or full)")
-    return found

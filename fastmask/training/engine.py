@@ -22,12 +22,14 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "in_precision", "inner_rates",
-    "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state", "random_state",
-    "set_random_state", "sum_gradients",
+    "ADAMW_RATE", "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "in_precision",
+    "inner_rates", "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state",
+    "random_state", "set_random_state", "sum_gradients",
 ]  # fmt: skip
 
 T = TypeVar("T")
+
+ADAMW_RATE = 3e-5  # of AdamW on a support set
 
 # ---- device and processes
 
@@ -137,8 +139,10 @@ def _width(encoder: Any) -> int:
     return int(getattr(config, "hidden_size", 768))
 
 
-def inner_rates(task: Task, config: TrainConfig) -> tuple[float, float]:
-    """The rates of SGD on a support set, outside and inside of the encoder; tuned on Croatian and Telugu."""
+def inner_rates(task: Task, config: TrainConfig, optimizer: str = "sgd") -> tuple[float, float]:
+    """The rates of steps on a support set, outside and inside of the encoder; of SGD tuned on Croatian and Telugu."""
+    if optimizer == "adamw":
+        return ADAMW_RATE, ADAMW_RATE
     encoder = config.inner_encoder_lr
     return config.inner_lr, (1e-3 if task.pretrained else 1e-2) if encoder is None else encoder
 

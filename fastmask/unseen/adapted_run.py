@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmask.files import MANIFEST, check, files_in, read_json, remove_leftovers, write_folder, write_manifest
 from fastmask.settings import ConfigError
+from fastmask.tasks.data.language_codes import same_language
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun, data_of
 from fastmask.unseen.choosing import Choice, with_language
 
@@ -44,11 +45,15 @@ def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str, Any]]) -> None:
     """Raise `ConfigError` if the run was trained on `language`, or adapted to it."""
-    trained = loaded.config.language_list if loaded.subnetworks is None else loaded.subnetworks.languages
+    config = loaded.config
+    trained: Iterable[str] = config.language_list if loaded.subnetworks is None else loaded.subnetworks.languages
+    if not trained and config.data and os.path.exists(config.data):
+        trained = config.task_class.languages(config.data, config.task_settings)
     known = list(dict.fromkeys([*trained, *(record["language"] for record in records)]))
-    if language in known:
+    if (found := same_language(language, known)) is not None:
+        also = "" if found == language else f", under the name {found!r}"
         raise ConfigError(
-            f"language is {language!r}, which the run was trained on or adapted to already "
+            f"language is {language!r}, which the run was trained on or adapted to already{also} "
             f"(expected another one than {', '.join(known)})"
         )
 

@@ -124,8 +124,8 @@ def similarity_measure(language: str, others: Sequence[str], has_support: bool, 
             why_not = str(error)
     if not has_support:
         raise ValueError(
-            f"the language nearest to {language!r} by head direction cannot be found without support sentences: give "
-            f"some, or use URIEL ({why_not})"
+            f"the language nearest to {language!r} by head direction cannot be found without support sentences that "
+            f"have trees: give some, choose best, union or full, or use URIEL ({why_not})"
         )
     return "head-direction"
 

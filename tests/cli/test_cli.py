@@ -105,8 +105,11 @@ def test_discover_then_train_with_the_masks(run, data, tiny, capsys, tmp_path):
     for method in ("random", "shared"):
         out = tmp_path / method
         arguments = ["--data", data, "--out", out, "--steps", "4", "--method", method, "--masks", masks, *tiny]
+        # The languages, unless others are named, are those of the masks.
+        arguments = [item for item in arguments if item not in ("--languages", "qaa,qac")]
         output_of(capsys, "train", *arguments)
         control = fm.Subnetworks.load(out / "masks.safetensors")
+        assert control.languages == ("qaa", "qac")
         if method == "random":
             assert control.heads.sum(-1).tolist() == subnets.heads.sum(-1).tolist()
         else:

@@ -188,7 +188,7 @@ def test_zero_shot(run, data, capsys, tmp_path):
     """A language without a sentence takes a subnetwork, and no weight changes."""
     out = tmp_path / "out"
     options = ["--language", "qah", "--data", data, "--out", out]
-    assert "give some, or use URIEL" in output_of(capsys, "adapt", run, *options, code=1)
+    assert "choose best, union or full, or use URIEL" in output_of(capsys, "adapt", run, *options, code=1)
     assert "needs support sentences" in output_of(capsys, "adapt", run, *options, "--choose", "best", code=1)
     assert not out.exists()
     output_of(capsys, "adapt", run, *options, "--choose", "union")
@@ -266,3 +266,18 @@ class TestErrors:
         assert "objet looks like obj" in complaint("--unknown-labels", "universal", **{"--support": changed})
         options = ["--support", changed, "--unknown-labels", "ignore", "--steps", "1", "--out", tmp_path / "out"]
         output_of(capsys, "adapt", run, "--language", "qaf", *options)
+
+
+def test_a_language_of_the_run_under_another_name(full_run, support, capsys, tmp_path):
+    """A language that was trained on is not an unseen one, however it is written."""
+    for name in ("QAA", "qaa"):
+        assert (
+            main(
+                [
+                    str(item)
+                    for item in ("adapt", full_run, "--language", name, "--support", support, "--out", tmp_path / "o")
+                ]
+            )
+            == 2
+        )
+        assert "which the run was trained on or adapted to already" in capsys.readouterr().err

@@ -115,7 +115,9 @@ class TestMeasure:
     @pytest.mark.usefixtures("without_lang2vec")
     def test_not_installed(self):
         assert similarity_measure("fo", ["en", "no"], has_support=True) == "head-direction"
-        with pytest.raises(ValueError, match=r"give some, or use URIEL \(.*pip install -e '\.\[typology\]'"):
+        with pytest.raises(
+            ValueError, match=r"give some, choose best, union or full, or use URIEL \(.*pip install -e '\.\[typology\]'"
+        ):
             similarity_measure("fo", ["en", "no"], has_support=False)
         with pytest.raises(ImportError, match=r"needs the package lang2vec: in a checkout of fastmask, pip install"):
             similarity_measure("fo", ["en", "no"], has_support=True, asked="uriel")

@@ -80,6 +80,12 @@ class Route:
                 ids = ids.flatten(0, 1)
             sizes = (sizes[0] * choices, sizes[2])
         if ids.ndim == 1:
+            # Said here, as a layer that is given flattened tokens cannot tell.
+            if sizes is not None and len(sizes) == 2 and sizes[0] not in (ids.shape[0], ids.shape[0] * choices):
+                raise ValueError(
+                    f"expected one language id for each of the {sizes[0] // choices} examples, "
+                    f"given language_ids of shape {tuple(ids.shape)}"
+                )
             return cls(ids, present, choices=choices)
         if ids.ndim != 2 or (sizes is not None and ids.shape != sizes):
             raise ValueError(

@@ -270,14 +270,7 @@ class TestErrors:
 
 def test_a_language_of_the_run_under_another_name(full_run, support, capsys, tmp_path):
     """A language that was trained on is not an unseen one, however it is written."""
+    options = ["--support", str(support), "--out", str(tmp_path / "out")]
     for name in ("QAA", "qaa"):
-        assert (
-            main(
-                [
-                    str(item)
-                    for item in ("adapt", full_run, "--language", name, "--support", support, "--out", tmp_path / "o")
-                ]
-            )
-            == 2
-        )
+        assert main(["adapt", str(full_run), "--language", name, *options]) == 1
         assert "which the run was trained on or adapted to already" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import torch
 from tiny_models import batch, multiplied, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
+from transformers import OPTConfig, OPTModel
 
 import fastmask as fm
 from fastmask.models.attach import attached
@@ -275,3 +276,15 @@ class TestBadInput:
         fm.detach(model)
         with pytest.raises(ValueError, match="no subnetworks are attached to this LlamaModel, but languages was given"):
             model(**INPUTS, languages=NAMES)
+
+
+@pytest.mark.parametrize("given", [[0, 1], [0] * 8, []], ids=str)
+def test_as_many_ids_as_examples_where_a_model_flattens_tokens(given):
+    """OPT's feed-forward layers see tokens only: half as many ids as examples must not be spread over them."""
+    config = OPTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8, vocab_size=11, word_embed_proj_dim=8
+    )
+    model = fm.attach(OPTModel(config), fm.Subnetworks.random(config, ["de", "fi"], 0.5, seed=0, units="neurons"))
+    ids = torch.tensor(given, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"each of the 4 examples, given language_ids of shape \({len(given)},\)"):
+        model(input_ids=torch.ones(4, 3, dtype=torch.int64), language_ids=ids)

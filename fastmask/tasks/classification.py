@@ -75,4 +75,4 @@ class Classification(TransformersTask):
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> tuple[Any, ...]:
-        return tuple(row[column] for column in (options.text_column, options.pair_column) if column)
+        return tuple(cls.text(row, column) for column in (options.text_column, options.pair_column) if column)

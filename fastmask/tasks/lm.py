@@ -149,7 +149,7 @@ class LanguageModelling(TransformersTask):
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        return str(row[options.text_column])
+        return cls.text(row, options.text_column)
 
 
 def _kind(model_type: str, options: LanguageModellingSettings) -> str:

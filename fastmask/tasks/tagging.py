@@ -99,7 +99,8 @@ class Tagging(TransformersTask):
         if column not in row:
             raise unknown("column", column, row)
         words = row[column]
-        if isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        listed = isinstance(words, Sequence) and not isinstance(words, str)
+        if not listed or not all(isinstance(word, str) for word in words):
             raise ValueError(f"{column} is {words!r:.60} (expected a list of words)")
         return list(words)
 

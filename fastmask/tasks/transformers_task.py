@@ -251,7 +251,8 @@ class TransformersTask(Task):
         texts = [self.text(row, column) for column in columns if column]
         return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False))
 
-    def text(self, row: Mapping[str, Any], column: str) -> str:
+    @staticmethod
+    def text(row: Mapping[str, Any], column: str) -> str:
         """A column's text; a list of words is joined."""
         if column not in row:
             raise unknown_name("column", column, row)

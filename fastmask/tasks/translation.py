@@ -147,4 +147,4 @@ class Translation(TransformersTask):
 
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        return row[options.source_column]
+        return cls.text(row, options.source_column)

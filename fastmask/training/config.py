@@ -235,7 +235,8 @@ class TrainConfig(Settings):
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run this run and no other: all but where it is and how it is computed."""
-        free = {"resume", "out", "data", "threads", "tensorboard", "device", "keep_checkpoints"}
+        # Of masks the content counts, which checkpoints know (`MASKS_INPUT`), wherever the file is.
+        free = {"resume", "out", "data", "masks", "threads", "tensorboard", "device", "keep_checkpoints"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
 
     def differences(self, other: TrainConfig) -> dict[str, tuple[Any, Any]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
+
 import datasets
 import pytest
 from tiny_tasks import write_rows
@@ -160,3 +164,36 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_config_names", refuse)
     assert "no data at owner/name" in said("owner/name", "en")
     assert "the Hub says: no network" in said("owner/name", "en")
+
+
+def test_a_path_is_no_pattern(tmp_path):
+    """A folder with brackets or a star in its name is that folder, and not others that it would match as a pattern."""
+    for name in ("x*", "xy", "my [data] v1"):
+        write_rows(tmp_path / name / "train.jsonl", [{"text": name, "language": "en"}])
+    for name in ("x*", "my [data] v1"):
+        assert [row["text"] for row in read_file(str(tmp_path / name / "train.jsonl"))] == [name]
+
+
+def test_a_full_disk_is_not_taken_for_a_bad_file(tmp_path):
+    """Where the cache cannot be written, the error names the cache, and not the data."""
+    write_rows(tmp_path / "rows.jsonl", [{"text": "a word " * 50, "language": "en"}] * 200)
+    (tmp_path / "UD_English-Toy").mkdir()
+    (tmp_path / "UD_English-Toy" / "en_toy-ud-train.conllu").write_text("".join(map(conllu, SENTENCES * 50)))
+    script = f"""
+import os, resource, sys
+os.environ["HF_DATASETS_CACHE"] = {str(tmp_path / "cache")!r}
+from fastmask.tasks.data.sources import read_file
+from fastmask.tasks.data.treebanks import load_treebanks
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+rows, banks = {str(tmp_path / "rows.jsonl")!r}, {str(tmp_path)!r}
+for read in (lambda: read_file(rows), lambda: load_treebanks(banks, "en", ["train"])):
+    try:
+        read()
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert [f"OSError [Errno {errno.EFBIG}] File too large: 'the cache of datasets" in line for line in lines] == [
+        True
+    ] * 2

@@ -14,6 +14,7 @@ from tiny_tasks import CASES, config_of, rows_of
 from fastmask.files import FileError
 from fastmask.tasks.classification import Classification
 from fastmask.tasks.transformers_task import Examples, _by_number, cross_entropy
+from fastmask.tasks.translation import Translation
 
 
 @pytest.fixture
@@ -183,3 +184,12 @@ def test_a_model_below_the_head_must_be_whole(classifier, tiny, tmp_path):
         classifier(model=str(folder))
     with pytest.raises(FileNotFoundError, match="no folder of a model at"):
         classifier(model=str(tmp_path / "nothing"))
+
+
+def test_what_makes_examples_the_same_also_of_lists_of_words():
+    """A text may be a list of words: a support example is found among test examples however it is written."""
+    for task, column in ((Classification, "text"), (Translation, "source")):
+        options = task.settings()
+        as_list, as_text = ({column: text} for text in (["a", "word"], "a word"))
+        assert task.words_of(as_list, options) == task.words_of(as_text, options)
+        assert hash(task.words_of(as_list, options))

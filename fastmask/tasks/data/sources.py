@@ -11,6 +11,7 @@ Without a folder for each language, a column names the language of each row.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import warnings
@@ -240,8 +241,10 @@ def _read(path: Path) -> datasets.Dataset:
         with preparing():
             # pandas would read the cells NA, nan, null and None, which may be a class or a language, as empty ones.
             options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
-            return _named(datasets.load_dataset(kind, data_files=str(path), split="train", **options))
+            return _named(datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options))
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # not about what the file holds
+            raise
         raise FileError(path, f"cannot be read as {kind.upper()}: {_first_line(error)}") from error
 
 

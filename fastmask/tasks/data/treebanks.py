@@ -6,6 +6,7 @@ releases, ``en_ewt-ud-train.conllu`` (large ones come in several files: ``de_hdt
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -240,9 +241,16 @@ def _rows(
 _one_at_a_time = threading.RLock()
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 @contextmanager
 def preparing() -> Iterator[None]:
-    """Silence the progress bars and messages of `datasets` inside, and put both back as they were."""
+    """Silence the progress bars and messages of `datasets` inside, and put both back as they were.
+
+    Raises:
+        OSError: its cache cannot be written; the message names it.
+    """
     with _one_at_a_time:
         levels = datasets.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
         bars_were_on = datasets.are_progress_bars_disabled() is False
@@ -251,6 +259,14 @@ def preparing() -> Iterator[None]:
         datasets.disable_progress_bars()
         try:
             yield
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and getattr(cause, "errno", None) not in _NO_ROOM:
+                cause = cause.__cause__ or cause.__context__
+            if isinstance(cause, OSError):
+                where = f"the cache of datasets, {datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE names another)"
+                raise OSError(cause.errno, cause.strerror, where) from error
+            raise
         finally:
             datasets.logging.set_verbosity(levels[0])
             huggingface_hub.logging.set_verbosity(levels[1])

@@ -176,10 +176,15 @@ def test_a_path_is_no_pattern(tmp_path):
 
 def test_a_full_disk_is_not_taken_for_a_bad_file():
     """Where the cache cannot be written, the error names the cache, and not the data."""
-    for number in (errno.ENOSPC, errno.EFBIG):
-        with pytest.raises(OSError, match="the cache of datasets") as raised, preparing():
+
+    def write(number):
+        with preparing():
             try:
                 raise OSError(number, os.strerror(number))
             except OSError as error:
                 raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+
+    for number in (errno.ENOSPC, errno.EFBIG):
+        with pytest.raises(OSError, match="the cache of datasets") as raised:
+            write(number)
         assert raised.value.errno == number

@@ -262,7 +262,7 @@ def preparing() -> Iterator[None]:
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and getattr(cause, "errno", None) not in _NO_ROOM:
-                cause = cause.__cause__ or cause.__context__
+                cause = cause.__cause__
             if isinstance(cause, OSError):
                 where = f"the cache of datasets, {datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE names another)"
                 raise OSError(cause.errno, cause.strerror, where) from error

@@ -136,7 +136,7 @@ class _Eager(torch.autograd.Function):
         ctx.path, ctx.layers, ctx.has_bias = path, layers, bool(biases)  # what is kept is for the same path's backward
         # A frozen layer needs nothing of x but its shape: it is neither kept nor must it stay as it was.
         reads_x, ctx.shape = any(ctx.needs_input_grad[3 : 3 + G]) or layers.activation != NONE, x.shape
-        ctx.save_for_backward(x if reads_x else x.new_empty(1), language_ids, *weights, *(kept or ()))
+        ctx.save_for_backward(x if reads_x else x.new_empty(0), language_ids, *weights, *(kept or ()))
         # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
         return tuple(y.data if y._is_view() else y for y in ys)
 
@@ -147,7 +147,8 @@ class _Eager(torch.autograd.Function):
         x, language_ids, *tensors = ctx.saved_tensors
         needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
         needs = Needs(needs_x, given[:G], given[G:] if ctx.has_bias else [False] * G)
-        x, upstreams = as_examples(x.expand(ctx.shape)), [as_examples(dy) for dy in dys]
+        x = as_examples(x if x.shape == ctx.shape else x.new_empty(ctx.shape))
+        upstreams = [as_examples(dy) for dy in dys]
         dx, dws, dbs = ctx.path.backward(ctx.layers, upstreams, x, tensors[:G], language_ids, needs, tensors[G:])
         return None, None if dx is None else dx.view(ctx.shape), None, *dws, *(dbs if ctx.has_bias else ())
 

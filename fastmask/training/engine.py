@@ -58,13 +58,15 @@ def in_precision(model: nn.Module, precision: str) -> Iterator[None]:
         yield
         return
     attributes, device = vars(model), next(model.parameters()).device.type
-    before = {name: attributes[name] for name in ("forward",) if name in attributes}
+    own = attributes.get("forward")  # what other tools have put there
     attributes["forward"] = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
     try:
         yield
     finally:
-        del attributes["forward"]
-        attributes.update(before)
+        if own is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = own
 
 
 def on_first(accelerator: Any, work: Callable[[], T]) -> T:

@@ -24,7 +24,7 @@ from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.subnetworks import masks_file
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import device_of
-from fastmask.training.methods import draws_for
+from fastmask.training.methods import draws_for, training_data
 from fastmask.training.run_folder import load_run
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, Task, TrainConfig, dic
     for folder, run in loaded.items():
         data, languages = which_data(run.config, folder, options)
         datasets = run.task.load(data, languages, configs[folder].task_settings, optional=("dev", "test"))
-        train = {name: run.task.training_examples(splits["train"], name) for name, splits in datasets.items()}
+        train = training_data(run.task, datasets, configs[folder])
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         run.task.model.to(device_of(options.device))
         runs.append((folder, run.task, configs[folder], train, dev))

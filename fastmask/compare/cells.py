@@ -15,6 +15,7 @@ import shutil
 import statistics
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -51,7 +52,7 @@ from fastmask.training.batches import episode_sampler
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import in_precision
 from fastmask.training.loop import MASKS_INPUT, train
-from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of
+from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of, training_data
 from fastmask.workers import processes
 
 __all__ = ["CellFailedError", "Runner", "branch", "do", "run_all"]
@@ -136,7 +137,8 @@ _runners: dict[Path, Runner] = {}  # of this process: data is read once for all 
 def do(plan: Plan, job: Job) -> Result:
     """Do one job in this process, unless its result is there; HeldError where another process does it and goes on."""
     folder = plan.folder(job)
-    with held(folder, wait=WAIT):
+    with held(folder, wait=WAIT), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* are left out")  # `Runner.check` has said it, once for all jobs
         remove_leftovers(folder)
         runner = _runners.setdefault(plan.out, Runner(plan))
         if not is_done(plan, job):
@@ -179,7 +181,7 @@ class Runner:
             config = self.plan.train_config(job, self.plan.folder(job))
             if job.kind == "start" and job.seed == 0:
                 task = self._task(config)
-                train = {name: task.training_examples(splits["train"], name) for name, splits in self.datasets.items()}
+                train = training_data(task, self.datasets, config)
                 task.check(train)
                 self.scorer.check(task, nearest)
                 tasks[job.name] = task, train

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,11 +53,15 @@ class Scorer:
         """
         for test in [*self.seen.values(), *(data.test for data in self.unseen.values())]:
             task.examples(test)
-        for language, seed in itertools.product(self.unseen, range(self.config.seeds)):
-            for rows in self.supports(language, seed):
-                task.training_examples(rows, language, "support")
-                if nearest:
-                    self.similarity(task, rows)
+        for language in self.unseen:
+            sets = [rows for seed in range(self.config.seeds) for rows in self.supports(language, seed)]
+            task.training_examples([row for rows in sets for row in rows], language, "support")  # warns once for all
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for rows in sets:
+                    task.training_examples(rows, language, "support")
+                    if nearest:
+                        self.similarity(task, rows)
 
     def similarity(self, task: Task, rows: Rows) -> dict[str, float]:
         """How near each training language is to a support set; ValueError where the task cannot tell."""

@@ -39,6 +39,9 @@ class TrainConfig(Settings):
         "maximum words or pieces per training example; longer ones are dropped or truncated, depending on the task",
         low=4,
     )
+    train_sentences: int = _data(
+        0, "training examples per language, drawn at random and the same in all runs; 0: all", low=0
+    )
     temperature: float = _data(
         0.0, "languages are sampled in proportion to size ** temperature; 0: uniformly", low=0, high=1
     )

@@ -29,7 +29,14 @@ from fastmask.tasks.task import Splits, Task, heading
 from fastmask.training import engine, run_folder
 from fastmask.training.batches import Episodes, MixedBatches
 from fastmask.training.config import Budget, TrainConfig
-from fastmask.training.methods import DynamicMasks, SwitchPoint, digest_of_masks, some_rows, subnetworks_of
+from fastmask.training.methods import (
+    DynamicMasks,
+    SwitchPoint,
+    digest_of_masks,
+    some_rows,
+    subnetworks_of,
+    training_data,
+)
 from fastmask.training.metrics import MetricsLog, TrainingProgress
 
 __all__ = ["MASKS_INPUT", "TrainResult", "TrainingDiverged", "train"]
@@ -100,7 +107,7 @@ class _Run:
             if getattr(config, name) == value and self.accelerator.num_processes > 1:
                 raise ConfigError(f"{name} is {value!r}, which runs in one process (expected another one)")
         self.folder = Path(config.out)
-        self.data = {name: task.training_examples(splits["train"], name) for name, splits in datasets.items()}
+        self.data = training_data(task, datasets, config)
         task.check(self.data)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
         self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}

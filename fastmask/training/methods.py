@@ -28,6 +28,7 @@ from fastmask.training.engine import preserved_random_state
 
 __all__ = [
     "DynamicMasks", "SwitchPoint", "check_subnetworks", "digest_of_masks", "draws_for", "some_rows", "subnetworks_of",
+    "training_data",
 ]  # fmt: skip
 
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
@@ -185,6 +186,14 @@ def draws_for(
             )
         found.append(Draw(subnets if only is None else subnets.select(only), scores))
     return found
+
+
+def training_data(task: Task, datasets: Splits, config: TrainConfig) -> dict[str, Any]:
+    """The training examples of every language: `config.train_sentences` of its rows, those that can be trained on."""
+    rows = {name: splits["train"] for name, splits in datasets.items()}
+    if limit := config.train_sentences:
+        rows = {name: some_rows(of, limit) for name, of in rows.items()}
+    return {name: task.training_examples(of, name) for name, of in rows.items()}
 
 
 def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -66,6 +67,7 @@ ARMS = {
     "denser": {"density": 0.8},  # other subnetworks of the same start
     "late": {"discover_at": 0.8},  # another start
     "twice": {"lr": 2e-3},
+    "few": {"train_sentences": 4},
 }
 
 
@@ -86,7 +88,7 @@ def plan(tmp_path_factory, data):
     return made
 
 
-@pytest.mark.parametrize("name", ["full", "static-fomaml", "dynamic", "denser", "late", "twice"])
+@pytest.mark.parametrize("name", ["full", "static-fomaml", "dynamic", "denser", "late", "twice", "few"])
 def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
     """A cell that starts from the shared steps ends with the weights of `fastmask train` from the beginning."""
     job = next(job for job in plan.jobs if job.name == f"seed-0/{name}")
@@ -98,6 +100,24 @@ def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
     assert of_cell.keys() == alone.keys()
     for key, value in alone.items():
         assert torch.equal(value, of_cell[key]), key
+
+
+def test_what_is_left_out_is_said_once(data, tmp_path):
+    """Each language once before anything is trained, however many seeds and support sets, and no more in the jobs."""
+    settings = {**training(data), "max_length": 64}
+    made = Plan(tmp_path, str(data), CompareConfig(**COMPARISON, seeds=2), settings, {"full": {"method": "full"}})
+    made.open()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Runner(made).check()
+        said = [str(warning.message) for warning in caught]
+        for kind, languages in (("training", ("qaa", "qab", "qac")), ("support", ("qad", "qah"))):
+            found = [line.partition(":")[0] for line in said if f"{kind} sentences are left out" in line]
+            assert found == sorted(set(found))
+            assert found
+            assert set(found) <= set(languages)
+        do(made, made.jobs[0])
+        assert len(caught) == len(said)
 
 
 def test_every_language_is_scored_under_every_condition(plan):

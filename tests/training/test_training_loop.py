@@ -26,7 +26,7 @@ from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import run_folder
 from fastmask.training.engine import in_precision
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
-from fastmask.training.methods import SwitchPoint
+from fastmask.training.methods import SwitchPoint, some_rows
 
 
 class Killed(Exception):  # noqa: N818
@@ -268,6 +268,18 @@ def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:
     assert list((result.run / "tensorboard").iterdir())
     assert next(result.task.model.parameters()).dtype == torch.float32
     json.loads((result.run / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_few_training_sentences_are_the_only_ones(tmp_path: Path) -> None:
+    """A run on some rows of each language is the run on data that have no others; all rows are a limit of their own."""
+    rows = {code: some_rows(splits["train"], 4) for code, splits in toy_data().items()}
+    few = {code: {**splits, "train": rows[code]} for code, splits in toy_data().items()}
+    asked = train(toy_task(), toy_data(), toy_config(tmp_path / "asked", train_sentences=4), progress=False)
+    given = train(toy_task(), few, toy_config(tmp_path / "given"), progress=False)
+    assert_same_weights(asked.task.model, given.task.model)
+    assert metrics(asked.run) == metrics(given.run)
+    with pytest.raises(ConfigError, match="train_sentences was 4 and is 0"):
+        train(toy_task(), few, toy_config(tmp_path / "asked", resume=True, train_sentences=0), progress=False)
 
 
 def test_progress_without_a_terminal(tmp_path: Path, capsys: Any) -> None:

@@ -68,8 +68,6 @@ def run_discover(options: argparse.Namespace) -> None:
 def _runs(options: argparse.Namespace) -> list[tuple[str, Task, TrainConfig, dict[str, Any], dict[str, Any]]]:
     """Folder, task, settings, training examples and dev rows of every run, once they are known to go together."""
     given = given_settings(options)
-    if {"tau", "density"} <= given.keys():
-        raise ConfigError("--tau and --density are both given (expected one: a density is kept whatever tau is)")
     if "tau" in given:
         given["density"] = None  # else that of the run would count
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}

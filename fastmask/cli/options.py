@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from fastmask.errors import nearest
 from fastmask.files import STDOUT, read_yaml
-from fastmask.settings import items_of
+from fastmask.settings import ConfigError, items_of
 from fastmask.training.config import DEVICES, TrainConfig
 from fastmask.training.run_folder import data_of
 
@@ -181,4 +181,6 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
         kind, _, own = name.partition(":")
         if kind in given:
             given[kind][own] = value
+    if {"tau", "density"} <= given["setting"].keys():
+        raise ConfigError("--tau and --density are both given (expected one: a density is kept whatever tau is)")
     return {**given["setting"], "task_options": given["option"]} if given["option"] else given["setting"]

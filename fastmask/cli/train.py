@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fastmask.cli.options import FILE, add_settings, add_task_settings, given_settings
 from fastmask.cli.report import examples_of, print_scores, round_printer, scored, stability_lines
 from fastmask.files import check_writable, write_text
+from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import Budget, TrainConfig
@@ -122,8 +123,14 @@ def _config(options: argparse.Namespace) -> TrainConfig:
         given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
     base = TrainConfig.load(file) if file else TrainConfig()
     values = {**dataclasses.asdict(base), **given}
+    if "tau" in given:
+        values["density"] = None  # else that of the file would count
     known = base.task_options if values["task"] == base.task else {}  # else they are of another task
     values["task_options"] = {**known, **given.get("task_options", {})}
+    if "masks" in given and values["method"] in ("full", "vector"):
+        raise ConfigError(
+            f"--masks is given, and method {values['method']!r} trains no subnetworks (expected another one)"
+        )
     if values["data"] is None and file is None and "steps" not in given:
         values["steps"] = EMBEDDED_STEPS
     if values["masks"] and values["languages"] is None and values["method"] != "full":

@@ -16,6 +16,7 @@ from typed_command import output_of
 import fastmask as fm
 from fastmask.cli import main
 from fastmask.cli.options import which_data
+from fastmask.cli.train import _config
 from fastmask.files import MANIFEST, files_in, read_metadata, write_manifest
 from fastmask.tasks.data.synthetic import SEEN
 from fastmask.training.config import TrainConfig
@@ -210,6 +211,20 @@ def test_full_method_has_no_subnetworks(data, tiny, capsys, tmp_path):
     assert not (tmp_path / "full" / "masks.safetensors").exists()
     assert "mean of 2" in table
     output_of(capsys, "evaluate", tmp_path / "full", "--data", data)
+
+
+def test_options_that_would_not_count(run, data, capsys, tmp_path):
+    """Of two options only one of which counts, none is ignored; an option counts more than a file."""
+    start = ["train", "--data", data, "--out", tmp_path / "out", "--steps", "3"]
+    for method in ("full", "vector"):
+        said = output_of(capsys, *start, "--method", method, "--masks", run / "masks.safetensors", code=1)
+        assert f"--masks is given, and method '{method}' trains no subnetworks" in said
+    assert "--tau and --density are both given" in output_of(capsys, *start, "--tau", "0.9", "--density", "0.5", code=1)
+    assert not (tmp_path / "out").exists()
+    file = tmp_path / "config.yaml"
+    file.write_text("density: 0.5\nsteps: 3\n")
+    options = Namespace(config=file, **{"setting:tau": 0.9})
+    assert (_config(options).density, _config(options).tau) == (None, 0.9)
 
 
 def test_discover_in_encoders_from_scratch(small_run, small_data, capsys, tmp_path):

@@ -87,10 +87,14 @@ def test_a_code_joins_the_treebanks_that_have_the_split(data: Path, tmp_path: Pa
     assert ids(both["cs"]["test"]) == ["p1", "t3"]  # nothing twice
 
 
-def test_the_folder_above_and_a_single_treebank_are_found_too(data: Path) -> None:
+def test_the_folder_above_and_a_single_treebank_are_found_too(data: Path, tmp_path: Path) -> None:
     """An unpacked release and a single treebank can be given as they are."""
     expected = find_treebanks(data)
     assert find_treebanks(data.parent) == expected
+    release = tmp_path / "UD_releases" / "UD_2.14"
+    shutil.copytree(data, release)
+    for folder in (release, release.parent):
+        assert list(find_treebanks(folder)) == list(expected)
     assert find_treebanks(data / "UD_Czech-PUD") == {"UD_Czech-PUD": expected["UD_Czech-PUD"]}
 
 

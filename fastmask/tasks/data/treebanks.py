@@ -84,10 +84,9 @@ def find_treebanks(data: str | os.PathLike[str]) -> dict[str, Treebank]:
         raise FileNotFoundError(f"{root} is a file (expected a folder of UD_* treebanks, such as {root.parent.parent})")
     if not root.is_dir():
         raise FileNotFoundError(f"data folder {root} does not exist (expected a folder of UD_* treebanks)")
-    if root.name.startswith("UD_"):
-        folders = [root]
-    else:
-        folders = [f for f in root.glob("UD_*") if f.is_dir()] or [f for f in root.glob("*/UD_*") if f.is_dir()]
+    # One that holds treebanks is none, such as an unpacked release that somebody calls UD_2.14.
+    folders = [f for f in root.glob("UD_*") if f.is_dir() and not any(inner.is_dir() for inner in f.glob("UD_*"))]
+    folders = folders or [f for f in root.glob("*/UD_*") if f.is_dir()] or [root] * root.name.startswith("UD_")
     if not folders:
         raise FileNotFoundError(f"no treebank in {root} (expected folders UD_Language-Name with *.conllu files)")
     return {folder.name: _treebank(folder) for folder in sorted(folders, key=lambda folder: folder.name)}

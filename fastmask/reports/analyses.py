@@ -344,7 +344,7 @@ def cross_values(
     the next language's in turn.
     """
     names = subnets.languages
-    controls = random_like(subnets, mask_seed(seed)).rename({name: f"{CONTROL} {name}" for name in names})
+    controls = random_like(subnets, mask_seed(seed), task.encoder).rename({name: f"{CONTROL} {name}" for name in names})
     attach(task.encoder, Subnetworks.stack([subnets, controls]))
     values = {}
     for place, (language, given) in enumerate(rows.items()):

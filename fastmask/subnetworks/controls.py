@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,10 +13,14 @@ from fastmask.subnetworks.subnetworks import Subnetworks, random_of_sizes
 __all__ = ["permuted_like", "random_like", "shared_like", "shuffled"]
 
 
-def random_like(subnets: Subnetworks, seed: int) -> Subnetworks:
-    """Random masks with as many live units in each layer of each language as `subnets`."""
+def random_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetworks:
+    """Random masks with as many live units in each layer of each language as `subnets`.
+
+    `model` says how many units a layer has, where they differ; without it all layers have as many as the masks.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return subnets.map(lambda keep: random_of_sizes(keep.sum(-1), keep.shape[-1], generator))
+    tensors = subnets._tensors().items()
+    return subnets._like({of: random_of_sizes(k.sum(-1), _units(model, of, k), generator) for of, k in tensors}, None)
 
 
 def shared_like(subnets: Subnetworks) -> Subnetworks:
@@ -35,19 +42,30 @@ def shared_like(subnets: Subnetworks) -> Subnetworks:
     return subnets.map(shared)
 
 
-def permuted_like(subnets: Subnetworks, seed: int) -> Subnetworks:
+def permuted_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetworks:
     """The same masks over other units: each layer's units are renumbered at random, for all languages alike.
 
     Sizes and overlaps of languages stay what they are, so what is left of a gain is due to how languages share units,
-    and what is lost is due to which units they were.
+    and what is lost is due to which units they were. `model` is that of `random_like`.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def permuted(keep: Tensor) -> Tensor:
-        orders = [torch.randperm(keep.shape[-1], generator=generator, device="cpu") for _ in range(keep.shape[1])]
-        return torch.stack([layer[:, order] for layer, order in zip(keep.unbind(1), orders, strict=True)], 1)
+    def permuted(keep: Tensor, units: Sequence[int]) -> Tensor:
+        result = keep.clone()
+        for layer, size in enumerate(units):
+            result[:, layer, :size] = keep[:, layer, torch.randperm(size, generator=generator, device="cpu")]
+        return result
 
-    return subnets.map(permuted)
+    return subnets._like({of: permuted(keep, _units(model, of, keep)) for of, keep in subnets._tensors().items()}, None)
+
+
+def _units(model: Any, of: str, keep: Tensor) -> Sequence[int]:
+    """How many units each layer has, of what the mask tensor `keep` is over."""
+    if model is None or of not in ("heads", "neurons"):
+        return [keep.shape[-1]] * keep.shape[1]
+    from fastmask.models.structure import Geometry  # which imports this package
+
+    return Geometry.of(model).sizes(of)
 
 
 def shuffled(subnets: Subnetworks) -> Subnetworks:

@@ -111,14 +111,8 @@ class Subnetworks:
 
         def draw(kind: str) -> Tensor:
             there = geometry.sizes(kind)
-            most = max(there)
             sizes = torch.tensor([max(1, round(density * size)) for size in there], device="cpu").repeat(len(names), 1)
-            if min(there) == most:
-                return random_of_sizes(sizes, most, generator)
-            keep = torch.zeros(len(names), len(there), most, dtype=torch.bool, device="cpu")
-            for layer, size in enumerate(there):
-                keep[:, layer, :size] = random_of_sizes(sizes[:, layer : layer + 1], size, generator)[:, 0]
-            return keep
+            return random_of_sizes(sizes, there, generator)
 
         return cls(
             names,
@@ -349,7 +343,9 @@ def _distinct_names(languages: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def random_of_sizes(sizes: Tensor, units: int, generator: torch.Generator) -> Tensor:
-    """Random masks bool [L, layers, units] with exactly `sizes` [L, layers] live units each."""
-    scores = torch.rand(*sizes.shape, units, generator=generator, device=generator.device)
+def random_of_sizes(sizes: Tensor, units: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Random masks bool [L, layers, most units]: `sizes` [L, layers] live ones among the `units` that a layer has."""
+    scores = torch.rand(*sizes.shape, max(units), generator=generator, device=generator.device)
+    for layer in [layer for layer, of in enumerate(units) if of < max(units)]:
+        scores[:, layer, units[layer] :] = 1  # above all that are drawn
     return scores.argsort(-1).argsort(-1).to(sizes.device) < sizes[..., None]

@@ -65,15 +65,15 @@ def subnetworks_of(
         if on_draws is not None:
             on_draws(draws)
         found = combine(draws, density=config.density).select(list(point.train))
-    return _trained(found, config)
+    return _trained(found, point.task, config)
 
 
-def _trained(found: Subnetworks, config: TrainConfig) -> Subnetworks:
+def _trained(found: Subnetworks, task: Task, config: TrainConfig) -> Subnetworks:
     """What the method makes of the subnetworks that were found; most methods are controls."""
     if config.method == "random":  # the number of live units of every language and layer
-        return random_like(found, config.seed)
+        return random_like(found, config.seed, task.encoder)
     if config.method == "permuted":  # also what languages have in common
-        return permuted_like(found, config.seed)
+        return permuted_like(found, config.seed, task.encoder)
     if config.method == "shuffled":  # every language the mask of one that is most unlike it
         return shuffled(found)
     if config.method == "shared":  # the same for all, as large in every layer as theirs are on average
@@ -106,7 +106,7 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
             raise ValueError("density is 1.0 (expected less with method dynamic: there would be no unit to swap)")
         _check_density(task, config)
         return
-    attach(task.encoder, _trained(Subnetworks.load(config.masks).select(languages), config))
+    attach(task.encoder, _trained(Subnetworks.load(config.masks).select(languages), task, config))
     try:
         if config.method == "dynamic":
             DynamicSubnetworks(task.encoder)

@@ -179,7 +179,7 @@ def test_stability_by_hand():
 def test_chance_is_what_random_masks_agree_by():
     """Random masks of several densities must agree by the chance that is reported, within and between languages."""
     sizes = torch.tensor([[30, 10, 50]]).expand(8, -1)
-    keep = [random_of_sizes(sizes, 60, torch.Generator().manual_seed(seed)) for seed in range(4)]
+    keep = [random_of_sizes(sizes, [60] * sizes.shape[1], torch.Generator().manual_seed(seed)) for seed in range(4)]
     names = [f"l{number}" for number in range(8)]
     scores = {name: Importance(None, None) for name in names}
     found = stability([Draw(Subnetworks(names, neurons=masks), scores) for masks in keep])["neurons"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, BertModel, LlamaConfig
 
 from fastmask import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
@@ -123,6 +123,23 @@ def test_permuted_like_keeps_overlaps_and_changes_units():
             assert sorted(map(tuple, mine.T.tolist())) == sorted(map(tuple, given.T.tolist()))
     assert control != subnets
     assert control == permuted_like(subnets, seed=1)
+
+
+def test_controls_own_only_units_that_exist():
+    """Where a layer has fewer units than another, no control owns one that it does not have; sizes stay."""
+    model = BertModel(CONFIG)
+    model.encoder.layer[1].intermediate.dense = torch.nn.Linear(16, 9)
+    model.encoder.layer[1].output.dense = torch.nn.Linear(9, 16)
+    found = Subnetworks.random(model, ["a", "b", "c"], 0.6, seed=2, units="both")
+    assert found.neurons.sum(-1)[0].tolist() == [14, 5, 14]
+    controls = [random_like(found, 3, model), permuted_like(found, 3, model), shared_like(found), shuffled(found)]
+    for subnets in (found, *controls):
+        assert not subnets.neurons[:, 1, 9:].any()
+        assert torch.equal(subnets.neurons.sum(-1), found.neurons.sum(-1))
+        assert torch.equal(subnets.heads.sum(-1), found.heads.sum(-1))
+    even = masks()
+    assert random_like(even, 3) == random_like(even, 3, BertModel(CONFIG))
+    assert permuted_like(even, 3) == permuted_like(even, 3, BertModel(CONFIG))
 
 
 class TestBadInput:

@@ -155,7 +155,7 @@ def _print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     for name, splits in datasets.items():
         limit = config.train_sentences or len(splits["train"])
         some = f"{limit:,} of " if limit < len(splits["train"]) else ""
-        sizes = some + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
+        sizes = ", ".join(f"{some * (split == 'train')}{len(rows):,} {split}" for split, rows in splits.items())
         print(f"  {name}: {sizes} {task.example_word}", file=sys.stderr)
     print(f"  {Budget.of(config, len(datasets))}", file=sys.stderr)
 

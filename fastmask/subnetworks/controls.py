@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ def random_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetwor
     `model` says how many units a layer has, where they differ; without it all layers have as many as the masks.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors = subnets._tensors().items()
-    return subnets._like({of: random_of_sizes(k.sum(-1), _units(model, of, k), generator) for of, k in tensors}, None)
+    return _map(subnets, model, lambda keep, units: random_of_sizes(keep.sum(-1), units, generator))
 
 
 def shared_like(subnets: Subnetworks) -> Subnetworks:
@@ -56,16 +55,21 @@ def permuted_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetw
             result[:, layer, :size] = keep[:, layer, torch.randperm(size, generator=generator, device="cpu")]
         return result
 
-    return subnets._like({of: permuted(keep, _units(model, of, keep)) for of, keep in subnets._tensors().items()}, None)
+    return _map(subnets, model, permuted)
 
 
-def _units(model: Any, of: str, keep: Tensor) -> Sequence[int]:
-    """How many units each layer has, of what the mask tensor `keep` is over."""
-    if model is None or of not in ("heads", "neurons"):
-        return [keep.shape[-1]] * keep.shape[1]
+def _map(subnets: Subnetworks, model: Any, function: Callable[[Tensor, Sequence[int]], Tensor]) -> Subnetworks:
+    """New subnetworks of `function` of every mask tensor and of how many units each of its layers has."""
     from fastmask.models.structure import Geometry  # which imports this package
 
-    return Geometry.of(model).sizes(of)
+    geometry = None if model is None else Geometry.of(model)
+
+    def units(of: str, keep: Tensor) -> Sequence[int]:
+        if geometry is None or of not in ("heads", "neurons"):
+            return [keep.shape[-1]] * keep.shape[1]
+        return geometry.sizes(of)
+
+    return subnets._like({of: function(keep, units(of, keep)) for of, keep in subnets._tensors().items()}, None)
 
 
 def shuffled(subnets: Subnetworks) -> Subnetworks:

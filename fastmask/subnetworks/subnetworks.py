@@ -346,6 +346,6 @@ def _distinct_names(languages: Iterable[str]) -> tuple[str, ...]:
 def random_of_sizes(sizes: Tensor, units: Sequence[int], generator: torch.Generator) -> Tensor:
     """Random masks bool [L, layers, most units]: `sizes` [L, layers] live ones among the `units` that a layer has."""
     scores = torch.rand(*sizes.shape, max(units), generator=generator, device=generator.device)
-    for layer in [layer for layer, of in enumerate(units) if of < max(units)]:
-        scores[:, layer, units[layer] :] = 1  # above all that are drawn
+    missing = torch.arange(max(units), device="cpu") >= torch.tensor(units, device="cpu")[:, None]
+    scores.masked_fill_(missing.to(scores.device), 1)  # above all that are drawn
     return scores.argsort(-1).argsort(-1).to(sizes.device) < sizes[..., None]

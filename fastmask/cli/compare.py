@@ -87,7 +87,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     """The plan of a file, or that which the options say."""
     given = given_settings(options)
     if options.plan is not None:
-        others = [*(given.keys() - set(FREE)), *(name for name in ("methods", "metas") if getattr(options, name))]
+        others = [name for name, value in given.items() if name not in FREE and value is not None]
+        others += [name for name in ("methods", "metas") if getattr(options, name)]
         if others:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
             raise ConfigError(f"{names} given beside --plan, which says everything (expected no settings)")

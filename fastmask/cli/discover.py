@@ -40,8 +40,9 @@ def add_discover(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> N
     add("runs", nargs="+", metavar="RUN", type=RUN, help=runs)
     masks = "where to write the subnetworks (-: standard output)"
     add("--masks", metavar="FILE", type=output_file, default="masks.safetensors", help=masks)
-    votes = "how draws are combined; with a density, this is ignored: the units with the most votes are kept"
-    add("--combine", choices=tuple(VOTES), default="majority", help=votes)
+    votes = "which units are kept of those that draws keep; most: as many as a draw keeps, those with the most votes"
+    default = "most with a density, else majority"
+    add("--combine", choices=VOTES, help=f"{votes} (default: {default})")
     settings = ("score", "units", "density", "tau", "score_sentences", "draws", "dev_sentences", "seed")
     add_settings(parser, only=settings, default="that of the run")
     add_data(parser)
@@ -56,7 +57,8 @@ def run_discover(options: argparse.Namespace) -> None:
         print(f"{folder}: {', '.join(train)}", file=sys.stderr)
         draws += draws_for(task, train, dev, config, round_printer(sys.stderr, config.tau, task.metric))
     config = runs[0][2]
-    subnets = combine(draws, options.combine, config.density)
+    options.combine = options.combine or ("majority" if config.density is None else "most")
+    subnets = combine(draws, options.combine)
     made_from = _made_from(options, config, draws, subnets)
     subnets.save(options.masks, {"made_from": json.dumps(made_from)})
     stream = stream_beside(options.masks)
@@ -68,8 +70,6 @@ def run_discover(options: argparse.Namespace) -> None:
 def _runs(options: argparse.Namespace) -> list[tuple[str, Task, TrainConfig, dict[str, Any], dict[str, Any]]]:
     """Folder, task, settings, training examples and dev rows of every run, once they are known to go together."""
     given = given_settings(options)
-    if "tau" in given:
-        given["density"] = None  # else that of the run would count
     loaded = {folder: load_run(folder, attached=False) for folder in options.runs}
     configs = {folder: dataclasses.replace(run.config, **given) for folder, run in loaded.items()}
     first, *others = loaded
@@ -107,7 +107,7 @@ def _made_from(
     made: dict[str, Any] = {
         "runs": options.runs,
         "draws": most,
-        "vote": None if most == 1 else options.combine if config.density is None else "most votes",
+        "vote": None if most == 1 else options.combine,
         "units": config.units,
         **({"tau": config.tau} if config.density is None else {"density": config.density}),
         "score": config.score,
@@ -133,7 +133,7 @@ def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
         each = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(of_draws), max(of_draws))))
         mean = f"{sum(shares.values()) / len(shares):.1%} of {kind}"
         parts.append(f"{mean} (each draw {each})" if len(draws) > 1 else mean)
-    how = {None: "", "most votes": f", those with the most votes of {made_from['draws']} draws"}
+    how = {None: "", "most": f", those with the most votes of {made_from['draws']} draws"}
     text = how.get(made_from["vote"], f", by {made_from['vote']} of {made_from['draws']} draws")
     return f"kept, mean over languages: {' and '.join(parts)}{text}"
 

@@ -181,6 +181,8 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
         kind, _, own = name.partition(":")
         if kind in given:
             given[kind][own] = value
-    if {"tau", "density"} <= given["setting"].keys():
-        raise ConfigError("--tau and --density are both given (expected one: a density is kept whatever tau is)")
+    if "tau" in given["setting"]:
+        if "density" in given["setting"]:
+            raise ConfigError("--tau and --density are both given (expected one: a density is kept whatever tau is)")
+        given["setting"]["density"] = None  # else that of a file or of a run would count
     return {**given["setting"], "task_options": given["option"]} if given["option"] else given["setting"]

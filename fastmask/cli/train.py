@@ -123,8 +123,6 @@ def _config(options: argparse.Namespace) -> TrainConfig:
         given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
     base = TrainConfig.load(file) if file else TrainConfig()
     values = {**dataclasses.asdict(base), **given}
-    if "tau" in given:
-        values["density"] = None  # else that of the file would count
     known = base.task_options if values["task"] == base.task else {}  # else they are of another task
     values["task_options"] = {**known, **given.get("task_options", {})}
     if "masks" in given and values["method"] in ("full", "vector"):

@@ -235,11 +235,7 @@ def _without_lowest(keep: Tensor, score: Tensor, count: int) -> Tensor:
 # ---- several draws
 
 
-VOTES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "majority": lambda votes, draws: 2 * votes > draws,
-    "union": lambda votes, draws: votes > 0,
-    "intersection": lambda votes, draws: votes == draws,
-}
+VOTES = ("majority", "union", "intersection", "most")
 
 
 @dataclass(frozen=True)
@@ -255,7 +251,7 @@ class Draw:
     scores: Mapping[str, Importance]
 
 
-def combine(draws: Sequence[Draw], vote: str = "majority", density: float | None = None) -> Subnetworks:
+def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
     """Combine what several draws found for the units of one model.
 
     A language's subnetwork comes from the draws that have it: draws may be over the same languages, or each over one,
@@ -264,10 +260,10 @@ def combine(draws: Sequence[Draw], vote: str = "majority", density: float | None
 
     Args:
         draws: one or more, over the same units.
-        vote: without a density: "majority" keeps a unit that more than half of the draws keep (of two draws: both, as a
-            tie is no majority), "union" any, "intersection" all of them. The result is of whatever size this gives.
-        density: with it, a language keeps exactly as many units as `discover` keeps at this density, the first ones in
-            that order, whatever the vote.
+        vote: "majority" keeps a unit that more than half of the draws keep (of two draws: both, as a tie is no
+            majority), "union" any, "intersection" all of them. The result is of whatever size this gives. "most" keeps
+            as many units as a draw does on average, the first ones in that order: draws of one density give a result
+            of this density.
 
     Returns:
         Subnetworks of all languages, in the order in which the draws name them first.
@@ -285,12 +281,10 @@ def combine(draws: Sequence[Draw], vote: str = "majority", density: float | None
         if len({shape.get(kind) for shape in shapes}) > 1:
             raise ValueError(f"cannot combine subnetworks over different {kind}")
     names = dict.fromkeys(name for draw in draws for name in draw.subnetworks.languages)
-    return Subnetworks.stack([_combined(name, draws, VOTES[vote], density) for name in names])
+    return Subnetworks.stack([_combined(name, draws, vote) for name in names])
 
 
-def _combined(
-    name: str, draws: Sequence[Draw], vote: Callable[[Tensor, int], Tensor], density: float | None
-) -> Subnetworks:
+def _combined(name: str, draws: Sequence[Draw], vote: str) -> Subnetworks:
     """One language's subnetwork."""
     own = [draw for draw in draws if name in draw.subnetworks.languages]
     masks = [unit_masks(draw.subnetworks.select([name])) for draw in own]
@@ -298,17 +292,21 @@ def _combined(
     for kind in masks[0]:
         votes = torch.stack([mask[kind][0] for mask in masks]).sum(0)
         score = torch.stack([getattr(draw.scores[name], kind) for draw in own]).double().mean(0)
-        kept[kind] = _kept(votes, score, vote(votes, len(own)), density)[None]
+        kept[kind] = _kept(votes, len(own), score, vote)[None]
     return Subnetworks([name], kept.get("heads"), kept.get("neurons"))
 
 
-def _kept(votes: Tensor, scores: Tensor, elected: Tensor, density: float | None) -> Tensor:
-    """One language's mask: as many units as the density says, or those elected, of [layers, units] each."""
+def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:
+    """One language's mask, bool [layers, units], of how many draws keep each unit and of its mean score."""
     order = scores.flatten().argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     key = (votes.flatten() * len(order) + rank).view_as(votes)  # no two units have the same
-    best = torch.zeros_like(elected).scatter_(1, key.argmax(1, keepdim=True), True)
-    count = int((elected | best).sum()) if density is None else live_units(density, len(votes), votes.numel())
+    best = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, key.argmax(1, keepdim=True), True)
+    if vote == "most":
+        count = max(len(votes), round(int(votes.sum()) / draws))
+    else:
+        elected = {"majority": 2 * votes > draws, "union": votes > 0, "intersection": votes == draws}[vote]
+        count = int((elected | best).sum())
     first = key.masked_fill(best, int(key.max()) + 1).flatten().argsort(descending=True, stable=True)[:count]
     return torch.zeros(votes.numel(), dtype=torch.bool).scatter_(0, first, True).view_as(votes)
 

@@ -188,12 +188,12 @@ class AttachedExperts(nn.Module):
         return found
 
     @torch.no_grad()
-    def multiply(self, language: int) -> None:
-        """Multiply a language's mask into the parameters."""
+    def clear(self, language: int) -> None:
+        """Zero what is dead in a language."""
         keep = self._mask.select([language]).to_dense()[0, 0]
         for stacked in self.stacked:
             parameter: Any = getattr(self, stacked.name)
-            parameter.mul_(stacked.beside(keep.to(parameter.device), parameter))
+            parameter.masked_fill_(~stacked.beside(keep.to(parameter.device), parameter), 0)
 
 
 def _padded(live: Tensor) -> Tensor:

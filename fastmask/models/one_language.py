@@ -138,7 +138,7 @@ _NEURONS = (
 
 @torch.no_grad()
 def merge(model: nn.Module, language: str) -> Any:
-    """A plain copy of an attached model whose weights are multiplied by one language's masks.
+    """A plain copy of an attached model whose weights are zero where one language's masks are.
 
     It is a model of the same class and config, which loads anywhere and gives what the attached one does in that
     language, at dense cost. The attached model stays as it is.
@@ -165,11 +165,12 @@ def merge(model: nn.Module, language: str) -> Any:
         if any(uses[parameter] > 1 for parameter in layer.parameters(recurse=False) if parameter.ndim > 1):
             raise ValueError(f"cannot merge: the weight of {name!r} is tied to another module's, which has no mask")
         if isinstance(layer, AttachedExperts):
-            layer.multiply(row)
+            layer.clear(row)
             continue
-        layer.weight.mul_(layer.stored_mask.select([row]).to_dense()[0])
+        # Filled and not multiplied: a dead weight is never read, and may be anything.
+        layer.weight.masked_fill_(~layer.stored_mask.select([row]).to_dense()[0], 0)
         if layer.mask.kind == "rows" and layer.bias is not None:
-            layer.bias.mul_(layer.mask.select([row]).to_dense()[0, :, 0])
+            layer.bias.masked_fill_(~layer.mask.select([row]).to_dense()[0, :, 0], 0)
     return detach(merged)
 
 

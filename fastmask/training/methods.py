@@ -64,7 +64,8 @@ def subnetworks_of(
         draws = gather_object(draws_for(point.task, point.train, dev, config, on_round, only=mine) if mine else [])
         if on_draws is not None:
             on_draws(draws)
-        found = combine(draws, density=config.density).select(list(point.train))
+        vote = "majority" if config.density is None else "most"
+        found = combine(draws, vote).select(list(point.train))
     return _trained(found, point.task, config)
 
 

@@ -96,7 +96,7 @@ def test_discover_then_train_with_the_masks(run, data, tiny, capsys, tmp_path):
     assert subnets.heads.sum((1, 2)).tolist() == [4, 4]  # asked for half: a vote of two draws alone would leave less
     assert "kept, mean over languages: 50.0% of heads (each draw 50.0%), those with the most votes of 2 draws" in table
     made_from = json.loads(read_metadata(masks)["made_from"])
-    assert (made_from["vote"], made_from["draws"], made_from["units"]) == ("most votes", 2, "heads")
+    assert (made_from["vote"], made_from["draws"], made_from["units"]) == ("most", 2, "heads")
     assert made_from["kept"] == {"heads": {"qaa": 0.5, "qac": 0.5}}
     agreement = made_from["stability"]["heads"]
     assert all(0 < agreement[name] <= 1 for name in ("draws", "languages", "chance"))
@@ -136,11 +136,14 @@ def test_discover_joins_monolingual_runs(data, tiny, capsys, tmp_path):
     assert (made_from["vote"], made_from["draws"], made_from["stability"]["heads"]["draws"]) == (None, 1, None)
 
 
-def test_discover_at_a_density_whatever_the_vote(run, data, capsys, tmp_path):
-    """With a density as many units are kept as were asked for, also by a vote that would keep fewer."""
-    options = ["--density", "0.25", "--draws", "3", "--score-sentences", "4", "--combine", "intersection"]
-    output_of(capsys, "discover", run, "--data", data, "--masks", tmp_path / "m", "--units", "heads", *options)
-    assert fm.Subnetworks.load(tmp_path / "m").heads.sum((1, 2)).tolist() == [2, 2]
+def test_discover_at_a_density(run, data, capsys, tmp_path):
+    """With a density as many units are kept as were asked for; a vote that is asked for counts."""
+    options = ["--density", "0.25", "--draws", "3", "--score-sentences", "4", "--units", "heads"]
+    for vote, live in (([], [2]), (["--combine", "intersection"], [2]), (["--combine", "union"], range(2, 7))):
+        output_of(capsys, "discover", run, "--data", data, "--masks", tmp_path / "m", *options, *vote)
+        assert set(fm.Subnetworks.load(tmp_path / "m").heads.sum((1, 2)).tolist()) <= set(live)
+        made_from = json.loads(read_metadata(tmp_path / "m")["made_from"])
+        assert made_from["vote"] == (vote[-1] if vote else "most")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmask.discovery import VOTES, Draw, Importance, Stability, combine, live_units, stability
+from fastmask.discovery import VOTES, Draw, Importance, Stability, combine, stability
+from fastmask.discovery.pruning import live_units
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.subnetworks import random_of_sizes
 
@@ -21,7 +22,7 @@ def draw_of(rows, scores=None, language="a"):
 
 @st.composite
 def draws(draw):
-    """(density, draws of that density, over heads and neurons, with scores that are all different)."""
+    """Draws of one density, over heads and neurons, with scores that are all different."""
     layers, heads, neurons, languages = (draw(st.integers(1, most)) for most in (4, 6, 9, 3))
     count, seed = draw(st.integers(1, 6)), draw(st.integers(0, 2**31))
     density = draw(st.sampled_from([0.01, 0.25, 0.5, 0.7, 0.95, 1.0]))
@@ -41,14 +42,13 @@ def draws(draw):
         }
         return Draw(Subnetworks(names, masks(heads), masks(neurons)), scores)
 
-    return density, [one() for _ in range(count)]
+    return [one() for _ in range(count)]
 
 
-@given(draws(), st.sampled_from(sorted(VOTES)))
-def test_a_density_is_kept(case, vote):
-    """Every language must keep as many units as each draw did, and one in every layer at least, whatever the vote."""
-    density, found = case
-    combined = combine(found, vote, density)
+@given(draws())
+def test_a_density_is_kept(found):
+    """By "most", every language must keep as many units as each draw did, and one in every layer at least."""
+    combined = combine(found, "most")
     for kind in ("heads", "neurons"):
         keep, first = getattr(combined, kind), getattr(found[0].subnetworks, kind)
         assert torch.equal(keep.sum((1, 2)), first.sum((1, 2)))
@@ -65,13 +65,11 @@ def test_a_density_is_kept(case, vote):
                 assert order[others].min() > order[left].max()
 
 
-@given(draws(), st.sampled_from([*sorted(VOTES), None]), st.randoms(use_true_random=False))
-def test_neither_the_order_of_draws_nor_that_of_units_decides(case, vote, random):
+@given(draws(), st.sampled_from(VOTES), st.randoms(use_true_random=False))
+def test_neither_the_order_of_draws_nor_that_of_units_decides(found, vote, random):
     """Renumbered units must give the renumbered mask, and draws in another order the same: a tie is broken by worth."""
-    density, found = case
-    asked = (vote, None) if vote else ("majority", density)
-    combined = combine(found, *asked)
-    assert combine(random.sample(found, len(found)), *asked) == combined
+    combined = combine(found, vote)
+    assert combine(random.sample(found, len(found)), vote) == combined
     places = list(range(combined.heads.shape[2]))
     random.shuffle(places)
     moved = [
@@ -81,21 +79,19 @@ def test_neither_the_order_of_draws_nor_that_of_units_decides(case, vote, random
         )
         for draw in found
     ]
-    assert torch.equal(combine(moved, *asked).heads, combined.heads[:, :, places])
+    assert torch.equal(combine(moved, vote).heads, combined.heads[:, :, places])
 
 
 @given(draws())
-def test_one_draw_is_itself(case):
-    """A single draw is returned as it is, with a density and by every vote."""
-    density, found = case
+def test_one_draw_is_itself(found):
+    """A single draw is returned as it is, by every vote."""
     for vote in VOTES:
-        assert combine(found[:1], vote, density) == combine(found[:1], vote) == found[0].subnetworks
+        assert combine(found[:1], vote) == found[0].subnetworks
 
 
 @given(draws())
-def test_votes_without_a_density(case):
-    """Without a density a vote must keep the units it elects, and besides them only the best one of a layer."""
-    _, found = case
+def test_votes_that_elect(found):
+    """A vote must keep the units it elects, and besides them only the best one of a layer."""
     votes = sum(draw.subnetworks.heads.long() for draw in found)
     elected = {
         "majority": votes * 2 > len(found),
@@ -120,34 +116,32 @@ def test_by_hand():
         draw_of([[1, 0, 0, 0], [0, 0, 1, 0]], scores),
     ]
 
-    def rows(*asked):
-        return combine(seeds, *asked).heads[0].int().tolist()
+    def rows(*vote):
+        return combine(seeds, *vote).heads[0].int().tolist()
 
     assert rows() == rows("majority") == [[1, 1, 0, 0], [0, 0, 1, 0]]
     assert rows("union") == [[1, 1, 1, 0], [1, 1, 1, 0]]
     assert rows("intersection") == [[1, 0, 0, 0], [0, 0, 1, 0]]
-    # Half of 8: the best of each layer, then two votes, then the highest score among those with one.
-    assert rows("majority", 0.5) == [[1, 1, 1, 0], [0, 0, 1, 0]]
+    # Of 4, 3 and 2 units on average 3: the best of each layer, then the one with two votes.
+    assert rows("most") == [[1, 1, 0, 0], [0, 0, 1, 0]]
 
 
 def test_two_draws_at_half_the_units_keep_half_of_them():
     """Two draws that share one of three units must not leave a third of what was asked for."""
     first, second = [[1, 1, 1, 0, 0, 0]], [[0, 0, 1, 1, 1, 0]]
     scores = [[0.1, 0.4, 0.5, 0.3, 0.2, 0.9]]
-    found = combine([draw_of(first, scores), draw_of(second, scores)], density=0.5)
+    found = combine([draw_of(first, scores), draw_of(second, scores)], "most")
     assert found.heads[0].int().tolist() == [[0, 1, 1, 1, 0, 0]]
     assert combine([draw_of(first), draw_of(second)]).heads.sum() == 1  # a tie is no majority
 
 
-@given(draws(), st.sampled_from([*sorted(VOTES), None]))
-def test_each_language_comes_from_the_draws_that_have_it(case, vote):
+@given(draws(), st.sampled_from(VOTES))
+def test_each_language_comes_from_the_draws_that_have_it(found, vote):
     """Draws over one language each must give what draws over all of them give, in the order they come in."""
-    density, found = case
-    asked = (vote, None) if vote else ("majority", density)
     apart = [Draw(draw.subnetworks.select([name]), draw.scores) for draw in found for name in draw.scores]
-    assert combine(apart, *asked) == combine(found, *asked)
+    assert combine(apart, vote) == combine(found, vote)
     names = combine(found).languages
-    assert combine(apart[::-1], *asked) == combine(found, *asked).select(names[::-1])
+    assert combine(apart[::-1], vote) == combine(found, vote).select(names[::-1])
 
 
 def test_draws_of_some_languages_only():

@@ -38,6 +38,18 @@ class TestMerge:
         with fm.language(model, "b"):
             torch.testing.assert_close(first_of(fm.merge(model, "b")(**inputs)), first_of(model(**inputs)))
 
+    def test_what_dead_weights_hold_is_gone(self):
+        """Weights that no language reads may be anything: merged they are zeros, and not NaN."""
+        model, subnets, inputs = made()
+        fm.attach(model, subnets)
+        layer = model.get_submodule("bert.encoder.layer.1.output.dense")
+        with fm.language(model, "bb"):
+            want = first_of(model(**inputs))
+        dead = ~layer.mask.select([subnets.index("bb")]).to_dense()[0]
+        with torch.no_grad():
+            layer.weight.masked_fill_(dead, torch.inf)
+        torch.testing.assert_close(first_of(fm.merge(model, "bb")(**inputs)), want, rtol=1e-5, atol=1e-6)
+
     def test_tied_weights(self):
         """Merging into a tied weight is refused: the embeddings would be multiplied, too."""
         model, _, _ = made()

@@ -111,8 +111,8 @@ def print_changes(before: Sequence[Row], now: Sequence[Row], path: Path) -> bool
 def update_readme(path: Path, rows: Sequence[Row]) -> None:
     """Put our rows at the settings of `QUICK` between two lines of a Markdown file; write nothing if any is missing."""
     lines = ["| half of the heads and neurons, float32, two CPU threads | over our dense | over PyTorch's | ideal | "
-             "memory kept |", "|---|---|---|---|---|"]  # fmt: skip
-    for job, name in zip(QUICK, ("BERT-base encoder", "the same"), strict=True):
+             "activations kept, over PyTorch's |", "|---|---|---|---|---|"]  # fmt: skip
+    for job, name in zip(QUICK, ("four BERT-base layers", "the same"), strict=True):
         setting = job.setting
         found = {row.implementation: row for row in rows if row.setting == setting}
         if not {"dense", "full", "fastmask"} <= set(found):
@@ -124,7 +124,7 @@ def update_readme(path: Path, rows: Sequence[Row]) -> None:
         lines.append(f"| {what} | {ours.over_full} | {ours.over_dense} | {ours.ideal:.2f}x | {memory} |")
     about = (
         f"Forward and backward, {_where(ours)}. {_how(ours)} *Our dense* is the full network through `fastmask`, with "
-        "the same matrix products. [How it is measured, and against what else](docs/benchmarks.md)."
+        "the same matrix products; masks are random. [How it is measured, and against what else](docs/benchmarks.md)."
     )
     text = path.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):

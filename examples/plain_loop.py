@@ -100,7 +100,7 @@ for _ in range(options.steps):
     optimizer.step()
 print("full network:", ", ".join(f"{name} {accuracy(name):.1f}" for name in train))
 
-# 2. Drop heads and neurons, a tenth at a time, until half of them are left.
+# 2. Drop heads and neurons, a fifth at a time, until half of them are left.
 model.eval()
 scored = {name: [some(name, 16) for _ in range(2)] for name in train}
 subnets = fm.discover(model, scored, loss_of_each, units="both", density=0.5)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ANALYSES", "add_analyze", "add_evaluate", "add_predict", "run_analyze", "run_evaluate", "run_predict"]
 
-ANALYSES = "effect,overlap,heads,conflict,cross,typology,ablation,dynamics"
+ANALYSES = "effect,overlap,use,conflict,cross,typology,ablation,dynamics"
 
 
 def add_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -50,7 +50,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def add_predict(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
-    add("input", metavar="INPUT", type=FILE, help="file to read, - for standard input: CoNLL-U (parsing) or JSON lines")
+    add(
+        "input",
+        metavar="INPUT",
+        type=FILE,
+        help="file to read, - for standard input: CoNLL-U (parsing, tags) or JSON lines",
+    )
     add("output", metavar="OUTPUT", type=output_file, help="file to write, - for standard output")
     add("--language", help="whose subnetwork to use; the full network if not given")
     add_device(parser)

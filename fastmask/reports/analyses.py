@@ -378,7 +378,7 @@ def ablation(part: Part) -> None:
 ANALYSES: dict[str, Callable[[Part], None]] = {
     "effect": effect,
     "overlap": overlap,
-    "heads": use,
+    "use": use,
     "conflict": conflict,
     "cross": cross,
     "typology": typology,

@@ -41,7 +41,7 @@ SHOWS = {
         "Overlap of masks",
         "How much the languages' subnetworks share, beside random masks of the same sizes.",
     ),
-    "heads": ("Use of heads and neurons", "How many languages own each of them, and how many all, one or none own."),
+    "use": ("Use of heads and neurons", "How many languages own each of them, and how many all, one or none own."),
     "conflict": (
         "Gradient conflict",
         "Whether languages pull parameters the same way, beside one language with itself.",

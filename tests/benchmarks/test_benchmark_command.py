@@ -132,7 +132,7 @@ def test_readme(tmp_path):
     assert text.startswith("before\n<!-- benchmarks:begin -->\n| half of")
     assert text.endswith("<!-- benchmarks:end -->\nafter\n")
     ours = "| 1.86x (1.82-1.89) | 2.97x (2.91-3.03) | 2.00x | 0.51x |"
-    assert f"| BERT-base encoder, one language, 8 x 128 tokens {ours}" in text
+    assert f"| four BERT-base layers, one language, 8 x 128 tokens {ours}" in text
     assert "| the same, 8 languages in one batch, 16 x 128 tokens | 1.50x" in text
     assert "a processor, with a comma (model 2), PyTorch 2.13.0, 2026-11-20" in text
     rows_file.write(csv, one)

@@ -53,8 +53,8 @@ def test_a_run_gets_a_report(run, capsys):
     } <= names
     text = (run / "analysis" / "report.html").read_text()
     assert f"fastmask analyze {run} --sentences 4" in text
-    assert main(["analyze", str(run), "--what", "heads"]) == 0
-    assert "static, heads: " in capsys.readouterr().err
+    assert main(["analyze", str(run), "--what", "use"]) == 0
+    assert "static, use: " in capsys.readouterr().err
     assert not (run / "analysis" / "cross-static.csv").exists()
 
 

@@ -287,27 +287,34 @@ def main() -> None:
     """Print what becomes of every type as the page docs/models.md, or of those given, a line each."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    found: dict[str, tuple[str, str, Verdict]] = {}  # by class: some types share one
+    sharing: dict[str, list[tuple[str, str]]] = {}  # class -> its types, and what for
     for model_type, what, class_name in sorted(all_types()):
-        if class_name in found or (sys.argv[1:] and model_type not in sys.argv[1:]):
+        sharing.setdefault(class_name, []).append((model_type, what))
+    found: dict[str, tuple[str, str, Verdict]] = {}
+    for class_name, types in sharing.items():
+        model_type, what = next((of for of in types if of[0] in sys.argv[1:]), types[0])
+        if sys.argv[1:] and model_type not in sys.argv[1:]:
             continue
         try:
             of = verdict(model_type, class_name)
         except Exception as error:
             of = Verdict("CRASH", short(error))
-        found[class_name] = model_type, what, of
+        names = ", ".join(dict.fromkeys(f"`{name}`" for name, _ in types))
+        found[class_name] = names, what, of
         print(f"{model_type}: {class_name}: {of.word}: {of.detail}", file=sys.stderr, flush=True)
     if sys.argv[1:]:
         return
     words = [of.word for _, _, of in found.values()]
     right = sum(words.count(word) for word in ("packed", "partly packed", "unpacked"))
     experts = sum("experts" in of.detail.split(";")[0] for _, _, of in found.values())
+    types = len({model_type for of in sharing.values() for model_type, _ in of})
     about = {"version": transformers.__version__, "tried": len(words), "right": right, "experts": experts}
+    about["types"] = types
     print(PAGE.format(**about, **_counts(words)))
-    for model_type, what, of in found.values():
+    for names, what, of in found.values():
         if of.word not in ("not built", "not run"):
-            print(f"| `{model_type}` | {what} | {of.word} | {of.detail.replace('|', '/')} |")
-    missing = [f"`{model_type}`" for model_type, _, of in found.values() if of.word in ("not built", "not run")]
+            print(f"| {names} | {what} | {of.word} | {of.detail.replace('|', '/')} |")
+    missing = dict.fromkeys(names for names, _, of in found.values() if of.word in ("not built", "not run"))
     print(f"\nNot tried, because no small model of them could be built or run here: {', '.join(missing)}.")
 
 
@@ -320,9 +327,9 @@ PAGE = """# Models
 
 `fastmask.attach` finds heads and neurons by the names and shapes of modules, and checks on a tiny batch that its layers
 give what weights multiplied by masks would. This page is generated
-(`python tests/models/every_model.py > docs/models.md`). It tries every language and speech model type of transformers
-{version}: a tiny random model runs a batch of three languages (one of them the full network), and the output and the
-gradient of every parameter are checked.
+(`python tests/models/every_model.py > docs/models.md`). It tries the {tried} classes that transformers {version} has
+for its {types} types of language and speech models: a tiny random model runs a batch of three languages (one of them
+the full network), and the output and the gradient of every parameter are checked.
 
 - **packed** ({packed}): dead heads and neurons are never computed.
 - **partly packed** ({partly_packed}): some places are not packed, mostly attention code that requires a fixed
@@ -331,7 +338,7 @@ gradient of every parameter are checked.
 - **refused** ({refused}): `attach` says why. **Wrong: {wrong}.** Crashed: {crash}.
 
 {right} of {tried} are right; those that could not be tried are listed at the end. `heads` are attention
-heads, or key/value groups under grouped-query attention. `experts` ({experts} types) are neurons of routed
+heads, or key/value groups under grouped-query attention. `experts` ({experts} classes) are neurons of routed
 experts: a language owns the same ones in every expert of a layer. Shared experts are separate FFNs.
 
 | model type | as | units | what |

@@ -75,7 +75,7 @@ def test_overlap_and_heads(comparison, tables_of):
         wanted = fm.analysis.overlap(seeds[0], seeds=[seeds[1]], same_start=False, units=units, seed=3)
         same(found[f"overlap-{units}-static"], wanted.table)
         same(found[f"overlap-{units}-static_relations"], wanted.more["relations"])
-    found = tables_of([comparison], "heads")
+    found = tables_of([comparison], "use")
     for seed in (0, 1):
         wanted = fm.analysis.unit_use(seeds[seed], units="heads", seed=3)
         same(found[f"use-heads-static-seed-{seed}"], wanted.table)

@@ -61,7 +61,7 @@ class Page(HTMLParser):
 def report(static_run, tmp_path_factory):
     """The folder of a report."""
     out = tmp_path_factory.mktemp("report") / "out"
-    return make_report([static_run], ["overlap", "heads"], out, command="fastmask analyze <x>").report.parent
+    return make_report([static_run], ["overlap", "use"], out, command="fastmask analyze <x>").report.parent
 
 
 def test_page_is_whole_and_loads_nothing(report):
@@ -209,7 +209,7 @@ def test_families_have_one_colour(static_run):
 
 def test_same_input_same_files(report, static_run, tmp_path):
     """The same input makes the same files, byte for byte."""
-    make_report([static_run], ["overlap", "heads"], tmp_path / "again", command="fastmask analyze <x>")
+    make_report([static_run], ["overlap", "use"], tmp_path / "again", command="fastmask analyze <x>")
     for path in report.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -217,10 +217,10 @@ def test_same_input_same_files(report, static_run, tmp_path):
 def test_a_second_report_replaces_the_first(static_run, tmp_path):
     """A new report removes the files of the old one, and nobody else's."""
     out = tmp_path / "out"
-    make_report([static_run], ["overlap", "heads"], out)
+    make_report([static_run], ["overlap", "use"], out)
     (out / "notes.txt").write_text("mine")
     before = {path: path.stat().st_mtime_ns for path in static_run.rglob("*")}
-    make_report([static_run], ["heads"], out)
+    make_report([static_run], ["use"], out)
     names = {path.name for path in out.iterdir()}
     assert not any(name.startswith("overlap") for name in names)
     assert {"report.html", "notes.txt", "use-heads-static-seed-0.png"} <= names
@@ -246,7 +246,7 @@ def test_an_interrupted_report_leaves_whole_files(static_run, tmp_path, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(results, "replace_file", write_some)
         with pytest.raises(KeyboardInterrupt):
-            make_report([static_run], ["heads"], out)
+            make_report([static_run], ["use"], out)
     assert (out / "report.html").read_bytes() == old
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     make_report([static_run], ["dynamics", "overlap"], out)

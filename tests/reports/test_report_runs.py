@@ -131,7 +131,7 @@ def test_a_run_without_masks(full_run, tmp_path):
     shutil.copytree(full_run, copy)
     shutil.rmtree(copy / "checkpoints")
     made = make_report([copy], options=FEW, out=tmp_path / "out")
-    for name in ("overlap", "heads", "cross", "ablation"):
+    for name in ("overlap", "use", "cross", "ablation"):
         assert says(made, f"{name}: ", "no run has subnetworks"), name
     assert says(made, "dynamics: ", "no run is of method dynamic")
     assert says(made, "conflict (along checkpoints)", "kept no checkpoint", "--keep-checkpoints 0")

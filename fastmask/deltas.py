@@ -21,10 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed, write_sealed
+from fastmask.files import FileError, parse_json, read_metadata, read_sealed, write_sealed
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.experts import AttachedExperts
+from fastmask.records import Record
 
 __all__ = ["Change", "Delta", "Part"]
 

@@ -25,14 +25,13 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 __all__ = [
-    "LOCK_FILES", "MANIFEST", "SEAL", "STDOUT", "FileError", "HeldError", "Record", "check", "check_files",
-    "check_writable", "files_in", "held", "is_leftover", "named_errors", "parse_json", "partial_name", "read_json",
+    "LOCK_FILES", "MANIFEST", "SEAL", "STDOUT", "FileError", "HeldError", "check", "check_files", "check_writable",
+    "files_in", "held", "is_leftover", "named_errors", "parse_json", "partial_name", "read_json",
     "read_metadata", "read_sealed", "read_tensors", "read_yaml", "remove_leftovers", "remove_tree", "replace_file",
     "sha256_of", "write_folder", "write_manifest", "write_sealed", "write_tensors", "write_text", "write_yaml",
 ]  # fmt: skip
@@ -57,28 +56,24 @@ class FileError(ValueError):
         super().__init__(f"{os.fspath(path)}: {' '.join(problem.split())}")
 
 
-class Record(BaseModel):
-    """The base of what a JSON file of ours holds: every field of exactly its type, none missing, none unknown."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
 def check(path: str | os.PathLike[str], content: Any, kind: type[T] | Any) -> T:
-    """Return `content`, read at `path`, if it is of the type `kind` (a `Record`, or a type such as ``dict[str, int]``).
+    """Return `content`, read at `path`, if it is of the type `kind`, such as ``dict[str, int]`` or a `records.Record`.
 
     Nothing is converted. Raises FileError, which says where something is of another type, missing or unknown.
     """
-    return _checked(path, lambda: TypeAdapter(kind).validate_python(content, strict=True))
+    return _checked(path, kind, lambda adapter: adapter.validate_python(content, strict=True))
 
 
 def parse_json(path: str | os.PathLike[str], text: str, kind: type[T] | Any = dict) -> T:
     """Return what a JSON text, read at `path`, holds; see `check`. A list passes for a tuple, which JSON lacks."""
-    return _checked(path, lambda: TypeAdapter(kind).validate_json(text, strict=True))
+    return _checked(path, kind, lambda adapter: adapter.validate_json(text, strict=True))
 
 
-def _checked(path: str | os.PathLike[str], validate: Callable[[], T]) -> T:
+def _checked(path: str | os.PathLike[str], kind: Any, validate: Callable[[Any], T]) -> T:
+    from pydantic import TypeAdapter, ValidationError  # not for what reads no files
+
     try:
-        return validate()
+        return validate(TypeAdapter(kind))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":

@@ -14,6 +14,7 @@ __all__ = ["Kept", "is_capturing", "never_written", "sent"]
 T = TypeVar("T")
 
 _NAME = "_fastmask_made"
+_MOST = 64  # that are kept of one tensor: ids may outlive numbers of tokens, of which there can be any number
 _Places = dict[tuple[Hashable, ...], tuple[int, Any]]  # by (Kept, key, stream): the tensor's version, and what was made
 
 
@@ -56,6 +57,8 @@ class Kept(Generic[T]):
         place = (self, key, stream_of(device))
         if place not in places or places[place][0] != version:
             places[place] = version, make()
+            while len(places) > _MOST:
+                places.pop(next(iter(places)), None)
         made: T = places[place][1]
         return made
 

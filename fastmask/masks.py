@@ -77,7 +77,7 @@ class Mask:
 
     @classmethod
     def columns(cls, keep: Tensor, out_features: int) -> Mask:
-        """Whole input units: `keep` bool [L, K]. A dead input is never read and gets no gradient."""
+        """Whole input units: `keep` bool [L, K]. A dead input does not count and gets no gradient."""
         keep = _checked(keep, 2, "keep [languages, in_features]")
         out_features = _positive(out_features, "out_features")
         return cls._of_units("columns", keep, (keep.shape[0], out_features, keep.shape[1]), out_features)

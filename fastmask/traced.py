@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask import bits
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import FULL, UNPACKED, StoredMask
 from fastmask.operators import Settings, as_examples, path_for
 from fastmask.torch_path.layers import Layers, Needs, activate
 
@@ -170,7 +170,8 @@ def _masked_linear(
             keep = bits.unpack_by_shifts(indices[g], weight.shape[1] // bk)
             keep = keep.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
             y = F.linear(x, w)
-            at = language_ids.view(-1, *[1] * (x.ndim - 1))
+            names = torch.arange(n_languages + 1, device=language_ids.device)
+            at = names[_row(language_ids, n_languages)].view(-1, *[1] * (x.ndim - 1))
             for language in range(n_languages):
                 y = torch.where(at == language, F.linear(x, w * keep[language]), y)
             found.append(y if bias is None else y + bias)
@@ -182,8 +183,14 @@ def _slots(index: Tensor, extents: Tensor, ids: Tensor, size: int) -> tuple[Tens
     whole = torch.arange(size, device=index.device)
     table = torch.cat([F.pad(index, (0, size - index.shape[1])), whole[None]])
     counts = torch.cat([extents, extents.new_full((1,), size)])
-    row = torch.where(ids < 0, index.shape[0], ids)
+    row = _row(ids, index.shape[0])
     return table[row], whole[None] < counts[row][:, None]
+
+
+def _row(ids: Tensor, n_languages: int) -> Tensor:
+    """Where a table of languages, with the full network behind them, has each id; out of range as the ids are."""
+    known = torch.where(ids == FULL, n_languages, ids)
+    return torch.where((ids < FULL) | (ids >= n_languages), n_languages + 1, known)
 
 
 def _kept(slots: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:

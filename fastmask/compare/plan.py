@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from fastmask.errors import unknown
-from fastmask.files import Record, is_leftover, read_json, read_yaml, write_text, write_yaml
+from fastmask.files import is_leftover, read_json, read_yaml, write_text, write_yaml
+from fastmask.records import Record
 from fastmask.settings import ConfigError, Settings, flat, items_of, named_errors, setting
 from fastmask.tasks.task import Splits, Task, TaskSettings
 from fastmask.training.config import TrainConfig

@@ -18,11 +18,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fastmask.files import FileError, Record, read_json, sha256_of, write_text
+from fastmask.files import FileError, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
 from fastmask.models.calls import UNLOADED, plain_class_of
 from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
+from fastmask.records import Record
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["from_pretrained", "save_pretrained"]

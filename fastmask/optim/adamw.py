@@ -32,7 +32,6 @@ LITTLE, LITTLE_OF_WEIGHTS = 1 / 2, 1 / 16
 HELD = "held"  # in a state dict, beside the moments: which part of the parameter they are of
 
 Languages = Tensor | Iterable[int | str] | int | str
-Ids = Sequence[int] | Tensor
 
 
 class LiveAdamW(torch.optim.AdamW):
@@ -53,7 +52,8 @@ class LiveAdamW(torch.optim.AdamW):
     `torch.distributed`. What cannot be watched has to be said, with `step(languages=...)` or, where somebody else calls
     `step`, with `announce` before: compiled models, gradients written by hand (Reptile), layers attached after the
     last `zero_grad`, `step` or `load_state_dict`. Language ids on a GPU are read at the step, which waits for the GPU;
-    `announce` ids of the CPU to avoid that. Masks are looked up at each step, so they may change in between.
+    `announce` ids of the CPU to avoid that. (A set of languages that is new waits as well: its masks are read once.)
+    Masks are looked up at each step, so they may change in between.
 
     State: `step`, `exp_avg` and `exp_avg_sq` of each parameter, as of `torch.optim.AdamW`, whose `state_dict` is loaded
     here. Where all languages of a mask together own at most half of a parameter (of a mask over single weights, a
@@ -263,7 +263,7 @@ class LiveAdamW(torch.optim.AdamW):
                     f"the gradient of {name!r} came from no forward pass that was seen, so its languages are not "
                     "known: call step(languages=...), or announce(...) before the step"
                 )
-            own = {i for given, _ in note.arrived for i in (given.tolist() if isinstance(given, Tensor) else given)}
+            own = {i for given, _ in note.arrived for i in (given.read() if isinstance(given, _Later) else given)}
             note.arrived = [(tuple(own), now)]  # ids on a GPU are read once
             ids |= own
         return ids
@@ -377,6 +377,25 @@ class LiveAdamW(torch.optim.AdamW):
         raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
 
 
+class _Later:
+    """Ids that stay on their GPU until somebody has to know them."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids, self.version = ids.detach(), None if ids.is_inference() else ids._version
+
+    def read(self) -> list[int]:
+        if self.version is not None and self.ids._version != self.version:
+            raise RuntimeError(
+                "language ids on a GPU were written to between a forward pass and the optimizer's step, so its "
+                "languages are not known: call step(languages=...), or give each batch a tensor of its own"
+            )
+        ids: list[int] = self.ids.tolist()
+        return ids
+
+
+Ids = Sequence[int] | _Later
+
+
 class _Note:
     """Which languages the gradient of one masked layer came from, noticed while the backward pass brings it.
 
@@ -387,7 +406,7 @@ class _Note:
     """
 
     def __init__(self) -> None:
-        # Ids of passes, which stay on their GPU until somebody has to know them; and the names of all languages then.
+        # Ids of passes, and the names of all languages then.
         self.arrived: list[tuple[Ids, tuple[str, ...]]] = []
         self._pending: list[tuple[Ids, tuple[str, ...]]] = []
         self._pass = -1  # which backward pass the pending ones are of
@@ -435,9 +454,9 @@ def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids
         if route.present is not None:
             return route.present
         ids = route.language_ids
-        return (ids,) if isinstance(ids, int) else ids.detach()
+        return (ids,) if isinstance(ids, int) else _Later(ids)
     ids = args[1] if len(args) > 1 else kwargs["language_ids"]
-    return ids.detach() if ids.device.type != "cpu" else tuple(set(ids.tolist()))
+    return _Later(ids) if ids.device.type != "cpu" else tuple(set(ids.tolist()))
 
 
 def _is_little(part: Live) -> bool:

@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.files import FileError, Record, parse_json, read_metadata, read_sealed, write_sealed
+from fastmask.files import FileError, parse_json, read_metadata, read_sealed, write_sealed
 
 __all__ = ["UNITS", "Subnetworks", "masks_file", "random_of_sizes"]
 
@@ -28,14 +27,6 @@ CONTENT = "content"
 _IN_FOLDERS = ("masks.safetensors", "subnetworks.safetensors")  # of a run, and of a model with masks
 _RESERVED = ("format", "version", CONTENT, "sha256")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_Size = Annotated[int, Field(ge=1)]
-
-
-class _Content(Record):
-    """What a file says of its tensors: uint8 [L, bytes] each, a unit a bit, the lowest bit first."""
-
-    languages: Annotated[tuple[str, ...], Field(min_length=1, max_length=10_000)]
-    shapes: dict[str, tuple[_Size, _Size, _Size]]  # name of the tensor -> of the mask it stands for
 
 
 class Subnetworks:
@@ -264,6 +255,8 @@ class Subnetworks:
             ValueError: metadata of another type, or under a name that the file uses itself.
             OSError: it cannot be written; what was there before is still there.
         """
+        from fastmask.records import MasksRecord
+
         metadata = metadata or {}
         for name, text in metadata.items():
             if name in _RESERVED or not isinstance(name, str) or not isinstance(text, str):
@@ -274,7 +267,7 @@ class Subnetworks:
         flags = {name: keep.flatten(1).cpu().numpy() for name, keep in named.items() if keep is not None}
         packed = {name: torch.from_numpy(np.packbits(of, axis=1, bitorder="little")) for name, of in flags.items()}
         shapes: dict[str, Any] = {name: tuple(keep.shape) for name, keep in named.items() if keep is not None}
-        content = _Content(languages=self.languages, shapes=shapes).model_dump_json()
+        content = MasksRecord(languages=self.languages, shapes=shapes).model_dump_json()
         write_sealed(path, packed, {"format": FORMAT, "version": VERSION, CONTENT: content, **metadata})
 
     @classmethod
@@ -285,6 +278,8 @@ class Subnetworks:
             FileNotFoundError: no such file.
             FileError: a ValueError; the file is damaged (one bit is enough), of another kind or of another version.
         """
+        from fastmask.records import MasksRecord
+
         path = masks_file(path)
         header = read_metadata(path)  # before the tensors of what may be another kind of file
         if header.get("format") != FORMAT:
@@ -295,7 +290,7 @@ class Subnetworks:
                 f"has format version {version} (expected {VERSION}: write or read it with a fastmask of its version)",
             )
         packed, header = read_sealed(path)
-        content: _Content = parse_json(path, header.get(CONTENT, ""), _Content)
+        content: MasksRecord = parse_json(path, header.get(CONTENT, ""), MasksRecord)
         try:
             masks = {name: _unpacked(packed[name], shape) for name, shape in content.shapes.items()}
             weights = {name.removeprefix("weights."): k for name, k in masks.items() if name.startswith("weights.")}

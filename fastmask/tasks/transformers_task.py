@@ -22,10 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
 from fastmask.errors import unknown as unknown_name
-from fastmask.files import FileError, Record, read_json, write_text
+from fastmask.files import FileError, read_json, write_text
 from fastmask.models.attach import attached
 from fastmask.models.calls import plain_class_of
 from fastmask.models.languages import LanguageCounts
+from fastmask.records import Record
 from fastmask.settings import ConfigError
 from fastmask.tasks.predicting import like_lengths
 from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars

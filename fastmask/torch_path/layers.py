@@ -116,7 +116,7 @@ def backward(
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
     to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
-    tables, split, gated = _prepared(layers, x, weights, language_ids)
+    tables, split, gated = _prepared(layers, x, weights, language_ids, again=True)
     active, inside = activate(x, layers.activation), split.full if gated else split
     read = kept or _read(layers, tables, weights, x, inside)
     if gated and gated[0].of_rows:
@@ -162,14 +162,14 @@ _tables: Kept[Table] = Kept()
 
 
 def _prepared(
-    layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor
+    layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor, again: bool = False
 ) -> tuple[Sequence[Table], Split, Sequence[Units]]:
     """The tables, the batch, and the tables once more if the batch is to be run with gates."""
     tables = [
         _tables.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
         for mask, weight in zip(layers.masks, weights, strict=True)
     ]
-    split, T = Split.of(language_ids, layers.n_languages), x.shape[1]
+    split, T = Split.of(language_ids, layers.n_languages, again), x.shape[1]
     key = (T, layers.full_forward, *tables)
     return split.once(key, lambda: _planned(tables, split, T, layers.full_forward))
 
@@ -251,12 +251,11 @@ def full_input_grad(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 def name_of(module: nn.Module) -> str:
     """The name under which `activate` computes what `module` computes; `NONE` if it does not know it."""
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else NONE
-    if isinstance(module, nn.ReLU):
+    if type(module) is nn.ReLU:  # and no subclass, which may compute anything
         return "relu"
-    # GELUActivation of transformers holds the function it calls.
-    return "gelu" if getattr(module, "act", None) is F.gelu else NONE
+    exact = type(module) is nn.GELU and module.approximate == "none"
+    # That of transformers holds the function it calls.
+    return "gelu" if exact or (type(module).__name__ == "GELUActivation" and module.act is F.gelu) else NONE
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -13,6 +13,7 @@ on a Zen 4 it is not. No name of a processor tells, so it is measured once. Two 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -23,10 +24,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from fastmask.files import FileError, Record, read_json
 from fastmask.processor import cpu_fields
 
 __all__ = ["MOST_TERMS", "answer_file", "by_onednn", "faster", "linear", "padded", "suits"]
@@ -95,14 +94,8 @@ def _works() -> bool:
 # ---- which library is faster
 
 
-class Answer(Record):
-    """What was measured: how much faster oneDNN is than MKL, for each of `SIZES`."""
-
-    gains: list[float] = Field(min_length=len(SIZES), max_length=len(SIZES))
-
-
 def answer_file() -> Path:
-    """Where the answer for this processor and this PyTorch is kept."""
+    """Where is kept how much faster oneDNN is than MKL, for each of `SIZES`, with this processor and this PyTorch."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastmask")
     wanted, known = ("vendor_id", "cpu family", "model", "model name", "stepping"), cpu_fields()
     name = "-".join(known[name] for name in wanted if name in known) or platform.processor() or platform.machine()
@@ -117,27 +110,29 @@ def faster(mkl: Product, onednn: Product) -> bool:
     the first process that finds it out decides for all; where nothing can be written, each finds out for itself.
     """
     path = answer_file()
-    answer = _remembered(path)
-    if answer is None:
-        answer = Answer(gains=[_gain(mkl, onednn, *size) for size in SIZES])
+    gains = _remembered(path)
+    if gains is None:
+        gains = [_gain(mkl, onednn, *size) for size in SIZES]
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 whole = Path(folder, path.name)
-                whole.write_text(answer.model_dump_json(), encoding="utf-8")
+                whole.write_text(json.dumps(gains), encoding="utf-8")
                 if _remembered(path) is None:
                     path.unlink(missing_ok=True)  # damaged
                 os.link(whole, path)  # fails where there is one, and the file is whole as soon as it is there
         except OSError:
-            answer = _remembered(path) or answer  # another process may have been first
-    return min(answer.gains) >= GAIN
+            gains = _remembered(path) or gains  # another process may have been first
+    return min(gains) >= GAIN
 
 
-def _remembered(path: Path) -> Answer | None:
+def _remembered(path: Path) -> list[float] | None:
     try:
-        return read_json(path, Answer)
-    except (OSError, FileError):
+        gains = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    whole = isinstance(gains, list) and len(gains) == len(SIZES) and all(isinstance(gain, float) for gain in gains)
+    return gains if whole else None
 
 
 def _gain(mkl: Product, onednn: Product, M: int, K: int, N: int) -> float:

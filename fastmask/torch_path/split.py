@@ -42,20 +42,27 @@ class Split:
             self.parts.append((language, len(order), len(order) + len(where)))
             order += where
         self.present = tuple(places)
-        self._order = None if order == list(range(len(order))) else torch.tensor(order)
+        self._order = None if order == list(range(len(order))) else torch.tensor(order, device="cpu")
         self._made: dict[tuple[Hashable, ...], Any] = {}
 
     @classmethod
-    def of(cls, language_ids: Tensor, n_languages: int) -> Split:
-        """The split of ids int64 [B].
+    def of(cls, language_ids: Tensor, n_languages: int, again: bool = False) -> Split:
+        """The split of ids int64 [B]; `again`, in a backward pass, they must be those of the forward pass.
 
         Raises:
             ValueError: an id that is not -1 to n_languages - 1.
+            RuntimeError: ids that were written to between the passes.
         """
-        split = _splits.of(language_ids, lambda: cls(language_ids.tolist()))
+        made = _splits.of(language_ids, lambda: [cls(language_ids.tolist())])
         # What numpy writes is not counted. (On a GPU the question would wait for it.)
-        if language_ids.device.type == "cpu" and split.languages != (now := language_ids.tolist()):
-            split = cls(now)
+        if language_ids.device.type == "cpu" and made[0].languages != (now := language_ids.tolist()):
+            if again:
+                raise RuntimeError(
+                    "language ids were written to between a forward pass and its backward pass, as numpy does without "
+                    f"PyTorch's notice: {made[0].languages} became {now} (expected a tensor of its own for each batch)"
+                )
+            made[0] = cls(now)
+        split = made[0]
         for language in split.present:
             if not FULL <= language < n_languages:
                 raise ValueError(
@@ -67,7 +74,7 @@ class Split:
     @cached_property
     def ids(self) -> Tensor:
         """The language of each example, int64 [B]."""
-        return torch.tensor(self.languages, dtype=torch.int64)
+        return torch.tensor(self.languages, dtype=torch.int64, device="cpu")
 
     @cached_property
     def full(self) -> Split:
@@ -114,7 +121,7 @@ class Split:
         return self.once(tuple(names.items()), lambda: Split([names[language] for language in self.languages]))
 
 
-_splits: Kept[Split] = Kept()
+_splits: Kept[list[Split]] = Kept()
 
 
 def first_equals(masks: Sequence[Tensor], whole: Callable[[int], bool]) -> list[int]:

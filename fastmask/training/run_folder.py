@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from fastmask import files
-from fastmask.files import FileError, Record
+from fastmask.files import FileError
 from fastmask.models import attach
+from fastmask.records import Record
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Task

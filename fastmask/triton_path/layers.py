@@ -95,7 +95,7 @@ def backward(
         dx = None if dx is None else activation_grad(dx, x, activation)
         own = layers._replace(full_forward=False)
         return dx, *backward(own, dys, x, weights, language_ids, needs._replace(x=False))[1:]
-    plan, tf32 = plan_of(language_ids, x.shape[1], layers.n_languages, x.device), _tf32(x)
+    plan, tf32 = plan_of(language_ids, x.shape[1], layers.n_languages, x.device, again=True), _tf32(x)
     before, upstreams = _rows(x), [_rows(dy) for dy in dys]
     # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.
     fused = activation != NONE and needs.x and mask.kind == "columns" and mask.packed_width != UNPACKED
@@ -196,10 +196,10 @@ def _columns_backward(
 
 
 def _biases(biases: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
-    """As kernels read them: of x's dtype or float32, all of one, and so nearly always as they are."""
-    if {bias.dtype for bias in biases} in ({x.dtype}, {torch.float32}):
-        return biases
-    return [bias.to(x.dtype) for bias in biases]
+    """As kernels read them: without gaps, of x's dtype or float32, all of one; so nearly always as they are."""
+    if {bias.dtype for bias in biases} not in ({x.dtype}, {torch.float32}):
+        biases = [bias.to(x.dtype) for bias in biases]
+    return [bias.contiguous() for bias in biases]
 
 
 def _transposed(weight: Tensor, like: Tensor) -> Tensor:

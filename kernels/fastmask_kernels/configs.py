@@ -222,7 +222,7 @@ def choose(
     table: Table, device: torch.device, kind: str, fits: bool, outer: dict[str, list[int]], inner: tuple[str, int], *,
     pieces: int = 1, segments: int = 1, usable: Callable[[Config], bool] = lambda config: True,
 ) -> Config:  # fmt: skip
-    """The config of the least predicted time (`cost_model.seconds`); of equals the first, the largest tile.
+    """The config of the least predicted time (`seconds`); of equals the first, the largest tile.
 
     Args:
         table: candidates by chip and kind, from the largest tile to the smallest, then the one for unaligned sizes.

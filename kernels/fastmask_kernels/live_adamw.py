@@ -151,7 +151,8 @@ def _table(jobs: list[Job], device: torch.device, kind: Hashable, config: Config
     # What a CUDA graph makes lies in its own memory, and what is kept may go before the graph does.
     captured = on_gpu and torch.cuda.is_current_stream_capturing()
     if found is None or captured:
-        numbers, job_of = torch.tensor(rows), torch.repeat_interleave(torch.tensor(counts), output_size=pieces)
+        numbers, each = torch.tensor(rows, device="cpu"), torch.tensor(counts, device="cpu")
+        job_of = torch.repeat_interleave(each, output_size=pieces)
         if on_gpu:  # from pinned memory nothing waits for the copy
             numbers, job_of = numbers.pin_memory(), job_of.pin_memory()
         found = numbers.to(device, non_blocking=True), job_of.to(device, non_blocking=True)
@@ -176,7 +177,7 @@ def _vector(job: Job) -> int:
 
 def _in_two(number: float) -> tuple[float, float]:
     """A float64 as the sum of two float32: a kernel takes no other."""
-    high = float(torch.tensor(number, dtype=torch.float32))
+    high = float(torch.tensor(number, dtype=torch.float32, device="cpu"))
     return high, number - high
 
 

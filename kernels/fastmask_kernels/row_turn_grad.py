@@ -207,6 +207,8 @@ class TurnGrad(NamedTuple):
         elif self.dtype != p.weight_dtype:
             arena = arena[: self.total].to(p.weight_dtype)
             parts = [arena.as_strided(*part) for part in self.parts]
+        # As tensors of their own: views count as written where any of them is, and optimizers look.
+        parts = [part.data for part in parts]
         return parts[:G], sums or parts[G:] or None
 
 

@@ -264,8 +264,9 @@ def check_product(
     in_size, out_size = (N, K) if transposed else (K, N)
     if x.shape != (plan.n_rows, in_size):
         raise ValueError(f"expected x [{plan.n_rows}, {in_size}], given {tuple(x.shape)}")
-    if bias is not None and (transposed or bias.shape != (N,) or bias.device != x.device):
-        raise ValueError(f"expected a bias [{N}] on {x.device} and not transposed, given {tuple(bias.shape)}")
+    if bias is not None and (transposed or bias.shape != (N,) or bias.device != x.device or not bias.is_contiguous()):
+        given = f"{tuple(bias.shape)} with strides {bias.stride()}"
+        raise ValueError(f"expected a contiguous bias [{N}] on {x.device} and not transposed, given {given}")
     out = torch.empty(plan.n_rows, out_size, dtype=x.dtype, device=x.device)
     return with_contiguous_rows(x), with_contiguous_rows(weight), out
 

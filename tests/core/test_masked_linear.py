@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import KINDS, assert_close, check, gradients, random_mask
 from torch._subclasses import FakeTensorMode
+from transformers.activations import GELUActivation
 
 from fastmask import Mask, masked_linear
 from fastmask.operators import Settings, compute
+from fastmask.torch_path.layers import NONE, name_of
 from fastmask.torch_path.naive import masked_linear_naive
 from fastmask.torch_path.split import Split
 
@@ -301,6 +303,55 @@ def test_ids_that_numpy_changes_are_read_again():
         numbers[:] = languages
         expected = masked_linear(x, weight, mask, torch.tensor(languages))
         assert torch.equal(masked_linear(x, weight, mask, ids), expected)
+
+
+def test_ids_that_numpy_changes_before_the_backward_pass():
+    """A gradient never goes to other languages than those of the forward pass; the next batch is right again."""
+    numbers = np.zeros(4, dtype=np.int64)
+    ids, mask = torch.from_numpy(numbers), Mask.rows(torch.tensor([[True, True, False], [False, True, True]]), 3)
+    weight, x = torch.randn(3, 3, requires_grad=True), torch.randn(4, 3)
+    y = masked_linear(x, weight, mask, ids)
+    numbers[:] = 1
+    with pytest.raises(RuntimeError, match=r"\[0, 0, 0, 0\] became \[1, 1, 1, 1\]"):
+        y.sum().backward()
+    masked_linear(x, weight, mask, ids).sum().backward()
+    assert not weight.grad[0].any()
+    assert weight.grad[1:].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_default_device(kind):
+    """What a layer makes for itself lies where its weight does, whatever device is the default."""
+    mask, ids = random_mask(kind, 2, 32, 32), torch.tensor([1, 0, 1, -1])  # scattered: examples are sorted
+    weight, x = torch.randn(32, 32, requires_grad=True), torch.randn(4, 5, 32, requires_grad=True)
+    wanted = masked_linear(x, weight, mask, ids)
+    gradients = torch.autograd.grad(wanted.sum(), (x, weight))
+    with torch.device("meta"):
+        y = masked_linear(x, weight, mask, ids.clone())
+        found = torch.autograd.grad(y.sum(), (x, weight))
+    assert all(torch.equal(*pair) for pair in zip((y, *found), (wanted, *gradients), strict=True))
+
+
+def test_an_activation_is_not_taken_for_that_of_its_parent():
+    """Only the very modules of PyTorch and transformers are computed inside of a layer."""
+
+    class Squared(torch.nn.ReLU):
+        def forward(self, x):
+            return super().forward(x).square()
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = torch.nn.functional.gelu
+
+        def forward(self, x):
+            return 1.702 * self.act(x)
+
+    known = {"relu": torch.nn.ReLU(), "gelu": torch.nn.GELU()}
+    others = (Squared(), Scaled(), torch.nn.GELU("tanh"), torch.nn.SiLU())
+    assert {name: name_of(module) for name, module in known.items()} == {name: name for name in known}
+    assert name_of(GELUActivation()) == "gelu"
+    assert {name_of(module) for module in others} == {NONE}
 
 
 def test_one_tensor_of_ids_does_not_keep_every_mask_it_was_used_with():

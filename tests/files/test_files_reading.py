@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import fastmask.files as files
+from fastmask import files, records
 
 
-class Point(files.Record):
+class Point(records.Record):
     """A record for these tests."""
 
     x: int

@@ -50,6 +50,9 @@ def test_a_mixed_batch_in_core_aten(names, masks):
     for other in ([2, 0, 1], [1, 1, 0]):
         want = whole(words, torch.tensor(other))
         torch.testing.assert_close(program.module()(words, torch.tensor(other)), want, rtol=1e-6, atol=1e-6)
+    for wrong in ([0, 3, 1], [0, -2, 1]):
+        with pytest.raises(IndexError):
+            program.module()(words, torch.tensor(wrong))
 
 
 @pytest.mark.slow

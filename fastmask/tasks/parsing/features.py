@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from fastmask.files import Record, read_json, write_text
+from fastmask.files import read_json, write_text
+from fastmask.records import Record
 from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 from fastmask.tasks.pretrained import WordPieces, load_tokenizer

@@ -15,9 +15,10 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastmask.files import FileError, Record, read_json, read_tensors, replace_file, write_text
+from fastmask.files import FileError, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.calls import plain_class_of
+from fastmask.records import Record
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer, maximum_spanning_trees
 from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features

@@ -12,7 +12,8 @@ import numpy as np
 
 from fastmask.errors import nearest
 from fastmask.errors import unknown as unknown_name
-from fastmask.files import FileError, Record, read_json, write_text
+from fastmask.files import FileError, read_json, write_text
+from fastmask.records import Record
 from fastmask.tasks.task import UNKNOWN_LABELS, listed
 
 __all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary", "check_deprels"]

@@ -26,14 +26,13 @@ from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import device_of
 from fastmask.training.loop import train
 from fastmask.training.methods import check_subnetworks, subnetworks_of
-from fastmask.training.run_folder import CONFIG_FILE, check_out, data_of
+from fastmask.training.run_folder import CONFIG_FILE, RESULTS_FILE, check_out, data_of
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
 
 __all__ = ["add_train", "run_train"]
 
-RESULTS_FILE = "results.json"
 EMBEDDED_STEPS = 600  # about a minute and a half on two cores
 FILES = {
     RESULTS_FILE: "this table",

@@ -50,7 +50,6 @@ from fastmask.tasks.task import Splits, Task
 from fastmask.training import run_folder
 from fastmask.training.batches import episode_sampler
 from fastmask.training.config import Budget, TrainConfig
-from fastmask.training.engine import in_precision
 from fastmask.training.loop import MASKS_INPUT, train
 from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of, training_data
 from fastmask.workers import processes
@@ -236,7 +235,9 @@ class Runner:
         began = time.perf_counter()
         trained = train(self._task(config), self.datasets, config, progress=False)
         scored = time.perf_counter()
-        with in_precision(trained.task.model, config.precision):
+        # In the precision of training. No copies of weights are kept: adapting changes them.
+        half = config.precision == "bf16"
+        with torch.autocast(trained.task.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             scores = self.scorer.scores(trained.task, trained.subnetworks, config)
         speeds = [
             record["words_per_second"]

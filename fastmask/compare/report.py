@@ -62,9 +62,13 @@ def read_tables(folder: Path) -> Tables:
     return _read(folder / SCORES_FILE), _read(folder / CELLS_FILE)
 
 
+TEXTS = ("arm", "language", "condition", "choice", "subnetwork")  # columns of tables
+
+
 def _read(file: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(file)
+        # Names as text, whatever they look like: nan is the code of a language.
+        table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXTS, str))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise FileError(file, f"{error} (expected a table of a comparison)") from error
     if not {"seed", "arm"} <= set(table.columns):

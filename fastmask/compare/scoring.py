@@ -51,8 +51,10 @@ class Scorer:
 
         `nearest`: whether the nearest language will be asked for, which a task must be able to tell.
         """
-        for test in [*self.seen.values(), *(data.test for data in self.unseen.values())]:
-            task.examples(test)
+        tests = {**self.seen, **{language: data.test for language, data in self.unseen.items()}}
+        if silent := [language for language, test in tests.items() if not task.has_answers(task.examples(test))]:
+            said = f"no test {task.example_word} of {', '.join(silent)} have labels that the model knows"
+            raise ValueError(f"{said} (expected some to score)")
         for language in self.unseen:
             sets = [rows for seed in range(self.config.seeds) for rows in self.supports(language, seed)]
             task.training_examples([row for rows in sets for row in rows], language, "support")  # warns once for all

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -92,7 +93,8 @@ def discover(
         loss: runs `model` on a batch -> one loss for each example, [B]; called inside `fastmask.language`.
         metric: the development metric of a language, higher is better; called inside `fastmask.language` with
             the masks of the round. Needed unless `density` is given. None for a language that has no development data:
-            it goes by its mean loss on `batches` instead (`Quality.keeps` says how far).
+            it goes by its mean loss on `batches` instead (`Quality.keeps` says how far), as does, with a warning, one
+            whose full network has a metric that is not above 0.
         score: by what units are ranked. "gradient": `importance`, taken again in every round. "entropy": how much a
             unit's activity is the language's own (`entropy`; needs two languages). "relative": how much more it matters
             to the language than to the others (`relative`; needs two). "shapley": what a head is worth beside others
@@ -141,7 +143,7 @@ def discover(
             if metric is None or density is not None:
                 return Quality()
             with language(model, name):
-                value = metric(name)
+                value = None if name in by_loss else metric(name)
                 if value is not None:
                     return Quality(metric=float(value))
                 with frozen(model), torch.no_grad():
@@ -155,12 +157,15 @@ def discover(
         masks = {kind: keep[0] for kind, keep in unit_masks(attached(model).subnets.select([name])).items()}
         last = {kind: torch.zeros(keep.shape) for kind, keep in masks.items()}
         full = measured(masks)
+        if full.metric is not None and not full.metric > 0:  # of which no share says anything
+            warnings.warn(
+                f"{name}: the metric of the full network is {full.metric:g} (expected one above 0, higher is better): "
+                "pruning goes by the loss on the scoring examples",
+                stacklevel=3,
+            )
+            by_loss.add(name)
+            full = measured(masks)
         if density is None:
-            if full.metric is not None and not full.metric >= 0:
-                raise ValueError(
-                    f"{name}: the metric of the full network is {full.metric}; expected a number that is at least 0, "
-                    "higher is better, or a density to prune to"
-                )
             report(0, masks, full)
         for number, drops in enumerate(_rounds(masks, drop, density), start=1):
             scores = vars(ranking or importance(model, scoring, loss, name))
@@ -183,6 +188,7 @@ def discover(
         return Subnetworks([name], own.get("heads"), own.get("neurons")), Importance(**last)
 
     found = []
+    by_loss: set[str] = set()  # languages whose metric says nothing
     attach(model, Subnetworks.full(model, list(batches), units))
     try:
         rankings = RANKINGS[score](model, batches, loss) if score in RANKINGS else {}

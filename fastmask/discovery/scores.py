@@ -152,26 +152,34 @@ def _activity(model: nn.Module, name: str, batches: Iterable[Any], loss: BatchLo
     state, owner = attached(model), owner_of(model)
     sums: dict[tuple[str, int], Any] = defaultdict(int)
     tokens: dict[tuple[str, int], int] = defaultdict(int)
-    present: Tensor | None = None  # of the running pass: bool [B, T], which tokens are no padding
+    config: Any = owner.config
+    get_decoder: Any = getattr(owner, "get_decoder", None)
+    decoder = set(get_decoder().modules()) if getattr(config, "is_encoder_decoder", False) else set()
+    # Of the running pass: bool [B, T], which tokens are no padding; in a decoder behind an encoder its own.
+    present: dict[bool, Tensor | None] = {}
 
     def see_padding(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal present
-        mask = kwargs.get("attention_mask")
-        present = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        for of_decoder, prefix in ((False, ""), (True, "decoder_")):
+            mask, ids = kwargs.get(f"{prefix}attention_mask"), kwargs.get(f"{prefix}input_ids")
+            if mask is None and of_decoder and isinstance(ids, Tensor) and config.pad_token_id is not None:
+                mask = ids != config.pad_token_id
+                mask[:, 0] = True  # what it begins with may be the piece that fills up
+            present[of_decoder] = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
-    def add(group: UnitGroup, index: int, values: Tensor) -> None:
+    def add(group: UnitGroup, index: int, module: nn.Module, values: Tensor) -> None:
         """Add up values [B, ..., units] over tokens."""
-        if present is not None and present.shape == values.shape[:-1]:
-            values = values[present.to(values.device)]
+        there = present.get(module in decoder)
+        if there is not None and there.shape == values.shape[:-1]:
+            values = values[there.to(values.device)]
         values = values.double().flatten(0, -2)
         sums[group.kind, index] += values.sum(0).cpu()
         tokens[group.kind, index] += len(values)
 
     def see_heads(group: UnitGroup, index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        add(group, index, inputs[0].unflatten(-1, (group.units, -1)).float().norm(dim=-1))
+        add(group, index, module, inputs[0].unflatten(-1, (group.units, -1)).float().norm(dim=-1))
 
     def see_neurons(group: UnitGroup, index: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        add(group, index, output[..., : group.units] > 0)  # gate first, where gate and up are in one
+        add(group, index, module, output[..., : group.units] > 0)  # gate first, where gate and up are in one
 
     with ExitStack() as stack:
         stack.callback(owner.register_forward_pre_hook(see_padding, with_kwargs=True).remove)

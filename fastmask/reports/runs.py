@@ -17,14 +17,22 @@ import pandas as pd
 from fastmask.compare.plan import SETTINGS_FILE, Plan, is_done
 from fastmask.compare.report import load_results
 from fastmask.compare.tables import scores_table
-from fastmask.files import read_tensors
+from fastmask.files import read_json, read_tensors
 from fastmask.models import attach
 from fastmask.settings import items_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, heading
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import device_of
-from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, WEIGHTS, check_finished, data_of, load_run
+from fastmask.training.run_folder import (
+    CONFIG_FILE,
+    MASKS_FILE,
+    RESULTS_FILE,
+    WEIGHTS,
+    check_finished,
+    data_of,
+    load_run,
+)
 
 __all__ = [
     "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "score_of",
@@ -103,8 +111,12 @@ class Study:
     @property
     def metric(self) -> str:
         """What the score of the runs' task is called."""
-        task = self.runs[0].config.task_class
-        return heading(task.metric) + ("" if self.higher_is_better else " (lower is better)")
+        name = self.runs[0].config.task_class.metric
+        if self.scores is not None:  # which tables have first behind the words; a task may choose it by its labels
+            name = str(self.scores.columns[self.scores.columns.get_loc("words") + 1])
+        elif (results := self.runs[0].folder / RESULTS_FILE).is_file() and (rows := _tested(results)):
+            name = next(iter(rows[0]["full"]))
+        return heading(name) + ("" if self.higher_is_better else " (lower is better)")
 
     @property
     def higher_is_better(self) -> bool:
@@ -134,6 +146,12 @@ class Study:
         if not found:
             raise SkipError("no run has subnetworks (method full)")
         return found
+
+
+def _tested(results: Path) -> list[Any]:
+    """The rows of a run's own test."""
+    content: dict[str, Any] = read_json(results)
+    return content.get("test") or []
 
 
 # ---- folders

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from fastmask.subnetworks.subnetworks import Subnetworks, random_of_sizes
 
-__all__ = ["permuted_like", "random_like", "shared_like", "shuffled"]
+__all__ = ["full_like", "permuted_like", "random_like", "shared_like", "shuffled"]
+
+
+def full_like(subnets: Subnetworks, model: Any = None) -> Subnetworks:
+    """Every language owns all that there is of what `subnets` mask; `model` is that of `random_like`."""
+
+    def full(keep: Tensor, units: Sequence[int]) -> Tensor:
+        there = torch.arange(keep.shape[-1], device="cpu") < torch.tensor(units, device="cpu")[:, None]
+        return there.to(keep.device).expand_as(keep).clone()
+
+    return _map(subnets, model, full)
 
 
 def random_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetworks:

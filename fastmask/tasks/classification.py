@@ -11,7 +11,15 @@ from torch import nn
 
 from fastmask.settings import setting
 from fastmask.tasks.task import Splits, TaskSettings
-from fastmask.tasks.transformers_task import Examples, TransformersTask, check_labels, labels_of, model_for, name_of
+from fastmask.tasks.transformers_task import (
+    Examples,
+    TransformersTask,
+    check_labels,
+    labels_of,
+    model_for,
+    name_of,
+    note_unknown,
+)
 
 __all__ = ["Classification", "ClassificationSettings"]
 
@@ -61,6 +69,7 @@ class Classification(TransformersTask):
         ]
         if not pairs:
             raise ValueError(f"no row has a class to score against (column {column!r})")
+        note_unknown((gold for gold, _ in pairs), self.labels)
         golds, guesses = (np.array(side, dtype=object) for side in zip(*pairs, strict=True))
         f1 = []
         for name in sorted({*golds.tolist(), *guesses.tolist()}):

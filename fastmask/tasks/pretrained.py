@@ -253,11 +253,22 @@ def around(whole: Sequence[int], alone: Sequence[int], what: str) -> tuple[list[
     raise ValueError(f"the tokenizer makes {list(whole)} of a {what} that alone is {list(alone)}")
 
 
+def _before_words(tokenizer: Any) -> str:
+    """What a word needs in front to get the pieces that it has inside a text: nothing, or a space."""
+    inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    for before in ("", " "):
+        alone = tokenizer([f"{before}a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        if alone and inside[-len(alone) :] == alone:
+            return before
+    return ""
+
+
 class WordPieces:
     """The pieces of words.
 
-    Words are tokenised one by one (`is_split_into_words`), each distinct form once. A word that tokenises to nothing
-    (control characters, for one) becomes the unknown piece; of one that alone is longer than the encoder, the
+    Words are tokenised one by one (`is_split_into_words`), each distinct form once, and as after another word: byte
+    pairs and the like tell the beginning of a word from its middle by the space before it. A word that tokenises to
+    nothing (control characters, for one) becomes the unknown piece; of one that alone is longer than the encoder, the
     beginning is read.
 
     Attributes:
@@ -278,8 +289,9 @@ class WordPieces:
         """
         self.tokenizer = tokenizer
         self.max_positions = max_positions
-        whole = tokenizer(["a"], is_split_into_words=True)["input_ids"]
-        alone = tokenizer(["a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
+        self.before = _before_words(tokenizer)
+        whole = tokenizer([f"{self.before}a"], is_split_into_words=True)["input_ids"]
+        alone = tokenizer([f"{self.before}a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
         self.prefix, self.suffix = (np.asarray(ids, dtype=np.int64) for ids in around(whole, alone, "word"))
         self.special_positions = len(self.prefix) + len(self.suffix)
         if max_positions <= self.special_positions:
@@ -295,7 +307,10 @@ class WordPieces:
         if not words:
             return []
         found = self.tokenizer(
-            [[word] for word in words], is_split_into_words=True, add_special_tokens=False, verbose=False
+            [[self.before + word] for word in words],
+            is_split_into_words=True,
+            add_special_tokens=False,
+            verbose=False,
         )
         room = self.max_positions - self.special_positions
         return [np.asarray(ids[:room] or [self.blank], dtype=np.int32) for ids in found["input_ids"]]

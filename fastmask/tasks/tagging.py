@@ -26,6 +26,7 @@ from fastmask.tasks.transformers_task import (
     labels_of,
     model_for,
     name_of,
+    note_unknown,
 )
 from fastmask.unseen.typology import direction_profile, direction_similarity
 
@@ -157,6 +158,7 @@ class Tagging(TransformersTask):
         ]
         if not any(pairs):
             raise ValueError(f"no word has a tag to score against (column {column!r})")
+        note_unknown((tag for pair in pairs for tag, _ in pair if tag is not None), self.labels)
         if not self.spans:
             right = [tag == guess for pair in pairs for tag, guess in pair]
             return {"accuracy": 100 * float(np.mean(right))}

@@ -10,6 +10,7 @@ import abc
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -274,6 +275,18 @@ class Task(abc.ABC):
         if not len(found):
             raise ValueError(f"language {name!r} has no {kind} {self.example_word}")
         return found
+
+    def has_answers(self, examples: Any) -> bool:
+        """Whether there is anything to score predictions against; a test set may come without."""
+        return True
+
+    def scorable(self, found: Mapping[str, Any], split: str) -> dict[str, Any]:
+        """The `Examples` of each language that has answers; a warning names those that have none."""
+        silent = [name for name, examples in found.items() if not self.has_answers(examples)]
+        if silent:
+            said = f"no {split} {self.example_word} of {', '.join(silent)} have labels that the model knows"
+            warnings.warn(f"{said}: they are not scored", stacklevel=3)
+        return {name: examples for name, examples in found.items() if name not in silent}
 
     def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows that `training_examples` would not leave out."""

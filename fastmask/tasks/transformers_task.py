@@ -272,6 +272,9 @@ class TransformersTask(Task):
             raise ValueError(f"language {name!r} has no {kind} {self.example_word} with labels")
         return found if len(labelled) == len(found) else found.select(labelled)
 
+    def has_answers(self, examples: Examples) -> bool:
+        return any(map(self.is_labelled, examples))
+
     def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows with labels that the model has."""
         with warnings.catch_warnings():
@@ -391,6 +394,13 @@ def check_labels(given: Iterable[Any], known: Iterable[str], unknown: str) -> se
         )
     warnings.warn(f"labels that the model does not know are left out: {listed(missing)}", stacklevel=3)
     return set(missing)
+
+
+def note_unknown(golds: Iterable[str], known: Iterable[str]) -> None:
+    """Warn of labels that predictions are scored against and that the model does not have, so that all are wrong."""
+    there = set(known)
+    if missing := Counter(gold for gold in golds if gold not in there):
+        warnings.warn(f"labels that the model does not know count as wrong: {listed(missing)}", stacklevel=3)
 
 
 def _by_number(label: str) -> tuple[int, str]:

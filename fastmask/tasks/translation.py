@@ -62,10 +62,13 @@ class Translation(TransformersTask):
 
     def _code(self, row: Mapping[str, Any], given: str | None) -> str | None:
         """The tokenizer's code of a language: `given`, or what a column of that name says."""
-        code = row.get(given, given) if given else None
-        if code is not None:
-            self._number(code)
-        return code
+        if not given:
+            return None
+        code = row.get(given, given)
+        if code is None:  # else that of the row before would count
+            raise ValueError(f"{given} says nothing of the language of {row!r:.100} (expected a code in every row)")
+        self._number(code)
+        return str(code)
 
     def _number(self, code: str) -> int:
         """The piece of a language code.

@@ -43,7 +43,7 @@ class TrainConfig(Settings):
         0, "training examples per language, drawn at random and the same in all runs; 0: all", low=0
     )
     temperature: float = _data(
-        0.0, "languages are sampled in proportion to size ** temperature; 0: uniformly", low=0, high=1
+        0.0, "mixed batches sample languages in proportion to size ** temperature; 0: uniformly", low=0, high=1
     )
 
     model: str = _model("small", "encoder on disk or on the Hub, or small: one that is trained from scratch (parsing)")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, convert_outputs_to_fp32
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from fastmask.optim import LiveAdamW, can_be_sparse
@@ -22,7 +22,7 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "ADAMW_RATE", "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of", "in_precision",
+    "ADAMW_RATE", "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of",
     "inner_rates", "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state",
     "random_state", "set_random_state", "sum_gradients",
 ]  # fmt: skip
@@ -46,27 +46,6 @@ def accelerator_for(device: str, precision: str) -> Any:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision, cpu=device_of(device).type == "cpu")
-
-
-@contextmanager
-def in_precision(model: nn.Module, precision: str) -> Iterator[None]:
-    """Let each forward pass of a model compute in the precision of its training (`TrainConfig.precision`).
-
-    Around single passes, and not around all of them: autocast would go on with its copies of weights that have changed.
-    """
-    if precision == "no":
-        yield
-        return
-    attributes, device = vars(model), next(model.parameters()).device.type
-    own = attributes.get("forward")  # what other tools have put there
-    attributes["forward"] = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(model.forward))
-    try:
-        yield
-    finally:
-        if own is None:
-            del attributes["forward"]
-        else:
-            attributes["forward"] = own
 
 
 def on_first(accelerator: Any, work: Callable[[], T]) -> T:

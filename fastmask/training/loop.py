@@ -110,7 +110,8 @@ class _Run:
         self.data = training_data(task, datasets, config)
         task.check(self.data)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
-        self.dev = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
+        some = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
+        self.dev = task.scorable(some, "dev")
         self.inputs = {f"training data of {name}": task.digest(data) for name, data in self.data.items()}
         self.inputs |= {f"dev data of {name}": task.digest(data) for name, data in self.dev.items()}
         if given := digest_of_masks(config):

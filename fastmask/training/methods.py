@@ -155,7 +155,8 @@ def draws_for(
     # A score that compares languages needs all of them, whichever are asked for.
     names = list(train) if only is None or config.score in COMPARING else only
     by_score = [name for name in train if name in dev and config.density is None and task.higher_is_better]
-    scored = {name: task.examples(some_rows(dev[name], config.dev_sentences)) for name in by_score}
+    some = {name: task.examples(some_rows(dev[name], config.dev_sentences)) for name in by_score}
+    scored = {name: examples for name, examples in some.items() if task.has_answers(examples)}
 
     def metric(name: str) -> float | None:
         return task.score(scored[name], task.predict(scored[name]))[task.metric] if name in scored else None
@@ -171,11 +172,10 @@ def draws_for(
     found = []
     for draw in range(config.draws):
         scores: dict[str, Any] = {}
-        of_draw = {name: batches(name, draw) for name in names}
-        with evaluating(task.model):
+        with evaluating(task.model):  # batches, too: some tasks draw what is predicted while they train
             subnets = discover(
                 task.encoder,
-                of_draw,
+                {name: batches(name, draw) for name in names},
                 lambda batch: task.loss(batch.to(task.device)).each,
                 metric,
                 score=config.score,
@@ -238,8 +238,8 @@ class DynamicMasks:
             for place, (language, examples) in list(enumerate(self.train.items()))[of_this_process]:
                 generator = np.random.default_rng([self.config.seed, step, place])
                 rows = generator.permutation(len(examples))[: self.config.update_sentences]
-                batch = task.collate(examples.select(rows)).to(self.accelerator.device)
                 with evaluating(task.model):
+                    batch = task.collate(examples.select(rows)).to(self.accelerator.device)
                     scores = importance(task.encoder, [batch], lambda batch: task.loss(batch).each, language)
                 mine.append((language, scores))
         changed = self.masks.update(step, dict(gather_object(mine)))

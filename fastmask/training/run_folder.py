@@ -33,13 +33,13 @@ from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
 __all__ = [
-    "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "OPTIMIZER", "PROGRESS", "WEIGHTS", "CheckpointError",
-    "FinishedRun", "Progress", "check_finished", "check_out", "complete", "data_of", "folder_of", "latest",
-    "load_optimizer", "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save", "step_of",
-    "write_finished",
+    "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "OPTIMIZER", "PROGRESS", "RESULTS_FILE", "WEIGHTS",
+    "CheckpointError", "FinishedRun", "Progress", "check_finished", "check_out", "complete", "data_of", "folder_of",
+    "latest", "load_optimizer", "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save",
+    "step_of", "write_finished",
 ]  # fmt: skip
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 MODEL = "model"
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 MASKS_FILE, DYNAMIC_FILE = "masks.safetensors", "dynamic.safetensors"

@@ -17,12 +17,11 @@ from typing import Any
 from fastmask.files import MANIFEST, check, files_in, read_json, remove_leftovers, write_folder, write_manifest
 from fastmask.settings import ConfigError
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, FinishedRun, data_of
+from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, RESULTS_FILE, FinishedRun, data_of
 from fastmask.unseen.choosing import Choice, with_language
 
 __all__ = ["adaptations_of", "check_new", "check_new_folder", "profiles_of", "save_adapted"]
 
-RESULTS_FILE = "results.json"
 RECORDS = "adaptations"  # in it, oldest first
 PROFILE = "profile"  # in a record: what the task knows of the language by its support examples, see `Task.profile`
 
@@ -49,7 +48,8 @@ def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str,
     trained: Iterable[str] = config.language_list if loaded.subnetworks is None else loaded.subnetworks.languages
     if not trained and config.data and os.path.exists(config.data):
         trained = config.task_class.languages(config.data, config.task_settings)
-    known = list(dict.fromkeys([*trained, *(record["language"] for record in records)]))
+    banks = [name.removeprefix("UD_").partition("-")[0] for name in trained if name.startswith("UD_")]
+    known = list(dict.fromkeys([*trained, *banks, *(record["language"] for record in records)]))
     if (found := same_language(language, known)) is not None:
         also = "" if found == language else f", under the name {found!r}"
         raise ConfigError(
@@ -100,7 +100,7 @@ def save_adapted(
     results = json.dumps({"settings": dataclasses.asdict(config), RECORDS: records}, indent=1)
     writers: dict[str, Callable[[Path], Any]] = {MODEL: loaded.task.save}
     if loaded.subnetworks is not None:
-        writers[MASKS_FILE] = with_language(loaded.subnetworks, record["language"], choice).save
+        writers[MASKS_FILE] = with_language(loaded.subnetworks, record["language"], choice, loaded.task.encoder).save
     writers[CONFIG_FILE] = config.save
     writers[RESULTS_FILE] = lambda path: path.write_text(results, encoding="utf-8")
     writers[MANIFEST] = lambda path: write_manifest(path, files_in(path.parent))

@@ -19,6 +19,7 @@ from fastmask.masks import FULL
 from fastmask.models.attach import attached
 from fastmask.models.contexts import evaluating
 from fastmask.subnetworks import Subnetworks
+from fastmask.subnetworks.controls import full_like
 
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
@@ -58,17 +59,18 @@ def with_union(subnets: Subnetworks) -> Subnetworks:
     return subnets.append(UNION, subnets.map(lambda keep: keep.any(0, keepdim=True), [UNION]))
 
 
-def with_language(subnets: Subnetworks, name: str, choice: Choice) -> Subnetworks:
+def with_language(subnets: Subnetworks, name: str, choice: Choice, model: Any = None) -> Subnetworks:
     """The same languages, and a last one called `name` with the mask that was chosen for it.
 
-    Everything is live for the full network; the union need not be one of `subnets`.
+    Everything is live for the full network (`model` says how much that is, where layers have different numbers of
+    units); the union need not be one of `subnets`.
 
     Raises:
         ValueError: there is a language of that name.
         KeyError: the chosen language is none of `subnets`.
     """
     if choice.language_id == FULL:
-        return subnets.append(name, subnets.map(lambda keep: torch.ones_like(keep[:1]), [name]))
+        return subnets.append(name, full_like(subnets.select(subnets.languages[:1]), model))
     known = with_union(subnets) if choice.name == UNION and UNION not in subnets.languages else subnets
     return subnets.append(name, known.select([choice.name]))
 

@@ -22,6 +22,7 @@ from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of, is_d
 from fastmask.compare.report import load_tables, read_tables, write_report
 from fastmask.files import FileError
 from fastmask.tasks.data.synthetic import write_treebanks
+from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.loop import train
 from fastmask.training.run_folder import load_run
@@ -193,6 +194,32 @@ def test_models_are_kept_only_where_they_are_asked_for(plan, data, tmp_path):
     assert read_result(made, "seed-0/full")["scores"] == read_result(plan, "seed-0/full")["scores"]
 
 
+def test_scores_are_computed_in_the_precision_of_training(data, tmp_path, monkeypatch):
+    """Under bf16 every prediction multiplies in bfloat16, and else none does."""
+    seen, predict = [], Parser.predict
+
+    def note(function):
+        def noted(*args, **kwargs):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return function(*args, **kwargs)
+
+        return noted
+
+    for precision in ("bf16", "no"):
+        settings = {**training(data), "precision": precision}
+        made = Plan(tmp_path / precision, str(data), CompareConfig(**COMPARISON, seeds=1), settings, {"static": {}})
+        made.open()
+        for job in made.jobs:
+            with monkeypatch.context() as patched:
+                patched.setattr(Parser, "predict", note(predict))
+                do(made, job)
+        assert seen
+        assert set(seen) == {precision == "bf16"}
+        seen.clear()
+    scores = [read_result(Plan.stored(tmp_path / name), "seed-0/static")["scores"] for name in ("bf16", "no")]
+    assert scores[0] != scores[1]
+
+
 def test_plain_and_meta_cells_have_the_same_budget(plan):
     """Meta-learning is compared after seeing as many sentences."""
     spent = {job.name: read_result(plan, job)["sentences"] for job in plan.cells}
@@ -267,6 +294,18 @@ def test_tables_stand_for_cells_that_were_done_elsewhere(plan, tmp_path):
 
 
 @pytest.mark.slow
+def test_names_in_tables_are_text(tmp_path):
+    """Whatever a language or an arm is called: nan is the code of Min Nan."""
+    rows = [{"seed": 0, "arm": arm, "language": "nan", "choice": None, "score": 1.5} for arm in ("None", "0.50", "1")]
+    for name in ("results.csv", "cells.csv"):
+        pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
+    for table in read_tables(tmp_path):
+        assert table["arm"].tolist() == ["None", "0.50", "1"]
+        assert table["language"].tolist() == ["nan"] * 3
+        assert table["choice"].isna().all()
+        assert table["score"].tolist() == [1.5] * 3
+
+
 def test_a_failing_cell_is_named_and_the_rest_stays(data, tmp_path, capsys):
     """The error names the cell that failed, and finished cells stay."""
     arguments = [

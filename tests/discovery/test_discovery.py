@@ -324,8 +324,15 @@ def test_scores_that_are_not_finite_are_refused(model):
     loss = loss_of(model)
     with pytest.raises(FloatingPointError, match="de: scores of heads are not finite"):
         fm.discover(model, {"de": [data()]}, lambda ids: loss(ids) * float("nan"), density=0.5)
-    with pytest.raises(ValueError, match=r"de: the metric of the full network is -1\.0"):
-        fm.discover(model, {"de": [data()]}, loss, metric=lambda name: -1.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_a_metric_that_says_nothing(model, value):
+    """A share of a metric that is not above 0 is no bound: pruning stops by the loss, as without a metric."""
+    wanted = fm.discover(model, {"de": [data()]}, loss_of(model), metric=lambda name: None, units="both")
+    with pytest.warns(UserWarning, match="de: the metric of the full network is .* pruning goes by the loss"):
+        found = fm.discover(model, {"de": [data()]}, loss_of(model), metric=lambda name: value, units="both")
+    assert found == wanted
 
 
 def test_a_density_is_of_the_units_that_there_are(model):

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Phi3Config, Phi3Model
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel, Phi3Config, Phi3Model
 
 import fastmask as fm
 from fastmask.discovery import entropy, importance, relative, shapley
@@ -61,6 +62,15 @@ def losses(model):
     return lambda inputs: ((model(**inputs)[0] - target) ** 2).mean((1, 2))
 
 
+BART = {"layers": 1, "attention_heads": 2, "ffn_dim": 12}
+
+
+def seq2seq(pairs):
+    """A batch of sources and targets [B, T] each, with padding behind the shorter ones."""
+    sources, targets = (pad_sequence(side, batch_first=True) for side in zip(*pairs, strict=True))
+    return {"input_ids": sources, "attention_mask": (sources != 0).long(), "decoder_input_ids": targets}
+
+
 class TestEntropy:
     @pytest.mark.parametrize("model_type", ["bert", "llama", "phi3"])
     def test_is_the_share_of_each_language_token_by_token(self, model_type):
@@ -97,6 +107,29 @@ class TestEntropy:
             for name in LANGUAGES:
                 expected = (rates[name][kind] / total).detach().float()
                 torch.testing.assert_close(getattr(found[name], kind), expected, rtol=1e-5, atol=1e-6)
+
+    def test_an_encoder_and_a_decoder_have_masks_of_their_own(self):
+        """Padding of the source hides nothing of the target, and that of the target does not count."""
+        sizes = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in BART.items()}
+        torch.manual_seed(0)
+        model = BartModel(BartConfig(vocab_size=30, d_model=16, max_position_embeddings=16, pad_token_id=0, **sizes))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        fm.attach(model.double().eval(), fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=0, units="both"))
+        alone, together = {}, {}
+        for name, seed in (("a", 1), ("b", 2)):
+            generator = torch.Generator().manual_seed(seed)
+            pairs = [[torch.randint(3, 30, (n,), generator=generator) for n in (a, b)] for a, b in ((5, 2), (2, 5))]
+            alone[name] = [seq2seq([pair]) for pair in pairs]
+            together[name] = [seq2seq(pairs)]
+
+        def loss(batch):
+            return model(**batch).last_hidden_state.sum((1, 2))
+
+        first, second = (entropy(model, data, loss) for data in (alone, together))
+        for name in LANGUAGES:
+            for kind in ("heads", "neurons"):
+                torch.testing.assert_close(getattr(first[name], kind), getattr(second[name], kind), rtol=1e-5, atol=0)
 
     def test_a_language_keeps_the_units_that_are_its_own(self):
         """A neuron that only one language's words excite must be kept by that language, and not by the other."""

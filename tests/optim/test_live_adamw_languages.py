@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForTokenClassification, GPT2Config, GPT
 import fastmask as fm
 from fastmask.meta import Task
 from fastmask.models.editing import set_subnetwork
+from fastmask.optim import adamw
 
 
 def moved(net, optimizer, **options):
@@ -65,6 +66,19 @@ def test_accumulated_batches_count_together(net):
 
 
 @pytest.mark.parametrize("how", ["optimizer", "model", "in place"])
+def test_ids_on_a_device_that_are_written_again_are_an_error(net, monkeypatch):
+    """One buffer for the ids of all batches: those of an earlier batch are not taken for those of the last."""
+    optimizer, ids = optimizer_of(net), torch.zeros(2, dtype=torch.int64)
+    # As on a GPU: read when the step is taken.
+    monkeypatch.setattr(adamw, "_ids", lambda layer, args, kwargs: adamw._Later(args[1]))
+    for language in (0, 3):
+        ids.fill_(language)
+        net(torch.randn(2, 6), ids).square().sum().backward()
+    with pytest.raises(RuntimeError, match="were written to between a forward pass and the optimizer's step"):
+        optimizer.step()
+    assert torch.equal(moved(net, optimizer, languages=[0, 3]), owned(net, 0, 3))
+
+
 def test_a_skipped_step_leaves_nothing(net, how):
     """After a step that a GradScaler skips, the skipped batch's languages do not move in the next."""
     optimizer = optimizer_of(net)

@@ -16,6 +16,7 @@ from tiny_tasks import CASES, LABELS, LANGUAGES, UNSEEN, config_of, rows_of, wri
 from typed_command import failure_of, output_of
 
 import fastmask as fm
+from fastmask.cli import main
 from fastmask.compare.cells import Runner, do
 from fastmask.compare.plan import RESERVED, CompareConfig, Plan
 from fastmask.compare.report import write_report
@@ -216,6 +217,32 @@ def test_compare(name, called, tiny, tmp_path):
     assert f"{called}, " in (plan.out / "summary.md").read_text()
     found = pd.read_csv(plan.out / "results.csv")
     assert set(found[found["condition"] == "adapted"]["language"]) == {UNSEEN}
+
+
+@pytest.mark.parametrize("label", [None, "never seen"])
+def test_splits_without_labels_are_left_out(label, tiny, tmp_path, capsys):
+    """A language whose dev or test rows have no labels trains like any other, and is not scored."""
+    place, data = tiny("classification"), tmp_path / "data"
+    for split in ("train", "dev", "test"):
+        rows = [json.loads(line) for line in (place / "data" / f"{split}.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["label"] = label if split != "train" and row["language"] == "bb" else str(row["label"])
+        write_rows(data / f"{split}.jsonl", rows)
+    settings = config_of("classification", place, tmp_path / "run", data=str(data), tau=0.9, density=None, eval_every=3)
+    settings.save(tmp_path / "settings.yaml")
+    assert main(["train", "--config", str(tmp_path / "settings.yaml")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    for split in ("dev", "test"):
+        assert f"no {split} examples of bb have labels that the model knows: they are not scored" in said
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["test"]
+    assert [row["language"] for row in found] == ["aa", "cc"]
+    comparison = {"train": "aa,bb", "unseen": UNSEEN, "shots": 2, "test_sentences": 4}
+    plan = Plan(tmp_path / "compare", str(data), CompareConfig(**comparison, seeds=1), {
+        "task": "classification", "model": str(place / "model"), "steps": 2, "threads": 1,
+    }, {"full": {"method": "full"}})  # fmt: skip
+    plan.open()
+    with pytest.raises(ValueError, match="no test examples of bb have labels"):
+        Runner(plan).check()
 
 
 def test_what_a_task_cannot_do_is_said_first(tiny, tmp_path, capsys):

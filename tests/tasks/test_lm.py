@@ -10,6 +10,7 @@ from tiny_tasks import CASES, config_of, rows_of
 
 from fastmask.settings import ConfigError
 from fastmask.tasks.lm import LanguageModelling
+from fastmask.training.methods import draws_for
 
 
 @pytest.fixture
@@ -45,6 +46,20 @@ def test_masks_are_drawn_in_training_and_fixed_otherwise(model):
     first, second = masked(examples), masked(examples)
     torch.manual_seed(1)
     assert first == masked(examples) != second
+
+
+def test_units_are_scored_on_the_same_masks_whoever_asks(model, tiny, tmp_path):
+    """Subnetworks depend neither on torch's random numbers nor on which languages a process finds them for."""
+    task, config = model("masked"), config_of("masked", tiny("masked"), tmp_path / "run")
+    data = LanguageModelling.load(config.data, config.languages, config.task_settings)
+    train = {name: task.training_examples(splits["train"], name) for name, splits in data.items()}
+    task.model.train()
+    found = []
+    for only in (None, ["bb"], ["bb"]):
+        torch.rand(1)
+        found.append(draws_for(task, train, {}, config, only=only)[0].subnetworks.select(["bb"]))
+    assert found[0] == found[1] == found[2]
+    assert task.model.training
 
 
 def test_the_share_that_is_masked(model):

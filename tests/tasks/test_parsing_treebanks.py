@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -51,6 +52,17 @@ def data(tmp_path: Path) -> Path:
 
 def ids(dataset: datasets.Dataset) -> list[str]:
     return list(dataset["sent_id"])
+
+
+def test_withheld_words_are_refused(data: Path, tmp_path: Path) -> None:
+    """A corpus that is sold apart from its trees has _ for words; nothing can be learnt from that."""
+    sold = data / "UD_Arabic-NYUAD" / "train.conllu"
+    sold.parent.mkdir()
+    sold.write_text("".join(re.sub(r"(?m)^(\d)\t\S+", r"\1\t_", sentences(name)) for name in "ab") + sentences("c"))
+    with pytest.raises(ConlluError, match=r"train\.conllu:1: 4 of 6 words are _.*name other treebanks"):
+        load_treebanks(data, "ar", splits=("train",), cache_dir=tmp_path / "cache")
+    sold.write_text(sentences("_", "c"))  # an underscore is a word, too
+    assert len(load_treebanks(data, "ar", splits=("train",), cache_dir=tmp_path / "cache")["ar"]["train"]) == 2
 
 
 def test_rows_have_the_promised_columns(data: Path, tmp_path: Path) -> None:

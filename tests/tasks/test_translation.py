@@ -123,6 +123,8 @@ def test_codes_of_languages(cls, tmp_path):
     begins = [[number[to]] if last else [config.decoder_start_token_id or end, number[to]] for to in targets]
     assert [count for count, _ in began] == [2, 1]
     assert [ids[-1] for _, ids in began] == [ids[-1] for ids in begins]
+    with pytest.raises(ValueError, match="to says nothing of the language of"):
+        task.examples([rows[1], {**rows[1], "to": None}])
     with pytest.raises(ValueError, match="'qq_QQ' is neither a column nor a language code"):
         task.examples([{**rows[0], "to": "qq_QQ"}])
 

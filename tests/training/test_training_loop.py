@@ -24,7 +24,6 @@ from fastmask.tasks.parsing.evaluation import encode, parse, scores_of
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import run_folder
-from fastmask.training.engine import in_precision
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint, some_rows
 
@@ -240,23 +239,6 @@ def test_subnetworks_without_a_language_of_the_data(tmp_path: Path) -> None:
 
     with pytest.raises(FastmaskKeyError, match=LANGUAGES[1]):
         train(toy_task(), toy_data(), toy_config(tmp_path / "r", method="static"), too_few, progress=False)
-
-
-def test_in_precision_computes_in_bfloat16_and_sees_every_change_of_the_weights() -> None:
-    """Inside the products are those of bfloat16, of the weights as they are now; afterwards nothing is left."""
-    model, x = torch.nn.Linear(64, 32), torch.randn(8, 64)
-    whole = model(x)
-    with in_precision(model, "no"):
-        assert torch.equal(model(x), whole)
-    with in_precision(model, "bf16"):
-        for _ in range(2):
-            low = torch.nn.functional.linear(x.bfloat16(), model.weight.bfloat16(), model.bias.bfloat16())
-            assert torch.equal(model(x), low.float())
-            with torch.no_grad():
-                model.weight.mul_(2)
-    assert "forward" not in vars(model)
-    model.weight.data.div_(4)
-    assert torch.equal(model(x), whole)
 
 
 def test_bf16_tensorboard_and_long_sentences(tmp_path: Path) -> None:

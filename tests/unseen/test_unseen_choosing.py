@@ -49,6 +49,13 @@ class TestUnion:
             assert longer.heads[2, 0].int().tolist() == expected
         with pytest.raises(ValueError, match="has a subnetwork already"):
             with_language(subnets, "a", Choice(1, "b"))
+        uneven = tiny("bert")
+        first = torch.ones(1, *fm.Subnetworks.full(uneven, ["x"]).heads.shape[1:], dtype=torch.bool)
+        first[0, 0, 1:] = False
+        uneven = fm.extract(fm.attach(uneven, fm.Subnetworks(["x"], heads=first)), "x")
+        longer = with_language(fm.Subnetworks.full(uneven, ["a"]), "new", Choice(-1, "full"), uneven)
+        assert longer.heads[1].equal(first[0])
+        fm.attach(uneven, longer)
         with pytest.raises(KeyError, match="unknown language 'c'"):
             with_language(subnets, "new", Choice(2, "c"))
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas
 
 from fastmask.errors import unknown
 from fastmask.files import FileError
@@ -239,8 +240,13 @@ def _read(path: Path) -> datasets.Dataset:
         raise FileError(path, "is empty (expected at least one row)")
     try:
         with preparing():
-            # pandas would read the cells NA, nan, null and None, which may be a class or a language, as empty ones.
-            options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+            # As text: numbers would be read in one way here and in another there (1, 1.0 where a cell is empty), and
+            # NA, nan, null and None, each of which may be a class or a language, as empty cells.
+            options: dict[str, Any] = {}
+            if kind == "csv":
+                columns = pandas.read_csv(path, nrows=0).columns
+                text = datasets.Features({column: datasets.Value("string") for column in columns})
+                options = {"features": text, "keep_default_na": False, "na_values": [""]}
             return _named(datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # not about what the file holds

@@ -65,7 +65,6 @@ def test_accumulated_batches_count_together(net):
     assert torch.equal(moved(net, optimizer), owned(net, 3))
 
 
-@pytest.mark.parametrize("how", ["optimizer", "model", "in place"])
 def test_ids_on_a_device_that_are_written_again_are_an_error(net, monkeypatch):
     """One buffer for the ids of all batches: those of an earlier batch are not taken for those of the last."""
     optimizer, ids = optimizer_of(net), torch.zeros(2, dtype=torch.int64)
@@ -79,6 +78,7 @@ def test_ids_on_a_device_that_are_written_again_are_an_error(net, monkeypatch):
     assert torch.equal(moved(net, optimizer, languages=[0, 3]), owned(net, 0, 3))
 
 
+@pytest.mark.parametrize("how", ["optimizer", "model", "in place"])
 def test_a_skipped_step_leaves_nothing(net, how):
     """After a step that a GradScaler skips, the skipped batch's languages do not move in the next."""
     optimizer = optimizer_of(net)

@@ -68,7 +68,7 @@ class Part:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a file holds of it; what lives is uint8, and empty where everything does."""
-        code = torch.empty(0, dtype=torch.uint8) if self.live is WHOLE else self.live.encoded()
+        code = torch.empty(0, dtype=torch.uint8, device="cpu") if self.live is WHOLE else self.live.encoded()
         return code, self.difference, self.places, self.values
 
     def read(self, parameter: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class History(Sequence[Snapshot]):
         masks = {kind: torch.stack([getattr(snapshot, kind) for snapshot in self]) for kind in _masks_of(self[0])}
         packed = {kind: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=-1)) for kind, keep in masks.items()}
         units = {kind: keep.shape[-1] for kind, keep in masks.items()}
-        return {"languages": list(self.languages), "units": units}, {"when": torch.tensor(rows), **packed}
+        return {"languages": list(self.languages), "units": units}, {"when": torch.tensor(rows, device="cpu"), **packed}
 
     @classmethod
     def of_state(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> History:
@@ -149,7 +149,9 @@ class DynamicSubnetworks:
         self.every, self.until, self.swaps, self.seed = every, until, swaps, seed
         self.history = History(_snapshot(subnets, 0, language) for language in subnets.languages)
         # Layers may have different numbers of units; masks are as wide as the widest.
-        self._units = {kind: torch.zeros(keep.shape[1:], dtype=torch.bool) for kind, keep in masks.items()}
+        self._units = {
+            kind: torch.zeros(keep.shape[1:], dtype=torch.bool, device="cpu") for kind, keep in masks.items()
+        }
         for probe in probes:
             self._units[probe.kind][probe.layer, : probe.units] = True
 

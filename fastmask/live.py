@@ -106,7 +106,7 @@ class Live:
 
     def encoded(self) -> Tensor:
         """Kind, cell and flags as uint8 [bytes] on the CPU; not of `WHOLE`."""
-        head = torch.tensor([KINDS.index(self.kind), *self.cell], dtype=torch.int32)
+        head = torch.tensor([KINDS.index(self.kind), *self.cell], dtype=torch.int32, device="cpu")
         return torch.cat([head, self.words.cpu().flatten()]).view(torch.uint8)
 
     @classmethod
@@ -193,7 +193,7 @@ class Live:
         return index
 
 
-WHOLE = Live("whole", (0, 0), (0, 0), torch.zeros(0, 0, dtype=torch.int32))
+WHOLE = Live("whole", (0, 0), (0, 0), torch.zeros(0, 0, dtype=torch.int32, device="cpu"))
 """All of any parameter."""
 
 _made: Kept[dict[frozenset[int], Live]] = Kept()

@@ -155,7 +155,7 @@ def discover(
                 on_round(Round(name, number, counts.get("heads"), counts.get("neurons"), quality, kept))
 
         masks = {kind: keep[0] for kind, keep in unit_masks(attached(model).subnets.select([name])).items()}
-        last = {kind: torch.zeros(keep.shape) for kind, keep in masks.items()}
+        last = {kind: torch.zeros(keep.shape, device=keep.device) for kind, keep in masks.items()}
         full = measured(masks)
         if full.metric is not None and not full.metric > 0:  # of which no share says anything
             warnings.warn(
@@ -305,7 +305,7 @@ def _combined(name: str, draws: Sequence[Draw], vote: str) -> Subnetworks:
 def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:
     """One language's mask, bool [layers, units], of how many draws keep each unit and of its mean score."""
     order = scores.flatten().argsort(stable=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     key = (votes.flatten() * len(order) + rank).view_as(votes)  # no two units have the same
     best = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, key.argmax(1, keepdim=True), True)
     if vote == "most":
@@ -314,7 +314,7 @@ def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:
         elected = {"majority": 2 * votes > draws, "union": votes > 0, "intersection": votes == draws}[vote]
         count = int((elected | best).sum())
     first = key.masked_fill(best, int(key.max()) + 1).flatten().argsort(descending=True, stable=True)[:count]
-    return torch.zeros(votes.numel(), dtype=torch.bool).scatter_(0, first, True).view_as(votes)
+    return torch.zeros(votes.numel(), dtype=torch.bool, device=votes.device).scatter_(0, first, True).view_as(votes)
 
 
 @dataclass(frozen=True)
@@ -345,7 +345,7 @@ def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
     if len(names) < 2:
         raise ValueError(f"expected two masks or more to compare, given {len(names)}")
     distinct = list(dict.fromkeys(names))
-    number = torch.tensor([distinct.index(name) for name in names])
+    number = torch.tensor([distinct.index(name) for name in names], device="cpu")
     first, second = torch.triu_indices(len(names), len(names), 1)  # of each pair
     same = number[first] == number[second]
     found = {}

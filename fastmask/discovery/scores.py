@@ -72,7 +72,7 @@ def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, langua
     if not probes:
         raise ValueError("importance needs subnetworks over heads or neurons; these have only weights")
     lives = [getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu() for probe in probes]
-    totals = [torch.zeros(len(live), dtype=torch.float64) for live in lives]
+    totals = [torch.zeros(len(live), dtype=torch.float64, device="cpu") for live in lives]
     examples = 0
     with (
         frozen(model),
@@ -93,7 +93,7 @@ def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, langua
     if not examples:
         raise ValueError(f"no batch to score the units of {language_name!r} on")
     kinds = dict.fromkeys(probe.kind for probe in probes)
-    scores = {kind: torch.zeros(getattr(subnets, kind).shape[1:]) for kind in kinds}
+    scores = {kind: torch.zeros(getattr(subnets, kind).shape[1:], device="cpu") for kind in kinds}
     for probe, live, total in zip(probes, lives, totals, strict=True):
         mean = total.float() / examples
         scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
@@ -199,7 +199,7 @@ def _activity(model: nn.Module, name: str, batches: Iterable[Any], loss: BatchLo
     if not sums:
         raise ValueError(f"no batch to score the units of {name!r} on")
     masks = unit_masks(state.subnets)
-    rates = {kind: torch.zeros(keep.shape[1:], dtype=torch.float64) for kind, keep in masks.items()}
+    rates = {kind: torch.zeros(keep.shape[1:], dtype=torch.float64, device="cpu") for kind, keep in masks.items()}
     for (kind, index), total in sums.items():
         rates[kind][index, : len(total)] = total / tokens[kind, index] + (RARE if kind == "neurons" else 0.0)
     return rates
@@ -242,12 +242,14 @@ def shapley(
     generator = torch.Generator().manual_seed(seed)
     removals: list[list[int]] = []
     for number in range(orders):
-        removals.append(removals[-1][::-1] if number % 2 else torch.randperm(sum(sizes), generator=generator).tolist())
+        removals.append(
+            removals[-1][::-1] if number % 2 else torch.randperm(sum(sizes), generator=generator, device="cpu").tolist()
+        )
 
     def values(name: str) -> Tensor:
         """Float64 [heads of all layers]."""
-        alive = torch.ones(sum(sizes))  # the gates, which each pass reads
-        sums, counts = torch.zeros(2, len(alive), dtype=torch.float64)
+        alive = torch.ones(sum(sizes), device="cpu")  # the gates, which each pass reads
+        sums, counts = torch.zeros(2, len(alive), dtype=torch.float64, device="cpu")
         with frozen(model), language(model, None), torch.no_grad(), gated(model, probes, alive.split(sizes)) as gates:
 
             def mean_loss() -> float:
@@ -277,7 +279,7 @@ def shapley(
 
     found = {}
     for name in batches:
-        scores = torch.zeros(subnets.heads.shape[1:])
+        scores = torch.zeros(subnets.heads.shape[1:], device="cpu")
         for probe, of_layer in zip(probes, values(name).split(sizes), strict=True):
             scores[probe.layer, : probe.units] = of_layer
         found[name] = Importance(scores)

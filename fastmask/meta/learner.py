@@ -217,7 +217,7 @@ class MetaLearner:
             for step in range(steps):
                 batch = support[step % len(support)]
                 losses.append(fast.step(partial(self._loss_of, batch), self._loss_scale()))
-        return torch.stack(losses) if losses else torch.zeros(0)
+        return torch.stack(losses) if losses else torch.zeros(0, device="cpu")
 
     def _loss_of(self, batch: Any) -> Tensor:
         loss = self.loss(batch)

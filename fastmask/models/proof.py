@@ -215,7 +215,7 @@ def _made_up(structure: Structure, kinds: tuple[str, ...]) -> Subnetworks:
             continue
         keep = torch.zeros(2, len(groups), max(group.units for group in groups), dtype=torch.bool, device="cpu")
         for index, group in enumerate(groups):
-            order = torch.randperm(group.units, generator=generator)
+            order = torch.randperm(group.units, generator=generator, device="cpu")
             first = max(1, group.units // 2)
             keep[0, index, order[:first]] = True
             keep[1, index, order[first:] if group.units > 1 else order] = True

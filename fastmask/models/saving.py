@@ -96,7 +96,7 @@ def save_pretrained(
     if weights:
         state = dict(options.pop("state_dict", None) or owner.state_dict())
         if masked and not full:
-            state[UNLOADED] = torch.zeros(1)
+            state[UNLOADED] = torch.zeros(1, device="cpu")
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
         folder.mkdir(parents=True, exist_ok=True)

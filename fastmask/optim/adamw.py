@@ -306,7 +306,7 @@ class LiveAdamW(torch.optim.AdamW):
         if alone or not self._masked or distributed.get_world_size(self.process_group) == 1:
             return ids
         parameter, layer = next(iter(self._masked.items()))
-        present = torch.zeros(layer.mask.n_languages + 1, dtype=torch.int32)
+        present = torch.zeros(layer.mask.n_languages + 1, dtype=torch.int32, device="cpu")
         present[[language + 1 for language in ids]] = 1
         present = present.to(parameter.device)
         distributed.all_reduce(present, distributed.ReduceOp.MAX, group=self.process_group)

@@ -162,7 +162,7 @@ def _by_pieces(update: Update, options: dict[str, Any]) -> None:
     rows = max(1, PIECE * torch.get_num_threads() * len(p) // p.numel())
     own = live.keep(p).to(kind)  # 1 and 0
     owns = own.split(rows) if len(own) == len(p) else itertools.repeat(own)
-    aside = torch.empty(3, *p[:rows].shape, dtype=kind)
+    aside = torch.empty(3, *p[:rows].shape, dtype=kind, device=p.device)
     for own, p, g, m, v in zip(owns, *(tensor.split(rows) for tensor in update[:4]), strict=False):
         dead = own - 1  # no bits and all bits
         held = p.view(kind), m.view(kind), v.view(kind)

@@ -50,7 +50,7 @@ class LanguageModelling(TransformersTask):
         self.masked = _kind(self.model.config.model_type, self.options) == "masked"
         if self.masked and self.tokenizer.mask_token_id is None:
             raise ConfigError("kind is 'masked', and the tokenizer has no mask (expected another model, or causal)")
-        self.special = torch.tensor(sorted(self.tokenizer.all_special_ids), dtype=torch.int64)
+        self.special = torch.tensor(sorted(self.tokenizer.all_special_ids), dtype=torch.int64, device="cpu")
         whole, alone = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
         self.prefix, self.suffix = around(whole, alone, "text")
         self.room = self.max_length - len(self.prefix) - len(self.suffix)
@@ -119,12 +119,12 @@ class LanguageModelling(TransformersTask):
     def _draws(self, examples: Examples, shape: torch.Size) -> Tensor:
         """Numbers in [0, 1), [B, T, 3]."""
         if self.model.training:
-            return torch.rand(*shape, 3)
-        draws = torch.zeros(*shape, 3)
+            return torch.rand(*shape, 3, device="cpu")
+        draws = torch.zeros(*shape, 3, device="cpu")
         for row, found in zip(draws, examples, strict=True):
             ids = np.array(found["input_ids"], dtype="<i8")
             generator = torch.Generator().manual_seed(zlib.crc32(ids.tobytes()))
-            row[: len(ids)] = torch.rand(len(ids), 3, generator=generator)
+            row[: len(ids)] = torch.rand(len(ids), 3, generator=generator, device="cpu")
         return draws
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Loss:

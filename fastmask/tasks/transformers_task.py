@@ -307,7 +307,9 @@ class TransformersTask(Task):
         if all(LABELS in found for found in examples):
             labels: Any = [found[LABELS] for found in examples]
             if isinstance(labels[0], list):
-                labels = pad_sequence([torch.tensor(of, dtype=torch.int64) for of in labels], True, IGNORE)
+                labels = pad_sequence(
+                    [torch.tensor(of, dtype=torch.int64, device="cpu") for of in labels], True, IGNORE
+                )
             batch[LABELS] = torch.as_tensor(labels)
         if language_ids is not None:
             batch["language_ids"] = language_ids

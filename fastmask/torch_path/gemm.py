@@ -135,7 +135,7 @@ def samples(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def add_sampled(grad: Tensor, where: tuple[Tensor, Tensor], a: Tensor, c: Tensor) -> None:
     """Add the elements of a.T @ c that `samples` names to a gradient [n, S], for a [M, n] and c [M, S] on a CPU."""
-    values = torch.zeros(where[1].shape, dtype=c.dtype)
+    values = torch.zeros(where[1].shape, dtype=c.dtype, device=c.device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         sums = torch.sparse_csr_tensor(*where, values, grad.shape, check_invariants=False)
@@ -219,7 +219,7 @@ class _Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.views: dict[tuple[int, int, torch.dtype], Tensor] = {}  # making one anew costs several calls
 
     def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class _Scratch(threading.local):
                 self.views.clear()
             with torch.inference_mode(False):  # what is made in inference mode could not be written to after it
                 if len(self.memory) < size:
-                    self.memory = torch.empty(size, dtype=torch.uint8)
+                    self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
                 self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
         return self.views[key]
 

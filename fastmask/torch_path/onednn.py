@@ -84,7 +84,7 @@ def _chosen() -> bool:
 
 def _works() -> bool:
     """Whether the operator, which PyTorch's compiler uses but does not document, is there and does what is expected."""
-    a, b = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(4, 2)
+    a, b = torch.arange(12.0, device="cpu").view(3, 4), torch.arange(8.0, device="cpu").view(4, 2)
     try:
         return torch.equal(linear(a, b.t()), a @ b)
     except (AttributeError, RuntimeError):
@@ -138,7 +138,7 @@ def _remembered(path: Path) -> list[float] | None:
 def _gain(mkl: Product, onednn: Product, M: int, K: int, N: int) -> float:
     """The time of `mkl` over that of `onednn`, each the least of some: what else runs only ever adds to it."""
     generator = torch.Generator().manual_seed(0)
-    a, w = (torch.randn(rows, K, generator=generator) for rows in (M, N))
+    a, w = (torch.randn(rows, K, generator=generator, device="cpu") for rows in (M, N))
     least, threads = [math.inf, math.inf], torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for one another, and on a busy machine that is all that would be measured
     try:

@@ -248,7 +248,7 @@ def adapted(
         raise ValueError(f"language id {language_id} is out of range (expected {known})")
     if not steps:
         with FastWeights(task.model, {}, language_id):  # buffers come back all the same
-            yield torch.zeros(0)
+            yield torch.zeros(0, device="cpu")
         return
     done = 0
 

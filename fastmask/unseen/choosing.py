@@ -131,14 +131,14 @@ def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:
     """
     times = len(numbers)
     if not isinstance(batch, Mapping):
-        ids = torch.tensor(numbers).repeat_interleave(len(batch.lengths))
+        ids = torch.tensor(numbers, device="cpu").repeat_interleave(len(batch.lengths))
         return replace(batch.tiled(times), language_ids=ids), len(ids)
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "language_ids"}
     sizes = {name: value.shape[0] if value.ndim else None for name, value in tensors.items()}
     if len(set(sizes.values())) != 1 or None in sizes.values():
         raise ValueError(f"expected a batch of tensors [B, ...] of one size B, given sizes {sizes}")
     wide = {name: torch.cat([value] * times) for name, value in tensors.items()}
-    ids = torch.tensor(numbers).repeat_interleave(len(next(iter(tensors.values()))))
+    ids = torch.tensor(numbers, device="cpu").repeat_interleave(len(next(iter(tensors.values()))))
     return {**batch, **wide, "language_ids": ids}, len(ids)
 
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_oracle import DEVICE, ON_GPU, assert_close, launches_kernels
 from row_samples import Sample, check_row_weight_grad, nan_from_empty, row_mask, sample  # noqa: F401 (a fixture)
+from torch.utils._pytree import tree_map
 
 pytestmark = launches_kernels
 
@@ -340,13 +341,17 @@ def test_wrong_use_is_named(changes: dict, error: type, message: str) -> None:
     arguments = {
         "x": torch.zeros(5, 34),
         "weights": [torch.zeros(16, 34)],
-        "indices": [index.cpu()],
-        "counts": [counts.cpu()],
-        "plan": Plan(torch.tensor([0]), 5, 2),
+        "indices": [index],
+        "counts": [counts],
+        "plan": Plan(torch.tensor([0], device=DEVICE), 5, 2),
         "widths": [16],
     }
+    there = {
+        name: tree_map(lambda of: of.to(DEVICE) if isinstance(of, torch.Tensor) else of, value)
+        for name, value in (arguments | changes).items()
+    }
     with pytest.raises(error, match=message):
-        row_matmul(**(arguments | changes))
+        row_matmul(**there)
 
 
 def test_wrong_use_of_the_gradients_is_named() -> None:

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from fastmask_kernels import plan as plan_module
-from fastmask_kernels.interpreter import interpreter_problem
+from fastmask_kernels.interpreter import interpreter_problem, interpreting
 from torch import Tensor
 
 import fastmask as fm
@@ -24,6 +24,10 @@ from fastmask.torch_path.split import Split
 from fastmask.triton_path import tables
 
 CPU = torch.device("cpu")
+on_a_cpu = pytest.mark.skipif(
+    not interpreting() or interpreter_problem() is not None,
+    reason=str(interpreter_problem() or "the interpreter is off on a GPU"),
+)
 
 
 class Device:
@@ -169,6 +173,7 @@ def plan_of(ids: Tensor) -> plan_module.Plan:
     return tables.plan_of(ids, 4, 3, CPU)
 
 
+@on_a_cpu
 def test_plans_are_made_for_each_stream(device: Device) -> None:
     """A layer on another stream makes a plan of its own."""
     ids = torch.tensor([0, 1])
@@ -179,6 +184,7 @@ def test_plans_are_made_for_each_stream(device: Device) -> None:
     assert plan_of(ids) is second
 
 
+@on_a_cpu
 def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
     """A replay computes with the languages of its own batch."""
     ids = torch.tensor([0, 1])
@@ -195,7 +201,7 @@ def test_plans_of_a_capture_follow_the_ids(device: Device) -> None:
     assert plan_of(own) is plan_of(own)
 
 
-@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@on_a_cpu
 def test_tiles_that_a_capture_makes_of_an_older_plan(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch behind a capture does not take the capture's list of tiles, which nobody has written yet."""
     monkeypatch.setattr(plan_module, "_capturing", lambda _: device.capturing)
@@ -213,6 +219,7 @@ def test_tiles_that_a_capture_makes_of_an_older_plan(device: Device, monkeypatch
     assert own.tiles(4) is own.tiles(4)
 
 
+@on_a_cpu
 def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
     """Layers of the two paths in one pass each use the lists of their own path."""
     ids = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
@@ -221,7 +228,7 @@ def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
     assert Split.of(ids, 3) is split
 
 
-@pytest.mark.skipif(interpreter_problem() is not None, reason=str(interpreter_problem()))
+@on_a_cpu
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("of_one_pass", [False, True])
 def test_a_backward_pass_on_another_stream(

@@ -19,7 +19,6 @@ from torch import nn
 
 import fastmask as fm
 from fastmask.tasks.data.treebanks import load_treebanks
-from fastmask.training.engine import in_precision
 from fastmask.training.run_folder import load_run
 
 WAYS = ("none", "all", "weights", "units", "norms", "lora")
@@ -146,7 +145,8 @@ for language, of in splits.items():
                 task = load_run(options.run, attached=False).task
                 layers = linear_layers(task.encoder)
                 few = 0.05 * sum(layer.weight.numel() for layer in layers.values())
-                with in_precision(task.model, options.precision):
+                half = options.precision == "bf16"  # copies of weights are not kept: they change
+                with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
                     began = time.perf_counter()
                     size = 0 if way == "none" else adapt(way, task, batches_of(task, support, language), language, few)
                     seconds = time.perf_counter() - began

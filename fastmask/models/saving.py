@@ -24,7 +24,7 @@ from fastmask.models.calls import UNLOADED, plain_class_of
 from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
 from fastmask.records import Record
-from fastmask.subnetworks.subnetworks import Subnetworks
+from fastmask.subnetworks.subnetworks import Subnetworks, masks_file
 
 __all__ = ["from_pretrained", "save_pretrained"]
 
@@ -144,7 +144,10 @@ def from_pretrained(
     if not folder.is_dir():
         folder = Path(_downloaded(str(name), revision))
     if not (folder / ABOUT).exists():
-        raise FileNotFoundError(f"{folder}: has no {ABOUT}, so it was not saved by fastmask.save_pretrained")
+        runs = [run for run in (folder, folder.parent) if masks_file(run) != run]
+        load = f"attach fastmask.Subnetworks.load({str(runs[0])!r}) to the plain model" if runs else ""
+        hint = f" (masks of a run are beside its model: {load})" if runs else ""
+        raise FileNotFoundError(f"{folder}: has no {ABOUT}, so it was not saved by fastmask.save_pretrained{hint}")
     about: About = read_json(folder / ABOUT, About)
     for file, sha in about.files.items():
         if "/" in file or sha256_of(folder / file) != sha:

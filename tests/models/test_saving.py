@@ -125,6 +125,12 @@ class TestFolder:
         model, subnets, _ = made()
         with pytest.raises(ValueError, match="BertForMaskedLM has no subnetworks attached"):
             fm.save_pretrained(model, tmp_path)
+        run = tmp_path / "run"
+        (run / "model").mkdir(parents=True)
+        fm.Subnetworks(["a"], heads=torch.ones(1, 1, 2, dtype=torch.bool)).save(run / "masks.safetensors")
+        for folder in (run, run / "model"):
+            with pytest.raises(FileNotFoundError, match=r"attach fastmask\.Subnetworks\.load\('.*run'\) to the plain"):
+                fm.from_pretrained(folder)
         with pytest.raises(FileNotFoundError, match="was not saved by fastmask"):
             fm.from_pretrained(tmp_path)
         with pytest.raises(ValueError, match="weights=False keeps only masks"):

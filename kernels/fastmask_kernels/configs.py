@@ -120,7 +120,7 @@ ROW_MATMUL_T: Table = {
     },
     **{("gfx942", kind): [_config(128, 32, 128, 8, 2, 2), _config(64, 32, 64, 4, 2)] for kind in ("half", "master")},
     **{(chip, "tf32"): [_config(64, 32, 64, 4, 3, 3), _config(32, 32, 32, 4, 2)] for chip in CHIPS},
-    **{(chip, "ieee"): [_config(64, 16, 64, 8, 2, 2), _config(32, 16, 32, 4, 2)] for chip in CHIPS},
+    **{(chip, "ieee"): [_config(64, 16, 64, 8, 2, 2), _config(32, 16, 16, 4, 2)] for chip in CHIPS},
 }
 
 ROW_TURN_GRAD: Table = {
@@ -136,7 +136,7 @@ ROW_TURN_GRAD: Table = {
     },
     ("gfx942", "half"): [_blocks(32, 128, 128, 8, 2, 2), _blocks(32, 64, 64, 4, 2)],
     **{(chip, "tf32"): [_blocks(32, 64, 64, 8, 3, 3), _blocks(32, 32, 32, 4, 2)] for chip in CHIPS},
-    **{(chip, "ieee"): [_blocks(16, 64, 64, 4, 2, 5), _blocks(16, 32, 32, 8, 2)] for chip in CHIPS},
+    **{(chip, "ieee"): [_blocks(16, 64, 64, 4, 2, 4), _blocks(16, 32, 32, 8, 2)] for chip in CHIPS},
 }
 
 ROW_OWNED_GRAD: Table = {
@@ -152,7 +152,7 @@ ROW_OWNED_GRAD: Table = {
         for chip in _NEW
     },
     ("gfx942", "half"): [_blocks(32, 64, 128, 4, 2, 2), _blocks(32, 64, 64, 4, 2)],
-    **{(chip, "tf32"): [_blocks(32, 64, 32, 4, 3, 5), _blocks(32, 32, 32, 4, 2)] for chip in CHIPS},
+    **{(chip, "tf32"): [_blocks(32, 64, 32, 4, 3, 4), _blocks(32, 32, 32, 4, 2)] for chip in CHIPS},
     ("gfx942", "tf32"): [_blocks(32, 64, 32, 4, 3, 2), _blocks(32, 32, 32, 4, 2)],
     # Larger ones spill a few bytes, each on another chip.
     **{(chip, "ieee"): [_blocks(16, 32, 32, 8, 2, 3 if chip == "gfx942" else 4)] for chip in CHIPS},

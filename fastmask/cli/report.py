@@ -89,10 +89,8 @@ def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | 
         parts: dict[str | None, Any] = {None: rows}
         if len(names := list(dict.fromkeys(banks))) > 1:  # which a code may join
             parts = {name: rows.select([i for i, bank in enumerate(banks) if bank == name]) for name in names}
-        banks_of = {bank: task.examples(part) for bank, part in parts.items()}
-        named = {language if bank is None else bank: examples for bank, examples in banks_of.items()}
-        there = task.scorable(named, split)
-        found[language] = {bank: of for bank, of in banks_of.items() if (language if bank is None else bank) in there}
+        there = task.scorable({bank or language: task.examples(part) for bank, part in parts.items()}, split)
+        found[language] = {bank: there[bank or language] for bank in parts if (bank or language) in there}
     return found
 
 

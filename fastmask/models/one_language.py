@@ -138,7 +138,7 @@ _NEURONS = (
 
 @torch.no_grad()
 def merge(model: nn.Module, language: str) -> Any:
-    """A plain copy of an attached model whose weights are zero where one language's masks are.
+    """A plain copy of an attached model whose weights are zero where they are dead in one language.
 
     It is a model of the same class and config, which loads anywhere and gives what the attached one does in that
     language, at dense cost. The attached model stays as it is.

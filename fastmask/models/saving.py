@@ -144,9 +144,10 @@ def from_pretrained(
     if not folder.is_dir():
         folder = Path(_downloaded(str(name), revision))
     if not (folder / ABOUT).exists():
-        runs = [run for run in (folder, folder.parent) if masks_file(run) != run]
-        load = f"attach fastmask.Subnetworks.load({str(runs[0])!r}) to the plain model" if runs else ""
-        hint = f" (masks of a run are beside its model: {load})" if runs else ""
+        hint = ""
+        if run := next((run for run in (folder, folder.parent) if masks_file(run) != run), None):
+            load = f"fastmask.Subnetworks.load({str(run)!r})"
+            hint = f" (masks of a run are beside its model: attach {load} to the plain model)"
         raise FileNotFoundError(f"{folder}: has no {ABOUT}, so it was not saved by fastmask.save_pretrained{hint}")
     about: About = read_json(folder / ABOUT, About)
     for file, sha in about.files.items():

@@ -1,6 +1,6 @@
 """AdamW without the leak: a step moves only what is live for some language of the batch.
 
-`adamw` is the optimizer, which notes the languages that gradients come from and keeps moments of what may learn;
+`adamw` is the optimizer, which keeps moments of what may learn; `noticed` knows the languages that gradients come from;
 `step` steps what of each parameter is live (`fastmask.live`), and the rows of embeddings.
 """
 

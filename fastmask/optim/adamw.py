@@ -1,13 +1,13 @@
 """`LiveAdamW`: AdamW that moves only what is live for some language of the batch.
 
-It notes which languages gradients come from (`_Note`), and keeps moments of what may learn: of a parameter of which
+It asks which languages gradients come from (`noticed`), and keeps moments of what may learn: of a parameter of which
 languages own little, what a step reads and writes is copied out, stepped like a smaller parameter, and put back.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from fastmask.linear import MaskedLinear
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.masks import FULL, Mask
 from fastmask.models.attach import attached
-from fastmask.models.layers import AttachedLinear
+from fastmask.optim.noticed import Later, Note, carrier_of, names_of
 from fastmask.optim.step import Update, Views, take_step, update_of_rows
 
 __all__ = ["LiveAdamW"]
@@ -101,7 +101,7 @@ class LiveAdamW(torch.optim.AdamW):
         self._seen: tuple[list[nn.Module], list[tuple[str, int, bool]]] = ([], [])
         self._layers: list[MaskedLinear] = []
         self._masked: dict[Tensor, MaskedLinear] = {}
-        self._notes: weakref.WeakKeyDictionary[nn.Module, _Note] = weakref.WeakKeyDictionary()
+        self._notes: weakref.WeakKeyDictionary[nn.Module, Note] = weakref.WeakKeyDictionary()
         self._hooked: Any = WeakIdKeyDictionary()
         # What lives for the languages and masks of the last step, as the next is often like it.
         self._live_for: tuple[set[int], list[Mask]] | None = None
@@ -218,10 +218,10 @@ class LiveAdamW(torch.optim.AdamW):
         self._live_for = None
         for layer in layers:
             if layer not in self._notes:
-                self._notes[layer] = _Note()
+                self._notes[layer] = Note()
                 layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True)
             note = self._notes[layer]
-            carrier = _carrier(layer)
+            carrier = carrier_of(layer)
             # Layers may share a parameter: each notes what came through it.
             if carrier is not None and layer not in self._hooked.setdefault(carrier, weakref.WeakSet()):
                 carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer)))
@@ -251,7 +251,7 @@ class LiveAdamW(torch.optim.AdamW):
         for layer in self._layers:
             if all(parameter is None or parameter.grad is None for parameter in (layer.weight, layer.bias)):
                 continue  # what arrived is gone
-            note, now = self._notes[layer], _names(layer)
+            note, now = self._notes[layer], names_of(layer)
             if any(then != now[: len(then)] for _, then in note.arrived):
                 raise RuntimeError(
                     "a language was removed since the gradients came, and ids are those of others now: set them to "
@@ -263,7 +263,7 @@ class LiveAdamW(torch.optim.AdamW):
                     f"the gradient of {name!r} came from no forward pass that was seen, so its languages are not "
                     "known: call step(languages=...), or announce(...) before the step"
                 )
-            own = {i for given, _ in note.arrived for i in (given.read() if isinstance(given, _Later) else given)}
+            own = {i for given, _ in note.arrived for i in (given.read() if isinstance(given, Later) else given)}
             note.arrived = [(tuple(own), now)]  # ids on a GPU are read once
             ids |= own
         return ids
@@ -375,88 +375,6 @@ class LiveAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
-
-
-class _Later:
-    """Ids that stay on their GPU until somebody has to know them."""
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids, self.version = ids.detach(), None if ids.is_inference() else ids._version
-
-    def read(self) -> list[int]:
-        if self.version is not None and self.ids._version != self.version:
-            raise RuntimeError(
-                "language ids on a GPU were written to between a forward pass and the optimizer's step, so its "
-                "languages are not known: call step(languages=...), or give each batch a tensor of its own"
-            )
-        ids: list[int] = self.ids.tolist()
-        return ids
-
-
-Ids = Sequence[int] | _Later
-
-
-class _Note:
-    """Which languages the gradient of one masked layer came from, noticed while the backward pass brings it.
-
-    A forward hook marks the layer's output with the languages of the pass; when the backward pass comes through the
-    output and then adds to `.grad` of the layer's weight, those have arrived. So passes that are never differentiated
-    do not count, nor does what `torch.autograd.grad` hands out (inner loops, importance scores). A note lives
-    as long as the gradient it is about. It refers to no module and no tensor but ids: copies of a model stay light.
-    """
-
-    def __init__(self) -> None:
-        # Ids of passes, and the names of all languages then.
-        self.arrived: list[tuple[Ids, tuple[str, ...]]] = []
-        self._pending: list[tuple[Ids, tuple[str, ...]]] = []
-        self._pass = -1  # which backward pass the pending ones are of
-        self._begins = True
-        self._version = -1  # of the gradient, when something was last added to it
-
-    def passed_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        if output.requires_grad and not torch.compiler.is_compiling():
-            output.register_hook(partial(self._passed_backward, _ids(layer, args, kwargs), _names(layer)))
-
-    def _passed_backward(self, ids: Ids, names: tuple[str, ...], _: Tensor) -> None:
-        current = torch._C._current_graph_task_id()
-        if current != self._pass:
-            self._pass, self._pending = current, []
-        self._pending.append((ids, names))
-
-    def gradient_is_coming(self, layer: weakref.ref[MaskedLinear], _: Tensor) -> None:
-        there = layer()
-        carrier = None if there is None else _carrier(there)
-        grad = None if carrier is None else carrier.grad
-        # Somebody else may have set it to zero in place.
-        self._begins = grad is None or (grad._version != self._version and not bool(grad.any()))
-
-    def gradient_has_come(self, carrier: Tensor) -> None:
-        if self._begins:
-            self.arrived = []
-        self._version = -1 if carrier.grad is None else carrier.grad._version
-        if self._pass == torch._C._current_graph_task_id():
-            self.arrived += self._pending
-        self._pending = []
-
-
-def _carrier(layer: MaskedLinear) -> Tensor | None:
-    """The parameter whose gradient tells for the layer: the weight, or the bias where only that is trained."""
-    return next((p for p in (layer.weight, layer.bias) if isinstance(p, Tensor) and p.requires_grad), None)
-
-
-def _names(layer: nn.Module) -> tuple[str, ...]:
-    return layer.router.languages if isinstance(layer, AttachedLinear) else ()
-
-
-def _ids(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ids:
-    if isinstance(layer, AttachedLinear):
-        route = layer.router.current()
-        if route.present is not None:
-            return route.present
-        ids = route.language_ids
-        return (ids,) if isinstance(ids, int) else _Later(ids)
-    ids = args[1] if len(args) > 1 else kwargs["language_ids"]
-    return _Later(ids) if ids.device.type != "cpu" else tuple(set(ids.tolist()))
 
 
 def _is_little(part: Live) -> bool:

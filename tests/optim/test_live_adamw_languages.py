@@ -15,7 +15,7 @@ from transformers import BertConfig, BertForTokenClassification, GPT2Config, GPT
 import fastmask as fm
 from fastmask.meta import Task
 from fastmask.models.editing import set_subnetwork
-from fastmask.optim import adamw
+from fastmask.optim import noticed
 
 
 def moved(net, optimizer, **options):
@@ -69,7 +69,7 @@ def test_ids_on_a_device_that_are_written_again_are_an_error(net, monkeypatch):
     """One buffer for the ids of all batches: those of an earlier batch are not taken for those of the last."""
     optimizer, ids = optimizer_of(net), torch.zeros(2, dtype=torch.int64)
     # As on a GPU: read when the step is taken.
-    monkeypatch.setattr(adamw, "_ids", lambda layer, args, kwargs: adamw._Later(args[1]))
+    monkeypatch.setattr(noticed, "ids_of_pass", lambda layer, args, kwargs: noticed.Later(args[1]))
     for language in (0, 3):
         ids.fill_(language)
         net(torch.randn(2, 6), ids).square().sum().backward()

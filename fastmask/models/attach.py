@@ -120,6 +120,11 @@ def attach(
     of_units = unit_layers(model, subnets, router, structure)
     check_shared(model, of_units)
     found = try_layers(model, structure, kinds, example) if kinds and verify else Found({})
+    if full_forward and found.once:
+        raise ValueError(
+            f'forward="full" lets each language learn from its own examples, but the {min(found.once)} also run on '
+            "something that all examples of a batch share (embeddings of relative positions, say): mask neurons only"
+        )
     wrapped: dict[str, str] = {}
     for group in (group for kind in kinds for group in structure.groups(kind)):
         if (name := wrapped_in(model, group)) is not None:
@@ -128,7 +133,7 @@ def attach(
     if not full_forward:
         _say(model, structure, unpacked, found.untried)
     if unpacked or found.apart:
-        of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart)
+        of_units = unit_layers(model, subnets, router, structure, unpacked, found.apart, found.once)
     masked = {**of_units, **weight_layers(model, subnets, router, of_units)}
     check_shared(model, masked)
     around = {name: layer for name, layer in masked.items() if isinstance(layer, Around)}
@@ -190,6 +195,7 @@ def detach(model: Model) -> Model:
     for module in models:
         change_class(module, plain_class_of(module))
         delattr(module, OUTER if module is owner else INNER)
+    state.router.close()
     return model
 
 

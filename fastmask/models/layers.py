@@ -48,6 +48,7 @@ class AttachedLinear(MaskedLinear):
             because attention code cannot reshape zero heads. None for a mask that is not over units.
         packs: whether live units are packed; otherwise each stays in its slot, and dead ones are zeros.
         of_heads: whether the units are heads, which a route may want unpacked.
+        once: whether the model also runs the layer on one example that the whole batch reads (`Route.examples`).
         parts: output rows of each of several projections that the weight holds, and of a unit in each; () for one.
         activation: a name of `torch_path.layers`, applied to the input in place of the model's own.
     """
@@ -62,6 +63,7 @@ class AttachedLinear(MaskedLinear):
         unit: int | None,
         packs: bool = True,
         of_heads: bool = False,
+        once: bool = False,
         parts: Sequence[tuple[int, int]] = (),
         activation: str = NONE,
         siblings: Siblings | None = None,
@@ -71,7 +73,7 @@ class AttachedLinear(MaskedLinear):
         forward = "full" if router.full_forward else "masked"
         super().__init__(in_features, out_features, mask, forward=forward, **options)
         self.router, self.unit, self.packs, self.of_heads = router, unit, packs and unit is not None, of_heads
-        self.activation, self.siblings = activation, siblings
+        self.activation, self.siblings, self.once = activation, siblings, once
         if siblings is not None:
             siblings.layers.append(self)
 
@@ -98,7 +100,7 @@ class AttachedLinear(MaskedLinear):
             return self.siblings.output_of(self, x, route)
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
-        width, (examples, ids) = self.packed_width(route, x), route.examples(x)
+        width, (examples, ids) = self.packed_width(route, x), route.examples(x, self.once)
         y = compute(examples, self.matrix, self.mask, ids, self.bias, width, self.activation, self.full_forward)
         return route.joined(y)
 
@@ -219,8 +221,8 @@ class Around:
     exact, at dense cost, and adapters are masked with the weight that they are added to.
     """
 
-    def __init__(self, mask: Mask, router: Router) -> None:
-        self.mask, self.router = mask, router
+    def __init__(self, mask: Mask, router: Router, once: bool = False) -> None:
+        self.mask, self.router, self.once = mask, router, once
         self._handle: Any = None
 
     @property
@@ -254,7 +256,7 @@ class Around:
         if self._dead.device != x.device:
             self._dead = self._dead.to(x.device)
         route = self.router.current()
-        examples, ids = route.examples(x)
+        examples, ids = route.examples(x, self.once)
         dead = self._dead[ids].view(examples.shape[0], *[1] * (examples.ndim - 2), -1)
         return route.joined(examples.masked_fill(dead, 0))
 
@@ -273,16 +275,18 @@ def unit_layers(
     structure: Structure,
     unpacked: Collection[str] = (),
     apart: Collection[str] = (),
+    once: Collection[str] = (),
 ) -> Layers:
     """The layers of heads and neurons, by module name, and identities for activations that they take over.
 
     At places (`UnitGroup.place`) that are `unpacked` units stay in their slots, at those `apart` projections do not
-    read the same input.
+    read the same input, and at those in `once` they also run on something that all examples read.
     """
     _check_geometry(model, subnets, structure)
     layers: Layers = {}
     for _, group, keep in structure.masked(subnets):
         how = {"router": router, "packs": group.place not in unpacked, "of_heads": group.kind == "heads"}
+        how["once"] = group.place in once
         layers |= _of_group(model, group, keep, group.place not in apart, how)
     return layers
 
@@ -343,7 +347,7 @@ def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router, taken:
 
 def _layer(linear: nn.Module, mask: Mask, **options: Any) -> AttachedLinear | Around:
     if is_wrapped(linear):
-        return Around(mask, options["router"])
+        return Around(mask, options["router"], options.get("once", False))
     kind = AttachedConv1D if is_conv1d(linear) else AttachedLinear
     return kind.from_linear(linear, mask, **options)  # type: ignore[arg-type]
 

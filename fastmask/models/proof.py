@@ -55,6 +55,7 @@ class Found:
 
     unpacked: Mapping[str, str]  # where units cannot be packed, and why not
     apart: frozenset[str] = frozenset()  # where projections read different inputs: nothing is computed together
+    once: frozenset[str] = frozenset()  # where they also run on one example that the whole batch reads
     untried: frozenset[str] = frozenset()  # where nothing was shown, not even that unpacked units are right
 
 
@@ -98,7 +99,8 @@ def _tried(model: nn.Module, groups: list[UnitGroup], places: list[str], trial: 
     wanted = [trial.multiplied(language) for language in (0, 1)]
     calls = wanted[0].inputs
     _check_called(model, groups, calls, trial.inputs)
-    apart = frozenset(group.place for group in groups if len({calls.get(name) for name in group.rows}) > 1)
+    once = frozenset(group.place for group in groups if wanted[0].once & group.rows.keys())
+    apart = frozenset(group.place for group in groups if len({calls.get(name) for name in group.rows}) > 1) | once
     candidates = list(dict.fromkeys(group.place for group in groups if group.columns[0] in calls))
     why = "the tiny batch does not reach it; give attach(..., example=inputs)"
     unpacked: dict[str, str] = {place: why for place in places if place not in candidates}
@@ -106,13 +108,13 @@ def _tried(model: nn.Module, groups: list[UnitGroup], places: list[str], trial: 
 
     def differs(unpacked: Collection[str]) -> str | None:
         try:
-            got = trial.attached(unpacked, apart, wanted)
+            got = trial.attached(unpacked, apart, once, wanted)
         except Exception as error:  # whatever the model's own code raises for fewer heads
             return short(error)
         return _difference(got, [reference.outputs for reference in wanted])
 
     if (together := differs(unpacked)) is None:
-        return Found(unpacked, apart, untried)
+        return Found(unpacked, apart, once, untried)
     if (still := differs(places)) is not None:
         raise ProofError(
             f"cannot attach to {type(model).__name__}: its layers do not give what weights multiplied by masks would "
@@ -123,7 +125,7 @@ def _tried(model: nn.Module, groups: list[UnitGroup], places: list[str], trial: 
             unpacked[place] = alone
     if differs(unpacked) is not None:
         unpacked |= {place: f"together: {together}" for place in candidates if place not in unpacked}
-    return Found(unpacked, apart, untried)
+    return Found(unpacked, apart, once, untried)
 
 
 def _check_called(model: nn.Module, groups: list[UnitGroup], calls: Mapping[str, Any], inputs: Inputs) -> None:
@@ -231,6 +233,7 @@ class _Reference:
 
     outputs: Recorded
     inputs: dict[str, int]  # which tensor each projection read first, by its id
+    once: frozenset[str]  # which projections also ran on fewer examples than there were: on one
     routing: dict[str, list[tuple[Any, Any]]]  # what modules of experts were given beside tokens, at each call
 
 
@@ -291,12 +294,16 @@ class _Trial:
         outputs = self._run(layers, inputs, note)
         # Kept until here, so that no two inputs had the same id.
         first = {name: id(layer.inputs[0]) for name, layer in layers.items() if layer.inputs}
-        return _Reference(outputs, first, routing)
+        whole = len(_ROWS[language])
+        once = {name for name, layer in layers.items() if whole > 1 and any(x.shape[0] == 1 for x in layer.inputs)}
+        return _Reference(outputs, first, frozenset(once), routing)
 
-    def attached(self, unpacked: Collection[str], apart: Collection[str], wanted: list[_Reference]) -> Recorded:
+    def attached(
+        self, unpacked: Collection[str], apart: Collection[str], once: Collection[str], wanted: list[_Reference]
+    ) -> Recorded:
         """A run of all examples, with the layers that `attach` would put in; tokens are routed as in `wanted`."""
         router = Router(self.subnets.languages)
-        layers = unit_layers(self.model, self.subnets, router, self.structure, unpacked, apart)
+        layers = unit_layers(self.model, self.subnets, router, self.structure, unpacked, apart, once)
         with router.using(Route.of(torch.tensor(_IDS, device="cpu"), 2)):
             return self._run(layers, self.inputs, lambda name: _routed(name, wanted))
 

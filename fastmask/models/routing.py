@@ -102,8 +102,19 @@ class Route:
         same = mine is theirs or (isinstance(mine, int) and isinstance(theirs, int) and mine == theirs)
         return same and self.packs_heads == other.packs_heads
 
-    def examples(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those."""
+    def examples(self, x: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
+        """[B, T, K] -> itself and an id for each example, or, if each token has an id, [B * T, 1, K] and those.
+
+        With `once`, x [1, T, K] may be something that all examples of a batch read, and runs the full network.
+        """
+        if once and self.tokens is not None:
+            raise ValueError(
+                "language_ids have one id for each token, but a masked layer also runs on what all tokens share "
+                "(embeddings of relative positions, say): give one id for each example"
+            )
+        ids = self.language_ids
+        if once and x.shape[0] == 1 and isinstance(ids, Tensor) and ids.shape[0] * self.choices != 1:
+            return x, torch.full((1,), -1, device=x.device)
         if self.tokens is None or (x.ndim == 2 and x.shape[0] == self.tokens[0] * self.tokens[1]):
             return x, self.ids_for(x)
         if tuple(x.shape[:2]) != self.tokens or x.ndim != 3:
@@ -210,6 +221,10 @@ class Router:
         if self.standing is not None and self.standing >= 0:
             self.standing = languages.index(self.languages[self.standing])
         self.languages = self.default.names = languages
+
+    def close(self) -> None:
+        """Know no language any more: the ids of a collator would be taken for those of whatever is attached next."""
+        self.standing, self.languages = None, ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles keep the standing language, and are inside of no `fastmask.language`."""

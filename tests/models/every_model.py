@@ -233,10 +233,10 @@ class Verdict:
     detail: str
 
 
-def verdict(model_type: str, class_name: str) -> Verdict:
+def verdict(model_type: str, class_name: str, **changes: Any) -> Verdict:
     """Try a mixed batch on a tiny model: outputs and every gradient."""
     try:
-        model = tiny_model(model_type, class_name)
+        model = tiny_model(model_type, class_name, **changes)
     except Exception as error:
         return Verdict("not built", short(error))
     inputs, failure = working_inputs(model)

@@ -58,6 +58,56 @@ def test_named_families(names, packed):
         assert "neurons of" not in found.detail.split("not packed")[1], found
 
 
+# What published checkpoints say in their config where the class's own defaults say something else.
+PUBLISHED = {
+    "mdeberta-v3-base": (
+        ("deberta-v2", "DebertaV2ForTokenClassification"),
+        {
+            "relative_attention": True,
+            "position_buckets": 4,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"],
+            "max_relative_positions": -1,
+            "position_biased_input": False,
+            "type_vocab_size": 0,
+        },
+    ),
+    "sew-d": (("sew-d", "SEWDForCTC"), {}),
+    "mt5-base": (("mt5", "MT5ForConditionalGeneration"), {"feed_forward_proj": "gated-gelu", "is_gated_act": True}),
+    "wav2vec2-xls-r-300m": (("wav2vec2", "Wav2Vec2ForCTC"), {"do_stable_layer_norm": True}),
+    "falcon-40b": (("falcon", "FalconForCausalLM"), {"new_decoder_architecture": True, "parallel_attn": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("names", "settings"), PUBLISHED.values(), ids=PUBLISHED)
+def test_settings_of_published_checkpoints(names, settings):
+    found = verdict(*names, **settings)
+    assert found.word in RIGHT, found
+    assert "heads" in found.detail, found
+
+
+def test_positions_that_a_whole_batch_shares():
+    """A batch shares the projections of its relative positions, which have no language."""
+    names, settings = PUBLISHED["mdeberta-v3-base"]
+    model = tiny_model(*names, **settings)
+    subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=1)
+    inputs, _ = working_inputs(model)
+    want = torch.cat(multiplied(model, subnets, inputs, [1, 0, 2]))
+    quiet(fm.attach, model, subnets)
+    torch.testing.assert_close(first_of(model(**inputs, languages=[LANGUAGES[i] for i in (1, 0, 2)])), want)
+    alone = {name: value[1:2] for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    torch.testing.assert_close(first_of(model(**alone, languages=[LANGUAGES[0]])), want[1:2])
+    torch.testing.assert_close(first_of(model(**alone, language=LANGUAGES[0])), want[1:2])
+    with pytest.raises(ValueError, match="also run on something that all examples of a batch share"):
+        fm.attach(fm.detach(copy.deepcopy(model)), subnets, "full")
+    of_tokens = torch.zeros_like(inputs["input_ids"])
+    of_tokens[:, 0] = 1
+    with pytest.raises(ValueError, match="what all tokens share"):
+        model(**inputs, language_ids=of_tokens)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_type():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,11 @@ __all__ = ["INNER", "OUTER", "UNLOADED", "attached_class", "inner_models", "plai
 OUTER, INNER = "_fastmask", "_fastmask_of_outer"  # where the state is kept: on the model, and on models inside of it
 
 UNLOADED = "fastmask.masks_were_not_loaded.use_fastmask_from_pretrained"
-"""A name among saved weights that plain `from_pretrained` warns of: without masks the model is another one."""
+"""A name among saved weights that plain `from_pretrained` warns of: without masks the model is another one.
+
+Under it are the bytes of the masks. Where weights are loaded into an attached model (`Trainer` does, to resume and for
+the best checkpoint), it runs with the masks that they were saved with.
+"""
 
 # The arguments that say languages. `language=None` says something (the full network), so its default is `...`;
 # `language_counts` says nothing by itself: it tells which languages are in `language_ids` that lie on a GPU.
@@ -166,13 +171,27 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         return (_empty, (plain,), *how[2:])
 
     def load_from_state_dict(self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        state_dict.pop(prefix + UNLOADED, None)
+        saved = state_dict.pop(prefix + UNLOADED, None)
+        if saved is not None and OUTER in vars(self):
+            from fastmask.models.saving import restore_masks  # which imports this module
+
+            restore_masks(self, saved)
         plain._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+
+    def save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if prefix.endswith("base_model.model.") and OUTER in vars(self):
+            warnings.warn(
+                "PEFT saves adapters without the masks of the model below: fastmask.save_pretrained(model, folder, "
+                "weights=False) writes those beside them",
+                stacklevel=2,
+            )
+        plain._save_to_state_dict(self, destination, prefix, keep_vars)
 
     namespace = {
         "__call__": call,
         "forward": forward,
         "_load_from_state_dict": load_from_state_dict,
+        "_save_to_state_dict": save_to_state_dict,
         "__reduce_ex__": reduce,
         "__module__": plain.__module__,
         "__doc__": plain.__doc__,

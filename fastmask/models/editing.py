@@ -1,4 +1,4 @@
-"""Changing the subnetworks of an attached model: another one for a language, a language more, or one less."""
+"""Changing the subnetworks of an attached model: another one for a language, a language more or less, or all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastmask.models.layers import Around, AttachedLinear
 from fastmask.models.structure import kept_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["add_language", "remove_language", "set_subnetwork"]
+__all__ = ["add_language", "remove_language", "set_subnetwork", "set_subnetworks"]
 
 Masked = AttachedLinear | AttachedExperts | Around
 
@@ -68,6 +68,39 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
     _change(state, Subnetworks(state.subnets.languages, weights=state.subnets.weights, **wide), changed)
 
 
+def set_subnetworks(model: nn.Module, subnets: Subnetworks) -> None:
+    """Give an attached model other subnetworks over the same units and weights, perhaps of other languages.
+
+    Raises:
+        ValueError: they mask something else, or lack the standing language (`set_language`); called inside
+            `fastmask.language`. Nothing has changed then.
+    """
+    state, owner = attached(model), owner_of(model)
+    subnets = subnets.map(lambda keep: keep.cpu())
+    if (there := _masked_of(state.subnets)) != (given := _masked_of(subnets)):
+        raise ValueError(f"the attached subnetworks mask {there}, given others that mask {given}")
+    router = state.router
+    standing = router.languages[router.standing] if router.standing is not None and router.standing >= 0 else None
+    if standing is not None and standing not in subnets.languages:
+        raise ValueError(
+            f"{standing!r} is the standing language: set another one, or fastmask.set_language(model) for none, before"
+        )
+    changes = subnets.languages[: len(router.languages)] != router.languages
+    if changes and router.default.get() is not None:
+        raise ValueError("cannot remove a language inside `with fastmask.language(...)`: ids of others would change")
+    masks = {name: Mask.weights(keep) for name, keep in (subnets.weights or {}).items()}
+    for _, group, units in state.structure.masked(subnets):
+        masks |= group.masks(owner, units)
+    _change(state, subnets, {layer: masks[name].to(layer.mask.device) for name, layer in _masked_layers(model).items()})
+
+
+def _masked_of(subnets: Subnetworks) -> dict[str, tuple[int, ...]]:
+    """What subnetworks mask, and the sizes of that."""
+    units = {kind: getattr(subnets, kind) for kind in ("heads", "neurons")}
+    masked = {kind: keep for kind, keep in units.items() if keep is not None} | dict(subnets.weights or {})
+    return {name: tuple(keep.shape[1:]) for name, keep in masked.items()}
+
+
 def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:
     """Give an attached model one language more, behind the others; their ids and masks stay as they are.
 
@@ -80,16 +113,8 @@ def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:
         ValueError: a language of that name is there, `subnet` has several, or masks something else; nothing has
             changed then.
     """
-    state = attached(model)
     own = subnet.map(lambda keep: keep.cpu()) if isinstance(subnet, Subnetworks) else subnet
-    subnets, owner = state.subnets.map(lambda keep: keep.cpu()).append(name, own), owner_of(model)
-    alone = subnets.select([name])
-    new = {module_name: Mask.weights(keep) for module_name, keep in (alone.weights or {}).items()}
-    for _, group, units in state.structure.masked(alone):
-        new |= group.masks(owner, units)
-    layers = _masked_layers(model).items()
-    masks = {layer: Mask.stack([layer.mask, new[name].to(layer.mask.device)]) for name, layer in layers}
-    _change(state, subnets, masks)
+    set_subnetworks(model, attached(model).subnets.map(lambda keep: keep.cpu()).append(name, own))
 
 
 def remove_language(model: nn.Module, name: str) -> None:
@@ -100,20 +125,12 @@ def remove_language(model: nn.Module, name: str) -> None:
         ValueError: it is the only one (see `detach`), or the standing one (`set_language`); called inside
             `fastmask.language`.
     """
-    state = attached(model)
-    gone = state.subnets.index(name)
-    if state.router.default.get() is not None:
-        raise ValueError("cannot remove a language inside `with fastmask.language(...)`: ids of others would change")
-    if state.router.standing == gone:
-        raise ValueError(
-            f"{name!r} is the standing language: set another one, or fastmask.set_language(model) for none, before"
-        )
-    rest = [language for language in state.subnets.languages if language != name]
+    subnets = attached(model).subnets
+    gone = subnets.index(name)
+    rest = subnets.languages[:gone] + subnets.languages[gone + 1 :]
     if not rest:
         raise ValueError(f"{name!r} is the only language: fastmask.detach(model) takes the subnetworks off")
-    ids = [row for row in range(len(rest) + 1) if row != gone]
-    masks = {layer: layer.mask.select(ids) for layer in _masked_layers(model).values()}
-    _change(state, state.subnets.select(rest), masks)
+    set_subnetworks(model, subnets.select(rest))
 
 
 def _change(state: Attached, subnets: Subnetworks, masks: Mapping[Masked, Mask]) -> None:

@@ -125,8 +125,14 @@ class LanguageCollator:
     ) -> None:
         from fastmask.models.attach import attached  # which imports this module
 
-        subnets = languages if isinstance(languages, Subnetworks) else attached(languages).subnets
-        self.collator, self.languages, self.column, self.times = collator, subnets.languages, column, times
+        # The router of a model knows of languages that are added or removed later.
+        self._known = languages if isinstance(languages, Subnetworks) else attached(languages).router
+        self.collator, self.column, self.times = collator, column, times
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """The languages, by id."""
+        return self._known.languages
 
     def __call__(self, examples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """The batch of the other collator, its `language_ids` and its `language_counts`.
@@ -151,7 +157,7 @@ class LanguageCollator:
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "collator":  # while it is being copied or unpickled
+        if name.startswith("_") or name == "collator":  # while it is being copied or unpickled
             raise AttributeError(name)
         return getattr(self.collator, name)  # trainers ask collators for settings
 

@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -16,11 +18,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from fastmask.files import FileError, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
 from fastmask.models.calls import UNLOADED, plain_class_of
+from fastmask.models.editing import set_subnetworks
 from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
 from fastmask.records import Record
@@ -96,7 +99,7 @@ def save_pretrained(
     if weights:
         state = dict(options.pop("state_dict", None) or owner.state_dict())
         if masked and not full:
-            state[UNLOADED] = torch.zeros(1, device="cpu")
+            state[UNLOADED] = _masks_as_tensor(attached(owner).subnets)
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -167,6 +170,29 @@ def from_pretrained(
     else:
         model = model_class.from_pretrained(about.base, revision=about.revision, **options)
     return attach(model, subnets, about.forward, family=family)
+
+
+def _masks_as_tensor(subnets: Subnetworks) -> Tensor:
+    """The bytes of the file of masks."""
+    with tempfile.TemporaryDirectory() as folder:
+        subnets.save(path := Path(folder) / MASKS)
+        return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+
+
+def restore_masks(model: nn.Module, saved: Tensor) -> None:
+    """Give an attached model the subnetworks that weights, which are about to be loaded into it, were saved with."""
+    with tempfile.TemporaryDirectory() as folder:
+        (path := Path(folder) / MASKS).write_bytes(saved.cpu().numpy().tobytes())
+        subnets = Subnetworks.load(path)
+    if subnets == attached(model).subnets.map(lambda keep: keep.cpu()):
+        return
+    said = "the weights that are loaded were saved with other subnetworks than are attached"
+    try:
+        set_subnetworks(model, subnets)
+    except ValueError as error:
+        warnings.warn(f"{said}, which stay as they are ({error})", stacklevel=2)
+    else:
+        warnings.warn(f"{said}, and bring those along", stacklevel=2)
 
 
 def _loaded(model_class: Any, folder: Path, about: About, options: dict[str, Any]) -> Any:

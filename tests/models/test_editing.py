@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from every_model import first_of, made, times_masks
+from transformers import default_data_collator
 
 import fastmask as fm
 from fastmask.models.attach import attached
@@ -53,6 +55,22 @@ class TestEditing:
         want = first_of(model(**inputs))
         fm.remove_language(model, "bb")
         assert torch.equal(first_of(model(**inputs)), want)
+
+    def test_a_collator_from_before(self):
+        """Names that a collator was told of by the model go on meaning the same languages."""
+        model, subnets, _ = made()
+        collator = fm.LanguageCollator(default_data_collator, fm.attach(model, subnets))
+        assert collator([{"x": 1, "language": "bb"}])["language_ids"].tolist() == [1]
+        fm.remove_language(model, "aa")
+        fm.add_language(model, "dd", subnets.select(["aa"]))
+        for of in (collator, pickle.loads(pickle.dumps(collator)), copy.deepcopy(collator)):
+            made_of = of([{"x": 1, "language": "bb"}, {"x": 1, "language": "dd"}])
+            assert made_of["language_ids"].tolist() == [0, 2]
+            with pytest.raises(KeyError, match="unknown language 'aa'"):
+                of([{"x": 1, "language": "aa"}])
+        fm.attach(fm.detach(model), subnets.select(["cc", "bb"]))
+        with pytest.raises(KeyError, match="unknown language 'bb'"):
+            collator([{"x": 1, "language": "bb"}])
 
     def test_bad_input(self):
         model, subnets, _ = made()

@@ -10,6 +10,7 @@ from tiny_models import batch, multiplied, tiny
 from torch import nn
 
 import fastmask as fm
+from fastmask.models.attach import attached
 from fastmask.models.editing import set_subnetwork
 
 peft = pytest.importorskip("peft")
@@ -189,6 +190,22 @@ def test_masks_under_an_adapter_by_name():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_saving_without_masks_warns(tmp_path):
+    """PEFT writes adapters; the masks below them go beside those by a call of their own."""
+    base = tiny("bert", "tokens").float()
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base")
+    subnets = subnetworks(model, "neurons")
+    config = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    adapted = peft.get_peft_model(fm.attach(model, subnets), config).eval()
+    with pytest.warns(UserWarning, match="adapters without the masks"):
+        adapted.save_pretrained(tmp_path / "adapted")
+    fm.save_pretrained(adapted, tmp_path / "adapted", weights=False)
+    again = peft.PeftModel.from_pretrained(fm.from_pretrained(tmp_path / "adapted"), tmp_path / "adapted")
+    assert attached(again).subnets == subnets
+    torch.testing.assert_close(run(again.eval()), run(adapted))
+
+
 def test_freezing_and_saving_with_masks_around_adapters(tmp_path):
     """Adapters would be frozen with what no mask touches; and saved under names that plain loading leaves out."""
     wrapped = with_lora(tiny("bert", "tokens"), "query")

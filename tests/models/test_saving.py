@@ -11,10 +11,12 @@ import huggingface_hub
 import pytest
 import torch
 from every_model import LANGUAGES, MODELS, assert_same, first_of, made
+from safetensors.torch import load_file
 from tiny_models import batch, tiny
 
 import fastmask as fm
 from fastmask.models.attach import attached, is_attached
+from fastmask.models.editing import set_subnetworks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -186,6 +188,46 @@ def test_the_trainers_checkpoints(tmp_path):
     torch.testing.assert_close(
         end(**batch(3), language_ids=ids)[0], trainer.model.eval()(**batch(3), language_ids=ids)[0]
     )
+
+
+def test_masks_that_change_during_training(tmp_path):
+    """Resumed, and with the best checkpoint loaded at the end, weights have the masks that they were saved with."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model = tiny("bert", "tokens", num_labels=50).float()
+    first, second = (fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=s, units="both") for s in (0, 1))
+    fm.attach(model, first)
+
+    class Changes(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == 2:
+                set_subnetworks(model, second)
+
+    def trainer(model, steps, **options):
+        scores = iter([1.0, 0.0, 0.0])  # the first checkpoint is the best one
+        options |= {"max_steps": steps, "save_steps": 2, "per_device_train_batch_size": 3, "use_cpu": True}
+        return Trainer(
+            model,
+            TrainingArguments(tmp_path, report_to=[], disable_tqdm=True, **options),
+            train_dataset=Sentences(),
+            eval_dataset=Sentences(),
+            callbacks=[Changes()],
+            compute_metrics=lambda _: {"score": next(scores)},
+        )
+
+    best_one = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    best = trainer(model, 4, eval_strategy="steps", eval_steps=2, **best_one)
+    with pytest.warns(UserWarning, match="bring those along"):
+        best.train()
+    assert best.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert attached(model).subnets == first
+    fresh = fm.attach(tiny("bert", "tokens", num_labels=50).float(), first)
+    with pytest.warns(UserWarning, match="bring those along"):
+        trainer(fresh, 6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert attached(fresh).subnets == second
+    neurons = fm.attach(tiny("bert", "tokens", num_labels=50).float(), fm.Subnetworks(LANGUAGES, neurons=first.neurons))
+    with pytest.warns(UserWarning, match=r"stay as they are .*mask \{'neurons'"):
+        neurons.load_state_dict(load_file(tmp_path / "checkpoint-4" / "model.safetensors"))
 
 
 class TestHub:

@@ -16,8 +16,8 @@ test: .venv/installed-test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-# The long forms of what `make test` covers, and what needs several processes; on all cores, too.
-slow: .venv/installed-test
+# The long forms of what `make test` covers, what needs several processes, and other tools; on all cores, too.
+slow: .venv/installed-slow
 	$(BIN)/python -m pytest -m slow
 
 bench: .venv/installed
@@ -42,6 +42,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[train,test]'
+	touch $@
+
+.venv/installed-slow: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[train,test,tools]'
 	touch $@
 
 .venv/installed-docs: .venv/installed

@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 WAYS = ("looped", "filled", "gated")
-_BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ud"
+_BESIDE_THE_CHECKOUT = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,10 +41,19 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def ud_dir() -> Path:
     """Folder of Universal Dependencies treebanks (FASTMASK_UD_DIR); the test is skipped where there is none."""
-    folder = Path(os.environ.get("FASTMASK_UD_DIR", _BESIDE_THE_CHECKOUT)).expanduser()
+    folder = Path(os.environ.get("FASTMASK_UD_DIR", _BESIDE_THE_CHECKOUT / "data" / "ud")).expanduser()
     if not folder.is_dir():
         pytest.skip(f"no treebanks in {folder}; set FASTMASK_UD_DIR to a folder of UD_* treebanks")
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_dir() -> Path:
+    """Folder of a pretrained multilingual encoder, in FASTMASK_MODEL_DIR; the test is skipped where there is none."""
+    models = Path(os.environ.get("FASTMASK_MODEL_DIR", _BESIDE_THE_CHECKOUT / "models")).expanduser()
+    if not (models / "me5-small-q4").is_dir():
+        pytest.skip(f"no me5-small-q4 in {models}; set FASTMASK_MODEL_DIR to the folder that has it")
+    return models / "me5-small-q4"
 
 
 @pytest.fixture(params=WAYS)

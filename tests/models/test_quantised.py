@@ -36,7 +36,17 @@ def quanto(model, **options):
     return model
 
 
-@pytest.mark.parametrize("quantise", [torchao, quanto])
+def bitsandbytes(model):
+    library = pytest.importorskip("bitsandbytes")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            made = library.nn.Linear8bitLt(module.in_features, module.out_features, has_fp16_weights=False)
+            made.load_state_dict(module.state_dict())
+            model.set_submodule(name, made)
+    return model.to("cpu")
+
+
+@pytest.mark.parametrize("quantise", [torchao, quanto, bitsandbytes])
 class TestEveryLibrary:
     """Whole models."""
 
@@ -64,7 +74,9 @@ class TestEveryLibrary:
     def test_after_attach(self, quantise):
         """A masked layer that was quantised is noticed; after detach the quantised model is plain."""
         model = quantise(fm.attach(tiny("bert").float(), subnetworks()))
-        with pytest.raises(ValueError, match=f"masked layer '{QUERY}' (was replaced by .*QLinear|became .*Int8Tensor)"):
+        with pytest.raises(
+            ValueError, match=f"masked layer '{QUERY}' (was replaced by .*(QLinear|8bitLt)|became .*Int8Tensor)"
+        ):
             run(model)
         expected = quantise(tiny("bert").float())(**batch(2))[0]
         torch.testing.assert_close(fm.detach(model)(**batch(2))[0], expected)

@@ -21,7 +21,7 @@ from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.task import Task
 from fastmask.training.run_folder import DYNAMIC_FILE, complete, step_of
-from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
+from fastmask.unseen import direction_profile, direction_similarity, uriel_similarity
 
 __all__ = ["ANALYSES", "cross_values", "mask_seed"]
 
@@ -119,11 +119,12 @@ def typology(part: Part) -> None:
         raise SkipError(f"a correlation needs at least three unseen languages, and there are {len(unseen)}")
     with part.attempt("by head direction"):
         profiles = {
-            name: HeadDirection.of_rows([row for rows in every[name].values() for row in rows])
-            for name in [*seen, *unseen]
+            name: direction_profile(row for rows in every[name].values() for row in rows) for name in [*seen, *unseen]
         }
+        if bare := [name for name, profile in profiles.items() if not profile]:
+            raise SkipError(f"no example of {', '.join(bare)} has a tree whose dependents could be counted")
         training = {name: profiles[name] for name in seen}
-        near = {name: head_direction_similarity(profiles[name], training) for name in unseen}
+        near = {name: direction_similarity(profiles[name], training) for name in unseen}
         _correlations(part, full, variants, "head direction", near)
     with part.attempt("by URIEL"):
         try:

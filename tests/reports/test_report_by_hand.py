@@ -19,7 +19,7 @@ from fastmask.reports.runs import batches_of, drawn, load_data, score_of, studie
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.training.run_folder import complete, load_run
-from fastmask.unseen import HeadDirection, head_direction_similarity
+from fastmask.unseen import direction_profile, direction_similarity
 
 LANGUAGES = ["qaa", "qab", "qac"]
 OPTIONS = Options(seed=3, sentences=6)
@@ -233,12 +233,10 @@ def test_typology(comparison, data, tables_of):
     unseen = ["qad", "qag", "qah"]
     loaded = load_treebanks(data, [*LANGUAGES, *unseen])
     profile = {
-        name: HeadDirection.of_rows([row for split in splits.values() for row in split])
-        for name, splits in loaded.items()
+        name: direction_profile([row for split in splits.values() for row in split]) for name, splits in loaded.items()
     }
     near = {
-        name: head_direction_similarity(profile[name], {other: profile[other] for other in LANGUAGES})
-        for name in unseen
+        name: direction_similarity(profile[name], {other: profile[other] for other in LANGUAGES}) for name in unseen
     }
     gains = {
         name: [

@@ -9,7 +9,7 @@ import pytest
 
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
-from fastmask.reports import ANALYSES, Options, make_report
+from fastmask.reports import ANALYSES, Options, analyses, make_report
 from fastmask.reports.runs import studies_of
 
 FEW = Options(sentences=4)
@@ -180,3 +180,20 @@ def test_the_command_names_every_analysis():
     from fastmask.cli import finished
 
     assert finished.ANALYSES.split(",") == list(ANALYSES)
+
+
+def test_examples_without_trees(comparison, tmp_path, monkeypatch):
+    """Nothing is counted in them, and the report says so."""
+    real = analyses.load_data
+
+    def without_trees(*given):
+        splits, missing = real(*given)
+        words = {
+            language: {name: [{"words": row["words"]} for row in rows] for name, rows in of.items()}
+            for language, of in splits.items()
+        }
+        return words, missing
+
+    monkeypatch.setattr(analyses, "load_data", without_trees)
+    made = make_report([comparison], ["effect", "typology"], tmp_path / "out", FEW)
+    assert says(made, "typology (by head direction)", "no example of qaa, qab, qac, qad, qag, qah has a tree")

@@ -80,15 +80,13 @@ def effect(
             numbers = (*pair.loc[language].mean(), float(d.mean()), *interval, len(d), p)
             rows.append((method, language, *numbers, "too few" if math.isnan(p) else says))
         if len(gains):
-            found = paired(gains, level=level)
-            languages, seeds = (len(found.by_language), found.wins), (len(found.by_seed), found.seeds_agree)
-            summary.append((method, other, found.difference, found.low, found.high, *languages, found.p, *seeds))
+            summary.append({"method": method, "against": other, **paired(gains)})
     if not summary:
         raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
     columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "p_holm", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
     columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
-    methods = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
+    methods = pd.DataFrame(summary)[[*columns, "seeds_agree"]]
     methods.insert(columns.index("p") + 1, "p_holm", holm(methods.p))
     methods["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in methods.itertuples()]
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata, ttest_1samp
 
 __all__ = [
-    "SAMPLES", "Paired", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired",
+    "SAMPLES", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired",
     "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
 ]  # fmt: skip
 
@@ -101,47 +101,34 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     return _middle(sums[counts > 0] / counts[counts > 0], level)
 
 
-@dataclass(frozen=True)
-class Paired:
-    """One method against another."""
+def paired(differences: pd.Series) -> dict[str, Any]:
+    """Test a method against another one, by their differences: a series over `language` and `seed`, NaN for a gap.
 
-    by_language: tuple[float, ...]  # the mean difference of each language over its seeds
-    by_seed: tuple[float, ...]  # of each seed over its languages
-    p_languages: float  # two-sided, of the sign-flip test over `by_language`; not corrected
-    p_seeds: float  # of the t-test over `by_seed`; NaN for a single seed
-    low: float  # the interval of the mean difference, over languages and seeds
-    high: float
-
-    @property
-    def p(self) -> float:
-        """The larger of the two p-values; NaN for a single seed, which says nothing of others."""
-        return math.nan if math.isnan(self.p_seeds) else max(self.p_languages, self.p_seeds)
-
-    @property
-    def difference(self) -> float:
-        """The mean over languages."""
-        return float(np.mean(self.by_language))
-
-    @property
-    def wins(self) -> int:
-        """In how many languages the method is better."""
-        return sum(value > TIE for value in self.by_language)
-
-    @property
-    def seeds_agree(self) -> int:
-        """In how many seeds the mean difference has the sign of the whole."""
-        return sum(value * np.sign(self.difference) > TIE for value in self.by_seed)
-
-
-def paired(differences: pd.Series, *, level: float = 0.95) -> Paired:
-    """Test a method against another one, by their differences: a series over `language` and `seed`, NaN for a gap."""
+    Returns:
+        A row of a table: `difference` (the mean over languages, each the mean over its seeds), `low`, `high` (its
+        interval, over languages and seeds), `p_languages` (of the sign-flip test), `p_seeds` (of the t-test; NaN for a
+        single seed), `p` (the larger of the two; NaN for a single seed, which says nothing of others; not corrected),
+        `languages` and how many of them are `languages_better`, `seeds` and in how many of them `seeds_agree` with the
+        sign of the whole.
+    """
     known = differences.dropna()
-    by_language = known.groupby(level="language").mean()
-    by_seed = known.groupby(level="seed").mean()
-    p_languages = paired_sign_flip(by_language.to_numpy())
-    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy(), level)
-    p_seeds = t_of_mean(by_seed.to_numpy()) if len(by_seed) > 1 else math.nan
-    return Paired(tuple(map(float, by_language)), tuple(map(float, by_seed)), p_languages, p_seeds, low, high)
+    by_language, by_seed = (known.groupby(level=level).mean().to_numpy() for level in ("language", "seed"))
+    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy())
+    difference = float(np.mean(by_language))
+    p_languages = paired_sign_flip(by_language)
+    p_seeds = t_of_mean(by_seed) if len(by_seed) > 1 else math.nan
+    return {
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "p_languages": p_languages,
+        "p_seeds": p_seeds,
+        "p": math.nan if math.isnan(p_seeds) else max(p_languages, p_seeds),
+        "languages": len(by_language),
+        "languages_better": int((by_language > TIE).sum()),
+        "seeds": len(by_seed),
+        "seeds_agree": int((by_seed * np.sign(difference) > TIE).sum()),
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -49,14 +49,13 @@ def test_differences_are_paired_by_language_and_seed():
     """The difference, its p-values, its wins and its spread over seeds, by hand."""
     found = compared(scores_table(results()), "static", "full")
     # fi: +2, 0; ja: +3, +1; ta: 0, +2  ->  by language 1, 2, 1; by seed 5/3, 1
-    assert found.difference == pytest.approx(4 / 3)
-    assert found.by_seed == pytest.approx((5 / 3, 1.0))
-    assert (found.wins, len(found.by_language)) == (3, 3)
-    assert found.p_languages == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
-    assert found.p_seeds == pytest.approx(t_of_mean([5 / 3, 1.0]))
+    assert found["difference"] == pytest.approx(4 / 3)
+    assert [found[name] for name in ("languages", "languages_better", "seeds", "seeds_agree")] == [3, 3, 2, 2]
+    assert found["p_languages"] == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
+    assert found["p_seeds"] == pytest.approx(t_of_mean([5 / 3, 1.0]))
     worse = compared(scores_table(results()), "static", "full", sign=-1)
-    assert worse.difference == pytest.approx(-4 / 3)
-    assert (worse.wins, worse.p) == (0, pytest.approx(found.p))
+    assert worse["difference"] == pytest.approx(-4 / 3)
+    assert (worse["languages_better"], worse["p"]) == (0, pytest.approx(found["p"]))
 
 
 def test_the_summary_holds_means_deviations_and_corrected_p_values():

@@ -187,9 +187,22 @@ def test_a_lower_perplexity_is_drawn_as_a_gain():
     """The picture of gains is positive where the summary is."""
     scores = scores_table(results())
     up, down = (
-        report._draw_gains(dataclasses.replace(PLAN, training=training), scores, "full", "adapted")
-        for training in ({}, {"task": "lm"})
+        report._draw_gains(dataclasses.replace(PLAN, training=training), scores) for training in ({}, {"task": "lm"})
     )
     gains, losses = (figure.axes[0].images[0].get_array() for figure in (up, down))
-    assert gains[1, 0] == pytest.approx(1.0)  # static of fi
+    assert [label.get_text() for label in up.axes[0].get_yticklabels()] == ["random", "static"]
+    assert gains[1].tolist() == [1.0, 2.0, 1.0, pytest.approx(4 / 3, abs=0.05)]  # static of fi, ja, ta and their mean
     assert (gains == -losses).all()
+
+
+def test_the_picture_pairs_arms_by_seed():
+    """An arm that has fewer seeds is set against these seeds of the full network, and says how many it has."""
+    some = {key: value for key, value in results().items() if key != (1, "static")}
+    figure = report._draw_gains(PLAN, scores_table(some))
+    assert figure.axes[0].images[0].get_array()[1, 0] == 2.0  # fi, 42 against 40
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["random", "static (1 seed)"]
+
+
+def test_no_picture_without_gains():
+    alone = {key: value for key, value in results().items() if key[1] == "full"}
+    assert report._draw_gains(PLAN, scores_table(alone)) is None

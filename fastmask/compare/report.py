@@ -1,4 +1,4 @@
-"""What a comparison leaves: tables as CSV, ``summary.md`` and ``gains.png``, and what it prints."""
+"""What a comparison leaves: tables as CSV, ``summary.md`` and ``gains.png``."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from rich.console import Console
-from rich.table import Table
 
 from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
 from fastmask.analysis.statistics import p_text
@@ -29,7 +27,7 @@ from fastmask.compare.tables import (
 from fastmask.files import FileError, replace_file, write_text
 from fastmask.tasks.task import heading
 
-__all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "read_tables", "write_report"]
+__all__ = ["NOTE", "SCORES_FILE", "load_results", "load_tables", "page_tables", "read_tables", "write_report"]
 
 SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
@@ -124,7 +122,7 @@ def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, st
     return table.iloc[places].reset_index(drop=True)
 
 
-# ---- writing and printing
+# ---- writing
 
 
 def write_report(plan: Plan, command: str | None = None, known: Tables | None = None) -> list[Path]:
@@ -143,22 +141,6 @@ def write_report(plan: Plan, command: str | None = None, known: Tables | None = 
         files.append(plan.out / "gains.png")
         replace_file(files[-1], partial(figure.savefig, dpi=120, format="png"))
     return files
-
-
-def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> None:
-    """What was decided, one table for each condition, and one of the cells' cost."""
-    scores, cells = load_tables(plan, known)
-    for title, rows in page_tables(plan, scores, cells):
-        table = Table(title=title)
-        for name in rows[0]:
-            # Where there is little room, cells are folded, but no number is.
-            words = name in ("hypothesis", "arm", "over", "verdict", "condition")
-            width = None if words else max((len(part) for row in rows for part in row[name].split()), default=None)
-            table.add_column(name, justify="left" if words else "right", min_width=width, overflow="fold")
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
-    console.print(NOTE, highlight=False)
 
 
 def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: str | None) -> str:

@@ -296,8 +296,5 @@ def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
 
 def score_of(task: Task, rows: Sequence[Row], networks: Mapping[str, str | None]) -> dict[str, float]:
     """`Task.metric` of the rows under each of the attached subnetworks that are named, None: the full network."""
-    examples, found = task.examples(rows), {}
-    for name, network in networks.items():
-        with task.reading(network):
-            found[name] = task.score(examples, task.predict(examples))[task.metric]
-    return found
+    examples = task.examples(rows)
+    return {name: task.scored(examples, network)[task.metric] for name, network in networks.items()}

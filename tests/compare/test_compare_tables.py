@@ -8,12 +8,13 @@ import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fastmask.analysis.statistics import holm, t_of_mean
+from fastmask.cli import report as cli_report
+from fastmask.cli.compare import print_tables
 from fastmask.compare import report
 from fastmask.compare.plan import CompareConfig, Hypothesis, Plan, arms_of
-from fastmask.compare.report import page_tables, print_tables
+from fastmask.compare.report import page_tables
 from fastmask.compare.tables import SCORE_COLUMNS, cells_table, compared, decisions, scores_table, summary_table
 
 # arm -> language -> LAS of seeds 0 and 1
@@ -160,7 +161,7 @@ def test_what_was_decided():
     assert decisions(dataclasses.replace(plan, hypotheses={}), scores_table(cells(gains))).empty
 
 
-def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path):
+def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path, monkeypatch):
     """Words are folded in a narrow terminal; no digit of a difference, interval or p-value is cut off."""
     las = {arm: {f"l{n}": (values["fi"][0] + n, values["fi"][1] + n) for n in range(7)} for arm, values in LAS.items()}
     hypotheses = {
@@ -174,13 +175,15 @@ def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path):
     words = ("hypothesis", "arm", "over", "condition", "verdict")
     numbers = {number for row in rows for name, text in row.items() if name not in words for number in text.split()}
     for width in (90, 130):
-        console = Console(width=width, file=io.StringIO())
-        print_tables(plan, console, known)
-        printed = console.file.getvalue()
+        monkeypatch.setattr(cli_report, "WIDTH", width)
+        file = io.StringIO()
+        print_tables(plan, file, known)
+        printed = file.getvalue()
+        assert max(map(len, printed.partition("Scores: mean")[0].splitlines())) <= width
         assert [text for text in numbers if text not in printed] == []
     of_another = (scores["arm"] == "static") & (scores["seed"] == 1) & (scores["language"] == "l3")
     with pytest.raises(ValueError, match=r"static of seed 1 and full of seed 0 differ in l3 \(adapted\)"):
-        print_tables(plan, console, (known[0][~of_another], known[1]))
+        print_tables(plan, file, (known[0][~of_another], known[1]))
 
 
 def test_a_lower_perplexity_is_drawn_as_a_gain():

@@ -287,10 +287,14 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
 
 
 def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
-    """Rows of language `name` as batches of `BATCH`, in their order, without those that cannot be trained on."""
+    """Rows of language `name` in batches, in their order, without those that cannot be trained on.
+
+    At most `BATCH` are in one, and of two rows or more at most half: two halves can be set against each other.
+    """
     examples = task.training_examples(rows, name)
     places = np.arange(len(examples))
-    pieces = [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
+    size = min(BATCH, -(-len(places) // 2))
+    pieces = [places[first : first + size] for first in range(0, len(places), size)]
     return [task.collate(examples.select(piece)).to(task.device) for piece in pieces]
 
 

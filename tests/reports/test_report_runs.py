@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports import ANALYSES, Options, analyses, make_report
-from fastmask.reports.runs import studies_of
+from fastmask.reports.runs import batches_of, studies_of
 
 FEW = Options(sentences=4)
 
@@ -197,3 +198,22 @@ def test_examples_without_trees(comparison, tmp_path, monkeypatch):
     monkeypatch.setattr(analyses, "load_data", without_trees)
     made = make_report([comparison], ["effect", "typology"], tmp_path / "out", FEW)
     assert says(made, "typology (by head direction)", "no example of qaa, qab, qac, qad, qag, qah has a tree")
+
+
+@pytest.mark.parametrize("count", [2, 5, 16, 17, 64])
+def test_few_rows_make_two_batches(count):
+    """The control of gradients is one half of a language against the other, also of few sentences."""
+
+    class Some(list):
+        def select(self, rows):
+            return Some(self[row] for row in rows)
+
+    class Made:
+        device = "cpu"
+        training_examples = staticmethod(lambda rows, name: Some(rows))
+        collate = staticmethod(torch.tensor)
+
+    batches = batches_of(Made(), list(range(count)), "xx")
+    assert len(batches) > 1
+    assert max(map(len, batches)) <= 16
+    assert torch.cat(batches).tolist() == list(range(count))

@@ -34,8 +34,6 @@ def gradient_conflict(
     batches: Mapping[str, Iterable[Any]],
     *,
     whole: nn.Module | None = None,
-    full: bool = False,
-    layers: Sequence[str] | None = None,
 ) -> Result:
     """Compare the gradients of the languages' mean losses, pair by pair.
 
@@ -55,13 +53,11 @@ def gradient_conflict(
     run several times.
 
     Args:
-        model: a Hugging Face model, attached or not, or any module with `layers`. In eval mode during the call.
+        model: a Hugging Face model, attached or not. In eval mode during the call.
         loss: runs the model on a batch -> one loss for each example, [B]. Without `language_ids`: it is called inside
             `fastmask.language`.
         batches: by language; a language's loss is the mean over the examples of all its batches.
         whole: the module whose parameters count, of which `model` is the encoder; default `model`.
-        full: run the full network of an attached model, not the subnetworks.
-        layers: names of the modules of `model` that are its layers; default those of the model's family.
 
     Returns:
         table: `scope`, `language_a`, `language_b`, `cosine`, `conflict`, `coordinates` (where both are non-zero). NaN
@@ -82,19 +78,19 @@ def gradient_conflict(
         if len(given) < 2:
             raise ValueError(f"language {name!r} has {len(given)} batches (expected two or more, to make two halves)")
     whole = model if whole is None else whole
-    masked = is_attached(model) and not full
+    masked = is_attached(model)
     owned = _owned(whole, [attached(model).subnets.index(name) for name in names]) if masked else {}
     sizes: dict[int, int] = {}
 
     def run(name: str, batch: Any) -> Tensor:
-        with language(model, None if full else name) if is_attached(model) else nullcontext(), torch.enable_grad():
+        with language(model, name) if masked else nullcontext(), torch.enable_grad():
             losses = loss(batch)
         if losses.ndim != 1:
             raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
         sizes[id(batch)] = len(losses)
         return losses.sum()
 
-    scopes = _scopes(model, whole, layers)
+    scopes = _scopes(model, whole)
     sums: dict[str, Any] = {}
     with evaluating(whole):  # dropout would make halves and languages differ by chance
         for name, rows, gradients in gradients_of(whole, run, data):
@@ -154,11 +150,14 @@ def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
     return found
 
 
-def _scopes(model: nn.Module, whole: nn.Module, layers: Sequence[str] | None) -> dict[str, list[str]]:
+def _scopes(model: nn.Module, whole: nn.Module) -> dict[str, list[str]]:
     """To which scopes each parameter of `whole` belongs."""
     owner: Any = owner_of(model)
-    modules = [owner.get_submodule(name) for name in layers] if layers else layers_of(owner, structure_of(owner))
-    parts = {"encoder": getattr(owner, "base_model", owner), **{f"layer {at}": of for at, of in enumerate(modules)}}
+    layers = layers_of(owner, structure_of(owner))
+    parts = {
+        "encoder": getattr(owner, "base_model", owner),
+        **{f"layer {at}": layer for at, layer in enumerate(layers)},
+    }
     inside = {scope: {id(parameter) for parameter in part.parameters()} for scope, part in parts.items()}
     return {
         name: ["all", *(scope for scope, members in inside.items() if id(parameter) in members)]

@@ -28,10 +28,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata, ttest_1samp
 
 __all__ = [
-    "SAMPLES", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired",
-    "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
+    "LEVEL", "SAMPLES", "SURE", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text",
+    "paired", "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
 ]  # fmt: skip
 
+LEVEL = 0.95  # of every interval and band
+SURE = 0.05  # p-values up to this count
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images
 ORDERS_COUNTED = 9  # items with at most 9! = 362,880 orders
 DRAWS = 20_000  # of a permutation test that cannot count them all
@@ -70,19 +72,19 @@ def t_of_mean(values: ArrayLike) -> float:
     return float(ttest_1samp(v, 0).pvalue)
 
 
-def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: Seed = 0) -> tuple[float, float]:
+def bootstrap_interval(values: ArrayLike, seed: Seed = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [n] (Efron 1979).
 
-    The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - level) / 2
-    to their (1 + level) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
+    The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - LEVEL) / 2
+    to their (1 + LEVEL) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
     by (n - 1) / n in variance): with 3 seeds of one language read it as a lower bound of the doubt.
     """
     v = _finite(values, "values")
     drawn = np.random.default_rng(seed).integers(0, len(v), (SAMPLES, len(v)))
-    return _middle(v[drawn].mean(1), level)
+    return _middle(v[drawn].mean(1))
 
 
-def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+def crossed_interval(values: ArrayLike) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of a table whose rows and columns are both draws of something.
 
     Rows and columns are sampled with replacement, each for itself, and the entries where they cross are averaged (the
@@ -98,7 +100,7 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     rows, columns = (generator.multinomial(n, np.full(n, 1 / n), SAMPLES).astype(np.float64) for n in table.shape)
     sums = ((rows @ np.where(known, table, 0.0)) * columns).sum(1)
     counts = ((rows @ known) * columns).sum(1)
-    return _middle(sums[counts > 0] / counts[counts > 0], level)
+    return _middle(sums[counts > 0] / counts[counts > 0])
 
 
 def paired(differences: pd.Series) -> dict[str, Any]:
@@ -200,11 +202,9 @@ def share_of_orders(n: int, hit: Callable[[NDArray[np.int64]], NDArray[np.bool_]
     return (1 + hits) / (1 + DRAWS)
 
 
-def _middle(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    """The quantiles between which the share `level` lies."""
-    if not 0 < level < 1:
-        raise ValueError(f"expected a level between 0 and 1, given {level}")
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+def _middle(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """The quantiles between which the share `LEVEL` lies."""
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

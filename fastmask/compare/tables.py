@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmask.analysis.statistics import holm, paired
+from fastmask.analysis.statistics import SURE, holm, paired
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "summary_table",
 ]  # fmt: skip
 
-SURE = 0.05
 SCORE_COLUMNS = (
     "seed", "arm", "language", "condition", "choice", "subnetwork", "support_set", "steps", "score", "words",
 )  # fmt: skip

@@ -34,6 +34,7 @@ __all__ = [
     "support_sets", "without_repeats",
 ]  # fmt: skip
 
+SET_ASIDE = 100
 _SETS, _POOL = range(2)  # what a random stream is for
 
 
@@ -80,21 +81,18 @@ def split_pool(
     size: int,
     seed: int,
     language: str,
-    set_aside: int = 100,
     same: Callable[[Mapping[str, Any]], Any] = lambda row: tuple(row["words"]),
 ) -> Pool:
     """Part an unseen language's sentences into a pool for support sets and a test.
 
     The pool is the train split if that holds a support set, else the dev split, else a random part of the test split,
-    which is then not tested on.
+    which is then not tested on: `SET_ASIDE` sentences, at most half of them, unless a support set takes more.
 
     Args:
         splits: split -> rows; "test" must be there.
         size: sentences of a support set; 0 where there are none (zero-shot).
         seed: of the part of the test split.
         language: for messages, and part of the seed.
-        set_aside: test sentences that make the pool if they must: never more than half of them, unless a support set
-            takes more.
         same: what makes two rows the same example; by default their "words".
 
     Raises:
@@ -113,7 +111,7 @@ def split_pool(
                 f"language {language!r} has too few sentences for a support set of {size}: {counts} "
                 f"(expected {size} in train or dev, or more than {size} in test)"
             )
-        number = 0 if size == 0 else max(size, min(set_aside, len(test) // 2))
+        number = 0 if size == 0 else max(size, min(SET_ASIDE, len(test) // 2))
         order = _random(seed, _POOL, language).permutation(len(test))
         support, test = ([test[row] for row in np.sort(part)] for part in (order[:number], order[number:]))
     left = without_repeats(test, support, same)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 
@@ -48,11 +50,6 @@ def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
     made = make_report([copy], ["effect", "overlap"], options=FEW)
     assert says(made, "comparison (seed-1/static)", "not done")
     assert says(made, "overlap (static, between seeds)", "one seed only")
-    for cell in copy.glob("seed-*/*/run"):
-        if (cell.parent / "result.json").is_file():
-            shutil.rmtree(cell)
-    with pytest.raises(FileNotFoundError, match=r"kept no models.*results\.csv"):
-        studies_of([copy])
     for seed in (0, 1):
         shutil.rmtree(copy / f"seed-{seed}")
     with pytest.raises(FileNotFoundError, match="no finished cell"):
@@ -217,3 +214,55 @@ def test_few_rows_make_two_batches(count):
     assert len(batches) > 1
     assert max(map(len, batches)) <= 16
     assert torch.cat(batches).tolist() == list(range(count))
+
+
+@pytest.fixture
+def without_models(comparison, tmp_path):
+    """A comparison of which only the scores are there."""
+    copy = tmp_path / "copy"
+    shutil.copytree(comparison, copy)
+    for cell in copy.glob("seed-*/*/run"):
+        shutil.rmtree(cell)
+    return copy
+
+
+def test_a_comparison_without_models(comparison, without_models, data, tmp_path):
+    """What scores alone allow is drawn as with models, and the rest is left out with the reason."""
+    whole = make_report([comparison], ["effect", "typology"], tmp_path / "whole", FEW)
+    made = make_report([without_models], None, tmp_path / "out", Options(sentences=4, data=str(data)))
+    for path in whole.report.parent.glob("*.csv"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    for name in ("overlap", "use", "conflict", "cross", "ablation", "dynamics"):
+        assert says(made, f"{name}: ", "the comparison kept no models (--no-keep-models)"), name
+    assert not says(made, "comparison (")
+    made = make_report([without_models], ["effect", "typology"], tmp_path / "again", FEW)
+    assert says(made, "typology", "does not know where its data is: name it with --data")
+
+
+def test_a_comparison_with_some_models(comparison, tmp_path):
+    """A model that was not kept is named; its scores count."""
+    copy = tmp_path / "copy"
+    shutil.copytree(comparison, copy)
+    shutil.rmtree(copy / "seed-1" / "static" / "run")
+    made = make_report([copy], ["effect", "overlap"], tmp_path / "out", FEW)
+    assert says(made, "comparison (seed-1/static)", "was not kept")
+    assert says(made, "overlap (static, between seeds)", "one seed only")
+    assert pd.read_csv(tmp_path / "out" / "effect-seen_methods.csv").seeds.tolist() == [2]
+
+
+def test_scores_of_single_runs(static_run, full_run, tmp_path):
+    """A run without scores, and a language scored on another test set, are left out and named."""
+    others = [shutil.copytree(full_run, tmp_path / name) for name in ("full-1", "full-2")]
+    for seed, other in enumerate(others, start=1):
+        text = (other / "config.yaml").read_text()
+        (other / "config.yaml").write_text(text.replace("seed: 0", f"seed: {seed}"))
+    (others[0] / "results.json").unlink()
+    results = json.loads((others[1] / "results.json").read_text())
+    results["test"][0]["words"] += 1
+    del results["test"][1]
+    (others[1] / "results.json").write_text(json.dumps(results))
+    made = make_report([static_run, full_run, *others], ["effect"], tmp_path / "out", FEW)
+    assert says(made, "effect (full, seed 1)", "has no test scores")
+    assert says(made, "effect (qaa)", "different test sets, of ")
+    assert says(made, "effect (qab)", "scored in 2 of 3 runs")
+    assert pd.read_csv(tmp_path / "out" / "effect.csv").language.tolist() == ["qac"]

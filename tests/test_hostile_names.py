@@ -75,10 +75,11 @@ def test_tables_of_the_commands(capsys):
         round_printer(file, 0.95, "las")(Round(name, 1, 3, None, Quality(loss=1.0), True))
     assert [line.split(" round")[0].strip() for line in file.getvalue().splitlines()] == NAMES
     losses = {name: float(place) for place, name in enumerate(NAMES)}
-    adapt.print_choice(Choice(NAMES[0], 0, losses=losses), "[/x]", None)
+    adapt.print_choice(Choice(0, NAMES[0], losses=losses), "[/x]", None)
     shown = capsys.readouterr().out
     assert "which subnetwork for [/x]" in shown
     assert [row[0] for row in cells_of(shown)][1:] == NAMES
+    assert [row[2] for row in cells_of(shown)][1:] == ["chosen", *[""] * (len(NAMES) - 1)]
 
 
 def test_masks_file_of_a_stranger(tmp_path, capsys):

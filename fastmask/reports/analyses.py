@@ -26,7 +26,7 @@ from fastmask.unseen import direction_profile, direction_similarity, uriel_simil
 
 __all__ = ["ANALYSES", "cross_values", "mask_seed"]
 
-BASELINE, CONTROL = "full", "random"  # variants, and columns of the cross-evaluation
+BASELINE, CONTROL = "full", "random"  # methods, variants of these alone, and columns of the cross-evaluation
 EFFECTS = ("seen", "adapted", "zero-shot")
 GAINED = ("zero-shot", "chosen", "adapted")
 CHECKPOINTS = 16  # at most, of a run
@@ -170,7 +170,7 @@ def _correlations(
     correlations = pd.concat(rows, ignore_index=True)[["measure", "condition", "variant", "n", "rho", "p"]]
     for number, (variant, result) in enumerate(shown):
         result = replace(result, more={"every-correlation": correlations} if number == 0 else {})
-        part.add(f"{variant}, adapted, by {measure}", result, variant, measure, on_page=" + " not in variant)
+        part.add(f"{variant}, adapted, by {measure}", result, variant, measure)
 
 
 # ---- masks
@@ -307,8 +307,8 @@ def cross(part: Part) -> None:
     study, options = part.study.kept, part.options
     variant, runs = next(iter(study.masked.items()))
     networks = {variant: [run for run, _ in runs]}
-    if (others := study.variants.get(CONTROL)) and variant != CONTROL:
-        networks[CONTROL] = others
+    control = next((name for name, own in study.variants.items() if own[0].config.method == CONTROL), variant)
+    networks.setdefault(control, study.variants[control])
     names = runs[0][1].languages
     rows = _rows(part, runs[0][0], "test", CROSSED, study.unseen)
     languages = sorted(rows, key=lambda name: name not in names)  # the training languages first

@@ -214,9 +214,7 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
     labels = [folder.resolve().relative_to(above).as_posix() for folder, _ in given]
     for (folder, config), label in zip(given, labels, strict=True):
         alike = [other for where, other in given if where != folder and plain(other) == plain(config)]
-        apart = any(
-            other.seed == config.seed or config.differences(other).keys() - {"seed", "masks"} for other in alike
-        )
+        apart = any(other.seed == config.seed or config.differences(other).keys() - {"seed"} for other in alike)
         runs.append(Run(folder, config, f"{plain(config)} ({label})" if apart else plain(config)))
     shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
     unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports import ANALYSES, Options, analyses, make_report
+from fastmask.reports.page import Part
 from fastmask.reports.runs import batches_of, studies_of
 
 FEW = Options(sentences=4)
@@ -266,3 +268,13 @@ def test_scores_of_single_runs(static_run, full_run, tmp_path):
     assert says(made, "effect (qaa)", "different test sets, of ")
     assert says(made, "effect (qab)", "scored in 2 of 3 runs")
     assert pd.read_csv(tmp_path / "out" / "effect.csv").language.tolist() == ["qac"]
+
+
+def test_the_control_of_cross_evaluation_is_found_by_its_method(static_run):
+    """Whatever an arm of random masks is called, it stands beside the masks that were found."""
+    (study,) = studies_of([static_run])
+    (run,) = study.runs
+    control = dataclasses.replace(run, variant="chance", config=dataclasses.replace(run.config, method="random"))
+    part = Part(dataclasses.replace(study, runs=(run, control)), "cross", FEW)
+    analyses.cross(part)
+    assert [section.title for section in part.sections] == ["static", "chance"]

@@ -116,7 +116,7 @@ def ablation(
     table["score"] /= norms.clip(lower=np.finfo(np.float64).tiny)
     agreement = _agreement(table, list(data), seed)
     caption = (
-        f"Each of {keep[0].numel()} {units} flipped alone in the subnetwork of each of {len(data)} languages; "
+        f"Each of {len(table) // len(data)} {units} flipped alone in the subnetwork of each of {len(data)} languages; "
         f"{span(examples)} examples each. Worth: how much lower the mean loss is with the {units.removesuffix('s')}; a "
         "dot marks those that the language does not own. Middle: Spearman correlation, over a language's units, of the "
         "worth with the importance score, among owned and not owned units. Right: all of them. A score that finds the "

@@ -267,12 +267,9 @@ def _draw_gains(plan: Plan, scores: pd.DataFrame) -> Any:
     seeds = {arm: scores.loc[scores["arm"] == arm, "seed"].nunique() for arm in plan.baselines["full"]}
     for condition, what in (("seen", "training languages"), ("adapted", "unseen languages, adapted")):
         part = scores[scores["condition"] == condition]
-        gains = {
-            arm: (sign * (by_language_and_seed(part, arm) - by_language_and_seed(part, full)))
-            .groupby("language")
-            .mean()
-            for arm, full in plan.baselines["full"].items()
-        }
+        pairs = plan.baselines["full"].items()
+        apart = {arm: by_language_and_seed(part, arm) - by_language_and_seed(part, full) for arm, full in pairs}
+        gains = {arm: sign * of_arm.groupby("language").mean() for arm, of_arm in apart.items()}
         table = pd.DataFrame(gains).T.reindex(columns=list(dict.fromkeys(part["language"])))
         if table.notna().any(axis=None):
             groups[what] = table.assign(mean=table.mean(axis=1))

@@ -161,8 +161,8 @@ class AdamWeights(FastWeights):
                 parameter.grad = live if live is None or loss_scale == 1.0 else live / loss_scale
             self._adam.step()
         finally:
-            for parameter, gradient in zip(self.rates, theirs, strict=True):
-                parameter.grad = gradient
+            for parameter, own in zip(self.rates, theirs, strict=True):
+                parameter.grad = own
         return value.detach()
 
 

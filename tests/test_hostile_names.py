@@ -19,11 +19,12 @@ from whole_results import whole_result
 import fastmask as fm
 from fastmask.analysis import drawing
 from fastmask.analysis.result import Result
-from fastmask.cli import adapt, main
+from fastmask.cli import adapt, main, report
+from fastmask.cli.compare import print_tables
 from fastmask.cli.discover import print_masks
 from fastmask.cli.report import Row, console_of, print_scores, round_printer
 from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of, write_result
-from fastmask.compare.report import markdown_table, print_tables, write_report
+from fastmask.compare.report import markdown_table, write_report
 from fastmask.discovery import Quality, Round
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.unseen import Choice
@@ -67,17 +68,18 @@ def test_tables_of_the_commands(capsys):
     print_masks(masks(), file)
     assert [row[0] for row in cells_of(file.getvalue())][1:] == NAMES
     file = io.StringIO()
-    print_scores([Row(name, None, 1, {"las": 50.0}, 100.0) for name in NAMES], Parsing, file)
+    print_scores([Row(name, None, 1, {"las": 50.0}) for name in NAMES], Parsing, file)
     assert [row[0] for row in cells_of(file.getvalue())][1 : 1 + len(NAMES)] == NAMES
     file = io.StringIO()
     for name in NAMES:
         round_printer(file, 0.95, "las")(Round(name, 1, 3, None, Quality(loss=1.0), True))
     assert [line.split(" round")[0].strip() for line in file.getvalue().splitlines()] == NAMES
     losses = {name: float(place) for place, name in enumerate(NAMES)}
-    adapt.print_choice(Choice(NAMES[0], 0, losses=losses), "[/x]", None)
+    adapt.print_choice(Choice(0, NAMES[0], losses=losses), "[/x]", None)
     shown = capsys.readouterr().out
     assert "which subnetwork for [/x]" in shown
     assert [row[0] for row in cells_of(shown)][1:] == NAMES
+    assert [row[2] for row in cells_of(shown)][1:] == ["chosen", *[""] * (len(NAMES) - 1)]
 
 
 def test_masks_file_of_a_stranger(tmp_path, capsys):
@@ -104,7 +106,7 @@ def test_markdown():
         assert not re.search(r"(?<!\\)(?:\\\\)*[*_`<\[]", cells[1])
 
 
-def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys):
+def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys, monkeypatch):
     """All files of a comparison must be in its folder, and its tables must hold together, whatever the names."""
     arms = arms_of(["full", "static"], ["none", "fomaml"])
     plan = Plan(tmp_path / "out", "", CompareConfig(train="a", unseen="b", seeds=1), {}, arms)
@@ -125,9 +127,8 @@ def test_a_comparison_writes_its_files_and_nothing_else(tmp_path, capsys):
         assert len(widths) == 1, table
     scores = pd.read_csv(plan.out / "results.csv")
     assert list(scores.language[: len(NAMES)]) == NAMES
-    console = console_of(sys.stdout)
-    console.width = 400
-    print_tables(plan, console)
+    monkeypatch.setattr(report, "WIDTH", 400)
+    print_tables(plan, sys.stdout)
     shown = capsys.readouterr().out
     assert all(name in shown for name in NAMES)
 

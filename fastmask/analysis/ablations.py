@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastmask.analysis.all_units import all_gate_gradients, all_units_computed
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, SIGNED, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.result import Result, span
 from fastmask.analysis.statistics import spearman_permutation
-from fastmask.discovery.gates import frozen, gated, probes_of
+from fastmask.discovery.gates import Gate, Probe, frozen, gate_gradients, gated, probes_of
 from fastmask.errors import unknown
 from fastmask.models.attach import attached, language
 
@@ -45,7 +45,8 @@ def ablation(
     A score that is any good correlates with the worth; how far the worth itself is noise is in `error`. Where a layer
     has one owned unit its score is 1, whatever the unit is worth: with few units left, the score's ranks mean little.
 
-    One forward pass for each unit, language and batch.
+    Every unit is computed and multiplied by a gate, 1 where the language owns it and 0 where not: dead units have a
+    score, too. One forward pass for each unit, language and batch.
 
     Args:
         model: a Hugging Face model with subnetworks over `units` attached.
@@ -64,7 +65,9 @@ def ablation(
 
     Raises:
         KeyError: a language without a subnetwork, an unknown kind of unit.
-        ValueError: units that are not masked, a language without batches, a loss of another shape.
+        ValueError: units that are not masked, masks over single weights beside them (the full network is run, where
+            these are not in force), a language without batches, a loss of another shape.
+        FloatingPointError: a loss or a gradient that is not finite.
     """
     subnets = attached(model).subnets
     if units not in ("heads", "neurons"):
@@ -76,33 +79,44 @@ def ablation(
         subnets.index(name)
         if not given:
             raise ValueError(f"no batch of language {name!r}")
+    if subnets.weights is not None:
+        raise ValueError(
+            f"masks over single weights beside those over {units} would not be in force while every unit is computed "
+            f"(expected masks over heads and neurons alone)"
+        )
     probes = probes_of(model)
+    places = [(probe.kind, probe.layer, unit) for probe in probes for unit in range(probe.units)]
     rows: list[tuple[Any, ...]] = []
     examples = []
-    with frozen(model if whole is None else whole):
+    with (
+        frozen(model if whole is None else whole),
+        language(model, None),
+        torch.compiler.set_stance("force_eager"),  # a compiled model would be compiled again for the gates
+    ):
         for name, given in data.items():
-            masks = {kind: getattr(subnets, kind)[subnets.index(name)] for kind in {probe.kind for probe in probes}}
-            owned = masks[units].cpu().numpy()
-            score, predicted = _scores(model, name, given, loss, units, owned)
-            with torch.no_grad(), language(model, name):
-                base = torch.cat([loss(batch) for batch in given]).double()
-                n = len(base)
-                examples.append(n)
-                for at, own in np.ndenumerate(owned):
-                    flipped = masks[units].clone()
-                    flipped[at] ^= True
-                    of_kind = {**masks, units: flipped}
-                    gates = [of_kind[probe.kind][probe.layer, : probe.units] for probe in probes]
-                    with all_units_computed(model), gated(model, probes, gates):
-                        change = torch.cat([loss(batch) for batch in given]).double() - base
-                    mean = float(change.mean())
-                    error = float(change.std()) / n**0.5 if n > 1 else np.nan
-                    rows.append((name, *at, bool(own), mean, error, mean if own else -mean, score[at], predicted[at]))
-    columns = ["language", "layer", "unit", "owned", "change", "error", "worth", "score", "predicted"]
+            row = subnets.index(name)
+            alive = torch.cat([getattr(subnets, probe.kind)[row, probe.layer, : probe.units] for probe in probes])
+            owned = alive.tolist()
+            with gated(model, probes, alive.split([probe.units for probe in probes])) as gates:  # each pass reads them
+                absolute, signed = _scores(name, given, loss, probes, gates)
+                base = _losses(given, loss, gates)
+                examples.append(n := len(base))
+                for place, (kind, layer, unit) in enumerate(places):
+                    if kind == units:
+                        alive[place] ^= True
+                        change = _losses(given, loss, gates) - base
+                        alive[place] ^= True
+                        error = float(change.std()) / n**0.5 if n > 1 else np.nan
+                        numbers = float(change.mean()), error, absolute[place], -signed[place]
+                        rows.append((name, layer, unit, owned[place], *numbers))
+    columns = ["language", "layer", "unit", "owned", "change", "error", "score", "predicted"]
     table = pd.DataFrame(rows, columns=columns)
+    table.insert(columns.index("score"), "worth", np.where(table.owned, table.change, -table.change))
+    norms = (table.score * table.owned).pow(2).groupby([table.language, table.layer]).transform("sum").pow(0.5)
+    table["score"] /= norms.clip(lower=np.finfo(np.float64).tiny)
     agreement = _agreement(table, list(data), seed)
     caption = (
-        f"Each of {keep[0].numel()} {units} flipped alone in the subnetwork of each of {len(data)} languages; "
+        f"Each of {len(table) // len(data)} {units} flipped alone in the subnetwork of each of {len(data)} languages; "
         f"{span(examples)} examples each. Worth: how much lower the mean loss is with the {units.removesuffix('s')}; a "
         "dot marks those that the language does not own. Middle: Spearman correlation, over a language's units, of the "
         "worth with the importance score, among owned and not owned units. Right: all of them. A score that finds the "
@@ -112,17 +126,30 @@ def ablation(
     return Result("ablation", table, caption, lambda: _draw(table, agreement, units, shape), {"agreement": agreement})
 
 
+@torch.no_grad()
+def _losses(batches: Sequence[Any], loss: Callable[[Any], Tensor], gates: list[Gate]) -> Tensor:
+    """The loss of every example, float64 [n], by the gates as they are now."""
+    found = []
+    for batch in batches:
+        gates.clear()
+        found.append(loss(batch))
+    return torch.cat(found).double()
+
+
 def _scores(
-    model: nn.Module, name: str, batches: Sequence[Any], loss: Callable[[Any], Tensor], units: str, owned: Any
-) -> tuple[Any, Any]:
-    """Importance and first-order worth of every unit, [layers, units]."""
-    seen = [all_gate_gradients(model, name, batch, loss) for batch in batches]
-    examples = sum(one.examples for one in seen)
-    score = sum(one.absolute[units].numpy() for one in seen) / examples
-    norm = np.sqrt((np.where(owned, score, 0) ** 2).sum(1, keepdims=True))
-    return score / np.maximum(norm, np.finfo(np.float64).tiny), -sum(
-        one.signed[units].numpy() for one in seen
-    ) / examples
+    name: str, batches: Sequence[Any], loss: Callable[[Any], Tensor], probes: Sequence[Probe], gates: list[Gate]
+) -> NDArray[np.float64]:
+    """Means over examples of |dL / d gate| and of dL / d gate, [2, units of all probes]."""
+    seen = []
+    for batch in batches:
+        gates.clear()
+        with torch.enable_grad():
+            losses = loss(batch)
+        seen.append(torch.cat(gate_gradients(losses, gates, probes), 1).double())
+    grads = torch.cat(seen)
+    if not bool(grads.isfinite().all()):
+        raise FloatingPointError(f"scoring {name!r}: the loss or a gradient of it is not finite")
+    return torch.stack([grads.abs().mean(0), grads.mean(0)]).cpu().numpy()
 
 
 def _agreement(table: pd.DataFrame, languages: Sequence[str], seed: int) -> pd.DataFrame:
@@ -150,10 +177,12 @@ def _draw(table: pd.DataFrame, agreement: pd.DataFrame, units: str, shape: tuple
     panels = figure.subplots(1, 3 if wide else 2, width_ratios=[wide, 2.2, 3.0] if wide else [2.2, 3.0])
     if wide:
         grid = panels[0]
-        worth = table.worth.to_numpy().reshape(n, columns)
-        most = float(np.quantile(np.abs(worth), 0.98)) or 1.0
+        places = table.language.map(languages.index), table.layer * size + table.unit  # a layer may have fewer units
+        worth = np.full((n, columns), np.nan)
+        worth[places] = table.worth
+        most = float(np.nanquantile(np.abs(worth), 0.98)) or 1.0
         image = heatmap(grid, worth, languages, [""] * columns, colours=SIGNED, low=-most, high=most, numbers=None)
-        row, column = np.nonzero(~table.owned.to_numpy().reshape(n, columns))
+        row, column = (place[~table.owned] for place in places)
         grid.plot(column, row, ".", color="black", markersize=1.5)
         for layer in range(1, layers):
             grid.axvline(layer * size - 0.5, color=GREY, linewidth=0.8)

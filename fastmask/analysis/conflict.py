@@ -34,69 +34,63 @@ def gradient_conflict(
     batches: Mapping[str, Iterable[Any]],
     *,
     whole: nn.Module | None = None,
-    full: bool = False,
-    layers: Sequence[str] | None = None,
 ) -> Result:
-    """Compare the gradients g_l of the languages' mean losses, pair by pair.
+    """Compare the gradients of the languages' mean losses, pair by pair.
 
-    - cosine: g_i . g_j / (|g_i| |g_j|) (Yu et al. 2020 call a negative one a conflict).
-    - conflict: of the coordinates where both gradients are non-zero, the share in which their signs differ; one half
-      for gradients that know nothing of each other.
-    - conflict_weighted: sum of max(0, -g_i g_j) over sum of |g_i g_j|: the same, each coordinate by its weight in the
-      product.
+    Each language's batches make two halves, with a_l and b_l the gradients of its even and its odd batches.
+
+    - cosine: the mean of cos(a_i, b_j) and cos(a_j, b_i). The control is cos(a_l, b_l), one language with itself on
+      other sentences: languages conflict as far as their cosine is lower (Yu et al. 2020 call a negative one a
+      conflict).
+    - conflict: of the coordinates where the gradients of all batches of both, a + b, are non-zero, the share in which
+      their signs differ; one half for gradients that know nothing of each other.
 
     Over these `scope`s: "all" parameters of `whole`; the "encoder"; each "layer k" of it; and "shared", the weights in
     masked modules that both languages own: there gradients can meet at all (elsewhere in a masked module the product is
     0, but the norms are not).
 
-    The control is the split half: where every language has two batches or more, a_l and b_l are the gradients of its
-    even and its odd batches. cos(a_l, b_l) says how far gradients agree that differ by the draw of sentences alone;
-    languages conflict where `cosine_halves`, the mean of cos(a_i, b_j) and cos(a_j, b_i), from as many sentences, is
-    lower. The cosine of the whole gradients, from twice as many, is not to be compared with it.
-
     The gradients of all languages are held for some of the parameters at a time (`gradients_of`), so a large model is
     run several times.
 
     Args:
-        model: a Hugging Face model, attached or not, or any module with `layers`. In eval mode during the call.
+        model: a Hugging Face model, attached or not. In eval mode during the call.
         loss: runs the model on a batch -> one loss for each example, [B]. Without `language_ids`: it is called inside
             `fastmask.language`.
         batches: by language; a language's loss is the mean over the examples of all its batches.
         whole: the module whose parameters count, of which `model` is the encoder; default `model`.
-        full: run the full network of an attached model, not the subnetworks.
-        layers: names of the modules of `model` that are its layers; default those of the model's family.
 
     Returns:
-        table: `scope`, `language_a`, `language_b`, `cosine`, `cosine_halves`, `conflict`, `conflict_weighted`,
-            `coordinates` (where both are non-zero). NaN where a gradient is zero, or there are no halves.
-        more["languages"]: `scope`, `language`, `examples`, `batches`, `norm`, `split_half` (NaN with one batch).
-        more["scopes"]: over pairs: `mean` cosine, `least`, `largest`, share `negative`, mean `conflict`, mean
-            `cosine_halves`; over languages: mean `split_half`.
+        table: `scope`, `language_a`, `language_b`, `cosine`, `conflict`, `coordinates` (where both are non-zero). NaN
+            where a gradient is zero.
+        more["languages"]: `scope`, `language`, `examples`, `batches`, `split_half` (its cosine with itself).
+        more["scopes"]: over pairs: `mean` cosine, `least`, `largest`, share `negative`, mean `conflict`; over
+            languages: mean `split_half`.
 
     Raises:
         KeyError: a language without a subnetwork.
-        ValueError: fewer than two languages, a language without batches, a loss of another shape.
+        ValueError: fewer than two languages, a language with fewer than two batches, a loss of another shape.
     """
     names = list(batches)
     data = {name: list(given) for name, given in batches.items()}
     if len(names) < 2:
         raise ValueError(f"gradients conflict between two languages or more, given {names}")
-    if empty := [name for name, given in data.items() if not given]:
-        raise ValueError(f"no batch of language {empty[0]!r}")
+    for name, given in data.items():
+        if len(given) < 2:
+            raise ValueError(f"language {name!r} has {len(given)} batches (expected two or more, to make two halves)")
     whole = model if whole is None else whole
-    masked = is_attached(model) and not full
+    masked = is_attached(model)
     owned = _owned(whole, [attached(model).subnets.index(name) for name in names]) if masked else {}
     sizes: dict[int, int] = {}
 
     def run(name: str, batch: Any) -> Tensor:
-        with language(model, None if full else name) if is_attached(model) else nullcontext(), torch.enable_grad():
+        with language(model, name) if masked else nullcontext(), torch.enable_grad():
             losses = loss(batch)
         if losses.ndim != 1:
             raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
         sizes[id(batch)] = len(losses)
         return losses.sum()
 
-    scopes = _scopes(model, whole, layers)
+    scopes = _scopes(model, whole)
     sums: dict[str, Any] = {}
     with evaluating(whole):  # dropout would make halves and languages differ by chance
         for name, rows, gradients in gradients_of(whole, run, data):
@@ -107,52 +101,40 @@ def gradient_conflict(
                 sums[scope] = sums.get(scope, 0) + new
 
     examples = {name: sum(sizes[id(batch)] for batch in given) for name, given in data.items()}
-    halves = min(map(len, data.values())) > 1
     pairs, languages = [], []
     order = [*PANELS, *(f"layer {number}" for number in range(len(scopes)))]
     for scope in sorted(sums, key=order.index):
-        dot, absolute, signs, both, of_halves, norms, norms_a, norms_b = sums[scope]
-        cosines = _over(dot, np.sqrt(norms * norms.T))
-        between = _over(of_halves, np.sqrt(norms_a * norms_b.T))
-        between = (between + between.T) / 2 if halves else np.full_like(cosines, np.nan)
-        plain, weighted = _over((both - signs) / 2, both), _over((absolute - dot) / 2, absolute)
+        signs, both, dot, norms_a, norms_b = sums[scope]
+        cosines = _over(dot, np.sqrt(norms_a * norms_b.T))
+        cosines, conflict = (cosines + cosines.T) / 2, _over((both - signs) / 2, both)
         for (i, a), (j, b) in itertools.combinations(enumerate(names), 2):
-            at = i, j
-            pairs.append((scope, a, b, cosines[at], between[at], plain[at], weighted[at], int(both[at])))
+            pairs.append((scope, a, b, cosines[i, j], conflict[i, j], int(both[i, j])))
         for i, (name, given) in enumerate(data.items()):
-            norm = np.sqrt(dot[i, i]) / examples[name]  # of the mean loss, not the sum
-            languages.append((scope, name, examples[name], len(given), norm, between[i, i]))
-    columns = ["scope", "language_a", "language_b", "cosine", "cosine_halves", "conflict", "conflict_weighted"]
-    table = pd.DataFrame(pairs, columns=[*columns, "coordinates"])
-    per_language = pd.DataFrame(languages, columns=["scope", "language", "examples", "batches", "norm", "split_half"])
+            languages.append((scope, name, examples[name], len(given), cosines[i, i]))
+    columns = ["scope", "language_a", "language_b", "cosine", "conflict", "coordinates"]
+    table = pd.DataFrame(pairs, columns=columns)
+    per_language = pd.DataFrame(languages, columns=["scope", "language", "examples", "batches", "split_half"])
     summary = table.groupby("scope", sort=False).agg(
         mean=("cosine", "mean"),
         least=("cosine", "min"),
         largest=("cosine", "max"),
-        conflict=("conflict", "mean"),
-        cosine_halves=("cosine_halves", "mean"),
         negative=("cosine", lambda cosine: float((cosine < 0).mean())),
+        conflict=("conflict", "mean"),
     )
     summary["split_half"] = per_language.groupby("scope")["split_half"].mean()
     summary = summary.reset_index()
     network = "their subnetworks" if masked else "the full network"
     caption = (
         f"Cosine of the gradients of {len(names)} languages' mean losses in {network}, {span(examples.values())} "
-        "examples each"
-        + (
-            "; all cosines are between gradients of halves of these, so that those of one language with itself "
-            "(diagonal, the control) and with others are from equally many. Languages conflict as far as their cosine "
-            "is below that of one with itself; 0 and above is no conflict of directions"
-            if halves
-            else ""
-        )
-        + f". Right: mean over {len(names) * (len(names) - 1) // 2} pairs (grey: least to largest) in each layer"
-        + (", and mean over languages of the diagonal." if halves else ".")
+        "examples each; all cosines are between gradients of halves of these, so that those of one language with "
+        "itself (diagonal, the control) and with others are from equally many. Languages conflict as far as their "
+        "cosine is below that of one with itself; 0 and above is no conflict of directions. Right: mean over "
+        f"{len(names) * (len(names) - 1) // 2} pairs (grey: least to largest) in each layer, and mean over languages "
+        "of the diagonal."
     )
-    shown = "cosine_halves" if halves else "cosine"
-    largest = float(max(table[shown].abs().max(), per_language.split_half.abs().max(), 0.05))
+    largest = float(max(table.cosine.abs().max(), per_language.split_half.abs().max(), 0.05))
     more = {"languages": per_language, "scopes": summary}
-    return Result("conflict", table, caption, partial(_draw, table, per_language, summary, shown), more, largest)
+    return Result("conflict", table, caption, partial(_draw, table, per_language, summary), more, largest)
 
 
 def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
@@ -168,11 +150,14 @@ def _owned(whole: nn.Module, rows: Sequence[int]) -> dict[str, Tensor]:
     return found
 
 
-def _scopes(model: nn.Module, whole: nn.Module, layers: Sequence[str] | None) -> dict[str, list[str]]:
+def _scopes(model: nn.Module, whole: nn.Module) -> dict[str, list[str]]:
     """To which scopes each parameter of `whole` belongs."""
     owner: Any = owner_of(model)
-    modules = [owner.get_submodule(name) for name in layers] if layers else layers_of(owner, structure_of(owner))
-    parts = {"encoder": getattr(owner, "base_model", owner), **{f"layer {at}": of for at, of in enumerate(modules)}}
+    layers = layers_of(owner, structure_of(owner))
+    parts = {
+        "encoder": getattr(owner, "base_model", owner),
+        **{f"layer {at}": layer for at, layer in enumerate(layers)},
+    }
     inside = {scope: {id(parameter) for parameter in part.parameters()} for scope, part in parts.items()}
     return {
         name: ["all", *(scope for scope, members in inside.items() if id(parameter) in members)]
@@ -224,27 +209,24 @@ def gradients_of(
 
 
 def products(gradients: Tensor, owned: Tensor | None = None) -> NDArray[np.float64]:
-    """Sums over coordinates of products of L gradients [L, 2, R, C], as [8, L, L] of languages i and j.
+    """Sums over coordinates of products of L gradients [L, 2, R, C], as [5, L, L] of languages i and j.
 
-    With g = a + b the gradient of all batches, a of the even and b of the odd ones: g_i g_j; |g_i g_j|; the sign of
-    g_i g_j; 1 where g_i g_j is not 0; a_i b_j; and the squares of g_i, a_i and b_i over what j owns (`owned`
-    bool [L, R, C]; default everything).
+    With g = a + b the gradient of all batches, a of the even and b of the odd ones: the sign of g_i g_j; 1 where it is
+    not 0; a_i b_j; and the squares of a_i and b_i over what j owns (`owned` bool [L, R, C]; default everything).
     """
     L = len(gradients)
     everything = torch.ones(1, 1, dtype=torch.bool, device=gradients.device)
     keeps = everything.expand(L, gradients[0, 0].numel()) if owned is None else owned.flatten(1)
-    sums = np.zeros((8, L, L))
+    sums = np.zeros((5, L, L))
     for piece, kept in zip(gradients.flatten(2).split(CHUNK, 2), keeps.split(CHUNK, 1), strict=True):
         a, b = piece.double().unbind(1)
-        g, keep = a + b, kept.double()
-        signs = g.sign()
-        pairs = [(g, g), (g.abs(), g.abs()), (signs, signs), (signs.abs(), signs.abs()), (a, b)]
-        pairs += [(x.square(), keep) for x in (g, a, b)]
+        signs, keep = (a + b).sign(), kept.double()
+        pairs = [(signs, signs), (signs.abs(), signs.abs()), (a, b), (a.square(), keep), (b.square(), keep)]
         sums += torch.stack([x @ y.t() for x, y in pairs]).cpu().numpy()
     return sums
 
 
-def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame, shown: str, extent: float) -> Any:
+def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame, extent: float) -> Any:
     names = list(dict.fromkeys(per_language.language))
     scopes = [scope for scope in PANELS if (table.scope == scope).any()][-2:]
     n = len(names)
@@ -252,7 +234,7 @@ def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame
     figure = new_figure(len(scopes) * (side + 0.3) + 4.2, side + 0.8)
     *panels, right = figure.subplots(1, len(scopes) + 1, width_ratios=[side] * len(scopes) + [2.8])
     for panel, scope in zip(panels, scopes, strict=True):
-        half = table[table.scope == scope].pivot(index="language_a", columns="language_b", values=shown)
+        half = table[table.scope == scope].pivot(index="language_a", columns="language_b", values="cosine")
         half = half.reindex(index=names, columns=names).to_numpy()
         matrix = np.where(np.isnan(half), half.T, half)
         np.fill_diagonal(matrix, per_language[per_language.scope == scope].split_half)
@@ -261,12 +243,11 @@ def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame
     figure.colorbar(image, ax=panels[-1], label="cosine", shrink=0.8, pad=0.02)
 
     layers = [scope for scope in summary.scope if scope not in PANELS]
-    at, pairs = np.arange(len(layers)), table.groupby("scope")[shown]
+    at, pairs = np.arange(len(layers)), table.groupby("scope")["cosine"]
     right.fill_between(at, pairs.min()[layers], pairs.max()[layers], color=GREY, alpha=0.3, linewidth=0)
     right.plot(at, pairs.mean()[layers], "o-", color=COLOURS[0], label="two languages")
-    if shown == "cosine_halves":
-        own = summary.set_index("scope").split_half[layers]
-        right.plot(at, own, "s--", color=COLOURS[1], label="one language with itself")
+    own = summary.set_index("scope").split_half[layers]
+    right.plot(at, own, "s--", color=COLOURS[1], label="one language with itself")
     right.axhline(0, color=GREY, linewidth=0.8)
     right.set_xticks(at[:: max(1, len(at) // 12)])
     right.set(xlabel="layer", ylabel="cosine", ylim=(-1.05 * extent, 1.05 * extent))
@@ -296,7 +277,7 @@ def _draw_side_by_side(table: pd.DataFrame) -> Any:
     variants = list(dict.fromkeys(table.variant))
     figure = new_figure(1.6 + 2.9 * len(scopes), 0.36 * len(variants) + 1.7)
     panels = figure.subplots(1, len(scopes), sharey=True, sharex=True, squeeze=False)[0]
-    lines = {_shown(table): (-0.13, "two languages"), "split_half": (0.13, "one language with itself")}
+    lines = {"mean": (-0.13, "two languages"), "split_half": (0.13, "one language with itself")}
     for panel, scope in zip(panels, scopes, strict=True):
         rows = table[table.scope == scope]
         for at, (column, (shift, label)) in enumerate(lines.items()):
@@ -340,7 +321,7 @@ def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:
     figure = new_figure(9.0, 3.4)
     left, right = figure.subplots(1, 2)
     encoder = table[table.scope == "encoder"]
-    left.plot(encoder.step, encoder[_shown(table)], f"{MARKERS[0]}-", color=COLOURS[0], label="two languages")
+    left.plot(encoder.step, encoder["mean"], f"{MARKERS[0]}-", color=COLOURS[0], label="two languages")
     left.plot(encoder.step, encoder.split_half, f"{MARKERS[1]}--", color=COLOURS[1], label="one with itself")
     left.axhline(0, color=GREY, linewidth=0.8)
     for at, scope in enumerate(("encoder", "shared")):
@@ -354,8 +335,3 @@ def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:
         legend_above(panel)
     bare(left, right)
     return figure
-
-
-def _shown(table: pd.DataFrame) -> str:
-    """The column of cosines between languages that can be compared with those of one language with itself."""
-    return "cosine_halves" if table.cosine_halves.notna().any() else "mean"

@@ -140,11 +140,12 @@ def heatmap(
     low: float,
     high: float,
     numbers: str | None = "{:.2f}",
+    written: int = WRITTEN,
 ) -> Any:
     """Draw a matrix [rows, columns] with its names, languages in the colour of their family; NaN stays empty.
 
     Names of columns are upright where they would run into each other; `numbers` says how to write the value into each
-    cell, where there are few enough (None: not at all).
+    cell, where there are at most `written` rows and columns (None: not at all).
 
     Returns:
         The image, for a colour bar.
@@ -152,11 +153,11 @@ def heatmap(
     values = np.asarray(values, dtype=float)
     image = axis.imshow(values, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axis.set_yticks(range(len(rows)), rows)
-    upright = len(columns) > WRITTEN or max(map(len, columns), default=0) > 4
+    upright = len(columns) > written or max(map(len, columns), default=0) > 4
     axis.set_xticks(range(len(columns)), columns, rotation=90 if upright else 0)
     axis.tick_params(length=0)
     colour_languages(axis)
-    if numbers is not None and max(values.shape) <= WRITTEN:
+    if numbers is not None and max(values.shape) <= written:
         for (row, column), value in np.ndenumerate(values):
             if np.isfinite(value):
                 red, green, blue, _ = image.cmap(image.norm(value))

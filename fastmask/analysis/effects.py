@@ -12,7 +12,7 @@ import pandas as pd
 
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, bare, colour_languages, new_figure
 from fastmask.analysis.result import Result
-from fastmask.analysis.statistics import SAMPLES, bootstrap_interval, holm, p_text, paired, t_of_mean
+from fastmask.analysis.statistics import LEVEL, SAMPLES, SURE, bootstrap_interval, holm, p_text, paired, t_of_mean
 from fastmask.errors import unknown
 
 __all__ = ["effect", "verdict"]
@@ -26,7 +26,6 @@ def effect(
     scores: pd.DataFrame | Sequence[Mapping[str, Any]],
     baseline: str | Mapping[str, str] = "full",
     *,
-    level: float = 0.95,
     seed: int = 0,
     higher_is_better: bool = True,
 ) -> Result:
@@ -47,7 +46,6 @@ def effect(
     Args:
         scores: a table with columns `method`, `language`, `seed`, `score`, or rows as mappings.
         baseline: the method that all others are compared with; or, for each method that is to be compared, with which.
-        level: of the intervals; 1 - level is where a p-value counts.
         seed: of the bootstrap.
         higher_is_better: of the scores.
 
@@ -75,29 +73,27 @@ def effect(
         of_each = [gains.loc[language].to_numpy() for language in known]
         corrected = holm([t_of_mean(d) if len(d) >= ENOUGH else math.nan for d in of_each])
         for place, (language, d, p) in enumerate(zip(known, of_each, corrected, strict=True)):
-            says = "inside noise" if p > 1 - level else "better" if d.mean() > 0 else "worse"
-            interval = bootstrap_interval(d, level, [seed, number, place])
+            says = "inside noise" if p > SURE else "better" if d.mean() > 0 else "worse"
+            interval = bootstrap_interval(d, [seed, number, place])
             numbers = (*pair.loc[language].mean(), float(d.mean()), *interval, len(d), p)
             rows.append((method, language, *numbers, "too few" if math.isnan(p) else says))
         if len(gains):
-            found = paired(gains, level=level)
-            languages, seeds = (len(found.by_language), found.wins), (len(found.by_seed), found.seeds_agree)
-            summary.append((method, other, found.difference, found.low, found.high, *languages, found.p, *seeds))
+            summary.append({"method": method, "against": other, **paired(gains)})
     if not summary:
         raise ValueError(f"none of {', '.join(against)} has a language and seed in common with its baseline")
     columns = ["method", "language", "score", "baseline", "difference", "low", "high", "n", "p_holm", "verdict"]
     table = pd.DataFrame(rows, columns=columns)
     columns = ["method", "against", "difference", "low", "high", "languages", "languages_better", "p", "seeds"]
-    methods = pd.DataFrame(summary, columns=[*columns, "seeds_agree"])
+    methods = pd.DataFrame(summary)[[*columns, "seeds_agree"]]
     methods.insert(columns.index("p") + 1, "p_holm", holm(methods.p))
-    methods["verdict"] = [verdict(row, row.p_holm, 1 - level) for row in methods.itertuples()]
+    methods["verdict"] = [verdict(row, row.p_holm) for row in methods.itertuples()]
 
     n, of_baselines = int(methods.seeds.max()), methods.groupby("against", sort=False)["method"]
     pairs = "; ".join(f"{name!r} of {', '.join(of)}" for name, of in of_baselines)
     few = ", too narrow with so few seeds: read them as the spread of seeds" if n < ENOUGH else ""
     caption = (
         f"Gain over {pairs}, paired; {table.language.nunique()} languages, {n} seed{'s' if n > 1 else ''}. "
-        f"Points: means over seeds; bars: {level:.0%} bootstrap intervals over seeds ({SAMPLES:,} samples){few}. "
+        f"Points: means over seeds; bars: {LEVEL:.0%} bootstrap intervals over seeds ({SAMPLES:,} samples){few}. "
         "'mean': over languages, each the mean over its seeds, with a bootstrap interval over languages and seeds; p: "
         "the larger of a sign-flip test's over languages and a t-test's over seeds, Holm-corrected over the methods of "
         "this table. Right of 0 the method is better; it is only known to be where p is small."
@@ -106,13 +102,13 @@ def effect(
     return Result("effect", table, caption, partial(_draw, table, methods), {"methods": methods}, extent)
 
 
-def verdict(row: Any, p: float, threshold: float = 0.05) -> str:
+def verdict(row: Any, p: float) -> str:
     """What a row of `more["methods"]` says, with a p-value that is corrected for the tests beside it."""
     if row.languages < ENOUGH:
         return "too few"
     if row.seeds < 2:
         return "one seed"
-    if p > threshold:
+    if p > SURE:
         return "inside noise"
     return "better" if row.difference > 0 else "worse"
 

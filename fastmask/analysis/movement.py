@@ -51,7 +51,7 @@ def dynamics(
         units: "heads" or "neurons"; default the first of these that the history has.
         steps: at which masks are looked at; default every step at which some mask changed. Give the steps of all
             updates to count those that changed nothing.
-        families: language -> family; default `language_families.LANGUAGE_FAMILIES`.
+        families: language -> family; default `drawing.LANGUAGE_FAMILIES`.
 
     Returns:
         table: `step`, `language`, `churn`, `distance`, `live` (units).

@@ -22,12 +22,13 @@ from scipy.stats import hypergeom
 from fastmask.analysis import drawing
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, ON_LIGHT, UNKNOWN_FAMILY
 from fastmask.analysis.result import Result, kind_of
-from fastmask.analysis.statistics import p_text, share_of_orders
+from fastmask.analysis.statistics import LEVEL, p_text, share_of_orders
 from fastmask.subnetworks import Subnetworks
 
 __all__ = ["Chance", "chance_jaccard", "chance_owners", "jaccard", "overlap", "unit_use"]
 
 LANGUAGES, SEEDS, BOTH = "languages", "seeds", "languages and seeds"
+DRAWS = 1000  # sets of random masks, one for each language, where no exact band is known
 NEGLIGIBLE = 1e-20  # probabilities below this are left out of sums over a layer
 
 
@@ -48,7 +49,7 @@ def jaccard(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return int((a & b).sum()) / either if either else 1.0
 
 
-def chance_jaccard(sizes_a: Sequence[int], sizes_b: Sequence[int], units: Sequence[int], level: float = 0.95) -> Chance:
+def chance_jaccard(sizes_a: Sequence[int], sizes_b: Sequence[int], units: Sequence[int]) -> Chance:
     """Distribution of the Jaccard similarity of two random masks; exact, nothing is drawn.
 
     In a layer of n units, masks of a and b units share I ~ Hypergeometric(n, a, b); layers are independent, so the sum
@@ -66,8 +67,8 @@ def chance_jaccard(sizes_a: Sequence[int], sizes_b: Sequence[int], units: Sequen
     total = sum(sizes_a) + sum(sizes_b)
     intersection = first + np.arange(len(shared))
     values = np.ones(1) if total == 0 else intersection / (total - intersection)
-    # Rounding must not move the ends where a tail is exactly (1 - level) / 2.
-    ends = (1 - level) / 2 * (1 + 1e-12), (1 + level) / 2 * (1 - 1e-12)
+    # Rounding must not move the ends where a tail is exactly (1 - LEVEL) / 2.
+    ends = (1 - LEVEL) / 2 * (1 + 1e-12), (1 + LEVEL) / 2 * (1 - 1e-12)
     low, high = values[np.searchsorted(shared.cumsum(), ends).clip(max=len(values) - 1)]
     return Chance(float(shared @ values), float(low), float(high))
 
@@ -103,7 +104,6 @@ def overlap(
     same_start: bool = True,
     units: str | None = None,
     families: Mapping[str, str] | None = None,
-    level: float = 0.95,
     seed: int = 0,
 ) -> Result:
     """Jaccard similarity |A and B| / |A or B| of masks: between languages, and between seeds of one language.
@@ -119,7 +119,6 @@ def overlap(
             random ones of its own, unit 3 of one seed is not unit 3 of another: only pairs of one seed are compared.
         units: "heads", "neurons" or "weights"; default the first of these that is masked.
         families: language -> family; default `drawing.LANGUAGE_FAMILIES`.
-        level: of the random masks' band.
         seed: of the permutation test, where there are more than 9 languages.
 
     Returns:
@@ -145,7 +144,7 @@ def overlap(
         if (here := [layer.shape[1] for layer in of_seed]) != shapes:
             raise ValueError(f"seeds must have one geometry: layers of {here} {units}, not {shapes}")
 
-    chance = functools.cache(lambda a, b: chance_jaccard(a, b, shapes, level))
+    chance = functools.cache(lambda a, b: chance_jaccard(a, b, shapes))
     every = [
         (
             number,
@@ -186,7 +185,7 @@ def overlap(
         f"Jaccard similarity of the {units} that {len(languages)} languages own, {n_seeds}. Left: languages joined by "
         "average linkage of 1 - similarity. Middle: mean over seeds"
         + (", on the diagonal between seeds of one language" if seeds and same_start else "")
-        + f"; a dot marks pairs inside the {level:.0%} band of random masks with the same number of live {units} in "
+        + f"; a dot marks pairs inside the {LEVEL:.0%} band of random masks with the same number of live {units} in "
         "each layer (exact)"
         + (" in most seeds" if seeds else "")
         + ". Right: all pairs; grey bars, those bands. Languages share more than by chance where points lie above "
@@ -201,7 +200,7 @@ def overlap(
         caption += " Pairs are of one seed: each began with its own weights."
     more = {"relations": relations.reset_index(), "families": related}
     shown = table.drop(columns="related")
-    return Result("overlap", shown, caption, lambda: _draw_overlap(matrix, table, groups, units, level), more)
+    return Result("overlap", shown, caption, lambda: _draw_overlap(matrix, table, groups, units), more)
 
 
 def _layers_of(run: Subnetworks, first: Subnetworks, units: str) -> list[NDArray[np.bool_]]:
@@ -230,9 +229,7 @@ def _related(matrix: NDArray[np.float64], families: Sequence[str], seed: int) ->
     return pd.DataFrame([values], columns=columns)
 
 
-def _draw_overlap(
-    matrix: NDArray[np.float64], table: pd.DataFrame, groups: Mapping[str, str], units: str, level: float
-) -> Any:
+def _draw_overlap(matrix: NDArray[np.float64], table: pd.DataFrame, groups: Mapping[str, str], units: str) -> Any:
     n, order, names = len(groups), list(range(len(groups))), list(groups)
     side = max(2.6, 0.24 * n + 0.8) if n > 14 else max(2.6, 0.42 * n + 0.6)
     figure = drawing.new_figure(1.6 + side + 4.6, side + 1.3)
@@ -284,7 +281,7 @@ def _draw_overlap(
         right.annotate(f"n = {len(pairs)}", (place, 1.01), ha="center", va="bottom", fontsize=7)
     right.set_xticks(range(len(kinds)), kinds, fontsize=8)
     right.set(xlim=(-0.6, max(len(kinds), 1) - 0.4), ylim=(0, 1.06), ylabel="Jaccard")
-    right.set_title(f"points: pairs; line: mean\ngrey: {level:.0%} of random masks", fontsize=9)
+    right.set_title(f"points: pairs; line: mean\ngrey: {LEVEL:.0%} of random masks", fontsize=9)
     drawing.bare(right)
     if several:
         points = [tree.plot([], [], "o", color=drawing.family_colour(family, GREY))[0] for family in several]
@@ -296,9 +293,7 @@ def _draw_overlap(
 # ---- use of units
 
 
-def unit_use(
-    subnets: Subnetworks, *, units: str | None = None, level: float = 0.95, seed: int = 0, draws: int = 1000
-) -> Result:
+def unit_use(subnets: Subnetworks, *, units: str | None = None, seed: int = 0) -> Result:
     """How many of the L languages own each unit, and how many units all, exactly one or no language owns.
 
     The control: L random masks with the same live units in each layer. With p_l the share of a layer that language l
@@ -308,9 +303,7 @@ def unit_use(
     Args:
         subnets: L languages, at least two.
         units: "heads" or "neurons"; default the first of these that is masked.
-        level: of the random masks' band.
         seed: of the drawn random masks.
-        draws: how many sets of L random masks.
 
     Returns:
         table: one row for each unit: `units`, `layer`, `unit`, `owners` (0..L), `languages` (names, by spaces).
@@ -336,17 +329,17 @@ def unit_use(
         share = keep[:, layer].mean(1)
         nobody_else = np.array([np.prod(np.delete(1 - share, language)) for language in range(L)])
         groups = {"all": (L, share.prod()), "one": (1, (share * nobody_else).sum()), "none": (0, (1 - share).prod())}
-        drawn = chance_owners(keep[:, layer].sum(1).tolist(), size, draws, [seed, layer])
+        drawn = chance_owners(keep[:, layer].sum(1).tolist(), size, DRAWS, [seed, layer])
         for group, (number, expected) in groups.items():
             # counts: no means between two of them
-            band = np.quantile(drawn[:, number], [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+            band = np.quantile(drawn[:, number], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="inverted_cdf")
             count = int((owners[layer] == number).sum())
             counts.append((units, layer, size, group, count, size * expected, *map(int, band)))
     summary = pd.DataFrame(counts, columns=["units", "layer", "size", "group", "count", "expected", "low", "high"])
     caption = (
         f"How many of {L} languages own each of {size} {units} in each of {layers} layers. Points: {units} owned by "
         f"all languages, by exactly one, and by none. Ticks: expected of random masks with the same number of live "
-        f"{units} in each layer of each language; bars: {level:.0%} of {draws:,} sets of them. A point right of its "
+        f"{units} in each layer of each language; bars: {LEVEL:.0%} of {DRAWS:,} sets of them. A point right of its "
         "bar says that languages agree (all, none), or keep units to themselves (one), more than by chance."
     )
     return Result("use", table, caption, lambda: _draw_use(owners, summary, L, units), {"layers": summary})

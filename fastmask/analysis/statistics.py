@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,10 +28,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata, ttest_1samp
 
 __all__ = [
-    "SAMPLES", "Paired", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text", "paired",
-    "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
+    "LEVEL", "SAMPLES", "SURE", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text",
+    "paired", "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
 ]  # fmt: skip
 
+LEVEL = 0.95  # of every interval and band
+SURE = 0.05  # p-values up to this count
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images
 ORDERS_COUNTED = 9  # items with at most 9! = 362,880 orders
 DRAWS = 20_000  # of a permutation test that cannot count them all
@@ -70,19 +72,19 @@ def t_of_mean(values: ArrayLike) -> float:
     return float(ttest_1samp(v, 0).pvalue)
 
 
-def bootstrap_interval(values: ArrayLike, level: float = 0.95, seed: Seed = 0) -> tuple[float, float]:
+def bootstrap_interval(values: ArrayLike, seed: Seed = 0) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [n] (Efron 1979).
 
-    The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - level) / 2
-    to their (1 + level) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
+    The means of `SAMPLES` samples of n of the n values, with replacement; the interval runs from their (1 - LEVEL) / 2
+    to their (1 + LEVEL) / 2 quantile. With few values it is too narrow (a sample's spread is smaller than its source's
     by (n - 1) / n in variance): with 3 seeds of one language read it as a lower bound of the doubt.
     """
     v = _finite(values, "values")
     drawn = np.random.default_rng(seed).integers(0, len(v), (SAMPLES, len(v)))
-    return _middle(v[drawn].mean(1), level)
+    return _middle(v[drawn].mean(1))
 
 
-def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+def crossed_interval(values: ArrayLike) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of a table whose rows and columns are both draws of something.
 
     Rows and columns are sampled with replacement, each for itself, and the entries where they cross are averaged (the
@@ -98,50 +100,37 @@ def crossed_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, flo
     rows, columns = (generator.multinomial(n, np.full(n, 1 / n), SAMPLES).astype(np.float64) for n in table.shape)
     sums = ((rows @ np.where(known, table, 0.0)) * columns).sum(1)
     counts = ((rows @ known) * columns).sum(1)
-    return _middle(sums[counts > 0] / counts[counts > 0], level)
+    return _middle(sums[counts > 0] / counts[counts > 0])
 
 
-@dataclass(frozen=True)
-class Paired:
-    """One method against another."""
+def paired(differences: pd.Series) -> dict[str, Any]:
+    """Test a method against another one, by their differences: a series over `language` and `seed`, NaN for a gap.
 
-    by_language: tuple[float, ...]  # the mean difference of each language over its seeds
-    by_seed: tuple[float, ...]  # of each seed over its languages
-    p_languages: float  # two-sided, of the sign-flip test over `by_language`; not corrected
-    p_seeds: float  # of the t-test over `by_seed`; NaN for a single seed
-    low: float  # the interval of the mean difference, over languages and seeds
-    high: float
-
-    @property
-    def p(self) -> float:
-        """The larger of the two p-values; NaN for a single seed, which says nothing of others."""
-        return math.nan if math.isnan(self.p_seeds) else max(self.p_languages, self.p_seeds)
-
-    @property
-    def difference(self) -> float:
-        """The mean over languages."""
-        return float(np.mean(self.by_language))
-
-    @property
-    def wins(self) -> int:
-        """In how many languages the method is better."""
-        return sum(value > TIE for value in self.by_language)
-
-    @property
-    def seeds_agree(self) -> int:
-        """In how many seeds the mean difference has the sign of the whole."""
-        return sum(value * np.sign(self.difference) > TIE for value in self.by_seed)
-
-
-def paired(differences: pd.Series, *, level: float = 0.95) -> Paired:
-    """Test a method against another one, by their differences: a series over `language` and `seed`, NaN for a gap."""
+    Returns:
+        A row of a table: `difference` (the mean over languages, each the mean over its seeds), `low`, `high` (its
+        interval, over languages and seeds), `p_languages` (of the sign-flip test), `p_seeds` (of the t-test; NaN for a
+        single seed), `p` (the larger of the two; NaN for a single seed, which says nothing of others; not corrected),
+        `languages` and how many of them are `languages_better`, `seeds` and in how many of them `seeds_agree` with the
+        sign of the whole.
+    """
     known = differences.dropna()
-    by_language = known.groupby(level="language").mean()
-    by_seed = known.groupby(level="seed").mean()
-    p_languages = paired_sign_flip(by_language.to_numpy())
-    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy(), level)
-    p_seeds = t_of_mean(by_seed.to_numpy()) if len(by_seed) > 1 else math.nan
-    return Paired(tuple(map(float, by_language)), tuple(map(float, by_seed)), p_languages, p_seeds, low, high)
+    by_language, by_seed = (known.groupby(level=level).mean().to_numpy() for level in ("language", "seed"))
+    low, high = crossed_interval(known.unstack("seed").sort_index().to_numpy())
+    difference = float(np.mean(by_language))
+    p_languages = paired_sign_flip(by_language)
+    p_seeds = t_of_mean(by_seed) if len(by_seed) > 1 else math.nan
+    return {
+        "difference": difference,
+        "low": low,
+        "high": high,
+        "p_languages": p_languages,
+        "p_seeds": p_seeds,
+        "p": math.nan if math.isnan(p_seeds) else max(p_languages, p_seeds),
+        "languages": len(by_language),
+        "languages_better": int((by_language > TIE).sum()),
+        "seeds": len(by_seed),
+        "seeds_agree": int((by_seed * np.sign(difference) > TIE).sum()),
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -213,11 +202,9 @@ def share_of_orders(n: int, hit: Callable[[NDArray[np.int64]], NDArray[np.bool_]
     return (1 + hits) / (1 + DRAWS)
 
 
-def _middle(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
-    """The quantiles between which the share `level` lies."""
-    if not 0 < level < 1:
-        raise ValueError(f"expected a level between 0 and 1, given {level}")
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+def _middle(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    """The quantiles between which the share `LEVEL` lies."""
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

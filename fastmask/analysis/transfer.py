@@ -169,7 +169,7 @@ def typology(
     rows = []
     for place, (name, family) in enumerate(drawing.families_of(names).items()):
         values = np.atleast_1d(np.asarray(gains[name], dtype=np.float64))
-        interval = bootstrap_interval(values, 0.95, [seed, place])
+        interval = bootstrap_interval(values, [seed, place])
         near = similarity[name]
         nearest = max(near, key=lambda other: near[other]) if isinstance(near, Mapping) else ""
         closeness = float(near[nearest]) if isinstance(near, Mapping) else float(near)

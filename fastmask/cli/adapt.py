@@ -84,8 +84,7 @@ def run_adapt(options: argparse.Namespace) -> None:
 
     def score(network: Choice, taken: int) -> None:
         if test is not None:
-            with task.reading(None if network.language_id < 0 else network.name):
-                found = task.score(test, task.predict(test))
+            found = task.scored(test, None if network.language_id < 0 else network.name)
             scores.append({"network": _called(network), "steps": taken, **found, "words": int(test.lengths.sum())})
 
     for network in {each.language_id: each for each in (FULL_CHOICE, choice)}.values():

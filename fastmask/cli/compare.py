@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from fastmask.cli.options import DATA, FILE, Input, add_settings, add_task_settings, given_settings
-from fastmask.cli.report import console_of
+from fastmask.cli.report import print_table
 from fastmask.compare.plan import (
     CONDITIONS,
     FREE,
@@ -32,7 +32,10 @@ from fastmask.settings import ConfigError, items_of
 from fastmask.tasks.task import heading
 from fastmask.training.config import METAS, METHODS, TrainConfig
 
-__all__ = ["add_compare", "run_compare"]
+if TYPE_CHECKING:
+    from fastmask.compare.report import Tables
+
+__all__ = ["add_compare", "print_tables", "run_compare"]
 
 
 def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -60,7 +63,7 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 def run_compare(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
     from fastmask.compare.cells import Runner, run_all
-    from fastmask.compare.report import print_tables, read_tables, write_report
+    from fastmask.compare.report import read_tables, write_report
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
@@ -77,10 +80,19 @@ def run_compare(options: argparse.Namespace) -> None:
         run_all(plan, jobs, options.workers, threads, _progress(plan, jobs), options.ray)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command resumes where it stopped") from None
-    print_tables(plan, console_of(sys.stdout), known)
+    print_tables(plan, sys.stdout, known)
     files = write_report(plan, options.command_line, known)
     print(f"comparison: {plan.out.resolve()}")
     print(f"            {', '.join(file.name for file in files)}")
+
+
+def print_tables(plan: Plan, file: TextIO, known: Tables | None = None) -> None:
+    """What was decided, one table for each condition, and one of the cells' cost."""
+    from fastmask.compare.report import NOTE, load_tables, page_tables
+
+    for title, rows in page_tables(plan, *load_tables(plan, known)):
+        print_table(title, rows, file, left=("arm", "over", "verdict", "condition"))
+    print(NOTE, file=file)
 
 
 def _plan(options: argparse.Namespace) -> Plan:

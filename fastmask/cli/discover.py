@@ -12,12 +12,13 @@ import dataclasses
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastmask.cli.options import MASKS, RUN, add_data, add_settings, given_settings, output_file, which_data
 from fastmask.cli.report import print_table, round_printer, stability_lines, stream_beside
-from fastmask.discovery import VOTES, combine, stability
+from fastmask.compare.plan import FOUND_BY
+from fastmask.discovery import VOTES, combine
 from fastmask.files import check_writable, read_metadata
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
@@ -59,11 +60,10 @@ def run_discover(options: argparse.Namespace) -> None:
     config = runs[0][2]
     options.combine = options.combine or ("majority" if config.density is None else "most")
     subnets = combine(draws, options.combine)
-    made_from = _made_from(options, config, draws, subnets)
-    subnets.save(options.masks, {"made_from": json.dumps(made_from)})
+    subnets.save(options.masks, {"made_from": json.dumps(_made_from(options, config, draws))})
     stream = stream_beside(options.masks)
     print_masks(subnets, stream)
-    for line in (_kept(made_from, draws), *stability_lines(draws), f"written to {options.masks}"):
+    for line in (*stability_lines(draws), f"written to {options.masks}"):
         print(line, file=stream)
 
 
@@ -99,43 +99,12 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, Task, TrainConfig, dic
     return runs
 
 
-def _made_from(
-    options: argparse.Namespace, config: TrainConfig, draws: Sequence[Draw], subnets: Subnetworks
-) -> dict[str, Any]:
-    """What the file says of how it was made: of what, by which vote of how many draws of a language, what is kept."""
+def _made_from(options: argparse.Namespace, config: TrainConfig, draws: Sequence[Draw]) -> dict[str, Any]:
+    """What the file says of how it was made: of what, by which vote of how many draws of a language, and how found."""
     most = max(Counter(name for draw in draws for name in draw.subnetworks.languages).values())
-    made: dict[str, Any] = {
-        "runs": options.runs,
-        "draws": most,
-        "vote": None if most == 1 else options.combine,
-        "units": config.units,
-        **({"tau": config.tau} if config.density is None else {"density": config.density}),
-        "score": config.score,
-        "score_sentences": config.score_sentences,
-        "kept": {
-            kind: {name: round(float(share), 4) for name, share in zip(subnets.languages, shares, strict=True)}
-            for kind, shares in subnets.density.items()
-        },
-    }
-    if sum(len(draw.subnetworks.languages) for draw in draws) > 1:
-        made["stability"] = {
-            kind: {name: value and round(value, 4) for name, value in dataclasses.asdict(found).items()}
-            for kind, found in stability(draws).items()
-        }
-    return made
-
-
-def _kept(made_from: Mapping[str, Any], draws: Sequence[Draw]) -> str:
-    """One line: how much is kept, by which vote, and how much each draw kept."""
-    parts = []
-    for kind, shares in made_from["kept"].items():
-        of_draws = [float(draw.subnetworks.density[kind].mean()) for draw in draws]
-        each = " to ".join(dict.fromkeys(f"{share:.1%}" for share in (min(of_draws), max(of_draws))))
-        mean = f"{sum(shares.values()) / len(shares):.1%} of {kind}"
-        parts.append(f"{mean} (each draw {each})" if len(draws) > 1 else mean)
-    how = {None: "", "most": f", those with the most votes of {made_from['draws']} draws"}
-    text = how.get(made_from["vote"], f", by {made_from['vote']} of {made_from['draws']} draws")
-    return f"kept, mean over languages: {' and '.join(parts)}{text}"
+    by = [name for name in FOUND_BY if name != ("density" if config.density is None else "tau")]
+    vote = None if most == 1 else options.combine
+    return {"runs": options.runs, "vote": vote, **{name: getattr(config, name) for name in by}, "draws": most}
 
 
 def add_masks(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

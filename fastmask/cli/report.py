@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -41,10 +40,17 @@ Cells = Mapping[str, str]  # of a row, by column
 def print_table(
     title: str, rows: Sequence[Cells], file: TextIO, left: Sequence[str] = (), last: Cells | None = None
 ) -> None:
-    """Print a table; the first column, and those in `left`, are words, others numbers. `last` stands below a line."""
+    """Print a table; the first column, and those in `left`, are words, others numbers. `last` stands below a line.
+
+    Where there is little room, words are folded, but no number is.
+    """
     table = Table(title=title)
     for number, name in enumerate(rows[0] if rows else ()):
-        table.add_column(name, justify="left" if number == 0 or name in left else "right")
+        if number == 0 or name in left:
+            table.add_column(name, overflow="fold")
+        else:
+            widest = max((len(part) for row in rows for part in row[name].split()), default=None)
+            table.add_column(name, justify="right", min_width=widest, overflow="fold")
     for row in rows:
         table.add_row(*row.values())
     if last is not None:
@@ -60,7 +66,7 @@ def stream_beside(target: str | None) -> TextIO:
 
 @dataclass(frozen=True)
 class Row:
-    """Scores of one language, or of one of its treebanks, and words (tokens) per second; None without a subnetwork.
+    """Scores of one language, or of one of its treebanks; None without a subnetwork.
 
     Of scores the one that decides comes first; `part` is one of several treebanks.
     """
@@ -69,13 +75,7 @@ class Row:
     part: str | None
     words: int
     full: dict[str, float]
-    full_words_per_second: float
     own: dict[str, float] | None = None
-    words_per_second: float | None = None
-    heads: int | None = None
-    all_heads: int | None = None
-    neurons: int | None = None
-    all_neurons: int | None = None
 
 
 def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | None, Any]]:
@@ -96,26 +96,11 @@ def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | 
 
 def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[str | None, Any]]) -> list[Row]:
     """Score every language with the full network, and with its subnetwork (attached to the task) where it has one."""
-
-    def read_by(network: str | None, examples: Any) -> tuple[dict[str, float], float]:
-        """Scores, and how many words are read in a second; scoring itself is not counted."""
-        with task.reading(network):
-            start = time.perf_counter()
-            predictions = task.predict(examples)
-            seconds = time.perf_counter() - start
-        return task.score(examples, predictions), float(examples.lengths.sum()) / max(seconds, 1e-9)
-
     rows = []
     for language, part, examples in ((name, part, of) for name, parts in tests.items() for part, of in parts.items()):
-        full, speed = read_by(None, examples)
-        own: dict[str, Any] = {}
-        if subnets is not None and language in subnets.languages:
-            own["own"], own["words_per_second"] = read_by(language, examples)
-            for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-                if keep is not None:
-                    live = keep[subnets.index(language)]
-                    own |= {kind: int(live.sum()), f"all_{kind}": live.numel()}
-        rows.append(Row(language, part, int(examples.lengths.sum()), full, speed, **own))
+        has_own = subnets is not None and language in subnets.languages
+        own = task.scored(examples, language) if has_own else None
+        rows.append(Row(language, part, int(examples.lengths.sum()), task.scored(examples, None), own))
     return rows
 
 
@@ -140,10 +125,6 @@ def print_scores(rows: Sequence[Row], task: Task, file: TextIO, split: str = "te
         called = row.language if row.part is None else f"{row.language} {row.part}"
         cells = {"language": called if row.own is not None or not own else f"{called} (no subnetwork)"}
         cells |= mean("full", [row.full]) | mean("subnet", [] if row.own is None else [row.own])
-        cells["heads"] = "-" if row.heads is None else f"{row.heads} of {row.all_heads}"
-        cells["neurons"] = "-" if row.neurons is None else f"{row.neurons} of {row.all_neurons}"
-        for whose, speed in (("full", row.full_words_per_second), ("subnet", row.words_per_second)):
-            cells[f"{whose} {task.token_word}/s"] = "-" if speed is None else f"{speed:,.0f}"
         table.append(cells)
     counted = of_languages(lambda row: row.full if row.own is not None or not own else None)
     last = {"language": f"mean of {len(counted)}"} | mean("full", counted) | mean("subnet", own)

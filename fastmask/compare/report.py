@@ -1,4 +1,4 @@
-"""What a comparison leaves: tables as CSV, ``summary.md`` and pictures, and what it prints."""
+"""What a comparison leaves: tables as CSV, ``summary.md`` and ``gains.png``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import yaml
-from rich.console import Console
-from rich.table import Table
 
-from fastmask.analysis.drawing import SIGNED, new_figure
+from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan, is_done, read_result
 from fastmask.compare.tables import (
     SCORE_COLUMNS,
     by_language_and_seed,
     cells_table,
-    conditions_in,
     decisions,
     scores_table,
     summary_table,
@@ -30,7 +27,7 @@ from fastmask.compare.tables import (
 from fastmask.files import FileError, replace_file, write_text
 from fastmask.tasks.task import heading
 
-__all__ = ["SCORES_FILE", "load_results", "load_tables", "page_tables", "print_tables", "read_tables", "write_report"]
+__all__ = ["NOTE", "SCORES_FILE", "load_results", "load_tables", "page_tables", "read_tables", "write_report"]
 
 SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
@@ -125,11 +122,11 @@ def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, st
     return table.iloc[places].reset_index(drop=True)
 
 
-# ---- writing and printing
+# ---- writing
 
 
 def write_report(plan: Plan, command: str | None = None, known: Tables | None = None) -> list[Path]:
-    """Write the tables and pictures of the cells that are done, here or as `known`; returns the files."""
+    """Write the tables and the picture of the cells that are done, here or as `known`; returns the files."""
     scores, cells = load_tables(plan, known)
     texts = {
         SCORES_FILE: scores.to_csv(index=False),
@@ -139,31 +136,11 @@ def write_report(plan: Plan, command: str | None = None, known: Tables | None = 
     }
     for name, text in texts.items():
         write_text(plan.out / name, text)
-    pictures = {"means.png": _draw_means(plan, scores)}
-    plain = next((arm for arm, config in plan.configs.items() if config.method == "full"), None)
-    for condition in ("seen", "adapted"):
-        there = set(scores.loc[scores["condition"] == condition, "arm"])
-        if plain is not None and plain in there and len(there) > 1:
-            pictures[f"gains-{condition}.png"] = _draw_gains(plan, scores, plain, condition)
-    for name, figure in pictures.items():
-        replace_file(plan.out / name, partial(figure.savefig, dpi=150, format="png"))
-    return [plan.out / name for name in (*texts, *pictures)]
-
-
-def print_tables(plan: Plan, console: Console, known: Tables | None = None) -> None:
-    """What was decided, one table for each condition, and one of the cells' cost."""
-    scores, cells = load_tables(plan, known)
-    for title, rows in page_tables(plan, scores, cells):
-        table = Table(title=title)
-        for name in rows[0]:
-            # Where there is little room, cells are folded, but no number is.
-            words = name in ("hypothesis", "arm", "over", "verdict", "condition")
-            width = None if words else max((len(part) for row in rows for part in row[name].split()), default=None)
-            table.add_column(name, justify="left" if words else "right", min_width=width, overflow="fold")
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
-    console.print(NOTE, highlight=False)
+    files = [plan.out / name for name in texts]
+    if (figure := _draw_gains(plan, scores)) is not None:
+        files.append(plan.out / "gains.png")
+        replace_file(files[-1], partial(figure.savefig, dpi=120, format="png"))
+    return files
 
 
 def _markdown(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame, command: str | None) -> str:
@@ -277,57 +254,43 @@ def _number(value: float, form: str = ".2f") -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
-# ---- pictures
-
-COLOURS = {"none": "#0072B2", "fomaml": "#D55E00", "reptile": "#009E73"}  # Okabe and Ito: told apart by all eyes
-NAMES = {"none": "plain", "fomaml": "FOMAML", "reptile": "Reptile"}
+# ---- the picture
 
 
-def _draw_means(plan: Plan, scores: pd.DataFrame) -> Any:
-    """Mean score over languages of every arm: a dot for each seed, a bar for their mean; one panel per condition."""
-    shown = conditions_in(scores)
-    metas = {arm: config.meta for arm, config in plan.configs.items()}
-    figure = new_figure(1.2 + 0.42 * len(plan.arms) * len(shown), 4.2)
-    for position, condition in enumerate(shown):
-        axis = figure.add_subplot(1, len(shown), position + 1)
+def _draw_gains(plan: Plan, scores: pd.DataFrame) -> Any:
+    """How much better each arm is than the arm of method `full` that it is compared with, by language; or None.
+
+    Training languages, then unseen ones after their steps, each followed by their mean. Arms are paired by seed, and
+    languages weigh the same, as in the summary.
+    """
+    sign, groups = 1 if plan.task.higher_is_better else -1, {}
+    seeds = {arm: scores.loc[scores["arm"] == arm, "seed"].nunique() for arm in plan.baselines["full"]}
+    for condition, what in (("seen", "training languages"), ("adapted", "unseen languages, adapted")):
         part = scores[scores["condition"] == condition]
-        named: set[str] = set()
-        for x, (arm, meta) in enumerate(metas.items()):
-            by_seed = by_language_and_seed(part, arm).groupby("seed").mean()
-            if by_seed.empty:
-                continue
-            colour, label = COLOURS[meta], None if meta in named else NAMES[meta]
-            named.add(meta)
-            axis.plot([x] * len(by_seed), by_seed, "o", color=colour, markersize=4, alpha=0.7)
-            axis.plot([x - 0.25, x + 0.25], [by_seed.mean()] * 2, color=colour, linewidth=2.5, label=label)
-        axis.set_xticks(range(len(metas)), list(metas), rotation=40, ha="right")
-        axis.set_title(condition)
-        axis.grid(axis="y", alpha=0.3)
-        if position == 0:
-            axis.set_ylabel(f"{_metric(scores)}, mean over languages")
-            if len(set(metas.values())) > 1:
-                axis.legend(frameon=False)
-    return figure
-
-
-def _draw_gains(plan: Plan, scores: pd.DataFrame, baseline: str, condition: str) -> Any:
-    """How much better every arm is than the arm `baseline`, by language; mean over seeds and support sets."""
-    part = scores[scores["condition"] == condition]
-    means = part.groupby(["arm", "language"])["score"].mean().unstack("language")
-    languages = list(dict.fromkeys(part["language"]))
-    rows = [arm for arm in plan.arms if arm != baseline]
-    sign = 1 if plan.task.higher_is_better else -1
-    gains = sign * (means - means.loc[baseline]).reindex(rows)[languages].to_numpy()
-    figure = new_figure(2.6 + 0.55 * len(languages), 1.6 + 0.34 * len(rows))
-    axis = figure.add_subplot()
-    limit = max(1.0, float(np.nanmax(np.abs(gains)))) if np.isfinite(gains).any() else 1.0
-    image = axis.imshow(gains, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto")
-    for (row, column), value in np.ndenumerate(gains):
-        if np.isfinite(value):
-            colour = "white" if abs(value) > 0.65 * limit else "black"
-            axis.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=8, color=colour)
-    axis.set_xticks(range(len(languages)), languages)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set_title(f"gain over {baseline} in {_metric(scores)}, {condition}")
-    figure.colorbar(image, ax=axis, label=f"{_metric(scores)} points")
+        pairs = plan.baselines["full"].items()
+        apart = {arm: by_language_and_seed(part, arm) - by_language_and_seed(part, full) for arm, full in pairs}
+        gains = {arm: sign * of_arm.groupby("language").mean() for arm, of_arm in apart.items()}
+        table = pd.DataFrame(gains).T.reindex(columns=list(dict.fromkeys(part["language"])))
+        if table.notna().any(axis=None):
+            groups[what] = table.assign(mean=table.mean(axis=1))
+    if not groups:
+        return None
+    table = pd.concat(groups.values(), axis=1).dropna(how="all").round(1) + 0.0  # no -0.0
+    names = [
+        arm if seeds[arm] == max(seeds.values()) else f"{arm} ({seeds[arm]} seed{'s' * (seeds[arm] > 1)})"
+        for arm in table.index
+    ]
+    limit = float(np.nanquantile(table.abs(), 0.95)) or 1.0  # one language far apart must not take all the colours
+    figure = new_figure(1.5 + 0.36 * table.shape[1], 1.2 + 0.29 * len(table))
+    axis = figure.subplots()
+    scale: dict[str, Any] = {"colours": SIGNED, "low": -limit, "high": limit, "numbers": "{:+.1f}"}
+    heatmap(axis, table, names, list(table.columns), **scale, written=max(table.shape))
+    end = -0.5
+    for what, group in groups.items():
+        axis.text(end + group.shape[1] / 2, -0.65, what, ha="center", va="bottom", fontsize=9)
+        end += group.shape[1]
+        axis.axvline(end - 1, color="white", linewidth=1)
+        axis.axvline(end, color="white", linewidth=5)
+    axis.spines[:].set_visible(False)
+    axis.set_title(f"Gain over the full network in {_metric(scores)}, mean over seeds", fontsize=11, pad=20)
     return figure

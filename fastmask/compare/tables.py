@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmask.analysis.statistics import Paired, holm, paired
+from fastmask.analysis.statistics import SURE, holm, paired
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "summary_table",
 ]  # fmt: skip
 
-SURE = 0.05
 SCORE_COLUMNS = (
     "seed", "arm", "language", "condition", "choice", "subnetwork", "support_set", "steps", "score", "words",
 )  # fmt: skip
@@ -64,22 +63,24 @@ def conditions_in(scores: pd.DataFrame) -> list[str]:
     return [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
 
 
-def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_than: float = 0.0) -> Paired | None:
-    """`arm` against `other`, over the languages and seeds that both have; None where they have none in common.
+NOT_COMPARED: dict[str, Any] = {
+    **dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "p"), np.nan),
+    **dict.fromkeys(("languages", "languages_better", "seeds", "seeds_agree"), 0),
+}
+"""What `compared` returns where there is nothing in common."""
+
+
+def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_than: float = 0.0) -> dict[str, Any]:
+    """`arm` against `other`, as `statistics.paired`, over the languages and seeds that both have.
 
     `scores` are rows of one condition. `sign` is -1 if a lower score is better: positive differences are gains then,
-    too. `more_than` is taken off every gain.
+    too. What is tested, and counted, is whether they are more than `more_than`.
     """
     differences = sign * (by_language_and_seed(scores, arm) - by_language_and_seed(scores, other)).dropna()
-    return None if differences.empty else paired(differences - more_than)
-
-
-def _numbers(found: Paired | None, more_than: float = 0.0) -> dict[str, Any]:
-    """The numbers of a difference, from which `more_than` was taken off; NaN where there is none."""
-    if found is None:
-        return dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "uncorrected_p"), np.nan)
-    shifted = {name: getattr(found, name) + more_than for name in ("difference", "low", "high")}
-    return {**shifted, "p_languages": found.p_languages, "p_seeds": found.p_seeds, "uncorrected_p": found.p}
+    if differences.empty:
+        return NOT_COMPARED
+    found = paired(differences - more_than)
+    return {**found, **{name: found[name] + more_than for name in ("difference", "low", "high")}}
 
 
 def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
@@ -98,10 +99,11 @@ def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
             row["score"] = float(by_seed.mean()) if len(by_seed) else np.nan
             row["deviation"] = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else np.nan
             for baseline, of_arms in plan.baselines.items():
-                found = compared(of_condition, arm, of_arms[arm], sign) if arm in of_arms else None
-                wins = "" if found is None else f"{found.wins}/{len(found.by_language)}"
-                values = {**_numbers(found), "wins": wins, "by_seed": () if found is None else found.by_seed}
-                row |= {f"{name.replace('difference', 'over')}_{baseline}": value for name, value in values.items()}
+                found = compared(of_condition, arm, of_arms[arm], sign) if arm in of_arms else NOT_COMPARED
+                values = {"over": found["difference"], "uncorrected_p": found["p"]}
+                values |= {name: found[name] for name in ("low", "high", "p_languages", "p_seeds")}
+                values["wins"] = f"{found['languages_better']}/{found['languages']}" if found["languages"] else ""
+                row |= {f"{name}_{baseline}": value for name, value in values.items()}
             rows.append(row)
     table = pd.DataFrame(rows)
     tests = [f"uncorrected_p_{baseline}" for baseline in BASELINES]
@@ -122,11 +124,8 @@ def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     for name, wanted in plan.hypotheses.items():
         of_condition = scores[scores["condition"] == wanted.condition]
         found = compared(of_condition, wanted.arm, wanted.over, sign, wanted.more_than)
-        counts = {"languages": 0, "languages_better": 0, "seeds": 0}
-        if found is not None:
-            counts = {"languages": len(found.by_language), "languages_better": found.wins, "seeds": len(found.by_seed)}
-        rows.append({"hypothesis": name, **wanted.model_dump(), **_numbers(found, wanted.more_than), **counts})
-    table = pd.DataFrame(rows)
+        rows.append({"hypothesis": name, **wanted.model_dump(), **found})
+    table = pd.DataFrame(rows).rename(columns={"p": "uncorrected_p"})
     if len(table):
         # One that is not measured yet counts as a test: a p-value must not grow when the rest of the plan is done.
         unknown = table["uncorrected_p"].isna()

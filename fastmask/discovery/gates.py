@@ -2,7 +2,7 @@
 
 The derivative of a loss with respect to a unit's gate says what the unit is worth. Every example has gates of its own,
 so one backward pass gives the derivative of each example's loss. `importance` reads gates of live units, all at 1;
-ablations gate all units, dead ones at 0.
+ablations run the full network, and gate all units, dead ones at 0.
 """
 
 from __future__ import annotations

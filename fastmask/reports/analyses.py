@@ -11,26 +11,27 @@ import pandas as pd
 
 from fastmask import analysis
 from fastmask.analysis.conflict import along_training, side_by_side
+from fastmask.analysis.result import span
 from fastmask.compare.plan import CONDITIONS
 from fastmask.compare.tables import by_language_and_seed
 from fastmask.files import check_files
 from fastmask.models import attach
 from fastmask.reports.page import Part
-from fastmask.reports.runs import Row, Run, SkipError, batches_of, drawn, load_data, score_of, task_at, task_of
+from fastmask.reports.runs import Row, Run, SkipError, batches_of, drawn, load_data, task_at, task_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.task import Task
-from fastmask.training.run_folder import DYNAMIC_FILE, complete, step_of
-from fastmask.unseen import HeadDirection, head_direction_similarity, uriel_similarity
+from fastmask.training.run_folder import DYNAMIC_FILE, RESULTS_FILE, complete, step_of
+from fastmask.unseen import direction_profile, direction_similarity, uriel_similarity
 
 __all__ = ["ANALYSES", "cross_values", "mask_seed"]
 
-BASELINE, CONTROL = "full", "random"  # variants, and columns of the cross-evaluation
+BASELINE, CONTROL = "full", "random"  # methods, variants of these alone, and columns of the cross-evaluation
 EFFECTS = ("seen", "adapted", "zero-shot")
 GAINED = ("zero-shot", "chosen", "adapted")
 CHECKPOINTS = 16  # at most, of a run
-# Of each language: sentences that are scored; for gradients, two halves of two batches each.
-SCORED, CROSSED, ABLATED, CONFLICTED = 200, 120, 128, 64
+# Of each language: sentences that models run on; for gradients, two halves of two batches each.
+CROSSED, ABLATED, CONFLICTED = 120, 128, 64
 
 
 def _rows(part: Part, run: Run, split: str, n: int, more: str = "") -> dict[str, list[Row]]:
@@ -47,7 +48,7 @@ def _rows(part: Part, run: Run, split: str, n: int, more: str = "") -> dict[str,
 def effect(part: Part) -> None:
     """Every variant against `full`, and every one with masks against `random`.
 
-    By the scores of a comparison, or by test examples that are scored anew.
+    By the scores of a comparison, or by those that `fastmask train` left in each run.
     """
     study, methods = part.study, list(part.study.variants)
     if BASELINE not in methods and not (study.baselines or {}).get(BASELINE):
@@ -81,25 +82,34 @@ def effect(part: Part) -> None:
 
 
 def _scores(part: Part) -> pd.DataFrame:
-    """Every run scored on the same test examples: those of the first one's data, or of `--data`."""
-    first, *others = part.study.runs
+    """The test scores that the runs have, of languages that all of them were scored in on as many words."""
+    (first, *others), rows = part.study.runs, []
     for run in others:
         if (run.config.task, run.config.task_options) != (first.config.task, first.config.task_options):
             raise SkipError(f"{run.folder} has another task, or other settings of it, than {first.folder}")
-    rows = _rows(part, first, "test", SCORED)
-    known = [load_data(run, "test", part.options.data)[0] for run in others]
-    languages = [name for name in rows if all(name in other for other in known)]
-    if not languages:
-        raise SkipError("the runs have no language in common")
-    scores = []
-    for run in (run for runs in part.study.variants.values() for run in runs):
-        with part.attempt(f"{run.variant}, seed {run.config.seed}"):
-            task, subnets = task_of(run, part.options)
-            for name in languages:
-                own = name if subnets is not None and name in subnets.languages else None
-                score = score_of(task, rows[name], {"": own})[""]
-                scores.append((run.variant, name, run.config.seed, score))
-    return pd.DataFrame(scores, columns=["method", "language", "seed", "score"])
+    for variant, run in ((variant, run) for variant, runs in part.study.variants.items() for run in runs):
+        tested, seed = run.tested, run.config.seed
+        if not tested:
+            part.skip(f"{variant}, seed {seed}", f"{run.folder / RESULTS_FILE} has no test scores")
+        for row in tested:  # of the score that decides, a language's is the mean over its treebanks
+            score = next(iter((row["own"] or row["full"]).values()))
+            rows.append((variant, row["language"], seed, row["words"], score))
+    if not rows:
+        raise SkipError("no run has test scores")
+    every = pd.DataFrame(rows, columns=["method", "language", "seed", "words", "score"])
+    scores = every.groupby(["language", "method", "seed"], sort=False).agg({"words": "sum", "score": "mean"})
+    known = len(every[["method", "seed"]].drop_duplicates())
+    for language, words in scores["words"].groupby("language", sort=False):
+        if len(words) < known:
+            part.skip(language, f"it was scored in {len(words)} of {known} runs")
+        elif words.nunique() > 1:
+            part.skip(language, f"the runs were scored on different test sets, of {span(words)} words")
+        else:
+            continue
+        scores = scores.drop(language, level="language")
+    if scores.empty:
+        raise SkipError("the runs have no test set in common")
+    return scores.reset_index().drop(columns="words")
 
 
 def typology(part: Part) -> None:
@@ -119,11 +129,12 @@ def typology(part: Part) -> None:
         raise SkipError(f"a correlation needs at least three unseen languages, and there are {len(unseen)}")
     with part.attempt("by head direction"):
         profiles = {
-            name: HeadDirection.of_rows([row for rows in every[name].values() for row in rows])
-            for name in [*seen, *unseen]
+            name: direction_profile(row for rows in every[name].values() for row in rows) for name in [*seen, *unseen]
         }
+        if bare := [name for name, profile in profiles.items() if not profile]:
+            raise SkipError(f"no example of {', '.join(bare)} has a tree whose dependents could be counted")
         training = {name: profiles[name] for name in seen}
-        near = {name: head_direction_similarity(profiles[name], training) for name in unseen}
+        near = {name: direction_similarity(profiles[name], training) for name in unseen}
         _correlations(part, full, variants, "head direction", near)
     with part.attempt("by URIEL"):
         try:
@@ -159,7 +170,7 @@ def _correlations(
     correlations = pd.concat(rows, ignore_index=True)[["measure", "condition", "variant", "n", "rho", "p"]]
     for number, (variant, result) in enumerate(shown):
         result = replace(result, more={"every-correlation": correlations} if number == 0 else {})
-        part.add(f"{variant}, adapted, by {measure}", result, variant, measure, on_page=" + " not in variant)
+        part.add(f"{variant}, adapted, by {measure}", result, variant, measure)
 
 
 # ---- masks
@@ -167,7 +178,7 @@ def _correlations(
 
 def overlap(part: Part) -> None:
     """Of the masks of each variant: between languages, and between seeds that began with the same weights."""
-    for variant, runs in part.study.masked.items():
+    for variant, runs in part.study.kept.masked.items():
         first, *others = (subnets for _, subnets in runs)
         if len(first.languages) < 2 and not others:
             part.skip(variant, "there is one language and one seed, and nothing to overlap with")
@@ -185,7 +196,7 @@ def overlap(part: Part) -> None:
 
 def use(part: Part) -> None:
     """Of heads and neurons by the languages of each variant and seed."""
-    for variant, runs in part.study.masked.items():
+    for variant, runs in part.study.kept.masked.items():
         for run, masks in runs:
             if len(masks.languages) < 2:
                 part.skip(variant, "there is one language, which shares its units with nobody")
@@ -204,7 +215,7 @@ def _kinds_of(masks: Subnetworks) -> list[str]:
 
 def dynamics(part: Part) -> None:
     """How the masks of each run of method `dynamic` moved."""
-    moving = {name: runs for name, runs in part.study.variants.items() if runs[0].config.method == "dynamic"}
+    moving = {name: runs for name, runs in part.study.kept.variants.items() if runs[0].config.method == "dynamic"}
     if not moving:
         raise SkipError("no run is of method dynamic")
     for variant, run in ((variant, run) for variant, runs in moving.items() for run in runs):
@@ -226,7 +237,7 @@ def dynamics(part: Part) -> None:
 def conflict(part: Part) -> None:
     """Of every variant at the end of training, all of them side by side, and along checkpoints."""
     at_end, of_first = [], []
-    for variant, runs in part.study.analysed.items():
+    for variant, runs in part.study.kept.analysed.items():
         with part.attempt(variant):
             rows = _training_rows(part, runs[0])
             for run in runs:
@@ -259,8 +270,8 @@ def _conflict(task: Task, rows: Mapping[str, Sequence[Row]]) -> analysis.Result:
 
 
 def _along_checkpoints(part: Part) -> None:
-    """The conflict at each checkpoint of every run that kept several."""
-    kept = [(run, complete(run.folder)) for runs in part.study.analysed.values() for run in runs]
+    """The conflict at each checkpoint of every run that has several."""
+    kept = [(run, complete(run.folder)) for runs in part.study.kept.analysed.values() for run in runs]
     if not any(len(steps) > 1 for _, steps in kept):
         one = "one checkpoint" if any(steps for _, steps in kept) else "no checkpoint"
         which = "a cell of a comparison keeps" if part.study.scores is not None else "the run kept"
@@ -293,11 +304,11 @@ def cross(part: Part) -> None:
     A model that was trained through any masks prefers each language's own, so where there is a variant of method
     `random`, it is done as well, to compare with.
     """
-    study, options = part.study, part.options
+    study, options = part.study.kept, part.options
     variant, runs = next(iter(study.masked.items()))
     networks = {variant: [run for run, _ in runs]}
-    if (others := study.variants.get(CONTROL)) and variant != CONTROL:
-        networks[CONTROL] = others
+    control = next((name for name, own in study.variants.items() if own[0].config.method == CONTROL), variant)
+    networks.setdefault(control, study.variants[control])
     names = runs[0][1].languages
     rows = _rows(part, runs[0][0], "test", CROSSED, study.unseen)
     languages = sorted(rows, key=lambda name: name not in names)  # the training languages first
@@ -350,7 +361,9 @@ def cross_values(
     for place, (language, given) in enumerate(rows.items()):
         own = language if language in names else names[place % len(names)]
         networks = {**{name: name for name in names}, BASELINE: None, CONTROL: f"{CONTROL} {own}"}
-        values.update({(language, name): score for name, score in score_of(task, given, networks).items()})
+        examples = task.examples(given)
+        for name, network in networks.items():
+            values[language, name] = task.scored(examples, network)[task.metric]
     return values
 
 
@@ -361,7 +374,7 @@ def mask_seed(seed: int) -> int:
 
 def ablation(part: Part) -> None:
     """Every head flipped in every language's subnetwork, in the first seed of the first variant that has some."""
-    variant, ((run, masks), *_) = next(iter(part.study.masked.items()))
+    variant, ((run, masks), *_) = next(iter(part.study.kept.masked.items()))
     if masks.heads is None:
         raise SkipError("the subnetworks do not mask heads")
     rows = _rows(part, run, "test", ABLATED)

@@ -6,7 +6,7 @@ import datetime
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmask.compare.plan import SETTINGS_FILE, Plan, is_done
+from fastmask.compare.plan import RESULT_FILE, SETTINGS_FILE, Plan, is_done
 from fastmask.compare.report import load_results
 from fastmask.compare.tables import scores_table
 from fastmask.files import read_json, read_tensors
@@ -35,8 +35,8 @@ from fastmask.training.run_folder import (
 )
 
 __all__ = [
-    "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "score_of",
-    "studies_of", "task_at", "task_of",
+    "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "studies_of",
+    "task_at", "task_of",
 ]  # fmt: skip
 
 CONTROLS = ("random", "permuted", "shuffled", "shared", "vector")
@@ -69,6 +69,18 @@ class Run:
     variant: str  # the same for all seeds: of a comparison the arm, else method and meta-learning
 
     @property
+    def kept(self) -> bool:
+        """Whether its model is there; of a comparison only the scores may be."""
+        return (self.folder / CONFIG_FILE).is_file()
+
+    @property
+    def tested(self) -> list[Any]:
+        """What `fastmask train` scored: rows with "language", "words", "full" and "own"; none where it did not."""
+        file = self.folder / RESULTS_FILE
+        content: dict[str, Any] = read_json(file) if file.is_file() else {}
+        return content.get("test") or []
+
+    @property
     def masks(self) -> Subnetworks | None:
         """The run's subnetworks, None for method `full`."""
         file = self.folder / MASKS_FILE
@@ -88,6 +100,18 @@ class Study:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # to show
 
     @property
+    def kept(self) -> Study:
+        """The same, of the runs whose models are there.
+
+        Raises:
+            SkipError: there is none.
+        """
+        runs = tuple(run for run in self.runs if run.kept)
+        if not runs:
+            raise SkipError("the comparison kept no models (--no-keep-models), and this takes more than scores")
+        return replace(self, runs=runs)
+
+    @property
     def variants(self) -> dict[str, list[Run]]:
         """Variant -> its runs, by seed."""
         found: dict[str, list[Run]] = {}
@@ -103,8 +127,9 @@ class Study:
 
     @property
     def days(self) -> tuple[str, str]:
-        """On which the first and the last model was written."""
-        times = [(run.folder / "model").stat().st_mtime for run in self.runs]
+        """On which the first and the last run was done."""
+        files = [run.folder / "model" if run.kept else run.folder.parent / RESULT_FILE for run in self.runs]
+        times = [file.stat().st_mtime for file in files]
         first, last = (datetime.date.fromtimestamp(time).isoformat() for time in (min(times), max(times)))
         return first, last
 
@@ -114,7 +139,7 @@ class Study:
         name = self.runs[0].config.task_class.metric
         if self.scores is not None:  # which tables have first behind the words; a task may choose it by its labels
             name = str(self.scores.columns[self.scores.columns.get_loc("words") + 1])
-        elif (results := self.runs[0].folder / RESULTS_FILE).is_file() and (rows := _tested(results)):
+        elif rows := self.runs[0].tested:
             name = next(iter(rows[0]["full"]))
         return heading(name) + ("" if self.higher_is_better else " (lower is better)")
 
@@ -146,12 +171,6 @@ class Study:
         if not found:
             raise SkipError("no run has subnetworks (method full)")
         return found
-
-
-def _tested(results: Path) -> list[Any]:
-    """The rows of a run's own test."""
-    content: dict[str, Any] = read_json(results)
-    return content.get("test") or []
 
 
 # ---- folders
@@ -195,9 +214,7 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
     labels = [folder.resolve().relative_to(above).as_posix() for folder, _ in given]
     for (folder, config), label in zip(given, labels, strict=True):
         alike = [other for where, other in given if where != folder and plain(other) == plain(config)]
-        apart = any(
-            other.seed == config.seed or config.differences(other).keys() - {"seed", "masks"} for other in alike
-        )
+        apart = any(other.seed == config.seed or config.differences(other).keys() - {"seed"} for other in alike)
         runs.append(Run(folder, config, f"{plain(config)} ({label})" if apart else plain(config)))
     shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
     unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""
@@ -208,27 +225,25 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
 def _comparison(folder: Path) -> Study:
     """A study of the cells of a comparison that are done."""
     plan = Plan.stored(folder)
-    runs, missing = [], {}
+    kept, others, missing = [], [], {}
     for job in plan.cells:
         run = plan.folder(job) / "run"
         if not is_done(plan, job):
             missing[job.name] = "this cell is not done yet"
         elif not (run / CONFIG_FILE).is_file():
-            missing[job.name] = "the model of this cell was not kept (--no-keep-models)"
+            others.append(Run(run, plan.settings_of(job.arm, job.seed, run), job.arm))
         else:
             check_finished(run)
-            runs.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
-    if not runs:
-        if any(is_done(plan, job) for job in plan.cells):
-            raise FileNotFoundError(
-                f"the comparison in {folder} kept no models (--no-keep-models), and an analysis runs them; "
-                "its scores and tests are in summary.md and results.csv there"
-            )
+            kept.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
+    if kept:  # else every analysis that needs a model says that there is none
+        why = "the model of this cell was not kept (--no-keep-models)"
+        missing |= {run.folder.parent.relative_to(folder).as_posix(): why for run in others}
+    if not kept and not others:
         raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
     scores = scores_table(load_results(plan))
     settings = {"comparison": plan.settings["comparison"], "training": plan.training}
     settings |= {f"arm {arm}": own for arm, own in plan.arms.items()}
-    return Study(folder.resolve().name, tuple(runs), missing, scores, plan.baselines, plan.config.unseen, settings)
+    return Study(folder.resolve().name, (*kept, *others), missing, scores, plan.baselines, plan.config.unseen, settings)
 
 
 # ---- models and examples
@@ -241,6 +256,8 @@ def load_data(run: Run, split: str | None, data: str | None = None, more: str = 
         Language -> split -> rows; and language, as it was asked for -> why there is nothing of it.
     """
     config = run.config
+    if data is None and not run.kept:
+        raise SkipError("a comparison that kept no models does not know where its data is: name it with --data")
     wanted: dict[str, Any] = {"splits": (split,)} if split else {"optional": ("train", "dev", "test")}
     splits: dict[str, Mapping[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -287,17 +304,12 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
 
 
 def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
-    """Rows of language `name` as batches of `BATCH`, in their order, without those that cannot be trained on."""
+    """Rows of language `name` in batches, in their order, without those that cannot be trained on.
+
+    At most `BATCH` are in one, and of two rows or more at most half: two halves can be set against each other.
+    """
     examples = task.training_examples(rows, name)
     places = np.arange(len(examples))
-    pieces = [places[first : first + BATCH] for first in range(0, len(places), BATCH)]
+    size = min(BATCH, -(-len(places) // 2))
+    pieces = [places[first : first + size] for first in range(0, len(places), size)]
     return [task.collate(examples.select(piece)).to(task.device) for piece in pieces]
-
-
-def score_of(task: Task, rows: Sequence[Row], networks: Mapping[str, str | None]) -> dict[str, float]:
-    """`Task.metric` of the rows under each of the attached subnetworks that are named, None: the full network."""
-    examples, found = task.examples(rows), {}
-    for name, network in networks.items():
-        with task.reading(network):
-            found[name] = task.score(examples, task.predict(examples))[task.metric]
-    return found

@@ -341,6 +341,16 @@ class Task(abc.ABC):
             ValueError: nothing to score.
         """
 
+    def scored(self, examples: Any, name: str | None) -> dict[str, float]:
+        """`score` of what the subnetwork of language `name`, or the full network (None), predicts of `examples`.
+
+        Raises:
+            ValueError: nothing to score, or a language is named and nothing is attached.
+        """
+        with self.reading(name):
+            predictions = self.predict(examples)
+        return self.score(examples, predictions)
+
     def predict_file(self, source: str, target: str) -> int:
         """Read a file, write it with predictions; returns the number of examples.
 

@@ -13,10 +13,10 @@ from fastmask.unseen.adapting import (
     support_sets,
 )
 from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_losses, with_language, with_union
-from fastmask.unseen.typology import HeadDirection, head_direction_similarity, similarity_measure, uriel_similarity
+from fastmask.unseen.typology import direction_profile, direction_similarity, similarity_measure, uriel_similarity
 
 __all__ = [
-    "CHOICES", "OPTIMIZERS", "UNION", "AdaptationDiverged", "Choice", "HeadDirection",
-    "Pool", "adapted", "choose", "head_direction_similarity", "similarity_measure", "split_pool", "support_losses",
-    "support_sets", "uriel_similarity", "with_language", "with_union",
+    "CHOICES", "OPTIMIZERS", "UNION", "AdaptationDiverged", "Choice", "Pool", "adapted", "choose",
+    "direction_profile", "direction_similarity", "similarity_measure", "split_pool", "support_losses", "support_sets",
+    "uriel_similarity", "with_language", "with_union",
 ]  # fmt: skip

@@ -3,8 +3,8 @@
 Steps are taken in place, and undone afterwards unless they are kept. By default they are the inner steps of an episode
 of FOMAML in training (`fastmask.training.batches`), to the bit: plain SGD, the whole support set as one batch in each
 step, nothing clipped, two learning rates (`Task.rates`), and dropout off. What meta-learning prepares for is then what
-happens in the test, and an evaluation does not depend on random numbers. AdamW without weight decay is much less
-sensitive to the learning rate; no episode takes such steps.
+happens in the test, and an evaluation does not depend on random numbers. AdamW without weight decay is the other
+choice, as sensitive to the learning rate (docs/log/2026-11-20-adapting.md); no episode takes such steps.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.live import WHOLE
 from fastmask.masks import FULL
 from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.learner import MetaLearner
@@ -35,6 +34,7 @@ __all__ = [
     "support_sets", "without_repeats",
 ]  # fmt: skip
 
+SET_ASIDE = 100
 _SETS, _POOL = range(2)  # what a random stream is for
 
 
@@ -81,21 +81,18 @@ def split_pool(
     size: int,
     seed: int,
     language: str,
-    set_aside: int = 100,
     same: Callable[[Mapping[str, Any]], Any] = lambda row: tuple(row["words"]),
 ) -> Pool:
     """Part an unseen language's sentences into a pool for support sets and a test.
 
     The pool is the train split if that holds a support set, else the dev split, else a random part of the test split,
-    which is then not tested on.
+    which is then not tested on: `SET_ASIDE` sentences, at most half of them, unless a support set takes more.
 
     Args:
         splits: split -> rows; "test" must be there.
         size: sentences of a support set; 0 where there are none (zero-shot).
         seed: of the part of the test split.
         language: for messages, and part of the seed.
-        set_aside: test sentences that make the pool if they must: never more than half of them, unless a support set
-            takes more.
         same: what makes two rows the same example; by default their "words".
 
     Raises:
@@ -114,7 +111,7 @@ def split_pool(
                 f"language {language!r} has too few sentences for a support set of {size}: {counts} "
                 f"(expected {size} in train or dev, or more than {size} in test)"
             )
-        number = 0 if size == 0 else max(size, min(set_aside, len(test) // 2))
+        number = 0 if size == 0 else max(size, min(SET_ASIDE, len(test) // 2))
         order = _random(seed, _POOL, language).permutation(len(test))
         support, test = ([test[row] for row in np.sort(part)] for part in (order[:number], order[number:]))
     left = without_repeats(test, support, same)
@@ -139,61 +136,34 @@ def _random(seed: int, purpose: int, language: str, *counters: int) -> np.random
 
 
 class AdamWeights(FastWeights):
-    """As `FastWeights`, with steps of `torch.optim.AdamW(weight_decay=0)` (Loshchilov and Hutter 2019).
+    """As `FastWeights`, with steps of `torch.optim.AdamW` without weight decay (Loshchilov and Hutter 2019).
 
-    Moments start at zero and cover only what may change: live parts of masked weights, looked-up rows of embeddings.
-    An embedding must look up the same rows in each step, as it does when each takes the same batch.
+    All that a step may change is copied at once, and gradients and moments of all of it exist together: four copies of
+    the adapted parameters, also of a large table of embeddings. `parameter.grad` is the caller's after each step.
     """
 
-    betas, epsilon = (0.9, 0.999), 1e-8
+    def __enter__(self) -> AdamWeights:
+        super().__enter__()
+        for parameter in self.rates:
+            self._backup(parameter).save_all(parameter)
+        groups = [{"params": [parameter], "lr": rate} for parameter, rate in self.rates.items()]
+        self._adam = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._moments: dict[Tensor, _Moments] = {}
-
-    def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:
-        @torch.no_grad()
-        def take_step(gradient: Tensor) -> Tensor | None:
-            backup = self._backup(parameter)
-            if gradient.is_sparse and backup.part is WHOLE:
-                gradient = gradient.coalesce()
-                rows = gradient.indices()[0]
-                if backup.live is None:
-                    backup._save_rows(parameter, rows)
-                change = self._change(parameter, gradient.values(), rate, rows)
-                parameter.index_add_(0, rows, change.to(parameter.dtype))
-            else:
-                backup.save_all(parameter)
-                dense = gradient.to_dense() if gradient.is_sparse else gradient
-                change = self._change(parameter, backup.part.read(dense), rate, None)
-                backup.part.write(parameter, backup.part.read(parameter).add_(change))
-            return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
-
-        return take_step
-
-    def _change(self, parameter: Tensor, gradient: Tensor, rate: float, rows: Tensor | None) -> Tensor:
-        """What a step adds to the compact live part."""
-        if parameter not in self._moments:
-            self._moments[parameter] = _Moments(torch.zeros_like(gradient), torch.zeros_like(gradient), rows)
-        moments = self._moments[parameter]
-        if rows is not None and (moments.rows is None or not torch.equal(rows, moments.rows)):
-            raise ValueError("AdamW steps on an embedding need the same rows in every step: give one support batch")
-        moments.steps += 1
-        moments.first.lerp_(gradient, 1 - self.betas[0])
-        moments.second.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        corrections = [1 - beta**moments.steps for beta in self.betas]
-        scale = (moments.second / corrections[1]).sqrt_().add_(self.epsilon)
-        return moments.first.div(scale).mul_(-rate / corrections[0])
-
-
-@dataclass
-class _Moments:
-    """Exponential averages of a gradient and of its square, of the compact live part; `rows` where it was sparse."""
-
-    first: Tensor
-    second: Tensor
-    rows: Tensor | None
-    steps: int = 0
+    def step(self, loss: Callable[[], Tensor], loss_scale: float = 1.0) -> Tensor:
+        value = loss()
+        scaled = value if loss_scale == 1.0 else value * loss_scale
+        found = torch.autograd.grad(scaled, list(self.rates), allow_unused=True)
+        theirs = [parameter.grad for parameter in self.rates]
+        try:
+            for parameter, gradient in zip(self.rates, found, strict=True):
+                live = None if gradient is None else self._backup(parameter).part.only(gradient)
+                parameter.grad = live if live is None or loss_scale == 1.0 else live / loss_scale
+            self._adam.step()
+        finally:
+            for parameter, own in zip(self.rates, theirs, strict=True):
+                parameter.grad = own
+        return value.detach()
 
 
 OPTIMIZERS: dict[str, type[FastWeights]] = {"sgd": FastWeights, "adamw": AdamWeights}

@@ -80,8 +80,6 @@ def support_losses(
     batch: Any,
     candidates: Sequence[int],
     loss_per_sentence: Callable[[Any], Tensor],
-    *,
-    at_once: int | None = None,
 ) -> Tensor:
     """Mean loss of a support batch under each candidate subnetwork, all in one mixed-language forward pass.
 
@@ -95,7 +93,6 @@ def support_losses(
         candidates: language ids, -1 for the full network.
         loss_per_sentence: runs the model on such a batch of n sentences, whose "language_ids" (int64 [n], on the
             CPU) it passes on to the model -> [n].
-        at_once: at most so many candidates in one pass, to bound the memory; all of them if not given.
 
     Returns:
         float32 or wider [len(candidates)], on the device of the losses.
@@ -105,23 +102,15 @@ def support_losses(
     """
     if not candidates:
         raise ValueError("no candidate subnetworks to score (expected at least one language id)")
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"at_once is {at_once} (expected at least 1 candidate in a pass)")
     if any(number != FULL for number in candidates) and not any(isinstance(m, MaskedLinear) for m in model.modules()):
         raise ValueError("the model has no subnetworks attached: only the full network (-1) can be scored")
-    step = at_once or len(candidates)
-    parts = []
+    repeated, n = _repeated(batch, candidates)
     with evaluating(model), torch.no_grad():
-        for first in range(0, len(candidates), step):
-            numbers = candidates[first : first + step]
-            repeated, n = _repeated(batch, numbers)
-            losses = loss_per_sentence(repeated)
-            if not isinstance(losses, Tensor) or losses.shape != (n,):
-                given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
-                raise ValueError(f"expected one loss for each of the {n} sentences, given {given}")
-            wide = torch.promote_types(losses.dtype, torch.float32)
-            parts.append(losses.view(len(numbers), -1).mean(1, dtype=wide))
-    return torch.cat(parts)
+        losses = loss_per_sentence(repeated)
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        given = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(f"expected one loss for each of the {n} sentences, given {given}")
+    return losses.view(len(candidates), -1).mean(1, dtype=torch.promote_types(losses.dtype, torch.float32))
 
 
 def _repeated(batch: Any, numbers: Sequence[int]) -> tuple[Any, int]:

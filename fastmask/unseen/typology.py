@@ -20,8 +20,8 @@ from __future__ import annotations
 import sys
 import sysconfig
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,8 +29,7 @@ import numpy as np
 from fastmask.errors import FastmaskKeyError, unknown
 
 __all__ = [
-    "SIMILARITIES", "HeadDirection", "direction_profile", "direction_similarity", "head_direction_similarity",
-    "similarity_measure", "uriel_similarity",
+    "SIMILARITIES", "direction_profile", "direction_similarity", "similarity_measure", "uriel_similarity",
 ]  # fmt: skip
 
 SIMILARITIES = ("uriel", "head-direction")
@@ -41,64 +40,53 @@ INDIVIDUAL = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class HeadDirection:
-    """How often the dependents of each relation stand before and after their heads.
+def direction_profile(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """How often the dependents of each relation stand before and after their heads; JSON can hold it.
 
-    Attributes:
-        counts: universal relation -> (before, after); relations that do not occur are not there.
+    Args:
+        rows: a data set or mappings with "heads" (0: root, negative: none) and "deprels"; those without do not count.
+
+    Returns:
+        Universal relation -> [before, after]; relations that do not occur are not there.
     """
-
-    counts: Mapping[str, Sequence[int]]
-
-    @classmethod
-    def of_rows(cls, rows: Iterable[Mapping[str, Any]]) -> HeadDirection:
-        """Count sentences with "heads" (0: root, negative: none) and "deprels"."""
-        counts: dict[str, Sequence[int]] = {}
-        for row in rows:
-            for position, (head, deprel) in enumerate(zip(row["heads"], row["deprels"], strict=True), start=1):
-                relation = deprel.split(":", 1)[0]
-                if head > 0 and head != position and relation not in ("punct", "root", "_"):
-                    before, after = counts.get(relation, (0, 0))
-                    counts[relation] = (before + (position < head), after + (position > head))
-        return cls(dict(sorted(counts.items())))
-
-    def similarity(self, other: HeadDirection) -> float:
-        """Similarity of two profiles, 0 to 1, symmetric; see the top of this file.
-
-        Raises:
-            ValueError: they have no relation in common.
-        """
-        weights, differences = [], []
-        for relation in sorted(self.counts.keys() & other.counts.keys()):
-            (before, after), (theirs, behind) = self.counts[relation], other.counts[relation]
-            n, m = before + after, theirs + behind
-            weights.append(n * m / (n + m))
-            differences.append(abs((before + 0.5) / (n + 1) - (theirs + 0.5) / (m + 1)))
-        if not weights:
-            raise ValueError(
-                "two head-direction profiles have no relation in common: "
-                f"{', '.join(self.counts) or 'none'} and {', '.join(other.counts) or 'none'}"
-            )
-        return 1 - float(np.average(differences, weights=weights))
-
-
-def direction_profile(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The counts of a `HeadDirection` of rows (a data set or mappings), as JSON; rows without trees do not count."""
     columns = ("heads", "deprels")
     if set(columns) <= set(getattr(rows, "column_names", ())):  # a data set: nothing else need be read
         rows = rows.select_columns(list(columns))  # type: ignore[attr-defined]
-    return dict(HeadDirection.of_rows(row for row in rows if set(columns) <= row.keys()).counts)
+    counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        if not set(columns) <= row.keys():
+            continue
+        for position, (head, deprel) in enumerate(zip(row["heads"], row["deprels"], strict=True), start=1):
+            relation = deprel.split(":", 1)[0]
+            if head > 0 and head != position and relation not in ("punct", "root", "_"):
+                counts[relation][position > head] += 1
+    return dict(sorted(counts.items()))
 
 
-def direction_similarity(profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """`head_direction_similarity` of profiles as `direction_profile` makes them, also after they were JSON."""
-    return head_direction_similarity(HeadDirection(profile), {name: HeadDirection(of) for name, of in others.items()})
+def direction_similarity(
+    profile: Mapping[str, Sequence[int]], others: Mapping[str, Mapping[str, Sequence[int]]]
+) -> dict[str, float]:
+    """Similarity of each language's profile in `others` to `profile`, 0 to 1, symmetric; see the top of this file.
+
+    Raises:
+        ValueError: two profiles have no relation in common.
+    """
+    return {language: _similarity(profile, other) for language, other in others.items()}
 
 
-def head_direction_similarity(support: HeadDirection, training: Mapping[str, HeadDirection]) -> dict[str, float]:
-    """Similarity of each training language's profile to that of the support sentences."""
-    return {language: support.similarity(profile) for language, profile in training.items()}
+def _similarity(one: Mapping[str, Sequence[int]], other: Mapping[str, Sequence[int]]) -> float:
+    weights, differences = [], []
+    for relation in sorted(one.keys() & other.keys()):
+        (before, after), (theirs, behind) = one[relation], other[relation]
+        n, m = before + after, theirs + behind
+        weights.append(n * m / (n + m))
+        differences.append(abs((before + 0.5) / (n + 1) - (theirs + 0.5) / (m + 1)))
+    if not weights:
+        raise ValueError(
+            f"two head-direction profiles have no relation in common: {', '.join(one) or 'none'} and "
+            f"{', '.join(other) or 'none'}"
+        )
+    return 1 - float(np.average(differences, weights=weights))
 
 
 def similarity_measure(language: str, others: Sequence[str], has_support: bool, asked: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The oracle of scouts: the plain model, gates multiplied in by hooks, one example at a time."""
+"""The oracle of the gates: the plain model, gates multiplied in by hooks, one example at a time."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from covering import covering
+from literal_gates import literal_gradients
 from tiny_models import batch, multiplied, tiny
 
 import fastmask as fm
@@ -88,6 +89,26 @@ def test_scores_are_those_of_pruning_and_the_first_order_estimate():
     np.testing.assert_allclose(small.predicted, small.worth, rtol=1e-2, atol=1e-10)
 
 
+@pytest.mark.parametrize("units", ["heads", "neurons", "both"])
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_scores_equal_the_literal_gradients(model_type, units):
+    """Gates of live and dead units, and of groups of query heads, get the gradient of their definition."""
+    model, batches = setting(model_type, units)
+    plain, subnets = fm.detach(copy.deepcopy(model)), attached(model).subnets
+    masks = {kind: keep[0] for kind in ("heads", "neurons") if (keep := getattr(subnets, kind)) is not None}
+    grads = [literal_gradients(plain, inputs, masks) for inputs in batches["aa"]]
+    for kind, keep in masks.items():
+        table = fm.analysis.ablation(model, loss_of(model), batches, units=kind).table
+        table = table[table.language == "aa"]
+        of_kind = torch.cat([of_batch[kind] for of_batch in grads])
+        score = of_kind.abs().mean(0)
+        score /= (score * keep).norm(dim=1, keepdim=True)
+        places = list(table.layer), list(table.unit)
+        np.testing.assert_allclose(table.score, score[places], rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(table.predicted, -of_kind.mean(0)[places], rtol=1e-10, atol=1e-10)
+        assert (table.score[~table.owned] > 0).all()
+
+
 def test_the_last_unit_of_a_layer():
     """Removing the only head of a layer is measured like any other removal."""
     model = tiny("bert")
@@ -139,6 +160,22 @@ def test_leaves_the_model_as_it_was():
         assert attached(model).subnets is subnets
         assert torch.equal(model(**batch(3), language_ids=ids)[0], before)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_loss_that_is_not_finite():
+    """It ends the analysis, and the language is named."""
+    model, batches = setting()
+    with pytest.raises(FloatingPointError, match="scoring 'aa'"):
+        fm.analysis.ablation(model, lambda inputs: loss_of(model)(inputs) * float("inf"), batches)
+
+
+def test_masks_over_single_weights_are_refused():
+    """They are not in force where every unit is computed."""
+    model = tiny("bert")
+    weights = {"encoder.layer.1.intermediate.dense": torch.ones(2, 20, 24, dtype=torch.bool)}
+    fm.attach(model, fm.Subnetworks(LANGUAGES, torch.ones(2, 2, 4, dtype=torch.bool), weights=weights))
+    with pytest.raises(ValueError, match="masks over single weights"):
+        fm.analysis.ablation(model, loss_of(model), {"aa": [batch(2)]})
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import hypergeom
 
 import fastmask as fm
+from fastmask.analysis import sharing
 from fastmask.analysis.drawing import LANGUAGE_FAMILIES, families_of
 from fastmask.analysis.sharing import chance_jaccard, chance_owners
 
@@ -32,11 +33,12 @@ def every_jaccard(sizes_a, sizes_b, n):
 
 
 @pytest.mark.parametrize(("sizes_a", "sizes_b", "n"), [([2], [3], 5), ([1, 2], [2, 3], 4), ([0, 2], [1, 2], 3)])
-def test_chance_equals_counting_all_masks(sizes_a, sizes_b, n):
+def test_chance_equals_counting_all_masks(sizes_a, sizes_b, n, monkeypatch):
     """The band of random masks is that of all masks of these sizes, counted one by one."""
     every = np.array(every_jaccard(sizes_a, sizes_b, n))
     for level in (0.5, 0.8, 0.95):
-        found = chance_jaccard(sizes_a, sizes_b, [n] * len(sizes_a), level)
+        monkeypatch.setattr(sharing, "LEVEL", level)
+        found = chance_jaccard(sizes_a, sizes_b, [n] * len(sizes_a))
         assert found.expected == pytest.approx(every.mean())
         tail = (1 - level) / 2 + 1e-9
         low = max(value for value in every if (every < value - 1e-9).mean() <= tail)

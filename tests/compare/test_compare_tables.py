@@ -8,12 +8,13 @@ import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fastmask.analysis.statistics import holm, t_of_mean
+from fastmask.cli import report as cli_report
+from fastmask.cli.compare import print_tables
 from fastmask.compare import report
 from fastmask.compare.plan import CompareConfig, Hypothesis, Plan, arms_of
-from fastmask.compare.report import page_tables, print_tables
+from fastmask.compare.report import page_tables
 from fastmask.compare.tables import SCORE_COLUMNS, cells_table, compared, decisions, scores_table, summary_table
 
 # arm -> language -> LAS of seeds 0 and 1
@@ -49,14 +50,13 @@ def test_differences_are_paired_by_language_and_seed():
     """The difference, its p-values, its wins and its spread over seeds, by hand."""
     found = compared(scores_table(results()), "static", "full")
     # fi: +2, 0; ja: +3, +1; ta: 0, +2  ->  by language 1, 2, 1; by seed 5/3, 1
-    assert found.difference == pytest.approx(4 / 3)
-    assert found.by_seed == pytest.approx((5 / 3, 1.0))
-    assert (found.wins, len(found.by_language)) == (3, 3)
-    assert found.p_languages == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
-    assert found.p_seeds == pytest.approx(t_of_mean([5 / 3, 1.0]))
+    assert found["difference"] == pytest.approx(4 / 3)
+    assert [found[name] for name in ("languages", "languages_better", "seeds", "seeds_agree")] == [3, 3, 2, 2]
+    assert found["p_languages"] == pytest.approx(2 / 8)  # all of one sign: 2 of the 2^3 sign patterns
+    assert found["p_seeds"] == pytest.approx(t_of_mean([5 / 3, 1.0]))
     worse = compared(scores_table(results()), "static", "full", sign=-1)
-    assert worse.difference == pytest.approx(-4 / 3)
-    assert (worse.wins, worse.p) == (0, pytest.approx(found.p))
+    assert worse["difference"] == pytest.approx(-4 / 3)
+    assert (worse["languages_better"], worse["p"]) == (0, pytest.approx(found["p"]))
 
 
 def test_the_summary_holds_means_deviations_and_corrected_p_values():
@@ -161,7 +161,7 @@ def test_what_was_decided():
     assert decisions(dataclasses.replace(plan, hypotheses={}), scores_table(cells(gains))).empty
 
 
-def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path):
+def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path, monkeypatch):
     """Words are folded in a narrow terminal; no digit of a difference, interval or p-value is cut off."""
     las = {arm: {f"l{n}": (values["fi"][0] + n, values["fi"][1] + n) for n in range(7)} for arm, values in LAS.items()}
     hypotheses = {
@@ -175,22 +175,37 @@ def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path):
     words = ("hypothesis", "arm", "over", "condition", "verdict")
     numbers = {number for row in rows for name, text in row.items() if name not in words for number in text.split()}
     for width in (90, 130):
-        console = Console(width=width, file=io.StringIO())
-        print_tables(plan, console, known)
-        printed = console.file.getvalue()
+        monkeypatch.setattr(cli_report, "WIDTH", width)
+        file = io.StringIO()
+        print_tables(plan, file, known)
+        printed = file.getvalue()
+        assert max(map(len, printed.partition("Scores: mean")[0].splitlines())) <= width
         assert [text for text in numbers if text not in printed] == []
     of_another = (scores["arm"] == "static") & (scores["seed"] == 1) & (scores["language"] == "l3")
     with pytest.raises(ValueError, match=r"static of seed 1 and full of seed 0 differ in l3 \(adapted\)"):
-        print_tables(plan, console, (known[0][~of_another], known[1]))
+        print_tables(plan, file, (known[0][~of_another], known[1]))
 
 
 def test_a_lower_perplexity_is_drawn_as_a_gain():
     """The picture of gains is positive where the summary is."""
     scores = scores_table(results())
     up, down = (
-        report._draw_gains(dataclasses.replace(PLAN, training=training), scores, "full", "adapted")
-        for training in ({}, {"task": "lm"})
+        report._draw_gains(dataclasses.replace(PLAN, training=training), scores) for training in ({}, {"task": "lm"})
     )
     gains, losses = (figure.axes[0].images[0].get_array() for figure in (up, down))
-    assert gains[1, 0] == pytest.approx(1.0)  # static of fi
+    assert [label.get_text() for label in up.axes[0].get_yticklabels()] == ["random", "static"]
+    assert gains[1].tolist() == [1.0, 2.0, 1.0, pytest.approx(4 / 3, abs=0.05)]  # static of fi, ja, ta and their mean
     assert (gains == -losses).all()
+
+
+def test_the_picture_pairs_arms_by_seed():
+    """An arm that has fewer seeds is set against these seeds of the full network, and says how many it has."""
+    some = {key: value for key, value in results().items() if key != (1, "static")}
+    figure = report._draw_gains(PLAN, scores_table(some))
+    assert figure.axes[0].images[0].get_array()[1, 0] == 2.0  # fi, 42 against 40
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["random", "static (1 seed)"]
+
+
+def test_no_picture_without_gains():
+    alone = {key: value for key, value in results().items() if key[1] == "full"}
+    assert report._draw_gains(PLAN, scores_table(alone)) is None

@@ -15,11 +15,11 @@ import fastmask as fm
 from fastmask.models import attach
 from fastmask.reports import Options, make_report
 from fastmask.reports.analyses import cross_values, mask_seed
-from fastmask.reports.runs import batches_of, drawn, load_data, score_of, studies_of
+from fastmask.reports.runs import batches_of, drawn, load_data, studies_of
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.training.run_folder import complete, load_run
-from fastmask.unseen import HeadDirection, head_direction_similarity
+from fastmask.unseen import direction_profile, direction_similarity
 
 LANGUAGES = ["qaa", "qab", "qac"]
 OPTIONS = Options(seed=3, sentences=6)
@@ -137,7 +137,7 @@ def test_cross(comparison, tables_of):
             for place, language in enumerate(languages):
                 own = subnets.index(language) if language in subnets.languages else place % 3
                 network = {"full": None, "random": subnets.languages[own]}.get(name, name)
-                las = score_of(task, rows[language], {"it": network})["it"]
+                las = task.scored(task.examples(rows[language]), network)["las"]
                 values.setdefault((language, name), []).append(las)
     means = {pair: sum(of_seeds) / 2 for pair, of_seeds in values.items()}
     wanted = fm.analysis.cross_evaluation(lambda a, b: means[a, b], languages, LANGUAGES, seed=3)
@@ -213,16 +213,15 @@ def test_effect_of_a_comparison(comparison, tables_of):
         same(found[f"effect-{condition}_methods"], wanted.more["methods"])
 
 
-def test_effect_of_single_runs(static_run, full_run, tables_of):
-    """Runs are compared on the same sentences, by their official scores."""
+def test_effect_of_single_runs(static_run, full_run, data, tables_of):
+    """Runs are compared by their scores on the whole test split, as `fastmask evaluate` has them."""
     found = tables_of([static_run, full_run], "effect")["effect"].set_index("language")
     for language in LANGUAGES:
-        rows = rows_of(static_run, "test", language)
         las = {}
         for name, run in (("static", static_run), ("full", full_run)):
             task = attached_task(run)
-            network = language if name == "static" else None
-            las[name] = score_of(task, rows, {"it": network})["it"]
+            examples = task.examples(load_treebanks(data, language)[language]["test"])
+            las[name] = task.scored(examples, language if name == "static" else None)["las"]
         assert found.difference[language] == pytest.approx(las["static"] - las["full"])
         assert found.verdict[language] == "too few"
 
@@ -233,12 +232,10 @@ def test_typology(comparison, data, tables_of):
     unseen = ["qad", "qag", "qah"]
     loaded = load_treebanks(data, [*LANGUAGES, *unseen])
     profile = {
-        name: HeadDirection.of_rows([row for split in splits.values() for row in split])
-        for name, splits in loaded.items()
+        name: direction_profile([row for split in splits.values() for row in split]) for name, splits in loaded.items()
     }
     near = {
-        name: head_direction_similarity(profile[name], {other: profile[other] for other in LANGUAGES})
-        for name in unseen
+        name: direction_similarity(profile[name], {other: profile[other] for other in LANGUAGES}) for name in unseen
     }
     gains = {
         name: [

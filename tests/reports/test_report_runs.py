@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import shutil
 
+import pandas as pd
 import pytest
+import torch
 
 from fastmask.compare.plan import SETTINGS_FILE
 from fastmask.errors import FastmaskKeyError
-from fastmask.reports import ANALYSES, Options, make_report
-from fastmask.reports.runs import studies_of
+from fastmask.reports import ANALYSES, Options, analyses, make_report
+from fastmask.reports.page import Part
+from fastmask.reports.runs import batches_of, studies_of
 
 FEW = Options(sentences=4)
 
@@ -47,11 +52,6 @@ def test_an_unfinished_cell_is_named_and_left_out(comparison, tmp_path):
     made = make_report([copy], ["effect", "overlap"], options=FEW)
     assert says(made, "comparison (seed-1/static)", "not done")
     assert says(made, "overlap (static, between seeds)", "one seed only")
-    for cell in copy.glob("seed-*/*/run"):
-        if (cell.parent / "result.json").is_file():
-            shutil.rmtree(cell)
-    with pytest.raises(FileNotFoundError, match=r"kept no models.*results\.csv"):
-        studies_of([copy])
     for seed in (0, 1):
         shutil.rmtree(copy / f"seed-{seed}")
     with pytest.raises(FileNotFoundError, match="no finished cell"):
@@ -180,3 +180,101 @@ def test_the_command_names_every_analysis():
     from fastmask.cli import finished
 
     assert finished.ANALYSES.split(",") == list(ANALYSES)
+
+
+def test_examples_without_trees(comparison, tmp_path, monkeypatch):
+    """Nothing is counted in them, and the report says so."""
+    real = analyses.load_data
+
+    def without_trees(*given):
+        splits, missing = real(*given)
+        words = {
+            language: {name: [{"words": row["words"]} for row in rows] for name, rows in of.items()}
+            for language, of in splits.items()
+        }
+        return words, missing
+
+    monkeypatch.setattr(analyses, "load_data", without_trees)
+    made = make_report([comparison], ["effect", "typology"], tmp_path / "out", FEW)
+    assert says(made, "typology (by head direction)", "no example of qaa, qab, qac, qad, qag, qah has a tree")
+
+
+@pytest.mark.parametrize("count", [2, 5, 16, 17, 64])
+def test_few_rows_make_two_batches(count):
+    """The control of gradients is one half of a language against the other, also of few sentences."""
+
+    class Some(list):
+        def select(self, rows):
+            return Some(self[row] for row in rows)
+
+    class Made:
+        device = "cpu"
+        training_examples = staticmethod(lambda rows, name: Some(rows))
+        collate = staticmethod(torch.tensor)
+
+    batches = batches_of(Made(), list(range(count)), "xx")
+    assert len(batches) > 1
+    assert max(map(len, batches)) <= 16
+    assert torch.cat(batches).tolist() == list(range(count))
+
+
+@pytest.fixture
+def without_models(comparison, tmp_path):
+    """A comparison of which only the scores are there."""
+    copy = tmp_path / "copy"
+    shutil.copytree(comparison, copy)
+    for cell in copy.glob("seed-*/*/run"):
+        shutil.rmtree(cell)
+    return copy
+
+
+def test_a_comparison_without_models(comparison, without_models, data, tmp_path):
+    """What scores alone allow is drawn as with models, and the rest is left out with the reason."""
+    whole = make_report([comparison], ["effect", "typology"], tmp_path / "whole", FEW)
+    made = make_report([without_models], None, tmp_path / "out", Options(sentences=4, data=str(data)))
+    for path in whole.report.parent.glob("*.csv"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    for name in ("overlap", "use", "conflict", "cross", "ablation", "dynamics"):
+        assert says(made, f"{name}: ", "the comparison kept no models (--no-keep-models)"), name
+    assert not says(made, "comparison (")
+    made = make_report([without_models], ["effect", "typology"], tmp_path / "again", FEW)
+    assert says(made, "typology", "does not know where its data is: name it with --data")
+
+
+def test_a_comparison_with_some_models(comparison, tmp_path):
+    """A model that was not kept is named; its scores count."""
+    copy = tmp_path / "copy"
+    shutil.copytree(comparison, copy)
+    shutil.rmtree(copy / "seed-1" / "static" / "run")
+    made = make_report([copy], ["effect", "overlap"], tmp_path / "out", FEW)
+    assert says(made, "comparison (seed-1/static)", "was not kept")
+    assert says(made, "overlap (static, between seeds)", "one seed only")
+    assert pd.read_csv(tmp_path / "out" / "effect-seen_methods.csv").seeds.tolist() == [2]
+
+
+def test_scores_of_single_runs(static_run, full_run, tmp_path):
+    """A run without scores, and a language scored on another test set, are left out and named."""
+    others = [shutil.copytree(full_run, tmp_path / name) for name in ("full-1", "full-2")]
+    for seed, other in enumerate(others, start=1):
+        text = (other / "config.yaml").read_text()
+        (other / "config.yaml").write_text(text.replace("seed: 0", f"seed: {seed}"))
+    (others[0] / "results.json").unlink()
+    results = json.loads((others[1] / "results.json").read_text())
+    results["test"][0]["words"] += 1
+    del results["test"][1]
+    (others[1] / "results.json").write_text(json.dumps(results))
+    made = make_report([static_run, full_run, *others], ["effect"], tmp_path / "out", FEW)
+    assert says(made, "effect (full, seed 1)", "has no test scores")
+    assert says(made, "effect (qaa)", "different test sets, of ")
+    assert says(made, "effect (qab)", "scored in 2 of 3 runs")
+    assert pd.read_csv(tmp_path / "out" / "effect.csv").language.tolist() == ["qac"]
+
+
+def test_the_control_of_cross_evaluation_is_found_by_its_method(static_run):
+    """Whatever an arm of random masks is called, it stands beside the masks that were found."""
+    (study,) = studies_of([static_run])
+    (run,) = study.runs
+    control = dataclasses.replace(run, variant="chance", config=dataclasses.replace(run.config, method="random"))
+    part = Part(dataclasses.replace(study, runs=(run, control)), "cross", FEW)
+    analyses.cross(part)
+    assert [section.title for section in part.sections] == ["static", "chance"]

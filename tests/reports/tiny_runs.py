@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastmask.cli.report import examples_of, scored
 from fastmask.compare.cells import do
 from fastmask.compare.plan import CompareConfig, Plan
 from fastmask.tasks.parsing.parser import Parser
@@ -48,7 +51,9 @@ def make_run(out: Path, data: Path, method: str, **settings: Any) -> Path:
     given.setdefault("model", str(data.parent / "encoder"))
     config = TrainConfig(data=str(data), method=method, out=str(out), **given)
     datasets = Parsing.load(data, config.language_list, config.task_settings, optional=("dev", "test"))
-    train(Parsing.build(config, datasets), datasets, config, progress=False)
+    done = train(Parsing.build(config, datasets), datasets, config, progress=False)
+    rows = scored(done.task, done.subnetworks, examples_of(done.task, datasets, "test"))
+    (out / "results.json").write_text(json.dumps({"test": [dataclasses.asdict(row) for row in rows]}))
     return out
 
 

@@ -93,6 +93,23 @@ def test_dead_units_keep_their_bits(optimizer):
     assert_same_bits(parser, before)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_gradients_of_the_caller(optimizer):
+    """What stands in `.grad` stays there, and does not count."""
+    parser, _ = parser_with_subnets()
+    support = support_of(parser)
+    with adapted(Parsing(parser), support, 0, steps=2, optimizer=optimizer, **RATES):
+        expected = bits_of(parser)
+    given = {name: torch.ones_like(p) for name, p in parser.named_parameters() if name.startswith("arcs.")}
+    for name, gradient in given.items():
+        parser.get_parameter(name).grad = gradient
+    with adapted(Parsing(parser), support, 0, steps=2, optimizer=optimizer, **RATES):
+        assert_same_bits(parser, expected)
+        for name, parameter in parser.named_parameters():
+            assert parameter.grad is given.get(name)
+            assert name not in given or bool((given[name] == 1).all())
+
+
 def test_kept_unless_something_goes_wrong():
     """Weights are kept where that was asked for, and put back after a failed evaluation."""
     parser, _ = parser_with_subnets()

@@ -63,12 +63,11 @@ class TestUnion:
 class TestSupportLosses:
     """All candidates at once have the losses they have one at a time."""
 
-    @pytest.mark.parametrize("at_once", [None, 1, 2])
-    def test_parser(self, at_once):
+    def test_parser(self):
         parser, subnets = parser_with_subnets()
         one = parser.features.collate(support_of(parser))
         candidates = [2, 0, -1, subnets.index(UNION)]
-        found = support_losses(parser, one, candidates, per_sentence(parser), at_once=at_once)
+        found = support_losses(parser, one, candidates, per_sentence(parser))
         expected = []
         for number in candidates:
             name = None if number < 0 else subnets.languages[number]
@@ -135,8 +134,6 @@ class TestSupportLosses:
             support_losses(parser, one, [0, 1], lambda batch: parser(batch).loss)
         with pytest.raises(ValueError, match="of one size B"):
             support_losses(parser, {"a": torch.zeros(2), "b": torch.zeros(3)}, [0], per_sentence(parser))
-        with pytest.raises(ValueError, match="at_once is 0"):
-            support_losses(parser, one, [0], per_sentence(parser), at_once=0)
         fm.detach(parser.encoder)
         with pytest.raises(ValueError, match="no subnetworks attached"):
             support_losses(parser, one, [0], per_sentence(parser))

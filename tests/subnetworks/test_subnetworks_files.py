@@ -44,6 +44,13 @@ def test_files_round_trip(L, shape, seed, parts, tmp_path_factory):
     assert [p.name for p in path.parent.iterdir()] == ["masks.safetensors"]
 
 
+def test_many_languages(tmp_path):
+    """What can be made can be saved, and read again, however many languages it has."""
+    subnets = Subnetworks([str(i) for i in range(10_001)], torch.ones(10_001, 1, 3, dtype=torch.bool))
+    subnets.save(tmp_path / "masks.safetensors")
+    assert Subnetworks.load(tmp_path / "masks.safetensors") == subnets
+
+
 def masks():
     """Two languages, 2 x 6 heads and a module of 3 x 5 weights: neither fills its last byte."""
     generator = torch.Generator().manual_seed(0)

@@ -275,7 +275,7 @@ def _masks_of(masks: Subnetworks | Snapshot) -> dict[str, Tensor]:
 
 def _snapshot(subnets: Subnetworks, step: int, language: str) -> Snapshot:
     row = subnets.index(language)
-    return Snapshot(step, language, **{kind: keep[row].cpu() for kind, keep in _masks_of(subnets).items()})
+    return Snapshot(step, language, **{kind: keep[row].cpu().clone() for kind, keep in _masks_of(subnets).items()})
 
 
 def _check_masks(languages: Sequence[str], masks: Mapping[str, Tensor]) -> None:

@@ -369,6 +369,7 @@ class TestTraining:
         assert last.step == 8
         assert torch.equal(last.heads, attached(model).subnets.heads[0])
         assert torch.equal(last.neurons, attached(model).subnets.neurons[0])
+        assert last.heads.untyped_storage().nbytes() == last.heads.nbytes  # not the masks of all languages
         packed = sum(t.numel() for name, t in dynamic.history.state()[1].items() if name != "when")
         assert packed == len(dynamic.history) * 2 * (1 + 3)  # layers x bytes
         with pytest.raises(ValueError, match=r"update\(step=2\): masks were last changed after step 8"):

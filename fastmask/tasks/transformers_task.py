@@ -25,6 +25,7 @@ from fastmask.errors import unknown as unknown_name
 from fastmask.files import FileError, read_json, write_text
 from fastmask.models.attach import attached
 from fastmask.models.calls import plain_class_of
+from fastmask.models.contexts import evaluating
 from fastmask.models.languages import LanguageCounts
 from fastmask.records import Record
 from fastmask.settings import ConfigError
@@ -332,15 +333,11 @@ class TransformersTask(Task):
     def predict(self, examples: Examples, batch_size: int = 64) -> list[Any]:
         """The `answers` for all examples, in order; batches are made of like lengths."""
         found: dict[int, Any] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for rows in like_lengths(examples.lengths, batch_size, self.device):
                 part = examples.select(rows)
                 batch = self.collate(part).to(self.device)
                 found.update(zip(rows.tolist(), self.answers(batch, part), strict=True))
-        finally:
-            self.model.train(was_training)
         return [found[row] for row in range(len(examples))]
 
 

@@ -6,6 +6,7 @@ all languages: `relative` and `entropy` say whose a unit is, `shapley` what a he
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -228,7 +229,8 @@ def shapley(
         loss: runs `model` on a batch, once, and returns one loss for each example, [B].
         orders: of removing the heads, the same for all languages; each odd one is the reverse of the one before.
         truncation: an order ends where the mean loss has risen by more than this share of what it rises by without any
-            head; at 1, none ends early, and the values of a language add up to that rise.
+            head; at 1, and where the loss falls without any head, none ends early, and the values of a language add up
+            to that rise.
         seed: of the orders.
 
     Raises:
@@ -263,7 +265,9 @@ def shapley(
 
             full = mean_loss()
             alive.zero_()
-            end = full + truncation * (mean_loss() - full)
+            rise = mean_loss() - full
+            # Without any head the loss may be below the full one, as where they are harmful: there is no ruin to see.
+            end = full + truncation * rise if truncation < 1 and rise > 0 else math.inf
             for order in removals:
                 alive.fill_(1)
                 before = full
@@ -273,7 +277,7 @@ def shapley(
                     sums[head] += after - before
                     counts[head] += 1
                     before = after
-                    if truncation < 1 and after > end:
+                    if after > end:
                         break
         return sums / counts.clamp(min=1)
 

@@ -249,6 +249,12 @@ class TestShapley:
         assert len(calls) == 2 + 2 * 5
         torch.testing.assert_close(found, torch.full((2, 4), 0.125))
 
+    @pytest.mark.parametrize("truncation", [0.5, 0.9, 1.0])
+    def test_no_order_ends_where_the_loss_falls_without_heads(self, truncation):
+        """Where heads are harmful together there is no ruin to reach: all of them must be measured."""
+        found = self.game(lambda gates: (gates * torch.arange(8).view(2, 4)).sum(), orders=2, truncation=truncation)
+        torch.testing.assert_close(found, -torch.arange(8.0).view(2, 4))
+
     def test_harmful_heads_go_first(self):
         """Heads must be dropped from the lowest value up, and each layer must keep its best one, be it below zero."""
         model = made()

@@ -197,7 +197,7 @@ class DynamicSubnetworks:
         subnets, new = self._subnetworks(), {}
         row = subnets.index(language)
         for number, (kind, masks) in enumerate(_masks_of(subnets).items()):
-            keep, worth = masks[row].cpu(), getattr(scores, kind).cpu()
+            keep, worth = masks[row].cpu(), scores[kind].cpu()
             if not worth.isfinite().all():
                 raise FloatingPointError(f"the scores of {language!r} are not finite")
             count = int(self.swaps) if self.swaps >= 1 else max(1, int(self.swaps * int(keep.sum())))

@@ -71,7 +71,7 @@ def test_tables_of_the_commands(capsys):
     assert [row[0] for row in cells_of(file.getvalue())][1 : 1 + len(NAMES)] == NAMES
     file = io.StringIO()
     for name in NAMES:
-        round_printer(file, 0.95, "las")(Round(name, 1, 3, None, Quality(loss=1.0), True))
+        round_printer(file, 0.95, "las")(Round(name, 1, {"heads": 3}, Quality(loss=1.0), True))
     assert [line.split(" round")[0].strip() for line in file.getvalue().splitlines()] == NAMES
     losses = {name: float(place) for place, name in enumerate(NAMES)}
     adapt.print_choice(Choice(NAMES[0], 0, losses=losses), "[/x]", None)

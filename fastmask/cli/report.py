@@ -111,10 +111,9 @@ def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[
         own: dict[str, Any] = {}
         if subnets is not None and language in subnets.languages:
             own["own"], own["words_per_second"] = read_by(language, examples)
-            for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-                if keep is not None:
-                    live = keep[subnets.index(language)]
-                    own |= {kind: int(live.sum()), f"all_{kind}": live.numel()}
+            for kind, keep in subnets.units.items():
+                live = keep[subnets.index(language)]
+                own |= {kind: int(live.sum()), f"all_{kind}": live.numel()}
         rows.append(Row(language, part, int(examples.lengths.sum()), full, speed, **own))
     return rows
 
@@ -155,7 +154,7 @@ def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], No
     """A function that prints one line for each round of pruning down to `tau` (or to a density)."""
 
     def show(found: Round) -> None:
-        counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
+        counts = [f"{n} {kind}" for kind, n in found.units.items()]
         line = f"  {found.language} round {found.number}: {', '.join(counts)}"
         if found.quality.metric is not None:
             line += f"  dev {heading(metric)} {found.quality.metric:.2f}"

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.discovery.gates import frozen
-from fastmask.discovery.scores import RANKINGS, SCORES, Importance, importance, unit_masks
+from fastmask.discovery.scores import RANKINGS, SCORES, Importance, importance
 from fastmask.errors import unknown
 from fastmask.models.attach import attach, attached, detach, is_attached, language
 from fastmask.models.editing import set_subnetwork
-from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
+from fastmask.subnetworks.subnetworks import KINDS, UNITS, Subnetworks
 
 __all__ = ["VOTES", "Draw", "Quality", "Round", "Stability", "combine", "discover", "live_units", "stability"]
 
@@ -65,8 +65,7 @@ class Round:
 
     language: str
     number: int  # 0 is the full network
-    heads: int | None
-    neurons: int | None
+    units: dict[str, int]  # live ones by kind: "heads", "neurons"
     quality: Quality  # empty where pruning goes to a density
     kept: bool
 
@@ -151,10 +150,9 @@ def discover(
 
         def report(number: int, masks: _Masks, quality: Quality, kept: bool = True) -> None:
             if on_round is not None:
-                counts = {kind: int(keep.sum()) for kind, keep in masks.items()}
-                on_round(Round(name, number, counts.get("heads"), counts.get("neurons"), quality, kept))
+                on_round(Round(name, number, {kind: int(keep.sum()) for kind, keep in masks.items()}, quality, kept))
 
-        masks = {kind: keep[0] for kind, keep in unit_masks(attached(model).subnets.select([name])).items()}
+        masks = {kind: keep[0] for kind, keep in attached(model).subnets.select([name]).units.items()}
         last = {kind: torch.zeros(keep.shape, device=keep.device) for kind, keep in masks.items()}
         full = measured(masks)
         if full.metric is not None and not full.metric > 0:  # of which no share says anything
@@ -168,7 +166,7 @@ def discover(
         if density is None:
             report(0, masks, full)
         for number, drops in enumerate(_rounds(masks, drop, density), start=1):
-            scores = vars(ranking or importance(model, scoring, loss, name))
+            scores = ranking or importance(model, scoring, loss, name)
             for kind, keep in masks.items():
                 if not bool(torch.isfinite(scores[kind][keep]).all()):
                     raise FloatingPointError(
@@ -184,8 +182,7 @@ def discover(
             if not kept:
                 break
             masks = smaller
-        own = {kind: keep[None] for kind, keep in masks.items()}
-        return Subnetworks([name], own.get("heads"), own.get("neurons")), Importance(**last)
+        return Subnetworks([name], **{kind: keep[None] for kind, keep in masks.items()}), last
 
     found = []
     by_loss: set[str] = set()  # languages whose metric says nothing
@@ -282,8 +279,8 @@ def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
         raise unknown("vote", vote, VOTES)
     if not draws:
         raise ValueError("no subnetworks to combine")
-    shapes = [{kind: keep.shape[1:] for kind, keep in unit_masks(draw.subnetworks).items()} for draw in draws]
-    for kind in ("heads", "neurons"):
+    shapes = [{kind: keep.shape[1:] for kind, keep in draw.subnetworks.units.items()} for draw in draws]
+    for kind in KINDS:
         if len({shape.get(kind) for shape in shapes}) > 1:
             raise ValueError(f"cannot combine subnetworks over different {kind}")
     names = dict.fromkeys(name for draw in draws for name in draw.subnetworks.languages)
@@ -293,13 +290,13 @@ def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
 def _combined(name: str, draws: Sequence[Draw], vote: str) -> Subnetworks:
     """One language's subnetwork."""
     own = [draw for draw in draws if name in draw.subnetworks.languages]
-    masks = [unit_masks(draw.subnetworks.select([name])) for draw in own]
+    masks = [draw.subnetworks.select([name]).units for draw in own]
     kept = {}
     for kind in masks[0]:
         votes = torch.stack([mask[kind][0] for mask in masks]).sum(0)
-        score = torch.stack([getattr(draw.scores[name], kind) for draw in own]).double().mean(0)
+        score = torch.stack([draw.scores[name][kind] for draw in own]).double().mean(0)
         kept[kind] = _kept(votes, len(own), score, vote)[None]
-    return Subnetworks([name], kept.get("heads"), kept.get("neurons"))
+    return Subnetworks([name], **kept)
 
 
 def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:
@@ -349,8 +346,8 @@ def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
     first, second = torch.triu_indices(len(names), len(names), 1)  # of each pair
     same = number[first] == number[second]
     found = {}
-    for kind in unit_masks(draws[0].subnetworks):
-        keep = torch.cat([getattr(draw.subnetworks, kind) for draw in draws]).double()
+    for kind in draws[0].subnetworks.units:
+        keep = torch.cat([draw.subnetworks.units[kind] for draw in draws]).double()
         flat, counts, sizes = keep.flatten(1), keep.sum(2), keep.sum((1, 2))
         both, chance = flat @ flat.t(), counts @ counts.t() / keep.shape[2]
         agreement, by_chance = (

@@ -115,7 +115,7 @@ def attach(
     check_model(model)
     router = Router(subnets.languages, full_forward)
     # Everything that can fail comes before the first change to the model.
-    kinds = tuple(kind for kind in ("heads", "neurons") if getattr(subnets, kind) is not None)
+    kinds = tuple(subnets.units)
     structure = structure_of(model, family) if kinds else Structure((), ())
     of_units = unit_layers(model, subnets, router, structure)
     check_shared(model, of_units)

@@ -80,7 +80,7 @@ def test_live_units_score_as_in_discovery(model_type):
     for kind, keep in masks_of(attached(model).subnets, 0).items():
         live = found.absolute[kind].masked_fill(~keep, 0)
         live = (live / live.norm(dim=-1, keepdim=True)).float()
-        torch.testing.assert_close(live, getattr(expected, kind), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(live, expected[kind], rtol=1e-5, atol=1e-6)
 
 
 def test_leaves_the_model_as_it_was():

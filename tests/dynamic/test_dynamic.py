@@ -17,7 +17,6 @@ from tiny_models import batch, multiplied, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
-from fastmask.discovery import Importance
 from fastmask.dynamic import History, swapped
 from fastmask.models.attach import attached
 from fastmask.models.editing import set_subnetwork
@@ -111,7 +110,7 @@ class TestSwapping:
     def test_what_comes_in_depends_on_seed_step_and_language(self):
         """Runs with one seed repeat; other seeds, steps and languages draw other units."""
         keep = (torch.arange(60) % 2 == 0).view(1, 1, 60).expand(2, 1, 60)
-        scores = Importance(neurons=torch.linspace(1, 2, 60).view(1, 60))
+        scores = {"neurons": torch.linspace(1, 2, 60).view(1, 60)}
 
         def came(seed, step, language):
             model = fm.attach(
@@ -447,7 +446,7 @@ class TestBadInput:
         good = scores_of(model, "aa")
         with pytest.raises(KeyError, match="unknown language 'ab'; did you mean"):
             dynamic.update(1, {**good, "ab": good["aa"]})
-        infinite = Importance(good["aa"].heads, good["aa"].neurons * float("nan"))
+        infinite = {**good["aa"], "neurons": good["aa"]["neurons"] * float("nan")}
         with pytest.raises(FloatingPointError, match="the scores of 'bb' are not finite"):
             dynamic.update(1, {**good, "bb": infinite})
         assert attached(model).subnets is before

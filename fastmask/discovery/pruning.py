@@ -182,7 +182,7 @@ def discover(
             if not kept:
                 break
             masks = smaller
-        return Subnetworks([name], **{kind: keep[None] for kind, keep in masks.items()}), last
+        return Subnetworks.of([name], {kind: keep[None] for kind, keep in masks.items()}), last
 
     found = []
     by_loss: set[str] = set()  # languages whose metric says nothing
@@ -296,7 +296,7 @@ def _combined(name: str, draws: Sequence[Draw], vote: str) -> Subnetworks:
         votes = torch.stack([mask[kind][0] for mask in masks]).sum(0)
         score = torch.stack([draw.scores[name][kind] for draw in own]).double().mean(0)
         kept[kind] = _kept(votes, len(own), score, vote)[None]
-    return Subnetworks([name], **kept)
+    return Subnetworks.of([name], kept)
 
 
 def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:

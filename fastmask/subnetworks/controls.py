@@ -80,7 +80,7 @@ def _map(subnets: Subnetworks, model: Any, function: Callable[[Tensor, Sequence[
         return geometry.sizes(of)
 
     changed = {of: function(keep, units(of, keep)) for of, keep in subnets._tensors().items()}
-    return Subnetworks._of(subnets.languages, changed)
+    return Subnetworks.of(subnets.languages, changed)
 
 
 def shuffled(subnets: Subnetworks) -> Subnetworks:

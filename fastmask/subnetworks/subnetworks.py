@@ -77,14 +77,13 @@ class Subnetworks:
         """All masks, by the names that a file has for them."""
         return self.units | {f"weights.{name}": keep for name, keep in (self.weights or {}).items()}
 
-    @classmethod
-    def _of(cls, languages: Sequence[str], tensors: Mapping[str, Tensor]) -> Subnetworks:
-        """The subnetworks whose `_tensors` these are."""
-        units = {kind: tensors[kind] for kind in KINDS if kind in tensors}
-        weights = {name.removeprefix("weights."): keep for name, keep in tensors.items() if name.startswith("weights.")}
-        return cls(languages, **units, weights=weights)
-
     # ---- making some
+
+    @classmethod
+    def of(cls, languages: Sequence[str], masks: Mapping[str, Tensor]) -> Subnetworks:
+        """The subnetworks of masks by name: "heads", "neurons" and "weights.MODULE"; raises as the class does."""
+        weights = {name.removeprefix("weights."): keep for name, keep in masks.items() if name.startswith("weights.")}
+        return cls(languages, masks.get("heads"), masks.get("neurons"), weights)
 
     @classmethod
     def full(cls, model: Any, languages: Sequence[str], units: str = "heads") -> Subnetworks:
@@ -118,7 +117,7 @@ class Subnetworks:
             sizes = torch.tensor([max(1, round(density * size)) for size in there], device="cpu").repeat(len(names), 1)
             return random_of_sizes(sizes, there, generator)
 
-        return cls(names, **{kind: draw(kind) for kind in KINDS if units in (kind, "both")})
+        return cls.of(names, {kind: draw(kind) for kind in KINDS if units in (kind, "both")})
 
     # ---- looking inside
 
@@ -169,7 +168,7 @@ class Subnetworks:
             languages: the L' names of what it returns; those of these subnetworks if not given.
         """
         names = self.languages if languages is None else languages
-        return Subnetworks._of(names, {name: function(keep) for name, keep in self._tensors().items()})
+        return Subnetworks.of(names, {name: function(keep) for name, keep in self._tensors().items()})
 
     def select(self, languages: Iterable[str]) -> Subnetworks:
         """The subnetworks of these languages, in this order. Nothing is copied where they are neighbours here.
@@ -230,7 +229,7 @@ class Subnetworks:
                 if sizes[0] != sizes[1]:
                     raise ValueError(f"cannot stack {parts[0]!r} and {part!r}: {name} is {sizes[0]} and {sizes[1]}")
         joined = {name: torch.cat([own[name] for own in tensors]) for name in tensors[0]}
-        return cls._of([language for part in parts for language in part.languages], joined)
+        return cls.of([language for part in parts for language in part.languages], joined)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Subnetworks) or self.languages != other.languages:
@@ -297,7 +296,7 @@ class Subnetworks:
         content: MasksRecord = parse_json(path, header.get(CONTENT, ""), MasksRecord)
         try:
             masks = {name: _unpacked(packed[name], shape) for name, shape in content.shapes.items()}
-            return cls._of(content.languages, masks)
+            return cls.of(content.languages, masks)
         except (ValueError, KeyError) as error:
             raise FileError(path, f"is damaged: {error}") from None
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
+from fastmask.dynamic import History
 from fastmask.errors import FastmaskKeyError
 from fastmask.settings import ConfigError
 from fastmask.tasks.parsing.evaluation import encode, parse, scores_of
@@ -356,8 +357,10 @@ def test_dynamic_masks_change_and_are_what_the_run_leaves(unbroken_dynamic: Trai
     changed = [record for record in result.history if "masks_changed" in record]
     assert changed
     assert {record["step"] for record in changed} <= {8, 10}
-    history = load_file(result.run / "dynamic.safetensors")
-    assert len(history["when"]) > len(LANGUAGES)
+    history = History.load(result.run / "dynamic.safetensors")
+    assert len(history) > len(LANGUAGES)
+    assert history.at(0) == start
+    assert history.at(12) == stored
     assert 0 < result.scouting_share < 1
 
 

@@ -127,7 +127,7 @@ def test_unknown_languages():
     batch = torch.randn(3, 4)
     with pytest.raises(ValueError, match="no subnetworks with names"):
         learner.episode([Task("aa", [batch], batch)])
-    with pytest.raises(ValueError, match="language 2 is out of range: expected 0 to 1"):
+    with pytest.raises(ValueError, match="language id 2 is out of range: expected 0 to 1"):
         learner.episode([Task(2, [batch], batch)])
 
 

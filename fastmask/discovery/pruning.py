@@ -33,40 +33,27 @@ from fastmask.models.attach import attach, attached, detach, is_attached, langua
 from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import KINDS, UNITS, Subnetworks
 
-__all__ = ["VOTES", "Draw", "Quality", "Round", "Stability", "combine", "discover", "live_units", "stability"]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How good a subnetwork is, by one of two numbers; both None where nothing was measured.
-
-    Attributes:
-        metric: on development data, higher is better.
-        loss: of a language without development data: the mean over its scoring examples, lower is better.
-    """
-
-    metric: float | None = None
-    loss: float | None = None
-
-    def keeps(self, tau: float, full: Quality) -> bool:
-        """Whether this is at least tau times as good as the full network.
-
-        Of losses: whether exp(-loss), the likelihood where the loss is a cross entropy, is at least tau times as large;
-        the loss may rise by -ln(tau), 0.05 at tau = 0.95.
-        """
-        if self.metric is not None and full.metric is not None:
-            return self.metric >= tau * full.metric
-        return self.loss is None or full.loss is None or self.loss <= full.loss - math.log(tau)
+__all__ = ["VOTES", "Draw", "Round", "Stability", "combine", "discover", "live_units", "stability"]
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of pruning left: live units, and how good they are; `kept` is False where that fell too far."""
+    """What one round of pruning left, and how good it is.
+
+    Attributes:
+        language: whose subnetwork.
+        number: of the round; 0 is the full network.
+        units: live ones by kind ("heads", "neurons").
+        value: the metric on development data, or the loss; None where pruning goes to a density.
+        by_loss: whether it is the mean loss on the scoring examples, as without development data.
+        kept: False where it fell, or the loss rose, too far.
+    """
 
     language: str
-    number: int  # 0 is the full network
-    units: dict[str, int]  # live ones by kind: "heads", "neurons"
-    quality: Quality  # empty where pruning goes to a density
+    number: int
+    units: dict[str, int]
+    value: float | None
+    by_loss: bool
     kept: bool
 
 
@@ -92,8 +79,9 @@ def discover(
         loss: runs `model` on a batch -> one loss for each example, [B]; called inside `fastmask.language`.
         metric: the development metric of a language, higher is better; called inside `fastmask.language` with
             the masks of the round. Needed unless `density` is given. None for a language that has no development data:
-            it goes by its mean loss on `batches` instead (`Quality.keeps` says how far), as does, with a warning, one
-            whose full network has a metric that is not above 0.
+            it goes by its mean loss on `batches` instead, as does, with a warning, one whose full network has a metric
+            that is not above 0. The loss may rise by -ln(tau), 0.05 at tau = 0.95: where it is a cross entropy, the
+            likelihood exp(-loss) is then at least tau times as large.
         score: by what units are ranked. "gradient": `importance`, taken again in every round. "entropy": how much a
             unit's activity is the language's own (`entropy`; needs two languages). "relative": how much more it matters
             to the language than to the others (`relative`; needs two). "shapley": what a head is worth beside others
@@ -136,32 +124,35 @@ def discover(
 
     def prune(name: str, scoring: Iterable[Any], ranking: Importance | None) -> tuple[Subnetworks, Importance]:
         """One language's subnetwork, and the last score of each unit; that in the attached model follows the rounds."""
+        by_loss = False
 
-        def measured(masks: _Masks) -> Quality:
+        def measured(masks: _Masks) -> float | None:
+            nonlocal by_loss
             set_subnetwork(model, name, **masks)
             if metric is None or density is not None:
-                return Quality()
+                return None
             with language(model, name):
-                value = None if name in by_loss else metric(name)
-                if value is not None:
-                    return Quality(metric=float(value))
+                if not by_loss and (value := metric(name)) is not None:
+                    return float(value)
+                by_loss = True
                 with frozen(model), torch.no_grad():
-                    return Quality(loss=float(torch.cat([loss(batch) for batch in scoring]).mean()))
+                    return float(torch.cat([loss(batch) for batch in scoring]).mean())
 
-        def report(number: int, masks: _Masks, quality: Quality, kept: bool = True) -> None:
+        def report(number: int, masks: _Masks, value: float | None, kept: bool = True) -> None:
             if on_round is not None:
-                on_round(Round(name, number, {kind: int(keep.sum()) for kind, keep in masks.items()}, quality, kept))
+                units = {kind: int(keep.sum()) for kind, keep in masks.items()}
+                on_round(Round(name, number, units, value, by_loss, kept))
 
         masks = {kind: keep[0] for kind, keep in attached(model).subnets.select([name]).units.items()}
         last = {kind: torch.zeros(keep.shape, device=keep.device) for kind, keep in masks.items()}
         full = measured(masks)
-        if full.metric is not None and not full.metric > 0:  # of which no share says anything
+        if full is not None and not by_loss and not full > 0:  # of which no share says anything
             warnings.warn(
-                f"{name}: the metric of the full network is {full.metric:g} (expected one above 0, higher is better): "
+                f"{name}: the metric of the full network is {full:g} (expected one above 0, higher is better): "
                 "pruning goes by the loss on the scoring examples",
                 stacklevel=3,
             )
-            by_loss.add(name)
+            by_loss = True
             full = measured(masks)
         if density is None:
             report(0, masks, full)
@@ -176,16 +167,15 @@ def discover(
             smaller = {kind: _without_lowest(keep, scores[kind], drops[kind]) for kind, keep in masks.items()}
             if all(torch.equal(smaller[kind], keep) for kind, keep in masks.items()):
                 break  # one unit left in every layer
-            quality = measured(smaller)
-            kept = quality.keeps(tau, full)
-            report(number, smaller, quality, kept)
+            value = measured(smaller)
+            kept = value is None or full is None or (value <= full - math.log(tau) if by_loss else value >= tau * full)
+            report(number, smaller, value, kept)
             if not kept:
                 break
             masks = smaller
         return Subnetworks.of([name], {kind: keep[None] for kind, keep in masks.items()}), last
 
     found = []
-    by_loss: set[str] = set()  # languages whose metric says nothing
     attach(model, Subnetworks.full(model, list(batches), units))
     try:
         rankings = RANKINGS[score](model, batches, loss) if score in RANKINGS else {}

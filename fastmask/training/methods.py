@@ -145,7 +145,7 @@ def draws_for(
     Units are scored on some of the training examples of each language; which ones depends on the run's seed, the draw,
     and the language's place. Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows
     of `dev`; a language that has none, and a task whose metric is better when lower, by the loss on the scoring
-    examples (`discovery.Quality`). `on_round` is called after each round. With `only` some languages of `train` get
+    examples (`discover`). `on_round` is called after each round. With `only` some languages of `train` get
     theirs, the same as if all did. A density that would leave a layer without a live head or neuron is a ValueError.
     """
     _check_density(task, config)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import fastmask as fm
-from fastmask.discovery import Quality, importance
+from fastmask.discovery import importance
 from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 
@@ -180,17 +180,17 @@ def test_without_development_data_the_loss_decides(model):
     dev = {"b": 50.0}
     found = fm.discover(model, {"a": [data()], "b": [data()]}, losses, dev.get, tau=0.95, on_round=rounds.append)
     assert found.heads.sum((1, 2)).tolist() == [6, 2]  # -ln(0.95) = 0.0513; the metric of b never falls
-    of_a = [(r.units["heads"], r.quality.metric, r.quality.loss, r.kept) for r in rounds if r.language == "a"]
+    of_a = [(r.units["heads"], r.value, r.by_loss, r.kept) for r in rounds if r.language == "a"]
     assert of_a == [
-        (8, None, pytest.approx(2.0), True),
-        (7, None, pytest.approx(2.02), True),
-        (6, None, pytest.approx(2.05), True),
-        (5, None, pytest.approx(2.06), False),
+        (8, pytest.approx(2.0), True, True),
+        (7, pytest.approx(2.02), True, True),
+        (6, pytest.approx(2.05), True, True),
+        (5, pytest.approx(2.06), True, False),
     ]
-    assert all(r.quality == Quality(metric=50.0) for r in rounds if r.language == "b")
+    assert all((r.value, r.by_loss) == (50.0, False) for r in rounds if r.language == "b")
     rounds.clear()
     fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5, on_round=rounds.append)
-    assert all(r.quality == Quality() for r in rounds)
+    assert all((r.value, r.by_loss) == (None, False) for r in rounds)
 
 
 def test_the_loss_is_that_of_the_masked_model(model):
@@ -205,9 +205,9 @@ def test_the_loss_is_that_of_the_masked_model(model):
             layer.attention.output.dense.weight *= found.heads[0, index].repeat_interleave(16 // HEADS)
             layer.output.dense.weight *= found.neurons[0, index]
         expected = float(loss_of(plain)(data()).mean())
-    last = [round.quality for round in rounds if round.kept][-1]
-    assert last.metric is None
-    assert last.loss == pytest.approx(expected, rel=1e-10)
+    last = [round for round in rounds if round.kept][-1]
+    assert last.by_loss
+    assert last.value == pytest.approx(expected, rel=1e-10)
     assert model.training
     assert type(model).__module__.startswith("transformers.")
 

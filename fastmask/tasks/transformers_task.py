@@ -30,7 +30,14 @@ from fastmask.models.languages import LanguageCounts
 from fastmask.records import Record
 from fastmask.settings import ConfigError
 from fastmask.tasks.predicting import like_lengths
-from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars
+from fastmask.tasks.pretrained import (
+    check_fit,
+    check_known,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    without_progress_bars,
+)
 from fastmask.tasks.task import UNKNOWN_LABELS, Loss, Rows, Splits, Task, TaskSettings, listed
 
 if TYPE_CHECKING:
@@ -45,7 +52,6 @@ FILE = "task.json"
 FORMAT_VERSION = 1
 IGNORE = -100  # a label that counts for nothing
 LABELS = "labels"
-UNKNOWN = 0.5  # share of the text, above which a tokenizer cannot be meant for a language
 
 
 class _Saved(Record):
@@ -288,18 +294,13 @@ class TransformersTask(Task):
         return any(label != IGNORE for label in labels) if isinstance(labels, list) else labels not in (None, IGNORE)
 
     def check(self, train: Mapping[str, Examples]) -> None:
-        """See that the tokenizer knows the text: one of another model, or of other scripts, knows next to nothing."""
+        """See that the tokenizer knows the text."""
         unknown_id = self.tokenizer.unk_token_id
-        shares = {
+        unknown = {
             name: float(np.mean([piece == unknown_id for found in examples for piece in found["input_ids"]]))
             for name, examples in train.items()
         }
-        for name, share in shares.items():
-            if share > UNKNOWN:
-                said = f"{name}: {share:.0%} of the training text is unknown to the model's tokenizer"
-                if min(shares.values()) > UNKNOWN:
-                    raise ValueError(f"{said} (expected a model and a tokenizer for {', '.join(train)})")
-                warnings.warn(f"{said}: it reads nothing of that", stacklevel=2)
+        check_known(unknown, "text is")
 
     def collate(self, examples: Examples, language_ids: Tensor | None = None) -> Any:
         """Pad to one batch, "labels" with `IGNORE`, if all of the examples have them."""

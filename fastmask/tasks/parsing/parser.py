@@ -26,7 +26,7 @@ from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeat
 from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
 from fastmask.tasks.pretrained import (
     check_fit,
-    load_encoder,
+    load_model,
     load_word_tokenizer,
     positions_of,
     without_progress_bars,
@@ -205,7 +205,7 @@ class Parser(nn.Module):
             OSError: there is no such model.
             FileError: its weights are incomplete, it has no tokenizer, or one is damaged.
         """
-        encoder = load_encoder(name)
+        encoder = load_model("AutoModel", name, add_pooling_layer=False)
         tokenizer = load_word_tokenizer(name)
         check_fit(tokenizer, encoder, name)
         features = PieceFeatures(tokenizer, positions_of(encoder, tokenizer))
@@ -335,7 +335,7 @@ class Parser(nn.Module):
             raise FileError(description, f"has version {written.version} (expected at most {FORMAT_VERSION})")
         saved: _Saved = read_json(description, _Saved)
         vocabulary, features = Vocabulary.load(folder / "vocabulary.json"), load_features(folder)
-        encoder = load_encoder(os.fspath(folder / "encoder"), whole=True)
+        encoder = load_model("AutoModel", os.fspath(folder / "encoder"), whole=True, add_pooling_layer=False)
         if isinstance(features, PieceFeatures):
             check_fit(features.tokenizer, encoder, os.fspath(folder))
         parser = cls(encoder, features, vocabulary, ParserConfig(**saved.config.model_dump(exclude={"loss_over"})))

@@ -362,7 +362,7 @@ class TestTraining:
         heads = last.masks.heads
         assert heads.untyped_storage().nbytes() == heads.nbytes  # not the masks of all languages
         packed = sum(flags.numel() for flags in read_tensors(tmp_path / "history.safetensors")[0].values())
-        assert packed == len(dynamic.history) * (1 + 6)  # 2 layers x 4 heads, and x 24 neurons, a bit each
+        assert packed == len(dynamic.history) * (1 + 5)  # 2 layers x 4 heads, and x 20 neurons, a bit each
         with pytest.raises(ValueError, match=r"update\(step=2\): masks were last changed after step 8"):
             dynamic.update(2, {})
 

@@ -95,7 +95,7 @@ BYTES = torch.zeros(2, 2, dtype=torch.uint8)
         ({"content": {"languages": "de"}}, "languages: Input should be a valid"),
         ({"content": {"languages": []}}, "languages: "),
         ({"content": {"languages": ["de"]}}, "has masks for 2 languages, expected 1"),
-        ({"content": {"languages": [f"x{i}" for i in range(100_000)]}}, "languages: "),
+        ({"content": {"languages": [f"x{i}" for i in range(100_000)]}}, "for 2 languages, expected 100000"),
         ({"content": {"more": 1}}, "more: Extra inputs are not permitted"),
         ({"content": heads(heads=[2, 2, 6.0])}, "shapes.heads.2: Input should be a valid integer, given 6.0"),
         ({"content": heads(heads=[True, 2, 6])}, "shapes.heads.0: Input should be a valid integer, given True"),

@@ -77,10 +77,10 @@ def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, langua
             losses = loss(batch)
             grads = gate_gradients(losses, gates, probes)
             examples += losses.shape[0]
-            for gate, live, total in zip(sorted(gates, key=lambda gate: gate.number), lives, totals, strict=True):
-                summed = grads[gate.number].abs().sum(0).cpu()
+            for number, (grad, live, total) in enumerate(zip(grads, lives, totals, strict=True)):
+                summed = grad.abs().sum(0).cpu()
                 # Slot j of a packed activation is the j-th live unit; slots behind them belong to no unit.
-                total += summed[: len(live)] if gate.packed else summed[live]
+                total += summed[: len(live)] if gates[number].packed else summed[live]
     if not examples:
         raise ValueError(f"no batch to score the units of {language_name!r} on")
     scores = {kind: torch.zeros(keep.shape, device="cpu") for kind, keep in masks.items()}

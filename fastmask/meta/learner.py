@@ -26,7 +26,7 @@ from fastmask.models.attach import attached, number_of, owners_in
 from fastmask.models.attach import language as run_with
 from fastmask.models.contexts import evaluating
 
-__all__ = ["ALGORITHMS", "Adapted", "Draw", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
+__all__ = ["ALGORITHMS", "Adapted", "Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
 
 ALGORITHMS = ("fomaml", "reptile")
 
@@ -263,7 +263,7 @@ _LANGUAGES, _SENTENCES = range(2)  # what a random stream is for
 
 
 @dataclass(frozen=True)
-class Draw:
+class Drawn:
     """One language's sentences in an episode: int64 rows of that language's own data, in random order."""
 
     language: str
@@ -271,8 +271,8 @@ class Draw:
     query: np.ndarray = field(repr=False)
 
 
-class EpisodeSampler(Iterator[list[Draw]]):
-    """Yields meta-batches for ever, each a list of `Draw`s of different languages.
+class EpisodeSampler(Iterator[list[Drawn]]):
+    """Yields meta-batches for ever, each a list of `Drawn`s of different languages.
 
     Within a language every pass over its sentences is a fresh shuffle, cut into pieces of support + query sentences;
     what does not fill a piece is left out of that pass. So the two never share a sentence, no sentence is drawn twice
@@ -324,7 +324,7 @@ class EpisodeSampler(Iterator[list[Draw]]):
         self._number = 0  # of the next meta-batch
         self._drawn = [0] * len(self.languages)  # so many pieces of each language
 
-    def __next__(self) -> list[Draw]:
+    def __next__(self) -> list[Drawn]:
         """Return the next meta-batch; never runs dry."""
         members = list(range(len(self.languages)))
         if self.meta_batch < len(members):
@@ -332,14 +332,14 @@ class EpisodeSampler(Iterator[list[Draw]]):
         self._number += 1
         return [self._draw(number) for number in members]
 
-    def _draw(self, number: int) -> Draw:
+    def _draw(self, number: int) -> Drawn:
         """The next piece of a language."""
         language, need = self.languages[number], self.support_size + self.query_size
         size = self.sizes[language]
         passed, place = divmod(self._drawn[number], size // need)
         rows = self._random(_SENTENCES, number, passed).permutation(size)[place * need : (place + 1) * need]
         self._drawn[number] += 1
-        return Draw(language, rows[: self.support_size], rows[self.support_size :])
+        return Drawn(language, rows[: self.support_size], rows[self.support_size :])
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stream])

@@ -275,7 +275,7 @@ class _Run:
         if self.config.method == "vector":
             self._attach(Subnetworks.full(self.task.encoder, list(self.data)))
         elif self.config.method != "full":
-            point = SwitchPoint(self.task, self.datasets, self.data, self.config, self.step)
+            point = SwitchPoint(self.task, self.datasets, self.data, self.config)
             with engine.preserved_random_state(self.accelerator.device):
                 found = self.discover(point)
             self._attach(engine.on_first(self.accelerator, lambda: found))

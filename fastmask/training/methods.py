@@ -35,11 +35,10 @@ SCORING_BATCH = 32  # sentences; the scores do not depend on it
 class SwitchPoint:
     """Where a run changes from the full network to subnetworks."""
 
-    task: Task  # with the full network after `step` steps, nothing attached; weights must come back unchanged
+    task: Task  # with the full network as trained so far, nothing attached; weights must come back unchanged
     datasets: Splits  # by language and split, as given to `train`
     train: dict[str, Any]  # the training examples of every language
     config: TrainConfig
-    step: int  # steps done
 
 
 def subnetworks_of(

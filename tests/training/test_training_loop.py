@@ -349,7 +349,7 @@ def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 def test_dynamic_masks_change_and_are_what_the_run_leaves(unbroken_dynamic: TrainResult) -> None:
     """Masks are updated during training, and the run's file holds the last ones."""
     result = unbroken_dynamic
-    start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run), 0))
+    start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run)))
     stored = fm.Subnetworks.load(result.run / "masks.safetensors")
     assert torch.equal(stored.neurons, result.subnetworks.neurons)
     assert torch.equal(stored.neurons.sum(-1).sum(-1), start.neurons.sum(-1).sum(-1)), "sizes are fixed"

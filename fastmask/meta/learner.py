@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmask.masks import FULL
-from fastmask.meta.fast_weights import FastWeights, InnerRates, listed, rates_of
+from fastmask.meta.fast_weights import FastWeights, InnerRates, rates_of
 from fastmask.models.attach import attached, number_of, owners_in
 from fastmask.models.attach import language as run_with
 from fastmask.models.contexts import evaluating
@@ -96,10 +96,9 @@ class MetaLearner:
         algorithm: "fomaml" or "reptile".
         inner_steps: K.
         inner_learning_rate: one rate; or a dict from the beginning of parameters' names to their rate ("encoder" is
-            everything below `model.encoder`, the longest fitting name counts, "" is all that is left); or groups
-            `{"params": ..., "lr": ...}` as torch's optimizers take them. A rate of 0, or being in no such group, means
-            not adapted; backward passes over the support do not reach below the lowest adapted layer. FOMAML gives
-            such parameters a meta-gradient all the same, Reptile gives them none.
+            everything below `model.encoder`, the longest fitting name counts, "" is all that is left). A rate of 0
+            means not adapted; backward passes over the support do not reach below the lowest adapted layer. FOMAML
+            gives such parameters a meta-gradient all the same, Reptile gives them none.
         inner_dropout: False: inner steps run in evaluation mode, and the query in the mode that the model is in. The
             adapted weights are then those that `fastmask.unseen.adapted` makes of the same support, which takes its
             steps without dropout. (Models of transformers do without gradient checkpointing in that mode.)
@@ -133,7 +132,7 @@ class MetaLearner:
             )
         self.model, self.loss, self.algorithm = model, loss, algorithm
         self.inner_steps = _at_least("the number of inner steps", inner_steps, 1)
-        self.inner_learning_rate = listed(inner_learning_rate)
+        self.inner_learning_rate = inner_learning_rate
         self.inner_dropout, self.scaler = inner_dropout, scaler
         self.rates()  # what is wrong with them is said now
 

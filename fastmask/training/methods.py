@@ -212,13 +212,11 @@ def scores_for_update(
     Each is scored on `config.update_sentences` training examples of its language. Which ones depends on the seed, the
     step and the language alone, so a resumed run has the same. Several processes share the languages.
     """
-    mine = []
+    found, mine = [], slice(accelerator.process_index, None, accelerator.num_processes)
     with preserved_random_state(accelerator.device), evaluating(task.model):
-        for place, (name, examples) in list(enumerate(train.items()))[
-            accelerator.process_index :: accelerator.num_processes
-        ]:
+        for place, (name, examples) in list(enumerate(train.items()))[mine]:
             generator = np.random.default_rng([config.seed, step, place])
             rows = generator.permutation(len(examples))[: config.update_sentences]
             batch = task.collate(examples.select(rows)).to(accelerator.device)
-            mine.append((name, importance(task.encoder, [batch], lambda batch: task.loss(batch).each, name)))
-    return dict(gather_object(mine))
+            found.append((name, importance(task.encoder, [batch], lambda batch: task.loss(batch).each, name)))
+    return dict(gather_object(found))

@@ -47,13 +47,13 @@ def rates_of(model: nn.Module, rates: InnerRates) -> dict[Tensor, float]:
             if not any(_is_below(name, prefix) for name, _ in model.named_parameters()):
                 raise unknown("parameter group", prefix, [name for name, _ in model.named_modules() if name])
         for name, parameter in trainable.items():
-            prefix = max((prefix for prefix in rates if _is_below(name, prefix)), key=len, default=None)
-            if prefix is None:
+            longest = max((prefix for prefix in rates if _is_below(name, prefix)), key=len, default=None)
+            if longest is None:
                 raise ValueError(
                     f"parameter {name!r} has no inner learning rate: groups {', '.join(map(repr, rates))}; "
                     "a group named '' takes all that is left, a rate of 0 leaves parameters as they are"
                 )
-            found[parameter] = float(rates[prefix])
+            found[parameter] = float(rates[longest])
     else:
         found = dict.fromkeys(trainable.values(), _checked(rates, "all parameters"))
     adapted = {parameter: rate for parameter, rate in found.items() if rate > 0}

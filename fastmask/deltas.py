@@ -1,8 +1,8 @@
 """`Delta`: what a language has learned, as a sparse change of the model that training began with.
 
-A delta holds one `Change` per language, and a change one `Part` per parameter. Changes are put on a model one after the
-other. What each was put on is kept beside the model: to take one off, that is put back and what came later is put on
-anew, so no rounding is left behind.
+A delta holds one `Change` per language, and a change one `Part` per parameter: what training left of it. Changes are
+put on a model one after the other. What was there before any of them is kept beside the model: to take one off, that is
+put back and the others are put on anew, so no rounding is left behind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import Annotated
+from typing import Annotated, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,47 +29,31 @@ from fastmask.records import Record
 
 __all__ = ["Change", "Delta", "Part"]
 
-FORMAT, VERSION = "fastmask.delta", "1"
+FORMAT, VERSION = "fastmask.delta", "2"
 CONTENT = "content"
-_TENSORS = ("live", "difference", "places", "values")  # of a part in a file
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The change of the live part of a parameter, n numbers.
+    """What training left of the live part of a parameter, n numbers.
 
     Attributes:
         live: what may have changed.
         shape: of the parameter.
         base: digest of the live part before.
-        difference: [n] in the parameter's dtype; after - before, where before + difference is after to the last bit.
-        places, values: int64 [m], and [m] in the parameter's dtype: where it is not (numbers that lost most of their
-            size), `difference` is -before there, and `values`, which are after, are added to the sum.
+        after: [n] in the parameter's dtype, finite.
     """
 
     live: Live
     shape: tuple[int, ...]
     base: str
-    difference: Tensor
-    places: Tensor
-    values: Tensor
-
-    @classmethod
-    def between(cls, before: Tensor, after: Tensor, live: Live) -> Part:
-        """The change of a parameter; raises ValueError if it holds NaN or infinity."""
-        old, new = (live.read(tensor.detach()).flatten().cpu() for tensor in (before, after))
-        if not (bool(old.isfinite().all()) and bool(new.isfinite().all())):
-            raise ValueError("it holds NaN or infinity, from which nothing can be subtracted")
-        difference = new - old
-        places = (old + difference != new).nonzero().flatten()
-        difference[places] = -old[places]
-        return cls(live, tuple(after.shape), _digest_of(old), difference, places, new[places])
+    after: Tensor
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """What a file holds of it; what lives is uint8, and empty where everything does."""
         code = torch.empty(0, dtype=torch.uint8, device="cpu") if self.live is WHOLE else self.live.encoded()
-        return code, self.difference, self.places, self.values
+        return {"live": code, "after": self.after}
 
     def read(self, parameter: Tensor) -> Tensor:
         """The live part of a parameter, flattened [n]."""
@@ -80,10 +64,10 @@ class Part:
         live = self._on(parameter.device)
         live.write(parameter.detach(), values.view(live.read(parameter.detach()).shape))
 
-    def added_to(self, values: Tensor) -> Tensor:
-        """What `read` returned, changed."""
-        sums = values + self.difference.to(values.device)
-        return sums.index_add_(0, self.places.to(values.device), self.values.to(values.device))
+    def put_on(self, parameter: Tensor, base: Tensor) -> None:
+        """Change a parameter; `base` is what `read` returned before other changes were put on it, if any were."""
+        now, after = self.read(parameter), self.after.to(parameter.device)
+        self.write(parameter, torch.where(now == base, after, now - base + after))  # alone it is `after`, to the bit
 
     def _on(self, device: torch.device) -> Live:
         live = self.live
@@ -97,13 +81,18 @@ class Change:
     language: str
     parts: dict[str, Part]
 
+    @property
+    def base(self) -> dict[str, str]:
+        """The digest of each part before."""
+        return {name: part.base for name, part in self.parts.items()}
+
     @cached_property
     def digest(self) -> str:
         """Identifies its content: two changes of one digest are the same, wherever they come from."""
-        described = {}
-        for name, part in sorted(self.parts.items()):
-            code, *numbers = part.tensors
-            described[name] = [part.base, part.shape, *map(_digest_of, (*numbers, code))]
+        described = {
+            name: [part.base, part.shape, *map(_digest_of, part.tensors.values())]
+            for name, part in sorted(self.parts.items())
+        }
         return hashlib.sha256(json.dumps([self.language, described]).encode()).hexdigest()
 
 
@@ -118,13 +107,13 @@ class _StoredChange(Record):
 
 
 class _Content(Record):
-    """What the header of a file says of its tensors, four for each parameter of each change."""
+    """What the header of a file says of its tensors, two for each parameter of each change."""
 
     changes: Annotated[list[_StoredChange], Field(min_length=1)]
 
 
 class Delta:
-    """What a language has learned: the live part of each parameter with a mask, and how it differs from the base.
+    """What a language has learned: the live part of each parameter with a mask, as training left it.
 
         base = copy.deepcopy(model.state_dict())
         fm.freeze_unmasked(fm.attach(model, subnets, forward="full"))
@@ -135,8 +124,8 @@ class Delta:
         delta.add(plain)                                 # the base model, attached or not
         delta.remove(plain)
 
-    On the base alone the sum is what training left there, to the last bit (a zero loses its sign), and what is removed
-    leaves nothing behind. Where two deltas meet, their differences are added in order, each rounded. Adding up
+    On the base alone the sum is what training left there, to the last bit, and what is removed leaves nothing
+    behind. Where two deltas meet, their differences are added in order, each rounded. Adding up
     language and task deltas is from Ansell et al. 2022, "Composable Sparse Fine-Tuning for Cross-Lingual Transfer".
 
     Attributes:
@@ -211,10 +200,12 @@ class Delta:
                 _check_unchanged(name, outside, language, f"is not of {language!r} alone")
             live = live_in(layer, parameter, [own])
             if live.share:
-                try:
-                    parts[name] = Part.between(old, new, live)
-                except ValueError as error:
-                    raise ValueError(f"{name!r} has no delta: {error}") from None
+                was, now = (live.read(of).flatten().cpu() for of in (old, new))
+                if not (bool(was.isfinite().all()) and bool(now.isfinite().all())):
+                    raise ValueError(
+                        f"{name!r} has no delta: it holds NaN or infinity, from which nothing can be subtracted"
+                    )
+                parts[name] = Part(live, tuple(new.shape), _digest_of(was), now)
         if not parts:
             raise ValueError(f"{language!r} owns nothing of this {type(owner).__name__}: it has no delta")
         return cls([Change(language, parts)])
@@ -228,9 +219,7 @@ class Delta:
     def nbytes(self) -> int:
         """Bytes of all that is held, flags of what lives included."""
         parts = [part for change in self.changes for part in change.parts.values()]
-        return sum(
-            tensor.nbytes for part in parts for tensor in (part.live.words, part.difference, part.places, part.values)
-        )
+        return sum(tensor.nbytes for part in parts for tensor in (part.live.words, part.after))
 
     @torch.no_grad()
     def add(self, model: nn.Module) -> None:
@@ -241,22 +230,21 @@ class Delta:
                 already; parameters that have changed since an earlier one was added. The model is then as it was.
         """
         model = owner_of(model)
-        layers = _layers.setdefault(model, [])
-        _forget_if_reloaded(layers, model)
         for change in self.changes:
             _parameters_of(change, model)
-            if any(other.digest == change.digest for other, _ in layers):
-                raise ValueError(f"the delta of {change.language!r} was added to this {type(model).__name__} already")
-        with _without(layers, model):
-            parameters = _parameters(model)
+        with _without(model) as changes:
             for change in self.changes:
-                for name, part in change.parts.items():
-                    if _digest_of(part.read(parameters[name])) != part.base:
+                if any(other.digest == change.digest for other in changes):
+                    raise ValueError(
+                        f"the delta of {change.language!r} was added to this {type(model).__name__} already"
+                    )
+                for name, found in _digests(change, model).items():
+                    if found != change.base[name]:
                         raise ValueError(
                             f"{name!r} is not what it was when the delta of {change.language!r} was taken: expected "
                             "the model that training began with, given another one (or one that was trained since)"
                         )
-        layers += [(change, _put_on(model, change)) for change in self.changes]
+                changes.append(change)
 
     @torch.no_grad()
     def remove(self, model: nn.Module) -> None:
@@ -265,17 +253,16 @@ class Delta:
         Raises:
             ValueError: it was never added; parameters have changed since. The model is then as it was.
         """
-        model = owner_of(model)
-        layers, gone = _layers.get(model, []), {change.digest for change in self.changes}
-        _forget_if_reloaded(layers, model)
-        for change in self.changes:
-            if all(other.digest != change.digest for other, _ in layers):
-                names = ", ".join(repr(other.language) for other, _ in layers) or "none"
-                raise ValueError(
-                    f"the delta of {change.language!r} was never added to this {type(model).__name__} (added: {names})"
-                )
-        with _without(layers, model):
-            layers[:] = [layer for layer in layers if layer[0].digest not in gone]
+        model, gone = owner_of(model), {change.digest: change for change in self.changes}
+        with _without(model) as changes:
+            on = {change.digest: change.language for change in changes}
+            for digest, change in gone.items():
+                if digest not in on:
+                    raise ValueError(
+                        f"the delta of {change.language!r} was never added to this {type(model).__name__} "
+                        f"(added: {', '.join(map(repr, on.values())) or 'none'})"
+                    )
+            changes[:] = [change for change in changes if change.digest not in gone]
 
     def __add__(self, other: Delta) -> Delta:
         """Both, one after the other.
@@ -290,7 +277,7 @@ class Delta:
                 if mine.digest == theirs.digest:
                     raise ValueError(f"the delta of {mine.language!r} is in both")
                 for name in mine.parts.keys() & theirs.parts.keys():
-                    a, b = (f"{c.parts[name].difference.dtype} {c.parts[name].shape}" for c in (mine, theirs))
+                    a, b = (f"{c.parts[name].after.dtype} {c.parts[name].shape}" for c in (mine, theirs))
                     if a != b:
                         raise ValueError(
                             f"cannot add deltas of two models: {name!r} is {a} in that of {mine.language!r}, and {b} "
@@ -308,8 +295,7 @@ class Delta:
         changes = []
         for number, change in enumerate(self.changes):
             for name, part in change.parts.items():
-                for kind, tensor in zip(_TENSORS, part.tensors, strict=True):
-                    tensors[f"{number}.{name}.{kind}"] = tensor
+                tensors |= {f"{number}.{name}.{kind}": tensor for kind, tensor in part.tensors.items()}
             parts = {name: _StoredPart(shape=part.shape, base=part.base) for name, part in change.parts.items()}
             changes.append(_StoredChange(language=change.language, parts=parts))
         content = _Content(changes=changes).model_dump_json()
@@ -335,19 +321,19 @@ class Delta:
             parts = {}
             for name, stored in change.parts.items():
                 try:
-                    code, *numbers = (tensors[f"{number}.{name}.{kind}"] for kind in _TENSORS)
+                    code, after = (tensors[f"{number}.{name}.{kind}"] for kind in ("live", "after"))
                     live = WHOLE if code.shape == (0,) else Live.decoded(code, stored.shape)
                 except KeyError as error:
                     raise FileError(path, f"is damaged: it has no tensor {error}") from None
                 except ValueError as error:
                     raise FileError(path, f"is damaged: {name}: {error}") from None
-                parts[name] = Part(live, stored.shape, stored.base, *numbers)
+                parts[name] = Part(live, stored.shape, stored.base, after)
             changes.append(Change(change.language, parts))
         return cls(changes)
 
     def __repr__(self) -> str:
         described = [
-            f"{change.language}: {sum(len(part.difference) for part in change.parts.values()):,} of "
+            f"{change.language}: {sum(len(part.after) for part in change.parts.values()):,} of "
             f"{sum(torch.Size(part.shape).numel() for part in change.parts.values()):,} weights"
             for change in self.changes
         ]
@@ -356,60 +342,57 @@ class Delta:
 
 # ---- changes on a model
 
-# Each change, and the live part of each parameter before it. Beside the models, not on them: copies and pickles are
-# models of their own, with nothing to take off.
-_Layers = list[tuple[Change, dict[str, Tensor]]]
-_layers: WeakKeyDictionary[nn.Module, _Layers] = WeakKeyDictionary()
+
+class _On(NamedTuple):
+    """A change on a model: the live part of each parameter before all changes, and its digest after them."""
+
+    change: Change
+    base: dict[str, Tensor]
+    left: dict[str, str]
 
 
-def _put_on(model: nn.Module, change: Change) -> dict[str, Tensor]:
-    """Change a model; what there was before."""
-    parameters, before = _parameters(model), {}
-    for name, part in change.parts.items():
-        before[name] = part.read(parameters[name])
-        part.write(parameters[name], part.added_to(before[name]))
-    return before
-
-
-def _take_off(model: nn.Module, change: Change, before: dict[str, Tensor]) -> None:
-    parameters = _parameters_of(change, model)
-    before = {name: values.to(parameters[name].device) for name, values in before.items()}
-    for name, part in change.parts.items():
-        if not torch.equal(part.read(parameters[name]), part.added_to(before[name])):
-            raise ValueError(
-                f"{name!r} has changed since the delta of {change.language!r} was added, which would be lost: take a "
-                "new delta of it, or load the parameters that the delta left there"
-            )
-    for name, part in change.parts.items():
-        part.write(parameters[name], before[name])
-
-
-def _forget_if_reloaded(layers: _Layers, model: nn.Module) -> None:
-    """Forget what was added to a model whose parameters are again what they were before the first change."""
-    if not layers:
-        return
-    parameters = _parameters(model)
-    parts = [(name, part) for change, _ in layers for name, part in change.parts.items() if name in parameters]
-    alike = (part.shape == tuple(parameters[name].shape) for name, part in parts)
-    if parts and all(alike) and all(_digest_of(part.read(parameters[name])) == part.base for name, part in parts):
-        layers.clear()
+# Beside the models, not on them: copies and pickles are models of their own, with nothing to take off.
+_on: WeakKeyDictionary[nn.Module, list[_On]] = WeakKeyDictionary()
 
 
 @contextmanager
-def _without(layers: _Layers, model: nn.Module) -> Iterator[None]:
-    """The model without its changes inside; those that are still in `layers` at the end are put on again.
+def _without(model: nn.Module) -> Iterator[list[Change]]:
+    """The base inside, and the changes that were on it; those in the list at the end are put on, if nothing failed.
 
     Raises:
         ValueError: somebody else has changed what they had left there. The model is as it was.
     """
-    off: list[Change] = []
+    on = _on.get(model, [])
+    found = [_digests(change, model) for change, _, _ in on]
+    if found == [change.base for change, _, _ in on]:
+        on = []  # the base was loaded again since
+    for (change, _, left), now in zip(on, found, strict=False):
+        for name in left:
+            if now[name] != left[name]:
+                raise ValueError(
+                    f"{name!r} has changed since the delta of {change.language!r} was added, which would be lost: take "
+                    "a new delta of it, or load the parameters that the delta left there"
+                )
+    parameters = _parameters(model)
+    for change, base, _ in on:
+        for name, part in change.parts.items():
+            part.write(parameters[name], base[name].to(parameters[name].device))
+    changes = [change for change, _, _ in on]
     try:
-        for change, before in reversed(layers):
-            _take_off(model, change, before)
-            off.append(change)
-        yield
+        yield (wanted := list(changes))
+        changes = wanted
     finally:
-        layers[:] = [(change, _put_on(model, change) if change in off else before) for change, before in layers]
+        bases = [{name: part.read(parameters[name]) for name, part in change.parts.items()} for change in changes]
+        for change, base in zip(changes, bases, strict=True):
+            for name, part in change.parts.items():
+                part.put_on(parameters[name], base[name])
+        _on[model] = [_On(change, base, _digests(change, model)) for change, base in zip(changes, bases, strict=True)]
+
+
+def _digests(change: Change, model: nn.Module) -> dict[str, str]:
+    """Of the live part of each parameter of a model, which the change must fit."""
+    parameters = _parameters_of(change, model)
+    return {name: _digest_of(part.read(parameters[name])) for name, part in change.parts.items()}
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -425,9 +408,9 @@ def _parameters_of(change: Change, model: nn.Module) -> dict[str, Tensor]:
             raise ValueError(f"this {type(model).__name__} has no parameter {name!r}: the delta is of another model")
         if type(found) not in (Tensor, nn.Parameter) or found.is_meta:
             raise ValueError(f"expected {name!r} as a whole tensor with values, given a {type(found).__name__}")
-        if tuple(found.shape) != part.shape or found.dtype != part.difference.dtype:
+        if tuple(found.shape) != part.shape or found.dtype != part.after.dtype:
             raise ValueError(
-                f"{name!r} is {found.dtype} {tuple(found.shape)} here, and {part.difference.dtype} {part.shape} in the "
+                f"{name!r} is {found.dtype} {tuple(found.shape)} here, and {part.after.dtype} {part.shape} in the "
                 "delta: it is of another model"
             )
     return parameters

@@ -8,8 +8,10 @@ was no better (docs/results/1-transfer.md).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -18,24 +20,23 @@ from torch import Tensor, nn
 
 from fastmask.discovery.gates import probes_of
 from fastmask.discovery.scores import Importance
+from fastmask.files import FileError, read_metadata
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["DynamicSubnetworks", "History", "Snapshot"]
 
-KINDS = ("heads", "neurons")
-VERSION = 3  # of the state; earlier ones held averages of gate gradients
+_MARK = {"history": "1"}  # in the header of a file
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The mask of one language from one step on; None for a kind of unit that is not masked."""
+    """The mask of one language from one step on: `masks` are of this language alone, over heads, neurons or both."""
 
     step: int
     language: str
-    heads: Tensor | None = None  # bool [layers, heads]
-    neurons: Tensor | None = None  # bool [layers, ffn]
+    masks: Subnetworks
 
 
 class History(Sequence[Snapshot]):
@@ -57,45 +58,42 @@ class History(Sequence[Snapshot]):
 
     def at(self, step: int) -> Subnetworks:
         """The masks of all languages as they were after `step` steps."""
-        then = {snapshot.language: snapshot for snapshot in self if snapshot.step <= max(step, 0)}
-        masks = {
-            kind: torch.stack([getattr(then[name], kind) for name in self.languages]) for kind in _masks_of(self[0])
-        }
-        return Subnetworks(self.languages, masks.get("heads"), masks.get("neurons"))
+        then = {snapshot.language: snapshot.masks for snapshot in self if snapshot.step <= max(step, 0)}
+        return Subnetworks.stack(then[name] for name in self.languages)
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """A header that JSON can hold, and tensors: `when` int64 [n, 2] (step, language), masks of 8 units a byte."""
-        rows = [(snapshot.step, self.languages.index(snapshot.language)) for snapshot in self]
-        masks = {kind: torch.stack([getattr(snapshot, kind) for snapshot in self]) for kind in _masks_of(self[0])}
-        packed = {kind: torch.from_numpy(np.packbits(keep.cpu().numpy(), axis=-1)) for kind, keep in masks.items()}
-        units = {kind: keep.shape[-1] for kind, keep in masks.items()}
-        return {"languages": list(self.languages), "units": units}, {"when": torch.tensor(rows, device="cpu"), **packed}
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the masks as one file of subnetworks, whose languages are called LANGUAGE@STEP; see `Subnetworks.save`.
+
+        Of several that a language had from one step on, the last is kept.
+        """
+        named = {f"{of.language}@{of.step}": of for of in self}
+        Subnetworks.stack(of.masks.rename({of.language: name}) for name, of in named.items()).save(path, _MARK)
 
     @classmethod
-    def of_state(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> History:
-        """The history that `state` described.
+    def load(cls, path: str | PathLike[str]) -> History:
+        """Read what `save` wrote.
 
         Raises:
-            KeyError, ValueError: it is not one.
+            FileNotFoundError: no such file.
+            FileError: a ValueError; the file is damaged, or no such history.
         """
-        languages, packed = header["languages"], {kind: tensors[kind] for kind in header["units"]}
-        steps, rows = tensors["when"].long().unbind(1)
-        if (
-            any(flags.dtype != torch.uint8 or flags.shape[:1] != steps.shape for flags in packed.values())
-            or rows[: len(languages)].tolist() != list(range(len(languages)))
-            or steps[: len(languages)].any()
-            or (steps.diff() < 0).any()
-            or rows.max() >= len(languages)
-        ):
-            raise ValueError(f"expected the masks of {', '.join(languages)} from step 0 on")
-        masks = {
-            kind: torch.from_numpy(np.unpackbits(flags.numpy(), axis=-1, count=header["units"][kind])).bool()
-            for kind, flags in packed.items()
-        }
-        return cls(
-            Snapshot(int(step), languages[row], **{kind: keep[at] for kind, keep in masks.items()})
-            for at, (step, row) in enumerate(zip(steps, rows, strict=True))
-        )
+        if not _MARK.items() <= read_metadata(path).items():
+            raise FileError(
+                path, f"is no history of masks (expected {_MARK} in its header, as this fastmask writes it)"
+            )
+        masks, snapshots = Subnetworks.load(path), []
+        for name in masks.languages:
+            language, _, step = name.rpartition("@")
+            if not (language and re.fullmatch("[0-9]{1,18}", step)):
+                raise FileError(path, f"is no history of masks: {name!r} (expected LANGUAGE@STEP)")
+            snapshots.append(Snapshot(int(step), language, masks.select([name]).rename({name: language})))
+        history, steps = cls(snapshots), [of.step for of in snapshots]
+        first = snapshots[: len(history.languages)]
+        if tuple(of.language for of in first) != history.languages or any(of.step for of in first):
+            raise FileError(path, f"expected the masks of {', '.join(history.languages)} from step 0 on")
+        if steps != sorted(steps):
+            raise FileError(path, "expected masks in the order of their steps")
+        return history
 
 
 class DynamicSubnetworks:
@@ -124,7 +122,7 @@ class DynamicSubnetworks:
 
     Attributes:
         languages: names, in the order of the attached subnetworks.
-        history: every mask that a language had, a sequence of `Snapshot(step, language, heads, neurons)` that starts
+        history: every mask that a language had, a sequence of `Snapshot(step, language, masks)` that starts
             with the masks at hand as of step 0; `history.at(step)` are the `Subnetworks` of all languages then.
 
     Raises:
@@ -143,7 +141,7 @@ class DynamicSubnetworks:
             raise ValueError(f"swaps must be a whole number from 1 on, or a share between 0 and 1, given {swaps!r}")
         probes = probes_of(model)  # sees that there are units to score
         subnets = attached(model).subnets
-        masks = _masks_of(subnets)
+        masks = subnets.units
         _check_masks(subnets.languages, masks)
         self.model = owner_of(model)
         self.every, self.until, self.swaps, self.seed = every, until, swaps, seed
@@ -196,8 +194,8 @@ class DynamicSubnetworks:
         """The masks of one language that change, by kind of unit."""
         subnets, new = self._subnetworks(), {}
         row = subnets.index(language)
-        for number, (kind, masks) in enumerate(_masks_of(subnets).items()):
-            keep, worth = masks[row].cpu(), getattr(scores, kind).cpu()
+        for number, (kind, masks) in enumerate(subnets.units.items()):
+            keep, worth = masks[row].cpu(), scores[kind].cpu()
             if not worth.isfinite().all():
                 raise FloatingPointError(f"the scores of {language!r} are not finite")
             count = int(self.swaps) if self.swaps >= 1 else max(1, int(self.swaps * int(keep.sum())))
@@ -214,35 +212,29 @@ class DynamicSubnetworks:
             raise ValueError(f"the model now has subnetworks of {subnets.languages}, these are of {self.languages}")
         return subnets
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, the masks included.
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything that a resumed run needs, the masks included; see `History.save`."""
+        self.history.save(path)
 
-        Returns:
-            "header": what JSON can hold; "tensors": {name: tensor}, a flat dict that safetensors can hold.
-        """
-        header, tensors = self.history.state()
-        return {"header": {"version": VERSION, **header}, "tensors": tensors}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; the masks of the attached model become those of the state.
+    def load(self, path: str | PathLike[str]) -> None:
+        """Go on from what `save` wrote; the masks of the attached model become those of the file.
 
         Raises:
-            ValueError: a state of other languages, another model, or another version. Nothing is changed then.
+            FileNotFoundError: no such file.
+            FileError: a ValueError; the file is damaged, or of other languages or another model. Nothing is changed
+                then.
         """
-        header = state["header"]
-        if header["version"] != VERSION:
-            raise ValueError(
-                f"this state has version {header['version']}, this fastmask reads version {VERSION}, "
-                "whose masks move by another rule: finish the run with the fastmask that began it, or begin it anew"
-            )
-        if header["languages"] != list(self.languages):
-            raise ValueError(f"this state is of languages {header['languages']}, expected {list(self.languages)}")
-        history = History.of_state(header, state["tensors"])
-        given, own = (_masks_of(subnets) for subnets in (history.at(history[-1].step), self._subnetworks()))
+        history = History.load(path)
+        if history.languages != self.languages:
+            raise FileError(path, f"is of languages {list(history.languages)}, expected {list(self.languages)}")
+        given, own = (subnets.units for subnets in (history.at(history[-1].step), self._subnetworks()))
         shapes = [{kind: tuple(keep.shape[1:]) for kind, keep in masks.items()} for masks in (given, own)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"this state has masks of shape {shapes[0]}, expected {shapes[1]}")
-        _check_masks(self.languages, given)
+            raise FileError(path, f"has masks of shape {shapes[0]}, expected {shapes[1]}")
+        try:
+            _check_masks(self.languages, given)
+        except ValueError as error:
+            raise FileError(path, str(error)) from None
         for row, language in enumerate(self.languages):
             set_subnetwork(self.model, language, **{kind: keep[row] for kind, keep in given.items()})
         self.history = history
@@ -269,13 +261,10 @@ def swapped(keep: Tensor, dead: Tensor, scores: Tensor, count: int, generator: n
     return new
 
 
-def _masks_of(masks: Subnetworks | Snapshot) -> dict[str, Tensor]:
-    return {kind: keep for kind in KINDS if (keep := getattr(masks, kind)) is not None}
-
-
 def _snapshot(subnets: Subnetworks, step: int, language: str) -> Snapshot:
     row = subnets.index(language)
-    return Snapshot(step, language, **{kind: keep[row].cpu() for kind, keep in _masks_of(subnets).items()})
+    own = {kind: keep[row : row + 1].cpu().clone() for kind, keep in subnets.units.items()}
+    return Snapshot(step, language, Subnetworks.of([language], own))
 
 
 def _check_masks(languages: Sequence[str], masks: Mapping[str, Tensor]) -> None:

@@ -31,9 +31,9 @@ from torch import Tensor
 
 __all__ = [
     "LOCK_FILES", "MANIFEST", "SEAL", "STDOUT", "FileError", "HeldError", "check", "check_files", "check_writable",
-    "files_in", "held", "is_leftover", "named_errors", "parse_json", "partial_name", "read_json",
-    "read_metadata", "read_sealed", "read_tensors", "read_yaml", "remove_leftovers", "remove_tree", "replace_file",
-    "sha256_of", "write_folder", "write_manifest", "write_sealed", "write_tensors", "write_text", "write_yaml",
+    "files_in", "held", "is_leftover", "parse_json", "partial_name", "read_json", "read_metadata", "read_sealed",
+    "read_tensors", "read_yaml", "remove_leftovers", "remove_tree", "replace_file", "sha256_of", "write_errors",
+    "write_folder", "write_manifest", "write_sealed", "write_tensors", "write_text", "write_yaml",
 ]  # fmt: skip
 
 STDOUT = "/dev/stdout"
@@ -205,7 +205,7 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_name(target)
     try:
-        with named_errors(path, partial):
+        with write_errors(path, partial):
             partial.touch()
             mode = (target if target.exists() else partial).stat().st_mode
             write(partial)
@@ -253,13 +253,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder (expected a file, or a new name)", os.fspath(path))
     if not _is_stream(path):
-        with named_errors(path, folder := next(parent for parent in target.parents if parent.exists())):
+        with write_errors(path, folder := next(parent for parent in target.parents if parent.exists())):
             # Tried out: permissions do not tell of a file system that is read-only or makes no files, such as /proc.
             tempfile.TemporaryFile(dir=folder).close()
 
 
 @contextmanager
-def named_errors(path: str | os.PathLike[str], partial: Path) -> Iterator[None]:
+def write_errors(path: str | os.PathLike[str], partial: Path) -> Iterator[None]:
     """Say which file could not be written: the system names `partial`, what is written first, or none at all.
 
     An error that names another file is left alone: it is about what is read meanwhile.
@@ -304,9 +304,9 @@ def write_folder(target: Path, writers: Mapping[str, Callable[[Path], Any]], rep
     try:
         partial.mkdir(parents=True)
         for name, write in writers.items():
-            with named_errors(target / name, partial):
+            with write_errors(target / name, partial):
                 write(partial / name)
-        with named_errors(target, partial):
+        with write_errors(target, partial):
             for path in [*partial.rglob("*"), partial]:
                 _sync(path)
             if replace:

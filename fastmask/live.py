@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastmask import bits
 from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
-from fastmask.masks import FULL, KINDS, Mask
+from fastmask.masks import FULL, KINDS, Mask, checked_id
 
 __all__ = ["INTEGERS", "WHOLE", "Live", "live_in", "live_of", "masked_parameters"]
 
@@ -211,11 +211,7 @@ def live_of(mask: Mask, languages: Iterable[int]) -> Live:
     made, languages = _made.of(mask.index, dict), frozenset(languages)
     if languages not in made:
         for language in languages:
-            if not FULL <= language < mask.n_languages:
-                raise ValueError(
-                    f"language id {language} is out of range: expected 0 to {mask.n_languages - 1}, "
-                    "or -1 for the full network"
-                )
+            checked_id(language, mask.n_languages)
         if len(made) >= _MOST:
             made.clear()
         live = WHOLE if FULL in languages else _union(mask, sorted(languages))

@@ -17,11 +17,19 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import never_written
 
-__all__ = ["FULL", "KINDS", "UNPACKED", "Mask", "StoredMask"]
+__all__ = ["FULL", "KINDS", "UNPACKED", "Mask", "StoredMask", "checked_id"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
 FULL = -1  # the language id of the full, unmasked network
 UNPACKED = -1
+
+
+def checked_id(number: int, n_languages: int) -> int:
+    """The id of one of so many languages, or `FULL`; a ValueError for any other number."""
+    if not FULL <= number < n_languages:
+        known = f"0 to {n_languages - 1}, or -1 for the full network" if n_languages else "-1: no subnetworks attached"
+        raise ValueError(f"language id {number} is out of range: expected {known}")
+    return number
 
 
 @dataclass(slots=True)

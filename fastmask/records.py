@@ -25,5 +25,5 @@ _Size = Annotated[int, Field(ge=1)]
 class MasksRecord(Record):
     """What a file of subnetworks says of its tensors: uint8 [L, bytes] each, a unit a bit, the lowest bit first."""
 
-    languages: Annotated[tuple[str, ...], Field(min_length=1, max_length=10_000)]
+    languages: Annotated[tuple[str, ...], Field(min_length=1)]
     shapes: dict[str, tuple[_Size, _Size, _Size]]  # name of the tensor -> of the mask it stands for

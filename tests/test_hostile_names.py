@@ -25,7 +25,7 @@ from fastmask.cli.discover import print_masks
 from fastmask.cli.report import Row, console_of, print_scores, round_printer
 from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of, write_result
 from fastmask.compare.report import markdown_table, write_report
-from fastmask.discovery import Quality, Round
+from fastmask.discovery import Round
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.unseen import Choice
 
@@ -72,7 +72,7 @@ def test_tables_of_the_commands(capsys):
     assert [row[0] for row in cells_of(file.getvalue())][1 : 1 + len(NAMES)] == NAMES
     file = io.StringIO()
     for name in NAMES:
-        round_printer(file, 0.95, "las")(Round(name, 1, 3, None, Quality(loss=1.0), True))
+        round_printer(file, 0.95, "las")(Round(name, 1, {"heads": 3}, 1.0, True, True))
     assert [line.split(" round")[0].strip() for line in file.getvalue().splitlines()] == NAMES
     losses = {name: float(place) for place, name in enumerate(NAMES)}
     adapt.print_choice(Choice(0, NAMES[0], losses=losses), "[/x]", None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, SIGNED, bare, heatmap, legend_above, new_figure
 from fastmask.analysis.result import Result, span
 from fastmask.analysis.statistics import spearman_permutation
-from fastmask.discovery.gates import Gate, Probe, frozen, gate_gradients, gated, probes_of
+from fastmask.discovery.gates import Gates, Probe, frozen, gate_gradients, gated, probes_of
 from fastmask.errors import unknown
 from fastmask.models.attach import attached, language
 
@@ -95,7 +95,7 @@ def ablation(
     ):
         for name, given in data.items():
             row = subnets.index(name)
-            alive = torch.cat([getattr(subnets, probe.kind)[row, probe.layer, : probe.units] for probe in probes])
+            alive = torch.cat([subnets.units[probe.kind][row, probe.layer, : probe.units] for probe in probes])
             owned = alive.tolist()
             with gated(model, probes, alive.split([probe.units for probe in probes])) as gates:  # each pass reads them
                 absolute, signed = _scores(name, given, loss, probes, gates)
@@ -127,7 +127,7 @@ def ablation(
 
 
 @torch.no_grad()
-def _losses(batches: Sequence[Any], loss: Callable[[Any], Tensor], gates: list[Gate]) -> Tensor:
+def _losses(batches: Sequence[Any], loss: Callable[[Any], Tensor], gates: Gates) -> Tensor:
     """The loss of every example, float64 [n], by the gates as they are now."""
     found = []
     for batch in batches:
@@ -137,7 +137,7 @@ def _losses(batches: Sequence[Any], loss: Callable[[Any], Tensor], gates: list[G
 
 
 def _scores(
-    name: str, batches: Sequence[Any], loss: Callable[[Any], Tensor], probes: Sequence[Probe], gates: list[Gate]
+    name: str, batches: Sequence[Any], loss: Callable[[Any], Tensor], probes: Sequence[Probe], gates: Gates
 ) -> NDArray[np.float64]:
     """Means over examples of |dL / d gate| and of dL / d gate, [2, units of all probes]."""
     seen = []

@@ -26,9 +26,8 @@ from fastmask.analysis.drawing import (
 from fastmask.analysis.result import Result, kind_of
 from fastmask.analysis.sharing import chance_jaccard, jaccard
 from fastmask.dynamic import History, Snapshot
-from fastmask.files import FileError, parse_json, read_sealed
 
-__all__ = ["dynamics", "read_history"]
+__all__ = ["dynamics"]
 
 
 def dynamics(
@@ -62,13 +61,13 @@ def dynamics(
         KeyError: units that the history does not have.
         ValueError: not a history, or an empty one.
     """
-    entries = read_history(history) if isinstance(history, str | PathLike) else history
+    entries = History.load(history) if isinstance(history, str | PathLike) else history
     if not len(entries):
         raise ValueError("this history has no masks")
-    units = kind_of(entries[0], units)
+    units = kind_of(entries[0].masks, units)
     changes: dict[int, dict[str, NDArray[np.bool_]]] = {}
     for entry in entries:
-        changes.setdefault(entry.step, {})[entry.language] = getattr(entry, units).cpu().numpy()
+        changes.setdefault(entry.step, {})[entry.language] = entry.masks.units[units][0].cpu().numpy()
     start = changes[min(changes)]
     languages = list(start)
     groups = families_of(languages, families)
@@ -101,22 +100,6 @@ def dynamics(
         {"pairs": between},
         extent,
     )
-
-
-def read_history(path: str | PathLike[str]) -> History:
-    """The history in a file that a run of method `dynamic` left (`dynamic.safetensors`).
-
-    Raises:
-        FileNotFoundError: no such file.
-        FileError: not such a file, or a damaged one.
-    """
-    tensors, header = read_sealed(path)
-    if "header" not in header:
-        raise FileError(path, "is a safetensors file, but not a history of masks")
-    try:
-        return History.of_state(parse_json(path, header["header"]), tensors)
-    except (KeyError, ValueError) as error:
-        raise FileError(path, f"is not a history of masks: {error}") from None
 
 
 def _pairs(

@@ -125,10 +125,9 @@ def print_masks(subnets: Subnetworks, file: TextIO) -> None:
     rows = []
     for index, language in enumerate(subnets.languages):
         row = {"language": language}
-        for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-            if keep is not None:
-                row[f"{kind} of {keep[0].numel()}"] = str(int(keep[index].sum()))
-                row[f"{kind} by layer"] = " ".join(str(n) for n in keep[index].sum(-1).tolist())
+        for kind, keep in subnets.units.items():
+            row[f"{kind} of {keep[0].numel()}"] = str(int(keep[index].sum()))
+            row[f"{kind} by layer"] = " ".join(str(n) for n in keep[index].sum(-1).tolist())
         for name, keep in (subnets.weights or {}).items():
             row[f"% of {name}"] = f"{keep[index].float().mean() * 100:.1f}"
         if len(subnets.languages) > 1:

@@ -136,14 +136,14 @@ def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], No
     """A function that prints one line for each round of pruning down to `tau` (or to a density)."""
 
     def show(found: Round) -> None:
-        counts = [f"{n} {kind}" for n, kind in ((found.heads, "heads"), (found.neurons, "neurons")) if n is not None]
+        counts = [f"{n} {kind}" for kind, n in found.units.items()]
         line = f"  {found.language} round {found.number}: {', '.join(counts)}"
-        if found.quality.metric is not None:
-            line += f"  dev {heading(metric)} {found.quality.metric:.2f}"
-        elif found.quality.loss is not None:
-            line += f"  loss on the scoring examples {found.quality.loss:.3f}"
+        if found.by_loss:
+            line += f"  loss on the scoring examples {found.value:.3f}"
             if found.number == 0:
                 line += f" (no dev score to go by; the loss may rise by {-math.log(tau):.3f})"
+        elif found.value is not None:
+            line += f"  dev {heading(metric)} {found.value:.2f}"
         stopped = "" if found.kept else "  too far: back to the round before"
         tqdm.write(f"{line}{stopped}", file=file)  # above the bar of a run
 

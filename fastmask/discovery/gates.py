@@ -20,7 +20,7 @@ from fastmask.models.contexts import evaluating
 from fastmask.models.layers import AttachedLinear
 from fastmask.torch_path.layers import NONE, activate
 
-__all__ = ["Gate", "Probe", "frozen", "gate_gradients", "gated", "probes_of"]
+__all__ = ["Gate", "Gates", "Probe", "frozen", "gate_gradients", "gated", "probes_of"]
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,14 @@ def probes_of(model: nn.Module) -> list[Probe]:
 class Gate(NamedTuple):
     """The gates of one probe in one pass: [B, units], or [B, slots] where the live units travel packed."""
 
-    number: int  # of the probe
     values: Tensor
     packed: bool
+    route: Any  # of the pass
+    passes: int  # how many there were so far
 
 
-Gates = list[Gate]
-"""In the order in which a forward pass got there."""
+Gates = dict[int, Gate]
+"""Those of the last pass, by the number of the probe."""
 
 
 class _Gate(torch.autograd.Function):
@@ -103,19 +104,18 @@ def _scaled(x: Tensor, gates: Tensor, unit: int) -> Tensor:
 
 @contextmanager
 def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | None = None) -> Iterator[Gates]:
-    """Gate the input of every consumer; yields the list that each forward pass fills with its gates.
+    """Gate the input of every consumer; yields the dict that each forward pass fills with its gates.
 
-    Each stands there with the number of its probe: a model calls its modules in an order of its own. One that it calls
-    several times in a pass (ALBERT's layers are one) has the same gates each time.
+    A module that the model calls several times in a pass (ALBERT's layers are one) has the same gates each time. To
+    count the passes of the next batch alone, clear the dict.
 
     Args:
         model: with subnetworks attached.
         probes: of `probes_of` the model.
         values: the gates of each probe, bool or float [units]; None opens all gates of whatever arrives.
     """
-    gates: Gates = []
+    gates: Gates = {}
     router = attached(model).router
-    last: dict[int, tuple[Any, Gate]] = {}  # of each probe, and the pass that it is of
     activations = {probe.consumer: probe.consumer.activation for probe in probes}
 
     def hook(
@@ -126,16 +126,14 @@ def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | 
             x = activate(inputs[0], activations[probe.consumer])
             dtype = torch.promote_types(x.dtype, torch.float32)
             shape = (x.shape[0], x.shape[-1] // probe.unit)
-            here = router.running.route
-            before, there = last.get(number, (None, None))
-            if here is None or before is not here or there is None or there.values.shape != shape:
+            here, there = router.running.route, gates.get(number)
+            if here is None or there is None or there.route is not here or there.values.shape != shape:
                 own = torch.ones(shape, dtype=dtype, device=x.device)
                 if value is not None:
                     own *= value.to(x.device)
                 packed = probe.consumer.packs_in(probe.consumer.router.current())
-                there = Gate(number, own.requires_grad_(), packed)
-                last[number] = here, there
-                gates.append(there)
+                there = Gate(own.requires_grad_(), packed, here, 1 if there is None else there.passes + 1)
+                gates[number] = there
             return (_Gate.apply(x, there.values, probe.unit, value is None), *inputs[1:])
 
         return gate
@@ -160,7 +158,7 @@ def gate_gradients(losses: Tensor, gates: Gates, probes: Sequence[Probe]) -> tup
 
     Args:
         losses: one for each example, [B].
-        gates: what the forward pass behind the losses filled the list of `gated` with.
+        gates: what the forward pass behind the losses filled the dict of `gated` with.
         probes: those that `gated` was given.
 
     Raises:
@@ -168,9 +166,10 @@ def gate_gradients(losses: Tensor, gates: Gates, probes: Sequence[Probe]) -> tup
     """
     if losses.ndim != 1:
         raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")
-    if sorted(gate.number for gate in gates) != list(range(len(probes))):
-        raise ValueError(f"loss(batch) must run the model once, it ran it {len(gates) / len(probes):g} times")
-    of_probes = [gate.values for gate in sorted(gates, key=lambda gate: gate.number)]
+    if [gates[number].passes for number in sorted(gates)] != [1] * len(probes):
+        ran = sum(gate.passes for gate in gates.values()) / len(probes)
+        raise ValueError(f"loss(batch) must run the model once, it ran it {ran:g} times")
+    of_probes = [gates[number].values for number in range(len(probes))]
     if of_probes[0].shape[0] != losses.shape[0]:
         raise ValueError(f"loss(batch) gave {losses.shape[0]} losses, its model {of_probes[0].shape[0]} examples")
     return torch.autograd.grad(losses.sum(), of_probes)

@@ -27,47 +27,33 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.discovery.gates import frozen
-from fastmask.discovery.scores import RANKINGS, SCORES, Importance, importance, unit_masks
+from fastmask.discovery.scores import RANKINGS, SCORES, Importance, importance
 from fastmask.errors import unknown
 from fastmask.models.attach import attach, attached, detach, is_attached, language
 from fastmask.models.editing import set_subnetwork
-from fastmask.subnetworks.subnetworks import UNITS, Subnetworks
+from fastmask.subnetworks.subnetworks import KINDS, UNITS, Subnetworks
 
-__all__ = ["VOTES", "Draw", "Quality", "Round", "Stability", "combine", "discover", "live_units", "stability"]
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How good a subnetwork is, by one of two numbers; both None where nothing was measured.
-
-    Attributes:
-        metric: on development data, higher is better.
-        loss: of a language without development data: the mean over its scoring examples, lower is better.
-    """
-
-    metric: float | None = None
-    loss: float | None = None
-
-    def keeps(self, tau: float, full: Quality) -> bool:
-        """Whether this is at least tau times as good as the full network.
-
-        Of losses: whether exp(-loss), the likelihood where the loss is a cross entropy, is at least tau times as large;
-        the loss may rise by -ln(tau), 0.05 at tau = 0.95.
-        """
-        if self.metric is not None and full.metric is not None:
-            return self.metric >= tau * full.metric
-        return self.loss is None or full.loss is None or self.loss <= full.loss - math.log(tau)
+__all__ = ["VOTES", "Draw", "Round", "Stability", "combine", "discover", "live_units", "stability"]
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of pruning left: live units, and how good they are; `kept` is False where that fell too far."""
+    """What one round of pruning left, and how good it is.
+
+    Attributes:
+        language: whose subnetwork.
+        number: of the round; 0 is the full network.
+        units: live ones by kind ("heads", "neurons").
+        value: the metric on development data, or the loss; None where pruning goes to a density.
+        by_loss: whether it is the mean loss on the scoring examples, as without development data.
+        kept: False where it fell, or the loss rose, too far.
+    """
 
     language: str
-    number: int  # 0 is the full network
-    heads: int | None
-    neurons: int | None
-    quality: Quality  # empty where pruning goes to a density
+    number: int
+    units: dict[str, int]
+    value: float | None
+    by_loss: bool
     kept: bool
 
 
@@ -93,8 +79,9 @@ def discover(
         loss: runs `model` on a batch -> one loss for each example, [B]; called inside `fastmask.language`.
         metric: the development metric of a language, higher is better; called inside `fastmask.language` with
             the masks of the round. Needed unless `density` is given. None for a language that has no development data:
-            it goes by its mean loss on `batches` instead (`Quality.keeps` says how far), as does, with a warning, one
-            whose full network has a metric that is not above 0.
+            it goes by its mean loss on `batches` instead, as does, with a warning, one whose full network has a metric
+            that is not above 0. The loss may rise by -ln(tau), 0.05 at tau = 0.95: where it is a cross entropy, the
+            likelihood exp(-loss) is then at least tau times as large.
         score: by what units are ranked. "gradient": `importance`, taken again in every round. "entropy": how much a
             unit's activity is the language's own (`entropy`; needs two languages). "relative": how much more it matters
             to the language than to the others (`relative`; needs two). "shapley": what a head is worth beside others
@@ -137,38 +124,40 @@ def discover(
 
     def prune(name: str, scoring: Iterable[Any], ranking: Importance | None) -> tuple[Subnetworks, Importance]:
         """One language's subnetwork, and the last score of each unit; that in the attached model follows the rounds."""
+        by_loss = False
 
-        def measured(masks: _Masks) -> Quality:
+        def measured(masks: _Masks) -> float | None:
+            nonlocal by_loss
             set_subnetwork(model, name, **masks)
             if metric is None or density is not None:
-                return Quality()
+                return None
             with language(model, name):
-                value = None if name in by_loss else metric(name)
-                if value is not None:
-                    return Quality(metric=float(value))
+                if not by_loss and (value := metric(name)) is not None:
+                    return float(value)
+                by_loss = True
                 with frozen(model), torch.no_grad():
-                    return Quality(loss=float(torch.cat([loss(batch) for batch in scoring]).mean()))
+                    return float(torch.cat([loss(batch) for batch in scoring]).mean())
 
-        def report(number: int, masks: _Masks, quality: Quality, kept: bool = True) -> None:
+        def report(number: int, masks: _Masks, value: float | None, kept: bool = True) -> None:
             if on_round is not None:
-                counts = {kind: int(keep.sum()) for kind, keep in masks.items()}
-                on_round(Round(name, number, counts.get("heads"), counts.get("neurons"), quality, kept))
+                units = {kind: int(keep.sum()) for kind, keep in masks.items()}
+                on_round(Round(name, number, units, value, by_loss, kept))
 
-        masks = {kind: keep[0] for kind, keep in unit_masks(attached(model).subnets.select([name])).items()}
+        masks = {kind: keep[0] for kind, keep in attached(model).subnets.select([name]).units.items()}
         last = {kind: torch.zeros(keep.shape, device=keep.device) for kind, keep in masks.items()}
         full = measured(masks)
-        if full.metric is not None and not full.metric > 0:  # of which no share says anything
+        if full is not None and not by_loss and not full > 0:  # of which no share says anything
             warnings.warn(
-                f"{name}: the metric of the full network is {full.metric:g} (expected one above 0, higher is better): "
+                f"{name}: the metric of the full network is {full:g} (expected one above 0, higher is better): "
                 "pruning goes by the loss on the scoring examples",
                 stacklevel=3,
             )
-            by_loss.add(name)
+            by_loss = True
             full = measured(masks)
         if density is None:
             report(0, masks, full)
         for number, drops in enumerate(_rounds(masks, drop, density), start=1):
-            scores = vars(ranking or importance(model, scoring, loss, name))
+            scores = ranking or importance(model, scoring, loss, name)
             for kind, keep in masks.items():
                 if not bool(torch.isfinite(scores[kind][keep]).all()):
                     raise FloatingPointError(
@@ -178,17 +167,15 @@ def discover(
             smaller = {kind: _without_lowest(keep, scores[kind], drops[kind]) for kind, keep in masks.items()}
             if all(torch.equal(smaller[kind], keep) for kind, keep in masks.items()):
                 break  # one unit left in every layer
-            quality = measured(smaller)
-            kept = quality.keeps(tau, full)
-            report(number, smaller, quality, kept)
+            value = measured(smaller)
+            kept = value is None or full is None or (value <= full - math.log(tau) if by_loss else value >= tau * full)
+            report(number, smaller, value, kept)
             if not kept:
                 break
             masks = smaller
-        own = {kind: keep[None] for kind, keep in masks.items()}
-        return Subnetworks([name], own.get("heads"), own.get("neurons")), Importance(**last)
+        return Subnetworks.of([name], {kind: keep[None] for kind, keep in masks.items()}), last
 
     found = []
-    by_loss: set[str] = set()  # languages whose metric says nothing
     attach(model, Subnetworks.full(model, list(batches), units))
     try:
         rankings = RANKINGS[score](model, batches, loss) if score in RANKINGS else {}
@@ -282,8 +269,8 @@ def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
         raise unknown("vote", vote, VOTES)
     if not draws:
         raise ValueError("no subnetworks to combine")
-    shapes = [{kind: keep.shape[1:] for kind, keep in unit_masks(draw.subnetworks).items()} for draw in draws]
-    for kind in ("heads", "neurons"):
+    shapes = [{kind: keep.shape[1:] for kind, keep in draw.subnetworks.units.items()} for draw in draws]
+    for kind in KINDS:
         if len({shape.get(kind) for shape in shapes}) > 1:
             raise ValueError(f"cannot combine subnetworks over different {kind}")
     names = dict.fromkeys(name for draw in draws for name in draw.subnetworks.languages)
@@ -293,13 +280,13 @@ def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
 def _combined(name: str, draws: Sequence[Draw], vote: str) -> Subnetworks:
     """One language's subnetwork."""
     own = [draw for draw in draws if name in draw.subnetworks.languages]
-    masks = [unit_masks(draw.subnetworks.select([name])) for draw in own]
+    masks = [draw.subnetworks.select([name]).units for draw in own]
     kept = {}
     for kind in masks[0]:
         votes = torch.stack([mask[kind][0] for mask in masks]).sum(0)
-        score = torch.stack([getattr(draw.scores[name], kind) for draw in own]).double().mean(0)
+        score = torch.stack([draw.scores[name][kind] for draw in own]).double().mean(0)
         kept[kind] = _kept(votes, len(own), score, vote)[None]
-    return Subnetworks([name], kept.get("heads"), kept.get("neurons"))
+    return Subnetworks.of([name], kept)
 
 
 def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:
@@ -349,8 +336,8 @@ def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
     first, second = torch.triu_indices(len(names), len(names), 1)  # of each pair
     same = number[first] == number[second]
     found = {}
-    for kind in unit_masks(draws[0].subnetworks):
-        keep = torch.cat([getattr(draw.subnetworks, kind) for draw in draws]).double()
+    for kind in draws[0].subnetworks.units:
+        keep = torch.cat([draw.subnetworks.units[kind] for draw in draws]).double()
         flat, counts, sizes = keep.flatten(1), keep.sum(2), keep.sum((1, 2))
         both, chance = flat @ flat.t(), counts @ counts.t() / keep.shape[2]
         agreement, by_chance = (

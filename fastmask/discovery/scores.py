@@ -6,10 +6,10 @@ all languages: `relative` and `entropy` say whose a unit is, `shapley` what a he
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from fastmask.discovery.gates import frozen, gate_gradients, gated, probes_of
 from fastmask.models.attach import attached, language, owner_of
 from fastmask.models.structure import UnitGroup
-from fastmask.subnetworks import Subnetworks
 
 __all__ = [
-    "COMPARING", "RANKINGS", "SCORES", "Importance", "entropy", "importance", "relative", "shapley", "unit_masks",
+    "COMPARING", "RANKINGS", "SCORES", "Importance", "entropy", "importance", "relative", "shapley",
 ]  # fmt: skip
 
 RARE = 0.01
@@ -32,17 +31,8 @@ Batches = Mapping[str, Iterable[Any]]  # by language, the batches that its units
 BatchLoss = Callable[[Any], Tensor]  # runs the model on a batch -> one loss for each example, [B]
 
 
-@dataclass(frozen=True)
-class Importance:
-    """Scores of the live units, float32; dead units have 0. None for a kind of unit that is not masked."""
-
-    heads: Tensor | None = None  # [layers, heads]
-    neurons: Tensor | None = None  # [layers, ffn]
-
-
-def unit_masks(subnets: Subnetworks) -> dict[str, Tensor]:
-    """The masks over "heads" and "neurons", bool [L, layers, units], of the kinds that are masked."""
-    return {kind: keep for kind in ("heads", "neurons") if (keep := getattr(subnets, kind)) is not None}
+Importance = dict[str, Tensor]
+"""Scores of units, float32 [layers, units], by kind ("heads", "neurons"); dead units have 0."""
 
 
 def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, language_name: str) -> Importance:
@@ -61,17 +51,18 @@ def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, langua
         language_name: one of the attached subnetworks' languages.
 
     Returns:
-        Scores >= 0; within a layer they have L2 norm 1.
+        Scores >= 0 by kind of unit ("heads", "neurons"), float32 [layers, units] on the CPU; those of a layer have L2
+        norm 1, dead units have 0.
 
     Raises:
         ValueError: no batch, or a loss of another shape.
     """
     subnets = attached(model).subnets
-    row = subnets.index(language_name)
+    masks = {kind: keep[subnets.index(language_name)] for kind, keep in subnets.units.items()}
     probes = probes_of(model)
     if not probes:
         raise ValueError("importance needs subnetworks over heads or neurons; these have only weights")
-    lives = [getattr(subnets, probe.kind)[row, probe.layer].nonzero().flatten().cpu() for probe in probes]
+    lives = [masks[probe.kind][probe.layer].nonzero().flatten().cpu() for probe in probes]
     totals = [torch.zeros(len(live), dtype=torch.float64, device="cpu") for live in lives]
     examples = 0
     with (
@@ -86,18 +77,17 @@ def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, langua
             losses = loss(batch)
             grads = gate_gradients(losses, gates, probes)
             examples += losses.shape[0]
-            for gate, live, total in zip(sorted(gates, key=lambda gate: gate.number), lives, totals, strict=True):
-                summed = grads[gate.number].abs().sum(0).cpu()
+            for number, (grad, live, total) in enumerate(zip(grads, lives, totals, strict=True)):
+                summed = grad.abs().sum(0).cpu()
                 # Slot j of a packed activation is the j-th live unit; slots behind them belong to no unit.
-                total += summed[: len(live)] if gate.packed else summed[live]
+                total += summed[: len(live)] if gates[number].packed else summed[live]
     if not examples:
         raise ValueError(f"no batch to score the units of {language_name!r} on")
-    kinds = dict.fromkeys(probe.kind for probe in probes)
-    scores = {kind: torch.zeros(getattr(subnets, kind).shape[1:], device="cpu") for kind in kinds}
+    scores = {kind: torch.zeros(keep.shape, device="cpu") for kind, keep in masks.items()}
     for probe, live, total in zip(probes, lives, totals, strict=True):
         mean = total.float() / examples
         scores[probe.kind][probe.layer, live] = mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
-    return Importance(**scores)
+    return scores
 
 
 def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Importance]:
@@ -111,14 +101,9 @@ def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, I
     """
     _check_several("relative", batches)
     found = {name: importance(model, scoring, loss, name) for name, scoring in batches.items()}
-
-    def less_others(own: Tensor | None, kind: str) -> Tensor | None:
-        if own is None:
-            return None
-        return own - (torch.stack([getattr(of, kind) for of in found.values()]).sum(0) - own) / (len(found) - 1)
-
+    sums = {kind: torch.stack([of[kind] for of in found.values()]).sum(0) for kind in attached(model).subnets.units}
     return {
-        name: Importance(less_others(own.heads, "heads"), less_others(own.neurons, "neurons"))
+        name: {kind: of - (sums[kind] - of) / (len(found) - 1) for kind, of in own.items()}
         for name, own in found.items()
     }
 
@@ -139,12 +124,9 @@ def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Im
     """
     _check_several("entropy", batches)
     rates = {name: _activity(model, name, scoring, loss) for name, scoring in batches.items()}
-    kinds = next(iter(rates.values()))
+    kinds = attached(model).subnets.units
     totals = {kind: torch.stack([of[kind] for of in rates.values()]).sum(0).clamp(min=1e-30) for kind in kinds}
-    return {
-        name: Importance(**{kind: (rate / totals[kind]).float() for kind, rate in of.items()})
-        for name, of in rates.items()
-    }
+    return {name: {kind: (rate / totals[kind]).float() for kind, rate in of.items()} for name, of in rates.items()}
 
 
 def _activity(model: nn.Module, name: str, batches: Iterable[Any], loss: BatchLoss) -> dict[str, Tensor]:
@@ -198,7 +180,7 @@ def _activity(model: nn.Module, name: str, batches: Iterable[Any], loss: BatchLo
                 loss(batch)
     if not sums:
         raise ValueError(f"no batch to score the units of {name!r} on")
-    masks = unit_masks(state.subnets)
+    masks = state.subnets.units
     rates = {kind: torch.zeros(keep.shape[1:], dtype=torch.float64, device="cpu") for kind, keep in masks.items()}
     for (kind, index), total in sums.items():
         rates[kind][index, : len(total)] = total / tokens[kind, index] + (RARE if kind == "neurons" else 0.0)
@@ -228,14 +210,15 @@ def shapley(
         loss: runs `model` on a batch, once, and returns one loss for each example, [B].
         orders: of removing the heads, the same for all languages; each odd one is the reverse of the one before.
         truncation: an order ends where the mean loss has risen by more than this share of what it rises by without any
-            head; at 1, none ends early, and the values of a language add up to that rise.
+            head; at 1, and where the loss falls without any head, none ends early, and the values of a language add up
+            to that rise.
         seed: of the orders.
 
     Raises:
         ValueError: masks over anything but heads, or no batch of a language.
     """
     subnets = attached(model).subnets
-    if subnets.heads is None or subnets.neurons is not None:
+    if [*subnets.units] != ["heads"]:
         raise ValueError("the score 'shapley' removes heads one by one, which takes too long for neurons: units heads")
     probes = probes_of(model)
     sizes = [probe.units for probe in probes]
@@ -263,7 +246,9 @@ def shapley(
 
             full = mean_loss()
             alive.zero_()
-            end = full + truncation * (mean_loss() - full)
+            rise = mean_loss() - full
+            # Without any head the loss may be below the full one, as where they are harmful: there is no ruin to see.
+            end = full + truncation * rise if truncation < 1 and rise > 0 else math.inf
             for order in removals:
                 alive.fill_(1)
                 before = full
@@ -273,16 +258,16 @@ def shapley(
                     sums[head] += after - before
                     counts[head] += 1
                     before = after
-                    if truncation < 1 and after > end:
+                    if after > end:
                         break
         return sums / counts.clamp(min=1)
 
     found = {}
     for name in batches:
-        scores = torch.zeros(subnets.heads.shape[1:], device="cpu")
+        scores = torch.zeros(subnets.units["heads"].shape[1:], device="cpu")
         for probe, of_layer in zip(probes, values(name).split(sizes), strict=True):
             scores[probe.layer, : probe.units] = of_layer
-        found[name] = Importance(scores)
+        found[name] = {"heads": scores}
     return found
 
 

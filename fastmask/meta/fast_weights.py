@@ -11,7 +11,7 @@ is freed at once: gradients of the whole model never exist together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,18 +22,10 @@ from fastmask.errors import unknown
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.optim import can_be_sparse, sparse_gradients
 
-__all__ = ["FastWeights", "InnerRates", "listed", "rates_of"]
+__all__ = ["FastWeights", "InnerRates", "rates_of"]
 
-InnerRates = float | Mapping[str, float] | Iterable[Mapping[str, Any]]
-"""One for all parameters, one for each beginning of their names, or groups as torch's optimizers take them."""
-
-
-def listed(rates: InnerRates) -> InnerRates:
-    """The same rates; of groups, a list without generators, which could be read only once."""
-    if isinstance(rates, (int, float, Mapping)):
-        return rates
-    # Checked by torch; NaN, so that a group without a rate of its own is refused.
-    return torch.optim.SGD([{**group} for group in rates], lr=math.nan).param_groups
+InnerRates = float | Mapping[str, float]
+"""One for all parameters, or one for each beginning of their names."""
 
 
 def rates_of(model: nn.Module, rates: InnerRates) -> dict[Tensor, float]:
@@ -44,34 +36,26 @@ def rates_of(model: nn.Module, rates: InnerRates) -> dict[Tensor, float]:
         rates: see `fastmask.MetaLearner`.
 
     Raises:
-        ValueError: a rate that is not a finite number >= 0, a parameter without or with two, or nothing to adapt.
+        ValueError: a rate that is not a finite number >= 0, a parameter without one, or nothing to adapt.
         KeyError: a group's name that is not the beginning of any parameter's name.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[Tensor, float] = {}
-    if isinstance(rates, (int, float)):
-        found = dict.fromkeys(trainable.values(), _checked(rates, "all parameters"))
-    elif isinstance(rates, Mapping):
+    if isinstance(rates, Mapping):
         for prefix, rate in rates.items():
             _checked(rate, repr(prefix))
             if not any(_is_below(name, prefix) for name, _ in model.named_parameters()):
                 raise unknown("parameter group", prefix, [name for name, _ in model.named_modules() if name])
         for name, parameter in trainable.items():
-            prefix = max((prefix for prefix in rates if _is_below(name, prefix)), key=len, default=None)
-            if prefix is None:
+            longest = max((prefix for prefix in rates if _is_below(name, prefix)), key=len, default=None)
+            if longest is None:
                 raise ValueError(
                     f"parameter {name!r} has no inner learning rate: groups {', '.join(map(repr, rates))}; "
                     "a group named '' takes all that is left, a rate of 0 leaves parameters as they are"
                 )
-            found[parameter] = float(rates[prefix])
+            found[parameter] = float(rates[longest])
     else:
-        known = set(trainable.values())
-        for number, group in enumerate(rates):
-            rate = _checked(group["lr"], f"group {number}")
-            for parameter in (p for p in group["params"] if p.requires_grad):
-                if parameter not in known:
-                    raise ValueError(f"inner learning rate group {number} holds a parameter that is not of the model")
-                found[parameter] = rate
+        found = dict.fromkeys(trainable.values(), _checked(rates, "all parameters"))
     adapted = {parameter: rate for parameter, rate in found.items() if rate > 0}
     if not adapted:
         raise ValueError("no parameter would be adapted: every inner learning rate is 0, or all parameters are frozen")

@@ -20,15 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmask.errors import unknown
-from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL
-from fastmask.meta.fast_weights import FastWeights, InnerRates, listed, rates_of
-from fastmask.models.attach import attached
+from fastmask.meta.fast_weights import FastWeights, InnerRates, rates_of
+from fastmask.models.attach import attached, number_of, owners_in
 from fastmask.models.attach import language as run_with
 from fastmask.models.contexts import evaluating
 
-__all__ = ["ALGORITHMS", "Adapted", "Draw", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
+__all__ = ["ALGORITHMS", "Adapted", "Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
 
 ALGORITHMS = ("fomaml", "reptile")
 
@@ -98,10 +96,9 @@ class MetaLearner:
         algorithm: "fomaml" or "reptile".
         inner_steps: K.
         inner_learning_rate: one rate; or a dict from the beginning of parameters' names to their rate ("encoder" is
-            everything below `model.encoder`, the longest fitting name counts, "" is all that is left); or groups
-            `{"params": ..., "lr": ...}` as torch's optimizers take them. A rate of 0, or being in no such group, means
-            not adapted; backward passes over the support do not reach below the lowest adapted layer. FOMAML gives
-            such parameters a meta-gradient all the same, Reptile gives them none.
+            everything below `model.encoder`, the longest fitting name counts, "" is all that is left). A rate of 0
+            means not adapted; backward passes over the support do not reach below the lowest adapted layer. FOMAML
+            gives such parameters a meta-gradient all the same, Reptile gives them none.
         inner_dropout: False: inner steps run in evaluation mode, and the query in the mode that the model is in. The
             adapted weights are then those that `fastmask.unseen.adapted` makes of the same support, which takes its
             steps without dropout. (Models of transformers do without gradient checkpointing in that mode.)
@@ -135,7 +132,7 @@ class MetaLearner:
             )
         self.model, self.loss, self.algorithm = model, loss, algorithm
         self.inner_steps = _at_least("the number of inner steps", inner_steps, 1)
-        self.inner_learning_rate = listed(inner_learning_rate)
+        self.inner_learning_rate = inner_learning_rate
         self.inner_dropout, self.scaler = inner_dropout, scaler
         self.rates()  # what is wrong with them is said now
 
@@ -169,15 +166,14 @@ class MetaLearner:
         return [self._run(task, n_languages) for task in tasks]
 
     def _run(self, task: Task, n_languages: int) -> TaskResult:
-        self._check(task)
-        fomaml = self.algorithm == "fomaml"
+        number, fomaml = self._check(task), self.algorithm == "fomaml"
         query_loss = None
-        with FastWeights(self.model, self.rates(), self._number(task.language)) as fast:
-            support_losses = self._inner_loop(fast, task.language, task.support, self.inner_steps)
+        with FastWeights(self.model, self.rates(), number) as fast:
+            support_losses = self._inner_loop(fast, number, task.support, self.inner_steps)
             if not fomaml:
                 fast.add_distance(self._loss_scale() / n_languages)
             if task.query is not None:
-                with self._routed(task.language), torch.set_grad_enabled(fomaml):
+                with self._routed(number), torch.set_grad_enabled(fomaml):
                     query_loss = self._loss_of(task.query)
                     if fomaml:
                         # The loss is divided rather than its gradient, which would be one more pass over the weights.
@@ -207,13 +203,14 @@ class MetaLearner:
         """
         steps = self.inner_steps if steps is None else _at_least("the number of inner steps", steps, 0)
         _check_support(language, support, steps)
-        with weights(self.model, self.rates(), self._number(language), keep) as fast:
-            yield Adapted(self.model, self._inner_loop(fast, language, support, steps))
+        number = number_of(self.model, language)
+        with weights(self.model, self.rates(), number, keep) as fast:
+            yield Adapted(self.model, self._inner_loop(fast, number, support, steps))
 
-    def _inner_loop(self, fast: FastWeights, language: Language, support: Sequence[Any], steps: int) -> Tensor:
+    def _inner_loop(self, fast: FastWeights, number: int, support: Sequence[Any], steps: int) -> Tensor:
         losses = []
         mode = nullcontext() if self.inner_dropout else evaluating(self.model)
-        with self._routed(language), torch.enable_grad(), mode:
+        with self._routed(number), torch.enable_grad(), mode:
             for step in range(steps):
                 batch = support[step % len(support)]
                 losses.append(fast.step(partial(self._loss_of, batch), self._loss_scale()))
@@ -229,49 +226,20 @@ class MetaLearner:
     def _loss_scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
 
-    # ---- languages
-
-    def _check(self, task: Task) -> None:
-        self._number(task.language)
+    def _check(self, task: Task) -> int:
+        """The number of the task's language, where all is there that the task needs."""
+        number = number_of(self.model, task.language)
         _check_support(task.language, task.support, self.inner_steps)
         if self.algorithm == "fomaml" and task.query is None:
             raise ValueError(f"language {task.language!r}: FOMAML needs a query batch")
-
-    def _owners(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        """The modules that subnetworks are attached to, and the languages of these."""
-        owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
-        return [(owner, attached(owner).subnets.languages) for owner in owners]
-
-    def _number(self, language: Language) -> int:
-        """Position of a language in the masks, FULL for the full network."""
-        names = {languages for _, languages in self._owners()}
-        if len(names) > 1:
-            raise ValueError("parts of the model have subnetworks of different languages attached: expected the same")
-        counts = {layer.mask.n_languages for layer in self.model.modules() if isinstance(layer, MaskedLinear)}
-        if language is None or not (names or counts):
-            return FULL  # without masks a language is only a name
-        if isinstance(language, str):
-            if not names:
-                raise ValueError(
-                    f"language {language!r}: the model has masked layers, but no subnetworks with names: give a number"
-                )
-            (known,) = names
-            if language not in known:
-                raise unknown("language", language, known)
-            return known.index(language)
-        limit = min([*counts, *map(len, names)])
-        if not FULL <= language < limit:
-            raise ValueError(
-                f"language {language} is out of range: expected 0 to {limit - 1}, or -1 for the full network"
-            )
-        return language
+        return number
 
     @contextmanager
-    def _routed(self, language: Language) -> Iterator[None]:
-        number = self._number(language)
+    def _routed(self, number: int) -> Iterator[None]:
         with ExitStack() as stack:
-            for owner, languages in self._owners():
-                stack.enter_context(run_with(owner, None if number == FULL else languages[number]))
+            for owner in owners_in(self.model):
+                name = None if number == FULL else attached(owner).subnets.languages[number]
+                stack.enter_context(run_with(owner, name))
             yield
 
 
@@ -294,7 +262,7 @@ _LANGUAGES, _SENTENCES = range(2)  # what a random stream is for
 
 
 @dataclass(frozen=True)
-class Draw:
+class Drawn:
     """One language's sentences in an episode: int64 rows of that language's own data, in random order."""
 
     language: str
@@ -302,8 +270,8 @@ class Draw:
     query: np.ndarray = field(repr=False)
 
 
-class EpisodeSampler(Iterator[list[Draw]]):
-    """Yields meta-batches for ever, each a list of `Draw`s of different languages.
+class EpisodeSampler(Iterator[list[Drawn]]):
+    """Yields meta-batches for ever, each a list of `Drawn`s of different languages.
 
     Within a language every pass over its sentences is a fresh shuffle, cut into pieces of support + query sentences;
     what does not fill a piece is left out of that pass. So the two never share a sentence, no sentence is drawn twice
@@ -355,7 +323,7 @@ class EpisodeSampler(Iterator[list[Draw]]):
         self._number = 0  # of the next meta-batch
         self._drawn = [0] * len(self.languages)  # so many pieces of each language
 
-    def __next__(self) -> list[Draw]:
+    def __next__(self) -> list[Drawn]:
         """Return the next meta-batch; never runs dry."""
         members = list(range(len(self.languages)))
         if self.meta_batch < len(members):
@@ -363,14 +331,14 @@ class EpisodeSampler(Iterator[list[Draw]]):
         self._number += 1
         return [self._draw(number) for number in members]
 
-    def _draw(self, number: int) -> Draw:
+    def _draw(self, number: int) -> Drawn:
         """The next piece of a language."""
         language, need = self.languages[number], self.support_size + self.query_size
         size = self.sizes[language]
         passed, place = divmod(self._drawn[number], size // need)
         rows = self._random(_SENTENCES, number, passed).permutation(size)[place * need : (place + 1) * need]
         self._drawn[number] += 1
-        return Draw(language, rows[: self.support_size], rows[self.support_size :])
+        return Drawn(language, rows[: self.support_size], rows[self.support_size :])
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *stream])

@@ -11,8 +11,9 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from fastmask.linear import checked_forward
+from fastmask.linear import MaskedLinear, checked_forward
 from fastmask.live import masked_parameters
+from fastmask.masks import FULL, checked_id
 from fastmask.models.calls import INNER, OUTER, attached_class, inner_models, plain_class_of, state_of
 from fastmask.models.experts import AttachedExperts
 from fastmask.models.families import Family
@@ -33,7 +34,10 @@ from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "owner_of", "set_language"]
+__all__ = [
+    "attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "number_of", "owner_of", "owners_in",
+    "set_language",
+]  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -115,7 +119,7 @@ def attach(
     check_model(model)
     router = Router(subnets.languages, full_forward)
     # Everything that can fail comes before the first change to the model.
-    kinds = tuple(kind for kind in ("heads", "neurons") if getattr(subnets, kind) is not None)
+    kinds = tuple(subnets.units)
     structure = structure_of(model, family) if kinds else Structure((), ())
     of_units = unit_layers(model, subnets, router, structure)
     check_shared(model, of_units)
@@ -272,6 +276,33 @@ def attached(model: nn.Module) -> Attached:
     if state is None:
         raise ValueError(f"no subnetworks are attached to this {type(model).__name__}: call fastmask.attach first")
     return state
+
+
+def owners_in(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that subnetworks are attached to: it, or parts of it."""
+    return [module for module in model.modules() if OUTER in vars(module)]
+
+
+def number_of(model: nn.Module, language: str | int | None) -> int:
+    """The id of a language in all masks of a model or of its parts; `FULL` for None, and for any where none has masks.
+
+    Raises:
+        KeyError: not a language of the attached subnetworks.
+        ValueError: an id out of range, a name where masked layers have none, or parts of different languages.
+    """
+    names = {attached(owner).subnets.languages for owner in owners_in(model)}
+    if len(names) > 1:
+        raise ValueError("parts of the model have subnetworks of different languages attached: expected the same")
+    counts = {layer.mask.n_languages for layer in model.modules() if isinstance(layer, MaskedLinear)}
+    if language is None or not (names or counts):
+        return FULL  # without masks a language is only a name
+    if not isinstance(language, str):
+        return checked_id(language, min([*counts, *map(len, names)]))
+    if not names:
+        raise ValueError(
+            f"language {language!r}: the model has masked layers, but no subnetworks with names: give a number"
+        )
+    return id_of(language, *names)
 
 
 def owner_of(model: nn.Module) -> nn.Module:

@@ -45,10 +45,10 @@ def set_subnetwork(model: nn.Module, language: str, heads: Tensor | None = None,
         raise ValueError("nothing to set: give heads, neurons or both")
     # Everything that can fail comes before the first change to the model.
     layers = _masked_layers(model)
-    wide = {what: getattr(state.subnets, what) for what in ("heads", "neurons")}
+    wide = state.subnets.units
     changed: dict[Masked, Mask] = {}
     for what, keep in given.items():
-        if (before := wide[what]) is None:
+        if (before := wide.get(what)) is None:
             raise ValueError(f"the attached subnetworks do not mask {what}: only those that do can be changed")
         if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != before.shape[1:]:
             was = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
@@ -96,8 +96,7 @@ def set_subnetworks(model: nn.Module, subnets: Subnetworks) -> None:
 
 def _masked_of(subnets: Subnetworks) -> dict[str, tuple[int, ...]]:
     """What subnetworks mask, and the sizes of that."""
-    units = {kind: getattr(subnets, kind) for kind in ("heads", "neurons")}
-    masked = {kind: keep for kind, keep in units.items() if keep is not None} | dict(subnets.weights or {})
+    masked = {**subnets.units, **(subnets.weights or {})}
     return {name: tuple(keep.shape[1:]) for name, keep in masked.items()}
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
+from fastmask.masks import checked_id
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["LanguageCollator", "LanguageCounts", "checked_id", "id_of", "ids_of"]
+__all__ = ["LanguageCollator", "LanguageCounts", "id_of", "ids_of"]
 
 
 def id_of(name: str | None, languages: tuple[str, ...]) -> int:
@@ -54,15 +55,6 @@ def ids_of(given: dict[str, Any], languages: tuple[str, ...]) -> Tensor | int | 
         "expected language_ids as an int64 tensor [batch] (or int32, or a list of ints; names go in languages=[...], "
         f"one name for the whole batch in language=...), given {what}"
     )
-
-
-def checked_id(number: int, n_languages: int) -> int:
-    """An id of a language, or -1, and an error for any other number."""
-    if not -1 <= number < n_languages:
-        raise ValueError(
-            f"language id {number} is out of range: expected 0 to {n_languages - 1}, or -1 for the full network"
-        )
-    return number
 
 
 class LanguageCounts(Tensor):

@@ -372,9 +372,7 @@ def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Layers:
 
 def _check_geometry(model: nn.Module, subnets: Subnetworks, structure: Structure) -> None:
     what = f"this {type(model).__name__} has"
-    for kind, keep in (("heads", subnets.heads), ("neurons", subnets.neurons)):
-        if keep is None:
-            continue
+    for kind, keep in subnets.units.items():
         sizes = [group.units for group in structure.groups(kind)]
         if not sizes:
             raise ValueError(f"the masks are for {kind}, and {what} none that fastmask knows how to mask")

@@ -224,7 +224,7 @@ def _made_up(structure: Structure, kinds: tuple[str, ...]) -> Subnetworks:
             if group.units == 4:  # halves would be equally wide
                 keep[1, index, order[0]] = True
         keeps[kind] = keep
-    return Subnetworks(["a", "b"], keeps.get("heads"), keeps.get("neurons"))
+    return Subnetworks.of(["a", "b"], keeps)
 
 
 @dataclass(frozen=True)

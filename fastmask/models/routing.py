@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastmask.kept import is_capturing, never_written, sent
+from fastmask.masks import checked_id
 from fastmask.models.contexts import ContextLanguage, backward_pass, may_recompute, recall, remember
-from fastmask.models.languages import LanguageCounts, checked_id
+from fastmask.models.languages import LanguageCounts
 
 __all__ = ["Route", "Router"]
 

@@ -139,9 +139,8 @@ class Structure:
 
     def masked(self, subnets: Subnetworks) -> Iterator[tuple[int, UnitGroup, Tensor]]:
         """Every group that has masks: its number among those of its kind, itself, and its units, bool [L, units]."""
-        for kind in ("heads", "neurons"):
-            keep = getattr(subnets, kind)
-            for index, group in enumerate(self.groups(kind) if keep is not None else ()):
+        for kind, keep in subnets.units.items():
+            for index, group in enumerate(self.groups(kind)):
                 yield index, group, keep[:, index, : group.units]
 
 

@@ -19,8 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastmask.errors import unknown
 from fastmask.linear import MaskedLinear
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
-from fastmask.masks import FULL, Mask
-from fastmask.models.attach import attached
+from fastmask.masks import Mask, checked_id
+from fastmask.models.attach import number_of
 from fastmask.optim.noticed import Later, Note, carrier_of, names_of
 from fastmask.optim.step import Update, Views, take_step, update_of_rows
 
@@ -281,24 +281,12 @@ class LiveAdamW(torch.optim.AdamW):
 
     def _id(self, language: int | str) -> int:
         if isinstance(language, str):
-            owners = [module for module in self.model.modules() if "_fastmask" in vars(module)]
-            names = {attached(owner).subnets.languages for owner in owners}
-            if len(names) > 1:
-                raise ValueError(
-                    "parts of the model have subnetworks of different languages attached: give ids, not names"
-                )
-            known = next(iter(names), ())
-            if language not in known:
-                raise unknown("language", language, known)
-            return known.index(language)
+            if not self._layers:
+                raise unknown("language", language, ())
+            return number_of(self.model, language)
         if isinstance(language, bool) or not isinstance(language, int):
             raise ValueError(f"expected languages as names or ids, given {language!r}")
-        limit = min((layer.mask.n_languages for layer in self._layers), default=language + 1)
-        if not FULL <= language < limit:
-            raise ValueError(
-                f"language id {language} is out of range: expected 0 to {limit - 1}, or -1 for the full network"
-            )
-        return language
+        return checked_id(language, min((layer.mask.n_languages for layer in self._layers), default=language + 1))
 
     def _of_all_processes(self, ids: set[int]) -> set[int]:
         """The union over the processes, which all take the same step."""

@@ -75,11 +75,12 @@ def _map(subnets: Subnetworks, model: Any, function: Callable[[Tensor, Sequence[
     geometry = None if model is None else Geometry.of(model)
 
     def units(of: str, keep: Tensor) -> Sequence[int]:
-        if geometry is None or of not in ("heads", "neurons"):
+        if geometry is None or of not in subnets.units:
             return [keep.shape[-1]] * keep.shape[1]
         return geometry.sizes(of)
 
-    return subnets._like({of: function(keep, units(of, keep)) for of, keep in subnets._tensors().items()}, None)
+    changed = {of: function(keep, units(of, keep)) for of, keep in subnets._tensors().items()}
+    return Subnetworks.of(subnets.languages, changed)
 
 
 def shuffled(subnets: Subnetworks) -> Subnetworks:

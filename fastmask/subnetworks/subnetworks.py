@@ -21,7 +21,8 @@ from fastmask.files import FileError, parse_json, read_metadata, read_sealed, wr
 
 __all__ = ["UNITS", "Subnetworks", "masks_file", "random_of_sizes"]
 
-UNITS = ("heads", "neurons", "both")
+KINDS = ("heads", "neurons")
+UNITS = (*KINDS, "both")
 FORMAT, VERSION = "fastmask.subnetworks", "2"
 CONTENT = "content"
 _IN_FOLDERS = ("masks.safetensors", "subnetworks.safetensors")  # of a run, and of a model with masks
@@ -66,12 +67,23 @@ class Subnetworks:
             if keep.shape[0] != len(self.languages):
                 raise ValueError(f"{name} has masks for {keep.shape[0]} languages, expected {len(self.languages)}")
 
-    def _tensors(self) -> dict[str, Tensor]:
+    @property
+    def units(self) -> dict[str, Tensor]:
+        """The masks over "heads" and "neurons", bool [L, layers, units], of the kinds that are masked."""
         named = {"heads": self.heads, "neurons": self.neurons}
-        units = {name: keep for name, keep in named.items() if keep is not None}
-        return units | {f"weights[{name!r}]": keep for name, keep in (self.weights or {}).items()}
+        return {kind: keep for kind, keep in named.items() if keep is not None}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All masks, by the names that a file has for them."""
+        return self.units | {f"weights.{name}": keep for name, keep in (self.weights or {}).items()}
 
     # ---- making some
+
+    @classmethod
+    def of(cls, languages: Sequence[str], masks: Mapping[str, Tensor]) -> Subnetworks:
+        """The subnetworks of masks by name: "heads", "neurons" and "weights.MODULE"; raises as the class does."""
+        weights = {name.removeprefix("weights."): keep for name, keep in masks.items() if name.startswith("weights.")}
+        return cls(languages, masks.get("heads"), masks.get("neurons"), weights)
 
     @classmethod
     def full(cls, model: Any, languages: Sequence[str], units: str = "heads") -> Subnetworks:
@@ -105,11 +117,7 @@ class Subnetworks:
             sizes = torch.tensor([max(1, round(density * size)) for size in there], device="cpu").repeat(len(names), 1)
             return random_of_sizes(sizes, there, generator)
 
-        return cls(
-            names,
-            heads=draw("heads") if units in ("heads", "both") else None,
-            neurons=draw("neurons") if units in ("neurons", "both") else None,
-        )
+        return cls.of(names, {kind: draw(kind) for kind in KINDS if units in (kind, "both")})
 
     # ---- looking inside
 
@@ -140,10 +148,10 @@ class Subnetworks:
             what: "heads", "neurons" or "weights"; the first of these that is masked if not given.
         """
         if what is None:
-            what = next(iter(self._tensors())).split("[")[0]
+            what = next(iter(self._tensors())).split(".")[0]
         chosen = [keep for name, keep in self._tensors().items() if name.startswith(what)]
         if not chosen:
-            raise unknown("masked part", what, {name.split("[")[0] for name in self._tensors()})
+            raise unknown("masked part", what, {name.split(".")[0] for name in self._tensors()})
         flat = torch.cat([keep.flatten(1) for keep in chosen], 1).float()
         both = flat @ flat.t()
         sizes = flat.sum(1)
@@ -159,12 +167,8 @@ class Subnetworks:
             function: returns bool [L', ...].
             languages: the L' names of what it returns; those of these subnetworks if not given.
         """
-        return self._like({name: function(keep) for name, keep in self._tensors().items()}, languages)
-
-    def _like(self, tensors: Mapping[str, Tensor], languages: Sequence[str] | None) -> Subnetworks:
-        weights = {name: tensors[f"weights[{name!r}]"] for name in self.weights or {}}
         names = self.languages if languages is None else languages
-        return Subnetworks(names, tensors.get("heads"), tensors.get("neurons"), weights)
+        return Subnetworks.of(names, {name: function(keep) for name, keep in self._tensors().items()})
 
     def select(self, languages: Iterable[str]) -> Subnetworks:
         """The subnetworks of these languages, in this order. Nothing is copied where they are neighbours here.
@@ -225,7 +229,7 @@ class Subnetworks:
                 if sizes[0] != sizes[1]:
                     raise ValueError(f"cannot stack {parts[0]!r} and {part!r}: {name} is {sizes[0]} and {sizes[1]}")
         joined = {name: torch.cat([own[name] for own in tensors]) for name in tensors[0]}
-        return parts[0]._like(joined, [language for part in parts for language in part.languages])
+        return cls.of([language for part in parts for language in part.languages], joined)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Subnetworks) or self.languages != other.languages:
@@ -262,11 +266,10 @@ class Subnetworks:
             if name in _RESERVED or not isinstance(name, str) or not isinstance(text, str):
                 expected = f"names and texts, and no name of {', '.join(_RESERVED)}"
                 raise ValueError(f"metadata has {name!r}: {text!r} (expected {expected})")
-        named: dict[str, Tensor | None] = {f"weights.{name}": keep for name, keep in (self.weights or {}).items()}
-        named |= {"heads": self.heads, "neurons": self.neurons}
-        flags = {name: keep.flatten(1).cpu().numpy() for name, keep in named.items() if keep is not None}
+        named = self._tensors()
+        flags = {name: keep.flatten(1).cpu().numpy() for name, keep in named.items()}
         packed = {name: torch.from_numpy(np.packbits(of, axis=1, bitorder="little")) for name, of in flags.items()}
-        shapes: dict[str, Any] = {name: tuple(keep.shape) for name, keep in named.items() if keep is not None}
+        shapes: dict[str, Any] = {name: tuple(keep.shape) for name, keep in named.items()}
         content = MasksRecord(languages=self.languages, shapes=shapes).model_dump_json()
         write_sealed(path, packed, {"format": FORMAT, "version": VERSION, CONTENT: content, **metadata})
 
@@ -293,8 +296,7 @@ class Subnetworks:
         content: MasksRecord = parse_json(path, header.get(CONTENT, ""), MasksRecord)
         try:
             masks = {name: _unpacked(packed[name], shape) for name, shape in content.shapes.items()}
-            weights = {name.removeprefix("weights."): k for name, k in masks.items() if name.startswith("weights.")}
-            return cls(content.languages, masks.get("heads"), masks.get("neurons"), weights=weights)
+            return cls.of(content.languages, masks)
         except (ValueError, KeyError) as error:
             raise FileError(path, f"is damaged: {error}") from None
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,53 +19,39 @@ from torch import nn
 from fastmask.files import FileError
 
 __all__ = [
-    "WordPieces", "around", "check_fit", "input_embeddings", "load_encoder", "load_model", "load_tokenizer",
+    "WordPieces", "around", "check_fit", "check_known", "input_embeddings", "load_model", "load_tokenizer",
     "load_word_tokenizer", "model_type_of", "positions_of", "without_progress_bars",
 ]  # fmt: skip
 
 BYTE_PAIRS = ("roberta", "gpt2", "longformer", "bart")
+UNKNOWN = 0.5  # share of the text, above which a tokenizer cannot be meant for a language
 PIECES = 10  # beside its special ones: a tokenizer that was made of nothing has up to three
-_UNREAD = re.compile(r"(^|\.)pooler\.")  # parameters that the parser never reads
-
-
-def load_encoder(name: str, whole: bool = False) -> nn.Module:
-    """Load an encoder in float32, without the pooling layer nobody reads where the class can do without.
-
-    Args:
-        name: a folder or a name on the Hub; weights are read from safetensors only, and no code.
-        whole: the weights are those of the encoder alone, and none may be left over (a saved parser). Otherwise they
-            may have more, such as the head of a language model.
-
-    Raises:
-        OSError: there is no such model.
-        FileError: it is damaged, or a weight of the encoder is missing, of another shape or left over.
-    """
-    encoder, found = _loaded("AutoModel", name, "an encoder", add_pooling_layer=False)
-    missing = [key for key in found["missing_keys"] if not _UNREAD.search(key)]
-    _check_weights(name, encoder, missing, found["mismatched_keys"], found["unexpected_keys"] if whole else ())
-    return encoder
+_UNREAD = re.compile(r"(^|\.)pooler\.")  # parameters that a task does not read, or learns anew
 
 
 def load_model(auto: str, name: str, whole: bool = False, **options: Any) -> nn.Module:
-    """Load a model with a head in float32, in evaluation mode.
+    """Load a model in float32, in evaluation mode.
 
     Args:
-        auto: the class of transformers that picks the model's, such as "AutoModelForTokenClassification".
+        auto: the class of transformers that picks the model's, such as "AutoModelForTokenClassification", or
+            "AutoModel" for an encoder.
         name: a folder or a name on the Hub; weights are read from safetensors only, and no code.
-        whole: every weight is there, and none is left over (a saved task). Otherwise the head, and a pooling layer
-            below it, may be missing or of another size: it is then new, drawn from torch's generator.
-        options: what the config gets, such as `num_labels`.
+        whole: every weight is there, and none is left over (a saved task). Otherwise there may be more, such as the
+            head of a language model, and the head, and a pooling layer below it, may be missing or of another size: it
+            is then new, drawn from torch's generator.
+        options: what the config gets, such as `num_labels`; `add_pooling_layer` goes where the class knows of it.
 
     Raises:
         OSError: there is no such model.
         FileError: it is damaged, no model of that kind, or a weight below the head is missing or of another shape.
     """
-    model, found = _loaded(auto, name, f"a model for {auto.removeprefix('AutoModelFor')}", **options)
+    what = "an encoder" if auto == "AutoModel" else f"a model for {auto.removeprefix('AutoModelFor')}"
+    model, found = _loaded(auto, name, what, **options)
     below = f"{getattr(model, 'base_model_prefix', '')}."
-    everything = whole or not hasattr(model, below[:-1])
+    no_head = not hasattr(model, below[:-1])
 
     def counts(key: str) -> bool:
-        return everything or (key.startswith(below) and not _UNREAD.search(key))
+        return whole or ((no_head or key.startswith(below)) and not _UNREAD.search(key))
 
     missing = [key for key in found["missing_keys"] if counts(key)]
     mismatched = [item for item in found["mismatched_keys"] if counts(item[0])]
@@ -171,6 +158,24 @@ def check_fit(tokenizer: Any, encoder: nn.Module, name: str) -> None:
             name,
             f"the tokenizer has pieces up to number {largest} (expected less than {rows}, what the encoder embeds)",
         )
+
+
+def check_known(unknown: Mapping[str, float], what: str) -> None:
+    """See that a tokenizer knows the text: one of another model, or of other scripts, knows next to nothing.
+
+    Args:
+        unknown: which share of each language's training data it does not know.
+        what: of what, with the verb.
+
+    Raises:
+        ValueError: most of all languages; of some it is a warning.
+    """
+    for name, share in unknown.items():
+        if share > UNKNOWN:
+            said = f"{name}: {share:.0%} of the training {what} unknown to the model's tokenizer"
+            if min(unknown.values()) > UNKNOWN:
+                raise ValueError(f"{said} (expected a model and a tokenizer for {', '.join(unknown)})")
+            warnings.warn(f"{said}: it reads nothing of that", stacklevel=4)
 
 
 def positions_of(encoder: nn.Module, tokenizer: Any) -> int:

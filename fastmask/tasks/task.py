@@ -7,6 +7,7 @@ questions and knows no task by name. `fastmask.tasks.transformers_task` answers 
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 import json
 import os
@@ -223,9 +224,9 @@ class Task(abc.ABC):
             table.requires_grad_(False)
 
     def add_vectors(self, languages: int) -> nn.Parameter:
-        """Give the model a vector for each of so many languages, zero at first; see `fastmask.tasks.language_vectors`.
+        """Give the model a vector for each of so many languages, zero at first; only of a task that `has_vectors`.
 
-        Only of a task that `has_vectors`.
+        See `fastmask.tasks.parsing.parser.LanguageVectors`.
         """
         raise NotImplementedError
 
@@ -369,7 +370,7 @@ class Task(abc.ABC):
         """SHA-256 of what the model sees of `examples`: a run is resumed only with the same."""
         found = hashlib.sha256()
         for item in examples:
-            found.update(json.dumps(item, sort_keys=True, default=str).encode())
+            found.update(json.dumps(item, sort_keys=True, default=_exactly).encode())
         return found.hexdigest()
 
     def profile(self, rows: Rows) -> dict[str, Any] | None:
@@ -383,7 +384,20 @@ class Task(abc.ABC):
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
         """What makes two rows the same example: a test example that stands in a support set is left out."""
-        return json.dumps({name: row[name] for name in sorted(row)}, default=str)
+        return json.dumps({name: row[name] for name in sorted(row)}, default=_exactly)
+
+
+def _exactly(value: Any) -> Any:
+    """What JSON lacks, as JSON; not by the text of an array, which leaves out the middle of a long one."""
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
+        return [str(plain.dtype), plain.shape, plain.view(-1).view(torch.uint8).numpy().tobytes().hex()]
+    if hasattr(value, "__array__") and not isinstance(value, np.generic):
+        array = np.asarray(value)
+        return [str(array.dtype), array.shape, array.tolist() if array.dtype.hasobject else array.tobytes().hex()]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
 
 
 def heading(metric: str) -> str:

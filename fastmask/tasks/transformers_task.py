@@ -25,11 +25,19 @@ from fastmask.errors import unknown as unknown_name
 from fastmask.files import FileError, read_json, write_text
 from fastmask.models.attach import attached
 from fastmask.models.calls import plain_class_of
+from fastmask.models.contexts import evaluating
 from fastmask.models.languages import LanguageCounts
 from fastmask.records import Record
 from fastmask.settings import ConfigError
 from fastmask.tasks.predicting import like_lengths
-from fastmask.tasks.pretrained import check_fit, load_model, load_tokenizer, positions_of, without_progress_bars
+from fastmask.tasks.pretrained import (
+    check_fit,
+    check_known,
+    load_model,
+    load_tokenizer,
+    positions_of,
+    without_progress_bars,
+)
 from fastmask.tasks.task import UNKNOWN_LABELS, Loss, Rows, Splits, Task, TaskSettings, listed
 
 if TYPE_CHECKING:
@@ -44,7 +52,6 @@ FILE = "task.json"
 FORMAT_VERSION = 1
 IGNORE = -100  # a label that counts for nothing
 LABELS = "labels"
-UNKNOWN = 0.5  # share of the text, above which a tokenizer cannot be meant for a language
 
 
 class _Saved(Record):
@@ -287,18 +294,13 @@ class TransformersTask(Task):
         return any(label != IGNORE for label in labels) if isinstance(labels, list) else labels not in (None, IGNORE)
 
     def check(self, train: Mapping[str, Examples]) -> None:
-        """See that the tokenizer knows the text: one of another model, or of other scripts, knows next to nothing."""
+        """See that the tokenizer knows the text."""
         unknown_id = self.tokenizer.unk_token_id
-        shares = {
+        unknown = {
             name: float(np.mean([piece == unknown_id for found in examples for piece in found["input_ids"]]))
             for name, examples in train.items()
         }
-        for name, share in shares.items():
-            if share > UNKNOWN:
-                said = f"{name}: {share:.0%} of the training text is unknown to the model's tokenizer"
-                if min(shares.values()) > UNKNOWN:
-                    raise ValueError(f"{said} (expected a model and a tokenizer for {', '.join(train)})")
-                warnings.warn(f"{said}: it reads nothing of that", stacklevel=2)
+        check_known(unknown, "text is")
 
     def collate(self, examples: Examples, language_ids: Tensor | None = None) -> Any:
         """Pad to one batch, "labels" with `IGNORE`, if all of the examples have them."""
@@ -332,15 +334,11 @@ class TransformersTask(Task):
     def predict(self, examples: Examples, batch_size: int = 64) -> list[Any]:
         """The `answers` for all examples, in order; batches are made of like lengths."""
         found: dict[int, Any] = {}
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             for rows in like_lengths(examples.lengths, batch_size, self.device):
                 part = examples.select(rows)
                 batch = self.collate(part).to(self.device)
                 found.update(zip(rows.tolist(), self.answers(batch, part), strict=True))
-        finally:
-            self.model.train(was_training)
         return [found[row] for row in range(len(examples))]
 
 

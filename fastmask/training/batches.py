@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmask.meta import Draw, EpisodeSampler, MetaLearner
+from fastmask.meta import Drawn, EpisodeSampler, MetaLearner
 from fastmask.meta import Task as EpisodeTask
 from fastmask.tasks.task import Task
 from fastmask.training.config import Budget, TrainConfig
@@ -299,7 +299,7 @@ class Episodes:
             {"episodes": self.done, **self.budget.after(self.done)},
         )
 
-    def _task(self, draw: Draw) -> EpisodeTask:
+    def _task(self, draw: Drawn) -> EpisodeTask:
         """Its batches; made one draw at a time."""
 
         def batch(rows: np.ndarray) -> Any:

@@ -9,6 +9,7 @@ was trained is on disk before it is scored.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, set_seed
 
+from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, held, read_tensors, write_tensors
 from fastmask.models import attach
 from fastmask.models.attach import attached
@@ -30,9 +32,9 @@ from fastmask.training import engine, run_folder
 from fastmask.training.batches import Episodes, MixedBatches
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.methods import (
-    DynamicMasks,
     SwitchPoint,
     digest_of_masks,
+    scores_for_update,
     some_rows,
     subnetworks_of,
     training_data,
@@ -127,7 +129,8 @@ class _Run:
         self.batches = MixedBatches(task, self.model, self.data, config, self.accelerator)
         self.episodes = None if config.meta == "none" else Episodes(task, self.data, config, self.accelerator)
         self.phase: MixedBatches | Episodes = self.batches
-        self.dynamic: DynamicMasks | None = None
+        self.dynamic: DynamicSubnetworks | None = None
+        self.switched_at = self.scouted = 0.0  # when masks became dynamic, and how long scoring for them took
         self.step = 0
         self.unscored = False  # whether the dev scores of this step are still to come
         self.checkpoint: Path | None = None  # the last one
@@ -158,7 +161,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.task.model.eval()
-        share = None if self.dynamic is None else self.dynamic.share_of_time
+        share = None if self.dynamic is None else self.scouted / (time.perf_counter() - self.switched_at)
         budget = Budget.of(config, len(self.data))
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget, share)
 
@@ -216,8 +219,13 @@ class _Run:
             """Whether a multiple of `every` was reached or passed; never for 0."""
             return every > 0 and before // every < self.step // every
 
-        if self.dynamic is not None and passed(config.update_every) and (changed := self.dynamic.update(self.step)):
-            self.log.add({"step": self.step, "masks_changed": changed})
+        if self.dynamic is not None and passed(config.update_every) and self.dynamic.due(self.step):
+            start = time.perf_counter()
+            scores = scores_for_update(self.task, self.data, config, self.step, self.accelerator)
+            changed = self.dynamic.update(self.step, scores)
+            self.scouted += time.perf_counter() - start
+            if changed:
+                self.log.add({"step": self.step, "masks_changed": changed})
         if last or passed(config.log_every):
             self.bar.show(self._log_means())
         self.unscored = bool(self.dev) and (last or passed(config.eval_every))
@@ -267,7 +275,7 @@ class _Run:
         if self.config.method == "vector":
             self._attach(Subnetworks.full(self.task.encoder, list(self.data)))
         elif self.config.method != "full":
-            point = SwitchPoint(self.task, self.datasets, self.data, self.config, self.step)
+            point = SwitchPoint(self.task, self.datasets, self.data, self.config)
             with engine.preserved_random_state(self.accelerator.device):
                 found = self.discover(point)
             self._attach(engine.on_first(self.accelerator, lambda: found))
@@ -286,7 +294,11 @@ class _Run:
             engine.add_parameter(self.optimizer, self.task, self.task.add_vectors(len(subnetworks.languages)))
         self.batches.use_subnetworks(ids)
         if self.config.method == "dynamic":
-            self.dynamic = DynamicMasks(self.task, self.data, self.config, self.accelerator)
+            # Updated about every `update_every` steps: when the run's step, which an episode may move by several,
+            # reaches or passes a multiple of it. Masks that change at the end would never be trained.
+            last, seed = self.config.last_mask_step, self.config.seed
+            self.dynamic = DynamicSubnetworks(self.task.encoder, every=1, until=last, seed=seed)
+            self.switched_at = time.perf_counter()
 
     # ---- what is kept, by one process for all
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from fastmask.discovery import COMPARING, Draw, Round, combine, discover, importance
+from fastmask.discovery import COMPARING, Draw, Importance, Round, combine, discover, importance
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.files import SEAL, FileError, read_metadata, read_sealed, write_sealed
+from fastmask.files import SEAL, read_metadata
 from fastmask.models import attach, detach
 from fastmask.models.contexts import evaluating
 from fastmask.models.structure import Geometry
@@ -27,8 +24,8 @@ from fastmask.training.config import TrainConfig
 from fastmask.training.engine import preserved_random_state
 
 __all__ = [
-    "DynamicMasks", "SwitchPoint", "check_subnetworks", "digest_of_masks", "draws_for", "some_rows", "subnetworks_of",
-    "training_data",
+    "SwitchPoint", "check_subnetworks", "digest_of_masks", "draws_for", "scores_for_update", "some_rows",
+    "subnetworks_of", "training_data",
 ]  # fmt: skip
 
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
@@ -38,11 +35,10 @@ SCORING_BATCH = 32  # sentences; the scores do not depend on it
 class SwitchPoint:
     """Where a run changes from the full network to subnetworks."""
 
-    task: Task  # with the full network after `step` steps, nothing attached; weights must come back unchanged
+    task: Task  # with the full network as trained so far, nothing attached; weights must come back unchanged
     datasets: Splits  # by language and split, as given to `train`
     train: dict[str, Any]  # the training examples of every language
     config: TrainConfig
-    step: int  # steps done
 
 
 def subnetworks_of(
@@ -148,7 +144,7 @@ def draws_for(
     Units are scored on some of the training examples of each language; which ones depends on the run's seed, the draw,
     and the language's place. Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows
     of `dev`; a language that has none, and a task whose metric is better when lower, by the loss on the scoring
-    examples (`discovery.Quality`). `on_round` is called after each round. With `only` some languages of `train` get
+    examples (`discover`). `on_round` is called after each round. With `only` some languages of `train` get
     theirs, the same as if all did. A density that would leave a layer without a live head or neuron is a ValueError.
     """
     _check_density(task, config)
@@ -208,57 +204,19 @@ def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str
     return [known[int(row)] for row in np.sort(np.random.default_rng(0).permutation(len(known))[:limit])]
 
 
-class DynamicMasks:
-    """The masks of a run whose encoder has subnetworks attached, updated about every `config.update_every` steps.
+def scores_for_update(
+    task: Task, train: Mapping[str, Any], config: TrainConfig, step: int, accelerator: Any
+) -> dict[str, Importance]:
+    """Score the units of all subnetworks attached to the encoder, for an update of dynamic masks after `step` steps.
 
-    That is: when the run's step, which an episode may move by several, reaches or passes a multiple of it, up to
-    `config.last_mask_step`: masks that change at the end would never be trained.
-
-    Each update scores units on `config.update_sentences` training examples of every language. Which ones depends on the
-    seed, the step and the language alone, so a resumed run has the same. Several processes share the languages.
+    Each is scored on `config.update_sentences` training examples of its language. Which ones depends on the seed, the
+    step and the language alone, so a resumed run has the same. Several processes share the languages.
     """
-
-    def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
-        self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
-        self.masks = DynamicSubnetworks(task.encoder, every=1, until=config.last_mask_step, seed=config.seed)
-        self._began, self._seconds = time.perf_counter(), 0.0
-
-    @property
-    def share_of_time(self) -> float:
-        """Share of the time, since this object was made, that updates took."""
-        return self._seconds / (time.perf_counter() - self._began)
-
-    def update(self, step: int) -> list[str]:
-        """Update the masks after `step` steps, unless they are frozen; returns the languages whose masks changed."""
-        if not self.masks.due(step):
-            return []
-        start, task, mine = time.perf_counter(), self.task, []
-        of_this_process = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        with preserved_random_state(self.accelerator.device):
-            for place, (language, examples) in list(enumerate(self.train.items()))[of_this_process]:
-                generator = np.random.default_rng([self.config.seed, step, place])
-                rows = generator.permutation(len(examples))[: self.config.update_sentences]
-                with evaluating(task.model):
-                    batch = task.collate(examples.select(rows)).to(self.accelerator.device)
-                    scores = importance(task.encoder, [batch], lambda batch: task.loss(batch).each, language)
-                mine.append((language, scores))
-        changed = self.masks.update(step, dict(gather_object(mine)))
-        self._seconds += time.perf_counter() - start
-        return changed
-
-    def save(self, path: Path) -> None:
-        """Write the history of all masks, for `fastmask.analysis.movement.read_history`."""
-        state = self.masks.state_dict()
-        write_sealed(path, state["tensors"], {"header": json.dumps(state["header"])})
-
-    def load(self, path: Path) -> None:
-        """Go on from what `save` wrote; the masks attached to the encoder become those of the file.
-
-        Raises:
-            FileError: the file is damaged, or of other masks.
-        """
-        tensors, header = read_sealed(path)
-        try:
-            self.masks.load_state_dict({"tensors": tensors, "header": json.loads(header["header"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise FileError(path, f"does not fit the run's subnetworks: {error}") from None
+    found, mine = [], slice(accelerator.process_index, None, accelerator.num_processes)
+    with preserved_random_state(accelerator.device), evaluating(task.model):
+        for place, (name, examples) in list(enumerate(train.items()))[mine]:
+            generator = np.random.default_rng([config.seed, step, place])
+            rows = generator.permutation(len(examples))[: config.update_sentences]
+            batch = task.collate(examples.select(rows)).to(accelerator.device)
+            found.append((name, importance(task.encoder, [batch], lambda batch: task.loss(batch).each, name)))
+    return dict(gather_object(found))

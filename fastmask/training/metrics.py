@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmask.files import named_errors, write_text
+from fastmask.files import write_errors, write_text
 from fastmask.settings import flat
 
 __all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress"]
@@ -77,7 +77,7 @@ class MetricsLog:
         """Append one record, and return it; a number inside it is named like ``dev/en/las`` in TensorBoard."""
         self.history.append(record)
         if self._path is not None:
-            with named_errors(self._path, self._path), open(self._path, "a", encoding="utf-8") as file:
+            with write_errors(self._path, self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         if self._writer is not None:
             for name, value in flat(record, "/").items():

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
 from fastmask import files
@@ -56,7 +57,9 @@ class CheckpointError(RuntimeError):
 
 
 class Progress(Record):
-    """Where a run stands, beside its tensors."""
+    """Where a run stands, beside its tensors; a score may be infinite or NaN."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
 
     inputs: dict[str, str]  # what it was trained on -> SHA-256 of the content
     sampler: dict[str, Any]  # its counters

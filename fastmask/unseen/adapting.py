@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.masks import FULL
+from fastmask.masks import FULL, checked_id
 from fastmask.meta.fast_weights import FastWeights
 from fastmask.meta.learner import MetaLearner
 from fastmask.models.attach import attached
@@ -213,9 +213,7 @@ def adapted(
     if steps and not len(support):
         raise ValueError("no support example to adapt to")
     names = attached(task.encoder).subnets.languages if task.is_attached else ()
-    if not FULL <= language_id < len(names):
-        known = f"-1 to {len(names) - 1}" if names else "-1: the model has no subnetworks attached"
-        raise ValueError(f"language id {language_id} is out of range (expected {known})")
+    checked_id(language_id, len(names))
     if not steps:
         with FastWeights(task.model, {}, language_id):  # buffers come back all the same
             yield torch.zeros(0, device="cpu")

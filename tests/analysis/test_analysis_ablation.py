@@ -76,7 +76,7 @@ def test_scores_are_those_of_pruning_and_the_first_order_estimate():
     model, batches = setting(density=0.75)
     result = fm.analysis.ablation(model, loss_of(model), batches)
     table = result.table
-    scores = importance(model, batches["aa"], loss_of(model), "aa").heads
+    scores = importance(model, batches["aa"], loss_of(model), "aa")["heads"]
     for row in table[(table.language == "aa") & table.owned].itertuples():
         assert row.score == pytest.approx(float(scores[row.layer, row.unit]), rel=1e-5)
     # A unit that is nearly nothing: the loss is linear in its gate, and the estimate is exact.

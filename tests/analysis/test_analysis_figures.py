@@ -63,7 +63,7 @@ def dynamics(languages):
     history = []
     for step in range(0, 1500, 300):
         subnets = masks(languages, step)
-        history += [Snapshot(step, c, subnets.heads[row], None) for row, c in enumerate(languages)]
+        history += [Snapshot(step, c, subnets.select([c])) for c in languages]
     return fm.analysis.dynamics(history)
 
 
@@ -170,7 +170,7 @@ def test_one_language_or_equal_numbers():
     fm.analysis.cross_evaluation(lambda a, b: 1.0, ["en"]).figure().draw_without_rendering()
     fm.analysis.typology(dict.fromkeys("abc", 0.0), dict.fromkeys("abc", 1.0)).figure().draw_without_rendering()
     fm.analysis.dynamics(
-        [Snapshot(0, "en", torch.ones(1, 2, dtype=torch.bool), None)]
+        [Snapshot(0, "en", fm.Subnetworks(["en"], torch.ones(1, 1, 2, dtype=torch.bool)))]
     ).figure().draw_without_rendering()
 
 

@@ -80,7 +80,8 @@ def test_dynamics(seed):
         for row, name in enumerate(LANGUAGES):
             if generator.random() < 0.6:
                 history.append((step, name, random_heads(100 * seed + step)[row]))
-    result = fm.analysis.dynamics([Snapshot(step, name, keep, None) for step, name, keep in history])
+    snapshots = [Snapshot(step, name, fm.Subnetworks([name], keep[None])) for step, name, keep in history]
+    result = fm.analysis.dynamics(snapshots)
     wanted = literal.churn_and_distance([(step, name, masks_of(keep)) for step, name, keep in history])
     assert len(result.table) == len(wanted)
     for row in result.table.itertuples():

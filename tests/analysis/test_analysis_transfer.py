@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -12,9 +11,8 @@ from safetensors.torch import save_file
 from tiny_models import batch, tiny
 
 import fastmask as fm
-from fastmask.analysis.movement import read_history
-from fastmask.dynamic import Snapshot
-from fastmask.files import FileError, write_sealed
+from fastmask.dynamic import History, Snapshot
+from fastmask.files import FileError
 
 MATRIX = {
     "en": {"en": 60, "no": 59, "hi": 50, "full": 58, "random": 55},
@@ -77,17 +75,18 @@ def test_typology_by_hand():
     assert (row.n, row.rho, row.p) == (4, pytest.approx(1), pytest.approx(2 / 24))
 
 
-def heads(*layers):
-    return torch.tensor([[unit == "1" for unit in layer] for layer in layers])
+def snapshot(step, language, *layers):
+    heads = torch.tensor([[[unit == "1" for unit in layer] for layer in layers]])
+    return Snapshot(step, language, fm.Subnetworks([language], heads))
 
 
 HISTORY = [
-    Snapshot(0, "en", heads("1100", "1000"), None),
-    Snapshot(0, "no", heads("1010", "0100"), None),
-    Snapshot(0, "hi", heads("0011", "0001"), None),
-    Snapshot(10, "en", heads("1010", "1000"), None),
-    Snapshot(20, "en", heads("1010", "0100"), None),
-    Snapshot(20, "hi", heads("0011", "0010"), None),
+    snapshot(0, "en", "1100", "1000"),
+    snapshot(0, "no", "1010", "0100"),
+    snapshot(0, "hi", "0011", "0001"),
+    snapshot(10, "en", "1010", "1000"),
+    snapshot(20, "en", "1010", "0100"),
+    snapshot(20, "hi", "0011", "0010"),
 ]
 
 
@@ -128,46 +127,41 @@ def test_history_of_a_run(tmp_path):
     for step in range(1, 4):
         batches = [batch(3, 4 + step)]
         masks.update(step, {name: fm.importance(model, batches, loss, name) for name in ("en", "hi")})
-    state, path = masks.state_dict(), tmp_path / "dynamic.safetensors"
-    header = json.dumps(state["header"])
-    write_sealed(path, state["tensors"], {"header": header})
-    found = read_history(path)
-    assert len(found) == len(masks.history) > 2
-    for mine, theirs in zip(found, masks.history, strict=True):
-        assert (mine.step, mine.language) == (theirs.step, theirs.language)
-        assert torch.equal(mine.heads, theirs.heads)
-        assert torch.equal(mine.neurons, theirs.neurons)
+    path = tmp_path / "dynamic.safetensors"
+    masks.save(path)
+    found = History.load(path)
+    assert list(found) == list(masks.history)
+    assert len(found) > 2
     from_file = fm.analysis.dynamics(path, units="neurons").table
     assert from_file.equals(fm.analysis.dynamics(masks.history, units="neurons").table)
+    original, good = path.read_bytes(), fm.Subnetworks.load(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="is damaged"):
-        read_history(path)
+    with pytest.raises(FileError, match="is no history of masks"):
+        History.load(path)
     path.write_bytes(b"broken")
     with pytest.raises(FileError, match="is not a safetensors file, or is truncated"):
-        read_history(path)
+        History.load(path)
 
-    def complaint(tensors, header=header):
-        write_sealed(path, {**state["tensors"], **tensors}, {"header": header})
+    def complaint(*names):
+        good.rename(dict(zip(good.languages, names, strict=False))).save(path, {"history": "1"})
         with pytest.raises(FileError) as error:
-            read_history(path)
+            History.load(path)
         assert str(error.value).startswith(f"{path}: ")
         return str(error.value)
 
     # What is in it is checked, and not only that it is what was written.
-    when, heads = state["tensors"]["when"], state["tensors"]["heads"]
-    for wrong in (when + torch.tensor([0, 1]), when.flip(0), when - 1, when + torch.tensor([1, 0])):
-        assert "expected the masks of en, hi from step 0 on" in complaint({"when": wrong})
-    for wrong in (heads[1:], heads.to(torch.int16)):
-        assert "expected the masks of en, hi from step 0 on" in complaint({"heads": wrong})
-    assert "is not JSON" in complaint({}, header[:-1])
-    assert "expected the masks of en from step 0 on" in complaint({}, header.replace('["en", "hi"]', '["en"]'))
+    assert good.languages[:4] == ("en@0", "hi@0", "en@1", "hi@1")
+    for wrong in (["en@9", "hi@0"], ["en@0", "hi@9"], ["en@0", "no@1"]):
+        assert " from step 0 on" in complaint(*wrong)
+    assert "in the order of their steps" in complaint("en@0", "hi@0", "en@9")
+    for wrong in ("en", "en@", "@1", "en@-1", "en@1.5", "en@²"):
+        assert f"{wrong!r} (expected LANGUAGE@STEP)" in complaint(wrong)
     # One bit of a mask that was.
-    write_sealed(path, state["tensors"], {"header": header})
-    content = bytearray(path.read_bytes())
+    content = bytearray(original)
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(FileError, match="is damaged"):
-        read_history(path)
+        History.load(path)
 
 
 @pytest.mark.parametrize(

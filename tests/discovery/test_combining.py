@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmask.discovery import VOTES, Draw, Importance, Stability, combine, stability
+from fastmask.discovery import VOTES, Draw, Stability, combine, stability
 from fastmask.discovery.pruning import live_units
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.subnetworks import random_of_sizes
@@ -17,7 +17,7 @@ def draw_of(rows, scores=None, language="a"):
     """A draw of one language, from its rows of 0 and 1; a unit's score is a half where none is given."""
     keep = torch.tensor([rows], dtype=torch.bool)
     values = torch.full(keep.shape[1:], 0.5) if scores is None else torch.tensor(scores, dtype=torch.float32)
-    return Draw(Subnetworks([language], keep), {language: Importance(values, None)})
+    return Draw(Subnetworks([language], keep), {language: {"heads": values}})
 
 
 @st.composite
@@ -37,7 +37,10 @@ def draws(draw):
 
     def one():
         scores = {
-            name: Importance(*(torch.rand(layers, units, generator=generator) for units in (heads, neurons)))
+            name: {
+                kind: torch.rand(layers, units, generator=generator)
+                for kind, units in (("heads", heads), ("neurons", neurons))
+            }
             for name in names
         }
         return Draw(Subnetworks(names, masks(heads), masks(neurons)), scores)
@@ -50,12 +53,12 @@ def test_a_density_is_kept(found):
     """By "most", every language must keep as many units as each draw did, and one in every layer at least."""
     combined = combine(found, "most")
     for kind in ("heads", "neurons"):
-        keep, first = getattr(combined, kind), getattr(found[0].subnetworks, kind)
+        keep, first = combined.units[kind], found[0].subnetworks.units[kind]
         assert torch.equal(keep.sum((1, 2)), first.sum((1, 2)))
         assert (keep.sum(2) >= 1).all()
-        votes = sum(getattr(draw.subnetworks, kind).long() for draw in found)
+        votes = sum(draw.subnetworks.units[kind].long() for draw in found)
         for language, name in enumerate(combined.languages):
-            mean = sum(getattr(draw.scores[name], kind).double() for draw in found) / len(found)
+            mean = sum(draw.scores[name][kind].double() for draw in found) / len(found)
             order = votes[language].double() + mean / 2  # scores are below 1, so votes come first
             best = order == order.amax(1, keepdim=True)
             others = keep[language] & ~best
@@ -75,7 +78,7 @@ def test_neither_the_order_of_draws_nor_that_of_units_decides(found, vote, rando
     moved = [
         Draw(
             Subnetworks(draw.subnetworks.languages, draw.subnetworks.heads[:, :, places], draw.subnetworks.neurons),
-            {name: Importance(score.heads[:, places], score.neurons) for name, score in draw.scores.items()},
+            {name: {**score, "heads": score["heads"][:, places]} for name, score in draw.scores.items()},
         )
         for draw in found
     ]
@@ -148,7 +151,7 @@ def test_draws_of_some_languages_only():
     """A language that one draw lacks must be decided by the others alone."""
     both = Draw(
         Subnetworks(["a", "b"], torch.tensor([[[1, 1, 0]], [[0, 1, 1]]]).bool()),
-        {name: Importance(torch.full((1, 3), 0.5), None) for name in "ab"},
+        {name: {"heads": torch.full((1, 3), 0.5)} for name in "ab"},
     )
     found = combine([draw_of([[1, 0, 1]], language="b"), both, draw_of([[1, 0, 1]], language="b")])
     assert found.languages == ("b", "a")
@@ -175,8 +178,7 @@ def test_chance_is_what_random_masks_agree_by():
     sizes = torch.tensor([[30, 10, 50]]).expand(8, -1)
     keep = [random_of_sizes(sizes, [60] * sizes.shape[1], torch.Generator().manual_seed(seed)) for seed in range(4)]
     names = [f"l{number}" for number in range(8)]
-    scores = {name: Importance(None, None) for name in names}
-    found = stability([Draw(Subnetworks(names, neurons=masks), scores) for masks in keep])["neurons"]
+    found = stability([Draw(Subnetworks(names, neurons=masks), {}) for masks in keep])["neurons"]
     assert found.draws == pytest.approx(found.chance, abs=0.02)
     assert found.languages == pytest.approx(found.chance, abs=0.01)
 

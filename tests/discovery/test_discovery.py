@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import fastmask as fm
-from fastmask.discovery import Quality, importance
+from fastmask.discovery import importance
 from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 
@@ -84,8 +84,8 @@ def test_equals_the_literal_definition(model):
     expected = literal_importance(copy.deepcopy(model).eval(), ids, subnets.heads[1], subnets.neurons[1])
     fm.attach(model, subnets)
     scores = importance(model, ids.split(3), loss_of(model), "b")
-    torch.testing.assert_close(scores.heads.double(), expected["heads"], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(scores.neurons.double(), expected["neurons"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores["heads"].double(), expected["heads"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores["neurons"].double(), expected["neurons"], rtol=1e-5, atol=1e-6)
 
 
 def test_does_not_depend_on_the_batch_size(model):
@@ -94,8 +94,8 @@ def test_does_not_depend_on_the_batch_size(model):
     ids = data()
     one, three, seven = (importance(model, ids.split(size), loss_of(model), "a") for size in (1, 3, 7))
     for other in (three, seven):
-        torch.testing.assert_close(one.heads, other.heads, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(one.neurons, other.neurons, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one["heads"], other["heads"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(one["neurons"], other["neurons"], rtol=1e-5, atol=1e-6)
 
 
 def test_leaves_the_model_as_it_was(model):
@@ -125,7 +125,7 @@ def test_prunes_to_tau(model):
     )
     assert found.languages == ("a", "b")
     assert found.heads.sum((1, 2)).tolist() == [6, 6]
-    assert [(r.language, r.heads, r.kept) for r in rounds[:4]] == [
+    assert [(r.language, r.units["heads"], r.kept) for r in rounds[:4]] == [
         ("a", 8, True),
         ("a", 7, True),
         ("a", 6, True),
@@ -180,17 +180,17 @@ def test_without_development_data_the_loss_decides(model):
     dev = {"b": 50.0}
     found = fm.discover(model, {"a": [data()], "b": [data()]}, losses, dev.get, tau=0.95, on_round=rounds.append)
     assert found.heads.sum((1, 2)).tolist() == [6, 2]  # -ln(0.95) = 0.0513; the metric of b never falls
-    of_a = [(r.heads, r.quality.metric, r.quality.loss, r.kept) for r in rounds if r.language == "a"]
+    of_a = [(r.units["heads"], r.value, r.by_loss, r.kept) for r in rounds if r.language == "a"]
     assert of_a == [
-        (8, None, pytest.approx(2.0), True),
-        (7, None, pytest.approx(2.02), True),
-        (6, None, pytest.approx(2.05), True),
-        (5, None, pytest.approx(2.06), False),
+        (8, pytest.approx(2.0), True, True),
+        (7, pytest.approx(2.02), True, True),
+        (6, pytest.approx(2.05), True, True),
+        (5, pytest.approx(2.06), True, False),
     ]
-    assert all(r.quality == Quality(metric=50.0) for r in rounds if r.language == "b")
+    assert all((r.value, r.by_loss) == (50.0, False) for r in rounds if r.language == "b")
     rounds.clear()
     fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5, on_round=rounds.append)
-    assert all(r.quality == Quality() for r in rounds)
+    assert all((r.value, r.by_loss) == (None, False) for r in rounds)
 
 
 def test_the_loss_is_that_of_the_masked_model(model):
@@ -205,9 +205,9 @@ def test_the_loss_is_that_of_the_masked_model(model):
             layer.attention.output.dense.weight *= found.heads[0, index].repeat_interleave(16 // HEADS)
             layer.output.dense.weight *= found.neurons[0, index]
         expected = float(loss_of(plain)(data()).mean())
-    last = [round.quality for round in rounds if round.kept][-1]
-    assert last.metric is None
-    assert last.loss == pytest.approx(expected, rel=1e-10)
+    last = [round for round in rounds if round.kept][-1]
+    assert last.by_loss
+    assert last.value == pytest.approx(expected, rel=1e-10)
     assert model.training
     assert type(model).__module__.startswith("transformers.")
 
@@ -216,19 +216,19 @@ def test_scores_are_the_last_ones(model):
     """A unit's score must be the one it was dropped by, or the last one it survived."""
     scores = {}
     found = fm.discover(model, {"a": [data()]}, loss_of(model), density=0.5, drop=0.2, on_scores=scores.__setitem__)
-    assert scores["a"].neurons is None
+    assert [*scores["a"]] == ["heads"]
     keep = torch.ones(1, LAYERS, HEADS, dtype=torch.bool)
     literal = torch.zeros(LAYERS, HEADS)
     while keep.sum() > 4:
         fm.attach(model, Subnetworks(["a"], keep))
-        now = importance(model, [data()], loss_of(model), "a").heads
+        now = importance(model, [data()], loss_of(model), "a")["heads"]
         fm.detach(model)
         literal = torch.where(keep[0], now, literal)
         worst = now.masked_fill(~keep[0] | (now == now.masked_fill(~keep[0], -1).amax(1, keepdim=True)), torch.inf)
         keep = keep.clone()
         keep.view(-1)[worst.flatten().argmin()] = False
     assert torch.equal(keep, found.heads)
-    torch.testing.assert_close(scores["a"].heads, literal)
+    torch.testing.assert_close(scores["a"]["heads"], literal)
 
 
 @pytest.mark.parametrize(
@@ -295,8 +295,8 @@ def test_scores_of_layers_that_are_shared_and_of_units_in_their_slots(make, opti
             layers.append(scores / scores.norm())
     fm.attach(model, subnets)
     found = importance(model, [0], lambda _: model(tokens, **options).logits.square().mean((1, 2)), "b")
-    torch.testing.assert_close(found.heads.double(), torch.stack(wanted["heads"]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.neurons.double(), torch.stack(wanted["neurons"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["heads"].double(), torch.stack(wanted["heads"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["neurons"].double(), torch.stack(wanted["neurons"]), rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="it ran it 2 times"):
         importance(model, [0], lambda _: (model(tokens).logits + model(tokens).logits).square().mean((1, 2)), "b")
 
@@ -306,13 +306,16 @@ def test_rounds_towards_a_density_are_of_one_size(model):
     rounds = []
     fm.discover(model, {"a": [data()]}, loss_of(model), units="both", density=0.4, drop=0.27, on_round=rounds.append)
     # 5 of 8 heads and 14 of 24 neurons go, about 2 and 6 a round: two rounds, where full steps would need three.
-    assert [(of.number, of.heads, of.neurons) for of in rounds] == [(1, 5, 17), (2, 3, 10)]
+    assert [(of.number, of.units) for of in rounds] == [
+        (1, {"heads": 5, "neurons": 17}),
+        (2, {"heads": 3, "neurons": 10}),
+    ]
     rounds.clear()
     fm.discover(model, {"a": [data()]}, loss_of(model), units="neurons", density=0.5, on_round=rounds.append)
-    assert [of.neurons for of in rounds] == [20, 16, 12]  # a fifth of 24 each, towards a density
+    assert [of.units["neurons"] for of in rounds] == [20, 16, 12]  # a fifth of 24 each, towards a density
     rounds.clear()
     fm.discover(model, {"a": [data()]}, loss_of(model), lambda _: 1.0, units="neurons", on_round=rounds.append)
-    assert [of.neurons for of in rounds[:3]] == [24, 22, 20]  # a tenth, down to tau
+    assert [of.units["neurons"] for of in rounds[:3]] == [24, 22, 20]  # a tenth, down to tau
     rounds.clear()
     found = fm.discover(model, {"a": [data()]}, loss_of(model), density=1.0, on_round=rounds.append)
     assert not rounds

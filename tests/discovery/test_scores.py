@@ -106,7 +106,7 @@ class TestEntropy:
             total = rates["a"][kind] + rates["b"][kind]
             for name in LANGUAGES:
                 expected = (rates[name][kind] / total).detach().float()
-                torch.testing.assert_close(getattr(found[name], kind), expected, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(found[name][kind], expected, rtol=1e-5, atol=1e-6)
 
     def test_an_encoder_and_a_decoder_have_masks_of_their_own(self):
         """Padding of the source hides nothing of the target, and that of the target does not count."""
@@ -129,7 +129,7 @@ class TestEntropy:
         first, second = (entropy(model, data, loss) for data in (alone, together))
         for name in LANGUAGES:
             for kind in ("heads", "neurons"):
-                torch.testing.assert_close(getattr(first[name], kind), getattr(second[name], kind), rtol=1e-5, atol=0)
+                torch.testing.assert_close(first[name][kind], second[name][kind], rtol=1e-5, atol=0)
 
     def test_a_language_keeps_the_units_that_are_its_own(self):
         """A neuron that only one language's words excite must be kept by that language, and not by the other."""
@@ -176,7 +176,7 @@ class TestEntropy:
         assert found.heads.sum((1, 2)).tolist() == [6, 6]
         ranked = entropy(fm.attach(model, fm.Subnetworks.full(model, LANGUAGES)), DATA, loss)
         for name, keep in zip(LANGUAGES, found.heads, strict=True):
-            assert ranked[name].heads[keep].min() > ranked[name].heads[~keep].max()
+            assert ranked[name]["heads"][keep].min() > ranked[name]["heads"][~keep].max()
 
 
 class TestShapley:
@@ -194,7 +194,7 @@ class TestShapley:
                     gates.append(hook(consumer, (x,))[0].view(4, 4)[:, 0])
             return value(torch.stack(gates))[None]
 
-        return shapley(model, {"a": [0]}, loss, **options)["a"].heads
+        return shapley(model, {"a": [0]}, loss, **options)["a"]["heads"]
 
     def test_of_an_additive_loss_is_what_each_head_takes_off(self):
         """Where heads do not interact, every order must give each head its own worth."""
@@ -222,7 +222,7 @@ class TestShapley:
                 for layer in plain.encoder.layer:
                     layer.attention.output.dense.weight.zero_()
                 none = torch.cat([losses(plain)(inputs) for inputs in scoring]).mean()
-            assert float(found[name].heads.sum()) == pytest.approx(float(none - full), rel=1e-5)
+            assert float(found[name]["heads"].sum()) == pytest.approx(float(none - full), rel=1e-5)
 
         def square(gates):
             return (1 - gates.flatten()[:3].mean()) ** 3 + gates[0, 0] * gates[0, 1]
@@ -249,6 +249,12 @@ class TestShapley:
         assert len(calls) == 2 + 2 * 5
         torch.testing.assert_close(found, torch.full((2, 4), 0.125))
 
+    @pytest.mark.parametrize("truncation", [0.5, 0.9, 1.0])
+    def test_no_order_ends_where_the_loss_falls_without_heads(self, truncation):
+        """Where heads are harmful together there is no ruin to reach: all of them must be measured."""
+        found = self.game(lambda gates: (gates * torch.arange(8).view(2, 4)).sum(), orders=2, truncation=truncation)
+        torch.testing.assert_close(found, -torch.arange(8.0).view(2, 4))
+
     def test_harmful_heads_go_first(self):
         """Heads must be dropped from the lowest value up, and each layer must keep its best one, be it below zero."""
         model = made()
@@ -257,8 +263,9 @@ class TestShapley:
         assert kept.heads.sum((1, 2)).tolist() == [4, 4]
         assert kept.heads.any(2).all()
         for keep, name in zip(kept.heads, LANGUAGES, strict=True):
-            best = found[name].heads == found[name].heads.amax(1, keepdim=True)
-            assert found[name].heads[keep & ~best].min() >= found[name].heads[~keep].max()
+            of_heads = found[name]["heads"]
+            best = of_heads == of_heads.amax(1, keepdim=True)
+            assert of_heads[keep & ~best].min() >= of_heads[~keep].max()
 
 
 class TestRelative:
@@ -272,9 +279,9 @@ class TestRelative:
         own = {name: importance(model, DATA[name], loss, name) for name in LANGUAGES}
         found = relative(model, DATA, loss)
         for kind in ("heads", "neurons"):
-            a, b = (getattr(own[name], kind) for name in LANGUAGES)
-            torch.testing.assert_close(getattr(found["a"], kind), a - b)
-            torch.testing.assert_close(getattr(found["b"], kind), b - a)
+            a, b = (own[name][kind] for name in LANGUAGES)
+            torch.testing.assert_close(found["a"][kind], a - b)
+            torch.testing.assert_close(found["b"][kind], b - a)
             assert (a - b).abs().max() > 0.01
 
     def test_masks_have_less_in_common(self):

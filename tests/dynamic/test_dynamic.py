@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from tiny_models import batch, multiplied, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
-from fastmask.discovery import Importance
 from fastmask.dynamic import History, swapped
+from fastmask.files import FileError, read_tensors
 from fastmask.models.attach import attached
 from fastmask.models.editing import set_subnetwork
 from fastmask.models.layers import AttachedLinear
 
 LANGUAGES = ["aa", "bb", "cc"]
 EAGER = {"every": 1, "swaps": 2}
+MARK = {"history": "1"}  # in the header of a file
 
 
 def masked_model(model_type="bert", units="both", density=0.5, seed=3):
@@ -111,7 +108,7 @@ class TestSwapping:
     def test_what_comes_in_depends_on_seed_step_and_language(self):
         """Runs with one seed repeat; other seeds, steps and languages draw other units."""
         keep = (torch.arange(60) % 2 == 0).view(1, 1, 60).expand(2, 1, 60)
-        scores = Importance(neurons=torch.linspace(1, 2, 60).view(1, 60))
+        scores = {"neurons": torch.linspace(1, 2, 60).view(1, 60)}
 
         def came(seed, step, language):
             model = fm.attach(
@@ -119,7 +116,7 @@ class TestSwapping:
             )
             dynamic = fm.DynamicSubnetworks(model, every=1, swaps=5, seed=seed)
             assert dynamic.update(step, {language: scores}) == [language]
-            new = dynamic.history[-1].neurons
+            new = dynamic.history[-1].masks.neurons[0]
             assert (keep[0] & ~new).nonzero()[:, 1].tolist() == [0, 2, 4, 6, 8]
             return tuple((new & ~keep[0]).nonzero()[:, 1].tolist())
 
@@ -295,7 +292,7 @@ def trained(dynamic, optimizer, first, last):
 
 
 class TestTraining:
-    def test_resumed_run_continues_exactly(self):
+    def test_resumed_run_continues_exactly(self, tmp_path):
         """A checkpoint holds everything: a resumed run has the same masks, weights and history."""
 
         def start():
@@ -306,25 +303,18 @@ class TestTraining:
         trained(whole, optimizer, 1, 9)
         broken, optimizer = start()
         trained(broken, optimizer, 1, 5)
-        state = broken.state_dict()
-        pickled = io.BytesIO()
-        torch.save(state, pickled)
-        pickled.seek(0)
-        torch.load(pickled, weights_only=True)
+        broken.save(tmp_path / "dynamic.safetensors")
         weights, moments = copy.deepcopy(broken.model.state_dict()), copy.deepcopy(optimizer.state_dict())
         trained(broken, optimizer, 6, 9)  # what was saved must not change with it
-        file, header = to_bytes(state["tensors"]), json.dumps(state["header"])
         resumed, optimizer = start()
         resumed.model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
-        resumed.load_state_dict({"tensors": from_bytes(file), "header": json.loads(header)})
+        resumed.load(tmp_path / "dynamic.safetensors")
         trained(resumed, optimizer, 6, 9)
         assert attached(resumed.model).subnets == attached(whole.model).subnets
         for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
-        ours, expected = resumed.state_dict(), whole.state_dict()
-        assert ours["header"] == expected["header"]
-        assert all(torch.equal(tensor, expected["tensors"][name]) for name, tensor in ours["tensors"].items())
+        assert list(resumed.history) == list(whole.history)
         assert len(whole.history) == 5 * len(LANGUAGES)
 
     def test_training_goes_on_and_detaching_works(self):
@@ -352,7 +342,7 @@ class TestTraining:
             assert (dynamic.update(step, scores_of(dynamic.model, "aa")) == ["aa"]) == (step == 4)
             assert (attached(dynamic.model).subnets == before) == (step == 6)
 
-    def test_history(self):
+    def test_history(self, tmp_path):
         """Each update is in the history, at its step, with the masks as they were then."""
         model = masked_model()
         dynamic = fm.DynamicSubnetworks(model, every=2, swaps=2)
@@ -361,47 +351,70 @@ class TestTraining:
             if dynamic.due(step):
                 dynamic.update(step, scores_of(model, "cc" if step == 4 else "aa"))
             was[step] = attached(model).subnets
-        again = History.of_state(*dynamic.history.state())
+        dynamic.history.save(tmp_path / "history.safetensors")
+        again = History.load(tmp_path / "history.safetensors")
         for step, subnets in was.items():
             assert dynamic.history.at(step) == again.at(step) == subnets, step
         assert [(h.step, h.language) for h in dynamic.history[:3]] == [(0, name) for name in LANGUAGES]
         last = dynamic.history[-1]
         assert last.step == 8
-        assert torch.equal(last.heads, attached(model).subnets.heads[0])
-        assert torch.equal(last.neurons, attached(model).subnets.neurons[0])
-        packed = sum(t.numel() for name, t in dynamic.history.state()[1].items() if name != "when")
-        assert packed == len(dynamic.history) * 2 * (1 + 3)  # layers x bytes
+        assert last.masks == attached(model).subnets.select(["aa"])
+        heads = last.masks.heads
+        assert heads.untyped_storage().nbytes() == heads.nbytes  # not the masks of all languages
+        packed = sum(flags.numel() for flags in read_tensors(tmp_path / "history.safetensors")[0].values())
+        assert packed == len(dynamic.history) * (1 + 5)  # 2 layers x 4 heads, and x 20 neurons, a bit each
         with pytest.raises(ValueError, match=r"update\(step=2\): masks were last changed after step 8"):
             dynamic.update(2, {})
 
-    def test_checkpoint_of_something_else_changes_nothing(self):
-        """A state that does not fit is refused, and nothing of it is loaded."""
+    def test_a_second_update_at_one_step_replaces_the_first(self, tmp_path):
+        """Of the masks that a language got at one step the last ones count, and others may be updated between."""
         dynamic = fm.DynamicSubnetworks(masked_model(), **EAGER)
-        good = dynamic.state_dict()
+        for name in ("bb", "aa", "bb"):
+            dynamic.update(1, scores_of(dynamic.model, name))
+        dynamic.save(tmp_path / "dynamic.safetensors")
+        again = fm.DynamicSubnetworks(masked_model(), **EAGER)
+        again.load(tmp_path / "dynamic.safetensors")
+        assert attached(again.model).subnets == attached(dynamic.model).subnets
+        assert len(again.history) == len(dynamic.history) - 1
+
+    def test_languages_may_be_called_anything(self, tmp_path):
+        """Names that look like those of a file's masks come back as they were."""
+        names, path = ["fi", "fi@0", "@", "fi@300@1"], tmp_path / "dynamic.safetensors"
+        subnets = fm.Subnetworks.random(tiny("bert").config, names, 0.5, seed=0)
+        dynamic = fm.DynamicSubnetworks(fm.attach(tiny("bert"), subnets), **EAGER)
+        for step in (1, 300):
+            dynamic.update(step, scores_of(dynamic.model, *names))
+        dynamic.save(path)
+        assert list(History.load(path)) == list(dynamic.history)
+
+    def test_checkpoint_of_something_else_changes_nothing(self, tmp_path):
+        """A file that does not fit is refused, and nothing of it is loaded."""
+        path = tmp_path / "dynamic.safetensors"
+        dynamic = fm.DynamicSubnetworks(masked_model(), **EAGER)
+        dynamic.save(path)
+        good = fm.Subnetworks.load(path)
         dynamic.update(1, scores_of(dynamic.model, "aa"))
         before = attached(dynamic.model).subnets
         heads_only = fm.DynamicSubnetworks(masked_model(units="heads"))
         with pytest.raises(
-            ValueError, match=r"masks of shape \{'heads': \(2, 4\), 'neurons'.*, expected \{'heads': \(2, 4\)\}"
+            FileError, match=r"masks of shape \{'heads': \(2, 4\), 'neurons'.*, expected \{'heads': \(2, 4\)\}"
         ):
-            heads_only.load_state_dict(good)
-        wrong = copy.deepcopy(good)
-        wrong["tensors"]["heads"][0, 1] = 0
-        with pytest.raises(ValueError, match="'aa' has no live heads in layer 1"):
-            dynamic.load_state_dict(wrong)
-        wrong = copy.deepcopy(good)
-        wrong["tensors"]["when"][0, 0] = 3
-        with pytest.raises(ValueError, match="expected the masks of aa, bb, cc from step 0 on"):
-            dynamic.load_state_dict(wrong)
-        for version in (2, 4):
-            other = {**good, "header": {**good["header"], "version": version}}
-            with pytest.raises(ValueError, match=f"version {version}, this fastmask reads version 3, whose masks move"):
-                dynamic.load_state_dict(other)
-        other = {**good, "header": {**good["header"], "languages": ["xx", "yy", "zz"]}}
-        with pytest.raises(ValueError, match=r"of languages \['xx', 'yy', 'zz'\], expected \['aa', 'bb', 'cc'\]"):
-            dynamic.load_state_dict(other)
+            heads_only.load(path)
+
+        def refused(subnets, message, mark=MARK):
+            subnets.save(tmp_path / "wrong", mark)
+            with pytest.raises(FileError, match=message):
+                dynamic.load(tmp_path / "wrong")
+
+        dead = good.map(torch.clone)
+        dead.heads[0, 1] = False
+        refused(dead, "'aa' has no live heads in layer 1")
+        refused(good.rename({"aa@0": "aa@3"}), "expected the masks of aa, bb, cc from step 0 on")
+        refused(good.rename({"aa@0": "xx@0"}), r"of languages \['xx', 'bb', 'cc'\], expected \['aa', 'bb', 'cc'\]")
+        for mark in ({}, {"history": "2"}):
+            refused(good, "no history of masks", mark)
         assert attached(dynamic.model).subnets is before
-        dynamic.load_state_dict(good)
+        dynamic.load(path)
         assert attached(dynamic.model).subnets != before
 
 
@@ -446,7 +459,7 @@ class TestBadInput:
         good = scores_of(model, "aa")
         with pytest.raises(KeyError, match="unknown language 'ab'; did you mean"):
             dynamic.update(1, {**good, "ab": good["aa"]})
-        infinite = Importance(good["aa"].heads, good["aa"].neurons * float("nan"))
+        infinite = {**good["aa"], "neurons": good["aa"]["neurons"] * float("nan")}
         with pytest.raises(FloatingPointError, match="the scores of 'bb' are not finite"):
             dynamic.update(1, {**good, "bb": infinite})
         assert attached(model).subnets is before

@@ -211,5 +211,5 @@ def test_discovery(names):
     for (kind, index), grad in zip(gates, grads, strict=True):
         live = getattr(subnets, kind)[0, index, : grad.shape[1]]
         want = torch.where(live, grad.abs().mean(0), 0)
-        got = getattr(found, kind)[index, : grad.shape[1]]
+        got = found[kind][index, : grad.shape[1]]
         torch.testing.assert_close(got, (want / want.norm()).float(), rtol=1e-4, atol=1e-6)

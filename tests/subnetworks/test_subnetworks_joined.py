@@ -145,7 +145,7 @@ class TestBadInput:
         [
             ({"heads": 7}, r": heads is (3, 8) on cpu and (3, 7) on cpu"),
             ({"parts": ["heads", "weights"]}, ": neurons is (3, 24) on cpu and not masked"),
-            ({"module": "z"}, ": weights['encoder.x'] is (5, 7) on cpu and not masked"),
+            ({"module": "z"}, ": weights.encoder.x is (5, 7) on cpu and not masked"),
         ],
         ids=str,
     )

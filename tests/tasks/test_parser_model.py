@@ -109,6 +109,10 @@ def test_predictions_are_trees_with_dropout_off() -> None:
         assert list(heads).count(0) == 1
         assert len(labels) == len(heads) == len(sentence["words"])
     assert first[1] == second[1]
+    parser.encoder.eval()  # as a user keeps what is frozen
+    parser.predict(batch)
+    assert parser.training
+    assert not parser.encoder.training
 
 
 def test_parser_learns_three_sentences() -> None:

@@ -103,6 +103,10 @@ def test_predictions_do_not_depend_on_batches_or_touch_random_numbers(classifier
     assert found[0] == found[1] == found[2]
     assert torch.equal(state, torch.get_rng_state())
     assert task.model.training
+    task.model.base_model.eval()  # as a user keeps what is frozen
+    task.predict(examples)
+    assert task.model.training
+    assert not task.model.base_model.training
 
 
 def test_scores_of_classes(classifier):

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, whenever the process is killed, and damaged ones are noticed."""
 
+import math
 import os
 import random
 import signal
@@ -140,6 +141,17 @@ def test_every_damaged_file_is_named(wrong: str, tmp_path: Path) -> None:
             check_files(path)
         with pytest.raises(CheckpointError, match=rf"no checkpoint in .* is whole .*: {named}"):
             run_folder.newest_whole(tmp_path / name)
+
+
+def test_scores_that_are_no_numbers_come_back(tmp_path: Path) -> None:
+    """A resumed run has the history of an unbroken one, also where a score was infinite or NaN."""
+    history = [{"step": 1, "dev_score": math.inf, "dev": {"en": {"perplexity": math.inf, "f1": math.nan}}}]
+    state = random_state(torch.device("cpu"))
+    progress = Progress(
+        inputs={}, sampler={}, window={"loss": math.nan}, history=history, evaluate=False, random=[state]
+    )
+    again = run_folder.read_progress(run_folder.save(tmp_path, 1, {}, progress))
+    assert repr((again.history, again.window)) == repr((history, {"loss": math.nan}))
 
 
 def test_a_newer_one_that_is_damaged_is_gone_back_beyond(tmp_path: Path) -> None:

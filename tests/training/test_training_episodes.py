@@ -88,7 +88,7 @@ def test_the_optimizer_gets_the_literal_meta_gradient(
     }
     config = toy_config(tmp_path / "run", meta=meta, method=method, **{**EPISODE, **changes, "checkpoint_every": 1})
     start = {name: p.detach().clone() for name, p in parser.named_parameters()}
-    masks = None if method == "full" else random_subnetworks(SwitchPoint(Parsing(parser), {}, {}, config, 0))
+    masks = None if method == "full" else random_subnetworks(SwitchPoint(Parsing(parser), {}, {}, config))
     expected = first_meta_gradient(parser, config, masks)
 
     def stop(step: int) -> None:
@@ -112,7 +112,7 @@ def test_the_inner_loop_is_that_of_adaptation(tmp_path: Path) -> None:
     task = toy_task(dropout=0.2)
     config = toy_config(tmp_path, meta="fomaml", **EPISODE)
     data = {name: task.training_examples(splits["train"], name) for name, splits in toy_data().items()}
-    subnets = random_subnetworks(SwitchPoint(task, {}, {}, config, 0))
+    subnets = random_subnetworks(SwitchPoint(task, {}, {}, config))
     fm.attach(task.encoder, subnets)
     episodes = Episodes(task, data, config, accelerator_for("cpu", "no"))
     task.model.train()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
+from fastmask.dynamic import History
 from fastmask.errors import FastmaskKeyError
 from fastmask.settings import ConfigError
 from fastmask.tasks.parsing.evaluation import encode, parse, scores_of
@@ -348,7 +349,7 @@ def unbroken_dynamic(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 def test_dynamic_masks_change_and_are_what_the_run_leaves(unbroken_dynamic: TrainResult) -> None:
     """Masks are updated during training, and the run's file holds the last ones."""
     result = unbroken_dynamic
-    start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run), 0))
+    start = halves(SwitchPoint(result.task, {}, {}, toy_config(result.run)))
     stored = fm.Subnetworks.load(result.run / "masks.safetensors")
     assert torch.equal(stored.neurons, result.subnetworks.neurons)
     assert torch.equal(stored.neurons.sum(-1).sum(-1), start.neurons.sum(-1).sum(-1)), "sizes are fixed"
@@ -356,8 +357,10 @@ def test_dynamic_masks_change_and_are_what_the_run_leaves(unbroken_dynamic: Trai
     changed = [record for record in result.history if "masks_changed" in record]
     assert changed
     assert {record["step"] for record in changed} <= {8, 10}
-    history = load_file(result.run / "dynamic.safetensors")
-    assert len(history["when"]) > len(LANGUAGES)
+    history = History.load(result.run / "dynamic.safetensors")
+    assert len(history) > len(LANGUAGES)
+    assert history.at(0) == start
+    assert history.at(12) == stored
     assert 0 < result.scouting_share < 1
 
 

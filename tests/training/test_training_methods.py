@@ -53,7 +53,7 @@ def test_several_draws_at_the_switch_are_joined_by_vote(tmp_path: Path) -> None:
     train = training_data(task)
     config = toy_config(tmp_path, method="static", units="neurons", density=0.5, draws=3, score_sentences=6)
     seen: list[Any] = []
-    found = subnetworks_of(SwitchPoint(task, toy_data(), train, config, 6), on_draws=seen.extend)
+    found = subnetworks_of(SwitchPoint(task, toy_data(), train, config), on_draws=seen.extend)
     assert found == combine(seen, "most")
     assert found.neurons.sum((1, 2)).tolist() == [32, 32, 32]
     assert len(seen) == 3

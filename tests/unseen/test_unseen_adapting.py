@@ -178,8 +178,8 @@ def test_what_is_wrong():
     plain = small_parser()
     for given, number, options, kind, message in (
         (parser, 0, {"optimizer": "adam"}, KeyError, "did you mean 'adamw'"),
-        (parser, 4, {}, ValueError, "expected -1 to 3"),
-        (parser, -2, {}, ValueError, "expected -1 to 3"),
+        (parser, 4, {}, ValueError, "expected 0 to 3, or -1"),
+        (parser, -2, {}, ValueError, "expected 0 to 3, or -1"),
         (parser, 0, {"steps": -1}, ValueError, "number of steps is -1"),
         (parser, 0, {"head_lr": -0.1}, ValueError, "inner learning rate of '' is -0.1"),
         (parser, 0, {"head_lr": 0.0, "encoder_lr": 0.0}, ValueError, "no parameter would be adapted"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastmask.files import FileError, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.calls import plain_class_of
+from fastmask.models.contexts import evaluating
 from fastmask.records import Record
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer, maximum_spanning_trees
@@ -25,7 +26,7 @@ from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeat
 from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
 from fastmask.tasks.pretrained import (
     check_fit,
-    load_encoder,
+    load_model,
     load_word_tokenizer,
     positions_of,
     without_progress_bars,
@@ -204,7 +205,7 @@ class Parser(nn.Module):
             OSError: there is no such model.
             FileError: its weights are incomplete, it has no tokenizer, or one is damaged.
         """
-        encoder = load_encoder(name)
+        encoder = load_model("AutoModel", name, add_pooling_layer=False)
         tokenizer = load_word_tokenizer(name)
         check_fit(tokenizer, encoder, name)
         features = PieceFeatures(tokenizer, positions_of(encoder, tokenizer))
@@ -274,20 +275,16 @@ class Parser(nn.Module):
     def predict(self, batch: Batch, language_ids: Tensor | None = None) -> tuple[list[np.ndarray], list[list[str]]]:
         """Return the heads (int arrays, 0 = root) of the best single-rooted trees and the labels of their arcs.
 
-        The root is labelled ``root`` (or a subtype of it), and no other word is. Runs with dropout off and leaves the
+        The root is labelled ``root`` (or a subtype of it), and no other word is. Runs with dropout off and leaves every
         module in the mode it was in.
         """
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             states = self.encode(batch, batch.language_ids if language_ids is None else language_ids)
             mask = batch.word_mask
             trees = maximum_spanning_trees(self.arcs(states, mask).cpu().numpy(), batch.lengths_list)
             rows, columns = mask.nonzero(as_tuple=True)
             heads = torch.from_numpy(np.concatenate(trees).astype(np.int64)).to(states.device)
             scores = self.labels(states, rows, columns + 1, heads)
-        finally:
-            self.train(was_training)
         roots = self._best(scores, self.vocabulary.roots, ROOT)
         others = self._best(scores, self.vocabulary.others, UNSPECIFIED)
         names = [root if head == 0 else other for root, other, head in zip(roots, others, heads.tolist(), strict=True)]
@@ -338,7 +335,7 @@ class Parser(nn.Module):
             raise FileError(description, f"has version {written.version} (expected at most {FORMAT_VERSION})")
         saved: _Saved = read_json(description, _Saved)
         vocabulary, features = Vocabulary.load(folder / "vocabulary.json"), load_features(folder)
-        encoder = load_encoder(os.fspath(folder / "encoder"), whole=True)
+        encoder = load_model("AutoModel", os.fspath(folder / "encoder"), whole=True, add_pooling_layer=False)
         if isinstance(features, PieceFeatures):
             check_fit(features.tokenizer, encoder, os.fspath(folder))
         parser = cls(encoder, features, vocabulary, ParserConfig(**saved.config.model_dump(exclude={"loss_over"})))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from fastmask.tasks.parsing.batch import Batch, Encoded
 from fastmask.tasks.parsing.evaluation import Tree, encode, parse, predict_file, rows_that_fit, scores_of
 from fastmask.tasks.parsing.parser import LanguageVectors, Parser
 from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary, check_deprels
+from fastmask.tasks.pretrained import check_known
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
 from fastmask.unseen.typology import direction_profile, direction_similarity
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Parsing", "ParsingSettings"]
 
-UNKNOWN = 0.5  # share of the words, above which a tokenizer cannot be meant for a language
 COLUMNS = ["words", "upos", "heads", "deprels"]
 
 
@@ -151,20 +150,9 @@ class Parsing(Task):
         return check_deprels(rows, self.model.vocabulary, unknown)
 
     def check(self, train: Mapping[str, Encoded]) -> None:
-        """See that the tokenizer knows words: one of another model, or of other scripts, knows next to none."""
-        unknown = {language: self.model.features.unknown(part) for language, part in train.items()}
-        if np.concatenate([*unknown.values()]).mean() > UNKNOWN:
-            raise ValueError(
-                "most training words are unknown to the model's tokenizer "
-                f"(expected a model and a tokenizer for {', '.join(train)})"
-            )
-        for language, words in unknown.items():
-            if words.mean() > UNKNOWN:
-                warnings.warn(
-                    f"{language}: {words.mean():.0%} of the training words are unknown to the model's tokenizer: it "
-                    "reads nothing of them",
-                    stacklevel=3,
-                )
+        """See that the tokenizer knows words."""
+        unknown = {name: float(self.model.features.unknown(part).mean()) for name, part in train.items()}
+        check_known(unknown, "words are")
 
     def collate(self, examples: Encoded, language_ids: Tensor | None = None) -> Batch:
         batch = self.model.features.collate(examples)

@@ -187,6 +187,8 @@ class Units:
         narrow = _side_by_side(activations, live.counts)
         for language, activation, out in zip(languages, activations, narrow, strict=True):
             torch.index_select(activation, 1, self.index[language, : out.shape[1]], out=out)
+        if live.own is not None:  # what stands for no unit of theirs is unit 0, which may be dead and hold NaN
+            _clear_right(narrow, live.own)
         return narrow
 
     def _from(
@@ -208,9 +210,7 @@ class Units:
                 products(activations[group], w, None, outs[group], transposed=True)
             elif self.packed:
                 products(activations[group], w, live, list(map(_left, outs[group], live.counts)), transposed=True)
-                for out, n in zip(outs[group], live.counts, strict=True):
-                    if n < out.shape[1]:
-                        out[:, n:] = 0
+                _clear_right(outs[group], live.counts)
             else:
                 places = _side_by_side(activations[group], live.counts)
                 products(activations[group], w, live, places, transposed=True)
@@ -225,6 +225,13 @@ def _can_be_filled(counts: Sequence[int], most: int) -> bool:
 
 def _left(matrix: Tensor, width: int) -> Tensor:
     return matrix if matrix.shape[1] == width else matrix[:, :width]
+
+
+def _clear_right(matrices: Sequence[Tensor], widths: Sequence[int]) -> None:
+    """Set what lies behind so many columns to zero."""
+    for matrix, n in zip(matrices, widths, strict=True):
+        if n < matrix.shape[1]:
+            matrix[:, n:] = 0
 
 
 def _side_by_side(like: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:

@@ -293,6 +293,20 @@ def test_biases_are_summed_in_float32(dtype):
     assert torch.equal(bias.grad, 4096 * mask.to_dense()[0, :, 0].to(dtype))
 
 
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+def test_what_a_dead_unit_holds_does_not_count(kind, every_way):
+    """NaN in units that are dead for everybody reaches nothing, whoever else is in the batch."""
+    keep = torch.zeros(4, 16, dtype=torch.bool)
+    for language, count in enumerate((8, 6, 8, 7)):  # filled up to 8
+        keep[language, 1 + language : 1 + language + count] = True
+    mask = Mask.rows(keep, 8) if kind == "rows" else Mask.columns(keep, 8)
+    shapes = (4, 3, mask.in_features), (mask.out_features, mask.in_features), (4, 3, mask.out_features)
+    x, weight, dy = (torch.randn(shape).double() for shape in shapes)  # not float32: oneDNN multiplies one by one
+    (dy if kind == "rows" else x)[..., 0] = torch.nan
+    for result in gradients(masked_linear, x, weight, None, dy, mask, torch.arange(4))[:3]:
+        assert result.isfinite().all()
+
+
 def test_ids_that_numpy_changes_are_read_again():
     """A batch is that of its language ids as they are now, whoever wrote them."""
     numbers = np.zeros(4, dtype=np.int64)

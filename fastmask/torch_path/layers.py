@@ -118,7 +118,7 @@ def backward(
     """
     tables, split, gated = _prepared(layers, x, weights, language_ids, again=True)
     active, inside = activate(x, layers.activation), split.full if gated else split
-    read = kept or _read(layers, tables, weights, x, inside)
+    read = kept or (_read(layers, tables, weights, x, inside) if needs.x else ())
     if gated and gated[0].of_rows:
         upstreams = [table.enter(dy, split) for dy, table in zip(dys, gated, strict=True)]
     else:

@@ -99,3 +99,14 @@ def test_weights_that_were_cast_are_kept_for_backward(kind, ids, every_way):
     (dx, dws, _), (expected_dx, expected_dws, _) = layers.backward(*arguments, kept), layers.backward(*arguments)
     assert torch.equal(dx, expected_dx)
     assert all(torch.equal(dw, expected) for dw, expected in zip(dws, expected_dws, strict=True))
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_weights_are_cast_once_a_pass(needs_x, monkeypatch):
+    """The backward pass of an input that needs no gradient reads no weight."""
+    x, weights, masks, biases, widths = setting(torch.float32, True, (needs_x, True, True))
+    calls, read = [], layers._read
+    monkeypatch.setattr(layers, "_read", lambda *of: calls.append(of) or read(*of))
+    for y in compute_projections(x, weights, masks, torch.tensor([0, 0, 1, 2, 2]), biases, widths):
+        y.sum().backward(retain_graph=True)
+    assert len(calls) == 1

@@ -229,7 +229,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("The report needs Triton's compiler; unset TRITON_INTERPRET, which replaces it.", file=sys.stderr)
         return 2
-    rows = report(collect(targets, options.module, options.kernel, options.quick))
+    try:
+        variants = collect(targets, options.module, options.kernel, options.quick)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{options.module}.".startswith(f"{error.name}."):
+            raise  # of something that the module imports
+        where = "; it is part of a checkout of fastmask: run the report there" * (options.module == LAUNCHED)
+        print(f"There is no module {options.module}{where}.", file=sys.stderr)
+        return 2
+    rows = report(variants)
     if not rows:
         print(f"No variant for {', '.join(targets)} has {options.kernel!r} in its description.", file=sys.stderr)
         return 2

@@ -23,6 +23,7 @@ from fastmask import bits
 from fastmask.masks import FULL, UNPACKED, StoredMask
 from fastmask.operators import Settings, as_examples, path_for
 from fastmask.torch_path.layers import Layers, Needs, activate
+from fastmask.torch_path.packing import enter, leave, slots
 
 __all__ = ["decompositions"]
 
@@ -160,11 +161,11 @@ def _masked_linear(
             found.append(F.linear(x, w, bias))
         elif kind in ("rows", "columns"):
             size = weight.shape[0] if kind == "rows" else weight.shape[1]
-            slots, live = _slots(indices[g], extents[g], language_ids, size)
+            held = slots(indices[g], extents[g], size, width != UNPACKED)[_row(language_ids, n_languages)]
             if kind == "rows":
-                found.append(_of_rows(F.linear(x, w, bias), slots, live, width))
+                found.append(leave(F.linear(x, w, bias), held, size if width == UNPACKED else width))
             else:
-                found.append(F.linear(_of_columns(x, slots, live, size, width), w, bias))
+                found.append(F.linear(enter(x, held, size), w, bias))
         else:
             bn, bk = geometries[2 * g : 2 * g + 2]
             keep = bits.unpack_by_shifts(indices[g], weight.shape[1] // bk)
@@ -178,42 +179,7 @@ def _masked_linear(
     return found
 
 
-def _slots(index: Tensor, extents: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The unit in each slot of every example, [B, size], live ones in front; and which slots are live."""
-    whole = torch.arange(size, device=index.device)
-    table = torch.cat([F.pad(index, (0, size - index.shape[1])), whole[None]])
-    counts = torch.cat([extents, extents.new_full((1,), size)])
-    row = _row(ids, index.shape[0])
-    return table[row], whole[None] < counts[row][:, None]
-
-
 def _row(ids: Tensor, n_languages: int) -> Tensor:
     """Where a table of languages, with the full network behind them, has each id; out of range as the ids are."""
     known = torch.where(ids == FULL, n_languages, ids)
     return torch.where((ids < FULL) | (ids >= n_languages), n_languages + 1, known)
-
-
-def _kept(slots: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 for units that live, 0 for others, [B, size]."""
-    return torch.zeros_like(slots, dtype=dtype).scatter_add(1, slots, live.to(dtype))
-
-
-def _beside(flags: Tensor, x: Tensor) -> Tensor:
-    """[B, size] as [B, 1, ..., size] of x [B, ..., size]."""
-    return flags.view(x.shape[0], *[1] * (x.ndim - 2), flags.shape[1])
-
-
-def _of_rows(y: Tensor, slots: Tensor, live: Tensor, width: int) -> Tensor:
-    if width == UNPACKED:
-        return y * _beside(_kept(slots, live, y.dtype), y)
-    at = _beside(slots[:, :width], y).expand(*y.shape[:-1], width)
-    return y.gather(-1, at) * _beside(live[:, :width].to(y.dtype), y)
-
-
-def _of_columns(x: Tensor, slots: Tensor, live: Tensor, size: int, width: int) -> Tensor:
-    if width == UNPACKED:
-        return x * _beside(_kept(slots, live, x.dtype), x)
-    width = x.shape[-1]
-    at = _beside(slots[:, :width], x).expand(x.shape)
-    # What lies behind the live units need not be zero.
-    return x.new_zeros(*x.shape[:-1], size).scatter_add(-1, at, x * _beside(live[:, :width].to(x.dtype), x))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmask.masks import FULL, StoredMask
+from fastmask.torch_path import packing
 from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
 
@@ -54,17 +55,8 @@ class Units:
 
     @cached_property
     def slots(self) -> Tensor:
-        """What each place of the masked side holds for each language, `FULL` last: int64 [L + 1, size].
-
-        `size` for what is dead. Packed, the masked side has only as many of the places as the batch needs.
-        """
-        places = torch.arange(self.size, device=self.index.device)
-        held = torch.nn.functional.pad(self.index, (0, self.size - self.index.shape[1]))
-        slots = torch.where(places < self.counts[:, None], held, self.size)
-        if not self.packed:
-            everything = torch.full((len(slots), self.size + 1), self.size, device=places.device)
-            slots = everything.scatter_(1, slots, slots)[:, : self.size]
-        return torch.cat([slots, places[None]])
+        """As `packing.slots`."""
+        return packing.slots(self.index, self.counts, self.size, self.packed)
 
     # ---- what `layers` asks of every mask kind
 
@@ -125,16 +117,11 @@ class Units:
 
     def enter(self, given: Tensor, split: Split) -> Tensor:
         """An activation's masked side as the whole weight takes it: [B, T, width] -> [B, T, size], dead units zero."""
-        B, T, width = given.shape
-        slots = self.slots[split.ids, None, :width].expand(-1, T, -1)
-        wide = given.new_zeros(B, T, self.size + 1).scatter_(2, slots, given)
-        return wide[..., :-1]  # in the last place lies what dead units held
+        return packing.enter(given, self.slots[split.ids], self.size)
 
     def leave(self, wide: Tensor, split: Split, width: int) -> Tensor:
         """Undo `enter`: [B, T, size] -> [B, T, width], zero at what is dead."""
-        slots = self.slots[split.ids, None, :width]
-        given = wide.gather(2, slots.clamp(max=self.size - 1).expand(-1, wide.shape[1], -1))
-        return given.masked_fill_(slots == self.size, 0)
+        return packing.leave(wide, self.slots[split.ids], width)
 
     # ---- which languages are multiplied together
 

@@ -12,7 +12,7 @@ from oracle import KINDS, assert_close, check, gradients, random_mask
 from torch._subclasses import FakeTensorMode
 from transformers.activations import GELUActivation
 
-from fastmask import Mask, masked_linear
+from fastmask import Mask, decompositions, masked_linear
 from fastmask.operators import Settings, compute
 from fastmask.torch_path.layers import NONE, name_of
 from fastmask.torch_path.naive import masked_linear_naive
@@ -219,6 +219,21 @@ def test_opcheck(kind, packed_width, activation):
         torch.ops.fastmask.masked_linear_backward,
         ([torch.randn(3, 2, 6)], x.detach(), [weight.detach()], *stored, True, [True], [True]),
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed_width", [-1, 6], ids=["unpacked", "packed"])
+def test_in_plain_operators(kind, packed_width):
+    """What exported graphs hold in the operator's place computes the same."""
+    if packed_width != -1 and kind not in ("rows", "columns"):
+        pytest.skip("only rows and columns are packed")
+    mask, ids = random_mask(kind, 3, 6, 6, unit=2), torch.tensor([2, 0, -1, 1])
+    x, weight, bias = torch.randn(4, 2, 3, 6).double(), torch.randn(6, 6).double(), torch.randn(6).double()
+    settings = Settings(kind, list((*mask.geometry, 0)[:2]), 3, [packed_width], "gelu")
+    arguments = (x, [weight], [bias], ids, [mask.index], [mask.extents], *settings)
+    operator = torch.ops.fastmask.masked_linear.default
+    (found,), (expected,) = decompositions()[operator](*arguments), operator(*arguments)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -128,15 +128,15 @@ class _Eager(torch.autograd.Function):
         G = len(layers.masks)
         weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
-        path = path_for(x, weights)
-        ys = [
-            y.view(*x.shape[:-1], y.shape[2])
-            for y in path.forward(layers, as_examples(x), weights, biases, language_ids, kept)
-        ]
-        ctx.path, ctx.layers, ctx.has_bias = path, layers, bool(biases)  # what is kept is for the same path's backward
+        path, examples = path_for(x, weights), as_examples(x)
+        batch = path.prepare(layers, examples, weights, language_ids)
+        computed = path.forward(layers, batch, examples, weights, biases, kept)
+        ys = [y.view(*x.shape[:-1], y.shape[2]) for y in computed]
+        # The backward pass is of the same languages, whatever is written to the ids meanwhile.
+        ctx.path, ctx.layers, ctx.batch, ctx.has_bias = path, layers, batch, bool(biases)
         # A frozen layer needs nothing of x but its shape: it is neither kept nor must it stay as it was.
         reads_x, ctx.shape = any(ctx.needs_input_grad[3 : 3 + G]) or layers.activation != NONE, x.shape
-        ctx.save_for_backward(x if reads_x else x.new_empty(0), language_ids, *weights, *(kept or ()))
+        ctx.save_for_backward(x if reads_x else x.new_empty(0), *weights, *(kept or ()))
         # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
         return tuple(y.data if y._is_view() else y for y in ys)
 
@@ -144,12 +144,12 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         G = len(ctx.layers.masks)
-        x, language_ids, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
         needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
         needs = Needs(needs_x, given[:G], given[G:] if ctx.has_bias else [False] * G)
         x = as_examples(x if x.shape == ctx.shape else x.new_empty(ctx.shape))
         upstreams = [as_examples(dy) for dy in dys]
-        dx, dws, dbs = ctx.path.backward(ctx.layers, upstreams, x, tensors[:G], language_ids, needs, tensors[G:])
+        dx, dws, dbs = ctx.path.backward(ctx.layers, ctx.batch, upstreams, x, tensors[:G], needs, tensors[G:])
         return None, None if dx is None else dx.view(ctx.shape), None, *dws, *(dbs if ctx.has_bias else ())
 
 

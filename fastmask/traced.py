@@ -1,6 +1,7 @@
 """What tracers are shown of a masked layer: custom operators, and what they are in plain operators of ATen.
 
-`torch.compile` and `torch.export` see `fastmask::masked_linear` and its backward, which keep nothing but their inputs.
+`torch.compile` and `torch.export` see `fastmask::masked_linear` and its backward, which keep nothing but their inputs:
+language ids must not be written to between the passes, and only what PyTorch writes is noticed.
 An exported graph that has to run without fastmask is decomposed:
 
     program = torch.export.export(model, (), kwargs)              # kwargs with language_ids: a mixed batch
@@ -58,7 +59,8 @@ def _forward(
     *settings: Any,
 ) -> list[Tensor]:
     layers = _stored(indices, extents, Settings(*settings))
-    ys = path_for(x, weights).forward(layers, as_examples(x), weights, biases, language_ids)
+    path, examples = path_for(x, weights), as_examples(x)
+    ys = path.forward(layers, path.prepare(layers, examples, weights, language_ids), examples, weights, biases)
     return [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
@@ -73,8 +75,9 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     layers, needs = _stored(indices, extents, Settings(*rest[:-3])), Needs(*rest[-3:])
     upstreams = [as_examples(dy) for dy in dys]
-    path = path_for(x, weights)
-    dx, dws, dbs = path.backward(layers, upstreams, as_examples(x), weights, language_ids, needs)
+    path, examples = path_for(x, weights), as_examples(x)
+    batch = path.prepare(layers, examples, weights, language_ids)
+    dx, dws, dbs = path.backward(layers, batch, upstreams, examples, weights, needs)
     # An operator cannot return None: what was not asked for comes back empty. Nor may its outputs share memory.
     seen: set[int] = set()
     grads = []

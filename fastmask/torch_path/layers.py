@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, StoredMask
 from fastmask.torch_path.gemm import by_onednn, cast, products
-from fastmask.torch_path.split import Split
+from fastmask.torch_path.split import Split, languages_of, split_of
 from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
 
 __all__ = [
-    "NONE", "Grads", "Layers", "Needs", "activate", "activation_grad", "backward", "forward", "full_input_grad",
-    "full_linear", "name_of",
+    "NONE", "Batch", "Grads", "Layers", "Needs", "activate", "activation_grad", "backward", "forward",
+    "full_input_grad", "full_linear", "name_of", "prepare",
 ]  # fmt: skip
 
 NONE = ""  # the name of no activation function
@@ -58,12 +58,44 @@ Table = Units | Tiles  # one mask, and what its layers compute for each language
 Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
 
 
+class Batch(NamedTuple):
+    """What the passes of layers know of a batch: tables of each mask, where the examples of each language are.
+
+    gated: the tables once more, if the batch is to be run with gates.
+    """
+
+    tables: Sequence[Table]
+    split: Split
+    gated: Sequence[Units]
+
+
+def prepare(layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor) -> Batch:
+    """The batch of x [B, T, K_in], for `forward` and `backward`; it holds no tensor of autograd's, nor the ids.
+
+    Raises:
+        ValueError: an id out of range.
+    """
+    tables = [
+        _tables.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
+        for mask, weight in zip(layers.masks, weights, strict=True)
+    ]
+    split = split_of(languages_of(language_ids, layers.n_languages))
+    plans, key = tables[0].plans, (split, x.shape[1], layers.full_forward, *tables[1:])
+    if key not in plans:
+        plans[key] = _planned(tables, split, x.shape[1], layers.full_forward)
+        # A mask may outlive batches and numbers of tokens, of which there can be any number.
+        for oldest in list(plans)[:-MOST_PLANS]:
+            plans.pop(oldest, None)
+    split, is_gated = plans[key]
+    return Batch(tables, split, tables if is_gated else ())  # type: ignore[arg-type]  # only units are gated
+
+
 def forward(
     layers: Layers,
+    batch: Batch,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    language_ids: Tensor,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
@@ -72,9 +104,9 @@ def forward(
     `biases` are those of all layers, or none.
 
     Raises:
-        ValueError: an id out of range, or a language with more live units than the packed side holds.
+        ValueError: a language with more live units than the packed side holds.
     """
-    tables, split, gated = _prepared(layers, x, weights, language_ids)
+    tables, split, gated = batch
     for mask, table in zip(layers.masks, tables, strict=True):
         _check_packed(mask, table, split)
     x = activate(x, layers.activation)
@@ -104,10 +136,10 @@ def forward(
 
 def backward(
     layers: Layers,
+    batch: Batch,
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    language_ids: Tensor,
     needs: Needs,
     kept: Sequence[Tensor] = (),
 ) -> Grads:
@@ -116,7 +148,7 @@ def backward(
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
     to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
-    tables, split, gated = _prepared(layers, x, weights, language_ids, again=True)
+    tables, split, gated = batch
     active, inside = activate(x, layers.activation), split.full if gated else split
     read = kept or (_read(layers, tables, weights, x, inside) if needs.x else ())
     if gated and gated[0].of_rows:
@@ -156,22 +188,10 @@ def _read(layers: Layers, tables: Sequence[Table], weights: Sequence[Tensor], x:
     return [table.read(weight, x.dtype, len(split.parts)) for table, weight in zip(tables, weights, strict=True)]
 
 
-# ---- what is made once: tables of each mask, and the plan of each batch
+# ---- what is made once: tables of each mask, and plans of its batches
 
 _tables: Kept[Table] = Kept()
-
-
-def _prepared(
-    layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor, again: bool = False
-) -> tuple[Sequence[Table], Split, Sequence[Units]]:
-    """The tables, the batch, and the tables once more if the batch is to be run with gates."""
-    tables = [
-        _tables.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
-        for mask, weight in zip(layers.masks, weights, strict=True)
-    ]
-    split, T = Split.of(language_ids, layers.n_languages, again), x.shape[1]
-    key = (T, layers.full_forward, *tables)
-    return split.once(key, lambda: _planned(tables, split, T, layers.full_forward))
+MOST_PLANS = 64  # of a mask
 
 
 def _made(mask: StoredMask, weight: Tensor) -> Table:
@@ -180,14 +200,13 @@ def _made(mask: StoredMask, weight: Tensor) -> Table:
     return Units(mask, shape, mask.packed_width != UNPACKED) if units else Tiles(mask, shape)
 
 
-def _planned(
-    tables: Sequence[Table], split: Split, T: int, full_forward: bool
-) -> tuple[Sequence[Table], Split, Sequence[Units]]:
+def _planned(tables: Sequence[Table], split: Split, T: int, full_forward: bool) -> tuple[Split, bool]:
+    """The split by masks that differ, and whether the batch is to be run with gates."""
     split = split.merged([table.same_as for table in tables])
     units = [table for table in tables if isinstance(table, Units)]
     can = len(units) == len(tables) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not table.whole(language) for table in units for language in split.present)
-    return tables, split, units if masked and is_cheaper(units, T, split, full_forward) else ()
+    return split, masked and is_cheaper(units, T, split, full_forward)
 
 
 # What the two ways cost, in multiply-adds; fitted to times of projections of width 384 and 768, 3 to 16 languages, 16

@@ -7,7 +7,7 @@ by one, each a dot product over the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 
 import torch
@@ -34,6 +34,7 @@ class Tiles:
         (self.N, self.K), (self.bn, self.bk), self.kind = shape, mask.geometry, mask.kind
         self.words = mask.index.detach()
         self.density = [*(live / (self.N * self.K) for live in mask.extents.tolist()), 1.0]  # the last is that of FULL
+        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}
         self._places: dict[tuple[int, bool], list[Tensor]] = {}
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}
 

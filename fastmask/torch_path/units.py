@@ -8,7 +8,7 @@ that makes them to the projection that consumes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -41,6 +41,7 @@ class Units:
         self.size, self.other = shape if self.of_rows else (shape[1], shape[0])
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
+        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}
         self._grouped: tuple[tuple[tuple[int, ...], tuple[bool, ...]], list[tuple[slice, Live | None]]] | None = None
 
     @cached_property

@@ -34,20 +34,24 @@ from fastmask.torch_path.layers import (
 )
 from fastmask.triton_path.tables import layout_of, plan_of, positions_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "prepare"]
+
+
+def prepare(layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor) -> Plan:
+    """As `torch_path.layers.prepare`."""
+    return plan_of(language_ids, x.shape[1], layers.n_languages, x.device)
 
 
 def forward(
     layers: Layers,
+    plan: Plan,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    language_ids: Tensor,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
-    B, T, _ = x.shape
-    plan, tf32, mask = plan_of(language_ids, T, layers.n_languages, x.device), _tf32(x), layers.masks[0]
+    (B, T, _), tf32, mask = x.shape, _tf32(x), layers.masks[0]
     rows = activate(_rows(x), layers.activation)
     if layers.full_forward:  # no kernel of ours is faster than the library's where nothing is left out
         x = rows.view(B, T, rows.shape[1])
@@ -81,10 +85,10 @@ def forward(
 
 def backward(
     layers: Layers,
+    plan: Plan,
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    language_ids: Tensor,
     needs: Needs,
     kept: Sequence[Tensor] = (),
 ) -> Grads:
@@ -94,9 +98,8 @@ def backward(
         dx = full_input_grad(dys, [weight.to(x.dtype) for weight in weights]) if needs.x else None
         dx = None if dx is None else activation_grad(dx, x, activation)
         own = layers._replace(full_forward=False)
-        return dx, *backward(own, dys, x, weights, language_ids, needs._replace(x=False))[1:]
-    plan, tf32 = plan_of(language_ids, x.shape[1], layers.n_languages, x.device, again=True), _tf32(x)
-    before, upstreams = _rows(x), [_rows(dy) for dy in dys]
+        return dx, *backward(own, plan, dys, x, weights, needs._replace(x=False))[1:]
+    tf32, before, upstreams = _tf32(x), _rows(x), [_rows(dy) for dy in dys]
     # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.
     fused = activation != NONE and needs.x and mask.kind == "columns" and mask.packed_width != UNPACKED
     rows = before if fused else activate(before, activation)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import Kept, sent
 from fastmask.masks import StoredMask
-from fastmask.torch_path.split import Split
+from fastmask.torch_path.split import languages_of
 
 __all__ = ["layout_of", "plan_of", "positions_of"]
 
@@ -38,18 +38,21 @@ def positions_of(mask: StoredMask, size: int) -> Tensor:
     return _positions.of(mask.index, lambda: positions(mask.index, mask.extents, size))
 
 
-def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.device, again: bool = False) -> Plan:
-    """The plan of a batch of examples of `tokens` tokens each, on `device`; `again` and errors as of `Split.of`.
+def plan_of(language_ids: Tensor, tokens: int, n_languages: int, device: torch.device) -> Plan:
+    """The plan of a batch of examples of `tokens` tokens each, on `device`.
 
     Ids on a GPU that are out of range are found there, without waiting for it: as with an index of `torch.embedding`,
     the next call that does wait raises a device-side assertion.
+
+    Raises:
+        ValueError: an id on the CPU that is out of range.
     """
     # Also says whether the ids are those that the plan was made of.
-    split = Split.of(language_ids, n_languages, again) if language_ids.device.type == "cpu" else None
+    languages = languages_of(language_ids, n_languages) if language_ids.is_cpu else None
 
     def make() -> Plan:
         plan = Plan(sent(language_ids, device), tokens, n_languages)
         torch._assert_async(plan.ok, f"language_ids out of range: expected -1 to {n_languages - 1}")
         return plan
 
-    return _plans.of(language_ids, make, (tokens, n_languages, device, split), device)
+    return _plans.of(language_ids, make, (tokens, n_languages, device, languages), device)

@@ -20,7 +20,7 @@ def is_gated(density=0.5, tokens=16, ids=tuple(range(L)), packed=True, dtype=tor
     mask = Mask.rows(keep, K)
     stored = StoredMask("rows", mask.geometry, mask.index, mask.extents, N if packed else UNPACKED)
     x = torch.empty(len(ids), tokens, K, dtype=dtype)
-    return bool(layers._prepared(Layers([stored], L), x, [torch.empty(N, K)], torch.tensor(ids))[2])
+    return bool(layers.prepare(Layers([stored], L), x, [torch.empty(N, K)], torch.tensor(ids)).gated)
 
 
 @pytest.mark.parametrize(
@@ -49,4 +49,4 @@ def test_masks_without_units_have_no_gates(kind):
     }[kind]()
     stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, UNPACKED)
     x, ids = torch.empty(2, 1, 16), torch.tensor([0, 1])
-    assert not layers._prepared(Layers([stored], 2), x, [torch.empty(16, 16)], ids)[2]
+    assert not layers.prepare(Layers([stored], 2), x, [torch.empty(16, 16)], ids).gated

@@ -91,11 +91,12 @@ def test_weights_that_were_cast_are_kept_for_backward(kind, ids, every_way):
     weights, x = [torch.randn(N, K) for _ in masks], torch.randn(4, tokens, K).bfloat16()
     kept: list[torch.Tensor] = []
     given = Layers(masks, L)
-    ys = layers.forward(given, x, weights, [], torch.tensor(ids), kept)
+    batch = layers.prepare(given, x, weights, torch.tensor(ids))
+    ys = layers.forward(given, batch, x, weights, [], kept)
     assert all(weight.dtype == torch.bfloat16 for weight in kept)
     assert len(kept) == 3
     dys = [torch.randn_like(y) for y in ys]
-    arguments = (given, dys, x, weights, torch.tensor(ids), Needs(True, [True] * 3, [False] * 3))
+    arguments = (given, batch, dys, x, weights, Needs(True, [True] * 3, [False] * 3))
     (dx, dws, _), (expected_dx, expected_dws, _) = layers.backward(*arguments, kept), layers.backward(*arguments)
     assert torch.equal(dx, expected_dx)
     assert all(torch.equal(dw, expected) for dw, expected in zip(dws, expected_dws, strict=True))

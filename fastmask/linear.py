@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fastmask.traced  # noqa: F401 - registers the operator that tracers are shown
 from fastmask.errors import unknown
 from fastmask.masks import UNPACKED, Mask
-from fastmask.operators import autocast, compute
+from fastmask.operators import autocast, run
+from fastmask.torch_path.layers import Layers
 
 __all__ = ["FORWARDS", "MaskedLinear", "checked_forward", "masked_linear", "sparse_update_linear"]
 
@@ -128,7 +129,8 @@ def _checked_compute(
                 f"language_ids are from {int(low)} to {int(high)}; expected 0 to {mask.n_languages - 1}, "
                 "or -1 for the full network"
             )
-    return compute(x, weight, mask, language_ids, bias, UNPACKED, full_forward=full_forward)
+    layers = Layers([mask], [UNPACKED], full_forward=full_forward)
+    return run(layers, x, [weight], [] if bias is None else [bias], language_ids)[0]
 
 
 class MaskedLinear(nn.Linear):

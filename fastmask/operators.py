@@ -15,88 +15,38 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmask.masks import Mask, StoredMask
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import NONE, Layers, Needs
 
-__all__ = ["Settings", "as_examples", "autocast", "compute", "compute_projections", "path_for"]
+__all__ = ["as_examples", "autocast", "path_for", "run"]
 
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
 
 
-class Settings(NamedTuple):
-    """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.
-
-    kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
-    packed_widths: of each, or -1. activation, full_forward: as in `torch_path.layers.Layers`.
-    """
-
-    kind: str
-    geometries: list[int]
-    n_languages: int
-    packed_widths: list[int]
-    activation: str
-    full_forward: bool = False
-
-
-def compute(
-    x: Tensor,
-    weight: Tensor,
-    mask: Mask,
-    language_ids: Tensor,
-    bias: Tensor | None,
-    packed_width: int,
-    activation: str = NONE,
-    full_forward: bool = False,
-) -> Tensor:
-    """`masked_linear` without the checks, for layers that were checked once; packed unless `packed_width` is -1.
-
-    Packed, the masked side is compact: live units at the front of `packed_width`, zeros behind. A row mask makes
-    y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the
-    live units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
-    `activation`, a name of `torch_path.layers.activate`, is applied to x first and computed again in the backward pass
-    instead of being kept. With `full_forward`, `sparse_update_linear` without the checks: nothing is packed.
-    """
-    biases = [] if bias is None else [bias]
-    return compute_projections(x, [weight], [mask], language_ids, biases, [packed_width], activation, full_forward)[0]
-
-
-def compute_projections(
-    x: Tensor,
-    weights: list[Tensor],
-    masks: list[Mask],
-    language_ids: Tensor,
-    biases: list[Tensor],
-    packed_widths: list[int],
-    activation: str = NONE,
-    full_forward: bool = False,
+def run(
+    layers: Layers, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], language_ids: Tensor
 ) -> Sequence[Tensor]:
-    """`compute` for several masks of one kind over one input: y_g of each.
+    """`masked_linear` of layers over one input x [B, ..., K], without its checks: y of each, [B, ..., N or its width].
 
-    All weights have a bias, or none has: then `biases` is empty.
+    For layers that were checked once. All weights have a bias, or none has: then `biases` is empty. What is written to
+    the ids before the backward pass does not matter, unless the call was compiled.
+
+    Raises:
+        ValueError: an id on the CPU that is out of range, a language with more live units than the packed side holds.
     """
     x = autocast(x)
     # A tracer must be shown a custom operator; the tensors it passes are of types of its own.
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights)):
-        geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
-        indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
-        settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation, full_forward)
-        ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
-            x, weights, biases, language_ids, indices, extents, *settings
-        )
-        return ys
-    stored = [
-        StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, width)
-        for mask, width in zip(masks, packed_widths, strict=True)
-    ]
-    layers = Layers(stored, masks[0].n_languages, activation, full_forward)
+        from fastmask import traced  # which imports this module
+
+        return traced.run(layers, x, weights, biases, language_ids)
     computed: Sequence[Tensor] = _Eager.apply(layers, x, language_ids, *weights, *biases)
     return computed
 
@@ -129,7 +79,7 @@ class _Eager(torch.autograd.Function):
         weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
         path, examples = path_for(x, weights), as_examples(x)
-        batch = path.prepare(layers, examples, weights, language_ids)
+        batch = path.prepare(layers, examples, language_ids)
         computed = path.forward(layers, batch, examples, weights, biases, kept)
         ys = [y.view(*x.shape[:-1], y.shape[2]) for y in computed]
         # The backward pass is of the same languages, whatever is written to the ids meanwhile.

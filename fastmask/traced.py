@@ -14,19 +14,35 @@ It computes the full layer, and is as right and as slow as multiplying by masks:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask import bits
-from fastmask.masks import FULL, UNPACKED, StoredMask
-from fastmask.operators import Settings, as_examples, path_for
+from fastmask.masks import FULL, UNPACKED, Mask
+from fastmask.operators import as_examples, path_for
 from fastmask.torch_path.layers import Layers, Needs, activate
 from fastmask.torch_path.packing import enter, leave, slots
 
 __all__ = ["decompositions"]
+
+
+class Settings(NamedTuple):
+    """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.
+
+    kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
+    packed_widths, activation, full_forward: as in `torch_path.layers.Layers`.
+    """
+
+    kind: str
+    geometries: list[int]
+    n_languages: int
+    packed_widths: Sequence[int]
+    activation: str
+    full_forward: bool = False
+
 
 _MASKS = (
     "Tensor language_ids, Tensor[] indices, Tensor[] extents, str kind, SymInt[] geometries, SymInt n_languages, "
@@ -39,14 +55,28 @@ _BACKWARD = (
 )
 
 
-def _stored(indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings) -> Layers:
+def run(
+    layers: Layers, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], language_ids: Tensor
+) -> list[Tensor]:
+    """As `operators.run`, for tracers."""
+    masks = layers.masks
+    geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
+    settings = Settings(masks[0].kind, geometries, masks[0].n_languages, *layers[1:])
+    indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
+    ys: list[Tensor] = torch.ops.fastmask.masked_linear(x, weights, biases, language_ids, indices, extents, *settings)
+    return ys
+
+
+def _layers(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings
+) -> Layers:
     """The layers of an operator's arguments."""
     sizes = zip(settings.geometries[::2], settings.geometries[1::2], strict=True)
     masks = [
-        StoredMask(settings.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
-        for size, index, extent, width in zip(sizes, indices, extents, settings.packed_widths, strict=True)
+        Mask(settings.kind, (settings.n_languages, *w.shape), (size[0],) if size[1] == 0 else size, index, extent)
+        for w, size, index, extent in zip(weights, sizes, indices, extents, strict=True)
     ]
-    return Layers(masks, settings.n_languages, settings.activation, settings.full_forward)
+    return Layers(masks, settings.packed_widths, settings.activation, settings.full_forward)
 
 
 def _forward(
@@ -58,9 +88,9 @@ def _forward(
     extents: list[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
-    layers = _stored(indices, extents, Settings(*settings))
+    layers = _layers(weights, indices, extents, Settings(*settings))
     path, examples = path_for(x, weights), as_examples(x)
-    ys = path.forward(layers, path.prepare(layers, examples, weights, language_ids), examples, weights, biases)
+    ys = path.forward(layers, path.prepare(layers, examples, language_ids), examples, weights, biases)
     return [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
@@ -73,10 +103,10 @@ def _backward(
     extents: list[Tensor],
     *rest: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers, needs = _stored(indices, extents, Settings(*rest[:-3])), Needs(*rest[-3:])
+    layers, needs = _layers(weights, indices, extents, Settings(*rest[:-3])), Needs(*rest[-3:])
     upstreams = [as_examples(dy) for dy in dys]
     path, examples = path_for(x, weights), as_examples(x)
-    batch = path.prepare(layers, examples, weights, language_ids)
+    batch = path.prepare(layers, examples, language_ids)
     dx, dws, dbs = path.backward(layers, batch, upstreams, examples, weights, needs)
     # An operator cannot return None: what was not asked for comes back empty. Nor may its outputs share memory.
     seen: set[int] = set()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmask.kept import Kept
-from fastmask.masks import FULL, UNPACKED, StoredMask
+from fastmask.masks import FULL, UNPACKED, Mask
 from fastmask.torch_path.gemm import by_onednn, cast, products
 from fastmask.torch_path.split import Split, languages_of, split_of
 from fastmask.torch_path.tiles import Tiles
@@ -36,12 +36,21 @@ HALF = (torch.bfloat16, torch.float16)
 class Layers(NamedTuple):
     """What is not a tensor of autograd's in G layers over one input.
 
-    masks, n_languages: of one kind; L. activation: a name of `activate`, applied to the input first. full_forward:
-    whether all examples go through the whole weights, and masks only say what may learn.
+    Packed, the masked side is compact: live units at the front of the layer's width, zeros behind. A row mask makes
+    y [B, ..., width]; a column mask takes x [B, ..., width], where anything finite may lie behind the live units (it
+    meets zeros, if it is read at all). The width must hold the widest language of the batch.
+
+    Attributes:
+        masks: of each layer, all of one kind and of the same languages.
+        widths: of the packed side of each, or -1 (`UNPACKED`).
+        activation: a name of `activate`, applied to the input first, and computed again in the backward pass instead
+            of being kept.
+        full_forward: whether all examples go through the whole weights, and masks only say what may learn. Nothing is
+            packed then.
     """
 
-    masks: list[StoredMask]
-    n_languages: int
+    masks: Sequence[Mask]
+    widths: Sequence[int]
     activation: str = NONE
     full_forward: bool = False
 
@@ -69,17 +78,17 @@ class Batch(NamedTuple):
     gated: Sequence[Units]
 
 
-def prepare(layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor) -> Batch:
+def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
     """The batch of x [B, T, K_in], for `forward` and `backward`; it holds no tensor of autograd's, nor the ids.
 
     Raises:
         ValueError: an id out of range.
     """
     tables = [
-        _tables.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
-        for mask, weight in zip(layers.masks, weights, strict=True)
+        _tables.of(mask.index, functools.partial(_made, mask, width != UNPACKED), width != UNPACKED)
+        for mask, width in zip(layers.masks, layers.widths, strict=True)
     ]
-    split = split_of(languages_of(language_ids, layers.n_languages))
+    split = split_of(languages_of(language_ids, layers.masks[0].n_languages))
     plans, key = tables[0].plans, (split, x.shape[1], layers.full_forward, *tables[1:])
     if key not in plans:
         plans[key] = _planned(tables, split, x.shape[1], layers.full_forward)
@@ -107,8 +116,8 @@ def forward(
         ValueError: a language with more live units than the packed side holds.
     """
     tables, split, gated = batch
-    for mask, table in zip(layers.masks, tables, strict=True):
-        _check_packed(mask, table, split)
+    for width, table in zip(layers.widths, tables, strict=True):
+        _check_packed(width, table, split)
     x = activate(x, layers.activation)
     read = _read(layers, tables, weights, x, split.full if gated else split)
     if kept is not None:
@@ -122,9 +131,9 @@ def forward(
     inside, T, ys = split.full if gated else split, x.shape[1], []
     tokens = inside.sorted(x)
     pieces = inside.pieces(tokens, T)
-    for mask, table, w, bias, weight in zip(layers.masks, tables, read, given, weights, strict=True):
+    for packed, table, w, bias, weight in zip(layers.widths, tables, read, given, weights, strict=True):
         N = weight.shape[0]
-        width = mask.packed_width if of_rows and mask.packed_width != UNPACKED else N
+        width = packed if of_rows and packed != UNPACKED else N
         flat = tokens.new_empty(tokens.shape[0], N if gated else width)
         table.forward(inside.present, pieces, w, inside.pieces(flat, T))
         y = inside.unsorted(flat, T)
@@ -194,10 +203,8 @@ _tables: Kept[Table] = Kept()
 MOST_PLANS = 64  # of a mask
 
 
-def _made(mask: StoredMask, weight: Tensor) -> Table:
-    shape = (weight.shape[0], weight.shape[1])
-    units = mask.kind in ("rows", "columns")
-    return Units(mask, shape, mask.packed_width != UNPACKED) if units else Tiles(mask, shape)
+def _made(mask: Mask, packed: bool) -> Table:
+    return Units(mask, packed) if mask.kind in ("rows", "columns") else Tiles(mask)
 
 
 def _planned(tables: Sequence[Table], split: Split, T: int, full_forward: bool) -> tuple[Split, bool]:
@@ -231,15 +238,14 @@ def is_cheaper(tables: Sequence[Units], tokens: int, split: Split, full_forward:
     return gated < looped
 
 
-def _check_packed(mask: StoredMask, table: Table, split: Split) -> None:
-    if mask.packed_width == UNPACKED or not isinstance(table, Units):
+def _check_packed(width: int, table: Table, split: Split) -> None:
+    if width == UNPACKED or not isinstance(table, Units):
         return
     for language in split.present:
-        if table.live[language] > mask.packed_width:
+        if table.live[language] > width:
             name = "the full network (-1)" if language == FULL else f"language {language}"
-            raise ValueError(
-                f"{name} has {table.live[language]} live {mask.kind}, more than the packed width {mask.packed_width}"
-            )
+            live = f"{table.live[language]} live {'rows' if table.of_rows else 'columns'}"
+            raise ValueError(f"{name} has {live}, more than the packed width {width}")
 
 
 # ---- the full network, whatever the languages: forward and dX of layers whose masks only say what may learn

@@ -16,7 +16,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastmask.masks import FULL, StoredMask
+from fastmask.masks import FULL, Mask
 from fastmask.torch_path import packing
 from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
@@ -36,9 +36,11 @@ class Units:
     weight (`Split.merged`), which is called `FULL` then.
     """
 
-    def __init__(self, mask: StoredMask, shape: tuple[int, int], packed: bool) -> None:
+    def __init__(self, mask: Mask, packed: bool) -> None:
         self.of_rows, self.packed, self.unit = mask.kind == "rows", packed, mask.geometry[0]
-        self.size, self.other = shape if self.of_rows else (shape[1], shape[0])
+        self.size, self.other = mask.out_features, mask.in_features
+        if not self.of_rows:
+            self.size, self.other = self.other, self.size
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
         self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}

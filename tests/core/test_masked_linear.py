@@ -15,10 +15,11 @@ from torch._subclasses import FakeTensorMode
 from transformers.activations import GELUActivation
 
 from fastmask import Mask, decompositions, masked_linear
-from fastmask.masks import UNPACKED, StoredMask
-from fastmask.operators import Settings, compute
+from fastmask.masks import UNPACKED
+from fastmask.operators import run
 from fastmask.torch_path.layers import NONE, Layers, name_of, prepare
 from fastmask.torch_path.naive import masked_linear_naive
+from fastmask.traced import Settings
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
 
@@ -162,7 +163,7 @@ def test_packed_equals_unpacked(kind, unit, order, extremes, every_way):
         return out
 
     def packed(x, w, mask, ids, bias):
-        return compute(x, w, mask, ids, bias, width)
+        return run(Layers([mask], [width]), x, [w], [bias], ids)[0]
 
     x, dy = torch.randn(len(ids), 5, K), torch.randn(len(ids), 5, N)
     y, dx, dw, db = gradients(masked_linear, x, weight, bias, dy, mask, ids)
@@ -187,10 +188,10 @@ def test_activation_inside(name, function, every_way):
     weight, bias = torch.randn(6, 8).double(), torch.randn(6).double()
 
     def inside(x, w, mask, ids, bias):
-        return compute(x, w, mask, ids, bias, width, name)
+        return run(Layers([mask], [width], name), x, [w], [bias], ids)[0]
 
     def before(x, w, mask, ids, bias):
-        return compute(function(x), w, mask, ids, bias, width)
+        return run(Layers([mask], [width]), function(x), [w], [bias], ids)[0]
 
     ours, expected = (gradients(f, x, weight, bias, dy, mask, ids) for f in (inside, before))
     for result, wanted in zip(ours, expected, strict=True):
@@ -201,7 +202,7 @@ def test_packed_width_too_narrow_names_the_language():
     """A buffer too narrow for a language of the batch is refused, and the error names the language."""
     mask = Mask.rows(torch.tensor([[True, False, False, False]]), 4)
     with pytest.raises(ValueError, match=r"full network \(-1\) has 4 live rows, more than the packed width 1"):
-        compute(torch.randn(1, 4), torch.randn(4, 4), mask, torch.tensor([-1]), None, 1)
+        run(Layers([mask], [1]), torch.randn(1, 4), [torch.randn(4, 4)], [], torch.tensor([-1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -394,10 +395,9 @@ def test_batches_do_not_keep_masks_nor_masks_batches():
     made = []
     for _ in range(2):
         mask = Mask.rows(torch.rand(2, 8) < 0.5, 8)
-        stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, UNPACKED)
         for tokens in range(1, 100):
-            batch = prepare(Layers([stored], 2), torch.randn(2, tokens, 8), [torch.randn(8, 8)], torch.tensor([0, 1]))
+            batch = prepare(Layers([mask], [UNPACKED]), torch.randn(2, tokens, 8), torch.tensor([0, 1]))
         assert len(batch.tables[0].plans) == 64
         made.append(weakref.ref(batch.tables[0]))
-    del mask, stored, batch
+    del mask, batch
     assert [of() is not None for of in made] == [False, False]

@@ -17,9 +17,10 @@ from torch import Tensor
 import fastmask as fm
 from fastmask import kept, operators
 from fastmask.kept import Kept, never_written
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import UNPACKED
 from fastmask.models.routing import Route
-from fastmask.operators import compute
+from fastmask.operators import run
+from fastmask.torch_path.layers import Layers
 from fastmask.triton_path import tables
 
 CPU = torch.device("cpu")
@@ -122,10 +123,9 @@ def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
         "blocks": lambda: fm.Mask.blocks(torch.rand(2, 2, 2) < 0.5, (16, 16)),
         "weights": lambda: fm.Mask.weights(torch.rand(2, 32, 32) < 0.5),
     }[kind]()
-    stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, -1)
 
     def made() -> object:
-        return tables.positions_of(stored, 32) if kind == "rows" else tables.layout_of(stored, 32, 32)
+        return tables.positions_of(mask) if kind == "rows" else tables.layout_of(mask)
 
     device.capturing = True
     captured = made()
@@ -237,7 +237,7 @@ def test_a_backward_pass_on_another_stream(
     monkeypatch.setattr(tables, "Plan", lambda *arguments: made.append(("plan", device.stream)) or plan(*arguments))
     monkeypatch.setattr(tables, "positions", lambda *given: made.append(("table", device.stream)) or table(*given))
     x, weight = torch.randn(2, 3, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
-    y, again = (compute(x, weight, mask, ids, None, UNPACKED) for _ in range(2))
+    y, again = (run(Layers([mask], [UNPACKED]), x, [weight], [], ids)[0] for _ in range(2))
     expected = torch.autograd.grad(again.sum(), [x, weight])
     one = set(made)
     device.stream = 2

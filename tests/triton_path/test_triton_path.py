@@ -20,8 +20,8 @@ from transformers import AutoModel, BertConfig, LlamaConfig
 import fastmask as fm
 from fastmask import operators
 from fastmask.masks import UNPACKED
-from fastmask.operators import compute
 from fastmask.torch_path import layers as torch_layers
+from fastmask.torch_path.layers import Layers
 from fastmask.triton_path import layers as triton_layers
 from fastmask.triton_path import tables
 
@@ -118,7 +118,7 @@ def test_gradients_of_several_layers_count_as_written_one_by_one(monkeypatch):
     weights = [torch.randn(N, K, device=DEVICE, requires_grad=True) for _ in masks]
     x = torch.randn(len(MIXED), 5, K, device=DEVICE)
     ids = torch.tensor(MIXED, device=DEVICE)
-    ys = operators.compute_projections(x, weights, masks, ids, [], [UNPACKED] * 3)
+    ys = operators.run(Layers(masks, [UNPACKED] * 3), x, weights, [], ids)
     grads = torch.autograd.grad(sum(y.sum() for y in ys), weights)
     before = [grad._version for grad in grads]
     grads[0].add_(1)
@@ -206,7 +206,9 @@ def test_heads(kind, ids, packed, monkeypatch):
             x[b, :, 192 if language < 0 else mask.live_counts()[language] :] = 0
 
     def run():
-        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width), x, weight, bias)
+        return gradients_of(
+            lambda x, w, b: operators.run(Layers([mask], [width]), x, [w], [b], ids)[0], x, weight, bias
+        )
 
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
@@ -230,7 +232,9 @@ def test_packed_with_an_activation(kind, activation, monkeypatch):
     mask, ids, width, *leaves = packed_problem(kind)
 
     def run():
-        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, activation), *leaves)
+        return gradients_of(
+            lambda x, w, b: operators.run(Layers([mask], [width], activation), x, [w], [b], ids)[0], *leaves
+        )
 
     assert_equal(on("triton", monkeypatch, run), on("torch", monkeypatch, run))
 
@@ -247,7 +251,9 @@ def test_an_activation_in_half_precision(kind, activation, weight_dtype, monkeyp
     mask, ids, width, *leaves = packed_problem(kind, torch.float16, weight_dtype)
 
     def run(*leaves):
-        return gradients_of(lambda x, w, b: compute(x, w, mask, ids, b, width, activation), *leaves)
+        return gradients_of(
+            lambda x, w, b: operators.run(Layers([mask], [width], activation), x, [w], [b], ids)[0], *leaves
+        )
 
     ours, plain = (on(path, monkeypatch, lambda: run(*leaves)) for path in ("triton", "torch"))
     truth = on("torch", monkeypatch, lambda: run(*[leaf.double() for leaf in leaves]))
@@ -268,12 +274,12 @@ def test_an_activation_in_half_precision(kind, activation, weight_dtype, monkeyp
 def test_an_activation_before_a_frozen_layer(trained, activation, monkeypatch):
     """Whichever gradients are asked for, they are the same on both paths."""
     mask, ids, width, *leaves = packed_problem("columns")
-    tensors = dict(zip(("x", "weight", "bias"), leaves, strict=True))
+    tensors, layers = dict(zip(("x", "weight", "bias"), leaves, strict=True)), Layers([mask], [width], activation)
     for name in trained:
         tensors[name].requires_grad_()
 
     def run():
-        y = compute(tensors["x"], tensors["weight"], mask, ids, tensors["bias"], width, activation)
+        y = operators.run(layers, tensors["x"], [tensors["weight"]], [tensors["bias"]], ids)[0]
         return torch.autograd.grad(y.square().sum(), [tensors[name] for name in trained])
 
     for ours, theirs in zip(on("triton", monkeypatch, run), on("torch", monkeypatch, run), strict=True):

@@ -18,7 +18,7 @@ from fastmask_kernels.interpreter import interpreter_problem
 from transformers import AutoModel, BertConfig, LlamaConfig
 
 import fastmask as fm
-from fastmask import operators
+from fastmask import operators, triton_path
 from fastmask.masks import UNPACKED
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import Layers
@@ -525,7 +525,7 @@ class TestChoice:
         monkeypatch.setattr(operators, "FORCED", "")
         operators._warn.cache_clear()
         gpu_like = torch.randn(2, K, dtype=torch.float64, device="meta")  # any device that is not a CPU
-        monkeypatch.setattr(operators, "_why_not_here", lambda device: None)
+        monkeypatch.setattr(triton_path, "_why_not_here", lambda device: None)
         monkeypatch.setattr(operators, "_has_kernels", lambda device: True)
         with pytest.warns(UserWarning, match=r"plain PyTorch: .* not torch\.float64"):
             assert operators.path_for(gpu_like, [gpu_like]) is torch_layers

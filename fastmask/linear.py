@@ -44,7 +44,8 @@ def masked_linear(
             cast, and the gradient comes back in the weight's dtype).
         mask: masks of L languages over this weight.
         language_ids: int64 [B], values 0..L-1, or -1 for the full, unmasked network. Examples of one language that lie
-            side by side are read in place; scattered ones are copied together first.
+            side by side are read in place; scattered ones are copied together first. They may be written to at once,
+            in a compiled function only after the backward pass.
         bias: [N] or None.
         validate: look at ids that are on a GPU before anything is computed, which waits for the GPU. Without it an id
             out of range is found by the GPU itself and ends the process with a device-side assertion, as with

@@ -90,12 +90,13 @@ def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
     ]
     split = split_of(languages_of(language_ids, layers.masks[0].n_languages))
     plans, key = tables[0].plans, (split, x.shape[1], layers.full_forward, *tables[1:])
-    if key not in plans:
-        plans[key] = _planned(tables, split, x.shape[1], layers.full_forward)
+    planned = plans.get(key)
+    if planned is None:
+        planned = plans[key] = _planned(tables, split, x.shape[1], layers.full_forward)
         # A mask may outlive batches and numbers of tokens, of which there can be any number.
         for oldest in list(plans)[:-MOST_PLANS]:
             plans.pop(oldest, None)
-    split, is_gated = plans[key]
+    split, is_gated = planned
     return Batch(tables, split, tables if is_gated else ())  # type: ignore[arg-type]  # only units are gated
 
 

@@ -9,6 +9,7 @@ from oracle import random_mask
 
 from fastmask import masked_linear
 from fastmask.operators import run
+from fastmask.torch_path import layers
 from fastmask.torch_path.layers import Layers
 
 L, N, K = 20, 256, 32
@@ -48,6 +49,19 @@ def test_tables_of_one_batch_do_not_serve_the_next(every_way):
         x = torch.randn(len(ids), 3, K)
         afresh, found = (run(Layers([m], [128]), x, [weight], [], ids)[0] for m in (copy.deepcopy(mask), mask))
         assert torch.equal(found, afresh)
+
+
+def test_tracers_operators_make_no_tables_anew(monkeypatch):
+    """A compiled layer reads the tables of its mask, which are made once."""
+    mask, x, weight = random_mask("rows", L, N, K, density=0.3, extremes=False), torch.randn(L, 3, K), torch.randn(N, K)
+    made, make = [], layers._made
+    monkeypatch.setattr(layers, "_made", lambda *given: made.append(given) or make(*given))
+    compiled = torch.compile(lambda x: masked_linear(x, weight, mask, ids), fullgraph=True, backend="aot_eager")
+    ids = torch.arange(L)
+    for _ in range(2):
+        compiled(x)
+    masked_linear(x, weight, mask, ids)
+    assert len(made) == 1
 
 
 def test_a_copy_leaves_tables_behind():

@@ -20,7 +20,8 @@ _Places = dict[tuple[Hashable, ...], tuple[int, Any]]  # by (Kept, key, stream):
 
 def never_written(tensor: Tensor) -> Tensor:
     """The tensor, of which it is known from now on that nobody writes to it; not for tensors of others."""
-    setattr(tensor, _NAME, ({}, is_capturing(tensor.device)))
+    if not hasattr(tensor, _NAME):
+        setattr(tensor, _NAME, ({}, is_capturing(tensor.device)))
     return tensor
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import fastmask.traced  # noqa: F401 - registers the operator that tracers are shown
 from fastmask.errors import unknown
 from fastmask.masks import UNPACKED, Mask
-from fastmask.operators import autocast, compute
+from fastmask.operators import autocast, run
+from fastmask.torch_path.layers import Layers
 
 __all__ = ["FORWARDS", "MaskedLinear", "checked_forward", "masked_linear", "sparse_update_linear"]
 
@@ -43,7 +44,8 @@ def masked_linear(
             cast, and the gradient comes back in the weight's dtype).
         mask: masks of L languages over this weight.
         language_ids: int64 [B], values 0..L-1, or -1 for the full, unmasked network. Examples of one language that lie
-            side by side are read in place; scattered ones are copied together first.
+            side by side are read in place; scattered ones are copied together first. They may be written to at once,
+            in a compiled function only after the backward pass.
         bias: [N] or None.
         validate: look at ids that are on a GPU before anything is computed, which waits for the GPU. Without it an id
             out of range is found by the GPU itself and ends the process with a device-side assertion, as with
@@ -128,7 +130,8 @@ def _checked_compute(
                 f"language_ids are from {int(low)} to {int(high)}; expected 0 to {mask.n_languages - 1}, "
                 "or -1 for the full network"
             )
-    return compute(x, weight, mask, language_ids, bias, UNPACKED, full_forward=full_forward)
+    layers = Layers([mask], [UNPACKED], full_forward=full_forward)
+    return run(layers, x, [weight], [] if bias is None else [bias], language_ids)[0]
 
 
 class MaskedLinear(nn.Linear):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import never_written
 
-__all__ = ["FULL", "KINDS", "UNPACKED", "Mask", "StoredMask", "checked_id"]
+__all__ = ["FULL", "KINDS", "UNPACKED", "Mask", "checked_id"]
 
 KINDS = ("rows", "columns", "blocks", "weights")
 FULL = -1  # the language id of the full, unmasked network
-UNPACKED = -1
+UNPACKED = -1  # the packed width of a layer that is not packed
 
 
 def checked_id(number: int, n_languages: int) -> int:
@@ -30,17 +29,6 @@ def checked_id(number: int, n_languages: int) -> int:
         known = f"0 to {n_languages - 1}, or -1 for the full network" if n_languages else "-1: no subnetworks attached"
         raise ValueError(f"language id {number} is out of range: expected {known}")
     return number
-
-
-@dataclass(slots=True)
-class StoredMask:
-    """A mask as operators receive it, and the width of the packed side, or -1 (UNPACKED) if it is not packed."""
-
-    kind: str
-    geometry: Sequence[int]
-    index: Tensor
-    extents: Tensor
-    packed_width: int
 
 
 class Mask:
@@ -64,14 +52,12 @@ class Mask:
         kind: str,
         shape: tuple[int, ...],
         geometry: tuple[int, ...],
-        live: Tensor,
         index: Tensor,
         extents: Tensor,
     ) -> None:
         self.kind = kind
         self.n_languages, self.out_features, self.in_features = shape
         self.geometry = geometry
-        self.live = _lasting(live)  # int64 [L]: how many weights each language owns
         self.index, self.extents = never_written(_lasting(index)), _lasting(extents)
 
     # ---- constructors
@@ -81,14 +67,14 @@ class Mask:
         """Whole output units: `keep` bool [L, N]. A dead row gives exactly 0, its bias included."""
         keep = _checked(keep, 2, "keep [languages, out_features]")
         in_features = _positive(in_features, "in_features")
-        return cls._of_units("rows", keep, (*keep.shape, in_features), in_features)
+        return cls._of_units("rows", keep, (*keep.shape, in_features))
 
     @classmethod
     def columns(cls, keep: Tensor, out_features: int) -> Mask:
         """Whole input units: `keep` bool [L, K]. A dead input does not count and gets no gradient."""
         keep = _checked(keep, 2, "keep [languages, in_features]")
         out_features = _positive(out_features, "out_features")
-        return cls._of_units("columns", keep, (keep.shape[0], out_features, keep.shape[1]), out_features)
+        return cls._of_units("columns", keep, (keep.shape[0], out_features, keep.shape[1]))
 
     @classmethod
     def blocks(cls, keep: Tensor, block: Sequence[int]) -> Mask:
@@ -104,17 +90,23 @@ class Mask:
         return cls._of_blocks("weights", _checked(keep, 3, "keep [languages, out_features, in_features]"), 1, 1)
 
     @classmethod
-    def _of_units(cls, kind: str, keep: Tensor, shape: tuple[int, ...], other: int) -> Mask:
+    def _of_units(cls, kind: str, keep: Tensor, shape: tuple[int, ...]) -> Mask:
         unit, index, counts = _live_units(keep)
-        return cls(kind, shape, (unit,), counts * other, index, counts)
+        return cls(kind, shape, (unit,), index, counts)
 
     @classmethod
     def _of_blocks(cls, kind: str, keep: Tensor, bn: int, bk: int) -> Mask:
         L, rows, columns = keep.shape
         live = keep.sum((1, 2)) * (bn * bk)
-        return cls(kind, (L, rows * bn, columns * bk), (bn, bk), live, bits.pack(keep), live)
+        return cls(kind, (L, rows * bn, columns * bk), (bn, bk), bits.pack(keep), live)
 
     # ---- properties
+
+    @property
+    def live(self) -> Tensor:
+        """How many weights each language owns, int64 [L]."""
+        of_unit = {"rows": self.in_features, "columns": self.out_features}.get(self.kind)
+        return self.extents if of_unit is None else self.extents * of_unit
 
     @property
     def density(self) -> Tensor:
@@ -123,7 +115,7 @@ class Mask:
 
     @property
     def device(self) -> torch.device:
-        return self.live.device
+        return self.extents.device
 
     @property
     def nbytes(self) -> int:
@@ -189,13 +181,13 @@ class Mask:
         """The languages `ids`, counted through all masks."""
         first = masks[0]
         rows = torch.tensor(ids, device=first.device)
-        live, extents = (torch.cat([getattr(mask, name) for mask in masks])[rows] for name in ("live", "extents"))
+        extents = torch.cat([mask.extents for mask in masks])[rows]
         width = max(1, int(extents.max())) if first.kind in ("rows", "columns") else first.index.shape[-1]
         index = [torch.nn.functional.pad(mask.index, (0, width - mask.index.shape[-1])) for mask in masks]
         # Runs of a common divisor describe the languages of all masks.
         geometry = tuple(math.gcd(*units) for units in zip(*(mask.geometry for mask in masks), strict=True))
         shape = (len(ids), first.out_features, first.in_features)
-        return cls(first.kind, shape, geometry, live, torch.cat(index).index_select(0, rows), extents)
+        return cls(first.kind, shape, geometry, torch.cat(index).index_select(0, rows), extents)
 
     def transposed(self) -> Mask:
         """The same of the transposed weight, [K, N]; not of blocks."""
@@ -234,7 +226,7 @@ class Mask:
     def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
         """The same mask with `function` applied to each stored tensor (to move it between devices)."""
         shape = (self.n_languages, self.out_features, self.in_features)
-        return Mask(self.kind, shape, self.geometry, function(self.live), function(self.index), function(self.extents))
+        return Mask(self.kind, shape, self.geometry, function(self.index), function(self.extents))
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on `device`."""

@@ -9,94 +9,44 @@ than a small layer does. Which path computes it is decided here too: Triton kern
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastmask.masks import Mask, StoredMask
+from fastmask import triton_path
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import NONE, Layers, Needs
 
-__all__ = ["Settings", "as_examples", "autocast", "compute", "compute_projections", "path_for"]
+__all__ = ["as_examples", "autocast", "path_for", "run"]
 
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
 
 
-class Settings(NamedTuple):
-    """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.
-
-    kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
-    packed_widths: of each, or -1. activation, full_forward: as in `torch_path.layers.Layers`.
-    """
-
-    kind: str
-    geometries: list[int]
-    n_languages: int
-    packed_widths: list[int]
-    activation: str
-    full_forward: bool = False
-
-
-def compute(
-    x: Tensor,
-    weight: Tensor,
-    mask: Mask,
-    language_ids: Tensor,
-    bias: Tensor | None,
-    packed_width: int,
-    activation: str = NONE,
-    full_forward: bool = False,
-) -> Tensor:
-    """`masked_linear` without the checks, for layers that were checked once; packed unless `packed_width` is -1.
-
-    Packed, the masked side is compact: live units at the front of `packed_width`, zeros behind. A row mask makes
-    y [B, ..., packed_width]; a column mask takes x [B, ..., packed_width], where anything finite may lie behind the
-    live units (it meets zeros, if it is read at all). `packed_width` must hold the widest language of the batch.
-    `activation`, a name of `torch_path.layers.activate`, is applied to x first and computed again in the backward pass
-    instead of being kept. With `full_forward`, `sparse_update_linear` without the checks: nothing is packed.
-    """
-    biases = [] if bias is None else [bias]
-    return compute_projections(x, [weight], [mask], language_ids, biases, [packed_width], activation, full_forward)[0]
-
-
-def compute_projections(
-    x: Tensor,
-    weights: list[Tensor],
-    masks: list[Mask],
-    language_ids: Tensor,
-    biases: list[Tensor],
-    packed_widths: list[int],
-    activation: str = NONE,
-    full_forward: bool = False,
+def run(
+    layers: Layers, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], language_ids: Tensor
 ) -> Sequence[Tensor]:
-    """`compute` for several masks of one kind over one input: y_g of each.
+    """`masked_linear` of layers over one input x [B, ..., K], without its checks: y of each, [B, ..., N or its width].
 
-    All weights have a bias, or none has: then `biases` is empty.
+    For layers that were checked once. All weights have a bias, or none has: then `biases` is empty. What is written to
+    the ids before the backward pass does not matter, unless the call was compiled.
+
+    Raises:
+        ValueError: an id on the CPU that is out of range, a language with more live units than the packed side holds.
     """
     x = autocast(x)
     # A tracer must be shown a custom operator; the tensors it passes are of types of its own.
     if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights)):
-        geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
-        indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
-        settings = Settings(masks[0].kind, geometries, masks[0].n_languages, packed_widths, activation, full_forward)
-        ys: Sequence[Tensor] = torch.ops.fastmask.masked_linear(
-            x, weights, biases, language_ids, indices, extents, *settings
-        )
-        return ys
-    stored = [
-        StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, width)
-        for mask, width in zip(masks, packed_widths, strict=True)
-    ]
-    layers = Layers(stored, masks[0].n_languages, activation, full_forward)
+        from fastmask import traced  # which imports this module
+
+        return traced.run(layers, x, weights, biases, language_ids)
     computed: Sequence[Tensor] = _Eager.apply(layers, x, language_ids, *weights, *biases)
     return computed
 
@@ -128,15 +78,15 @@ class _Eager(torch.autograd.Function):
         G = len(layers.masks)
         weights, biases = tensors[:G], tensors[G:]
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
-        path = path_for(x, weights)
-        ys = [
-            y.view(*x.shape[:-1], y.shape[2])
-            for y in path.forward(layers, as_examples(x), weights, biases, language_ids, kept)
-        ]
-        ctx.path, ctx.layers, ctx.has_bias = path, layers, bool(biases)  # what is kept is for the same path's backward
+        path, examples = path_for(x, weights), as_examples(x)
+        batch = path.prepare(layers, examples, language_ids)
+        computed = path.forward(layers, batch, examples, weights, biases, kept)
+        ys = [y.view(*x.shape[:-1], y.shape[2]) for y in computed]
+        # The backward pass is of the same languages, whatever is written to the ids meanwhile.
+        ctx.path, ctx.layers, ctx.batch, ctx.has_bias = path, layers, batch, bool(biases)
         # A frozen layer needs nothing of x but its shape: it is neither kept nor must it stay as it was.
         reads_x, ctx.shape = any(ctx.needs_input_grad[3 : 3 + G]) or layers.activation != NONE, x.shape
-        ctx.save_for_backward(x if reads_x else x.new_empty(0), language_ids, *weights, *(kept or ()))
+        ctx.save_for_backward(x if reads_x else x.new_empty(0), *weights, *(kept or ()))
         # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
         return tuple(y.data if y._is_view() else y for y in ys)
 
@@ -144,19 +94,16 @@ class _Eager(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         G = len(ctx.layers.masks)
-        x, language_ids, *tensors = ctx.saved_tensors
+        x, *tensors = ctx.saved_tensors
         needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]
         needs = Needs(needs_x, given[:G], given[G:] if ctx.has_bias else [False] * G)
         x = as_examples(x if x.shape == ctx.shape else x.new_empty(ctx.shape))
         upstreams = [as_examples(dy) for dy in dys]
-        dx, dws, dbs = ctx.path.backward(ctx.layers, upstreams, x, tensors[:G], language_ids, needs, tensors[G:])
+        dx, dws, dbs = ctx.path.backward(ctx.layers, ctx.batch, upstreams, x, tensors[:G], needs, tensors[G:])
         return None, None if dx is None else dx.view(ctx.shape), None, *dws, *(dbs if ctx.has_bias else ())
 
 
 # ---- the path
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_OLDEST = (8, 0)  # compute capability of the oldest NVIDIA chip the kernels are compiled for
 
 
 def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
@@ -168,7 +115,7 @@ def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
         raise ValueError(f"FASTMASK_BACKEND must be 'torch' or 'triton', given {FORCED!r}")
     if FORCED == "torch" or (not FORCED and not _has_kernels(x.device)):
         return torch_layers
-    reason = _why_not(x, weights)
+    reason = triton_path.why_not(x, weights)
     if reason is None:
         return _triton_layers()
     if FORCED == "triton":
@@ -179,35 +126,6 @@ def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
 
 def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda"  # NVIDIA, and AMD under ROCm
-
-
-def _why_not(x: Tensor, weights: Sequence[Tensor]) -> str | None:
-    """What keeps the Triton kernels from running these, if anything does."""
-    missing = _why_not_here(x.device)
-    if missing is not None:
-        return missing
-    if x.dtype not in _DTYPES:
-        return f"the kernels take float16, bfloat16 and float32, not {x.dtype}"
-    dtypes = {weight.dtype for weight in weights}
-    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
-        given = ", ".join(sorted({str(weight.dtype) for weight in weights}))
-        return f"the kernels take weights of the activations' dtype ({x.dtype}) or float32, not {given}"
-    if x.numel() // max(1, x.shape[-1]) >= 2**31:
-        return f"the kernels take fewer than 2**31 tokens, not a batch of shape {tuple(x.shape)}"
-    return None
-
-
-@cache
-def _why_not_here(device: torch.device) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if device.type != "cuda":
-        from fastmask_kernels.interpreter import runs_on
-
-        return None if runs_on(device) else f"there is no GPU behind {device}, and TRITON_INTERPRET=1 is not set"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _OLDEST:
-        return f"the kernels need compute capability 8.0 or newer, not {torch.cuda.get_device_name(device)}"
-    return None
 
 
 @cache

@@ -1,6 +1,7 @@
 """What tracers are shown of a masked layer: custom operators, and what they are in plain operators of ATen.
 
-`torch.compile` and `torch.export` see `fastmask::masked_linear` and its backward, which keep nothing but their inputs.
+`torch.compile` and `torch.export` see `fastmask::masked_linear` and its backward, which keep nothing but their inputs:
+language ids must not be written to between the passes, and only what PyTorch writes is noticed.
 An exported graph that has to run without fastmask is decomposed:
 
     program = torch.export.export(model, (), kwargs)              # kwargs with language_ids: a mixed batch
@@ -13,18 +14,35 @@ It computes the full layer, and is as right and as slow as multiplying by masks:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask import bits
-from fastmask.masks import FULL, UNPACKED, StoredMask
-from fastmask.operators import Settings, as_examples, path_for
+from fastmask.masks import FULL, UNPACKED, Mask
+from fastmask.operators import as_examples, path_for
 from fastmask.torch_path.layers import Layers, Needs, activate
+from fastmask.torch_path.packing import enter, leave, slots
 
 __all__ = ["decompositions"]
+
+
+class Settings(NamedTuple):
+    """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.
+
+    kind, n_languages: of all masks. geometries: two numbers for each, `Mask.geometry` (a unit's second number is 0).
+    packed_widths, activation, full_forward: as in `torch_path.layers.Layers`.
+    """
+
+    kind: str
+    geometries: list[int]
+    n_languages: int
+    packed_widths: Sequence[int]
+    activation: str
+    full_forward: bool = False
+
 
 _MASKS = (
     "Tensor language_ids, Tensor[] indices, Tensor[] extents, str kind, SymInt[] geometries, SymInt n_languages, "
@@ -37,14 +55,28 @@ _BACKWARD = (
 )
 
 
-def _stored(indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings) -> Layers:
+def run(
+    layers: Layers, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], language_ids: Tensor
+) -> list[Tensor]:
+    """As `operators.run`, for tracers."""
+    masks = layers.masks
+    geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
+    settings = Settings(masks[0].kind, geometries, masks[0].n_languages, *layers[1:])
+    indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
+    ys: list[Tensor] = torch.ops.fastmask.masked_linear(x, weights, biases, language_ids, indices, extents, *settings)
+    return ys
+
+
+def _layers(
+    weights: Sequence[Tensor], indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings
+) -> Layers:
     """The layers of an operator's arguments."""
     sizes = zip(settings.geometries[::2], settings.geometries[1::2], strict=True)
     masks = [
-        StoredMask(settings.kind, (size[0],) if size[1] == 0 else size, index, extent, width)
-        for size, index, extent, width in zip(sizes, indices, extents, settings.packed_widths, strict=True)
+        Mask(settings.kind, (settings.n_languages, *w.shape), (size[0],) if size[1] == 0 else size, index, extent)
+        for w, size, index, extent in zip(weights, sizes, indices, extents, strict=True)
     ]
-    return Layers(masks, settings.n_languages, settings.activation, settings.full_forward)
+    return Layers(masks, settings.packed_widths, settings.activation, settings.full_forward)
 
 
 def _forward(
@@ -56,8 +88,9 @@ def _forward(
     extents: list[Tensor],
     *settings: Any,
 ) -> list[Tensor]:
-    layers = _stored(indices, extents, Settings(*settings))
-    ys = path_for(x, weights).forward(layers, as_examples(x), weights, biases, language_ids)
+    layers = _layers(weights, indices, extents, Settings(*settings))
+    path, examples = path_for(x, weights), as_examples(x)
+    ys = path.forward(layers, path.prepare(layers, examples, language_ids), examples, weights, biases)
     return [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
 
 
@@ -70,10 +103,11 @@ def _backward(
     extents: list[Tensor],
     *rest: Any,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    layers, needs = _stored(indices, extents, Settings(*rest[:-3])), Needs(*rest[-3:])
+    layers, needs = _layers(weights, indices, extents, Settings(*rest[:-3])), Needs(*rest[-3:])
     upstreams = [as_examples(dy) for dy in dys]
-    path = path_for(x, weights)
-    dx, dws, dbs = path.backward(layers, upstreams, as_examples(x), weights, language_ids, needs)
+    path, examples = path_for(x, weights), as_examples(x)
+    batch = path.prepare(layers, examples, language_ids)
+    dx, dws, dbs = path.backward(layers, batch, upstreams, examples, weights, needs)
     # An operator cannot return None: what was not asked for comes back empty. Nor may its outputs share memory.
     seen: set[int] = set()
     grads = []
@@ -160,11 +194,11 @@ def _masked_linear(
             found.append(F.linear(x, w, bias))
         elif kind in ("rows", "columns"):
             size = weight.shape[0] if kind == "rows" else weight.shape[1]
-            slots, live = _slots(indices[g], extents[g], language_ids, size)
+            held = slots(indices[g], extents[g], size, width != UNPACKED)[_row(language_ids, n_languages)]
             if kind == "rows":
-                found.append(_of_rows(F.linear(x, w, bias), slots, live, width))
+                found.append(leave(F.linear(x, w, bias), held, size if width == UNPACKED else width))
             else:
-                found.append(F.linear(_of_columns(x, slots, live, size, width), w, bias))
+                found.append(F.linear(enter(x, held, size), w, bias))
         else:
             bn, bk = geometries[2 * g : 2 * g + 2]
             keep = bits.unpack_by_shifts(indices[g], weight.shape[1] // bk)
@@ -178,42 +212,7 @@ def _masked_linear(
     return found
 
 
-def _slots(index: Tensor, extents: Tensor, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The unit in each slot of every example, [B, size], live ones in front; and which slots are live."""
-    whole = torch.arange(size, device=index.device)
-    table = torch.cat([F.pad(index, (0, size - index.shape[1])), whole[None]])
-    counts = torch.cat([extents, extents.new_full((1,), size)])
-    row = _row(ids, index.shape[0])
-    return table[row], whole[None] < counts[row][:, None]
-
-
 def _row(ids: Tensor, n_languages: int) -> Tensor:
     """Where a table of languages, with the full network behind them, has each id; out of range as the ids are."""
     known = torch.where(ids == FULL, n_languages, ids)
     return torch.where((ids < FULL) | (ids >= n_languages), n_languages + 1, known)
-
-
-def _kept(slots: Tensor, live: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 for units that live, 0 for others, [B, size]."""
-    return torch.zeros_like(slots, dtype=dtype).scatter_add(1, slots, live.to(dtype))
-
-
-def _beside(flags: Tensor, x: Tensor) -> Tensor:
-    """[B, size] as [B, 1, ..., size] of x [B, ..., size]."""
-    return flags.view(x.shape[0], *[1] * (x.ndim - 2), flags.shape[1])
-
-
-def _of_rows(y: Tensor, slots: Tensor, live: Tensor, width: int) -> Tensor:
-    if width == UNPACKED:
-        return y * _beside(_kept(slots, live, y.dtype), y)
-    at = _beside(slots[:, :width], y).expand(*y.shape[:-1], width)
-    return y.gather(-1, at) * _beside(live[:, :width].to(y.dtype), y)
-
-
-def _of_columns(x: Tensor, slots: Tensor, live: Tensor, size: int, width: int) -> Tensor:
-    if width == UNPACKED:
-        return x * _beside(_kept(slots, live, x.dtype), x)
-    width = x.shape[-1]
-    at = _beside(slots[:, :width], x).expand(x.shape)
-    # What lies behind the live units need not be zero.
-    return x.new_zeros(*x.shape[:-1], size).scatter_add(-1, at, x * _beside(live[:, :width].to(x.dtype), x))

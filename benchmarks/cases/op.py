@@ -15,7 +15,8 @@ from benchmarks.baselines import BASELINES, Task
 from benchmarks.cases.case import DENSE, Case, Side
 from benchmarks.row import BLOCKS, Job, Setting
 from fastmask.masks import UNPACKED
-from fastmask.operators import compute
+from fastmask.operators import run
+from fastmask.torch_path.layers import Layers
 from fastmask.torch_path.naive import masked_linear_naive
 
 PARTS = ("forward", "dX", "dW", "forward+backward")
@@ -67,10 +68,10 @@ class Op(Case):
         """An implementation, of (x, weight, bias)."""
         mask, width, ids = self.mask, self.width, self.ids
         if name == "fastmask":  # the library's function for layers that were checked once
-            return lambda x, weight, bias: compute(x, weight, mask, ids, bias, width)
+            return lambda x, weight, bias: run(Layers([mask], [width]), x, [weight], [bias], ids)[0]
         if name == "full":
             none = torch.full_like(ids, -1)
-            return lambda x, weight, bias: compute(x, weight, mask, none, bias, UNPACKED)
+            return lambda x, weight, bias: run(Layers([mask], [UNPACKED]), x, [weight], [bias], none)[0]
         if name == "naive":  # the definition of a masked layer, too slow to time
             return lambda x, weight, bias: masked_linear_naive(x, weight, mask, ids, bias)
         baseline, task = BASELINES[name], self.task

@@ -37,8 +37,7 @@ from benchmarks.row import Setting
 from fastmask import operators
 from fastmask.live import live_of
 from fastmask.masks import UNPACKED
-from fastmask.operators import compute_projections
-from fastmask.torch_path.layers import NONE
+from fastmask.torch_path.layers import NONE, Layers
 
 Pass = Callable[[], object]  # forward and backward
 EVEN, EDGES = 256, 48  # columns that every block of the row kernels divides, or none
@@ -69,7 +68,7 @@ def layer_pass(
         torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
         for parameter in (*weights, *biases):
             nn.init.zeros_(parameter)
-        ys = compute_projections(x, weights, on_device, ids.to(DEVICE), biases, widths, activation)
+        ys = operators.run(Layers(on_device, widths, activation), x, weights, biases, ids.to(DEVICE))
         torch.autograd.grad(ys, [x, *weights, *biases], [torch.empty_like(y) for y in ys])
 
     return run

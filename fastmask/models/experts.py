@@ -116,7 +116,7 @@ class AttachedExperts(nn.Module):
     @mask.setter
     def mask(self, mask: Mask) -> None:
         self._mask = mask
-        if mask.live.is_meta:  # moved to where nothing has values: what was found before holds
+        if mask.extents.is_meta:  # moved to where nothing has values: what was found before holds
             return
         counts, index = mask.live_counts(), mask.index.cpu()
         live = [index[language, :count] for language, count in enumerate(counts)]

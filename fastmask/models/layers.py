@@ -20,9 +20,9 @@ from fastmask.models.experts import AttachedExperts
 from fastmask.models.other_libraries import is_wrapped, obstacle, plain_experts, plain_linear
 from fastmask.models.routing import Route, Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
-from fastmask.operators import compute, compute_projections
+from fastmask.operators import run
 from fastmask.subnetworks.subnetworks import Subnetworks
-from fastmask.torch_path.layers import NONE, name_of
+from fastmask.torch_path.layers import NONE, Layers, name_of
 
 __all__ = [
     "Around",
@@ -79,7 +79,7 @@ class AttachedLinear(MaskedLinear):
 
     def _follow_mask(self) -> None:
         # What lives is counted here, and not in a pass: a tracer cannot, and on a GPU it would wait.
-        if self._mask.live.is_meta:  # moved to where nothing has values: what was counted before holds
+        if self._mask.extents.is_meta:  # moved to where nothing has values: what was counted before holds
             return
         self._counts = self._mask.live_counts() if self._mask.kind in ("rows", "columns") else []
         self._of_parts: list[tuple[Mask, list[int]]] = []
@@ -100,9 +100,9 @@ class AttachedLinear(MaskedLinear):
             return self.siblings.output_of(self, x, route)
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
-        width, (examples, ids) = self.packed_width(route, x), route.examples(x, self.once)
-        y = compute(examples, self.matrix, self.mask, ids, self.bias, width, self.activation, self.full_forward)
-        return route.joined(y)
+        layers = Layers([self.mask], [self.packed_width(route, x)], self.activation, self.full_forward)
+        examples, ids = route.examples(x, self.once)
+        return route.joined(run(layers, examples, [self.matrix], [] if self.bias is None else [self.bias], ids)[0])
 
     def packs_in(self, route: Route) -> bool:
         """Whether live units travel packed in a pass."""
@@ -138,7 +138,7 @@ class AttachedLinear(MaskedLinear):
         widths = [self._widest(counts, route, x, size, unit) for (_, counts), (size, unit) in both]
         biases = [] if self.bias is None else list(self.bias.split(sizes))
         weights, (examples, ids) = list(self.matrix.split(sizes)), route.examples(x)
-        return route.joined(torch.cat(list(compute_projections(examples, weights, masks, ids, biases, widths)), -1))
+        return route.joined(torch.cat(list(run(Layers(masks, widths), examples, weights, biases, ids)), -1))
 
 
 class AttachedConv1D(AttachedLinear):
@@ -196,16 +196,9 @@ class Siblings:
         of, then, left = route.waiting.get(self, (None, None, {}))
         if of is not x or then != now or me not in left:
             examples, ids = route.examples(x)
-            ys = compute_projections(
-                examples,
-                [sibling.matrix for sibling in layers],
-                [sibling.mask for sibling in layers],
-                ids,
-                [sibling.bias for sibling in layers if sibling.bias is not None],
-                [sibling.packed_width(route, x) for sibling in layers],
-                NONE,
-                layer.full_forward,
-            )
+            masks, widths = [each.mask for each in layers], [each.packed_width(route, x) for each in layers]
+            weights, biases = [each.matrix for each in layers], [each.bias for each in layers if each.bias is not None]
+            ys = run(Layers(masks, widths, NONE, layer.full_forward), examples, weights, biases, ids)
             left = dict(enumerate(map(route.joined, ys)))
             route.waiting[self] = x, now, left
         y: Tensor = left.pop(me)
@@ -264,7 +257,7 @@ class Around:
 # ---- making them of the modules of a model, and putting them in
 
 
-Layers = dict[str, nn.Module | Around]
+Placed = dict[str, nn.Module | Around]
 """What `attach` puts into a model, by the name of the module whose place it takes, or around which it is put."""
 
 
@@ -276,14 +269,14 @@ def unit_layers(
     unpacked: Collection[str] = (),
     apart: Collection[str] = (),
     once: Collection[str] = (),
-) -> Layers:
+) -> Placed:
     """The layers of heads and neurons, by module name, and identities for activations that they take over.
 
     At places (`UnitGroup.place`) that are `unpacked` units stay in their slots, at those `apart` projections do not
     read the same input, and at those in `once` they also run on something that all examples read.
     """
     _check_geometry(model, subnets, structure)
-    layers: Layers = {}
+    layers: Placed = {}
     for _, group, keep in structure.masked(subnets):
         how = {"router": router, "packs": group.place not in unpacked, "of_heads": group.kind == "heads"}
         how["once"] = group.place in once
@@ -291,12 +284,12 @@ def unit_layers(
     return layers
 
 
-def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Layers:
+def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, options: dict[str, Any]) -> Placed:
     """The layers of the heads of one attention, or of the neurons of one FFN; keep: bool [L, units]."""
     if group.stacked:
         plain, mask = plain_experts(model, group.name), group.masks(model, keep)[group.name]
         return {group.name: AttachedExperts(plain, mask, group.stacked, options["router"], options["packs"])}
-    layers: Layers = {}
+    layers: Placed = {}
     full, wrapped = options["router"].full_forward, wrapped_in(model, group)
     if full and wrapped:
         raise ValueError(
@@ -328,9 +321,9 @@ def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, 
     return layers
 
 
-def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router, taken: Collection[str]) -> Layers:
+def weight_layers(model: nn.Module, subnets: Subnetworks, router: Router, taken: Collection[str]) -> Placed:
     """The layers with a mask over single weights, by module name; `taken` have one over heads or neurons."""
-    layers: Layers = {}
+    layers: Placed = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, keep in (subnets.weights or {}).items():
         if name not in modules:
@@ -357,9 +350,9 @@ def wrapped_in(model: nn.Module, group: UnitGroup) -> str | None:
     return next((name for name in group.projections if is_wrapped(model.get_submodule(name))), None)
 
 
-def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Layers:
+def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Placed:
     """Put layers into a model, and masks around its modules; returns the modules that stood there."""
-    before: Layers = {}
+    before: Placed = {}
     for name, layer in layers.items():
         if isinstance(layer, Around):
             layer.put(model.get_submodule(name))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmask.errors import unknown
@@ -103,6 +104,9 @@ class LiveAdamW(torch.optim.AdamW):
         self._masked: dict[Tensor, MaskedLinear] = {}
         self._notes: weakref.WeakKeyDictionary[nn.Module, Note] = weakref.WeakKeyDictionary()
         self._hooked: Any = WeakIdKeyDictionary()
+        # Hooks of an optimizer that is gone would run for as long as the model is trained.
+        self._hooks: list[RemovableHandle] = []
+        weakref.finalize(self, _take_off, self._hooks).atexit = False
         # What lives for the languages and masks of the last step, as the next is often like it.
         self._live_for: tuple[set[int], list[Mask]] | None = None
         self._live: dict[Tensor, Live] = {}
@@ -219,13 +223,13 @@ class LiveAdamW(torch.optim.AdamW):
         for layer in layers:
             if layer not in self._notes:
                 self._notes[layer] = Note()
-                layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True)
+                self._hooks.append(layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True))
             note = self._notes[layer]
             carrier = carrier_of(layer)
             # Layers may share a parameter: each notes what came through it.
             if carrier is not None and layer not in self._hooked.setdefault(carrier, weakref.WeakSet()):
-                carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer)))
-                carrier.register_post_accumulate_grad_hook(note.gradient_has_come)
+                self._hooks.append(carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer))))
+                self._hooks.append(carrier.register_post_accumulate_grad_hook(note.gradient_has_come))
                 self._hooked[carrier].add(layer)
 
     def _live_parts(self, languages: Languages | None) -> dict[Tensor, Live]:
@@ -363,6 +367,11 @@ class LiveAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
+
+
+def _take_off(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _is_little(part: Live) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmask.torch_path.onednn import MOST_TERMS, by_onednn, linear, padded, suits
+from fastmask.torch_path import onednn
+from fastmask.torch_path.onednn import by_onednn
+from fastmask.torch_path.scratch import PRODUCT, gather
 
 __all__ = ["Live", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples"]
 
-MOST_ROWS = 1024  # of a result at once, by oneDNN: the parts of larger ones would leave the cache before they are added
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
 MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
-MOST_VIEWS = 256  # one for each size that was asked for
 
 
 class Live(NamedTuple):
@@ -52,20 +51,7 @@ def products(
         return
     indices: Sequence[Tensor | None] = [None] * len(outs) if live is None else live.rows.split_with_sizes(live.counts)
     for a, index, out in zip(activations, indices, outs, strict=True):
-        if not suits(out.shape[0], out.shape[1], a.shape[1]):
-            right = _gather(w, index).t() if transposed else _gather(w, index)
-            out.addmm_(a, right) if add else torch.mm(a, right, out=out)
-            continue
-        for first in range(0, a.shape[1], MOST_TERMS):
-            part = slice(first, first + MOST_TERMS)
-            if not transposed:
-                right = (w[part] if index is None else _gather(w, index[part])).t()
-            elif index is None:
-                right = w[:, part]
-            else:  # anything finite behind the rows, so that there is one of few numbers of them
-                behind = padded(index.shape[0]) - index.shape[0]
-                right = _gather(w[:, part], torch.nn.functional.pad(index, (0, behind)))
-            _add(out, a[:, part], right, add or first > 0)
+        onednn.product(a, w, index, out, transposed, add)
 
 
 def add_outer(
@@ -92,7 +78,7 @@ def add_outer(
         some = slice(first, first + languages)
         begin, counts = sum(live.counts[:first]), live.counts[some]
         rows = live.rows[begin : begin + sum(counts)]
-        parts = _PRODUCT.take(len(rows), grad.shape[1], activations[0])
+        parts = PRODUCT.take(len(rows), grad.shape[1], activations[0])
         pieces = parts.split_with_sizes(counts)
         if by_onednn(others[0]):
             for a, c, piece in zip(activations[some], others[some], pieces, strict=True):
@@ -111,19 +97,11 @@ def add_outer(
 def outer(a: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
     """The transpose of a [M, n] times c [M, S], [n, S]; without `out` in memory that the next call overwrites."""
     (M, n), S = a.shape, c.shape[1]
-    out = _PRODUCT.take(n, S, c) if out is None else out
-    if not by_onednn(a) or not suits(n, S, M):
-        return torch.mm(a.t(), c, out=out)
-    for number, (of_a, of_c) in enumerate(zip(a.split(MOST_TERMS), c.split(MOST_TERMS), strict=True)):
-        tokens = of_a.shape[0]
-        left, right = _LEFT.take(padded(n), padded(tokens), a), of_c
-        left[:n, :tokens].copy_(of_a.t())
-        if left.shape[1] > tokens:
-            left[:, tokens:] = 0
-            right = _ROWS.take(left.shape[1], S, c)
-            right[:tokens].copy_(of_c)
-            right[tokens:] = 0
-        _put(out, linear(left, _without_gaps(right.t())), add=number > 0)
+    out = PRODUCT.take(n, S, c) if out is None else out
+    if by_onednn(a) and onednn.suits(n, S, M):
+        onednn.outer(a, c, out)
+    else:
+        torch.mm(a.t(), c, out=out)
     return out
 
 
@@ -188,7 +166,7 @@ def _gathered(w: Tensor, live: Live | None, languages: int) -> Sequence[Tensor]:
     """The rows of w [size, S] of each language."""
     if live is None:
         return [w] * languages
-    rows = _gather(w, live.rows).split_with_sizes(live.counts)
+    rows = gather(w, live.rows).split_with_sizes(live.counts)
     if live.own is not None:
         _clear_behind(rows, live.own)
     return rows
@@ -199,69 +177,3 @@ def _clear_behind(rows: Sequence[Tensor], own: Sequence[int]) -> None:
     for part, n in zip(rows, own, strict=True):
         if n < len(part):
             part[n:] = 0
-
-
-def _gather(w: Tensor, index: Tensor | None) -> Tensor:
-    """Rows of w [size, S], in memory that the next call overwrites."""
-    if index is None:
-        return w
-    if w.stride(1) == 1:
-        return torch.index_select(w, 0, index, out=_ROWS.take(index.shape[0], w.shape[1], w))
-    out = _ROWS.take(w.shape[1], index.shape[0], w)
-    return torch.gather(w.t(), 1, index.expand(w.shape[1], -1), out=out).t()
-
-
-class _Scratch(threading.local):
-    """A buffer that every call takes in turn, one for each thread: fresh memory costs more than what is copied into it.
-
-    The kernel clears each page of it at the first touch, and glibc gives large blocks back as soon as they are free.
-    What is kept is as large as the largest live part of one weight.
-    """
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.views: dict[tuple[int, int, torch.dtype], Tensor] = {}  # making one anew costs several calls
-
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
-        if not like.is_cpu:
-            return like.new_empty(rows, columns)  # other devices have allocators that keep memory
-        key = (rows, columns, like.dtype)
-        if key not in self.views:
-            size = rows * columns * like.element_size()
-            if len(self.memory) < size or len(self.views) >= MOST_VIEWS:
-                self.views.clear()
-            with torch.inference_mode(False):  # what is made in inference mode could not be written to after it
-                if len(self.memory) < size:
-                    self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
-                self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
-        return self.views[key]
-
-
-_ROWS, _LEFT, _PRODUCT = _Scratch(), _Scratch(), _Scratch()
-
-
-# ---- what oneDNN needs around it
-
-
-def _add(out: Tensor, a: Tensor, w: Tensor, add: bool) -> None:
-    """Write or add the products of a [M, K] with rows of w [N or more, K] into out [M, N]."""
-    w = _without_gaps(w)
-    for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
-        M, K = of_a.shape
-        if padded(M) > M or not of_a.is_contiguous():  # anything behind its rows, so that M is one of few
-            left = _LEFT.take(padded(M), K, of_a)
-            left[:M].copy_(of_a)
-            of_a = left
-        _put(of_out, linear(of_a, w), add)
-
-
-def _put(out: Tensor, product: Tensor, add: bool) -> None:
-    """Write or add what fits of a product."""
-    product = product[: out.shape[0], : out.shape[1]]
-    out.add_(product) if add else out.copy_(product)
-
-
-def _without_gaps(w: Tensor) -> Tensor:
-    """The matrix, its rows or its columns one after the other."""
-    return w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()

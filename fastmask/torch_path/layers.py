@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmask.kept import Kept
-from fastmask.masks import FULL, UNPACKED, StoredMask
+from fastmask.masks import FULL, UNPACKED, Mask
 from fastmask.torch_path.gemm import by_onednn, cast, products
-from fastmask.torch_path.split import Split
+from fastmask.torch_path.split import Split, languages_of, split_of
 from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
 
 __all__ = [
-    "NONE", "Grads", "Layers", "Needs", "activate", "activation_grad", "backward", "forward", "full_input_grad",
-    "full_linear", "name_of",
+    "NONE", "Batch", "Grads", "Layers", "Needs", "activate", "activation_grad", "backward", "forward",
+    "full_input_grad", "full_linear", "name_of", "prepare",
 ]  # fmt: skip
 
 NONE = ""  # the name of no activation function
@@ -36,12 +36,21 @@ HALF = (torch.bfloat16, torch.float16)
 class Layers(NamedTuple):
     """What is not a tensor of autograd's in G layers over one input.
 
-    masks, n_languages: of one kind; L. activation: a name of `activate`, applied to the input first. full_forward:
-    whether all examples go through the whole weights, and masks only say what may learn.
+    Packed, the masked side is compact: live units at the front of the layer's width, zeros behind. A row mask makes
+    y [B, ..., width]; a column mask takes x [B, ..., width], where anything finite may lie behind the live units (it
+    meets zeros, if it is read at all). The width must hold the widest language of the batch.
+
+    Attributes:
+        masks: of each layer, all of one kind and of the same languages.
+        widths: of the packed side of each, or -1 (`UNPACKED`).
+        activation: a name of `activate`, applied to the input first, and computed again in the backward pass instead
+            of being kept.
+        full_forward: whether all examples go through the whole weights, and masks only say what may learn. Nothing is
+            packed then.
     """
 
-    masks: list[StoredMask]
-    n_languages: int
+    masks: Sequence[Mask]
+    widths: Sequence[int]
     activation: str = NONE
     full_forward: bool = False
 
@@ -58,12 +67,45 @@ Table = Units | Tiles  # one mask, and what its layers compute for each language
 Grads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]  # dx, and of each layer dW and db
 
 
+class Batch(NamedTuple):
+    """What the passes of layers know of a batch: tables of each mask, where the examples of each language are.
+
+    gated: the tables once more, if the batch is to be run with gates.
+    """
+
+    tables: Sequence[Table]
+    split: Split
+    gated: Sequence[Units]
+
+
+def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
+    """The batch of x [B, T, K_in], for `forward` and `backward`; it holds no tensor of autograd's, nor the ids.
+
+    Raises:
+        ValueError: an id out of range.
+    """
+    tables = [
+        _tables.of(mask.index, functools.partial(_made, mask, width != UNPACKED), width != UNPACKED)
+        for mask, width in zip(layers.masks, layers.widths, strict=True)
+    ]
+    split = split_of(languages_of(language_ids, layers.masks[0].n_languages))
+    plans, key = tables[0].plans, (split, x.shape[1], layers.full_forward, *tables[1:])
+    planned = plans.get(key)
+    if planned is None:
+        planned = plans[key] = _planned(tables, split, x.shape[1], layers.full_forward)
+        # A mask may outlive batches and numbers of tokens, of which there can be any number.
+        for oldest in list(plans)[:-MOST_PLANS]:
+            plans.pop(oldest, None)
+    split, is_gated = planned
+    return Batch(tables, split, tables if is_gated else ())  # type: ignore[arg-type]  # only units are gated
+
+
 def forward(
     layers: Layers,
+    batch: Batch,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    language_ids: Tensor,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
@@ -72,11 +114,11 @@ def forward(
     `biases` are those of all layers, or none.
 
     Raises:
-        ValueError: an id out of range, or a language with more live units than the packed side holds.
+        ValueError: a language with more live units than the packed side holds.
     """
-    tables, split, gated = _prepared(layers, x, weights, language_ids)
-    for mask, table in zip(layers.masks, tables, strict=True):
-        _check_packed(mask, table, split)
+    tables, split, gated = batch
+    for width, table in zip(layers.widths, tables, strict=True):
+        _check_packed(width, table, split)
     x = activate(x, layers.activation)
     read = _read(layers, tables, weights, x, split.full if gated else split)
     if kept is not None:
@@ -90,9 +132,9 @@ def forward(
     inside, T, ys = split.full if gated else split, x.shape[1], []
     tokens = inside.sorted(x)
     pieces = inside.pieces(tokens, T)
-    for mask, table, w, bias, weight in zip(layers.masks, tables, read, given, weights, strict=True):
+    for packed, table, w, bias, weight in zip(layers.widths, tables, read, given, weights, strict=True):
         N = weight.shape[0]
-        width = mask.packed_width if of_rows and mask.packed_width != UNPACKED else N
+        width = packed if of_rows and packed != UNPACKED else N
         flat = tokens.new_empty(tokens.shape[0], N if gated else width)
         table.forward(inside.present, pieces, w, inside.pieces(flat, T))
         y = inside.unsorted(flat, T)
@@ -104,10 +146,10 @@ def forward(
 
 def backward(
     layers: Layers,
+    batch: Batch,
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    language_ids: Tensor,
     needs: Needs,
     kept: Sequence[Tensor] = (),
 ) -> Grads:
@@ -116,9 +158,9 @@ def backward(
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
     to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
-    tables, split, gated = _prepared(layers, x, weights, language_ids, again=True)
+    tables, split, gated = batch
     active, inside = activate(x, layers.activation), split.full if gated else split
-    read = kept or _read(layers, tables, weights, x, inside)
+    read = kept or (_read(layers, tables, weights, x, inside) if needs.x else ())
     if gated and gated[0].of_rows:
         upstreams = [table.enter(dy, split) for dy, table in zip(dys, gated, strict=True)]
     else:
@@ -156,38 +198,23 @@ def _read(layers: Layers, tables: Sequence[Table], weights: Sequence[Tensor], x:
     return [table.read(weight, x.dtype, len(split.parts)) for table, weight in zip(tables, weights, strict=True)]
 
 
-# ---- what is made once: tables of each mask, and the plan of each batch
+# ---- what is made once: tables of each mask, and plans of its batches
 
 _tables: Kept[Table] = Kept()
+MOST_PLANS = 64  # of a mask
 
 
-def _prepared(
-    layers: Layers, x: Tensor, weights: Sequence[Tensor], language_ids: Tensor, again: bool = False
-) -> tuple[Sequence[Table], Split, Sequence[Units]]:
-    """The tables, the batch, and the tables once more if the batch is to be run with gates."""
-    tables = [
-        _tables.of(mask.index, functools.partial(_made, mask, weight), mask.packed_width != UNPACKED)
-        for mask, weight in zip(layers.masks, weights, strict=True)
-    ]
-    split, T = Split.of(language_ids, layers.n_languages, again), x.shape[1]
-    key = (T, layers.full_forward, *tables)
-    return split.once(key, lambda: _planned(tables, split, T, layers.full_forward))
+def _made(mask: Mask, packed: bool) -> Table:
+    return Units(mask, packed) if mask.kind in ("rows", "columns") else Tiles(mask)
 
 
-def _made(mask: StoredMask, weight: Tensor) -> Table:
-    shape = (weight.shape[0], weight.shape[1])
-    units = mask.kind in ("rows", "columns")
-    return Units(mask, shape, mask.packed_width != UNPACKED) if units else Tiles(mask, shape)
-
-
-def _planned(
-    tables: Sequence[Table], split: Split, T: int, full_forward: bool
-) -> tuple[Sequence[Table], Split, Sequence[Units]]:
+def _planned(tables: Sequence[Table], split: Split, T: int, full_forward: bool) -> tuple[Split, bool]:
+    """The split by masks that differ, and whether the batch is to be run with gates."""
     split = split.merged([table.same_as for table in tables])
     units = [table for table in tables if isinstance(table, Units)]
     can = len(units) == len(tables) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not table.whole(language) for table in units for language in split.present)
-    return tables, split, units if masked and is_cheaper(units, T, split, full_forward) else ()
+    return split, masked and is_cheaper(units, T, split, full_forward)
 
 
 # What the two ways cost, in multiply-adds; fitted to times of projections of width 384 and 768, 3 to 16 languages, 16
@@ -212,15 +239,14 @@ def is_cheaper(tables: Sequence[Units], tokens: int, split: Split, full_forward:
     return gated < looped
 
 
-def _check_packed(mask: StoredMask, table: Table, split: Split) -> None:
-    if mask.packed_width == UNPACKED or not isinstance(table, Units):
+def _check_packed(width: int, table: Table, split: Split) -> None:
+    if width == UNPACKED or not isinstance(table, Units):
         return
     for language in split.present:
-        if table.live[language] > mask.packed_width:
+        if table.live[language] > width:
             name = "the full network (-1)" if language == FULL else f"language {language}"
-            raise ValueError(
-                f"{name} has {table.live[language]} live {mask.kind}, more than the packed width {mask.packed_width}"
-            )
+            live = f"{table.live[language]} live {'rows' if table.of_rows else 'columns'}"
+            raise ValueError(f"{name} has {live}, more than the packed width {width}")
 
 
 # ---- the full network, whatever the languages: forward and dX of layers whose masks only say what may learn

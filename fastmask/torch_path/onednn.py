@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from fastmask.processor import cpu_fields
+from fastmask.torch_path.scratch import LEFT, ROWS, gather
 
-__all__ = ["MOST_TERMS", "answer_file", "by_onednn", "faster", "linear", "padded", "suits"]
+__all__ = ["answer_file", "by_onednn", "faster", "linear", "outer", "padded", "product", "suits"]
 
 MOST_TERMS = 256
+MOST_ROWS = 1024  # of a result at once: the parts of larger ones would leave the cache before they are added
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
 GRAIN = 32
@@ -89,6 +91,65 @@ def _works() -> bool:
         return torch.equal(linear(a, b.t()), a @ b)
     except (AttributeError, RuntimeError):
         return False
+
+
+# ---- products, and what they need around them
+
+
+def product(a: Tensor, w: Tensor, index: Tensor | None, out: Tensor, transposed: bool, add: bool) -> None:
+    """One language's part of `gemm.products`: with rows `index` of w [size, S], or with all."""
+    if not suits(out.shape[0], out.shape[1], a.shape[1]):
+        right = gather(w, index).t() if transposed else gather(w, index)
+        out.addmm_(a, right) if add else torch.mm(a, right, out=out)
+        return
+    for first in range(0, a.shape[1], MOST_TERMS):
+        part = slice(first, first + MOST_TERMS)
+        if not transposed:
+            right = (w[part] if index is None else gather(w, index[part])).t()
+        elif index is None:
+            right = w[:, part]
+        else:  # anything finite behind the rows, so that there is one of few numbers of them
+            behind = padded(index.shape[0]) - index.shape[0]
+            right = gather(w[:, part], torch.nn.functional.pad(index, (0, behind)))
+        _add(out, a[:, part], right, add or first > 0)
+
+
+def outer(a: Tensor, c: Tensor, out: Tensor) -> None:
+    """Write the transpose of a [M, n] times c [M, S] into out [n, S]."""
+    n, S = out.shape
+    for number, (of_a, of_c) in enumerate(zip(a.split(MOST_TERMS), c.split(MOST_TERMS), strict=True)):
+        tokens = of_a.shape[0]
+        left, right = LEFT.take(padded(n), padded(tokens), a), of_c
+        left[:n, :tokens].copy_(of_a.t())
+        if left.shape[1] > tokens:
+            left[:, tokens:] = 0
+            right = ROWS.take(left.shape[1], S, c)
+            right[:tokens].copy_(of_c)
+            right[tokens:] = 0
+        _put(out, linear(left, _without_gaps(right.t())), add=number > 0)
+
+
+def _add(out: Tensor, a: Tensor, w: Tensor, add: bool) -> None:
+    """Write or add the products of a [M, K] with rows of w [N or more, K] into out [M, N]."""
+    w = _without_gaps(w)
+    for of_out, of_a in zip(out.split(MOST_ROWS), a.split(MOST_ROWS), strict=True):
+        M, K = of_a.shape
+        if padded(M) > M or not of_a.is_contiguous():  # anything behind its rows, so that M is one of few
+            left = LEFT.take(padded(M), K, of_a)
+            left[:M].copy_(of_a)
+            of_a = left
+        _put(of_out, linear(of_a, w), add)
+
+
+def _put(out: Tensor, product: Tensor, add: bool) -> None:
+    """Write or add what fits of a product."""
+    product = product[: out.shape[0], : out.shape[1]]
+    out.add_(product) if add else out.copy_(product)
+
+
+def _without_gaps(w: Tensor) -> Tensor:
+    """The matrix, its rows or its columns one after the other."""
+    return w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()
 
 
 # ---- which library is faster

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import cached_property
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -12,11 +11,7 @@ from torch import Tensor
 from fastmask.kept import Kept
 from fastmask.masks import FULL
 
-__all__ = ["Split", "first_equals"]
-
-Made = TypeVar("Made")
-
-MOST_MADE = 64  # plans that are kept for the ids of a batch
+__all__ = ["Split", "first_equals", "languages_of", "split_of"]
 
 
 class Split:
@@ -28,7 +23,7 @@ class Split:
         present: the languages of `parts`.
     """
 
-    def __init__(self, languages: list[int]) -> None:
+    def __init__(self, languages: Sequence[int]) -> None:
         self.languages = languages
         places: dict[int, list[int]] = {}
         for place, language in enumerate(languages):
@@ -43,33 +38,6 @@ class Split:
             order += where
         self.present = tuple(places)
         self._order = None if order == list(range(len(order))) else torch.tensor(order, device="cpu")
-        self._made: dict[tuple[Hashable, ...], Any] = {}
-
-    @classmethod
-    def of(cls, language_ids: Tensor, n_languages: int, again: bool = False) -> Split:
-        """The split of ids int64 [B]; `again`, in a backward pass, they must be those of the forward pass.
-
-        Raises:
-            ValueError: an id that is not -1 to n_languages - 1.
-            RuntimeError: ids that were written to between the passes.
-        """
-        made = _splits.of(language_ids, lambda: [cls(language_ids.tolist())])
-        # What numpy writes is not counted. (On a GPU the question would wait for it.)
-        if language_ids.device.type == "cpu" and made[0].languages != (now := language_ids.tolist()):
-            if again:
-                raise RuntimeError(
-                    "language ids were written to between a forward pass and its backward pass, as numpy does without "
-                    f"PyTorch's notice: {made[0].languages} became {now} (expected a tensor of its own for each batch)"
-                )
-            made[0] = cls(now)
-        split = made[0]
-        for language in split.present:
-            if not FULL <= language < n_languages:
-                raise ValueError(
-                    f"language_ids[{split.languages.index(language)}] is {language}; expected 0 to {n_languages - 1}, "
-                    "or -1 for the full network"
-                )
-        return split
 
     @cached_property
     def ids(self) -> Tensor:
@@ -79,17 +47,7 @@ class Split:
     @cached_property
     def full(self) -> Split:
         """The same examples, all of the full network."""
-        return Split([FULL] * len(self.languages))
-
-    def once(self, key: tuple[Hashable, ...], make: Callable[[], Made]) -> Made:
-        """What `make` makes for this batch: made in the forward pass, and handed to the backward pass."""
-        made: Made | None = self._made.get(key)
-        if made is None:
-            made = self._made[key] = make()
-            # Ids may outlive masks and numbers of tokens, of which there can be any number.
-            for oldest in list(self._made)[:-MOST_MADE]:
-                self._made.pop(oldest, None)
-        return made
+        return split_of((FULL,) * len(self.languages))
 
     def pieces(self, tokens: Tensor, T: int) -> Sequence[Tensor]:
         """What belongs to each part of `sorted` tokens [B * T, width]."""
@@ -118,10 +76,30 @@ class Split:
             names[language] = firsts.setdefault(masks, FULL if set(masks) == {FULL} else language)
         if all(language == name for language, name in names.items()):
             return self
-        return self.once(tuple(names.items()), lambda: Split([names[language] for language in self.languages]))
+        return split_of(tuple([names[language] for language in self.languages]))
 
 
-_splits: Kept[list[Split]] = Kept()
+split_of = lru_cache(64)(Split)  # the layers of a model have one; batches are often alike
+
+_read: Kept[tuple[int, ...]] = Kept()
+
+
+def languages_of(language_ids: Tensor, n_languages: int) -> tuple[int, ...]:
+    """Ids int64 [B] as numbers.
+
+    Raises:
+        ValueError: an id that is not -1 to n_languages - 1.
+    """
+    if language_ids.is_cpu:  # read in each call: what numpy writes is not counted
+        languages = tuple(language_ids.tolist())
+    else:  # once: reading waits for the device
+        languages = _read.of(language_ids, lambda: tuple(language_ids.tolist()))
+    if languages and not (min(languages) >= FULL and max(languages) < n_languages):
+        place = next(place for place, language in enumerate(languages) if not FULL <= language < n_languages)
+        raise ValueError(
+            f"language_ids[{place}] is {languages[place]}; expected 0 to {n_languages - 1}, or -1 for the full network"
+        )
+    return languages
 
 
 def first_equals(masks: Sequence[Tensor], whole: Callable[[int], bool]) -> list[int]:

@@ -7,14 +7,14 @@ by one, each a dot product over the tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastmask import bits
-from fastmask.masks import FULL, StoredMask
+from fastmask.masks import FULL, Mask
 from fastmask.torch_path.gemm import add_sampled, by_onednn, cast, outer, products, samples
 from fastmask.torch_path.split import Split, first_equals
 
@@ -30,10 +30,11 @@ SAMPLED, SAMPLED_ONEDNN = 1 / 10, 1 / 20
 class Tiles:
     """One mask over [N, K], and what its layers compute for the tokens of each language; methods as of `Units`."""
 
-    def __init__(self, mask: StoredMask, shape: tuple[int, int]) -> None:
-        (self.N, self.K), (self.bn, self.bk), self.kind = shape, mask.geometry, mask.kind
+    def __init__(self, mask: Mask) -> None:
+        self.N, self.K, (self.bn, self.bk), self.kind = mask.out_features, mask.in_features, mask.geometry, mask.kind
         self.words = mask.index.detach()
         self.density = [*(live / (self.N * self.K) for live in mask.extents.tolist()), 1.0]  # the last is that of FULL
+        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}
         self._places: dict[tuple[int, bool], list[Tensor]] = {}
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -8,7 +8,7 @@ that makes them to the projection that consumes them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import prod
@@ -16,7 +16,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastmask.masks import FULL, StoredMask
+from fastmask.masks import FULL, Mask
+from fastmask.torch_path import packing
 from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
 
@@ -35,11 +36,14 @@ class Units:
     weight (`Split.merged`), which is called `FULL` then.
     """
 
-    def __init__(self, mask: StoredMask, shape: tuple[int, int], packed: bool) -> None:
+    def __init__(self, mask: Mask, packed: bool) -> None:
         self.of_rows, self.packed, self.unit = mask.kind == "rows", packed, mask.geometry[0]
-        self.size, self.other = shape if self.of_rows else (shape[1], shape[0])
+        self.size, self.other = mask.out_features, mask.in_features
+        if not self.of_rows:
+            self.size, self.other = self.other, self.size
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
+        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}
         self._grouped: tuple[tuple[tuple[int, ...], tuple[bool, ...]], list[tuple[slice, Live | None]]] | None = None
 
     @cached_property
@@ -54,17 +58,8 @@ class Units:
 
     @cached_property
     def slots(self) -> Tensor:
-        """What each place of the masked side holds for each language, `FULL` last: int64 [L + 1, size].
-
-        `size` for what is dead. Packed, the masked side has only as many of the places as the batch needs.
-        """
-        places = torch.arange(self.size, device=self.index.device)
-        held = torch.nn.functional.pad(self.index, (0, self.size - self.index.shape[1]))
-        slots = torch.where(places < self.counts[:, None], held, self.size)
-        if not self.packed:
-            everything = torch.full((len(slots), self.size + 1), self.size, device=places.device)
-            slots = everything.scatter_(1, slots, slots)[:, : self.size]
-        return torch.cat([slots, places[None]])
+        """As `packing.slots`."""
+        return packing.slots(self.index, self.counts, self.size, self.packed)
 
     # ---- what `layers` asks of every mask kind
 
@@ -125,16 +120,11 @@ class Units:
 
     def enter(self, given: Tensor, split: Split) -> Tensor:
         """An activation's masked side as the whole weight takes it: [B, T, width] -> [B, T, size], dead units zero."""
-        B, T, width = given.shape
-        slots = self.slots[split.ids, None, :width].expand(-1, T, -1)
-        wide = given.new_zeros(B, T, self.size + 1).scatter_(2, slots, given)
-        return wide[..., :-1]  # in the last place lies what dead units held
+        return packing.enter(given, self.slots[split.ids], self.size)
 
     def leave(self, wide: Tensor, split: Split, width: int) -> Tensor:
         """Undo `enter`: [B, T, size] -> [B, T, width], zero at what is dead."""
-        slots = self.slots[split.ids, None, :width]
-        given = wide.gather(2, slots.clamp(max=self.size - 1).expand(-1, wide.shape[1], -1))
-        return given.masked_fill_(slots == self.size, 0)
+        return packing.leave(wide, self.slots[split.ids], width)
 
     # ---- which languages are multiplied together
 
@@ -187,6 +177,8 @@ class Units:
         narrow = _side_by_side(activations, live.counts)
         for language, activation, out in zip(languages, activations, narrow, strict=True):
             torch.index_select(activation, 1, self.index[language, : out.shape[1]], out=out)
+        if live.own is not None:  # what stands for no unit of theirs is unit 0, which may be dead and hold NaN
+            _clear_right(narrow, live.own)
         return narrow
 
     def _from(
@@ -208,9 +200,7 @@ class Units:
                 products(activations[group], w, None, outs[group], transposed=True)
             elif self.packed:
                 products(activations[group], w, live, list(map(_left, outs[group], live.counts)), transposed=True)
-                for out, n in zip(outs[group], live.counts, strict=True):
-                    if n < out.shape[1]:
-                        out[:, n:] = 0
+                _clear_right(outs[group], live.counts)
             else:
                 places = _side_by_side(activations[group], live.counts)
                 products(activations[group], w, live, places, transposed=True)
@@ -225,6 +215,13 @@ def _can_be_filled(counts: Sequence[int], most: int) -> bool:
 
 def _left(matrix: Tensor, width: int) -> Tensor:
     return matrix if matrix.shape[1] == width else matrix[:, :width]
+
+
+def _clear_right(matrices: Sequence[Tensor], widths: Sequence[int]) -> None:
+    """Set what lies behind so many columns to zero."""
+    for matrix, n in zip(matrices, widths, strict=True):
+        if n < matrix.shape[1]:
+            matrix[:, n:] = 0
 
 
 def _side_by_side(like: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from fastmask_kernels.tile_matmul import tile_matmul
 from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from torch import Tensor
 
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import UNPACKED, Mask
 from fastmask.torch_path.layers import (
     NONE,
     Grads,
@@ -32,22 +32,26 @@ from fastmask.torch_path.layers import (
     full_input_grad,
     full_linear,
 )
-from fastmask.triton_path.tables import layout_of, plan_of, positions_of
+from fastmask.triton_path.tables import layout_of, plan_of, positions_of, size_of
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "prepare"]
+
+
+def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Plan:
+    """As `torch_path.layers.prepare`."""
+    return plan_of(language_ids, x.shape[1], layers.masks[0].n_languages, x.device)
 
 
 def forward(
     layers: Layers,
+    plan: Plan,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    language_ids: Tensor,
     kept: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
-    B, T, _ = x.shape
-    plan, tf32, mask = plan_of(language_ids, T, layers.n_languages, x.device), _tf32(x), layers.masks[0]
+    (B, T, _), tf32, mask = x.shape, _tf32(x), layers.masks[0]
     rows = activate(_rows(x), layers.activation)
     if layers.full_forward:  # no kernel of ours is faster than the library's where nothing is left out
         x = rows.view(B, T, rows.shape[1])
@@ -62,29 +66,30 @@ def forward(
             [mask.index for mask in layers.masks],
             [mask.extents for mask in layers.masks],
             plan,
-            [_packed_width(mask, weight.shape[0]) for mask, weight in zip(layers.masks, weights, strict=True)],
+            [_wide(width, mask) for width, mask in zip(layers.widths, layers.masks, strict=True)],
             biases or None,
             allow_tf32=tf32,
         )
-        ys = [_spread(y, mask, plan, y.shape[1]) for y, mask in zip(packed, layers.masks, strict=True)]
+        both = zip(layers.masks, layers.widths, strict=True)
+        ys = [_spread(y, mask, width, plan) for y, (mask, width) in zip(packed, both, strict=True)]
     elif mask.kind == "columns":
         transposed = _transposed(weights[0], rows)
         if kept is not None:
             kept.append(transposed)
-        rows = _packed(rows, mask, plan)
+        rows = _packed(rows, mask, layers.widths[0], plan)
         ys = [row_matmul_t([rows], [transposed], [mask.index], [mask.extents], plan, bias, allow_tf32=tf32)]
     else:
-        layout = layout_of(mask, *weights[0].shape)
+        layout = layout_of(mask)
         ys = [tile_matmul(rows, weights[0], layout, plan, bias, allow_tf32=tf32)]
     return [y.view(B, T, y.shape[1]) for y in ys]
 
 
 def backward(
     layers: Layers,
+    plan: Plan,
     dys: Sequence[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
-    language_ids: Tensor,
     needs: Needs,
     kept: Sequence[Tensor] = (),
 ) -> Grads:
@@ -94,23 +99,22 @@ def backward(
         dx = full_input_grad(dys, [weight.to(x.dtype) for weight in weights]) if needs.x else None
         dx = None if dx is None else activation_grad(dx, x, activation)
         own = layers._replace(full_forward=False)
-        return dx, *backward(own, dys, x, weights, language_ids, needs._replace(x=False))[1:]
-    plan, tf32 = plan_of(language_ids, x.shape[1], layers.n_languages, x.device, again=True), _tf32(x)
-    before, upstreams = _rows(x), [_rows(dy) for dy in dys]
+        return dx, *backward(own, plan, dys, x, weights, needs._replace(x=False))[1:]
+    tf32, before, upstreams = _tf32(x), _rows(x), [_rows(dy) for dy in dys]
     # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.
-    fused = activation != NONE and needs.x and mask.kind == "columns" and mask.packed_width != UNPACKED
+    fused = activation != NONE and needs.x and mask.kind == "columns" and layers.widths[0] != UNPACKED
     rows = before if fused else activate(before, activation)
     if mask.kind == "rows":
-        dx, dws, dbs = _rows_backward(layers.masks, upstreams, rows, weights, plan, tf32, needs)
+        dx, dws, dbs = _rows_backward(layers, upstreams, rows, weights, plan, tf32, needs)
     else:
         db = None
         if mask.kind == "columns":
             transposed = kept[0] if kept else None
             dx, dw, db = _columns_backward(
-                mask, upstreams[0], rows, weights[0], transposed, plan, tf32, activation if fused else NONE, needs
+                layers, upstreams[0], rows, weights[0], transposed, plan, tf32, activation if fused else NONE, needs
             )
         else:
-            layout, (dy, weight) = layout_of(mask, *weights[0].shape), (upstreams[0], weights[0])
+            layout, (dy, weight) = layout_of(mask), (upstreams[0], weights[0])
             dx = tile_matmul(dy, weight, layout, plan, transposed=True, allow_tf32=tf32) if needs.x else None
             dw = None
             if needs.weights[0]:
@@ -124,7 +128,7 @@ def backward(
 
 
 def _rows_backward(
-    masks: Sequence[StoredMask],
+    layers: Layers,
     dys: list[Tensor],
     x: Tensor,
     weights: Sequence[Tensor],
@@ -132,8 +136,9 @@ def _rows_backward(
     tf32: bool,
     needs: Needs,
 ) -> Grads:
+    masks, widths = layers.masks, layers.widths
     indices, counts = [mask.index for mask in masks], [mask.extents for mask in masks]
-    dys = [_packed(dy, mask, plan) for dy, mask in zip(dys, masks, strict=True)]
+    dys = [_packed(dy, mask, width, plan) for dy, mask, width in zip(dys, masks, widths, strict=True)]
     dx = None
     if needs.x:
         dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan, allow_tf32=tf32)
@@ -157,14 +162,13 @@ def _rows_backward(
             dws[g], dbs[g] = found_w[place], found_b[place] if found_b is not None and needs.biases[g] else None
     for g, (dy, mask, weight) in enumerate(zip(dys, masks, weights, strict=True)):
         if needs.biases[g] and not needs.weights[g]:  # as where biases alone are trained: no products
-            N = weight.shape[0]
-            spread = unpack(dy, mask.index, mask.extents, plan, N, table=positions_of(mask, N))
+            spread = _spread(dy, mask, UNPACKED, plan)
             dbs[g] = spread.sum(0, dtype=weight.dtype)
     return dx, dws, dbs
 
 
 def _columns_backward(
-    mask: StoredMask,
+    layers: Layers,
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -174,6 +178,7 @@ def _columns_backward(
     activation: str,
     needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (mask,), (width,) = layers.masks, layers.widths
     K, index, counts = weight.shape[1], [mask.index], [mask.extents]
     dx = dw = db = None
     if needs.x:
@@ -181,15 +186,15 @@ def _columns_backward(
         before = x if activation != NONE else None
         active = x.new_empty(x.shape) if activation != NONE and needs.weights[0] else None
         (dx,) = row_matmul(
-            dy, [transposed], index, counts, plan, [_packed_width(mask, K)], activation=activation, before=before,
+            dy, [transposed], index, counts, plan, [_wide(width, mask)], activation=activation, before=before,
             active=active, allow_tf32=tf32,
         )  # fmt: skip
-        dx = _spread(dx, mask, plan, K)
+        dx = _spread(dx, mask, width, plan)
         x = x if active is None else active
     if needs.weights[0]:
         (dw,), sums = row_weight_grad(
-            [_packed(x, mask, plan)], dy, index, counts, plan, [K], weight_dtype=weight.dtype, units=[mask.geometry[0]],
-            transposed=True, column_sums=needs.biases[0], allow_tf32=tf32,
+            [_packed(x, mask, width, plan)], dy, index, counts, plan, [K], weight_dtype=weight.dtype,
+            units=[mask.geometry[0]], transposed=True, column_sums=needs.biases[0], allow_tf32=tf32,
         )  # fmt: skip
         db = None if sums is None else sums[0]
     return dx, dw, db
@@ -213,21 +218,21 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 and aligned(rows) else rows.contiguous()
 
 
-def _packed_width(mask: StoredMask, size: int) -> int:
+def _wide(width: int, mask: Mask) -> int:
     """Of a mask that is not packed, the width that holds even the full network."""
-    return size if mask.packed_width == UNPACKED else mask.packed_width
+    return size_of(mask) if width == UNPACKED else width
 
 
-def _packed(x: Tensor, mask: StoredMask, plan: Plan) -> Tensor:
+def _packed(x: Tensor, mask: Mask, width: int, plan: Plan) -> Tensor:
     """The masked side of an activation as kernels read it."""
-    return pack(x, mask.index, mask.extents, plan, x.shape[1]) if mask.packed_width == UNPACKED else x
+    return pack(x, mask.index, mask.extents, plan, x.shape[1]) if width == UNPACKED else x
 
 
-def _spread(packed: Tensor, mask: StoredMask, plan: Plan, size: int) -> Tensor:
+def _spread(packed: Tensor, mask: Mask, width: int, plan: Plan) -> Tensor:
     """Undo `_packed`."""
-    if mask.packed_width != UNPACKED:
+    if width != UNPACKED:
         return packed
-    return unpack(packed, mask.index, mask.extents, plan, size, table=positions_of(mask, size))
+    return unpack(packed, mask.index, mask.extents, plan, size_of(mask), table=positions_of(mask))
 
 
 def _tf32(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastmask_kernels.chips import chip_of
+from fastmask_kernels.chips import chip_of, has_tf32
 from fastmask_kernels.configs import (
     ROW_MATMUL,
     ROW_MATMUL_T,
@@ -34,7 +34,7 @@ from fastmask_kernels.row_weight_grad import row_weight_grad
 from fastmask_kernels.tile_layout import TileLayout
 from fastmask_kernels.tile_matmul import block_sizes, tile_matmul
 
-__all__ = ["fastest", "main"]
+__all__ = ["fastest", "main", "tune"]
 
 Launch = Callable[[Config], object]
 PROJECTIONS = (1, 3)  # weights of a launch: a layer alone, and Q, K and V
@@ -62,56 +62,84 @@ def fastest(launch: Launch, candidates: Sequence[Config], time: Callable[[Callab
 
 
 def tune_rows(
-    x: Tensor, weights: Sequence[Tensor], index: Tensor, counts: Tensor, plan: Plan, unit: int = 1
+    x: Tensor, weights: Sequence[Tensor], index: Tensor, counts: Tensor, plan: Plan, unit: int = 1, tf32: bool = False
 ) -> list[tuple[str, Config]]:
     """Best configs of the row kernels for activations [M, K] and weights [N, K]; returned and remembered.
 
-    With units that one program may own (`row_owned_grad.owned`) those of dW alone: the others know no units.
+    With units that one program may own (`row_owned_grad.owned`) those of dW alone: the others know no units. Those of
+    dW, which reads no weight, only with weights of the dtype of x.
     """
     (N, K), width, G, dtype = weights[0].shape, index.shape[1], len(weights), weights[0].dtype
-    chip, kind, grad_kind = chip_of(x.device), kind_of(x, dtype, False), kind_of(x, None, False)
+    chip, kind, grad_kind = chip_of(x.device), kind_of(x, dtype, tf32), kind_of(x, None, tf32)
     rows, sizes = ([index] * G, [counts] * G, plan), [K]
-    ys = row_matmul(x, weights, *rows, [width] * G)
+    ys = row_matmul(x, weights, *rows, [width] * G, allow_tf32=tf32)
 
     def forward(config: Config) -> object:
-        return row_matmul(x, weights, *rows, [width] * G, config=config)
+        return row_matmul(x, weights, *rows, [width] * G, config=config, allow_tf32=tf32)
 
     def transposed(config: Config) -> object:
-        return row_matmul_t(ys, weights, *rows, config=config)
+        return row_matmul_t(ys, weights, *rows, config=config, allow_tf32=tf32)
 
     def grad(config: Config) -> object:
-        return row_weight_grad(ys, x, *rows, [N] * G, weight_dtype=dtype, units=[unit] * G, config=config)
+        units = [unit] * G
+        return row_weight_grad(ys, x, *rows, [N] * G, weight_dtype=dtype, units=units, config=config, allow_tf32=tf32)
 
-    if owned([unit]):
+    jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = []
+    if not owned([unit]):
+        jobs.append(("row_matmul", dtype, forward, ROW_MATMUL[chip, kind]))
+        jobs.append(("row_matmul_t", dtype, transposed, ROW_MATMUL_T[chip, kind]))
+    if dtype == x.dtype and owned([unit]):
         whole = [config for config in ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
         sizes.append(unit)  # a block may divide no other head
-        jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = [("row_owned_grad", None, grad, whole)]
-    else:
-        jobs = [
-            ("row_matmul", dtype, forward, ROW_MATMUL[chip, kind]),
-            ("row_matmul_t", dtype, transposed, ROW_MATMUL_T[chip, kind]),
-            ("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]),
-        ]
+        jobs.append(("row_owned_grad", None, grad, whole))
+    elif dtype == x.dtype:
+        jobs.append(("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]))
     return [
-        _keep(problem(name, x, dtype, [width] * G, sizes, plan, False), launch, candidates)
+        _keep(problem(name, x, dtype, [width] * G, sizes, plan, tf32), launch, candidates)
         for name, dtype, launch, candidates in jobs
     ]
 
 
-def tune_tiles(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> list[tuple[str, Config]]:
+def tune_tiles(
+    x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan, tf32: bool = False
+) -> list[tuple[str, Config]]:
     """Best configs of the two tile products; the weight gradient's blocks follow from the layout's tile."""
-    y = tile_matmul(x, weight, layout, plan)
+    y = tile_matmul(x, weight, layout, plan, allow_tf32=tf32)
     found = []
     for transposed, given in ((False, x), (True, y)):
         sizes = [int(transposed), *weight.shape, *layout.tile]
 
         def launch(config: Config, given: Tensor = given, transposed: bool = transposed) -> object:
-            return tile_matmul(given, weight, layout, plan, transposed=transposed, config=config)
+            return tile_matmul(given, weight, layout, plan, transposed=transposed, config=config, allow_tf32=tf32)
 
         tile, paired = layout.tile[::-1] if transposed else layout.tile, layout.pairs(transposed) is not None
         kernel = "pair_matmul" if paired else "tile_matmul"
         candidates = block_sizes(chip_of(x.device), x.dtype, weight.dtype, tile, paired)
-        found.append(_keep(problem(kernel, x, weight.dtype, (), sizes, plan, False), launch, candidates))
+        found.append(_keep(problem(kernel, x, weight.dtype, (), sizes, plan, tf32), launch, candidates))
+    return found
+
+
+def tune(x: Tensor, N: int, plan: Plan, density: float, head: int) -> list[tuple[str, Config]]:
+    """Best configs for random weights [N, K] and activations [M, K]; returned and remembered.
+
+    Measured is every way to launch with such activations: under autocast they meet float32 weights, and products of
+    float32 may be let use TF32.
+    """
+    (_, K), languages, device, found = x.shape, plan.n_languages, x.device, []
+    ways = [(x.dtype, False), (torch.float32, has_tf32(device) and x.dtype == torch.float32)]
+    for dtype, tf32 in dict.fromkeys(ways):
+        weight = torch.randn(N, K, device=device, dtype=dtype)
+        for unit in (1, head) if N % head == 0 and owned([head]) else (1,):
+            live, units = max(1, round(density * N / unit)), N // unit
+            chosen = [torch.randperm(units, device=device)[:live].sort().values for _ in range(languages)]
+            rows = torch.stack(chosen)[:, :, None] * unit + torch.arange(unit, device=device)
+            counts = torch.full((languages,), live * unit, device=device)
+            for G in PROJECTIONS:
+                weights = [weight, *[torch.randn_like(weight) for _ in range(G - 1)]]
+                found += tune_rows(x, weights, rows.flatten(1), counts, plan, unit, tf32)
+        keep = torch.rand(languages, -(-N // 64), -(-K // 64), device=device) < density
+        if N % 64 == 0 and K % 64 == 0:
+            found += tune_tiles(x, weight, TileLayout.from_blocks(keep, (64, 64)), plan, tf32)
     return found
 
 
@@ -144,19 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ids = torch.arange(options.examples, device="cuda") * options.languages // options.examples
     plan = Plan(ids, options.tokens, options.languages)
     x = torch.randn(options.examples * options.tokens, K, device="cuda", dtype=dtype)
-    weight = torch.randn(N, K, device="cuda", dtype=dtype)
-    found = []
-    for unit in (1, options.head) if N % options.head == 0 and owned([options.head]) else (1,):
-        live, units = max(1, round(options.density * N / unit)), N // unit
-        chosen = [torch.randperm(units, device="cuda")[:live].sort().values for _ in range(options.languages)]
-        rows = torch.stack(chosen)[:, :, None] * unit + torch.arange(unit, device="cuda")
-        counts = torch.full((options.languages,), live * unit, device="cuda")
-        for G in PROJECTIONS:
-            weights = [weight, *[torch.randn_like(weight) for _ in range(G - 1)]]
-            found += tune_rows(x, weights, rows.flatten(1), counts, plan, unit)
-    keep = torch.rand(options.languages, -(-N // 64), -(-K // 64), device="cuda") < options.density
-    if N % 64 == 0 and K % 64 == 0:
-        found += tune_tiles(x, weight, TileLayout.from_blocks(keep, (64, 64)), plan)
+    found = tune(x, N, plan, options.density, options.head)
     for name, config in found:
         print(f"{name}: {dict(config.blocks)}, {config.num_warps} warps, {config.num_stages} stages")
     print(f"kept in {cache_file()}")

@@ -28,7 +28,6 @@ class Chip:
         backend, arch, warp_size: what Triton's `GPUTarget` takes.
         shared_memory: bytes of a multiprocessor that programs share among them.
         program_memory: bytes that one program may ask for, on each chip that takes the target's block sizes.
-        registers: of one thread, 32 bits each.
         tensor_memory: columns of tensor memory that one program may ask for; 0 where there is none.
         tensor_16bit, tensor_32bit: how the tensor-core instructions begin that a dot of 16-bit or of tf32 operands
             should compile to.
@@ -44,7 +43,6 @@ class Chip:
     warp_size: int
     shared_memory: int
     program_memory: int
-    registers: int
     tensor_memory: int
     tensor_16bit: tuple[str, ...]
     tensor_32bit: tuple[str, ...]
@@ -61,7 +59,7 @@ class Chip:
 
 # Shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": at most 163 KB of one
 # block on 8.0, 99 KB on 8.6, 8.9 and 12.x, which take the same block sizes, 227 KB on 9.0 and 10.0 (1 KB of the
-# multiprocessor's is the system's). Registers: 255 there too.
+# multiprocessor's is the system's).
 # Tensor memory: PTX ISA, tcgen05: 512 columns of 128 lanes.
 CHIPS: dict[str, Chip] = {
     chip.target: chip
@@ -75,7 +73,6 @@ CHIPS: dict[str, Chip] = {
             warp_size=32,
             shared_memory=163 * KiB,
             program_memory=99 * KiB,
-            registers=255,
             tensor_memory=0,
             tensor_16bit=("HMMA",),
             tensor_32bit=("HMMA",),
@@ -96,7 +93,6 @@ CHIPS: dict[str, Chip] = {
             warp_size=32,
             shared_memory=227 * KiB,
             program_memory=227 * KiB,
-            registers=255,
             tensor_memory=0,
             tensor_16bit=("HGMMA",),
             tensor_32bit=("HGMMA", "HMMA"),
@@ -120,7 +116,6 @@ CHIPS: dict[str, Chip] = {
             warp_size=32,
             shared_memory=227 * KiB,
             program_memory=227 * KiB,
-            registers=255,
             tensor_memory=512,
             tensor_16bit=("UTCHMMA",),
             tensor_32bit=("UTCHMMA", "HMMA"),
@@ -142,7 +137,6 @@ CHIPS: dict[str, Chip] = {
             warp_size=64,
             shared_memory=64 * KiB,
             program_memory=64 * KiB,
-            registers=512,
             tensor_memory=0,
             tensor_16bit=("v_mfma",),
             tensor_32bit=("v_mfma",),

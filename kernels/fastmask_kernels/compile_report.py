@@ -7,12 +7,7 @@ What is launched is not listed by hand: `benchmarks.gpu.recorded`, in a checkout
   ran out, each such instruction counted once, as ptxas does.
 - `fit`: programs that a multiprocessor holds at a time, by registers and shared memory.
 - `shared`: KiB of shared memory that the launch asks for / that the chip allows one program.
-- `tensor cores`: tensor-core instructions of the inner loop, and how many; the inner loop is the innermost loop of the
-  machine code that holds the most of them. `steps`: how many steps of the kernel's inner loop one round of it does,
-  where the shape of the instructions tells: 1 unless the compiler unrolled; any other number says that the loop does
-  more dots than `compiling.STEPS` counts.
-- `copies`: loads from global memory in that loop, number x bits of one thread: `async` go straight to shared memory
-  (LDGSTS, UTMALDG), the others through registers.
+- `tensor cores`: tensor-core instructions of the whole kernel, and how many.
 
 Not a timing: nothing here runs. The exit status is 1 if a kernel spills, has a stack, lacks tensor-core instructions,
 asks for more shared memory than there is, or fits a multiprocessor less often than its table of block sizes says (lines
@@ -164,7 +159,7 @@ def _problems(row: Row) -> list[str]:
     wanted = chip.tensor_16bit if row.bits == 16 else chip.tensor_32bit
     if row.tensor_cores and not any(name.startswith(wanted) for name in made.tensor):
         instead = ", ".join(made.tensor) or "none"
-        found.append(f"has no {' or '.join(wanted)} instruction in its inner loop; tensor-core instructions: {instead}")
+        found.append(f"has no {' or '.join(wanted)} instruction; tensor-core instructions: {instead}")
     if made.shared > chip.program_memory:
         found.append(f"asks for {made.shared} bytes of shared memory, the chip allows {chip.program_memory}")
     if made.tensor_memory > chip.tensor_memory:
@@ -181,16 +176,13 @@ def warnings(rows: Sequence[Row]) -> list[str]:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, under a line of headings."""
-    head = ["kernel", "config", "dtype", "target", "regs", "stack", "spill", "fit", "shared", "tensor cores", "steps"]
-    cells = [[*head, "copies"]]
+    cells = [["kernel", "config", "dtype", "target", "regs", "stack", "spill", "fit", "shared", "tensor cores"]]
     for row in rows:
         made = row.build
         start = [row.kernel, row.config, row.dtypes, row.target]
         if made is None:
-            cells.append([*start, *["-"] * 7, f"does not compile: {(row.error or '').splitlines()[0]}"])
+            cells.append([*start, *["-"] * 5, f"does not compile: {(row.error or '').splitlines()[0]}"])
             continue
-        copies = [f"{n} x {bits} async" for bits, n in sorted(made.async_copies.items())]
-        copies += [f"{n} x {bits}" for bits, n in sorted(made.loads.items())]
         cells.append(
             [
                 *start,
@@ -200,8 +192,6 @@ def table(rows: Sequence[Row]) -> str:
                 str(row.resident),
                 f"{made.shared / 1024:.0f}/{CHIPS[row.target].program_memory // 1024}",
                 ", ".join(f"{n} {name}" for name, n in made.tensor.items()) or "none",
-                "-" if made.steps is None else f"{made.steps:g}",
-                ", ".join(copies) or "none",
             ]
         )
     widths = [max(len(line[i]) for line in cells if len(line) > i + 1) for i in range(len(cells[0]) - 1)]
@@ -229,7 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("The report needs Triton's compiler; unset TRITON_INTERPRET, which replaces it.", file=sys.stderr)
         return 2
-    rows = report(collect(targets, options.module, options.kernel, options.quick))
+    try:
+        variants = collect(targets, options.module, options.kernel, options.quick)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{options.module}.".startswith(f"{error.name}."):
+            raise  # of something that the module imports
+        where = "; it is part of a checkout of fastmask: run the report there" * (options.module == LAUNCHED)
+        print(f"There is no module {options.module}{where}.", file=sys.stderr)
+        return 2
+    rows = report(variants)
     if not rows:
         print(f"No variant for {', '.join(targets)} has {options.kernel!r} in its description.", file=sys.stderr)
         return 2

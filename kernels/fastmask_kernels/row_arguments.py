@@ -1,5 +1,7 @@
 """What the row kernels share: one to three weights with a mask over their rows each, on the host and on the device.
 
+Activations and parameters are checked here for the tile kernels, too.
+
 The checks read shapes, dtypes and strides only, so that they never wait for the device.
 """
 
@@ -130,7 +132,8 @@ def check_activation(name: str, x: Tensor, plan: Plan, width: int | None = None,
     if plan.n_rows >= 2**31:
         raise ValueError(f"{name}: expected at most 2**31 - 1 rows, given {plan.n_rows}")
     if like is not None and (x.dtype != like.dtype or x.device != like.device):
-        raise ValueError(f"{name}: expected {like.dtype} on {like.device}, given {x.dtype} on {x.device}")
+        error = TypeError if x.dtype != like.dtype else ValueError
+        raise error(f"{name}: expected {like.dtype} on {like.device}, given {x.dtype} on {x.device}")
 
 
 def check_index(number: int, index: Tensor, counts: Tensor, plan: Plan, device: torch.device) -> None:
@@ -161,15 +164,20 @@ def check_rows(
         raise ValueError(f"plan: expected on {device} with the activations, given on {plan.token_rows.device}")
 
 
-def check_parameters(name: str, tensors: Sequence[Tensor], shapes: list[tuple[int, ...]], x: Tensor) -> None:
-    """Contiguous weights or biases of such shapes on the device of x, all of x's dtype or all float32."""
+def check_parameters(
+    name: str, tensors: Sequence[Tensor], shapes: list[tuple[int, ...]], x: Tensor, strided: bool = False
+) -> None:
+    """Weights or biases of such shapes on the device of x, all of x's dtype or all float32.
+
+    They are contiguous unless they may be `strided`: their rows lie apart, the elements of each side by side.
+    """
     for number, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
         what = f"{name}[{number}]"
         if tensor.dtype not in (x.dtype, torch.float32) or tensor.dtype != tensors[0].dtype:
             raise TypeError(f"{what}: expected {x.dtype} or float32, the same for all, given {tensor.dtype}")
         if tuple(tensor.shape) != shape or 0 in shape:
             raise ValueError(f"{what}: expected shape {shape}, given {tuple(tensor.shape)}")
-        if not tensor.is_contiguous():
+        if not (tensor.is_contiguous() or (strided and 1 in (tensor.stride(-1), tensor.shape[-1]))):
             raise ValueError(f"{what}: expected contiguous rows, given strides {tensor.stride()}")
         if tensor.device != x.device:
             raise ValueError(f"{what}: expected on {x.device} with the activations, given on {tensor.device}")

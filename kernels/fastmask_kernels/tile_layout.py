@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmask_kernels.chips import CHIPS
-from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.plan import Plan
 
-__all__ = ["EMPTY", "FULL_TILE", "PARTIAL", "TileLayout", "check_gradient", "check_product", "default_tile"]
+__all__ = ["EMPTY", "FULL_TILE", "PARTIAL", "TileLayout", "default_tile", "with_contiguous_rows"]
 
 EMPTY, PARTIAL, FULL_TILE = 0, 1, 2  # what `TileLayout.state` says of a tile
 
@@ -174,6 +173,14 @@ class TileLayout:
         """Lists and counts of the pairs of rows, or of columns if transposed; None where there are none."""
         return self.column_pairs if transposed else self.row_pairs
 
+    def check(self, plan: Plan, device: torch.device) -> None:
+        """Raise ValueError unless the plan is of as many languages, and both lie on `device` with the activations."""
+        if plan.n_languages != self.n_languages:
+            raise ValueError(f"a plan of {plan.n_languages} languages with a layout of {self.n_languages}")
+        for name, own in (("layout", self.device), ("plan", plan.token_rows.device)):
+            if own != device:
+                raise ValueError(f"{name}: expected on {device} with the activations, given on {own}")
+
     def __repr__(self) -> str:
         (N, K), (TN, TK) = self.shape, self.tile
         kind = "block tiles" if self.bits is None else "bits"
@@ -234,62 +241,6 @@ def _by_tile(flags: Tensor, TN: int, tile_words: int) -> Tensor:
     return flags.unflatten(2, (-1, tile_words)).unflatten(1, (-1, TN))
 
 
-# ---- what the kernels over tiles accept, from shapes, dtypes and strides alone
-
-
-def check_operands(x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan) -> None:
-    """Raise TypeError or ValueError unless activations, weight, masks and plan belong together."""
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"expected activations of float16, bfloat16 or float32, given {x.dtype}")
-    if weight.dtype not in (x.dtype, torch.float32):
-        raise TypeError(f"expected a weight of {x.dtype} or float32, given {weight.dtype}")
-    if tuple(weight.shape) != layout.shape:
-        raise ValueError(f"expected a weight of the layout's shape {layout.shape}, given {tuple(weight.shape)}")
-    if plan.n_languages != layout.n_languages:
-        raise ValueError(f"a plan of {plan.n_languages} languages with a layout of {layout.n_languages}")
-    if plan.n_rows >= 2**31:
-        raise ValueError(f"{plan.n_rows} rows in one batch: positions are 32-bit")
-    for name, device in (("weight", weight.device), ("layout", layout.device), ("plan", plan.token_rows.device)):
-        if device != x.device:
-            raise ValueError(f"activations on {x.device} with a {name} on {device}")
-
-
-def check_product(
-    x: Tensor, weight: Tensor, layout: TileLayout, plan: Plan, bias: Tensor | None, transposed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands of `tile_matmul` as a kernel reads them, x and weight with contiguous rows, and where it writes."""
-    check_operands(x, weight, layout, plan)
-    check_runnable(x, weight)
-    N, K = layout.shape
-    in_size, out_size = (N, K) if transposed else (K, N)
-    if x.shape != (plan.n_rows, in_size):
-        raise ValueError(f"expected x [{plan.n_rows}, {in_size}], given {tuple(x.shape)}")
-    if bias is not None and (transposed or bias.shape != (N,) or bias.device != x.device or not bias.is_contiguous()):
-        given = f"{tuple(bias.shape)} with strides {bias.stride()}"
-        raise ValueError(f"expected a contiguous bias [{N}] on {x.device} and not transposed, given {given}")
-    out = torch.empty(plan.n_rows, out_size, dtype=x.dtype, device=x.device)
-    return with_contiguous_rows(x), with_contiguous_rows(weight), out
-
-
-def check_gradient(
-    dy: Tensor, x: Tensor, layout: TileLayout, plan: Plan, weight_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operands of `tile_weight_grad` as a kernel reads them, with contiguous rows, and where it writes."""
-    N, K = layout.shape
-    if dy.shape != (plan.n_rows, N) or x.shape != (plan.n_rows, K):
-        raise ValueError(
-            f"expected dy [{plan.n_rows}, {N}] and x [{plan.n_rows}, {K}], given {tuple(dy.shape)}, {tuple(x.shape)}"
-        )
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy is {dy.dtype}, x is {x.dtype}: they must agree")
-    if dy.device != x.device:
-        raise ValueError(f"dy on {dy.device}, x on {x.device}")
-    grad = torch.empty(N, K, dtype=weight_dtype, device=x.device)
-    check_operands(x, grad, layout, plan)
-    check_runnable(dy, x)
-    return with_contiguous_rows(dy), with_contiguous_rows(x), grad
-
-
 def with_contiguous_rows(matrix: Tensor) -> Tensor:
     """The matrix itself if elements of a row lie side by side, else a copy."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    return matrix if matrix.ndim != 2 or matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

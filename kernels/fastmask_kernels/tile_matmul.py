@@ -25,7 +25,8 @@ from fastmask_kernels.configs import Config, tuned
 from fastmask_kernels.launching import launch
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.program_order import grouped
-from fastmask_kernels.tile_layout import TileLayout, check_product
+from fastmask_kernels.row_arguments import check_activation, check_parameters
+from fastmask_kernels.tile_layout import TileLayout, with_contiguous_rows
 
 __all__ = ["block_sizes", "tile_matmul"]
 
@@ -241,7 +242,15 @@ def tile_matmul(
         TypeError, ValueError: dtypes, shapes or devices that do not fit each other.
         RuntimeError: bfloat16 in Triton's interpreter.
     """
-    x, weight, out = check_product(x, weight, layout, plan, bias, transposed)
+    (N, K), x, weight = layout.shape, with_contiguous_rows(x), with_contiguous_rows(weight)
+    check_activation("x", x, plan, N if transposed else K)
+    check_parameters("weight", [weight], [(N, K)], x, strided=True)
+    layout.check(plan, x.device)
+    if bias is not None:
+        if transposed:
+            raise ValueError("expected no bias of a transposed product")
+        check_parameters("bias", [bias], [(N,)], x)
+    out = torch.empty(plan.n_rows, K if transposed else N, dtype=x.dtype, device=x.device)
     if plan.n_rows == 0:
         return out
     pairs, in_size, out_size = layout.pairs(transposed), x.shape[1], out.shape[1]

@@ -32,7 +32,8 @@ from fastmask_kernels.program_order import (
     turn_order,
     wait_for_turn,
 )
-from fastmask_kernels.tile_layout import TileLayout, check_gradient
+from fastmask_kernels.row_arguments import check_activation, check_parameters
+from fastmask_kernels.tile_layout import TileLayout, with_contiguous_rows
 
 __all__ = ["pair_weight_grad", "tile_weight_grad", "worth_pairing"]
 
@@ -132,7 +133,7 @@ def tile_weight_grad(
     """
     if config is None and worth_pairing(x, layout, plan):
         return pair_weight_grad(dy, x, layout, plan, weight_dtype=weight_dtype, allow_tf32=allow_tf32)
-    dy, x, grad = check_gradient(dy, x, layout, plan, weight_dtype)
+    dy, x, grad = _checked(dy, x, layout, plan, weight_dtype)
     if plan.n_rows == 0:
         return grad.zero_()
     (N, K), (TN, TK), (n_tiles, k_tiles) = layout.shape, layout.tile, layout.n_tiles
@@ -308,7 +309,7 @@ def pair_weight_grad(
     pairs = layout.pairs(True)
     if pairs is None:
         raise ValueError(f"expected a layout with pairs of columns, given {layout}")
-    dy, x, grad = check_gradient(dy, x, layout, plan, weight_dtype)
+    dy, x, grad = _checked(dy, x, layout, plan, weight_dtype)
     (TN, TK), (n_tiles, _), n_strips, n_slots = layout.tile, layout.n_tiles, pairs[0].shape[1], plan.present.shape[0]
     if plan.n_rows == 0:
         return grad.zero_()
@@ -347,6 +348,19 @@ def pair_weight_grad(
     if aside:
         all_elements(finish=True)
     return grad
+
+
+def _checked(
+    dy: Tensor, x: Tensor, layout: TileLayout, plan: Plan, weight_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operands as a kernel reads them, with contiguous rows, and where it writes."""
+    (N, K), dy, x = layout.shape, with_contiguous_rows(dy), with_contiguous_rows(x)
+    check_activation("x", x, plan, K)
+    check_activation("dy", dy, plan, N, like=x)
+    grad = torch.empty(N, K, dtype=weight_dtype, device=x.device)
+    check_parameters("weight gradient", [grad], [(N, K)], x)
+    layout.check(plan, x.device)
+    return dy, x, grad
 
 
 # ---- block sizes

@@ -77,7 +77,6 @@ NEEDLESS = """
 import json, torch
 import fastmask as fm
 from benchmarks.gpu.recorded import _mask, layer_pass, origin, randn, record
-from fastmask.operators import compute
 from torch import nn
 
 def ran(run):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import KINDS, check, random_mask
 
-from fastmask.masks import FULL, UNPACKED, Mask, StoredMask
+from fastmask.masks import FULL, Mask
 from fastmask.torch_path.layers import _made
 from fastmask.torch_path.split import Split
 
@@ -25,8 +25,7 @@ def with_equal(mask: Mask, source: list[int]) -> Mask:
 
 
 def pieces(mask: Mask):
-    stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, UNPACKED)
-    return _made(stored, torch.empty(mask.out_features, mask.in_features))
+    return _made(mask, packed=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

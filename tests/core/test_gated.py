@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmask import Mask
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import UNPACKED
 from fastmask.torch_path import layers
 from fastmask.torch_path.layers import Layers
 
@@ -18,9 +18,8 @@ def is_gated(density=0.5, tokens=16, ids=tuple(range(L)), packed=True, dtype=tor
     generator = torch.Generator().manual_seed(0)
     keep = torch.rand(L, N, generator=generator).argsort(1) < density * N
     mask = Mask.rows(keep, K)
-    stored = StoredMask("rows", mask.geometry, mask.index, mask.extents, N if packed else UNPACKED)
     x = torch.empty(len(ids), tokens, K, dtype=dtype)
-    return bool(layers._prepared(Layers([stored], L), x, [torch.empty(N, K)], torch.tensor(ids))[2])
+    return bool(layers.prepare(Layers([mask], [N if packed else UNPACKED]), x, torch.tensor(ids)).gated)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +46,5 @@ def test_masks_without_units_have_no_gates(kind):
         "blocks": lambda: Mask.blocks(torch.rand(2, 4, 4) < 0.5, (4, 4)),
         "weights": lambda: Mask.weights(torch.rand(2, 16, 16) < 0.5),
     }[kind]()
-    stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, UNPACKED)
     x, ids = torch.empty(2, 1, 16), torch.tensor([0, 1])
-    assert not layers._prepared(Layers([stored], 2), x, [torch.empty(16, 16)], ids)[2]
+    assert not layers.prepare(Layers([mask], [UNPACKED]), x, ids).gated

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 import fastmask as fm
 from fastmask.torch_path import gemm
 from fastmask.torch_path import onednn as onednn_file
+from fastmask.torch_path import scratch as scratch_file
 
 pytestmark = pytest.mark.skipif(not onednn_file._works(), reason="this PyTorch has no oneDNN")
 
@@ -60,7 +61,7 @@ def of_languages(size: int, S: int, stored: str, indexed: bool) -> tuple[torch.T
 def library(request, ask_for):
     """Both libraries; scratch memory is full of NaN before."""
     ask_for(request.param)
-    for scratch in (gemm._ROWS, gemm._LEFT, gemm._PRODUCT):
+    for scratch in (scratch_file.ROWS, scratch_file.LEFT, scratch_file.PRODUCT):
         scratch.memory, scratch.views = torch.full((2**24,), 255, dtype=torch.uint8), {}
     return request.param
 
@@ -131,7 +132,7 @@ def test_training_after_inference_mode(library, kind):
         "blocks": lambda: fm.Mask.blocks(torch.rand(3, 4, 5) < 0.5, (16, 8)),
         "weights": lambda: fm.Mask.weights(torch.rand(3, 64, 40) < 0.5),
     }[kind]()
-    for scratch in (gemm._ROWS, gemm._LEFT, gemm._PRODUCT):
+    for scratch in (scratch_file.ROWS, scratch_file.LEFT, scratch_file.PRODUCT):
         scratch.memory, scratch.views = torch.empty(0, dtype=torch.uint8), {}
     x, weight, ids = torch.randn(4, 301, 40), torch.randn(64, 40, requires_grad=True), torch.tensor([0, 1, 2, -1])
     with torch.inference_mode():
@@ -159,7 +160,7 @@ def test_batches_of_many_lengths_share_shapes(onednn, monkeypatch):
         shapes.add((*a.shape, *w.shape, w.stride(0) == 1))
         return linear(a, w)
 
-    monkeypatch.setattr(gemm, "linear", recording)
+    monkeypatch.setattr(onednn_file, "linear", recording)
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=128, intermediate_size=512, num_attention_heads=4, num_hidden_layers=2, vocab_size=50

@@ -6,10 +6,11 @@ import pytest
 import torch
 from oracle import random_mask
 
-from fastmask.masks import UNPACKED, Mask, StoredMask
-from fastmask.operators import Settings, compute, compute_projections
+from fastmask.masks import UNPACKED, Mask
+from fastmask.operators import run
 from fastmask.torch_path import layers
 from fastmask.torch_path.layers import Layers, Needs
+from fastmask.traced import Settings
 
 UNITS = (4, 2, 2)  # rows of one head in Q, K and V: those of a key/value group in grouped-query attention
 
@@ -29,11 +30,11 @@ def test_equals_one_after_the_other(ids, has_bias, every_way):
     """Q, K and V computed together are what each is alone, gradients included."""
     ids = torch.tensor(ids)
     x, weights, masks, biases, widths = setting(torch.float64, has_bias)
-    together = compute_projections(x, weights, masks, ids, biases, widths)
+    together = run(Layers(masks, widths), x, weights, biases, ids)
     upstreams = [torch.randn_like(y) for y in together]
     found = torch.autograd.grad(together, [x, *weights, *biases], upstreams)
     apart = [
-        compute(x, weight, mask, ids, biases[g] if has_bias else None, widths[g])
+        run(Layers([mask], [widths[g]]), x, [weight], biases[g : g + 1], ids)[0]
         for g, (weight, mask) in enumerate(zip(weights, masks, strict=True))
     ]
     expected = torch.autograd.grad(apart, [x, *weights, *biases], upstreams)
@@ -45,7 +46,7 @@ def test_equals_one_after_the_other(ids, has_bias, every_way):
 def test_only_what_is_asked_for(needs):
     """A frozen weight gets no gradient, and takes none from the others."""
     x, weights, masks, biases, widths = setting(torch.float64, True, needs)
-    for y in compute_projections(x, weights, masks, torch.tensor([0, 0, 1, 2, 2]), biases, widths):
+    for y in run(Layers(masks, widths), x, weights, biases, torch.tensor([0, 0, 1, 2, 2])):
         y.sum().backward(retain_graph=True)
     assert (x.grad is not None) == needs[0]
     assert all((w.grad is not None) == needs[1] for w in weights)
@@ -55,7 +56,7 @@ def test_only_what_is_asked_for(needs):
 def test_an_unused_output():
     """A projection whose output nobody uses does not disturb the backward pass of the others."""
     x, weights, masks, biases, widths = setting(torch.float64, True)
-    query, _, _ = compute_projections(x, weights, masks, torch.tensor([0, 0, 2, 2, 2]), biases, widths)
+    query, _, _ = run(Layers(masks, widths), x, weights, biases, torch.tensor([0, 0, 2, 2, 2]))
     query.sum().backward()
     assert weights[0].grad.any()
     assert not weights[1].grad.any()
@@ -87,15 +88,26 @@ def test_weights_that_were_cast_are_kept_for_backward(kind, ids, every_way):
         "columns": lambda: Mask.columns(torch.rand(L, K) < 0.6, N),
         "weights": lambda: Mask.weights(torch.rand(L, N, K) < 0.6),
     }[kind]
-    masks = [StoredMask(m.kind, m.geometry, m.index, m.extents, UNPACKED) for m in (build() for _ in range(3))]
-    weights, x = [torch.randn(N, K) for _ in masks], torch.randn(4, tokens, K).bfloat16()
+    weights, x = [torch.randn(N, K) for _ in range(3)], torch.randn(4, tokens, K).bfloat16()
     kept: list[torch.Tensor] = []
-    given = Layers(masks, L)
-    ys = layers.forward(given, x, weights, [], torch.tensor(ids), kept)
+    given = Layers([build() for _ in weights], [UNPACKED] * 3)
+    batch = layers.prepare(given, x, torch.tensor(ids))
+    ys = layers.forward(given, batch, x, weights, [], kept)
     assert all(weight.dtype == torch.bfloat16 for weight in kept)
     assert len(kept) == 3
     dys = [torch.randn_like(y) for y in ys]
-    arguments = (given, dys, x, weights, torch.tensor(ids), Needs(True, [True] * 3, [False] * 3))
+    arguments = (given, batch, dys, x, weights, Needs(True, [True] * 3, [False] * 3))
     (dx, dws, _), (expected_dx, expected_dws, _) = layers.backward(*arguments, kept), layers.backward(*arguments)
     assert torch.equal(dx, expected_dx)
     assert all(torch.equal(dw, expected) for dw, expected in zip(dws, expected_dws, strict=True))
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_weights_are_cast_once_a_pass(needs_x, monkeypatch):
+    """The backward pass of an input that needs no gradient reads no weight."""
+    x, weights, masks, biases, widths = setting(torch.float32, True, (needs_x, True, True))
+    calls, read = [], layers._read
+    monkeypatch.setattr(layers, "_read", lambda *of: calls.append(of) or read(*of))
+    for y in run(Layers(masks, widths), x, weights, biases, torch.tensor([0, 0, 1, 2, 2])):
+        y.sum().backward(retain_graph=True)
+    assert len(calls) == 1

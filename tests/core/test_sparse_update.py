@@ -11,8 +11,10 @@ from oracle import KINDS, assert_close, gradients, random_mask
 
 import fastmask as fm
 from fastmask.masks import UNPACKED
-from fastmask.operators import Settings, compute_projections
+from fastmask.operators import run
 from fastmask.torch_path import tiles
+from fastmask.torch_path.layers import Layers
+from fastmask.traced import Settings
 
 MIXED = [2, 0, 0, 1, -1, 2, 0]  # scattered, an empty language (1), a full one (2) and the full network (-1)
 
@@ -190,7 +192,7 @@ def test_several_of_one_input(activation, every_way):
     x = torch.randn(5, 2, 6).double().requires_grad_()
     weights = [torch.randn(mask.out_features, 6).double().requires_grad_() for mask in masks]
     biases = [torch.randn(mask.out_features).double().requires_grad_() for mask in masks]
-    together = compute_projections(x, weights, masks, ids, biases, [UNPACKED] * 3, activation, full_forward=True)
+    together = run(Layers(masks, [UNPACKED] * 3, activation, full_forward=True), x, weights, biases, ids)
     active = F.gelu(x) if activation else x
     apart = [naive(active, *given) for given in zip(weights, masks, [ids] * 3, biases, strict=True)]
     upstreams = [torch.randn_like(y) for y in together]

@@ -8,7 +8,9 @@ import torch
 from oracle import random_mask
 
 from fastmask import masked_linear
-from fastmask.operators import compute
+from fastmask.operators import run
+from fastmask.torch_path import layers
+from fastmask.torch_path.layers import Layers
 
 L, N, K = 20, 256, 32
 
@@ -34,7 +36,7 @@ def test_tables_do_not_grow_with_packed_widths(every_way):
     x, weight = torch.randn(L, 3, K), torch.randn(N, K)
     kept = []
     for width in range(128, N + 1, 8):
-        compute(x, weight, mask, torch.arange(L), None, width)
+        run(Layers([mask], [width]), x, [weight], [], torch.arange(L))
         kept.append(bytes_kept(vars(mask.index)))
     assert kept[0] > 0
     assert kept[-1] == kept[0]
@@ -45,8 +47,21 @@ def test_tables_of_one_batch_do_not_serve_the_next(every_way):
     mask, weight = random_mask("rows", L, N, K, density=0.3, extremes=False), torch.randn(N, K)
     for ids in (torch.arange(L), torch.arange(L).flip(0), torch.arange(2, 6)):
         x = torch.randn(len(ids), 3, K)
-        afresh = compute(x, weight, copy.deepcopy(mask), ids, None, 128)
-        assert torch.equal(compute(x, weight, mask, ids, None, 128), afresh)
+        afresh, found = (run(Layers([m], [128]), x, [weight], [], ids)[0] for m in (copy.deepcopy(mask), mask))
+        assert torch.equal(found, afresh)
+
+
+def test_tracers_operators_make_no_tables_anew(monkeypatch):
+    """A compiled layer reads the tables of its mask, which are made once."""
+    mask, x, weight = random_mask("rows", L, N, K, density=0.3, extremes=False), torch.randn(L, 3, K), torch.randn(N, K)
+    made, make = [], layers._made
+    monkeypatch.setattr(layers, "_made", lambda *given: made.append(given) or make(*given))
+    compiled = torch.compile(lambda x: masked_linear(x, weight, mask, ids), fullgraph=True, backend="aot_eager")
+    ids = torch.arange(L)
+    for _ in range(2):
+        compiled(x)
+    masked_linear(x, weight, mask, ids)
+    assert len(made) == 1
 
 
 def test_a_copy_leaves_tables_behind():

@@ -36,8 +36,8 @@ from benchmarks.gpu.sections import (
     sides,
     tiny_models,
 )
-from fastmask.operators import compute, compute_projections
-from fastmask.torch_path.layers import activate
+from fastmask.operators import run
+from fastmask.torch_path.layers import Layers, activate
 from fastmask.torch_path.naive import masked_linear_naive
 
 DEVICE = "cuda"
@@ -180,7 +180,7 @@ def test_packed(kind, case, dtypes):
     if not rows:
         leaves[0] = x.requires_grad_()
     poison()
-    y = compute(leaves[0], leaves[1], p.mask, p.ids, leaves[2], width)
+    y = run(Layers([p.mask], [width]), leaves[0], [leaves[1]], [leaves[2]], p.ids)[0]
     assert_all(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, dy)], truth, plain)
 
 
@@ -205,7 +205,7 @@ def test_activation(dtypes, case, activation):
     leaves = p.leaves()
     leaves[0] = x.requires_grad_()
     poison()
-    y = compute(leaves[0], leaves[1], p.mask, p.ids, leaves[2], width, activation)
+    y = run(Layers([p.mask], [width], activation), leaves[0], [leaves[1]], [leaves[2]], p.ids)[0]
     assert_all(NAMES, [y.detach(), *torch.autograd.grad(y, leaves, p.dy)], truth, plain)
 
 
@@ -238,7 +238,7 @@ def test_projections(dtypes, unit, n_weights):
         ]
 
     poison()
-    ours = results(lambda x, ws, bs: compute_projections(x, ws, masks, p.ids, bs, widths))
+    ours = results(lambda x, ws, bs: run(Layers(masks, widths), x, ws, bs, p.ids))
     truth = results(separately(lambda x, w, mask, b: masked_linear_naive(x, w, mask, p.ids, b)), torch.float64)
     plain = results(separately(lambda x, w, mask, b: loop(x, w.to(x.dtype), Task(mask, p.ids), b.to(x.dtype))))
     names = [f"y{g}" for g in range(n_weights)] + ["dX"] + [f"d{v}{g}" for v in "Wb" for g in range(n_weights)]

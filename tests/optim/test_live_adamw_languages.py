@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -63,6 +64,32 @@ def test_accumulated_batches_count_together(net):
     optimizer.zero_grad()
     backward(net, 3)
     assert torch.equal(moved(net, optimizer), owned(net, 3))
+
+
+def test_hooks_go_with_their_optimizer(net):
+    """An optimizer for each phase of training leaves nothing behind on the model when the next takes its place."""
+
+    def hooks():
+        parameters = list(net.parameters())
+        on_tensors = [p._backward_hooks or {} for p in parameters] + [
+            p._post_accumulate_grad_hooks or {} for p in parameters
+        ]
+        return sum(map(len, [*(module._forward_hooks for module in net.modules()), *on_tensors]))
+
+    optimizer = optimizer_of(net)
+    of_one = hooks()
+    assert of_one == 3
+    for language in (0, 3):
+        optimizer = optimizer_of(net)
+        gc.collect()
+        assert hooks() == of_one
+        backward(net, language)
+        assert torch.equal(moved(net, optimizer), owned(net, language))
+        optimizer.zero_grad()
+    del optimizer
+    gc.collect()
+    assert hooks() == 0
+    backward(net, 0)
 
 
 def test_ids_on_a_device_that_are_written_again_are_an_error(net, monkeypatch):

@@ -20,7 +20,7 @@ import triton
 from fastmask_kernels import compile_report
 from fastmask_kernels.chips import CHIPS
 from fastmask_kernels.compile_report import Row, collect, failures, report
-from fastmask_kernels.compiling import Build, inner_loop, loops, read_amdgcn, read_sass, resident
+from fastmask_kernels.compiling import Build, resident
 from fastmask_kernels.configs import TABLES, expected_residents
 from fastmask_kernels.recorder import Variant
 
@@ -114,32 +114,18 @@ def test_a_good_kernel_has_no_failure(samples: dict[str, Any], target: str) -> N
     assert failures_of(samples, "good", target) == []
 
 
-def test_the_inner_loop_is_read(samples: dict[str, Any]) -> None:
-    """Instructions are counted in the inner loop alone, without what runs before and after it."""
+def test_the_machine_code_is_read(samples: dict[str, Any]) -> None:
+    """Tensor-core instructions and shared memory are those of the kernel."""
     made = row(samples, "good")["build"]
-    # 128 x 128 x 64 with two warp groups of 64 rows: four instructions of depth 16; 32 KiB in 256 threads x 16 bytes.
+    # 128 x 128 x 64 with two warp groups of 64 rows: four instructions of depth 16.
     assert made["tensor"] == {"HGMMA.64x128x16": 4}
-    assert made["async_copies"] == {"128": 8}
-    assert made["loads"] == {}
-    assert made["steps"] == 1
     assert made["shared"] == 3 * 2 * 128 * 64 * 2
-    made = row(samples, "good", "gfx942")["build"]
     # Eight waves share 128 x 128: each has 64 x 32, two instructions wide and eight deep.
-    assert made["tensor"] == {"v_mfma_f32_32x32x8_bf16": 16}
-    assert made["loads"] == {"128": 4}
-    assert made["steps"] == 1
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_narrow_loads_are_told_from_wide_ones(samples: dict[str, Any], target: str) -> None:
-    """A kernel without alignment hints, which copies two bytes at a time, can be told from one that has them."""
-    made = row(samples, "unaligned, 3 odd sizes", target)["build"]
-    assert made["async_copies"] == {}
-    assert made["loads"] == {"16": 2 * 64 * 32 // (128 if target == "sm_90" else 256)}
+    assert row(samples, "good", "gfx942")["build"]["tensor"].keys() == {"v_mfma_f32_32x32x8_bf16"}
 
 
 def build_of(registers: int, shared: int) -> Build:
-    return Build(registers, 0, 0, 0, 0, shared, 0, {}, {}, {}, None)
+    return Build(registers, 0, 0, 0, 0, shared, 0, {})
 
 
 @pytest.mark.parametrize(
@@ -259,6 +245,18 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
+def test_outside_of_a_checkout_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An installed wheel has no list of what is launched: one line says where it is."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.delitem(sys.modules, compile_report.LAUNCHED, raising=False)
+    monkeypatch.setitem(sys.modules, "benchmarks", None)  # type: ignore[arg-type]  # as if it were not there
+    assert compile_report.main(["--target", "sm_90"]) == 2
+    expected = (
+        "There is no module benchmarks.gpu.recorded; it is part of a checkout of fastmask: run the report there.\n"
+    )
+    assert capsys.readouterr().err == expected
+
+
 def test_an_empty_report_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A misspelt target or kernel is an error, not a report without failures."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
@@ -269,68 +267,3 @@ def test_an_empty_report_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sample_kernels, "variants", lambda chip: [stand_in("a", BM=64, BN=64, BK=64)])
     assert compile_report.main(["--module", "sample_kernels", "--kernel", "absent"]) == 2
     assert "absent" in capsys.readouterr().err
-
-
-# ---- reading machine code
-
-# A loop inside a loop; the inner one waits behind the kernel's end, and jumps back from there.
-SASS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;
-        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0020*/                   LDGSTS.E.BYPASS.128 [R3], desc[UR4][R8.64] ;
-        /*0030*/              @!P0 BRA 0x90 ;
-        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24 ;
-        /*0050*/                   BRA.U UP0, 0x20 ;
-        /*0060*/                   FADD R1, R1, R2 ;
-        /*0070*/               @P2 BRA 0x10 ;
-        /*0080*/                   EXIT ;
-        /*0090*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR5], R4 ;
-        /*00a0*/              @!P0 BRA 0x90 ;
-        /*00b0*/                   BRA 0x40 ;
-        /*00c0*/                   BRA 0xc0;
-        /*00d0*/                   NOP;
-"""
-
-AMDGCN = """
-kernel:
-	s_load_dwordx2 s[0:1], s[2:3], 0x0
-.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
-	global_load_dwordx4 v[0:3], v[4:5], off
-	s_cbranch_vccz .LBB0_3
-	v_mfma_f32_32x32x8_bf16 v[2:17], v[60:61], v[76:77], 0
-.LBB0_3:
-	s_cbranch_scc1 .LBB0_1
-	s_endpgm
-.Lfunc_end0:
-	s_branch .LBB1_1
-"""
-
-
-def test_loops_of_sass() -> None:
-    """A jump back from a wait behind the kernel's end is no loop of its own; its wait belongs to the loop."""
-    code = read_sass(SASS)
-    assert sorted(map(sorted, loops(code))) == [[1, 2, 3, 4, 5, 6, 7, 9, 10, 11], [2, 3, 4, 5, 9, 10, 11], [9, 10]]
-    assert [i.opcode.split(".")[0] for i in inner_loop(code, ("HGMMA",))] == [
-        "LDGSTS", "BRA", "HGMMA", "BRA", "SYNCS", "BRA", "BRA",
-    ]  # fmt: skip
-
-
-def test_divergent_threads_meet_where_sass_says() -> None:
-    """A loop with a branch inside does not end at the branch."""
-    code = read_sass("""
-        /*0000*/                   BSSY B0, 0x40 ;
-        /*0010*/               @P0 BRA 0x30 ;
-        /*0020*/                   IADD3 R1, R1, 0x1, RZ ;
-        /*0030*/                   BSYNC B0 ;
-        /*0040*/                   HMMA.16816.F32 R4, R8, R10, R4 ;
-        /*0050*/               @P1 BRA 0x0 ;
-        /*0060*/                   EXIT ;
-    """)
-    assert [i.opcode for i in inner_loop(code, ("HMMA",))] == ["BSSY", "BRA", "IADD3", "BSYNC", "HMMA.16816.F32", "BRA"]
-
-
-def test_loops_of_amd_assembly() -> None:
-    """AMD's labels are followed, and the text after the kernel is not read as code."""
-    code = read_amdgcn(AMDGCN)
-    assert len(code) == 6
-    assert len(inner_loop(code, ("v_mfma",))) == 4

@@ -9,10 +9,15 @@ import torch
 import triton
 from fastmask_kernels import autotune, configs, row_owned_grad
 from fastmask_kernels import row_matmul as row_matmul_module
+from fastmask_kernels import row_matmul_t as row_matmul_t_module
+from fastmask_kernels import tile_matmul as tile_matmul_module
 from fastmask_kernels.configs import Config
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul, row_matmul_kernel
+from fastmask_kernels.row_matmul_t import row_matmul_t
 from fastmask_kernels.row_weight_grad import row_weight_grad
+from fastmask_kernels.tile_layout import TileLayout
+from fastmask_kernels.tile_matmul import tile_matmul
 
 SMALL = Config((("BM", 16), ("BN", 16), ("BK", 16), ("GROUP", 2)), 4, 2)
 
@@ -153,6 +158,30 @@ def test_three_projections_are_measured_and_taken(monkeypatch):
     assert not taken
     row_matmul(x, weights[:1], [index], rows[1][:1], plan, [16])
     assert taken == ["chosen"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_way_to_launch_is_measured(dtype, monkeypatch):
+    """Weights of autocast, which stay float32, and products with TF32 take what was measured, not the tables."""
+    plan = Plan(torch.tensor([0, 1]), 16, 2)
+    x, index, counts = torch.randn(32, 64, dtype=dtype), torch.arange(32).expand(2, 32).contiguous(), [32, 32]
+    rows, layout = ([index], [torch.tensor(counts)], plan), TileLayout.from_blocks(torch.ones(2, 1, 1).bool(), (64, 64))
+    with monkeypatch.context() as patch:
+        patch.setattr(triton.testing, "do_bench", lambda run, return_mode: 1.0)
+        autotune.tune(x, 64, plan, 0.5, 64)
+    taken = []
+    for module, name in (
+        (row_matmul_module, "choose"),
+        (row_matmul_t_module, "choose"),
+        (tile_matmul_module, "_choose"),
+    ):
+        monkeypatch.setattr(module, name, lambda *_, **__: taken.append("chosen") or 1 / 0)
+    for weight, tf32 in ((torch.randn(64, 64, dtype=dtype), False), (torch.randn(64, 64), dtype == torch.float32)):
+        (y,) = row_matmul(x, [weight], *rows, [32], allow_tf32=tf32)
+        row_matmul_t([y], [weight], *rows, allow_tf32=tf32)
+        tile_matmul(x, weight, layout, plan, allow_tf32=tf32)
+        tile_matmul(x, weight, layout, plan, transposed=True, allow_tf32=tf32)
+    assert not taken
 
 
 def test_the_fastest_that_runs_is_chosen():

@@ -17,10 +17,10 @@ from torch import Tensor
 import fastmask as fm
 from fastmask import kept, operators
 from fastmask.kept import Kept, never_written
-from fastmask.masks import UNPACKED, StoredMask
+from fastmask.masks import UNPACKED
 from fastmask.models.routing import Route
-from fastmask.operators import compute
-from fastmask.torch_path.split import Split
+from fastmask.operators import run
+from fastmask.torch_path.layers import Layers
 from fastmask.triton_path import tables
 
 CPU = torch.device("cpu")
@@ -123,10 +123,9 @@ def test_tables_and_layouts_of_a_capture(kind: str, device: Device) -> None:
         "blocks": lambda: fm.Mask.blocks(torch.rand(2, 2, 2) < 0.5, (16, 16)),
         "weights": lambda: fm.Mask.weights(torch.rand(2, 32, 32) < 0.5),
     }[kind]()
-    stored = StoredMask(mask.kind, mask.geometry, mask.index, mask.extents, -1)
 
     def made() -> object:
-        return tables.positions_of(stored, 32) if kind == "rows" else tables.layout_of(stored, 32, 32)
+        return tables.positions_of(mask) if kind == "rows" else tables.layout_of(mask)
 
     device.capturing = True
     captured = made()
@@ -220,21 +219,15 @@ def test_tiles_that_a_capture_makes_of_an_older_plan(device: Device, monkeypatch
 
 
 @on_a_cpu
-def test_a_pass_keeps_both_paths_lists(device: Device) -> None:
-    """Layers of the two paths in one pass each use the lists of their own path."""
-    ids = Route(torch.tensor([0, 1]), (0, 1)).ids_for(torch.ones(2, 1))
-    plan, split = plan_of(ids), Split.of(ids, 3)
-    assert plan_of(ids) is plan
-    assert Split.of(ids, 3) is split
-
-
-@on_a_cpu
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("of_one_pass", [False, True])
 def test_a_backward_pass_on_another_stream(
     kind: str, of_one_pass: bool, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backward pass on another stream makes plans and tables of its own."""
+    """A backward pass on another stream makes tables of its own; the plan is that of its forward pass.
+
+    PyTorch runs a backward pass on the stream of its forward pass, where what is handed over was made.
+    """
     monkeypatch.setattr(operators, "FORCED", "triton")
     keep, make = torch.rand(3, 32) < 0.5, (fm.Mask.rows if kind == "rows" else fm.Mask.columns)
     mask, ids = make(keep, 32), torch.tensor([0, 2])
@@ -244,7 +237,7 @@ def test_a_backward_pass_on_another_stream(
     monkeypatch.setattr(tables, "Plan", lambda *arguments: made.append(("plan", device.stream)) or plan(*arguments))
     monkeypatch.setattr(tables, "positions", lambda *given: made.append(("table", device.stream)) or table(*given))
     x, weight = torch.randn(2, 3, 32, requires_grad=True), torch.randn(32, 32, requires_grad=True)
-    y, again = (compute(x, weight, mask, ids, None, UNPACKED) for _ in range(2))
+    y, again = (run(Layers([mask], [UNPACKED]), x, [weight], [], ids)[0] for _ in range(2))
     expected = torch.autograd.grad(again.sum(), [x, weight])
     one = set(made)
     device.stream = 2
@@ -252,5 +245,5 @@ def test_a_backward_pass_on_another_stream(
     assert all(torch.equal(result, other) for result, other in zip(results, expected, strict=True))
     assert one == {("plan", 1), ("table", 1)}
     # The table spreads y of rows, and dx of columns.
-    assert set(made) - one == ({("plan", 2)} if kind == "rows" else {("plan", 2), ("table", 2)})
+    assert set(made) - one == (set() if kind == "rows" else {("table", 2)})
     assert len(made) == len(set(made))

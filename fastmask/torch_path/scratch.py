@@ -1,0 +1,52 @@
+"""Memory that products take in turn, and rows of a weight gathered in it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+__all__ = ["LEFT", "PRODUCT", "ROWS", "gather"]
+
+MOST_VIEWS = 256  # one for each size that was asked for
+
+
+class _Scratch(threading.local):
+    """A buffer that every call takes in turn, one for each thread: fresh memory costs more than what is copied into it.
+
+    The kernel clears each page of it at the first touch, and glibc gives large blocks back as soon as they are free.
+    What is kept is as large as the largest live part of one weight.
+    """
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.views: dict[tuple[int, int, torch.dtype], Tensor] = {}  # making one anew costs several calls
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised matrix of the dtype of `like`; what was taken before is overwritten."""
+        if not like.is_cpu:
+            return like.new_empty(rows, columns)  # other devices have allocators that keep memory
+        key = (rows, columns, like.dtype)
+        if key not in self.views:
+            size = rows * columns * like.element_size()
+            if len(self.memory) < size or len(self.views) >= MOST_VIEWS:
+                self.views.clear()
+            with torch.inference_mode(False):  # what is made in inference mode could not be written to after it
+                if len(self.memory) < size:
+                    self.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+                self.views[key] = self.memory[:size].view(like.dtype).view(rows, columns)
+        return self.views[key]
+
+
+ROWS, LEFT, PRODUCT = _Scratch(), _Scratch(), _Scratch()
+
+
+def gather(w: Tensor, index: Tensor | None) -> Tensor:
+    """Rows of w [size, S], in memory that the next call overwrites."""
+    if index is None:
+        return w
+    if w.stride(1) == 1:
+        return torch.index_select(w, 0, index, out=ROWS.take(index.shape[0], w.shape[1], w))
+    out = ROWS.take(w.shape[1], index.shape[0], w)
+    return torch.gather(w.t(), 1, index.expand(w.shape[1], -1), out=out).t()

@@ -270,6 +270,9 @@ class TransformersTask(Task):
         labelled = np.array([i for i, item in enumerate(found) if self.is_labelled(item)], dtype=np.int64)
         if not len(labelled):
             raise ValueError(f"language {name!r} has no {kind} {self.example_word} with labels")
+        if missing := len(found) - len(labelled):
+            said = f"{missing} of {len(found)} {kind} {self.example_word} have no labels and are left out"
+            warnings.warn(f"{name}: {said}", stacklevel=2)
         return found if len(labelled) == len(found) else found.select(labelled)
 
     def has_answers(self, examples: Examples) -> bool:

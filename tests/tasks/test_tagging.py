@@ -163,7 +163,8 @@ def test_unknown_tags_of_a_support_set(tagger):
     with pytest.warns(UserWarning, match=r"left out: XX \(2\)"):
         kept = task.known_labels(rows, "ignore")
     assert [row["upos"] for row in kept] == [["NOUN", None], [None]]
-    assert len(task.training_examples(kept, "aa")) == 1
+    with pytest.warns(UserWarning, match="^aa: 1 of 2 support sentences have no labels and are left out$"):
+        assert len(task.training_examples(kept, "aa", "support")) == 1
     assert rows[0]["upos"] == ["NOUN", "XX"]
 
 

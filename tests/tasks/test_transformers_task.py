@@ -59,7 +59,8 @@ def test_a_batch_without_labels_has_no_loss(classifier):
     rows = [*rows_of(CASES["classification"], "aa", "train")[:2], {"text": "aa1"}]
     with pytest.raises(ValueError, match="some of the examples have no labels"):
         task.loss(task.collate(task.examples(rows)))
-    assert len(task.training_examples(rows, "aa")) == 2
+    with pytest.warns(UserWarning, match="^aa: 1 of 3 training examples have no labels and are left out$"):
+        assert len(task.training_examples(rows, "aa")) == 2
 
 
 def test_long_texts_are_cut_with_a_warning(classifier):

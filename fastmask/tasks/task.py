@@ -288,10 +288,6 @@ class Task(abc.ABC):
             warnings.warn(f"{said}: they are not scored", stacklevel=3)
         return {name: examples for name, examples in found.items() if name not in silent}
 
-    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The rows that `training_examples` would not leave out."""
-        return list(rows)
-
     def check(self, train: Mapping[str, Any]) -> None:  # noqa: B027 - few tasks have something to check
         """See that the training examples of all languages are for this model; raises ValueError, or warns."""
 

@@ -278,13 +278,6 @@ class TransformersTask(Task):
     def has_answers(self, examples: Examples) -> bool:
         return any(map(self.is_labelled, examples))
 
-    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The rows with labels that the model has."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are said of those that are taken
-            found = self.examples(rows)
-        return [row for row, item in zip(rows, found, strict=True) if self.is_labelled(item)]
-
     def is_labelled(self, features: Mapping[str, Any]) -> bool:
         labels = features.get(LABELS)
         return any(label != IGNORE for label in labels) if isinstance(labels, list) else labels not in (None, IGNORE)

@@ -142,11 +142,6 @@ class Parsing(Task):
             raise ValueError(f"language {name!r} has no {kind} sentences")
         return every.select(fits)
 
-    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        every = self.model.features.encode(rows, self.model.vocabulary)
-        fits = rows_that_fit(self.model.features, every, "support sentences", limit=self.max_length)
-        return [rows[row] for row in fits.tolist()]
-
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
         return check_deprels(rows, self.model.vocabulary, unknown)
 

@@ -174,11 +174,12 @@ def check_fit(tokenizer: Any, encoder: nn.Module, name: str) -> None:
 
 
 def positions_of(encoder: nn.Module, tokenizer: Any) -> int:
-    """Return how many positions a model can take; RoBERTa's table starts after its padding index."""
-    config: Any = encoder.config
-    room = int(getattr(config, "max_position_embeddings", 512))
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
-        room -= int(config.pad_token_id) + 1
+    """Return how many positions a model can take; a table of them with a padding index starts after that (RoBERTa)."""
+    room = rows = int(getattr(encoder.config, "max_position_embeddings", 512))
+    for name, table in encoder.named_modules():  # by its name and not its class: I-BERT has one of its own
+        padding: Any = getattr(table, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and len(table.weight) == rows:  # type: ignore[arg-type]
+            room = rows - padding - 1
     return min(room, int(min(tokenizer.model_max_length, 1 << 20)))
 
 

@@ -139,7 +139,7 @@ class Translation(TransformersTask):
 
         column = self.options.target_column
         pairs = [
-            (guess, row[column])
+            (guess, self.text(row, column))
             for row, guess in zip(examples.rows, predictions, strict=True)
             if row.get(column) is not None
         ]

@@ -193,7 +193,6 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
 
         namespace["save_pretrained"] = save_pretrained
     if callable(plain_generate := getattr(plain, "generate", None)):
-
         has_language = "language" in inspect.signature(plain_generate).parameters  # Whisper: a token to begin with
 
         @functools.wraps(plain_generate)

@@ -153,10 +153,6 @@ class LanguageModelling(TransformersTask):
             raise ValueError("the texts have no token to predict")
         return {"perplexity": _perplexity(sum(found["loss"] for found in predictions) / tokens)}
 
-    @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        return cls.text(row, options.text_column)
-
 
 def _kind(model_type: str, options: LanguageModellingSettings) -> str:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES

@@ -19,10 +19,9 @@ from fastmask.files import FileError
 
 __all__ = [
     "WordPieces", "around", "check_fit", "input_embeddings", "load_encoder", "load_model", "load_tokenizer",
-    "load_word_tokenizer", "model_type_of", "positions_of", "without_progress_bars",
+    "model_type_of", "positions_of", "without_progress_bars",
 ]  # fmt: skip
 
-BYTE_PAIRS = ("roberta", "gpt2", "longformer", "bart")
 PIECES = 10  # beside its special ones: a tokenizer that was made of nothing has up to three
 _UNREAD = re.compile(r"(^|\.)pooler\.")  # parameters that the parser never reads
 
@@ -106,8 +105,8 @@ def _check_weights(name: str, model: nn.Module, missing: Any, mismatched: Any, u
         raise FileError(name, f"has {_listed(unexpected)} in excess (of a {type(model).__name__})")
 
 
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """Load a tokenizer; `options` are those of `AutoTokenizer.from_pretrained`.
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer.
 
     Raises:
         OSError: there is no such model.
@@ -117,9 +116,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 
     _check_there(name)
     with _clear_errors(name, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=os.path.isdir(name), **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=os.path.isdir(name))
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         known = set(tokenizer.get_vocab()) - special
     if len(known) < PIECES:
@@ -129,14 +126,6 @@ def load_tokenizer(name: str, **options: Any) -> Any:
             "(expected the tokenizer of the encoder, such as a tokenizer.json)",
         )
     return tokenizer
-
-
-def load_word_tokenizer(name: str) -> Any:
-    """The tokenizer of a model for single words; raises as `load_tokenizer`.
-
-    RoBERTa's byte pairs differ at the start of a text unless told that every word follows a space.
-    """
-    return load_tokenizer(name, **({"add_prefix_space": True} if model_type_of(name) in BYTE_PAIRS else {}))
 
 
 def model_type_of(name: str) -> str:

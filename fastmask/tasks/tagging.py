@@ -16,7 +16,7 @@ from fastmask.errors import unknown
 from fastmask.settings import setting
 from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
 from fastmask.tasks.predicting import CHUNK
-from fastmask.tasks.pretrained import WordPieces, load_word_tokenizer
+from fastmask.tasks.pretrained import WordPieces
 from fastmask.tasks.task import Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import (
     IGNORE,
@@ -76,10 +76,6 @@ class Tagging(TransformersTask):
     def new_model(cls, name: str, options: Any, datasets: Splits) -> nn.Module:
         tags = (tag for of in datasets.values() for tags in of["train"][options.label_column] for tag in tags or ())
         return model_for(cls.auto, name, tags)
-
-    @classmethod
-    def new_tokenizer(cls, name: str) -> Any:
-        return load_word_tokenizer(name)
 
     def examples(self, rows: Rows) -> Examples:
         rows = list(rows)
@@ -194,11 +190,6 @@ class Tagging(TransformersTask):
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         return direction_similarity(profile, others)
-
-    @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
-        assert isinstance(options, TaggingSettings)
-        return tuple(row[options.text_column])
 
 
 def _span_scores(gold: list[list[Any]], guesses: list[list[Any]], scheme: str) -> dict[str, float]:

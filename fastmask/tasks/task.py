@@ -90,6 +90,7 @@ class Task(abc.ABC):
         has_vectors: whether the model can add a vector of its language to each example (method `vector`).
         percent: whether scores are percentages (as LAS and accuracy are here).
         settings: class of the task's own settings.
+        inputs: the settings that name columns with what the model reads.
         example_word: what an example is called in messages.
         token_word: what `Examples.lengths` counts.
         model: is trained; `encoder` is it or a part of it.
@@ -101,6 +102,7 @@ class Task(abc.ABC):
     percent: ClassVar[bool] = True
     has_vectors: ClassVar[bool] = False
     settings: ClassVar[type[TaskSettings]] = TaskSettings
+    inputs: ClassVar[tuple[str, ...]] = ("text_column", "pair_column")
     example_word: ClassVar[str] = "examples"
     token_word: ClassVar[str] = "tokens"
     model: nn.Module
@@ -367,9 +369,20 @@ class Task(abc.ABC):
         raise NotImplementedError
 
     @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        """What makes two rows the same example: a test example that stands in a support set is left out."""
-        return json.dumps({name: row[name] for name in sorted(row)}, default=str)
+    def input_columns(cls, options: TaskSettings) -> list[str]:
+        """The columns that `inputs` name."""
+        return [column for name in cls.inputs if (column := getattr(options, name, None))]
+
+    @classmethod
+    def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> Any:
+        """What makes two rows the same example: a test example that stands in a support set is left out.
+
+        What the model reads, a list of words being joined; all of the row where `inputs` name no column.
+        """
+        texts = [row.get(column) for column in cls.input_columns(options)]
+        if not texts:
+            return json.dumps({name: row[name] for name in sorted(row)}, default=str)
+        return tuple(" ".join(text) if isinstance(text, list | tuple) else text for text in texts)
 
 
 def heading(metric: str) -> str:

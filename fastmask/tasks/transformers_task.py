@@ -138,11 +138,6 @@ class TransformersTask(Task):
         """The model to train, of the pretrained one called `name`; see `load_model`."""
         return load_model(cls.auto_class(name, options), name)
 
-    @classmethod
-    def new_tokenizer(cls, name: str) -> Any:
-        """The tokenizer of the model called `name`."""
-        return load_tokenizer(name)
-
     def features(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the model sees of a row, as lists of numbers; "labels" (a number or a list) if the row has any."""
         raise NotImplementedError
@@ -184,7 +179,7 @@ class TransformersTask(Task):
                 f"model is 'small', which only parsing has (expected a model of transformers for task {cls.name}: a "
                 "folder, or a name on the Hub)"
             )
-        tokenizer = cls.new_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
         torch.manual_seed(config.seed)
         model = cls.new_model(config.model, config.task_settings, datasets)
         check_fit(tokenizer, model, config.model)
@@ -203,7 +198,7 @@ class TransformersTask(Task):
             raise FileError(file, f"is of task {saved.task!r} (expected {cls.name!r})")
         name, options = os.fspath(folder), cls.settings.from_dict(saved.settings)
         model = load_model(cls.auto_class(name, options), name, whole=True)
-        tokenizer = cls.new_tokenizer(name)
+        tokenizer = load_tokenizer(name)
         check_fit(tokenizer, model, name)
         return cls(model, tokenizer, options, saved.max_length)
 

@@ -26,7 +26,7 @@ from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabul
 from fastmask.tasks.pretrained import (
     check_fit,
     load_encoder,
-    load_word_tokenizer,
+    load_tokenizer,
     positions_of,
     without_progress_bars,
 )
@@ -205,7 +205,7 @@ class Parser(nn.Module):
             FileError: its weights are incomplete, it has no tokenizer, or one is damaged.
         """
         encoder = load_encoder(name)
-        tokenizer = load_word_tokenizer(name)
+        tokenizer = load_tokenizer(name)
         check_fit(tokenizer, encoder, name)
         features = PieceFeatures(tokenizer, positions_of(encoder, tokenizer))
         return cls(encoder, features, vocabulary, ParserConfig())

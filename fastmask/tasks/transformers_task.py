@@ -161,15 +161,20 @@ class TransformersTask(Task):
         splits: Sequence[str] = ("train", "dev", "test"),
         optional: Sequence[str] = (),
     ) -> Splits:
-        """Rows by language and split, with the columns of the task; see `fastmask.tasks.data.sources`."""
+        """Rows by language and split, with the columns of the task; see `fastmask.tasks.data.sources`.
+
+        Rows whose text is missing (an empty cell of a CSV file) are left out with a warning.
+        """
         loaded = super().load(data, languages, options, splits, optional)
+        found: dict[str, dict[str, Any]] = {name: {} for name in loaded}
         for name, of in loaded.items():
             for split, rows in of.items():
+                where = f"{os.fspath(data)}, {name} {split}"
                 for column in cls.columns(options):
                     if column not in rows.column_names:
-                        error = unknown_name("column", column, rows.column_names)
-                        raise ValueError(f"{os.fspath(data)}, {name} {split}: {error}")
-        return loaded
+                        raise ValueError(f"{where}: {unknown_name('column', column, rows.column_names)}")
+                found[name][split] = _with_all(rows, cls.input_columns(options), where)
+        return found
 
     @classmethod
     def build(cls, config: TrainConfig, datasets: Splits) -> Self:
@@ -333,6 +338,17 @@ class TransformersTask(Task):
         finally:
             self.model.train(was_training)
         return [found[row] for row in range(len(examples))]
+
+
+def _with_all(rows: Any, columns: Sequence[str], where: str) -> Any:
+    """The rows of a data set that have something in all of some columns."""
+    for column in columns:
+        missing = rows.select_columns([column]).with_format("arrow")[:].column(0).is_null().to_numpy()
+        if missing.any():
+            said = f"{missing.sum()} of {len(rows)} rows have no {column} and are left out"
+            warnings.warn(f"{where}: {said}; the first is row {missing.argmax() + 1}", stacklevel=3)
+            rows = rows.select(np.flatnonzero(~missing))
+    return rows
 
 
 # ---- labels by name: of the training rows, in a model's config, and those that a model does not have

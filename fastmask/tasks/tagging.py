@@ -148,17 +148,19 @@ class Tagging(TransformersTask):
         """Percent: accuracy over the words that have a tag; of spans F1, precision and recall, by seqeval."""
         column = self.options.label_column
         pairs = [
-            [(name_of(tag), guess) for tag, guess in zip(row[column], tags, strict=True) if name_of(tag) is not None]
+            [(name_of(tag), guess) for tag, guess in zip(row[column], tags, strict=True)]
             for row, tags in zip(examples.rows, predictions, strict=True)
             if row.get(column) is not None
         ]
-        if not any(pairs):
+        tagged = [(tag, guess) for pair in pairs for tag, guess in pair if tag is not None]
+        if not tagged:
             raise ValueError(f"no word has a tag to score against (column {column!r})")
-        note_unknown((tag for pair in pairs for tag, _ in pair if tag is not None), self.labels)
+        note_unknown((tag for tag, _ in tagged), self.labels)
         if not self.spans:
-            right = [tag == guess for pair in pairs for tag, guess in pair]
-            return {"accuracy": 100 * float(np.mean(right))}
-        gold, guesses = ([[each[side] for each in pair] for pair in pairs] for side in (0, 1))
+            return {"accuracy": 100 * float(np.mean([tag == guess for tag, guess in tagged]))}
+        # A word without a tag is outside on both sides: left out, it would join what stands around it.
+        gold = [[tag or "O" for tag, _ in pair] for pair in pairs]
+        guesses = [["O" if tag is None else guess for tag, guess in pair] for pair in pairs]
         return _span_scores(gold, guesses, self.options.scheme)
 
     def predict_file(self, source: str, target: str) -> int:

@@ -132,6 +132,16 @@ def test_f1_is_over_whole_spans(tagger):
     assert strict.score(Examples([{"input_ids": [1]}] * 4, rows), sides[1])["f1"] != found["f1"]
 
 
+def test_a_word_without_a_tag_ends_a_span(tagger):
+    """What stands around a word without a tag is two spans, and what is predicted for the word does not count."""
+    task = tagger("spans")
+    rows = [{"tokens": ["x"] * 4, "ner": ["B-PER", "_", "I-PER", "O"]}]
+    examples = Examples([{"input_ids": [1]}], rows)
+    assert task.score(examples, [["B-PER", "I-PER", "I-PER", "O"]]) == {"f1": 100, "precision": 100, "recall": 100}
+    found = task.score(examples, [["B-PER", "B-LOC", "O", "O"]])
+    assert (found["precision"], found["recall"]) == (100, 50)
+
+
 def test_predictions_of_treebanks_change_upos_only(tagger, tmp_path):
     """Other columns, comments and line endings stay as they are."""
     task = tagger()

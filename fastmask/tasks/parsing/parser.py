@@ -210,6 +210,13 @@ class Parser(nn.Module):
         features = PieceFeatures(tokenizer, positions_of(encoder, tokenizer))
         return cls(encoder, features, vocabulary, ParserConfig())
 
+    @property
+    def inputs_like(self) -> Tensor:
+        """Something as wide as the encoder's input, [..., D]: embeddings may be narrower than states (ALBERT)."""
+        if self.trigrams is not None:
+            return self.root
+        return self.encoder.get_input_embeddings().weight  # type: ignore[operator,no-any-return]
+
     def rates(self, head: float, encoder: float) -> dict[str, float]:
         """Two learning rates by the beginning of parameters' names, as `fastmask.MetaLearner` takes them.
 
@@ -350,7 +357,7 @@ class Parser(nn.Module):
     def _load_own(self, path: Path) -> None:
         found, _ = read_tensors(path)
         if vectors := [value for name, value in found.items() if name.startswith("language_vectors.")]:
-            self.language_vectors = LanguageVectors.zero(len(vectors[0]), self.root)
+            self.language_vectors = LanguageVectors.zero(len(vectors[0]), self.inputs_like)
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
         if found.keys() != own.keys():
             missing, more = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())

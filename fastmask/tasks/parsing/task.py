@@ -123,7 +123,7 @@ class Parsing(Task):
         return own or super().input_embeddings()
 
     def add_vectors(self, languages: int) -> nn.Parameter:
-        self.model.language_vectors = LanguageVectors.zero(languages, self.model.root)
+        self.model.language_vectors = LanguageVectors.zero(languages, self.model.inputs_like)
         return self.model.language_vectors.weight
 
     def add_language(self, like: int) -> None:

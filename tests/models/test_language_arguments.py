@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import batch, multiplied, tiny
@@ -26,6 +27,8 @@ WAYS = {
     "int64": {"language_ids": torch.tensor(IDS)},
     "int32": {"language_ids": torch.tensor(IDS, dtype=torch.int32)},
     "a list of ints": {"language_ids": IDS},
+    "an array of names": {"languages": np.array(NAMES, dtype=object)},
+    "an array of numbers": {"language_ids": np.array(IDS)},
 }
 
 
@@ -237,6 +240,8 @@ class TestBadInput:
         ):
             with pytest.raises(KeyError, match="unknown language 'fin'; did you mean 'fi'"):
                 call()
+        with pytest.raises(KeyError, match="unknown language 'FI'; did you mean 'fi'"):
+            model(**INPUTS, language="FI")
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -256,6 +261,8 @@ class TestBadInput:
             ({"language_ids": torch.tensor(1)}, r"given torch\.int64 of shape \(\)"),
             ({"language_ids": [0, 1, 2, 3]}, "language id 3 is out of range: expected 0 to 2"),
             ({"language_ids": [0, 1, 2, -2]}, "language id -2 is out of range"),
+            ({"language_ids": np.array(NAMES)}, "expected language_ids as an int64 tensor .*given list of "),
+            ({"language_ids": np.ones(4)}, r"given torch\.float32 of shape \(4,\)"),
             ({"language_ids": []}, r"given language_ids of shape \(0,\)"),
         ],
     )

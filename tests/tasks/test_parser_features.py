@@ -195,7 +195,14 @@ def test_features_survive_their_folder(kind: str, tmp_path) -> None:
 @pytest.mark.parametrize("kind", [RobertaTokenizer, GPT2Tokenizer])
 def test_words_of_byte_pairs_have_a_space_in_front(kind, tmp_path) -> None:
     """The pieces of words are those inside a text, whether the tokenizer adds the space itself or not."""
-    texts = ["the cat sat on the mat", "кошка на ковре", "قط على الحصيرة", "猫 は 上", "बिल्ली चटाई पर", "don't, straße 3.14"]
+    texts = [
+        "the cat sat on the mat",
+        "кошка на ковре",
+        "قط على الحصيرة",
+        "猫 は 上",
+        "बिल्ली चटाई पर",
+        "don't, straße 3.14",
+    ]
     made = ByteLevelBPETokenizer()
     made.train_from_iterator(texts * 20, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     made.save_model(str(tmp_path))

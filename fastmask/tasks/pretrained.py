@@ -245,10 +245,10 @@ def around(whole: Sequence[int], alone: Sequence[int], what: str) -> tuple[list[
 
 def _before_words(tokenizer: Any) -> str:
     """What a word needs in front to get the pieces that it has inside a text: nothing, or a space."""
-    inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    inside, first = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a a", "a"))
     for before in ("", " "):
         alone = tokenizer([f"{before}a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-        if alone and inside[-len(alone) :] == alone:
+        if inside == [*first, *alone]:  # and not its end alone: the space may be a piece by itself
             return before
     return ""
 

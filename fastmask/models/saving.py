@@ -209,7 +209,7 @@ def _sums_of(model: nn.Module) -> dict[str, str]:
     digest = hashlib.sha256()
     for name, parameter in named:
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return {" ".join(sorted({str(parameter.dtype) for _, parameter in named})): digest.hexdigest()}
 
 

@@ -73,7 +73,8 @@ class LanguageModelling(TransformersTask):
 
     def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Examples:
         """All of the texts, in pieces that fit; what has no token to predict is left out."""
-        features, of = [], []
+        features: list[dict[str, Any]] = []
+        of: list[Mapping[str, Any]] = []
         texts = silent = 0
         for row in rows:
             ids, before = self._pieces(row), len(features)

@@ -167,7 +167,7 @@ def positions_of(encoder: nn.Module, tokenizer: Any) -> int:
     room = rows = int(getattr(encoder.config, "max_position_embeddings", 512))
     for name, table in encoder.named_modules():  # by its name and not its class: I-BERT has one of its own
         padding: Any = getattr(table, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding is not None and len(table.weight) == rows:  # type: ignore[arg-type]
+        if name.endswith("position_embeddings") and padding is not None and len(table.weight) == rows:
             room = rows - padding - 1
     return min(room, int(min(tokenizer.model_max_length, 1 << 20)))
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from fastmask.files import read_json, write_text
 from fastmask.records import Record
 from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
-from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary, universal
 from fastmask.tasks.pretrained import WordPieces, load_tokenizer
 
 __all__ = ["Features", "PieceFeatures", "TrigramFeatures", "load_features", "trigrams"]
@@ -55,16 +55,16 @@ class Features:
         forms: list[str] = []
         lengths: list[int] = []
         upos, heads, deprels = [], [], []
-        texts: list[str | None] = []
+        relations: list[str] = []
         for sentence in sentences:
             words = sentence["words"]
-            texts.append(sentence.get("conllu"))
             lengths.append(len(words))
             forms.extend(words)
             upos.append(vocabulary.upos_ids(sentence["upos"]))
             head = np.asarray(sentence["heads"], dtype=np.int64)
             heads.append(np.where((head < 0) | (head > len(words)), IGNORE, head))
             deprels.append(vocabulary.deprel_ids(sentence["deprels"]))
+            relations.extend(universal(label) for label in sentence["deprels"])
         distinct = list(dict.fromkeys(forms))
         units = dict(zip(distinct, self.units_of(distinct), strict=True))
         per_word = [units[form] for form in forms]
@@ -80,7 +80,7 @@ class Features:
             upos=joined(upos),
             heads=joined(heads),
             deprels=joined(deprels),
-            texts=None if None in texts else np.array(texts, dtype=object),
+            relations=np.array(relations, dtype=object),
         )
 
     def units_of(self, words: list[str]) -> list[np.ndarray]:

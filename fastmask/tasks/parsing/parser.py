@@ -215,7 +215,7 @@ class Parser(nn.Module):
         """Something as wide as the encoder's input, [..., D]: embeddings may be narrower than states (ALBERT)."""
         if self.trigrams is not None:
             return self.root
-        return self.encoder.get_input_embeddings().weight  # type: ignore[operator,no-any-return]
+        return self.encoder.get_input_embeddings().weight  # type: ignore[operator]
 
     def rates(self, head: float, encoder: float) -> dict[str, float]:
         """Two learning rates by the beginning of parameters' names, as `fastmask.MetaLearner` takes them.

@@ -16,7 +16,6 @@ from fastmask.tasks.parsing.batch import Encoded, flat_ranges
 from fastmask.tasks.parsing.features import (
     PieceFeatures,
     TrigramFeatures,
-    load_features,
     trigrams,
 )
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary
@@ -69,13 +68,6 @@ def test_subtypes_are_dropped_or_kept() -> None:
     assert kept.deprel_ids(["nsubj:pass"]) != kept.deprel_ids(["nsubj"])
     with pytest.raises(ValueError, match=r"maybe.*drop, keep"):
         Vocabulary.build(SENTENCES, subtypes="maybe")
-
-
-def test_vocabulary_survives_its_file(tmp_path) -> None:
-    """A loaded vocabulary numbers labels as the saved one did."""
-    vocabulary = Vocabulary(["root", "ñ:ü"], ["VERB"], "keep")
-    vocabulary.save(tmp_path / "v.json")
-    assert Vocabulary.load(tmp_path / "v.json") == vocabulary
 
 
 def test_trigrams_do_not_depend_on_the_process() -> None:
@@ -180,16 +172,6 @@ def test_words_that_a_tokenizer_does_not_know() -> None:
         assert [ids == {features.tokenizer.unk_token_id} for ids in known] == unknown
         assert features.unknown(features.encode([sentence], vocabulary)).tolist() == unknown
     assert not TrigramFeatures().unknown(TrigramFeatures().encode([sentence], vocabulary)).any()
-
-
-@pytest.mark.parametrize("kind", ["trigrams", "wordpiece"])
-def test_features_survive_their_folder(kind: str, tmp_path) -> None:
-    """Loaded features encode words as the saved ones did."""
-    features = TrigramFeatures(128, 64, False) if kind == "trigrams" else PieceFeatures(tokenizer(kind), 64)
-    features.save(tmp_path)
-    vocabulary = Vocabulary.build(SENTENCES)
-    again = load_features(tmp_path).encode(SENTENCES, vocabulary)
-    np.testing.assert_array_equal(again.units, features.encode(SENTENCES, vocabulary).units)
 
 
 @pytest.mark.parametrize("kind", [RobertaTokenizer, GPT2Tokenizer])

@@ -145,3 +145,14 @@ def test_sentences_to_learn_from_are_left_out_if_they_are_too_long() -> None:
     with pytest.raises(ValueError, match="none of the 2 support sentences fits into 4 positions"):
         rows_that_fit(features, encoded.select(np.array([1, 3])), "support sentences")
     assert len(rows_that_fit(features, encoded.select(np.array([], dtype=int)), "support sentences")) == 0
+
+
+def test_an_opened_parser_leaves_out_what_its_run_did(tmp_path) -> None:
+    """The limit of a run is saved with its parser: `adapt` trains on no longer support sentences."""
+    task = Parsing(small_parser(), max_length=4)
+    task.save(tmp_path)
+    for found in (task, Parsing.open(tmp_path)):
+        with pytest.warns(
+            UserWarning, match="de: 1 of 2 support sentences are left out: they need more than 4 positions"
+        ):
+            assert len(found.training_examples([sentence_of(["a"] * n) for n in (3, 4)], "de", "support")) == 1

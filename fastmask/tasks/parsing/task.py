@@ -54,7 +54,9 @@ class Parsing(Task):
 
     def __init__(self, parser: Parser, max_length: int | None = None) -> None:
         """Take a parser; sentences of more than `max_length` positions are left out of training."""
-        self.model, self.max_length = parser, max_length
+        self.model = parser
+        if max_length is not None:
+            parser.max_length = max_length
 
     @classmethod
     def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
@@ -137,7 +139,7 @@ class Parsing(Task):
         """Sentences as arrays, without those that are too long."""
         select = getattr(rows, "select_columns", None)
         every = self.model.features.encode(select(COLUMNS) if select else rows, self.model.vocabulary)
-        fits = rows_that_fit(self.model.features, every, f"{kind} sentences", name, self.max_length)
+        fits = rows_that_fit(self.model.features, every, f"{kind} sentences", name, self.model.max_length)
         if not len(fits):
             raise ValueError(f"language {name!r} has no {kind} sentences")
         return every.select(fits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +11,6 @@ import numpy as np
 
 from fastmask.errors import nearest
 from fastmask.errors import unknown as unknown_name
-from fastmask.files import FileError, read_json, write_text
-from fastmask.records import Record
 from fastmask.tasks.task import UNKNOWN_LABELS, listed
 
 __all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary", "check_deprels", "universal"]
@@ -27,12 +24,6 @@ ROOT, UNSPECIFIED, LOOSE = "root", "dep", "parataxis"  # relations of Universal 
 def universal(label: str) -> str:
     """A relation without its subtype: ``nsubj`` of ``nsubj:pass``."""
     return label.partition(":")[0]
-
-
-class _Saved(Record):
-    deprels: list[str]
-    upos: list[str]
-    subtypes: str
 
 
 class Vocabulary:
@@ -115,24 +106,6 @@ class Vocabulary:
         """The label that attaches what merely stands beside: ``parataxis``, ``dep``, or the most frequent one."""
         known = [self.deprels[i] for i in self.others]
         return next((label for label in (LOOSE, UNSPECIFIED, *known) if label in known), UNSPECIFIED)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        saved = _Saved(deprels=list(self.deprels), upos=list(self.upos), subtypes=self.subtypes)
-        write_text(path, saved.model_dump_json(indent=1))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Vocabulary:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileError: it holds something else.
-        """
-        saved: _Saved = read_json(path, _Saved)
-        try:
-            return cls(saved.deprels, saved.upos, saved.subtypes)
-        except ValueError as error:
-            raise FileError(path, str(error)) from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):

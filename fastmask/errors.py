@@ -16,8 +16,12 @@ class FastmaskKeyError(KeyError):
 
 
 def nearest(name: str, choices: Iterable[str], limit: int = 3) -> list[str]:
-    """Return up to `limit` of `choices` that look most like `name`, best first."""
-    return difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=limit, cutoff=0.4)
+    """Return up to `limit` of `choices` that look most like `name`, whatever the case of letters; best first."""
+    lower: dict[str, list[str]] = {}
+    for choice in map(str, choices):
+        lower.setdefault(choice.lower(), []).append(choice)
+    close = difflib.get_close_matches(str(name).lower(), lower, n=limit, cutoff=0.4)
+    return [choice for found in close for choice in lower[found]][:limit]
 
 
 def unknown(kind: str, given: object, choices: Iterable[str]) -> FastmaskKeyError:

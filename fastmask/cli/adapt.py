@@ -71,8 +71,8 @@ def run_adapt(options: argparse.Namespace) -> None:
     check_new(options.language, loaded, earlier)
     how, how_fast = _defaults(options, loaded)
     steps = how_fast["steps"]
-    rows = task.fitting(task.known_labels(_support(options, loaded), options.unknown_labels))
-    support = task.training_examples(rows, options.language, "support") if rows else None
+    rows = task.known_labels(_support(options, loaded), options.unknown_labels)
+    support = None if options.support is None else task.training_examples(rows, options.language, "support")
     if options.choose is None and how == "nearest" and rows and task.profile(rows) is None:
         how = "best"  # without trees only URIEL knows what is near, and that may not be there
     test = _test(options, loaded, rows)

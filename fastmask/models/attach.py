@@ -68,11 +68,12 @@ def attach(
 
     Parameters, state dict keys and `save_pretrained` stay as they were. The forward pass takes one more argument, which
     is one of three: `language="fi"` for the whole batch, `languages=["fi", "de", None]`, or `language_ids`, int64
-    [batch] (int32 and lists of ints, too): positions in `subnets.languages`, -1 for the full network, as is None among
-    names. They are in its signature, so that `transformers.Trainer` keeps the columns. `generate`, and models inside
-    that are called by themselves (`model.base_model(...)`), take them, too. Where a model takes [batch, choices,
-    tokens], ids are [batch], or one for each choice; ids [batch, tokens] are those of single tokens, for packed rows of
-    several languages. Without any of these, `language(...)` and then `set_language` say it.
+    [batch] (int32, lists of ints and arrays, too): positions in `subnets.languages`, -1 for the full network, as is
+    None among names. They are in its signature, so that `transformers.Trainer` keeps the columns. `generate`, and
+    models inside that are called by themselves (`model.base_model(...)`), take them, too, but for `language` where it
+    is an argument of the model's own `generate` (Whisper). Where a model takes [batch, choices, tokens], ids are
+    [batch], or one for each choice; ids [batch, tokens] are those of single tokens, for packed rows of several
+    languages. Without any of these, `language(...)` and then `set_language` say it.
     Batches may mix languages; they run fastest sorted by language.
     Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
     those of the live heads, in order. Several threads, and tasks of an event loop, may run the model at the same time,

@@ -139,6 +139,7 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
                 "torch.nn.parallel.DistributedDataParallel (start with torchrun or `accelerate launch`)"
             )
         state.places.check()
+        given = given or state.router.running.generating
         ids = ids_of(given, state.router.languages)
         route = state.router.resolve(ids, arguments.sizes(args, kwargs), given.get("language_counts"))
         cache = arguments.cache(args, kwargs)
@@ -211,14 +212,25 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
 
         namespace["save_pretrained"] = save_pretrained
     if callable(plain_generate := getattr(plain, "generate", None)):
+        has_language = "language" in inspect.signature(plain_generate).parameters  # Whisper: a token to begin with
 
         @functools.wraps(plain_generate)
         def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+            its_own = {"language": kwargs.pop("language")} if has_language and "language" in kwargs else {}
             names, state = arguments.languages_in(kwargs), state_of(self)
-            if state is not None and "language" not in names:
+            if state is None:
+                return plain_generate(self, *args, **its_own, **names, **kwargs)
+            if "language" not in names:
                 ids = ids_of(names, state.router.languages)
                 names = {} if ids is None else {"language_ids": ids}  # tensors are repeated for beams, names are not
-            return plain_generate(self, *args, **names, **kwargs)
+            if has_language and not names and not state.router.has_default:
+                raise ValueError(
+                    f"no language was given: the argument `language` of {plain.__name__}.generate is that model's own. "
+                    "Pass languages=[...] or language_ids=..., or use `with fastmask.language(model, ...)` or "
+                    "`fastmask.set_language(model, ...)`"
+                )
+            with state.router.generating(names):
+                return plain_generate(self, *args, **its_own, **names, **kwargs)
 
         namespace["generate"] = generate
     if callable(plain_batch := getattr(plain, "generate_batch", None)):

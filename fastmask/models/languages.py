@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +33,7 @@ def ids_of(given: dict[str, Any], languages: tuple[str, ...]) -> Tensor | int | 
     if "language" in given:
         return id_of(given["language"], languages)
     if (names := given.get("languages")) is not None:
+        names = names.tolist() if isinstance(names, np.ndarray) else names
         if isinstance(names, str | bytes) or not isinstance(names, Sequence):
             what = repr(names) if isinstance(names, str) else type(names).__name__
             raise ValueError(
@@ -40,6 +42,7 @@ def ids_of(given: dict[str, Any], languages: tuple[str, ...]) -> Tensor | int | 
         return torch.tensor([id_of(each, languages) for each in names], dtype=torch.int64, device="cpu")
     if (ids := given.get("language_ids")) is None:
         return None
+    ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
     what, tensor = type(ids).__name__, ids
     if isinstance(ids, list | tuple):
         try:

@@ -203,6 +203,7 @@ class _Running(threading.local):
 
     def __init__(self) -> None:
         self.route: Route | None = None
+        self.generating: dict[str, Any] = {}  # what `generate` was given, for passes inside that it does not tell
 
 
 class Router:
@@ -239,6 +240,20 @@ class Router:
             yield
         finally:
             self.running.route = before
+
+    @contextmanager
+    def generating(self, given: dict[str, Any]) -> Iterator[None]:
+        """Give the languages of a call of `generate` to the passes inside that say none (detection of a language)."""
+        before, self.running.generating = self.running.generating, given
+        try:
+            yield
+        finally:
+            self.running.generating = before
+
+    @property
+    def has_default(self) -> bool:
+        """Whether a call that says no language has one all the same, in this context and without gradients."""
+        return self.full_forward or self.standing is not None or self.default.get() is not None
 
     def resolve(
         self, ids: Tensor | int | None, sizes: tuple[int, ...] | None = None, counts: Tensor | None = None

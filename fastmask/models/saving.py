@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import tempfile
 import warnings
@@ -49,6 +50,7 @@ class About(Record):
     revision: str | None = None
     weights: bool = True  # whether they are here; otherwise those of `base`
     files: dict[str, Sha256] = Field(default_factory=dict)  # the masks and the weights
+    parameters: dict[str, Sha256] = Field(default_factory=dict)  # by dtype, where the weights are those of `base`
     sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)  # of the linear layers of an extracted model
 
 
@@ -67,7 +69,7 @@ def save_pretrained(
         model: with subnetworks attached, or an extracted one.
         folder: where to; made if it is not there.
         weights: False: only the masks (some kilobytes), and the name of the model that they are for. Its weights must
-            be unchanged then, or be trained elsewhere.
+            be unchanged then: `from_pretrained` warns if that model has others.
         licence: an identifier for the card ("apache-2.0").
         metadata: how the subnetworks were found, as names and texts; kept in the masks file and shown on the card.
         options: as for `model.save_pretrained` of `transformers`.
@@ -116,6 +118,7 @@ def save_pretrained(
             revision=revision,
             weights=weights,
             files={path.name: sha256_of(path) for path in files},
+            parameters={} if weights or adapted else _sums_of(owner),
             sizes=sizes,
         )
         _write_card(folder / CARD, owner, about, licence, metadata or {})
@@ -169,6 +172,14 @@ def from_pretrained(
         raise FileError(folder / ABOUT, "has neither weights nor the name of a base model")
     else:
         model = model_class.from_pretrained(about.base, revision=about.revision, **options)
+        found = _sums_of(model)
+        if found.keys() == about.parameters.keys() and found != about.parameters:
+            warnings.warn(
+                f"{folder}: the weights of {about.base} are not those that the masks were saved with, which were "
+                "trained, or have a head that was drawn anew. Load them into the model, or save masks and weights "
+                "together: fastmask.save_pretrained(model, folder)",
+                stacklevel=2,
+            )
     return attach(model, subnets, about.forward, family=family)
 
 
@@ -213,6 +224,18 @@ def _loaded(model_class: Any, folder: Path, about: About, options: dict[str, Any
     if about.sizes:
         setattr(model, SIZES, dict(about.sizes))
     return model
+
+
+def _sums_of(model: nn.Module) -> dict[str, str]:
+    """A checksum of all parameters, under their dtypes; empty where they are not plain tensors (shards, quantised)."""
+    named = sorted(model.named_parameters())
+    if any(type(parameter.data) is not torch.Tensor or parameter.is_meta for _, parameter in named):
+        return {}
+    digest = hashlib.sha256()
+    for name, parameter in named:
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {" ".join(sorted({str(parameter.dtype) for _, parameter in named})): digest.hexdigest()}
 
 
 def _downloaded(name: str, revision: str | None) -> str:

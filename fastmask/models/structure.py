@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = [
-    "Geometry",
     "Structure",
     "UnitGroup",
     "is_conv1d",
@@ -85,45 +84,13 @@ class UnitGroup:
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """How many units a model has: the heads of each attention and the neurons of each FFN, in order.
-
-    The routed experts of a layer count as one FFN, of as many neurons as each of them has.
-
-    They are the trailing sizes of `Subnetworks.heads` and `.neurons`: [L, attentions, most heads]. `heads` counts what
-    can be switched off on its own: attention heads, or key/value groups under grouped-query attention (a key head and
-    all query heads that read it), or single query heads (see `Projections`). Where an attention has fewer than
-    another, the last units do not exist, and no language owns them.
-    """
-
-    heads: tuple[int, ...]
-    neurons: tuple[int, ...]
-
-    @classmethod
-    def of(cls, model: Any) -> Geometry:
-        """Of a model, or of a Hugging Face config (then the bare model is built, without memory)."""
-        if not isinstance(model, nn.Module):
-            if not hasattr(model, "model_type"):
-                raise ValueError(f"expected a model or its Hugging Face config, given {type(model).__name__}")
-            from transformers import AutoModel  # not at the top: whoever has a config has imported it already
-
-            with torch.device("meta"):
-                model = AutoModel.from_config(model)
-        structure = structure_of(model)
-        heads, neurons = ([group.units for group in structure.groups(kind)] for kind in ("heads", "neurons"))
-        return cls(tuple(heads), tuple(neurons))
-
-    def sizes(self, kind: str) -> tuple[int, ...]:
-        """Units of each attention ("heads") or FFN ("neurons")."""
-        sizes: tuple[int, ...] = getattr(self, kind)
-        if not sizes:
-            raise ValueError(f"this model has no {kind} that fastmask knows how to mask")
-        return sizes
-
-
-@dataclass(frozen=True)
 class Structure:
-    """All attentions and FFNs of a model whose units can be masked."""
+    """All attentions and FFNs of a model whose units can be masked, in order.
+
+    The routed experts of a layer count as one FFN, of as many neurons as each of them has. What can be switched off on
+    its own counts as a head: attention heads, or key/value groups under grouped-query attention (a key head and all
+    query heads that read it), or single query heads (see `Projections`).
+    """
 
     attentions: tuple[UnitGroup, ...]
     ffns: tuple[UnitGroup, ...]
@@ -137,6 +104,18 @@ class Structure:
         """Those of "heads" or of "neurons"."""
         return self.attentions if kind == "heads" else self.ffns
 
+    def sizes(self, kind: str) -> tuple[int, ...]:
+        """Units of each attention ("heads") or FFN ("neurons"), as `Subnetworks.heads` and `.neurons` have places.
+
+        Those are as wide as the widest: where one has fewer units, the last do not exist, and no language owns them.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not (groups := self.groups(kind)):
+            raise ValueError(f"this model has no {kind} that fastmask knows how to mask")
+        return tuple(group.units for group in groups)
+
     def masked(self, subnets: Subnetworks) -> Iterator[tuple[int, UnitGroup, Tensor]]:
         """Every group that has masks: its number among those of its kind, itself, and its units, bool [L, units]."""
         for kind, keep in subnets.units.items():
@@ -144,8 +123,21 @@ class Structure:
                 yield index, group, keep[:, index, : group.units]
 
 
-def structure_of(model: nn.Module, family: Family | None = None) -> Structure:
-    """Find the attentions and FFNs of a model, plain or attached, by the layouts of a family, or all that are known."""
+def structure_of(model: Any, family: Family | None = None) -> Structure:
+    """Find the attentions and FFNs of a model, plain or attached, by the layouts of a family, or all that are known.
+
+    Of a Hugging Face config the bare model is built, without memory.
+
+    Raises:
+        ValueError: neither a model nor a config, or nothing of a known layout in it.
+    """
+    if not isinstance(model, nn.Module):
+        if not hasattr(model, "model_type"):
+            raise ValueError(f"expected a model or its Hugging Face config, given {type(model).__name__}")
+        from transformers import AutoModel  # not at the top: whoever has a config has imported it already
+
+        with torch.device("meta"):
+            model = AutoModel.from_config(model)
     looked_for = family_of(model) if family is None else family
     attentions = tuple(_found(model, looked_for.attention, "heads"))
     ffns = tuple(_found(model, looked_for.ffn, "neurons"))

@@ -70,14 +70,14 @@ def permuted_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetw
 
 def _map(subnets: Subnetworks, model: Any, function: Callable[[Tensor, Sequence[int]], Tensor]) -> Subnetworks:
     """New subnetworks of `function` of every mask tensor and of how many units each of its layers has."""
-    from fastmask.models.structure import Geometry  # which imports this package
+    from fastmask.models.structure import structure_of  # which imports this package
 
-    geometry = None if model is None else Geometry.of(model)
+    structure = None if model is None else structure_of(model)
 
     def units(of: str, keep: Tensor) -> Sequence[int]:
-        if geometry is None or of not in subnets.units:
+        if structure is None or of not in subnets.units:
             return [keep.shape[-1]] * keep.shape[1]
-        return geometry.sizes(of)
+        return structure.sizes(of)
 
     changed = {of: function(keep, units(of, keep)) for of, keep in subnets._tensors().items()}
     return Subnetworks.of(subnets.languages, changed)

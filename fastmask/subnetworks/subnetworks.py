@@ -97,7 +97,7 @@ class Subnetworks:
         """Every language owns a random `density` of each layer's units, at least one a layer; same seed, same masks.
 
         Args:
-            model: the model, or its Hugging Face config: says how many units there are (`models.structure.Geometry`).
+            model: the model, or its Hugging Face config: says how many units there are (`models.structure.Structure`).
             languages: their names.
             density: above 0 and at most 1.
             seed: of the drawing.
@@ -108,12 +108,12 @@ class Subnetworks:
             raise ValueError(f"density must be above 0 and at most 1, given {density}")
         if units not in UNITS:
             raise unknown("kind of unit", units, UNITS)
-        from fastmask.models.structure import Geometry  # which imports this module
+        from fastmask.models.structure import structure_of  # which imports this module
 
-        geometry, generator = Geometry.of(model), torch.Generator().manual_seed(seed)
+        structure, generator = structure_of(model), torch.Generator().manual_seed(seed)
 
         def draw(kind: str) -> Tensor:
-            there = geometry.sizes(kind)
+            there = structure.sizes(kind)
             sizes = torch.tensor([max(1, round(density * size)) for size in there], device="cpu").repeat(len(names), 1)
             return random_of_sizes(sizes, there, generator)
 

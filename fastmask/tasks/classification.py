@@ -81,7 +81,3 @@ class Classification(TransformersTask):
         column = self.options.label_column
         missing = check_labels((row.get(column) for row in rows), self.labels, unknown)
         return [row for row in rows if name_of(row.get(column)) not in missing]
-
-    @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: Any) -> tuple[Any, ...]:
-        return tuple(cls.text(row, column) for column in (options.text_column, options.pair_column) if column)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,16 +73,22 @@ class LanguageModelling(TransformersTask):
 
     def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Examples:
         """All of the texts, in pieces that fit; what has no token to predict is left out."""
-        features, of = [], []
+        features: list[dict[str, Any]] = []
+        of: list[Mapping[str, Any]] = []
+        texts = silent = 0
         for row in rows:
-            ids = self._pieces(row)
+            ids, before = self._pieces(row), len(features)
             for first in range(0, len(ids), self.room):
                 found = self._wrapped(ids[first : first + self.room])
                 if self.is_labelled(found):
                     features.append(found)
                     of.append(row)
+            texts, silent = texts + 1, silent + (len(features) == before)
         if not features:
             raise ValueError(f"language {name!r} has no {kind} {self.example_word} with a token to predict")
+        if silent:
+            said = f"{silent} of {texts} {kind} {self.example_word} have no token to predict and are left out"
+            warnings.warn(f"{name}: {said}", stacklevel=2)
         return Examples(features, of)
 
     def _pieces(self, row: Mapping[str, Any]) -> list[int]:
@@ -146,10 +153,6 @@ class LanguageModelling(TransformersTask):
         if not tokens:
             raise ValueError("the texts have no token to predict")
         return {"perplexity": _perplexity(sum(found["loss"] for found in predictions) / tokens)}
-
-    @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        return cls.text(row, options.text_column)
 
 
 def _kind(model_type: str, options: LanguageModellingSettings) -> str:

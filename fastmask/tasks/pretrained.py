@@ -20,10 +20,9 @@ from fastmask.files import FileError
 
 __all__ = [
     "WordPieces", "around", "check_fit", "check_known", "input_embeddings", "load_model", "load_tokenizer",
-    "load_word_tokenizer", "model_type_of", "positions_of", "without_progress_bars",
+    "model_type_of", "positions_of", "without_progress_bars",
 ]  # fmt: skip
 
-BYTE_PAIRS = ("roberta", "gpt2", "longformer", "bart")
 UNKNOWN = 0.5  # share of the text, above which a tokenizer cannot be meant for a language
 PIECES = 10  # beside its special ones: a tokenizer that was made of nothing has up to three
 _UNREAD = re.compile(r"(^|\.)pooler\.")  # parameters that a task does not read, or learns anew
@@ -93,8 +92,8 @@ def _check_weights(name: str, model: nn.Module, missing: Any, mismatched: Any, u
         raise FileError(name, f"has {_listed(unexpected)} in excess (of a {type(model).__name__})")
 
 
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """Load a tokenizer; `options` are those of `AutoTokenizer.from_pretrained`.
+def load_tokenizer(name: str) -> Any:
+    """Load a tokenizer.
 
     Raises:
         OSError: there is no such model.
@@ -104,9 +103,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 
     _check_there(name)
     with _clear_errors(name, "a tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, local_files_only=os.path.isdir(name), **options
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=os.path.isdir(name))
         special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         known = set(tokenizer.get_vocab()) - special
     if len(known) < PIECES:
@@ -116,14 +113,6 @@ def load_tokenizer(name: str, **options: Any) -> Any:
             "(expected the tokenizer of the encoder, such as a tokenizer.json)",
         )
     return tokenizer
-
-
-def load_word_tokenizer(name: str) -> Any:
-    """The tokenizer of a model for single words; raises as `load_tokenizer`.
-
-    RoBERTa's byte pairs differ at the start of a text unless told that every word follows a space.
-    """
-    return load_tokenizer(name, **({"add_prefix_space": True} if model_type_of(name) in BYTE_PAIRS else {}))
 
 
 def model_type_of(name: str) -> str:
@@ -179,11 +168,12 @@ def check_known(unknown: Mapping[str, float], what: str) -> None:
 
 
 def positions_of(encoder: nn.Module, tokenizer: Any) -> int:
-    """Return how many positions a model can take; RoBERTa's table starts after its padding index."""
-    config: Any = encoder.config
-    room = int(getattr(config, "max_position_embeddings", 512))
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
-        room -= int(config.pad_token_id) + 1
+    """Return how many positions a model can take; a table of them with a padding index starts after that (RoBERTa)."""
+    room = rows = int(getattr(encoder.config, "max_position_embeddings", 512))
+    for name, table in encoder.named_modules():  # by its name and not its class: I-BERT has one of its own
+        padding: Any = getattr(table, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None and len(table.weight) == rows:
+            room = rows - padding - 1
     return min(room, int(min(tokenizer.model_max_length, 1 << 20)))
 
 
@@ -260,10 +250,10 @@ def around(whole: Sequence[int], alone: Sequence[int], what: str) -> tuple[list[
 
 def _before_words(tokenizer: Any) -> str:
     """What a word needs in front to get the pieces that it has inside a text: nothing, or a space."""
-    inside = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    inside, first = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("a a", "a"))
     for before in ("", " "):
         alone = tokenizer([f"{before}a"], is_split_into_words=True, add_special_tokens=False)["input_ids"]
-        if alone and inside[-len(alone) :] == alone:
+        if inside == [*first, *alone]:  # and not its end alone: the space may be a piece by itself
             return before
     return ""
 

@@ -16,7 +16,7 @@ from fastmask.errors import unknown
 from fastmask.settings import setting
 from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
 from fastmask.tasks.predicting import CHUNK
-from fastmask.tasks.pretrained import WordPieces, load_word_tokenizer
+from fastmask.tasks.pretrained import WordPieces
 from fastmask.tasks.task import Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import (
     IGNORE,
@@ -76,10 +76,6 @@ class Tagging(TransformersTask):
     def new_model(cls, name: str, options: Any, datasets: Splits) -> nn.Module:
         tags = (tag for of in datasets.values() for tags in of["train"][options.label_column] for tag in tags or ())
         return model_for(cls.auto, name, tags)
-
-    @classmethod
-    def new_tokenizer(cls, name: str) -> Any:
-        return load_word_tokenizer(name)
 
     def examples(self, rows: Rows) -> Examples:
         rows = list(rows)
@@ -152,17 +148,19 @@ class Tagging(TransformersTask):
         """Percent: accuracy over the words that have a tag; of spans F1, precision and recall, by seqeval."""
         column = self.options.label_column
         pairs = [
-            [(name_of(tag), guess) for tag, guess in zip(row[column], tags, strict=True) if name_of(tag) is not None]
+            [(name_of(tag), guess) for tag, guess in zip(row[column], tags, strict=True)]
             for row, tags in zip(examples.rows, predictions, strict=True)
             if row.get(column) is not None
         ]
-        if not any(pairs):
+        tagged = [(tag, guess) for pair in pairs for tag, guess in pair if tag is not None]
+        if not tagged:
             raise ValueError(f"no word has a tag to score against (column {column!r})")
-        note_unknown((tag for pair in pairs for tag, _ in pair if tag is not None), self.labels)
+        note_unknown((tag for tag, _ in tagged), self.labels)
         if not self.spans:
-            right = [tag == guess for pair in pairs for tag, guess in pair]
-            return {"accuracy": 100 * float(np.mean(right))}
-        gold, guesses = ([[each[side] for each in pair] for pair in pairs] for side in (0, 1))
+            return {"accuracy": 100 * float(np.mean([tag == guess for tag, guess in tagged]))}
+        # A word without a tag is outside on both sides: left out, it would join what stands around it.
+        gold = [[tag or "O" for tag, _ in pair] for pair in pairs]
+        guesses = [["O" if tag is None else guess for tag, guess in pair] for pair in pairs]
         return _span_scores(gold, guesses, self.options.scheme)
 
     def predict_file(self, source: str, target: str) -> int:
@@ -194,11 +192,6 @@ class Tagging(TransformersTask):
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         return direction_similarity(profile, others)
-
-    @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
-        assert isinstance(options, TaggingSettings)
-        return tuple(row[options.text_column])
 
 
 def _span_scores(gold: list[list[Any]], guesses: list[list[Any]], scheme: str) -> dict[str, float]:

@@ -91,6 +91,7 @@ class Task(abc.ABC):
         has_vectors: whether the model can add a vector of its language to each example (method `vector`).
         percent: whether scores are percentages (as LAS and accuracy are here).
         settings: class of the task's own settings.
+        inputs: the settings that name columns with what the model reads.
         example_word: what an example is called in messages.
         token_word: what `Examples.lengths` counts.
         model: is trained; `encoder` is it or a part of it.
@@ -102,6 +103,7 @@ class Task(abc.ABC):
     percent: ClassVar[bool] = True
     has_vectors: ClassVar[bool] = False
     settings: ClassVar[type[TaskSettings]] = TaskSettings
+    inputs: ClassVar[tuple[str, ...]] = ("text_column", "pair_column")
     example_word: ClassVar[str] = "examples"
     token_word: ClassVar[str] = "tokens"
     model: nn.Module
@@ -289,10 +291,6 @@ class Task(abc.ABC):
             warnings.warn(f"{said}: they are not scored", stacklevel=3)
         return {name: examples for name, examples in found.items() if name not in silent}
 
-    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The rows that `training_examples` would not leave out."""
-        return list(rows)
-
     def check(self, train: Mapping[str, Any]) -> None:  # noqa: B027 - few tasks have something to check
         """See that the training examples of all languages are for this model; raises ValueError, or warns."""
 
@@ -382,9 +380,20 @@ class Task(abc.ABC):
         raise NotImplementedError
 
     @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        """What makes two rows the same example: a test example that stands in a support set is left out."""
-        return json.dumps({name: row[name] for name in sorted(row)}, default=_exactly)
+    def input_columns(cls, options: TaskSettings) -> list[str]:
+        """The columns that `inputs` name."""
+        return [column for name in cls.inputs if (column := getattr(options, name, None))]
+
+    @classmethod
+    def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> Any:
+        """What makes two rows the same example: a test example that stands in a support set is left out.
+
+        What the model reads, a list of words being joined; all of the row where `inputs` name no column.
+        """
+        texts = [row.get(column) for column in cls.input_columns(options)]
+        if not texts:
+            return json.dumps({name: row[name] for name in sorted(row)}, default=_exactly)
+        return tuple(" ".join(text) if isinstance(text, list | tuple) else text for text in texts)
 
 
 def _exactly(value: Any) -> Any:

@@ -145,11 +145,6 @@ class TransformersTask(Task):
         """The model to train, of the pretrained one called `name`; see `load_model`."""
         return load_model(cls.auto_class(name, options), name)
 
-    @classmethod
-    def new_tokenizer(cls, name: str) -> Any:
-        """The tokenizer of the model called `name`."""
-        return load_tokenizer(name)
-
     def features(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the model sees of a row, as lists of numbers; "labels" (a number or a list) if the row has any."""
         raise NotImplementedError
@@ -173,15 +168,20 @@ class TransformersTask(Task):
         splits: Sequence[str] = ("train", "dev", "test"),
         optional: Sequence[str] = (),
     ) -> Splits:
-        """Rows by language and split, with the columns of the task; see `fastmask.tasks.data.sources`."""
+        """Rows by language and split, with the columns of the task; see `fastmask.tasks.data.sources`.
+
+        Rows whose text is missing (an empty cell of a CSV file) are left out with a warning.
+        """
         loaded = super().load(data, languages, options, splits, optional)
+        found: dict[str, dict[str, Any]] = {name: {} for name in loaded}
         for name, of in loaded.items():
             for split, rows in of.items():
+                where = f"{os.fspath(data)}, {name} {split}"
                 for column in cls.columns(options):
                     if column not in rows.column_names:
-                        error = unknown_name("column", column, rows.column_names)
-                        raise ValueError(f"{os.fspath(data)}, {name} {split}: {error}")
-        return loaded
+                        raise ValueError(f"{where}: {unknown_name('column', column, rows.column_names)}")
+                found[name][split] = _with_all(rows, cls.input_columns(options), where)
+        return found
 
     @classmethod
     def build(cls, config: TrainConfig, datasets: Splits) -> Self:
@@ -191,7 +191,7 @@ class TransformersTask(Task):
                 f"model is 'small', which only parsing has (expected a model of transformers for task {cls.name}: a "
                 "folder, or a name on the Hub)"
             )
-        tokenizer = cls.new_tokenizer(config.model)
+        tokenizer = load_tokenizer(config.model)
         torch.manual_seed(config.seed)
         model = cls.new_model(config.model, config.task_settings, datasets)
         check_fit(tokenizer, model, config.model)
@@ -210,7 +210,7 @@ class TransformersTask(Task):
             raise FileError(file, f"is of task {saved.task!r} (expected {cls.name!r})")
         name, options = os.fspath(folder), cls.settings.from_dict(saved.settings)
         model = load_model(cls.auto_class(name, options), name, whole=True)
-        tokenizer = cls.new_tokenizer(name)
+        tokenizer = load_tokenizer(name)
         check_fit(tokenizer, model, name)
         return cls(model, tokenizer, options, saved.max_length)
 
@@ -277,17 +277,13 @@ class TransformersTask(Task):
         labelled = np.array([i for i, item in enumerate(found) if self.is_labelled(item)], dtype=np.int64)
         if not len(labelled):
             raise ValueError(f"language {name!r} has no {kind} {self.example_word} with labels")
+        if missing := len(found) - len(labelled):
+            said = f"{missing} of {len(found)} {kind} {self.example_word} have no labels and are left out"
+            warnings.warn(f"{name}: {said}", stacklevel=2)
         return found if len(labelled) == len(found) else found.select(labelled)
 
     def has_answers(self, examples: Examples) -> bool:
         return any(map(self.is_labelled, examples))
-
-    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The rows with labels that the model has."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are said of those that are taken
-            found = self.examples(rows)
-        return [row for row, item in zip(rows, found, strict=True) if self.is_labelled(item)]
 
     def is_labelled(self, features: Mapping[str, Any]) -> bool:
         labels = features.get(LABELS)
@@ -340,6 +336,17 @@ class TransformersTask(Task):
                 batch = self.collate(part).to(self.device)
                 found.update(zip(rows.tolist(), self.answers(batch, part), strict=True))
         return [found[row] for row in range(len(examples))]
+
+
+def _with_all(rows: Any, columns: Sequence[str], where: str) -> Any:
+    """The rows of a data set that have something in all of some columns."""
+    for column in columns:
+        missing = rows.select_columns([column]).with_format("arrow")[:].column(0).is_null().to_numpy()
+        if missing.any():
+            said = f"{missing.sum()} of {len(rows)} rows have no {column} and are left out"
+            warnings.warn(f"{where}: {said}; the first is row {missing.argmax() + 1}", stacklevel=3)
+            rows = rows.select(np.flatnonzero(~missing))
+    return rows
 
 
 # ---- labels by name: of the training rows, in a model's config, and those that a model does not have

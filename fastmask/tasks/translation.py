@@ -35,7 +35,7 @@ class Translation(TransformersTask):
     """Target text of source text. Subnetworks cover encoder and decoder."""
 
     name, metric, auto = "translation", "chrf", "AutoModelForSeq2SeqLM"
-    settings = TranslationSettings
+    settings, inputs = TranslationSettings, ("source_column",)
     options: TranslationSettings
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -139,7 +139,7 @@ class Translation(TransformersTask):
 
         column = self.options.target_column
         pairs = [
-            (guess, row[column])
+            (guess, self.text(row, column))
             for row, guess in zip(examples.rows, predictions, strict=True)
             if row.get(column) is not None
         ]
@@ -147,7 +147,3 @@ class Translation(TransformersTask):
             raise ValueError(f"no row has a translation to score against (column {column!r})")
         guesses, references = zip(*pairs, strict=True)
         return {"chrf": float(CHRF().corpus_score(list(guesses), [list(references)]).score)}
-
-    @classmethod
-    def words_of(cls, row: Mapping[str, Any], options: Any) -> Any:
-        return cls.text(row, options.source_column)

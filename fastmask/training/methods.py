@@ -15,7 +15,7 @@ from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import SEAL, read_metadata
 from fastmask.models import attach, detach
 from fastmask.models.contexts import evaluating
-from fastmask.models.structure import Geometry
+from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
 from fastmask.subnetworks.subnetworks import masks_file
@@ -113,9 +113,9 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
 
 def _check_density(task: Task, config: TrainConfig) -> None:
     """A subnetwork needs a unit in every layer; a density that asks for less cannot be kept."""
-    geometry = Geometry.of(task.encoder)
+    structure = structure_of(task.encoder)
     for kind in ("heads", "neurons") if config.units == "both" else (config.units,):
-        sizes = geometry.sizes(kind)
+        sizes = structure.sizes(kind)
         kept = sum(sizes) if config.density is None else round(config.density * sum(sizes))
         if kept < len(sizes):
             raise ValueError(

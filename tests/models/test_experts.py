@@ -19,7 +19,7 @@ from fastmask.models.attach import attached
 from fastmask.models.editing import set_subnetwork
 from fastmask.models.experts import AttachedExperts, Stacked
 from fastmask.models.proof import working_inputs
-from fastmask.models.structure import Geometry, structure_of
+from fastmask.models.structure import structure_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -40,7 +40,7 @@ every = pytest.mark.parametrize(
 
 def neurons_of(model, *shares, seed=0):
     """Subnetworks whose languages own these shares of the neurons of every layer."""
-    sizes = Geometry.of(model).neurons
+    sizes = structure_of(model).sizes("neurons")
     generator = torch.Generator().manual_seed(seed)
     keep = torch.zeros(len(shares), len(sizes), max(sizes), dtype=torch.bool)
     for row, share in enumerate(shares):
@@ -133,13 +133,17 @@ def test_a_token_each():
     assert_close(found[0], want)
 
 
+def sizes_of(model):
+    structure = structure_of(model)
+    return [[group.units for group in structure.groups(kind)] for kind in ("heads", "neurons")]
+
+
 @every
 def test_sizes(names):
     """A config says how many neurons there are, and so does an attached model."""
     model = tiny_model(*names)
-    sizes = Geometry.of(model)
-    assert Geometry.of(model.config) == sizes
-    assert Geometry.of(fm.attach(model, neurons_of(model, 0.5))) == sizes
+    assert sizes_of(model.config) == sizes_of(model)
+    assert sizes_of(fm.attach(model, neurons_of(model, 0.5))) == sizes_of(model)
 
 
 @every

@@ -6,12 +6,13 @@ import copy
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import batch, multiplied, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
-from transformers import OPTConfig, OPTModel
+from transformers import OPTConfig, OPTModel, WhisperConfig, WhisperForConditionalGeneration
 
 import fastmask as fm
 from fastmask.models.attach import attached
@@ -26,6 +27,8 @@ WAYS = {
     "int64": {"language_ids": torch.tensor(IDS)},
     "int32": {"language_ids": torch.tensor(IDS, dtype=torch.int32)},
     "a list of ints": {"language_ids": IDS},
+    "an array of names": {"languages": np.array(NAMES, dtype=object)},
+    "an array of numbers": {"language_ids": np.array(IDS)},
 }
 
 
@@ -237,6 +240,8 @@ class TestBadInput:
         ):
             with pytest.raises(KeyError, match="unknown language 'fin'; did you mean 'fi'"):
                 call()
+        with pytest.raises(KeyError, match="unknown language 'FI'; did you mean 'fi'"):
+            model(**INPUTS, language="FI")
 
     @pytest.mark.parametrize(
         ("given", "message"),
@@ -256,6 +261,8 @@ class TestBadInput:
             ({"language_ids": torch.tensor(1)}, r"given torch\.int64 of shape \(\)"),
             ({"language_ids": [0, 1, 2, 3]}, "language id 3 is out of range: expected 0 to 2"),
             ({"language_ids": [0, 1, 2, -2]}, "language id -2 is out of range"),
+            ({"language_ids": np.array(NAMES)}, "expected language_ids as an int64 tensor .*given list of "),
+            ({"language_ids": np.ones(4)}, r"given torch\.float32 of shape \(4,\)"),
             ({"language_ids": []}, r"given language_ids of shape \(0,\)"),
         ],
     )
@@ -288,3 +295,51 @@ def test_as_many_ids_as_examples_where_a_model_flattens_tokens(given):
     ids = torch.tensor(given, dtype=torch.int64)
     with pytest.raises(ValueError, match=rf"each of the 4 examples, given language_ids of shape \({len(given)},\)"):
         model(input_ids=torch.ones(4, 3, dtype=torch.int64), language_ids=ids)
+
+
+def whisper():
+    """A multilingual one, with languages of its own, and masks of two that are not those."""
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
+    lengths = dict(max_source_positions=10, max_target_positions=20, num_mel_bins=4)
+    tokens = dict(vocab_size=40, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)
+    widths = dict(encoder_ffn_dim=24, decoder_ffn_dim=24, init_std=1.0)
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **lengths, **tokens, **widths)).double().eval()
+    for name, value in {
+        "is_multilingual": True,
+        "lang_to_id": {"<|en|>": 4, "<|fi|>": 5},
+        "task_to_id": {"transcribe": 6, "translate": 7},
+        "no_timestamps_token_id": 8,
+    }.items():
+        setattr(model.generation_config, name, value)
+    model.generation_config.forced_decoder_ids = None
+    return fm.attach(model, fm.Subnetworks.random(model, ["fi", "sw"], 0.5, seed=1, units="neurons"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generate_with_an_argument_language_of_its_own():
+    """Whisper's `language=` is a token to begin with; `languages=`, a block and a standing one say which network."""
+    model, sound = whisper(), torch.randn(2, 4, 20, dtype=torch.float64)
+    networks = {"fi": fm.merge(model, "fi"), "sw": fm.merge(model, "sw")}
+    options = {"max_new_tokens": 6, "do_sample": False}
+    alone = {
+        (network, token): found.generate(sound, language=token, **options)
+        for network, found in networks.items()
+        for token in ("fi", "en", None)
+    }
+    assert len({tuple(found.flatten().tolist()) for found in alone.values()}) > 2
+    for token in ("fi", "en", None):  # None: detected in a pass of its own, before any other
+        with pytest.raises(ValueError, match=r"`language` of WhisperFor.* is that model's own.* languages="):
+            model.generate(sound, language=token, **options)
+        found = model.generate(sound, language=token, languages=["sw", "fi"], **options)
+        for row, network in enumerate(("sw", "fi")):
+            wanted = alone[network, token][row]
+            assert torch.equal(found[row][: len(wanted)], wanted)
+        fm.set_language(model, "sw")
+        assert torch.equal(model.generate(sound, language=token, **options), alone["sw", token])
+        fm.set_language(model)
+        with fm.language(model, "fi"):
+            assert torch.equal(model.generate(sound, language=token, **options), alone["fi", token])
+    assert torch.equal(model.generate(sound, languages=["fi", "fi"], **options), alone["fi", None])
+    with pytest.raises(ValueError, match=r"that model's own.*fastmask.set_language"):
+        model.generate(sound, **options)

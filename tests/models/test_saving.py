@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import huggingface_hub
@@ -78,6 +79,26 @@ class TestFolder:
         again = fm.from_pretrained(tmp_path / "masks").eval()
         ids = torch.tensor([0, 1, 2])
         assert_same(first_of(again(**inputs, language_ids=ids)), first_of(model.eval()(**inputs, language_ids=ids)))
+
+    def test_weights_of_the_base_that_were_trained_since(self, tmp_path):
+        """Masks alone are loaded with a warning where the base has other weights than they were saved with."""
+        from transformers import BertForMaskedLM
+
+        model, subnets, _ = made()
+        model.save_pretrained(tmp_path / "base")
+        model = fm.attach(BertForMaskedLM.from_pretrained(tmp_path / "base"), subnets)
+        fm.save_pretrained(model, tmp_path / "unchanged", weights=False)
+        with torch.no_grad():
+            model.bert.encoder.layer[0].output.dense.bias += 1
+        fm.save_pretrained(model, tmp_path / "trained", weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fm.from_pretrained(tmp_path / "unchanged")
+            fm.from_pretrained(tmp_path / "trained", dtype=torch.bfloat16)  # which nobody can compare
+        with pytest.warns(
+            UserWarning, match=r"trained: the weights of .*base are not those .*fastmask\.save_pretrained"
+        ):
+            fm.from_pretrained(tmp_path / "trained")
 
     def test_another_class(self, tmp_path):
         from transformers import AutoModel, AutoModelForTokenClassification

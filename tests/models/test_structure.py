@@ -15,7 +15,7 @@ import fastmask as fm
 from fastmask.models import families
 from fastmask.models.attach import attached
 from fastmask.models.editing import set_subnetwork
-from fastmask.models.structure import Geometry, structure_of
+from fastmask.models.structure import structure_of
 
 
 class TestStructure:
@@ -26,8 +26,8 @@ class TestStructure:
         assert len(structure.ffns) == 4
 
     def test_query_heads_of_one_key_are_one_unit(self):
-        assert Geometry.of(tiny("llama")).heads == (3, 3)
-        assert Geometry.of(tiny("llama").config) == Geometry.of(tiny("llama"))
+        assert structure_of(tiny("llama")).sizes("heads") == (3, 3)
+        assert structure_of(tiny("llama").config) == structure_of(tiny("llama"))
 
     def test_a_projection_of_everything(self):
         """Fused weights, in both orders."""
@@ -41,7 +41,11 @@ class TestStructure:
     def test_layers_of_several_sizes(self):
         """Units that do not exist are neither owned nor counted."""
         model = tiny_model("deepseek_v3", "DeepseekV3ForCausalLM")
-        assert Geometry.of(model).neurons == (24, 16, 16)  # of an FFN, of experts, and of the shared one beside them
+        assert structure_of(model).sizes("neurons") == (
+            24,
+            16,
+            16,
+        )  # of an FFN, of experts, and of the shared one beside them
         subnets = fm.Subnetworks.random(model, LANGUAGES, 0.5, seed=0, units="neurons")
         assert subnets.neurons.sum(2).tolist() == [[12, 8, 8]] * 3
         assert not subnets.neurons[:, 1, 16:].any()
@@ -156,7 +160,8 @@ class TestOwnFamily:
         monkeypatch.setattr(families, "_registered", {})
         fm.register_family(model_type, fm.Family(attention=fm.Projections(("q_proj",), "o_proj")))
         model, inputs, languages = tiny(model_type), batch(4), [1, 0, 1, 1]
-        assert Geometry.of(model.config) == Geometry((6, 6), (20, 20))
+        found = structure_of(model.config)
+        assert (found.sizes("heads"), found.sizes("neurons")) == ((6, 6), (20, 20))
         heads = torch.tensor([[[1, 1, 0, 0, 1, 0]] * 2, [[0, 1, 0, 1, 1, 1]] * 2]).bool()
         subnets = fm.Subnetworks(["a", "b"], heads=heads)
         want = []

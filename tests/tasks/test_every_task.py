@@ -193,6 +193,12 @@ def test_commands(name, tiny, tmp_path, capsys):
     )  # fmt: skip
     assert load_run(adapted).subnetworks.languages == (*LANGUAGES, UNSEEN)
     assert cls.open(adapted / "model").name == case.task
+    if name != "masked":
+        blank = write_rows(tmp_path / "blank.jsonl", rows)
+        given = ["--language", UNSEEN, "--support", blank, "--choose", "best", "--out", tmp_path / "none"]
+        said = output_of(capsys, "adapt", run, *given, code=1)
+        assert f"language {UNSEEN!r} has no support {cls.example_word} with labels" in said
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(("name", "called"), [("masked", "perplexity"), ("spans", "F1")])

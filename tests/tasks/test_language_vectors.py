@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, ElectraConfig, ElectraModel
 
 import fastmask as fm
 from fastmask.settings import ConfigError
@@ -100,6 +101,28 @@ def test_the_full_network_runs_with_a_language_or_without(run: Path) -> None:
     with torch.no_grad():
         task.model.language_vectors.weight.zero_()
     torch.testing.assert_close(task.model(task.collate(examples, ids)).states, plain)
+
+
+def test_embeddings_that_are_narrower_than_states(tmp_path: Path) -> None:
+    """ELECTRA and ALBERT widen their embeddings: vectors are as wide as what they are added to, and saved so."""
+    words = (word for splits in toy_data().values() for row in splits["train"] for word in row["words"])
+    tiny_encoder(tmp_path, "".join(words))
+    size = AutoConfig.from_pretrained(tmp_path).vocab_size
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "pad_token_id": 0}
+    ElectraModel(ElectraConfig(vocab_size=size, hidden_size=16, embedding_size=8, **sizes)).save_pretrained(tmp_path)
+    config = toy_config(tmp_path / "run", method="vector", model=str(tmp_path))
+    task = Parsing.build(config, toy_data())
+    assert task.add_vectors(len(LANGUAGES)).shape == (len(LANGUAGES), 8)
+    for weight in (task.model.language_vectors.weight, task.model.arcs.bilinear.weight, task.model.labels.forms):
+        torch.nn.init.normal_(weight)  # scorers of zeros let no gradient through
+    fm.attach(task.encoder, fm.Subnetworks.full(task.encoder, LANGUAGES))
+    examples = task.examples([toy_data()[name]["dev"][0] for name in LANGUAGES])
+    task.loss(task.collate(examples, torch.arange(len(LANGUAGES)))).mean.backward()
+    assert all(bool(grad.any()) for grad in task.model.language_vectors.weight.grad)
+    task.save(tmp_path / "saved")
+    assert torch.equal(
+        Parsing.open(tmp_path / "saved").model.language_vectors.weight, task.model.language_vectors.weight
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

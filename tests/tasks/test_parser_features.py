@@ -8,15 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers, trainers
 from toy_parser import SENTENCES
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from fastmask.tasks.parsing.batch import Encoded, flat_ranges
 from fastmask.tasks.parsing.features import (
     PieceFeatures,
     TrigramFeatures,
-    load_features,
     trigrams,
 )
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary
@@ -69,13 +68,6 @@ def test_subtypes_are_dropped_or_kept() -> None:
     assert kept.deprel_ids(["nsubj:pass"]) != kept.deprel_ids(["nsubj"])
     with pytest.raises(ValueError, match=r"maybe.*drop, keep"):
         Vocabulary.build(SENTENCES, subtypes="maybe")
-
-
-def test_vocabulary_survives_its_file(tmp_path) -> None:
-    """A loaded vocabulary numbers labels as the saved one did."""
-    vocabulary = Vocabulary(["root", "ñ:ü"], ["VERB"], "keep")
-    vocabulary.save(tmp_path / "v.json")
-    assert Vocabulary.load(tmp_path / "v.json") == vocabulary
 
 
 def test_trigrams_do_not_depend_on_the_process() -> None:
@@ -182,11 +174,27 @@ def test_words_that_a_tokenizer_does_not_know() -> None:
     assert not TrigramFeatures().unknown(TrigramFeatures().encode([sentence], vocabulary)).any()
 
 
-@pytest.mark.parametrize("kind", ["trigrams", "wordpiece"])
-def test_features_survive_their_folder(kind: str, tmp_path) -> None:
-    """Loaded features encode words as the saved ones did."""
-    features = TrigramFeatures(128, 64, False) if kind == "trigrams" else PieceFeatures(tokenizer(kind), 64)
-    features.save(tmp_path)
-    vocabulary = Vocabulary.build(SENTENCES)
-    again = load_features(tmp_path).encode(SENTENCES, vocabulary)
-    np.testing.assert_array_equal(again.units, features.encode(SENTENCES, vocabulary).units)
+@pytest.mark.parametrize("kind", [RobertaTokenizer, GPT2Tokenizer])
+def test_words_of_byte_pairs_have_a_space_in_front(kind, tmp_path) -> None:
+    """The pieces of words are those inside a text, whether the tokenizer adds the space itself or not."""
+    texts = [
+        "the cat sat on the mat",
+        "кошка на ковре",
+        "قط على الحصيرة",
+        "猫 は 上",
+        "बिल्ली चटाई पर",
+        "don't, straße 3.14",
+    ]
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(texts * 20, vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    made.save_model(str(tmp_path))
+    files = {"vocab": str(tmp_path / "vocab.json"), "merges": str(tmp_path / "merges.txt")}
+    kind(**files).save_pretrained(tmp_path / "model")
+    words = [word for text in [*texts, "new wörds 🙂"] for word in text.split()]
+    apart, told = (
+        PieceFeatures(AutoTokenizer.from_pretrained(tmp_path / "model", **more))
+        for more in ({}, {"add_prefix_space": True})
+    )
+    assert [found.tolist() for found in apart.units_of(words)] == [found.tolist() for found in told.units_of(words)]
+    whole = apart.tokenizer(" " + " ".join(words), add_special_tokens=False)["input_ids"]
+    assert np.concatenate(apart.units_of(words)).tolist() == whole

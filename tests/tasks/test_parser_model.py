@@ -155,11 +155,14 @@ def test_small_parser_back_from_a_folder(tmp_path) -> None:
     assert not again.training
     torch.testing.assert_close(again(batch).loss, parser(batch).loss, rtol=0, atol=0)
     assert again.vocabulary == parser.vocabulary
+    assert again.config == parser.config
+    assert (again.features.buckets, again.features.max_positions, again.max_length) == (64, 32, None)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
         n for n, p in parser.named_parameters() if p.requires_grad
     }
     with pytest.raises(FileNotFoundError, match="no parser in"):
         Parser.load(tmp_path / "encoder")
-    (tmp_path / "parser.json").write_text('{"version": 99}')
+    text = (tmp_path / "parser.json").read_text()
+    (tmp_path / "parser.json").write_text(text.replace('"version": 1', '"version": 99'))
     with pytest.raises(ValueError, match="version 99"):
         Parser.load(tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_parser import SENTENCES, conllu, small_parser
+from toy_parser import SENTENCES, small_parser
 
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.parsing.evaluation import (
@@ -18,10 +18,10 @@ from fastmask.tasks.parsing.evaluation import (
     parse,
     predict_file,
     rows_that_fit,
-    scores_of,
     too_long,
 )
 from fastmask.tasks.parsing.features import TrigramFeatures
+from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 
 
@@ -35,8 +35,7 @@ class CountedFeatures(TrigramFeatures):
 
 def sentence_of(words: list[str]) -> dict:
     n = len(words)
-    row = {"words": words, "upos": ["NOUN"] * n, "heads": [0, *range(1, n)], "deprels": ["root"] + ["obj"] * (n - 1)}
-    return {**row, "conllu": conllu(row)}
+    return {"words": words, "upos": ["NOUN"] * n, "heads": [0, *range(1, n)], "deprels": ["root"] + ["obj"] * (n - 1)}
 
 
 @settings(deadline=None)
@@ -110,9 +109,14 @@ def test_a_long_sentence_is_parsed_as_its_windows_and_disturbs_no_other() -> Non
     for row in (0, 2, 3):
         (alone,) = parse(parser, encode(parser, [rows[row]]))
         assert (found[row][0].tolist(), found[row][1]) == (alone[0].tolist(), alone[1])
-    with pytest.warns(UserWarning, match="parsed in parts"):
-        encoded = encode(parser, rows)
-    assert scores_of(encoded, parse(parser, encoded)).words == 2 + 70 + 1 + 31
+    gold = [label for row in rows for label in row["deprels"]]
+    right = [
+        head == wanted
+        for (heads, _), row in zip(found, rows, strict=True)
+        for head, wanted in zip(heads, row["heads"], strict=True)
+    ]
+    assert len(right) == len(gold) == 2 + 70 + 1 + 31
+    assert Parsing(parser).score(data, found)["uas"] == pytest.approx(100 * np.mean(right))
 
 
 def test_a_long_sentence_loses_no_file_and_is_named_once(tmp_path) -> None:
@@ -141,3 +145,14 @@ def test_sentences_to_learn_from_are_left_out_if_they_are_too_long() -> None:
     with pytest.raises(ValueError, match="none of the 2 support sentences fits into 4 positions"):
         rows_that_fit(features, encoded.select(np.array([1, 3])), "support sentences")
     assert len(rows_that_fit(features, encoded.select(np.array([], dtype=int)), "support sentences")) == 0
+
+
+def test_an_opened_parser_leaves_out_what_its_run_did(tmp_path) -> None:
+    """The limit of a run is saved with its parser: `adapt` trains on no longer support sentences."""
+    task = Parsing(small_parser(), max_length=4)
+    task.save(tmp_path)
+    for found in (task, Parsing.open(tmp_path)):
+        with pytest.warns(
+            UserWarning, match="de: 1 of 2 support sentences are left out: they need more than 4 positions"
+        ):
+            assert len(found.training_examples([sentence_of(["a"] * n) for n in (3, 4)], "de", "support")) == 1

@@ -5,15 +5,16 @@ from __future__ import annotations
 import collections
 import hashlib
 import itertools
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from udtools.udeval import evaluate, load_conllu
 
 from fastmask.tasks.data.conllu import Sentence, read_sentences
 from fastmask.tasks.data.synthetic import SENTENCES, UNSEEN_TRAIN, write_treebanks
 from fastmask.tasks.data.synthetic_languages import LANGUAGES, SEEN, UNSEEN, lexicon
 from fastmask.tasks.data.treebanks import find_treebanks, load_treebanks
-from fastmask.tasks.parsing.scores import Gold
 
 SPLITS = ("train", "dev", "test")
 
@@ -83,8 +84,14 @@ def test_the_scorer_and_the_loader_accept_them(toy: Path, tmp_path: Path) -> Non
     """The default data can be found, loaded and scored."""
     assert {treebank.code for treebank in find_treebanks(toy).values()} == set(LANGUAGES) == {*SEEN, *UNSEEN}
     loaded = load_treebanks(toy, list(LANGUAGES), cache_dir=tmp_path)
-    blocks = [row for splits in loaded.values() for row in splits["test"]["conllu"]]
-    assert Gold(blocks).score(blocks).las == 100.0
+    blocks = "".join(
+        sentence.conllu + "\n\n" for path in toy.rglob("*-test.conllu") for sentence in read_sentences(path)
+    )
+    gold, again = (load_conllu(StringIO(blocks), "", {}) for _ in range(2))
+    assert evaluate(gold, again)["LAS"].f1 == 1.0
+    assert evaluate(gold, again)["Words"].gold_total == sum(
+        len(w) for of in loaded.values() for w in of["test"]["words"]
+    )
 
 
 def test_every_relation_occurs_in_every_language(sentences: dict[tuple[str, str], list[Sentence]]) -> None:

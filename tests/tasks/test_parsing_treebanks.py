@@ -80,7 +80,6 @@ def test_rows_have_the_promised_columns(data: Path, tmp_path: Path) -> None:
         "upos": ["NOUN", "VERB"],
         "heads": [2, 0],
         "deprels": ["nsubj", "root"],
-        "conllu": sentences("e1").rstrip("\n"),
     }
 
 

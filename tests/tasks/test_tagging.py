@@ -132,6 +132,16 @@ def test_f1_is_over_whole_spans(tagger):
     assert strict.score(Examples([{"input_ids": [1]}] * 4, rows), sides[1])["f1"] != found["f1"]
 
 
+def test_a_word_without_a_tag_ends_a_span(tagger):
+    """What stands around a word without a tag is two spans, and what is predicted for the word does not count."""
+    task = tagger("spans")
+    rows = [{"tokens": ["x"] * 4, "ner": ["B-PER", "_", "I-PER", "O"]}]
+    examples = Examples([{"input_ids": [1]}], rows)
+    assert task.score(examples, [["B-PER", "I-PER", "I-PER", "O"]]) == {"f1": 100, "precision": 100, "recall": 100}
+    found = task.score(examples, [["B-PER", "B-LOC", "O", "O"]])
+    assert (found["precision"], found["recall"]) == (100, 50)
+
+
 def test_predictions_of_treebanks_change_upos_only(tagger, tmp_path):
     """Other columns, comments and line endings stay as they are."""
     task = tagger()
@@ -163,7 +173,8 @@ def test_unknown_tags_of_a_support_set(tagger):
     with pytest.warns(UserWarning, match=r"left out: XX \(2\)"):
         kept = task.known_labels(rows, "ignore")
     assert [row["upos"] for row in kept] == [["NOUN", None], [None]]
-    assert len(task.training_examples(kept, "aa")) == 1
+    with pytest.warns(UserWarning, match="^aa: 1 of 2 support sentences have no labels and are left out$"):
+        assert len(task.training_examples(kept, "aa", "support")) == 1
     assert rows[0]["upos"] == ["NOUN", "XX"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -59,7 +60,8 @@ def test_a_batch_without_labels_has_no_loss(classifier):
     rows = [*rows_of(CASES["classification"], "aa", "train")[:2], {"text": "aa1"}]
     with pytest.raises(ValueError, match="some of the examples have no labels"):
         task.loss(task.collate(task.examples(rows)))
-    assert len(task.training_examples(rows, "aa")) == 2
+    with pytest.warns(UserWarning, match="^aa: 1 of 3 training examples have no labels and are left out$"):
+        assert len(task.training_examples(rows, "aa")) == 2
 
 
 def test_long_texts_are_cut_with_a_warning(classifier):
@@ -189,6 +191,18 @@ def test_a_model_below_the_head_must_be_whole(classifier, tiny, tmp_path):
         classifier(model=str(folder))
     with pytest.raises(FileNotFoundError, match="no folder of a model at"):
         classifier(model=str(tmp_path / "nothing"))
+
+
+def test_rows_without_text_are_left_out(tiny, tmp_path):
+    """An empty cell of a CSV file is said with its place, and does not end the run."""
+    (tmp_path / "train.csv").write_text("language,text,label\naa,aa1,0\naa,,1\nbb,bb1,0\naa,aa3,1\n", encoding="utf-8")
+    options = Classification.settings()
+    with pytest.warns(UserWarning, match=r"aa train: 1 of 3 rows have no text and are left out; the first is row 2"):
+        found = Classification.load(tmp_path / "train.csv", "aa,bb", options, ["train"])
+    assert {name: list(of["train"]["text"]) for name, of in found.items()} == {"aa": ["aa1", "aa3"], "bb": ["bb1"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(Classification.load(tmp_path / "train.csv", "bb", options, ["train"])["bb"]["train"]) == 1
 
 
 def test_what_makes_examples_the_same_also_of_lists_of_words():

@@ -64,6 +64,8 @@ def test_chrf_is_over_all_rows_with_a_translation(translator):
     found = translator.score(Examples([{"input_ids": [1]}] * 3, rows), ["one to", "nothing", "three"])
     assert found == {"chrf": pytest.approx(CHRF().corpus_score(["one to", "three"], [["one two", "three"]]).score)}
     assert 0 < found["chrf"] < 100
+    as_lists = [{**row, "target": row["target"].split()} if "target" in row else row for row in rows]
+    assert translator.score(Examples([{"input_ids": [1]}] * 3, as_lists), ["one to", "nothing", "three"]) == found
     with pytest.raises(ValueError, match="no row has a translation to score against"):
         translator.score(Examples([{"input_ids": [1]}], [{"source": "a"}]), ["x"])
 

@@ -145,13 +145,13 @@ def test_code_of_the_model(kind: str, finished: Path, tmp_path: Path, monkeypatc
         (where / "evil.py").write_text(EVIL.format(mark=str(mark), kind=kind))
         settings = {"auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}, "tokenizer_class": "EvilTokenizer"}
         (where / "tokenizer_config.json").write_text(json.dumps(settings))
-    features = {"kind": "pieces", "max_positions": 64}
     attempt(lambda: load_run(folder))
     assert not mark.exists()
     seal(folder)
     attempt(lambda: load_run(folder))
     attempt(lambda: Parser.pretrained(encoder, toy_parser().vocabulary))
-    (folder / "model" / "features.json").write_text(json.dumps(features))
+    description = folder / "model" / "parser.json"
+    description.write_text(json.dumps({**json.loads(description.read_text()), "buckets": None}))
     seal(folder)
     attempt(lambda: load_run(folder))
     assert not mark.exists()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,7 +218,7 @@ def _sentence(block: list[str], path: str | os.PathLike[str], first: int, requir
         columns = line.split("\t")
         if len(columns) != COLUMNS:
             raise ConlluError(path, number, f"{len(columns)} columns (expected {COLUMNS}, separated by tabs)")
-        if not columns[FORM] or (require_tree and _is_blank(columns[FORM])):
+        if not columns[FORM]:
             raise ConlluError(path, number, "FORM is empty (expected a word form)")
 
         expected = len(words) + 1
@@ -256,11 +255,6 @@ def _sentence(block: list[str], path: str | os.PathLike[str], first: int, requir
                 raise ConlluError(path, number, f"DEPREL {label!r} holds white space (expected a relation label)")
         _check_tree(heads, numbers, path)
     return Sentence(tuple(words), tuple(upos), tuple(heads), tuple(deprels), sent_id, "\n".join(block))
-
-
-def _is_blank(form: str) -> bool:
-    """Whether the official scorer, which takes all kinds of spaces out of words, would be left with nothing."""
-    return all(unicodedata.category(character) == "Zs" for character in form)
 
 
 def _special_id(text: str, path: str | os.PathLike[str], number: int, expected: int) -> tuple[str, int, int]:

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastmask.tasks.parsing.vocabulary import IGNORE
-
-if TYPE_CHECKING:
-    from fastmask.tasks.parsing.scores import Gold
 
 __all__ = ["Batch", "Encoded", "flat_ranges"]
 
@@ -46,7 +42,7 @@ class Encoded:
         upos: int32 [n].
         heads: int32 [n], 0 for the root, i for the i-th word, `IGNORE` where there is none.
         deprels: int32 [n], `IGNORE` where there is none or it was not seen in training.
-        texts: object [N], the CoNLL-U text of every sentence, to score it; None where nobody will.
+        relations: object [n], the universal part of every word's relation as the data has it, to score against.
     """
 
     word_start: np.ndarray
@@ -55,25 +51,10 @@ class Encoded:
     upos: np.ndarray
     heads: np.ndarray
     deprels: np.ndarray
-    texts: np.ndarray | None = None
+    relations: np.ndarray
 
     def __len__(self) -> int:
         return len(self.word_start) - 1
-
-    @cached_property
-    def gold(self) -> Gold:
-        """The sentences as the official scorer holds them, read once however often trees are scored against them.
-
-        Raises:
-            ValueError: they have no CoNLL-U texts, or there is no sentence.
-        """
-        from fastmask.tasks.parsing.scores import Gold
-
-        if self.texts is None:
-            raise ValueError(
-                "sentences without their CoNLL-U text cannot be scored (expected rows with a column conllu)"
-            )
-        return Gold(list(self.texts))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -93,14 +74,11 @@ class Encoded:
             shifted = [a[:-1] + offset for a, offset in zip(arrays, offsets, strict=True)]
             return np.concatenate([*shifted, arrays[-1][-1:] + offsets[-1]])
 
-        flat = {f: np.concatenate([getattr(p, f) for p in parts]) for f in ("units", "upos", "heads", "deprels")}
-        word_start = starts([p.word_start for p in parts])
-        texts = [p.texts for p in parts if p.texts is not None]
+        flat = ("units", "upos", "heads", "deprels", "relations")
         return Encoded(
-            word_start=word_start,
+            word_start=starts([p.word_start for p in parts]),
             unit_start=starts([p.unit_start for p in parts]),
-            texts=np.concatenate(texts) if len(texts) == len(parts) else None,
-            **flat,
+            **{name: np.concatenate([getattr(p, name) for p in parts]) for name in flat},
         )
 
     def select(self, rows: np.ndarray) -> Encoded:
@@ -115,7 +93,7 @@ class Encoded:
             upos=self.upos[words],
             heads=self.heads[words],
             deprels=self.deprels[words],
-            texts=None if self.texts is None else self.texts[rows],
+            relations=self.relations[words],
         )
 
 

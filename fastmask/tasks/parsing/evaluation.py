@@ -1,4 +1,4 @@
-"""Parsing whole treebanks: official scores per language, and CoNLL-U files in and out."""
+"""Parsing whole treebanks: the trees of a data set, and CoNLL-U files in and out."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from fastmask.tasks.data.conllu import read_texts, with_tree, write_texts
 from fastmask.tasks.parsing.batch import Encoded
 from fastmask.tasks.parsing.features import Features
 from fastmask.tasks.parsing.parser import Parser
-from fastmask.tasks.parsing.scores import Scores
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS
 from fastmask.tasks.predicting import CHUNK, like_lengths
 
-__all__ = ["Tree", "cut", "encode", "join", "parse", "predict_file", "rows_that_fit", "scores_of", "too_long"]
+__all__ = ["Tree", "cut", "encode", "join", "parse", "predict_file", "rows_that_fit", "too_long"]
 
 Tree = tuple[np.ndarray, list[str]]  # heads, 0 for the root, and labels
 
@@ -73,15 +72,6 @@ class _Noticed:
             )
 
 
-def scores_of(encoded: Encoded, trees: Sequence[Tree]) -> Scores:
-    """Official scores of trees for sentences that have their CoNLL-U texts.
-
-    Raises:
-        ValueError: they have not, or there is no sentence.
-    """
-    return encoded.gold.score(_with_trees(encoded.gold.blocks, trees))
-
-
 def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
     """Return (heads, labels) of every sentence, in the order of `encoded`, by the subnetwork that `fastmask.language`
     says; batches are made of like lengths, of `batch_size` sentences at most.
@@ -122,14 +112,11 @@ def predict_file(parser: Parser, in_path: str | os.PathLike[str], out_path: str 
             rows = [vars(sentence) for sentence, _ in chunk]
             encoded = parser.features.encode(rows, parser.vocabulary)
             noticed.look(encoded, rows)
-            yield from _with_trees([text for _, text in chunk], parse(parser, encoded))
+            for (_, text), (heads, labels) in zip(chunk, parse(parser, encoded), strict=True):
+                yield with_tree(text, heads.tolist(), labels)
         noticed.warn(tags=True)
 
     return write_texts(out_path, predicted())
-
-
-def _with_trees(blocks: Iterable[str], trees: Sequence[Tree]) -> list[str]:
-    return [with_tree(block, heads.tolist(), labels) for block, (heads, labels) in zip(blocks, trees, strict=True)]
 
 
 # ---- sentences that are longer than the encoder: left out of training, and parsed in windows whose trees are joined
@@ -197,6 +184,7 @@ def cut(features: Features, encoded: Encoded) -> tuple[Encoded, np.ndarray]:
         upos=encoded.upos,
         heads=heads,
         deprels=encoded.deprels,
+        relations=encoded.relations,
     )
     return parts, np.concatenate([[0], np.cumsum(windows)])
 

@@ -6,37 +6,17 @@ are mappings with "words", "upos", "heads" and "deprels", as the rows of a treeb
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from fastmask.files import read_json, write_text
-from fastmask.records import Record
 from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
-from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
-from fastmask.tasks.pretrained import WordPieces, load_tokenizer
+from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary, universal
+from fastmask.tasks.pretrained import WordPieces
 
-__all__ = ["Features", "PieceFeatures", "TrigramFeatures", "load_features", "trigrams"]
-
-FILE = "features.json"
-TOKENIZER = "tokenizer"  # a folder
-
-
-class _SavedTrigrams(Record):
-    kind: Literal["trigrams"] = "trigrams"
-    buckets: int = Field(ge=1, le=1 << 26)
-    max_positions: int = Field(ge=2, le=1 << 24)
-    whole_word: bool
-
-
-class _SavedPieces(Record):
-    kind: Literal["pieces"] = "pieces"
-    max_positions: int = Field(ge=2, le=1 << 24)
+__all__ = ["Features", "PieceFeatures", "TrigramFeatures", "trigrams"]
 
 
 class Features:
@@ -55,16 +35,16 @@ class Features:
         forms: list[str] = []
         lengths: list[int] = []
         upos, heads, deprels = [], [], []
-        texts: list[str | None] = []
+        relations: list[str] = []
         for sentence in sentences:
             words = sentence["words"]
-            texts.append(sentence.get("conllu"))
             lengths.append(len(words))
             forms.extend(words)
             upos.append(vocabulary.upos_ids(sentence["upos"]))
             head = np.asarray(sentence["heads"], dtype=np.int64)
             heads.append(np.where((head < 0) | (head > len(words)), IGNORE, head))
             deprels.append(vocabulary.deprel_ids(sentence["deprels"]))
+            relations.extend(universal(label) for label in sentence["deprels"])
         distinct = list(dict.fromkeys(forms))
         units = dict(zip(distinct, self.units_of(distinct), strict=True))
         per_word = [units[form] for form in forms]
@@ -80,7 +60,7 @@ class Features:
             upos=joined(upos),
             heads=joined(heads),
             deprels=joined(deprels),
-            texts=None if None in texts else np.array(texts, dtype=object),
+            relations=np.array(relations, dtype=object),
         )
 
     def units_of(self, words: list[str]) -> list[np.ndarray]:
@@ -104,19 +84,15 @@ class Features:
         """Return bool [n]: words of which nothing is known but that they are there."""
         return np.zeros(int(encoded.word_start[-1]), dtype=bool)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``features.json`` (and a tokenizer) into an existing folder."""
-        raise NotImplementedError
 
-
-def trigrams(word: str, buckets: int, whole_word: bool = True) -> list[int]:
+def trigrams(word: str, buckets: int) -> list[int]:
     """Return the buckets of the character trigrams of ``^word$``, and of the whole word as one more unit.
 
     The hash is CRC-32 of the UTF-8 text: the same in every process, unlike Python's own.
     """
     padded = f"^{word}$"
     units = [padded[i : i + 3] for i in range(max(1, len(padded) - 2))]
-    if whole_word and len(units) > 1:
+    if len(units) > 1:
         units.append(padded)
     return [zlib.crc32(unit.encode("utf-8", "surrogatepass")) % buckets for unit in units]
 
@@ -129,15 +105,14 @@ class TrigramFeatures(Features):
 
     special_positions = 1
 
-    def __init__(self, buckets: int = 16384, max_positions: int = 512, whole_word: bool = True) -> None:
+    def __init__(self, buckets: int = 16384, max_positions: int = 512) -> None:
         if buckets < 1 or max_positions < 2:
             raise ValueError(f"buckets is {buckets} (expected >= 1), max_positions {max_positions} (expected >= 2)")
         self.buckets = buckets
         self.max_positions = max_positions
-        self.whole_word = whole_word
 
     def units_of(self, words: list[str]) -> list[np.ndarray]:
-        return [np.asarray(trigrams(word, self.buckets, self.whole_word), dtype=np.int32) for word in words]
+        return [np.asarray(trigrams(word, self.buckets), dtype=np.int32) for word in words]
 
     def collate(self, part: Encoded) -> Batch:
         """Return a batch whose `units` are flat and whose `places` are the bag offsets of [B * W] words."""
@@ -151,10 +126,6 @@ class TrigramFeatures(Features):
 
     def word_positions(self, encoded: Encoded) -> np.ndarray:
         return np.ones(int(encoded.word_start[-1]), dtype=np.int64)
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        saved = _SavedTrigrams(buckets=self.buckets, max_positions=self.max_positions, whole_word=self.whole_word)
-        write_text(Path(folder, FILE), saved.model_dump_json(indent=1))
 
 
 class PieceFeatures(WordPieces, Features):
@@ -188,24 +159,3 @@ class PieceFeatures(WordPieces, Features):
             return super().unknown(encoded)
         is_known = encoded.units != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)
         return ~np.logical_or.reduceat(is_known, encoded.unit_start[:-1])
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        write_text(Path(folder, FILE), _SavedPieces(max_positions=self.max_positions).model_dump_json(indent=1))
-        self.tokenizer.save_pretrained(Path(folder, TOKENIZER))
-
-
-def load_features(folder: str | os.PathLike[str]) -> TrigramFeatures | PieceFeatures:
-    """Read what `save` wrote.
-
-    Raises:
-        FileNotFoundError: ``features.json`` or the tokenizer is not there.
-        FileError: one of them is damaged.
-    """
-    kind = Annotated[_SavedTrigrams | _SavedPieces, Field(discriminator="kind")]
-    saved: _SavedTrigrams | _SavedPieces = read_json(Path(folder, FILE), kind)
-    if isinstance(saved, _SavedTrigrams):
-        return TrigramFeatures(saved.buckets, saved.max_positions, saved.whole_word)
-    tokenizer = Path(folder, TOKENIZER)
-    if not tokenizer.is_dir():
-        raise FileNotFoundError(f"no tokenizer at {tokenizer} (expected the one that was saved with the parser)")
-    return PieceFeatures(load_tokenizer(os.fspath(tokenizer)), saved.max_positions)

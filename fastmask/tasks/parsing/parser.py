@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,23 +22,23 @@ from fastmask.models.contexts import evaluating
 from fastmask.records import Record
 from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer, maximum_spanning_trees
-from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures, load_features
+from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures
 from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
 from fastmask.tasks.pretrained import (
     check_fit,
     load_model,
-    load_word_tokenizer,
+    load_tokenizer,
     positions_of,
     without_progress_bars,
 )
 
 __all__ = ["LanguageVectors", "Parser", "ParserConfig", "ParserOutput"]
 
+FILE, TOKENIZER = "parser.json", "tokenizer"  # a file and a folder
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True)
-class ParserConfig:
+class ParserConfig(Record):
     """Sizes of what stands on the encoder.
 
     Attributes:
@@ -48,27 +48,22 @@ class ParserConfig:
         dropout: on word states and inside the perceptrons.
     """
 
-    arc_size: int = 256
-    label_size: int = 95
-    dropout: float = 0.2
-
-
-class _Version(Record, extra="ignore"):
-    """What ``parser.json`` of any version holds."""
-
-    version: int = Field(ge=1)
-
-
-class _SavedSizes(Record):
-    arc_size: int = Field(ge=1, le=1 << 16)
-    label_size: int = Field(ge=1, le=1 << 16)
-    dropout: float = Field(ge=0, lt=1)
-    loss_over: Literal["words"]  # what the loss of a batch is a mean over
+    arc_size: int = Field(default=256, ge=1, le=1 << 16)
+    label_size: int = Field(default=95, ge=1, le=1 << 16)
+    dropout: float = Field(default=0.2, ge=0, lt=1)
 
 
 class _Saved(Record):
-    version: int
-    config: _SavedSizes
+    """What ``parser.json`` says."""
+
+    version: int = Field(ge=1)
+    sizes: ParserConfig
+    deprels: list[str]
+    upos: list[str]
+    subtypes: str
+    max_positions: int = Field(ge=2, le=1 << 24)
+    max_length: int | None = Field(ge=1)
+    buckets: int | None = Field(ge=1, le=1 << 26)  # of trigrams; None: words are the pieces of a tokenizer
 
 
 @dataclass
@@ -133,6 +128,9 @@ class Parser(nn.Module):
     """Encoder, arcs and labels; `parser.encoder` is the model that `fastmask.attach` takes.
 
     While the encoder is attached, `language_ids` reach it; otherwise they are not passed on.
+
+    Attributes:
+        max_length: positions of a sentence to train on, at most; None: what the encoder has.
     """
 
     def __init__(
@@ -148,6 +146,7 @@ class Parser(nn.Module):
         self.features: Features = features
         self.vocabulary = vocabulary
         self.config = config
+        self.max_length: int | None = None
         hidden = int(encoder.config.hidden_size)  # type: ignore[union-attr,arg-type]
         scale = float(getattr(encoder.config, "initializer_range", 0.02))
         self.root = nn.Parameter(torch.randn(hidden) * scale)
@@ -206,10 +205,17 @@ class Parser(nn.Module):
             FileError: its weights are incomplete, it has no tokenizer, or one is damaged.
         """
         encoder = load_model("AutoModel", name, add_pooling_layer=False)
-        tokenizer = load_word_tokenizer(name)
+        tokenizer = load_tokenizer(name)
         check_fit(tokenizer, encoder, name)
         features = PieceFeatures(tokenizer, positions_of(encoder, tokenizer))
         return cls(encoder, features, vocabulary, ParserConfig())
+
+    @property
+    def inputs_like(self) -> Tensor:
+        """Something as wide as the encoder's input, [..., D]: embeddings may be narrower than states (ALBERT)."""
+        if self.trigrams is not None:
+            return self.root
+        return self.encoder.get_input_embeddings().weight  # type: ignore[operator]
 
     def rates(self, head: float, encoder: float) -> dict[str, float]:
         """Two learning rates by the beginning of parameters' names, as `fastmask.MetaLearner` takes them.
@@ -302,7 +308,7 @@ class Parser(nn.Module):
         return [self.vocabulary.deprels[allowed[i]] for i in best]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``encoder/`` (save_pretrained), ``parser.safetensors``, ``parser.json``, vocabulary and features.
+        """Write ``encoder/`` (save_pretrained), ``parser.safetensors``, ``parser.json`` and, of pieces, ``tokenizer/``.
 
         Nothing is pickled. An attached encoder is saved whole, without its masks.
         """
@@ -313,10 +319,19 @@ class Parser(nn.Module):
             plain.save_pretrained(self.encoder, folder / "encoder")
         own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
         replace_file(folder / "parser.safetensors", partial(save_file, own))
-        self.vocabulary.save(folder / "vocabulary.json")
-        self.features.save(folder)
-        saved = _Saved(version=FORMAT_VERSION, config=_SavedSizes(**asdict(self.config), loss_over="words"))
-        write_text(folder / "parser.json", saved.model_dump_json(indent=1))
+        if isinstance(self.features, PieceFeatures):
+            self.features.tokenizer.save_pretrained(folder / TOKENIZER)
+        saved = _Saved(
+            version=FORMAT_VERSION,
+            sizes=self.config,
+            deprels=list(self.vocabulary.deprels),
+            upos=list(self.vocabulary.upos),
+            subtypes=self.vocabulary.subtypes,
+            max_positions=self.features.max_positions,
+            max_length=self.max_length,
+            buckets=self.features.buckets if isinstance(self.features, TrigramFeatures) else None,
+        )
+        write_text(folder / FILE, saved.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Parser:
@@ -327,18 +342,29 @@ class Parser(nn.Module):
             FileError: a file is damaged or of a newer version, or weights are missing or left over.
         """
         folder = Path(folder)
-        description = folder / "parser.json"
+        description = folder / FILE
         if not description.is_file():
             raise FileNotFoundError(f"no parser in {folder} (expected {description.name})")
-        written: _Version = read_json(description, _Version)
-        if written.version > FORMAT_VERSION:
-            raise FileError(description, f"has version {written.version} (expected at most {FORMAT_VERSION})")
         saved: _Saved = read_json(description, _Saved)
-        vocabulary, features = Vocabulary.load(folder / "vocabulary.json"), load_features(folder)
+        if saved.version > FORMAT_VERSION:
+            raise FileError(description, f"has version {saved.version} (expected at most {FORMAT_VERSION})")
+        try:
+            vocabulary = Vocabulary(saved.deprels, saved.upos, saved.subtypes)
+        except ValueError as error:
+            raise FileError(description, str(error)) from None
+        features: TrigramFeatures | PieceFeatures
+        if saved.buckets is None:
+            tokenizer = folder / TOKENIZER
+            if not tokenizer.is_dir():
+                raise FileNotFoundError(f"no tokenizer at {tokenizer} (expected that which was saved with the parser)")
+            features = PieceFeatures(load_tokenizer(os.fspath(tokenizer)), saved.max_positions)
+        else:
+            features = TrigramFeatures(saved.buckets, saved.max_positions)
         encoder = load_model("AutoModel", os.fspath(folder / "encoder"), whole=True, add_pooling_layer=False)
         if isinstance(features, PieceFeatures):
             check_fit(features.tokenizer, encoder, os.fspath(folder))
-        parser = cls(encoder, features, vocabulary, ParserConfig(**saved.config.model_dump(exclude={"loss_over"})))
+        parser = cls(encoder, features, vocabulary, saved.sizes)
+        parser.max_length = saved.max_length
         if parser.trigrams is not None:
             parser.encoder.embeddings.word_embeddings.weight.requires_grad_(False)  # type: ignore[union-attr]
         parser._load_own(folder / "parser.safetensors")
@@ -347,7 +373,7 @@ class Parser(nn.Module):
     def _load_own(self, path: Path) -> None:
         found, _ = read_tensors(path)
         if vectors := [value for name, value in found.items() if name.startswith("language_vectors.")]:
-            self.language_vectors = LanguageVectors.zero(len(vectors[0]), self.root)
+            self.language_vectors = LanguageVectors.zero(len(vectors[0]), self.inputs_like)
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
         if found.keys() != own.keys():
             missing, more = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())

@@ -1,4 +1,4 @@
-"""Dependency parsing as a task: Universal Dependencies treebanks, official LAS and UAS."""
+"""Dependency parsing as a task: Universal Dependencies treebanks, LAS and UAS."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastmask.tasks.data import synthetic
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.treebanks import load_treebanks, trained_languages
 from fastmask.tasks.parsing.batch import Batch, Encoded
-from fastmask.tasks.parsing.evaluation import Tree, encode, parse, predict_file, rows_that_fit, scores_of
+from fastmask.tasks.parsing.evaluation import Tree, encode, parse, predict_file, rows_that_fit
 from fastmask.tasks.parsing.parser import LanguageVectors, Parser
-from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary, check_deprels
+from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary, check_deprels, universal
 from fastmask.tasks.pretrained import check_known
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
 from fastmask.unseen.typology import direction_profile, direction_similarity
@@ -53,7 +53,9 @@ class Parsing(Task):
 
     def __init__(self, parser: Parser, max_length: int | None = None) -> None:
         """Take a parser; sentences of more than `max_length` positions are left out of training."""
-        self.model, self.max_length = parser, max_length
+        self.model = parser
+        if max_length is not None:
+            parser.max_length = max_length
 
     @classmethod
     def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
@@ -122,7 +124,7 @@ class Parsing(Task):
         return own or super().input_embeddings()
 
     def add_vectors(self, languages: int) -> nn.Parameter:
-        self.model.language_vectors = LanguageVectors.zero(languages, self.model.root)
+        self.model.language_vectors = LanguageVectors.zero(languages, self.model.inputs_like)
         return self.model.language_vectors.weight
 
     def add_language(self, like: int) -> None:
@@ -136,15 +138,10 @@ class Parsing(Task):
         """Sentences as arrays, without those that are too long."""
         select = getattr(rows, "select_columns", None)
         every = self.model.features.encode(select(COLUMNS) if select else rows, self.model.vocabulary)
-        fits = rows_that_fit(self.model.features, every, f"{kind} sentences", name, self.max_length)
+        fits = rows_that_fit(self.model.features, every, f"{kind} sentences", name, self.model.max_length)
         if not len(fits):
             raise ValueError(f"language {name!r} has no {kind} sentences")
         return every.select(fits)
-
-    def fitting(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        every = self.model.features.encode(rows, self.model.vocabulary)
-        fits = rows_that_fit(self.model.features, every, "support sentences", limit=self.max_length)
-        return [rows[row] for row in fits.tolist()]
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
         return check_deprels(rows, self.model.vocabulary, unknown)
@@ -170,9 +167,17 @@ class Parsing(Task):
         return parse(self.model, examples, batch_size)
 
     def score(self, examples: Encoded, predictions: Sequence[Tree]) -> dict[str, float]:
-        """Official LAS and UAS, percent."""
-        found = scores_of(examples, predictions)
-        return {"las": found.las, "uas": found.uas}
+        """Percent of the words, punctuation included, with the right head and relation (LAS), and head (UAS).
+
+        Subtypes are ignored. The official scorer of CoNLL 2018 gives the same, as words are those of the gold trees.
+        """
+        if not len(examples):
+            raise ValueError("no sentences to score")
+        heads = np.concatenate([heads for heads, _ in predictions])
+        relations = np.array([universal(label) for _, labels in predictions for label in labels], dtype=object)
+        right = heads == examples.heads
+        las = right & (relations == examples.relations)
+        return {"las": 100 * float(las.mean()), "uas": 100 * float(right.mean())}
 
     def predict_file(self, source: str, target: str) -> int:
         return predict_file(self.model, source, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,11 +11,9 @@ import numpy as np
 
 from fastmask.errors import nearest
 from fastmask.errors import unknown as unknown_name
-from fastmask.files import FileError, read_json, write_text
-from fastmask.records import Record
 from fastmask.tasks.task import UNKNOWN_LABELS, listed
 
-__all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary", "check_deprels"]
+__all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary", "check_deprels", "universal"]
 
 IGNORE = -100  # target of a word that has no answer; F.cross_entropy skips it by default
 UNKNOWN_UPOS = 0  # row 0 of the UPOS embedding stays zero: an unseen tag adds nothing
@@ -24,10 +21,9 @@ SUBTYPES = ("drop", "keep")
 ROOT, UNSPECIFIED, LOOSE = "root", "dep", "parataxis"  # relations of Universal Dependencies with a fixed meaning
 
 
-class _Saved(Record):
-    deprels: list[str]
-    upos: list[str]
-    subtypes: str
+def universal(label: str) -> str:
+    """A relation without its subtype: ``nsubj`` of ``nsubj:pass``."""
+    return label.partition(":")[0]
 
 
 class Vocabulary:
@@ -36,7 +32,7 @@ class Vocabulary:
     Attributes:
         deprels: R labels; the number of a label is its place.
         upos: U tags; the number of a tag is its place + 1, because 0 is `UNKNOWN_UPOS`.
-        subtypes: "drop" cuts ``nsubj:pass`` to ``nsubj`` (the official scorer ignores subtypes anyway), "keep"
+        subtypes: "drop" cuts ``nsubj:pass`` to ``nsubj`` (scores ignore subtypes anyway), "keep"
             does not.
         roots: int64, the numbers of the labels that only the root of a tree may have: ``root`` and its subtypes.
         others: int64, the numbers of the other labels.
@@ -64,7 +60,7 @@ class Vocabulary:
         self.subtypes = subtypes
         self._deprel_ids = {label: i for i, label in enumerate(self.deprels)}
         self._upos_ids = {tag: i + 1 for i, tag in enumerate(self.upos)}
-        is_root = np.array([label.split(":", 1)[0] == ROOT for label in self.deprels])
+        is_root = np.array([universal(label) == ROOT for label in self.deprels])
         self.roots, self.others = np.flatnonzero(is_root), np.flatnonzero(~is_root)
 
     @classmethod
@@ -78,7 +74,7 @@ class Vocabulary:
         if subtypes == "drop":
             whole: Counter[str] = Counter()
             for label, count in deprels.items():
-                whole[label.split(":", 1)[0]] += count
+                whole[universal(label)] += count
             deprels = whole
         for counts in (deprels, upos):
             counts.pop("_", None)  # CoNLL-U's "not given"
@@ -98,7 +94,7 @@ class Vocabulary:
     def deprel_ids(self, labels: Sequence[str]) -> np.ndarray:
         """Return int64 [n]; a label not seen in training (or ``_``) is `IGNORE`, never another label."""
         if self.subtypes == "drop":
-            labels = [label.split(":", 1)[0] for label in labels]
+            labels = [universal(label) for label in labels]
         return np.fromiter((self._deprel_ids.get(label, IGNORE) for label in labels), np.int64, len(labels))
 
     def upos_ids(self, tags: Sequence[str]) -> np.ndarray:
@@ -110,24 +106,6 @@ class Vocabulary:
         """The label that attaches what merely stands beside: ``parataxis``, ``dep``, or the most frequent one."""
         known = [self.deprels[i] for i in self.others]
         return next((label for label in (LOOSE, UNSPECIFIED, *known) if label in known), UNSPECIFIED)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        saved = _Saved(deprels=list(self.deprels), upos=list(self.upos), subtypes=self.subtypes)
-        write_text(path, saved.model_dump_json(indent=1))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Vocabulary:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            FileError: it holds something else.
-        """
-        saved: _Saved = read_json(path, _Saved)
-        try:
-            return cls(saved.deprels, saved.upos, saved.subtypes)
-        except ValueError as error:
-            raise FileError(path, str(error)) from None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Vocabulary):
@@ -165,11 +143,11 @@ def check_deprels(
             f"relations that the model does not know have no label in the loss: {listed(missing)}", stacklevel=2
         )
         return list(rows)
-    universal: dict[str, str] = {}
+    mapped: dict[str, str] = {}
     if unknown == "universal":
-        whole = {label: label.split(":", 1)[0] for label in missing if ":" in label}
-        universal = {label: relation for label, relation in whole.items() if relation in vocabulary.deprels}
-        missing = Counter({label: count for label, count in missing.items() if label not in universal})
+        whole = {label: universal(label) for label in missing if ":" in label}
+        mapped = {label: relation for label, relation in whole.items() if relation in vocabulary.deprels}
+        missing = Counter({label: count for label, count in missing.items() if label not in mapped})
     if missing:
         close = {label: nearest(label, vocabulary.deprels, 1) for label in missing}
         hints = ", ".join(f"{label} looks like {found[0]}" for label, found in close.items() if found)
@@ -180,4 +158,4 @@ def check_deprels(
             f"relations that the model was not trained on: {listed(missing)}{f' ({hints})' if hints else ''}. "
             f"It knows {', '.join(sorted(vocabulary.deprels))}. Correct them, or {ways}"
         )
-    return [{**row, "deprels": [universal.get(label, label) for label in row["deprels"]]} for row in rows]
+    return [{**row, "deprels": [mapped.get(label, label) for label in row["deprels"]]} for row in rows]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastmask.linear import MaskedLinear, checked_forward
 from fastmask.live import masked_parameters
 from fastmask.masks import FULL, checked_id
-from fastmask.models.calls import INNER, OUTER, attached_class, inner_models, plain_class_of, state_of
+from fastmask.models.calls import INNER, ORIGIN, OUTER, attached_class, inner_models, plain_class_of, state_of
 from fastmask.models.experts import AttachedExperts
 from fastmask.models.families import Family
 from fastmask.models.languages import id_of
@@ -201,6 +201,7 @@ def detach(model: Model) -> Model:
         change_class(module, plain_class_of(module))
         delattr(module, OUTER if module is owner else INNER)
     state.router.close()
+    vars(owner).pop(ORIGIN, None)
     return model
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastmask.files import FileError, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
-from fastmask.models.calls import UNLOADED, plain_class_of
+from fastmask.models.calls import ORIGIN, UNLOADED, plain_class_of
 from fastmask.models.editing import set_subnetworks
 from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
@@ -51,6 +51,8 @@ class About(Record):
     weights: bool = True  # whether they are here; otherwise those of `base`
     files: dict[str, Sha256] = Field(default_factory=dict)  # the masks and the weights
     parameters: dict[str, Sha256] = Field(default_factory=dict)  # by dtype, where the weights are those of `base`
+    licence: str | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)  # how the subnetworks were found
     sizes: dict[str, tuple[Size, Size]] = Field(default_factory=dict)  # of the linear layers of an extracted model
 
 
@@ -64,6 +66,8 @@ def save_pretrained(
     **options: Any,
 ) -> None:
     """Write a model and its subnetworks into a folder, from which `from_pretrained` makes it again.
+
+    A model that `from_pretrained` made goes on saying what it came from, its licence and how its masks were found.
 
     Args:
         model: with subnetworks attached, or an extracted one.
@@ -88,6 +92,11 @@ def save_pretrained(
     if config is None or not hasattr(owner, "save_pretrained"):
         raise ValueError(f"expected a Hugging Face model, given {type(owner).__name__}")
     base, revision = getattr(config, "_name_or_path", "") or None, getattr(config, "_commit_hash", None)
+    metadata = dict(metadata or {})
+    if (origin := vars(owner).get(ORIGIN)) is not None:
+        licence, metadata = licence or origin.licence, {**origin.metadata, **metadata}
+        if weights or not origin.weights:  # masks alone are for the weights that were loaded
+            base, revision = origin.base, origin.revision
     if not weights and (sizes or base is None):
         raise ValueError("weights=False keeps only masks, for a model that was loaded by name with from_pretrained")
     adapted = next((name for name, module in owner.named_modules() if "base_layer" in module._modules), None)
@@ -119,9 +128,11 @@ def save_pretrained(
             weights=weights,
             files={path.name: sha256_of(path) for path in files},
             parameters={} if weights or adapted else _sums_of(owner),
+            licence=licence,
+            metadata=metadata,
             sizes=sizes,
         )
-        _write_card(folder / CARD, owner, about, licence, metadata or {})
+        _write_card(folder / CARD, owner, about)
         write_text(folder / ABOUT, about.model_dump_json(indent=1) + "\n")
 
 
@@ -164,7 +175,7 @@ def from_pretrained(
         if model_class is None:
             raise FileError(folder / ABOUT, f"names {about.model_class!r}, which is no model of this transformers")
     if about.kind == "extracted":
-        return _loaded(model_class, folder, about, options)
+        return _from(about, _loaded(model_class, folder, about, options))
     subnets = Subnetworks.load(folder / MASKS)
     if about.weights:
         model = _loaded(model_class, folder, about, options)
@@ -180,7 +191,13 @@ def from_pretrained(
                 "together: fastmask.save_pretrained(model, folder)",
                 stacklevel=2,
             )
-    return attach(model, subnets, about.forward, family=family)
+    return _from(about, attach(model, subnets, about.forward, family=family))
+
+
+def _from(about: About, model: Any) -> Any:
+    """The model, which remembers what it was loaded from; `detach` forgets that."""
+    setattr(model, ORIGIN, about)
+    return model
 
 
 def _masks_as_tensor(subnets: Subnetworks) -> Tensor:
@@ -253,13 +270,13 @@ def _downloaded(name: str, revision: str | None) -> str:
     return found
 
 
-def _write_card(path: Path, owner: Any, about: About, licence: str | None, metadata: Mapping[str, str]) -> None:
+def _write_card(path: Path, owner: Any, about: About) -> None:
     """A model card; one that somebody else wrote is left alone."""
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     lines = ["---", "library_name: fastmask", "tags: [fastmask, subnetworks]"]
     lines += [f"base_model: {about.base}"] if about.base and not Path(about.base).exists() else []
-    lines += [f"license: {licence}"] if licence else []
+    lines += [f"license: {about.licence}"] if about.licence else []
     lines += ["---", _MARK, "", f"# {about.model_class} with subnetworks", ""]
     if about.kind == "subnetworks":
         subnets = attached(owner).subnets
@@ -268,7 +285,7 @@ def _write_card(path: Path, owner: Any, about: About, licence: str | None, metad
             shares = [f"{float(share[row]):.0%}" for share in subnets.density.values()]
             lines.append(f"| {language} | " + " | ".join(shares) + " |")
         lines += ["", "Shares of heads, neurons or weights that each language owns.", ""]
-        lines += [f"- {name}: {text}" for name, text in metadata.items()]
+        lines += [f"- {name}: {text}" for name, text in about.metadata.items()]
     else:
         lines += ["One language's subnetwork, cut out: its layers have sizes of their own.", ""]
     lines += ["", "```python", "import fastmask as fm", "", 'model = fm.from_pretrained("...")', "```", ""]

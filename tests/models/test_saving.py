@@ -109,6 +109,32 @@ class TestFolder:
         assert type(bare).__name__ == "BertModel"
         assert is_attached(fm.from_pretrained(tmp_path, model_class=AutoModelForTokenClassification, num_labels=5))
 
+    def test_saved_again(self, tmp_path):
+        """What was said of a model when it was first saved is still said of it; of other masks, it is not."""
+        model, subnets, _ = made()
+        model.save_pretrained(tmp_path / "base")
+        model = type(model).from_pretrained(tmp_path / "base")
+        fm.save_pretrained(fm.attach(model, subnets), tmp_path / "a", licence="mit", metadata={"found": "by LAPE"})
+        fm.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+        again = fm.from_pretrained(tmp_path / "b")
+        fm.save_pretrained(again, tmp_path / "b", metadata={"trained": "here"})  # where it was loaded from
+        card, about = (
+            (tmp_path / "b" / "README.md").read_text(),
+            json.loads((tmp_path / "b" / "fastmask.json").read_text()),
+        )
+        assert about["base"] == str(tmp_path / "base")
+        assert all(text in card for text in ("license: mit", "found: by LAPE", "trained: here"))
+        again = fm.from_pretrained(tmp_path / "b")
+        fm.save_pretrained(again, tmp_path / "masks", weights=False)  # which are for these weights
+        assert json.loads((tmp_path / "masks" / "fastmask.json").read_text())["base"] == str(tmp_path / "b")
+        fm.attach(fm.detach(again), subnets).save_pretrained(tmp_path / "c")
+        about = json.loads((tmp_path / "c" / "fastmask.json").read_text())
+        assert about["base"] == str(tmp_path / "b")
+        assert not about["metadata"]
+        small = fm.from_pretrained(tmp_path / "b")
+        fm.save_pretrained(fm.extract(small, LANGUAGES[0]), tmp_path / "small")
+        fm.from_pretrained(tmp_path / "small").save_pretrained(tmp_path / "small")
+
     def test_somebody_elses_card(self, tmp_path):
         (tmp_path / "README.md").write_text("mine")
         model, subnets, _ = made()

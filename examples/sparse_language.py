@@ -74,7 +74,7 @@ def units_of(task, batches, language):
     found = scores[language]
     keeps = {}
     for kind in ("heads", "neurons"):
-        score = getattr(found, kind)
+        score = found[kind]
         least = score.flatten().kthvalue(int(0.9 * score.numel())).values
         keep = score > least
         keep[torch.arange(len(keep)), score.argmax(1)] = True

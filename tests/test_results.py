@@ -46,9 +46,9 @@ def test_the_page_says_what_the_summary_says(folder):
 
 
 def test_the_readme_says_what_the_summaries_say():
-    """Every score with a deviation in the README stands in the summary of the page that it links."""
+    """Every score with a deviation in the README stands in the summary of a page."""
     said = re.findall(r"\d+\.\d\d ± \d+\.\d\d", (RESULTS.parents[1] / "README.md").read_text())
-    summary = (RESULTS / "1-transfer" / "summary.md").read_text()
+    summary = "".join(file.read_text() for file in RESULTS.glob("*/summary.md"))
     assert said
     assert not [score for score in said if score not in summary]
 

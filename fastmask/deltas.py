@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastmask.files import FileError, parse_json, read_metadata, read_sealed, write_sealed
+from fastmask.files import FileError, digest_of, parse_json, read_metadata, read_sealed, write_sealed
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.experts import AttachedExperts
@@ -90,8 +90,7 @@ class Change:
     def digest(self) -> str:
         """Identifies its content: two changes of one digest are the same, wherever they come from."""
         described = {
-            name: [part.base, part.shape, *map(_digest_of, part.tensors.values())]
-            for name, part in sorted(self.parts.items())
+            name: [part.base, part.shape, digest_of(part.tensors, {})] for name, part in sorted(self.parts.items())
         }
         return hashlib.sha256(json.dumps([self.language, described]).encode()).hexdigest()
 
@@ -205,7 +204,7 @@ class Delta:
                     raise ValueError(
                         f"{name!r} has no delta: it holds NaN or infinity, from which nothing can be subtracted"
                     )
-                parts[name] = Part(live, tuple(new.shape), _digest_of(was), now)
+                parts[name] = Part(live, tuple(new.shape), digest_of({"": was}, {}), now)
         if not parts:
             raise ValueError(f"{language!r} owns nothing of this {type(owner).__name__}: it has no delta")
         return cls([Change(language, parts)])
@@ -392,7 +391,7 @@ def _without(model: nn.Module) -> Iterator[list[Change]]:
 def _digests(change: Change, model: nn.Module) -> dict[str, str]:
     """Of the live part of each parameter of a model, which the change must fit."""
     parameters = _parameters_of(change, model)
-    return {name: _digest_of(part.read(parameters[name])) for name, part in change.parts.items()}
+    return {name: digest_of({"": part.read(parameters[name])}, {}) for name, part in change.parts.items()}
 
 
 def _parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -423,11 +422,3 @@ def _check_unchanged(name: str, moved: Tensor, language: str, what: str) -> None
             f"{what}. A delta would lose that: freeze what no mask touches (fastmask.freeze_unmasked), train with "
             "fastmask.LiveAdamW, name the languages that were trained together (beside=...), or ignore=... a head"
         )
-
-
-def _digest_of(values: Tensor) -> str:
-    """The SHA-256 of numbers, of their dtype and how many they are."""
-    plain = values.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{plain.dtype} {plain.numel()} ".encode())
-    digest.update(plain.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -31,9 +31,9 @@ from torch import Tensor
 
 __all__ = [
     "LOCK_FILES", "MANIFEST", "SEAL", "STDOUT", "FileError", "HeldError", "check", "check_files", "check_writable",
-    "files_in", "held", "is_leftover", "parse_json", "partial_name", "read_json", "read_metadata", "read_sealed",
-    "read_tensors", "read_yaml", "remove_leftovers", "remove_tree", "replace_file", "sha256_of", "write_errors",
-    "write_folder", "write_manifest", "write_sealed", "write_tensors", "write_text", "write_yaml",
+    "digest_of", "files_in", "held", "is_leftover", "parse_json", "partial_name", "read_json", "read_metadata",
+    "read_sealed", "read_tensors", "read_yaml", "remove_leftovers", "remove_tree", "replace_file", "sha256_of",
+    "write_errors", "write_folder", "write_manifest", "write_sealed", "write_tensors", "write_text", "write_yaml",
 ]  # fmt: skip
 
 STDOUT = "/dev/stdout"
@@ -165,7 +165,7 @@ def write_tensors(
 
 def write_sealed(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write tensors and a header that `read_sealed` reads, and refuses where one bit is another; see `replace_file`."""
-    sealed = {**header, SEAL: _digest(tensors, header)}
+    sealed = {**header, SEAL: digest_of(tensors, header)}
     replace_file(path, lambda partial: write_tensors(partial, tensors, sealed))
 
 
@@ -173,12 +173,12 @@ def read_sealed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[s
     """Read what `write_sealed` wrote: tensors and header; raises what `read_tensors` does, also for other content."""
     tensors, header = read_tensors(path)
     seal = header.pop(SEAL, None)
-    if seal != _digest(tensors, header):
+    if seal != digest_of(tensors, header):
         raise FileError(path, "is damaged: its content is not what its checksum says")
     return tensors, header
 
 
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     """The SHA-256 of the header, and of the names, dtypes, shapes and bytes of all tensors, in any order."""
     names = sorted(tensors)
     described = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]

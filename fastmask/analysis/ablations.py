@@ -82,7 +82,7 @@ def ablation(
     if subnets.weights is not None:
         raise ValueError(
             f"masks over single weights beside those over {units} would not be in force while every unit is computed "
-            f"(expected masks over heads and neurons alone)"
+            "(expected masks over heads and neurons alone)"
         )
     probes = probes_of(model)
     places = [(probe.kind, probe.layer, unit) for probe in probes for unit in range(probe.units)]

@@ -152,7 +152,7 @@ class LanguageCollator:
         return batch
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name == "collator":  # while it is being copied or unpickled
+        if name.startswith("__") or name in ("collator", "_known"):  # while it is being copied or unpickled
             raise AttributeError(name)
         return getattr(self.collator, name)  # trainers ask collators for settings
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastmask.files import FileError, read_json, sha256_of, write_text
+from fastmask.files import FileError, digest_of, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
 from fastmask.models.calls import ORIGIN, UNLOADED, plain_class_of
 from fastmask.models.editing import set_subnetworks
@@ -183,7 +182,7 @@ def from_pretrained(
         raise FileError(folder / ABOUT, "has neither weights nor the name of a base model")
     else:
         model = model_class.from_pretrained(about.base, revision=about.revision, **options)
-        found = _sums_of(model)
+        found = _sums_of(model) if about.parameters else {}
         if found.keys() == about.parameters.keys() and found != about.parameters:
             warnings.warn(
                 f"{folder}: the weights of {about.base} are not those that the masks were saved with, which were "
@@ -245,14 +244,10 @@ def _loaded(model_class: Any, folder: Path, about: About, options: dict[str, Any
 
 def _sums_of(model: nn.Module) -> dict[str, str]:
     """A checksum of all parameters, under their dtypes; empty where they are not plain tensors (shards, quantised)."""
-    named = sorted(model.named_parameters())
-    if any(type(parameter.data) is not torch.Tensor or parameter.is_meta for _, parameter in named):
+    named = dict(model.named_parameters())
+    if any(type(parameter.data) is not torch.Tensor or parameter.is_meta for parameter in named.values()):
         return {}
-    digest = hashlib.sha256()
-    for name, parameter in named:
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return {" ".join(sorted({str(parameter.dtype) for _, parameter in named})): digest.hexdigest()}
+    return {" ".join(sorted({str(parameter.dtype) for parameter in named.values()})): digest_of(named, {})}
 
 
 def _downloaded(name: str, revision: str | None) -> str:

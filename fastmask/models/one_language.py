@@ -62,18 +62,27 @@ class Summary:
     unpacked: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        width = max(len("language"), *(len(name) for name in self.languages))
-        head = f"{'language':<{width}} {'live of masked':>16} {'share':>6} {'with unmasked':>14}"
-        lines = [f"{head} {'MFLOP/token':>12} {'MB':>8}"]
-        for name, part in self.languages.items():
-            share = part.parameters / max(1, part.all_parameters)
-            lines.append(
-                f"{name:<{width}} {part.parameters:>16,} {share:>6.1%} {part.parameters + self.unmasked:>14,} "
-                f"{part.flops / 1e6:>12.2f} {part.n_bytes / 1e6:>8.1f}"
-            )
+        lines = _table("language", self.languages)
         lines.append(f"unmasked, in every language: {self.unmasked:,}; trainable in all: {self.trainable:,}")
         lines += [f"not packed: {place} ({why})" for place, why in self.unpacked.items()]
         return "\n".join(lines)
+
+    def by_layer(self) -> str:
+        """The same table for every masked layer, each language in a line."""
+        parts = {f"{layer} {name}": part for layer, of in self.layers.items() for name, part in of.items()}
+        return "\n".join(_table("layer", parts))
+
+
+def _table(head: str, parts: dict[str, Part]) -> list[str]:
+    width = max(len(head), *(len(name) for name in parts))
+    return [
+        f"{head:<{width}} {'live parameters':>16} {'share':>6} {'MFLOP/token':>12} {'MB':>9}",
+        *(
+            f"{name:<{width}} {part.parameters:>16,} {part.parameters / max(1, part.all_parameters):>6.1%} "
+            f"{part.flops / 1e6:>12.3f} {part.n_bytes / 1e6:>9.3f}"
+            for name, part in parts.items()
+        ),
+    ]
 
 
 def summary(model: nn.Module) -> Summary:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from fastmask.torch_path import onednn
 from fastmask.torch_path.onednn import by_onednn
-from fastmask.torch_path.scratch import PRODUCT, gather
+from fastmask.torch_path.scratch import LEFT, PRODUCT, ROWS, Scratch, gather
 
 __all__ = ["Live", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples"]
 
+GAP = 16  # numbers between rows that are read by columns
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
+TURNED_TOKENS = 512  # whose factors are transposed at once
 MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
 
 
@@ -117,19 +119,25 @@ def add_sampled(grad: Tensor, where: tuple[Tensor, Tensor], a: Tensor, c: Tensor
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         sums = torch.sparse_csr_tensor(*where, values, grad.shape, check_invariants=False)
-    for of_a, of_c in zip(_by_tokens(a), _by_tokens(c), strict=True):
-        torch.sparse.sampled_addmm(sums, of_a, of_c.t(), out=sums)
+    for some_a, some_c in zip(a.split(TURNED_TOKENS), c.split(TURNED_TOKENS), strict=True):
+        for of_a, of_c in zip(_turned(some_a, LEFT), _turned(some_c, PRODUCT), strict=True):
+            torch.sparse.sampled_addmm(sums, of_a, of_c.t(), out=sums)
     grad.add_(sums)
 
 
-def _by_tokens(x: Tensor) -> list[Tensor]:
-    """The transposes [n, tokens] of some rows after the other of x [M, n], each contiguous.
+def _turned(x: Tensor, memory: Scratch) -> Tensor:
+    """The transposes [parts, n, SAMPLED_TOKENS] of some rows of x [M, n] after the other; zeros fill up the last.
 
-    `sampled_addmm` would transpose both factors itself, but on one core.
+    `sampled_addmm` would transpose both factors itself, but on one core. Rows are copied first, to where a gap is behind
+    each: of a width like 3,072 all elements of a column would take turns in the same lines of a cache.
     """
-    M = len(x) - len(x) % SAMPLED_TOKENS
-    whole = x[:M].unflatten(0, (-1, SAMPLED_TOKENS)).transpose(1, 2).contiguous()
-    return [*whole, x[M:].t().contiguous()] if len(x) > M else [*whole]
+    M, n = x.shape
+    parts = -(-M // SAMPLED_TOKENS)
+    rows = ROWS.take(parts * SAMPLED_TOKENS, n + GAP, x)[:, :n]
+    rows[:M] = x
+    rows[M:] = 0
+    turned = memory.take(parts * n, SAMPLED_TOKENS, x).view(parts, n, SAMPLED_TOKENS)
+    return turned.copy_(rows.unflatten(0, (parts, SAMPLED_TOKENS)).transpose(1, 2))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,12 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["LEFT", "PRODUCT", "ROWS", "gather"]
+__all__ = ["LEFT", "PRODUCT", "ROWS", "Scratch", "gather"]
 
 MOST_VIEWS = 256  # one for each size that was asked for
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """A buffer that every call takes in turn, one for each thread: fresh memory costs more than what is copied into it.
 
     The kernel clears each page of it at the first touch, and glibc gives large blocks back as soon as they are free.
@@ -39,7 +39,7 @@ class _Scratch(threading.local):
         return self.views[key]
 
 
-ROWS, LEFT, PRODUCT = _Scratch(), _Scratch(), _Scratch()
+ROWS, LEFT, PRODUCT = Scratch(), Scratch(), Scratch()
 
 
 def gather(w: Tensor, index: Tensor | None) -> Tensor:

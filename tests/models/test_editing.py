@@ -105,6 +105,14 @@ class TestSummary:
         assert "bb" in str(found)
         assert found.languages["bb"].n_bytes == 8 * found.languages["bb"].parameters
 
+    def test_every_layer_in_every_language_has_a_line(self):
+        model, subnets, _ = made()
+        found = fm.summary(fm.attach(model, subnets))
+        _, *lines = found.by_layer().splitlines()
+        assert [line.split()[:2] for line in lines] == [[name, own] for name in found.layers for own in subnets.languages]
+        live = [int(line.split()[2].replace(",", "")) for line in lines if line.split()[1] == "bb"]
+        assert sum(live) == found.languages["bb"].parameters
+
     def test_names_of_what_is_not_packed(self):
         model, subnets, _ = made(("bloom", "BloomForCausalLM"))
         assert "not packed: heads of transformer.h.*.self_attention" in str(fm.summary(fm.attach(model, subnets)))

@@ -46,7 +46,17 @@ def bitsandbytes(model):
     return model.to("cpu")
 
 
-@pytest.mark.parametrize("quantise", [torchao, quanto, bitsandbytes])
+def bitsandbytes_of_4_bits(model):
+    library = pytest.importorskip("bitsandbytes")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            made = library.nn.Linear4bit(module.in_features, module.out_features, quant_type="nf4")
+            made.load_state_dict(module.state_dict())
+            model.set_submodule(name, made)
+    return model.to("cpu")  # quantises
+
+
+@pytest.mark.parametrize("quantise", [torchao, quanto, bitsandbytes, bitsandbytes_of_4_bits])
 class TestEveryLibrary:
     """Whole models."""
 
@@ -75,7 +85,7 @@ class TestEveryLibrary:
         """A masked layer that was quantised is noticed; after detach the quantised model is plain."""
         model = quantise(fm.attach(tiny("bert").float(), subnetworks()))
         with pytest.raises(
-            ValueError, match=f"masked layer '{QUERY}' (was replaced by .*(QLinear|8bitLt)|became .*Int8Tensor)"
+            ValueError, match=f"masked layer '{QUERY}' (was replaced by .*(QLinear|8bitLt|4bit)|became .*Int8Tensor)"
         ):
             run(model)
         expected = quantise(tiny("bert").float())(**batch(2))[0]

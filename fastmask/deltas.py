@@ -363,7 +363,7 @@ def _without(model: nn.Module) -> Iterator[list[Change]]:
     """
     on = _on.get(model, [])
     found = [_digests(change, model) for change, _, _ in on]
-    if found == [change.base for change, _, _ in on]:
+    if found == [change.base for change, _, _ in on] != [left for _, _, left in on]:
         on = []  # the base was loaded again since
     for (change, _, left), now in zip(on, found, strict=False):
         for name in left:

@@ -292,7 +292,7 @@ def number_of(model: nn.Module, language: str | int | None) -> int:
         KeyError: not a language of the attached subnetworks.
         ValueError: an id out of range, a name where masked layers have none, or parts of different languages.
     """
-    names = {attached(owner).subnets.languages for owner in owners_in(model)}
+    names = {state.subnets.languages for part in model.modules() if (state := state_of(part)) is not None}
     if len(names) > 1:
         raise ValueError("parts of the model have subnetworks of different languages attached: expected the same")
     counts = {layer.mask.n_languages for layer in model.modules() if isinstance(layer, MaskedLinear)}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastmask.masks import FULL
 from fastmask.models.languages import ids_of
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         of_outer: Attached | None = getattr(self, INNER, None) if state is None else None
         given = arguments.languages_in(kwargs)
         if of_outer is not None and not given:
-            return function(self, *args, **kwargs)  # in the pass of the outer model, or as layers find it by themselves
+            running = of_outer.router.running
+            if running.route is not None or not running.generating:
+                return function(self, *args, **kwargs)  # in a pass of the outer model, or as layers find it themselves
         state = state or of_outer
         if state is None:  # detached; `Accelerator.prepare`, for one, keeps a forward on the instance
             if given:
@@ -182,7 +185,7 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
         plain._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
 
     def save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if prefix.endswith("base_model.model.") and OUTER in vars(self):
+        if prefix.endswith(("base_model.", "base_model.model.")) and OUTER in vars(self):
             warnings.warn(
                 "PEFT saves adapters without the masks of the model below: fastmask.save_pretrained(model, folder, "
                 "weights=False) writes those beside them",
@@ -204,7 +207,7 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
 
         @functools.wraps(plain_save)
         def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            if OUTER not in vars(self):
+            if state_of(self) is None:
                 plain_save(self, save_directory, *args, **kwargs)
             else:
                 from fastmask.models.saving import save_pretrained as save  # which imports this module
@@ -222,16 +225,22 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
             names, state = arguments.languages_in(kwargs), state_of(self)
             if state is None:
                 return plain_generate(self, *args, **its_own, **names, **kwargs)
+            given = names
             if "language" not in names:
                 ids = ids_of(names, state.router.languages)
-                names = {} if ids is None else {"language_ids": ids}  # tensors are repeated for beams, names are not
-            if has_language and not names and not state.router.has_default:
+                # Tensors are repeated for beams, names are not.
+                given = names = {} if ids is None else {"language_ids": ids}
+                if isinstance(ids, Tensor) and ids.is_cpu and len(present := set(ids.flatten().tolist())) == 1:
+                    # One for all, however many rows a step has: Whisper drops those that have come to their end.
+                    (only,), names = present, {}
+                    given = {"language": None if only == FULL else state.router.languages[only]}
+            if has_language and not given and not state.router.has_default:
                 raise ValueError(
                     f"no language was given: the argument `language` of {plain.__name__}.generate is that model's own. "
                     "Pass languages=[...] or language_ids=..., or use `with fastmask.language(model, ...)` or "
                     "`fastmask.set_language(model, ...)`"
                 )
-            with state.router.generating(names):
+            with state.router.generating(given):
                 return plain_generate(self, *args, **its_own, **names, **kwargs)
 
         namespace["generate"] = generate

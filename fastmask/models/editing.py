@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmask.masks import Mask
 from fastmask.models.attach import Attached, attached, owner_of
 from fastmask.models.experts import AttachedExperts
-from fastmask.models.layers import Around, AttachedLinear
+from fastmask.models.layers import Around, AttachedLinear, check_geometry
 from fastmask.models.structure import kept_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
@@ -72,7 +72,7 @@ def set_subnetworks(model: nn.Module, subnets: Subnetworks) -> None:
     """Give an attached model other subnetworks over the same units and weights, perhaps of other languages.
 
     Raises:
-        ValueError: they mask something else, or lack the standing language (`set_language`); called inside
+        ValueError: they mask something else or units that are not there, or lack the standing language (`set_language`); called inside
             `fastmask.language`. Nothing has changed then.
     """
     state, owner = attached(model), owner_of(model)
@@ -88,6 +88,7 @@ def set_subnetworks(model: nn.Module, subnets: Subnetworks) -> None:
     changes = subnets.languages[: len(router.languages)] != router.languages
     if changes and router.default.get() is not None:
         raise ValueError("cannot remove a language inside `with fastmask.language(...)`: ids of others would change")
+    check_geometry(owner, subnets, state.structure)
     masks = {name: Mask.weights(keep) for name, keep in (subnets.weights or {}).items()}
     for _, group, units in state.structure.masked(subnets):
         masks |= group.masks(owner, units)
@@ -96,8 +97,7 @@ def set_subnetworks(model: nn.Module, subnets: Subnetworks) -> None:
 
 def _masked_of(subnets: Subnetworks) -> dict[str, tuple[int, ...]]:
     """What subnetworks mask, and the sizes of that."""
-    masked = {**subnets.units, **(subnets.weights or {})}
-    return {name: tuple(keep.shape[1:]) for name, keep in masked.items()}
+    return {name: tuple(keep.shape[1:]) for name, keep in {**subnets.units, **(subnets.weights or {})}.items()}
 
 
 def add_language(model: nn.Module, name: str, subnet: Subnetworks) -> None:

@@ -132,7 +132,8 @@ class LanguageCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]], *args: Any, **kwargs: Any) -> Any:
         """The batch of the other collator, its `language_ids` and its `language_counts`.
 
-        A batch of several texts each, as sentence-transformers makes them, has `<text>_language_ids` for each. Where
+        A batch of several texts, as sentence-transformers makes them without `input_ids`, has `<text>_language_ids`
+        for each. Where
         all examples stand in one row (`DataCollatorWithFlattening`), there is an id for each token, [1, T].
         """
         ids = [self._id(example) for example in examples]
@@ -148,7 +149,9 @@ class LanguageCollator:
             language_ids = language_ids.repeat_interleave(torch.tensor(lengths, device="cpu"))[None]
         added = {"language_ids": language_ids, "language_counts": LanguageCounts.of(language_ids, len(self.languages))}
         texts = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
-        batch.update({text + name: value for text in texts or [""] for name, value in added.items()})
+        if "input_ids" in batch or not texts:  # others are of the same call, as `decoder_input_ids`
+            texts = [""]
+        batch.update({text + name: value for text in texts for name, value in added.items()})
         return batch
 
     def __getattr__(self, name: str) -> Any:

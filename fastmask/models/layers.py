@@ -29,6 +29,7 @@ __all__ = [
     "AttachedConv1D",
     "AttachedLinear",
     "Siblings",
+    "check_geometry",
     "put",
     "unit_layers",
     "weight_layers",
@@ -275,7 +276,7 @@ def unit_layers(
     At places (`UnitGroup.place`) that are `unpacked` units stay in their slots, at those `apart` projections do not
     read the same input, and at those in `once` they also run on something that all examples read.
     """
-    _check_geometry(model, subnets, structure)
+    check_geometry(model, subnets, structure)
     layers: Placed = {}
     for _, group, keep in structure.masked(subnets):
         how = {"router": router, "packs": group.place not in unpacked, "of_heads": group.kind == "heads"}
@@ -363,7 +364,8 @@ def put(model: nn.Module, layers: Mapping[str, nn.Module | Around]) -> Placed:
     return before
 
 
-def _check_geometry(model: nn.Module, subnets: Subnetworks, structure: Structure) -> None:
+def check_geometry(model: nn.Module, subnets: Subnetworks, structure: Structure) -> None:
+    """Raise ValueError where masks are of units that a model does not have."""
     what = f"this {type(model).__name__} has"
     for kind, keep in subnets.units.items():
         sizes = [group.units for group in structure.groups(kind)]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastmask.files import FileError, digest_of, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
-from fastmask.models.calls import ORIGIN, UNLOADED, plain_class_of
+from fastmask.models.calls import ORIGIN, OUTER, UNLOADED, plain_class_of
 from fastmask.models.editing import set_subnetworks
 from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
@@ -78,8 +78,9 @@ def save_pretrained(
         options: as for `model.save_pretrained` of `transformers`.
 
     Raises:
-        ValueError: neither subnetworks nor an extracted model; weights are left out of a model without a name, or would
-            be written with adapters between them, which nothing could load.
+        ValueError: neither subnetworks nor an extracted model, or a part of a model that has some; weights are left
+            out of a model without a name, or would be written with adapters between them, which nothing could load;
+            metadata that are not texts, or `push_to_hub`, which would not take the masks (`model.push_to_hub` does).
         OSError: it cannot be written.
     """
     owner: Any = owner_of(model)
@@ -98,7 +99,15 @@ def save_pretrained(
             base, revision = origin.base, origin.revision
     if not weights and (sizes or base is None):
         raise ValueError("weights=False keeps only masks, for a model that was loaded by name with from_pretrained")
-    adapted = next((name for name, module in owner.named_modules() if "base_layer" in module._modules), None)
+    if masked and OUTER not in vars(owner):
+        raise ValueError(
+            f"this {type(owner).__name__} is a part of a model with subnetworks attached, whose names and layers they "
+            "have: save that model, or detach it before"
+        )
+    if options.get("push_to_hub"):
+        raise ValueError("push_to_hub=True would upload before the masks are there: use model.push_to_hub(repo_id)")
+    adapters = {"base_layer", "modules_to_save"}
+    adapted = next((name for name, module in owner.named_modules() if adapters & module._modules.keys()), None)
     if weights and adapted is not None and not getattr(owner, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"cannot save weights with an adapter between them ({adapted!r}): merge adapters before attach "
@@ -106,10 +115,11 @@ def save_pretrained(
         )
     folder, full = Path(folder), masked and attached(owner).router.full_forward
     plain_class: Any = plain_class_of(owner)
+    masks = _masks_as_tensor(attached(owner).subnets, metadata) if masked else None  # fails before anything is written
     if weights:
         state = dict(options.pop("state_dict", None) or owner.state_dict())
-        if masked and not full:
-            state[UNLOADED] = _masks_as_tensor(attached(owner).subnets)
+        if masks is not None and not full:
+            state[UNLOADED] = masks
         plain_class.save_pretrained(owner, folder, state_dict=state, **options)
     if options.get("is_main_process", True):
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,8 +164,11 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: no such folder, or nothing of fastmask in it.
+        ValueError: `output_loading_info`.
         FileError: a ValueError; a file is damaged, is not the one that was saved, or is of another version.
     """
+    if options.get("output_loading_info"):
+        raise ValueError("output_loading_info=True is not supported here: the result is the model alone")
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(_downloaded(str(name), revision))
@@ -178,6 +191,8 @@ def from_pretrained(
     subnets = Subnetworks.load(folder / MASKS)
     if about.weights:
         model = _loaded(model_class, folder, about, options)
+        if not Path(name).is_dir():  # where others find it, and not where the cache is
+            model.config._name_or_path, model.config._commit_hash = str(name), folder.name
     elif about.base is None:
         raise FileError(folder / ABOUT, "has neither weights nor the name of a base model")
     else:
@@ -199,18 +214,24 @@ def _from(about: About, model: Any) -> Any:
     return model
 
 
-def _masks_as_tensor(subnets: Subnetworks) -> Tensor:
+def _masks_as_tensor(subnets: Subnetworks, metadata: Mapping[str, str]) -> Tensor:
     """The bytes of the file of masks."""
     with tempfile.TemporaryDirectory() as folder:
-        subnets.save(path := Path(folder) / MASKS)
+        subnets.save(path := Path(folder) / MASKS, metadata)
         return torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
 
 
 def restore_masks(model: nn.Module, saved: Tensor) -> None:
     """Give an attached model the subnetworks that weights, which are about to be loaded into it, were saved with."""
-    with tempfile.TemporaryDirectory() as folder:
-        (path := Path(folder) / MASKS).write_bytes(saved.cpu().numpy().tobytes())
-        subnets = Subnetworks.load(path)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            (path := Path(folder) / MASKS).write_bytes(saved.cpu().to(torch.uint8).numpy().tobytes())
+            subnets = Subnetworks.load(path)
+    except ValueError:  # of weights that were averaged, say, or cast
+        warnings.warn(
+            "the weights that are loaded have no masks that can be read: those attached stay as they are", stacklevel=2
+        )
+        return
     if subnets == attached(model).subnets.map(lambda keep: keep.cpu()):
         return
     said = "the weights that are loaded were saved with other subnetworks than are attached"

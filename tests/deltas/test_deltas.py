@@ -235,6 +235,16 @@ def test_twice_and_never(plain, deltas):
         de + other
 
 
+def test_a_change_of_nothing(plain):
+    """Of no steps, say: it is on the model all the same."""
+    model, nothing = copy.deepcopy(plain), fm.Delta.of(trained(plain, subnetworks(plain), "de", steps=0), plain, "de")
+    nothing.add(model)
+    with pytest.raises(ValueError, match="'de' was added to this BertModel already"):
+        nothing.add(model)
+    nothing.remove(model)
+    assert_same(parameters(model), parameters(plain))
+
+
 def test_training_after_a_delta_is_not_lost(plain, deltas):
     """A model that has changed since is left as it is, also where the change is below another delta."""
     (de, ner), _ = deltas

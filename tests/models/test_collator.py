@@ -107,6 +107,24 @@ def test_several_texts():
     }
 
 
+def test_what_a_decoder_reads():
+    """Collators for encoder-decoders add its tokens, which are of the same call, and have no languages of their own."""
+    from transformers import BartConfig, BartForConditionalGeneration, DataCollatorForSeq2Seq
+
+    class Pads:
+        padding_side, pad_token_id = "right", 0
+
+        def pad(self, examples, **_):
+            return {name: torch.tensor([example[name] for example in examples]) for name in examples[0]}
+
+    config = BartConfig(vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8)
+    model = BartForConditionalGeneration(config)
+    collate = fm.LanguageCollator(DataCollatorForSeq2Seq(Pads(), model), SUBNETS)
+    found = collate([{"language": "fi", "input_ids": [4, 5], "labels": [6, 7]}])
+    assert found["decoder_input_ids"].shape == (1, 2)
+    assert {name for name in found if "language" in name} == {"language_ids", "language_counts"}
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("examples", "error", "message"),

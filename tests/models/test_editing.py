@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from every_model import first_of, made, times_masks
 from transformers import default_data_collator
 
@@ -89,6 +90,19 @@ class TestEditing:
         fm.remove_language(model, "bb")
         with pytest.raises(ValueError, match="the only language"):
             fm.remove_language(model, "cc")
+
+    def test_units_that_are_not_there(self):
+        """Of layers of different sizes the masks are as wide as the widest."""
+        config = transformers.BartConfig(
+            vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+        )  # fmt: skip
+        model = transformers.BartModel(config)
+        subnets = fm.Subnetworks.random(model, ["aa"], 0.5, seed=0, units="heads")
+        fm.attach(model, subnets)
+        with pytest.raises(ValueError, match=r"the masks own heads of layer 1 that do not exist: .* has 2 there"):
+            fm.add_language(model, "new", fm.Subnetworks(["x"], heads=torch.ones_like(subnets.heads)))
+        assert attached(model).subnets == subnets
 
 
 class TestSummary:

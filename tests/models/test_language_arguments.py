@@ -341,5 +341,11 @@ def test_generate_with_an_argument_language_of_its_own():
         with fm.language(model, "fi"):
             assert torch.equal(model.generate(sound, language=token, **options), alone["fi", token])
     assert torch.equal(model.generate(sound, languages=["fi", "fi"], **options), alone["fi", None])
+    # Of sound longer than a window, rows that have come to their end are dropped.
+    long, options = torch.randn(2, 4, 60, dtype=torch.float64), {**options, "return_timestamps": True}
+    options["attention_mask"] = torch.ones(2, 60)
+    options["attention_mask"][0, 25:] = 0
+    wanted = networks["sw"].generate(long, **options)
+    assert torch.equal(model.generate(long, languages=["sw", "sw"], **options), wanted)
     with pytest.raises(ValueError, match=r"that model's own.*fastmask.set_language"):
         model.generate(sound, **options)

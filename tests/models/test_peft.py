@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -204,6 +205,25 @@ def test_saving_without_masks_warns(tmp_path):
     again = peft.PeftModel.from_pretrained(fm.from_pretrained(tmp_path / "adapted"), tmp_path / "adapted")
     assert attached(again).subnets == subnets
     torch.testing.assert_close(run(again.eval()), run(adapted))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_prompts_without_masks_warn(tmp_path):
+    """What PEFT trains beside a model, with no layer of its own inside of it."""
+    base = tiny("bert", "tokens").float()
+    base.save_pretrained(tmp_path / "base")
+    model = type(base).from_pretrained(tmp_path / "base")
+    prompts = peft.PromptTuningConfig(
+        task_type="TOKEN_CLS", num_virtual_tokens=2, token_dim=24, num_attention_heads=4, num_layers=2
+    )
+    adapted = peft.get_peft_model(fm.attach(model, subnetworks(model, "neurons")), prompts)
+    with pytest.warns(UserWarning, match="adapters without the masks"):
+        adapted.save_pretrained(tmp_path / "adapted")
+    fm.save_pretrained(adapted, tmp_path / "adapted", weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*not packed")
+        fm.from_pretrained(tmp_path / "adapted")
 
 
 def test_freezing_and_saving_with_masks_around_adapters(tmp_path):

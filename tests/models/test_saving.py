@@ -17,6 +17,7 @@ from tiny_models import batch, tiny
 
 import fastmask as fm
 from fastmask.models.attach import attached, is_attached
+from fastmask.models.calls import UNLOADED
 from fastmask.models.editing import set_subnetworks
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -170,6 +171,45 @@ class TestFolder:
         with pytest.raises(ValueError, match="is not the file that was saved with the subnetworks"):
             fm.from_pretrained(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"metadata": {"version": "1"}}, "metadata has 'version'"), ({"push_to_hub": True}, "use model.push_to_hub")],
+    )
+    def test_what_is_refused_leaves_the_folder_as_it_was(self, options, message, tmp_path):
+        model, subnets, inputs = made()
+        expected = first_of(fm.attach(model, subnets)(**inputs, language="aa"))
+        model.save_pretrained(tmp_path)
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        with pytest.raises(ValueError, match=message):
+            fm.save_pretrained(model, tmp_path, **options)
+        assert torch.equal(first_of(fm.from_pretrained(tmp_path)(**inputs, language="aa")), expected)
+
+    def test_a_model_inside_of_another(self, tmp_path):
+        """Its masks have the names and layers of the whole model, without which they would not fit."""
+        model, subnets, _ = made()
+        inner = fm.attach(model, subnets).bert
+        for save in (inner.save_pretrained, lambda folder: fm.save_pretrained(inner, folder)):
+            with pytest.raises(ValueError, match="this BertModel is a part of a model with subnetworks attached"):
+                save(tmp_path / "inner")
+        assert not (tmp_path / "inner").exists()
+        fm.detach(model)
+        inner.save_pretrained(tmp_path / "inner")
+
+    @pytest.mark.parametrize("change", [torch.zeros_like, lambda saved: saved * 0.5, lambda _: torch.zeros(1)])
+    def test_masks_among_weights_that_cannot_be_read(self, change, tmp_path):
+        """Of weights that were averaged or cast, say: they are loaded, and the masks stay."""
+        model, subnets, _ = made()
+        fm.attach(model, subnets).save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        weights[UNLOADED] = change(weights[UNLOADED])
+        first = next(name for name in weights if name != UNLOADED)
+        weights[first] = weights[first] + 1
+        with pytest.warns(UserWarning, match="no masks that can be read: those attached stay"):
+            model.load_state_dict(weights, strict=False)
+        assert attached(model).subnets == subnets
+        assert torch.equal(model.state_dict()[first], weights[first])
+
     def test_bad_input(self, tmp_path):
         model, subnets, _ = made()
         with pytest.raises(ValueError, match="BertForMaskedLM has no subnetworks attached"):
@@ -185,6 +225,8 @@ class TestFolder:
         with pytest.raises(ValueError, match="weights=False keeps only masks"):
             fm.save_pretrained(fm.attach(model, subnets), tmp_path, weights=False)
         model.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="output_loading_info=True is not supported"):
+            fm.from_pretrained(tmp_path, output_loading_info=True)
         about = json.loads((tmp_path / "fastmask.json").read_text())
         for change, message in (
             ({"version": 2}, "version"),
@@ -291,7 +333,12 @@ class TestHub:
         fm.attach(model, subnets).save_pretrained(snapshot)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert attached(fm.from_pretrained("someone/finnish")).subnets == subnets
+        loaded = fm.from_pretrained("someone/finnish")
+        assert attached(loaded).subnets == subnets
+        fm.add_language(loaded, "new", subnets.select(["aa"]))
+        fm.save_pretrained(loaded, tmp_path / "masks", weights=False)  # names what anybody can load
+        about = json.loads((tmp_path / "masks" / "fastmask.json").read_text())
+        assert (about["base"], about["revision"]) == ("someone/finnish", "a" * 40)
         with pytest.raises(FileNotFoundError, match=r"someone/swedish: no such folder, and not on the Hub"):
             fm.from_pretrained("someone/swedish")
 

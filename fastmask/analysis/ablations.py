@@ -90,14 +90,19 @@ def ablation(
     examples = []
     with (
         frozen(model if whole is None else whole),
-        language(model, None),
         torch.compiler.set_stance("force_eager"),  # a compiled model would be compiled again for the gates
     ):
         for name, given in data.items():
             row = subnets.index(name)
             alive = torch.cat([subnets.units[probe.kind][row, probe.layer, : probe.units] for probe in probes])
             owned = alive.tolist()
-            with gated(model, probes, alive.split([probe.units for probe in probes])) as gates:  # each pass reads them
+            # All units are computed: in the full network, which is the language's own where it owns all of them, with
+            # what else it has (a vector, say).
+            in_full = language(model, name if all(owned) else None)
+            with (
+                in_full,
+                gated(model, probes, alive.split([probe.units for probe in probes])) as gates,
+            ):  # each pass reads them
                 absolute, signed = _scores(name, given, loss, probes, gates)
                 base = _losses(given, loss, gates)
                 examples.append(n := len(base))

@@ -63,18 +63,17 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 def run_compare(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
     from fastmask.compare.cells import Runner, run_all
-    from fastmask.compare.report import read_tables, write_report
+    from fastmask.compare.report import cells_of, read_tables, write_report
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
     plan = _plan(options)
     known = None if options.known is None else read_tables(Path(options.known))
-    done = () if known is None else set(zip(known[1]["seed"], known[1]["arm"], strict=True))
+    done = () if known is None else set.intersection(*(cells_of(table) for table in known))
     jobs = plan.jobs_for(_some_of(options, "arms", plan.arms, default=()), done)
     check_writable(plan.out / "plan")
     check_languages(plan)
-    Runner(plan).check()
-    plan.open()
+    plan.open(Runner(plan).check())
     threads = plan.training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
     try:
         run_all(plan, jobs, options.workers, threads, _progress(plan, jobs), options.ray)

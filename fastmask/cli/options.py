@@ -16,8 +16,9 @@ from typing import Any, get_args, get_type_hints
 from fastmask.errors import nearest
 from fastmask.files import STDOUT, read_yaml
 from fastmask.settings import ConfigError, items_of
+from fastmask.subnetworks import Subnetworks
 from fastmask.training.config import DEVICES, TrainConfig
-from fastmask.training.run_folder import data_of
+from fastmask.training.run_folder import MASKS_FILE, data_of
 
 __all__ = [
     "DATA", "FILE", "MASKS", "RUN", "Input", "add_data", "add_device", "add_settings", "add_task_settings",
@@ -100,12 +101,14 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def which_data(config: TrainConfig, run: str, options: argparse.Namespace) -> tuple[str, list[str]]:
     """The data and the languages to read: those that the options of `add_data` give, else those of the run."""
-    if options.data is None:
-        data, languages, _ = data_of(config, run)
-    else:
-        data, languages = options.data, config.language_list
-    given = items_of(",".join(options.languages or []))
-    return data, given or languages or config.task_class.languages(data, config.task_settings)
+    given = items_of(",".join(options.languages or [])) or config.language_list
+    masks = Path(run, MASKS_FILE)
+    if options.data is not None and not given and masks.is_file():
+        given = list(Subnetworks.load(masks).languages)
+    if options.data is not None and given:
+        return options.data, given
+    data, languages, _ = data_of(config, run)
+    return options.data or data, given or languages
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

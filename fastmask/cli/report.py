@@ -73,6 +73,7 @@ class Row:
 
     language: str
     part: str | None
+    examples: int
     words: int
     full: dict[str, float]
     own: dict[str, float] | None = None
@@ -100,7 +101,8 @@ def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[
     for language, part, examples in ((name, part, of) for name, parts in tests.items() for part, of in parts.items()):
         has_own = subnets is not None and language in subnets.languages
         own = task.scored(examples, language) if has_own else None
-        rows.append(Row(language, part, int(examples.lengths.sum()), task.scored(examples, None), own))
+        size = len(examples), int(examples.lengths.sum())
+        rows.append(Row(language, part, *size, task.scored(examples, None), own))
     return rows
 
 

@@ -142,7 +142,8 @@ def _print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     size = sum(parameter.numel() for parameter in task.model.parameters())
     frozen = {p for table in task.input_embeddings() for p in table.parameters()} if config.freeze_embeddings else ()
     left = sum(parameter.numel() for parameter in frozen)
-    need = (12 * size - 8 * left) * (1 + (config.keep_checkpoints or config.steps // max(config.checkpoint_every, 1)))
+    kept = -(-config.steps // (config.checkpoint_every or config.steps))
+    need = (12 * size - 8 * left) * (1 + (config.keep_checkpoints or kept))
     of_them = f", {(size - left) / 1e6:.1f} M of them trained" if frozen else ""
     print(
         f"{config.task}, method {config.method}, model {config.model} ({size / 1e6:.1f} M parameters{of_them}) on "

@@ -87,6 +87,9 @@ def run_all(
         CellFailedError: a job failed, or a process was killed.
         ImportError: Ray is asked for and not installed.
     """
+    for job in jobs:
+        if is_done(plan, job):  # whoever did it may have been killed before this
+            Runner(plan).tidy(job)
     waiting = [job for job in jobs if not is_done(plan, job)]
     if not waiting:
         return
@@ -171,8 +174,12 @@ class Runner:
         elif job.kind == "cell":
             remove_tree(run_folder.folder_of(run))
 
-    def check(self) -> None:
-        """See that data and settings fit, before anything is trained; raises ValueError where they do not."""
+    def check(self) -> dict[str, str]:
+        """See that data and settings fit, before anything is trained; raises ValueError where they do not.
+
+        Returns:
+            What is read -> its digest, for `Plan.open`.
+        """
         masked = any(config.method != "full" for config in self.plan.configs.values())
         nearest = masked and self.plan.config.choose == "nearest"
         tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
@@ -190,6 +197,10 @@ class Runner:
                 if config.meta != "none":
                     Budget.of(config, len(train))
                     episode_sampler(config, train)
+        task, train = next(iter(tasks.values()))
+        test = {name: task.examples(rows) for name, rows in self.scorer.tests.items()}
+        parts = {"training": train, "test": test}
+        return {f"{kind} data of {name}": task.digest(of[name]) for kind, of in parts.items() for name in of}
 
     @cached_property
     def datasets(self) -> Splits:

@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -33,7 +34,7 @@ __all__ = [
     "Hypothesis", "Job", "Plan", "arms_of", "check_languages", "is_done", "read_result", "write_result",
 ]  # fmt: skip
 
-SETTINGS_FILE, RESULT_FILE = "compare.yaml", "result.json"
+SETTINGS_FILE, RESULT_FILE, INPUTS_FILE = "compare.yaml", "result.json", "inputs.json"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
 """Settings of training that the comparison itself decides; an arm may say `method`, `meta` and `masks`."""
 OF_ARMS = ("method", "meta", "masks")
@@ -72,10 +73,14 @@ class CompareConfig(Settings):
     )
     adapt_optimizer: str = setting("sgd", "optimizer for adapting to a support set", choices=OPTIMIZERS)
     adapt_lr: float | None = setting(
-        None, "learning rate for adapting, outside the encoder; inner_lr of the arm if not given", above=0
+        None,
+        "learning rate for adapting, outside the encoder; inner_lr of the arm, 3e-5 with adamw, if not given",
+        above=0,
     )
     adapt_encoder_lr: float | None = setting(
-        None, "learning rate for adapting the encoder; inner_encoder_lr of the arm if not given", low=0
+        None,
+        "learning rate for adapting the encoder; inner_encoder_lr of the arm, 3e-5 with adamw, if not given",
+        low=0,
     )
     test_sentences: int = setting(200, "test sentences per language, drawn once; 0: all", low=0)
     keep_models: bool = setting(True, "keep the trained model of each cell, for `fastmask analyze`")
@@ -179,8 +184,23 @@ class Plan:
             "zone": self.zone,
         }
 
-    def open(self) -> None:
-        """Write the settings, or see that the folder holds this very comparison; else raise `ConfigError`."""
+    def open(self, inputs: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write the settings, or see that the folder holds this very comparison; else raise `ConfigError`.
+
+        `inputs` are what it reads, by name, and digests of that; cells of other data would be another comparison's.
+        """
+        self._open_settings()
+        file = self.out / INPUTS_FILE
+        known: dict[str, str] = read_json(file) if file.is_file() else dict(inputs)
+        if inputs and (changed := sorted(name for name in {*known, *inputs} if known.get(name) != inputs.get(name))):
+            raise ConfigError(
+                f"{self.out} was begun with other data: {', '.join(changed[:4])} changed since (expected the same to "
+                "go on with it, or a new folder)"
+            )
+        if inputs and not file.is_file():
+            write_text(file, json.dumps(known, indent=1) + "\n")
+
+    def _open_settings(self) -> None:
         file, mine = self.out / SETTINGS_FILE, flat(self.settings, ".")
         if file.is_file():
             theirs = flat(Plan.stored(self.out).settings, ".")
@@ -274,7 +294,7 @@ class Plan:
 
     @cached_property
     def baselines(self) -> dict[str, dict[str, str]]:
-        """For each of `BASELINES`: arm -> the arm that it is compared with; with `random` only found masks are."""
+        """For each of `BASELINES`: arm -> the arm that it is compared with (with `random` not those of `full`)."""
         found: dict[str, dict[str, str]] = {method: {} for method in BASELINES}
         for arm, config in self.configs.items():
             for method, of_arms in found.items():

@@ -26,8 +26,18 @@ from fastmask.compare.tables import (
 )
 from fastmask.files import FileError, replace_file, write_text
 from fastmask.tasks.task import heading
+from fastmask.training.config import Budget
 
-__all__ = ["NOTE", "SCORES_FILE", "load_results", "load_tables", "page_tables", "read_tables", "write_report"]
+__all__ = [
+    "NOTE",
+    "SCORES_FILE",
+    "cells_of",
+    "load_results",
+    "load_tables",
+    "page_tables",
+    "read_tables",
+    "write_report",
+]
 
 SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
@@ -85,9 +95,28 @@ def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
     if known is None:
         return tables
     order = {(job.seed, job.arm): number for number, job in enumerate(plan.cells)}
+    _check_budget(plan, *known)
     scores, cells = _joined(tables[0], known[0], order), _joined(tables[1], known[1], order)
     _check_alike(scores)
     return scores, cells
+
+
+def cells_of(table: pd.DataFrame) -> set[tuple[int, str]]:
+    """(seed, arm) of the rows of a table."""
+    return set() if table.empty else set(zip(table["seed"], table["arm"], strict=True))
+
+
+def _check_budget(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> None:
+    """See that known cells took the steps that the plan says."""
+    seen = scores.loc[scores["condition"] == "seen", "language"].nunique() if "condition" in scores else 0
+    for cell in cells[cells["arm"].isin(plan.arms)].to_dict("records") if seen else ():
+        budget = Budget.of(plan.configs[cell["arm"]], seen)
+        for name in ("outer_steps", "gradient_passes", "sentences"):
+            if name in cell and cell[name] != (planned := getattr(budget, name)):
+                raise ValueError(
+                    f"the known cell {cell['arm']} of seed {cell['seed']} has {cell[name]:,} {name.replace('_', ' ')}, "
+                    f"the plan {planned:,} (expected known cells to be of this plan)"
+                )
 
 
 def _check_alike(scores: pd.DataFrame) -> None:
@@ -264,11 +293,13 @@ def _draw_gains(plan: Plan, scores: pd.DataFrame) -> Any:
     languages weigh the same, as in the summary.
     """
     sign, groups = 1 if plan.task.higher_is_better else -1, {}
-    seeds = {arm: scores.loc[scores["arm"] == arm, "seed"].nunique() for arm in plan.baselines["full"]}
+    seeds: dict[str, set[int]] = {arm: set() for arm in plan.baselines["full"]}  # that an arm and its baseline share
     for condition, what in (("seen", "training languages"), ("adapted", "unseen languages, adapted")):
         part = scores[scores["condition"] == condition]
         pairs = plan.baselines["full"].items()
         apart = {arm: by_language_and_seed(part, arm) - by_language_and_seed(part, full) for arm, full in pairs}
+        for arm, of_arm in apart.items():
+            seeds[arm] |= set(of_arm.dropna().index.get_level_values("seed"))
         gains = {arm: sign * of_arm.groupby("language").mean() for arm, of_arm in apart.items()}
         table = pd.DataFrame(gains).T.reindex(columns=list(dict.fromkeys(part["language"])))
         if table.notna().any(axis=None):
@@ -277,7 +308,7 @@ def _draw_gains(plan: Plan, scores: pd.DataFrame) -> Any:
         return None
     table = pd.concat(groups.values(), axis=1).dropna(how="all").round(1) + 0.0  # no -0.0
     names = [
-        arm if seeds[arm] == max(seeds.values()) else f"{arm} ({seeds[arm]} seed{'s' * (seeds[arm] > 1)})"
+        arm if len(seeds[arm]) == plan.config.seeds else f"{arm} ({len(seeds[arm])} seed{'s' * (len(seeds[arm]) > 1)})"
         for arm in table.index
     ]
     limit = float(np.nanquantile(table.abs(), 0.95)) or 1.0  # one language far apart must not take all the colours

@@ -40,6 +40,11 @@ class Scorer:
         pools = {language: split_pool(of, self.shots, SEED, language, same=same) for language, of in unseen.items()}
         self.unseen = {name: replace(pool, test=self._some(name, pool.test)) for name, pool in pools.items()}
 
+    @property
+    def tests(self) -> dict[str, list[Mapping[str, Any]]]:
+        """The test rows of every language."""
+        return {**self.seen, **{language: data.test for language, data in self.unseen.items()}}
+
     def supports(self, language: str, seed: int) -> list[Rows]:
         """The support sets of an unseen language for the runs of a seed."""
         pool = self.unseen[language].support
@@ -51,8 +56,7 @@ class Scorer:
 
         `nearest`: whether the nearest language will be asked for, which a task must be able to tell.
         """
-        tests = {**self.seen, **{language: data.test for language, data in self.unseen.items()}}
-        if silent := [language for language, test in tests.items() if not task.has_answers(task.examples(test))]:
+        if silent := [language for language, test in self.tests.items() if not task.has_answers(task.examples(test))]:
             said = f"no test {task.example_word} of {', '.join(silent)} have labels that the model knows"
             raise ValueError(f"{said} (expected some to score)")
         for language in self.unseen:

@@ -34,7 +34,8 @@ UNLOADED = "fastmask.masks_were_not_loaded.use_fastmask_from_pretrained"
 """A name among saved weights that plain `from_pretrained` warns of: without masks the model is another one.
 
 Under it are the bytes of the masks. Where weights are loaded into an attached model (`Trainer` does, to resume and for
-the best checkpoint), it runs with the masks that they were saved with.
+the best checkpoint), it runs with the masks that they were saved with. With ``forward="full"`` there is no such name:
+the weights are those of the full network.
 """
 
 # The arguments that say languages. `language=None` says something (the full network), so its default is `...`;

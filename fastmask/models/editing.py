@@ -72,8 +72,8 @@ def set_subnetworks(model: nn.Module, subnets: Subnetworks) -> None:
     """Give an attached model other subnetworks over the same units and weights, perhaps of other languages.
 
     Raises:
-        ValueError: they mask something else or units that are not there, or lack the standing language (`set_language`); called inside
-            `fastmask.language`. Nothing has changed then.
+        ValueError: they mask something else or units that are not there, or lack the standing language
+            (`set_language`); called inside `fastmask.language`. Nothing has changed then.
     """
     state, owner = attached(model), owner_of(model)
     subnets = subnets.map(lambda keep: keep.cpu())

@@ -42,11 +42,18 @@ def _rows(part: Part, run: Run, split: str, n: int, more: str = "") -> dict[str,
     return {name: drawn(splits, name, split, options.sentences or n, options.seed) for name in splits}
 
 
+def _labelled(part: Part, task: Task, rows: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Those of the languages whose rows can be scored."""
+    silent = [name for name, own in rows.items() if not task.has_answers(task.examples(own))]
+    part.skip_all(dict.fromkeys(silent, f"none of its test {task.example_word} have labels that the model knows"))
+    return {name: own for name, own in rows.items() if name not in silent}
+
+
 # ---- scores
 
 
 def effect(part: Part) -> None:
-    """Every variant against `full`, and every one with masks against `random`.
+    """Every variant against `full`, and every other one against `random`.
 
     By the scores of a comparison, or by those that `fastmask train` left in each run.
     """
@@ -83,7 +90,7 @@ def effect(part: Part) -> None:
 
 def _scores(part: Part) -> pd.DataFrame:
     """The test scores that the runs have, of languages that all of them were scored in on as many words."""
-    (first, *others), rows = part.study.runs, []
+    (first, *others), rows, without = part.study.runs, [], set()
     for run in others:
         if (run.config.task, run.config.task_options) != (first.config.task, first.config.task_options):
             raise SkipError(f"{run.folder} has another task, or other settings of it, than {first.folder}")
@@ -92,24 +99,34 @@ def _scores(part: Part) -> pd.DataFrame:
         if not tested:
             part.skip(f"{variant}, seed {seed}", f"{run.folder / RESULTS_FILE} has no test scores")
         for row in tested:  # of the score that decides, a language's is the mean over its treebanks
+            if row["own"] is None and run.config.method != BASELINE:
+                part.skip(row["language"], f"{variant} has no subnetwork of it")
+                without.add(row["language"])
+                continue
             score = next(iter((row["own"] or row["full"]).values()))
-            rows.append((variant, row["language"], seed, row["words"], score))
+            rows.append((variant, row["language"], seed, row.get("examples", row["words"]), row["words"], score))
     if not rows:
         raise SkipError("no run has test scores")
-    every = pd.DataFrame(rows, columns=["method", "language", "seed", "words", "score"])
-    scores = every.groupby(["language", "method", "seed"], sort=False).agg({"words": "sum", "score": "mean"})
+    every = pd.DataFrame(rows, columns=["method", "language", "seed", "examples", "words", "score"])
+    sums = {"examples": "sum", "words": "sum", "score": "mean"}
+    scores = every.groupby(["language", "method", "seed"], sort=False).agg(sums)
+    # Pieces of words, which many tasks count, depend on the model, and on where texts are cut.
+    alike = len({(run.config.model, run.config.max_length) for run in (first, *others)}) == 1
+    size = ["examples", "words"] if alike else ["examples"]
     known = len(every[["method", "seed"]].drop_duplicates())
-    for language, words in scores["words"].groupby("language", sort=False):
-        if len(words) < known:
-            part.skip(language, f"it was scored in {len(words)} of {known} runs")
-        elif words.nunique() > 1:
-            part.skip(language, f"the runs were scored on different test sets, of {span(words)} words")
+    for language, sizes in scores[size].groupby("language", sort=False):
+        if language in without:
+            pass
+        elif len(sizes) < known:
+            part.skip(language, f"it was scored in {len(sizes)} of {known} runs")
+        elif (differ := next((name for name in size if sizes[name].nunique() > 1), None)) is not None:
+            part.skip(language, f"the runs were scored on different test sets, of {span(sizes[differ])} {differ}")
         else:
             continue
         scores = scores.drop(language, level="language")
     if scores.empty:
         raise SkipError("the runs have no test set in common")
-    return scores.reset_index().drop(columns="words")
+    return scores.reset_index()[["language", "method", "seed", "score"]]
 
 
 def typology(part: Part) -> None:
@@ -316,7 +333,8 @@ def cross(part: Part) -> None:
         raise SkipError("there is one language, whose subnetwork can be exchanged with no other")
     if not languages:
         raise SkipError("none of the languages has a test split")
-    rows = {name: rows[name] for name in languages}
+    rows = _labelled(part, task_of(runs[0][0], options, attached=False)[0], {name: rows[name] for name in languages})
+    languages = list(rows)
     unseen = len(set(languages) - set(names))
     for of, of_seeds in networks.items():
         cells = []
@@ -379,7 +397,8 @@ def ablation(part: Part) -> None:
         raise SkipError("the subnetworks do not mask heads")
     rows = _rows(part, run, "test", ABLATED)
     task, _ = task_of(run, part.options)
-    batches = {name: batches_of(task, own, name) for name, own in rows.items() if name in masks.languages}
+    rows = _labelled(part, task, {name: own for name, own in rows.items() if name in masks.languages})
+    batches = {name: batches_of(task, own, name, "test") for name, own in rows.items()}
     if batches:
         result = analysis.ablation(
             task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model, seed=part.options.seed

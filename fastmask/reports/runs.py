@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fastmask.compare.plan import RESULT_FILE, SETTINGS_FILE, Plan, is_done
-from fastmask.compare.report import load_results
-from fastmask.compare.tables import scores_table
+from fastmask.compare.plan import SETTINGS_FILE, Plan
+from fastmask.compare.report import SCORES_FILE, load_tables, read_tables
 from fastmask.files import read_json, read_tensors
 from fastmask.models import attach
 from fastmask.settings import items_of
@@ -93,6 +92,7 @@ class Study:
 
     title: str
     runs: tuple[Run, ...]  # the finished ones
+    days: tuple[str, str] = ("", "")  # on which the first and the last was done
     missing: Mapping[str, str] = field(default_factory=dict)  # of a comparison: its other cells, and why
     scores: pd.DataFrame | None = None  # of a comparison: the rows of its ``results.csv``
     baselines: Mapping[str, Mapping[str, str]] | None = None  # "full" or "random" -> arm -> what it is compared with
@@ -108,7 +108,7 @@ class Study:
         """
         runs = tuple(run for run in self.runs if run.kept)
         if not runs:
-            raise SkipError("the comparison kept no models (--no-keep-models), and this takes more than scores")
+            raise SkipError("the comparison has no models here (--no-keep-models), and this takes more than scores")
         return replace(self, runs=runs)
 
     @property
@@ -124,14 +124,6 @@ class Study:
         """Those that have subnetworks or scores."""
         owning = [name for run in self.runs if (masks := run.masks) is not None for name in masks.languages]
         return list(dict.fromkeys(owning if self.scores is None else [*owning, *self.scores["language"]]))
-
-    @property
-    def days(self) -> tuple[str, str]:
-        """On which the first and the last run was done."""
-        files = [run.folder / "model" if run.kept else run.folder.parent / RESULT_FILE for run in self.runs]
-        times = [file.stat().st_mtime for file in files]
-        first, last = (datetime.date.fromtimestamp(time).isoformat() for time in (min(times), max(times)))
-        return first, last
 
     @property
     def metric(self) -> str:
@@ -164,12 +156,14 @@ class Study:
         found: dict[str, list[tuple[Run, Subnetworks]]] = {}
         known: list[list[tuple[int, Subnetworks]]] = []
         for name, runs in self.analysed.items():
+            if runs[0].config.method == "vector":  # every language owns everything
+                continue
             own = [(run, masks) for run in runs if (masks := run.masks) is not None]
             if own and (by_seed := [(run.config.seed, masks) for run, masks in own]) not in known:
                 found[name] = own
                 known.append(by_seed)
         if not found:
-            raise SkipError("no run has subnetworks (method full)")
+            raise SkipError("no run has subnetworks (methods full and vector have none)")
         return found
 
 
@@ -219,16 +213,20 @@ def _alone(given: Sequence[tuple[Path, TrainConfig]]) -> Study:
     shown = [demo for folder, config in given if config.data is None and (demo := config.task_class.demo(folder))]
     unseen = ",".join(shown[0][2]) if len(shown) == len(given) else ""
     settings = {folder.name: vars(config) for folder, config in given}
-    return Study(", ".join(labels), tuple(runs), unseen=unseen, settings=settings)
+    done = [(folder / "model").stat().st_mtime for folder, _ in given]
+    days = [datetime.date.fromtimestamp(time).isoformat() for time in (min(done), max(done))]
+    return Study(", ".join(labels), tuple(runs), (days[0], days[1]), unseen=unseen, settings=settings)
 
 
 def _comparison(folder: Path) -> Study:
-    """A study of the cells of a comparison that are done."""
+    """A study of the cells of a comparison that are done, here or where others did them."""
     plan = Plan.stored(folder)
+    scores, cells = load_tables(plan, read_tables(folder) if (folder / SCORES_FILE).is_file() else None)
+    done = set() if cells.empty else set(zip(cells["seed"], cells["arm"], strict=True))
     kept, others, missing = [], [], {}
     for job in plan.cells:
         run = plan.folder(job) / "run"
-        if not is_done(plan, job):
+        if (job.seed, job.arm) not in done:
             missing[job.name] = "this cell is not done yet"
         elif not (run / CONFIG_FILE).is_file():
             others.append(Run(run, plan.settings_of(job.arm, job.seed, run), job.arm))
@@ -236,14 +234,14 @@ def _comparison(folder: Path) -> Study:
             check_finished(run)
             kept.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
     if kept:  # else every analysis that needs a model says that there is none
-        why = "the model of this cell was not kept (--no-keep-models)"
+        why = "the model of this cell is not here (--no-keep-models, --known)"
         missing |= {run.folder.parent.relative_to(folder).as_posix(): why for run in others}
     if not kept and not others:
         raise FileNotFoundError(f"the comparison in {folder} has no finished cell yet")
-    scores = scores_table(load_results(plan))
     settings = {"comparison": plan.settings["comparison"], "training": plan.training}
     settings |= {f"arm {arm}": own for arm, own in plan.arms.items()}
-    return Study(folder.resolve().name, (*kept, *others), missing, scores, plan.baselines, plan.config.unseen, settings)
+    days, runs = (cells["day"].min(), cells["day"].max()), (*kept, *others)
+    return Study(folder.resolve().name, runs, days, missing, scores, plan.baselines, plan.config.unseen, settings)
 
 
 # ---- models and examples
@@ -303,12 +301,13 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
     return task, subnets
 
 
-def batches_of(task: Task, rows: Sequence[Row], name: str) -> list[Any]:
+def batches_of(task: Task, rows: Sequence[Row], name: str, kind: str = "training") -> list[Any]:
     """Rows of language `name` in batches, in their order, without those that cannot be trained on.
 
-    At most `BATCH` are in one, and of two rows or more at most half: two halves can be set against each other.
+    At most `BATCH` are in one, and of two rows or more at most half: two halves can be set against each other. `kind`
+    says what they are, for messages.
     """
-    examples = task.training_examples(rows, name)
+    examples = task.training_examples(rows, name, kind)
     places = np.arange(len(examples))
     size = min(BATCH, -(-len(places) // 2))
     pieces = [places[first : first + size] for first in range(0, len(places), size)]

@@ -17,7 +17,7 @@ from fastmask.tasks.data.conllu import write_texts
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
 
-__all__ = ["CHUNK", "like_lengths", "predicted_lines"]
+__all__ = ["CHUNK", "like_lengths", "predicted_lines", "rows_of_lines"]
 
 CHUNK = 512  # examples of a file that are in memory at a time
 # Positions with which a batch keeps the device busy; and how much of a larger one may be padding.
@@ -64,7 +64,7 @@ def predicted_lines(task: Task, source: str | os.PathLike[str], target: str | os
     """
 
     def predicted() -> Iterator[str]:
-        rows = _rows_of_lines(source)
+        rows = rows_of_lines(source)
         while chunk := list(itertools.islice(rows, CHUNK)):
             for row, prediction in zip(chunk, task.predict(task.examples(chunk)), strict=True):
                 yield json.dumps({**row, "prediction": prediction}, ensure_ascii=False) + "\n"
@@ -72,7 +72,8 @@ def predicted_lines(task: Task, source: str | os.PathLike[str], target: str | os
     return write_texts(target, predicted())
 
 
-def _rows_of_lines(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def rows_of_lines(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, one after the other; raises what `predict_lines` does."""
     any_row = False
     with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -128,8 +128,8 @@ def add_sampled(grad: Tensor, where: tuple[Tensor, Tensor], a: Tensor, c: Tensor
 def _turned(x: Tensor, memory: Scratch) -> Tensor:
     """The transposes [parts, n, SAMPLED_TOKENS] of some rows of x [M, n] after the other; zeros fill up the last.
 
-    `sampled_addmm` would transpose both factors itself, but on one core. Rows are copied first, to where a gap is behind
-    each: of a width like 3,072 all elements of a column would take turns in the same lines of a cache.
+    `sampled_addmm` would transpose both factors itself, but on one core. Rows are copied first, to where a gap is
+    behind each: of a width like 3,072 all elements of a column would take turns in the same lines of a cache.
     """
     M, n = x.shape
     parts = -(-M // SAMPLED_TOKENS)

@@ -49,6 +49,31 @@ def literal_change(model, batches, name, units, layer, unit):
     return (losses[0] - losses[1]).detach()
 
 
+def test_a_language_that_owns_everything_runs_under_its_name():
+    """What else it has, as a vector, is found by its id; others run the full network."""
+    model, batches = setting()
+    subnets = attached(fm.detach(model) and fm.attach(model, attached_masks(all_of="aa"))).subnets
+    assert subnets.heads[0].all()
+    assert not subnets.heads[1].all()
+    ran = {"aa": set(), "bb": set()}
+
+    def loss(inputs):
+        name = "aa" if any(inputs is given for given in batches["aa"]) else "bb"
+        ran[name].add(attached(model).router.default.get())
+        return loss_of(model)(inputs)
+
+    fm.analysis.ablation(model, loss, batches)
+    assert ran == {"aa": {0}, "bb": {-1}}
+
+
+def attached_masks(all_of):
+    subnets = fm.Subnetworks.random(tiny("bert").config, LANGUAGES, 0.5, seed=3, units="both")
+    row = subnets.index(all_of)
+    heads, neurons = subnets.heads.clone(), subnets.neurons.clone()
+    heads[row] = neurons[row] = True
+    return fm.Subnetworks(LANGUAGES, heads=heads, neurons=neurons)
+
+
 @pytest.mark.parametrize(
     ("model_type", "units"),
     covering(["bert", "roberta", "distilbert", "llama", "qwen3"], ["heads", "neurons"]),

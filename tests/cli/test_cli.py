@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 
 import pytest
+import torch
 from finished_run import make_run
 from processes import start_process
 from typed_command import output_of
@@ -18,6 +19,7 @@ from fastmask.cli import main
 from fastmask.cli.options import which_data
 from fastmask.cli.train import _config
 from fastmask.files import MANIFEST, files_in, read_metadata, write_manifest
+from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.data.synthetic import SEEN
 from fastmask.training.config import TrainConfig
 
@@ -44,7 +46,7 @@ def test_train_leaves_everything_it_names(run):
     results = json.loads((run / "results.json").read_text())
     assert [row["language"] for row in results["test"]] == ["qaa", "qac"]
     for row in results["test"]:
-        assert row.keys() == {"language", "part", "words", "full", "own"}
+        assert row.keys() == {"language", "part", "examples", "words", "full", "own"}
         assert 0 <= row["full"]["las"] <= row["full"]["uas"] <= 100
     assert results["training_words_per_second"].keys() == {"full_network", "subnetworks"}
     masks = fm.Subnetworks.load(run / "masks.safetensors")
@@ -398,3 +400,8 @@ def test_an_embedded_run_goes_on_with_the_languages_it_was_trained_on(tmp_path):
     folder, languages = which_data(TrainConfig(), str(tmp_path), options)
     assert folder == str(tmp_path / "data")
     assert languages == list(SEEN)
+    options = Namespace(data="elsewhere", languages=None)
+    assert which_data(TrainConfig(), str(tmp_path), options) == ("elsewhere", list(SEEN))
+    masks = Subnetworks(["qaf", "qac"], heads=torch.ones(2, 1, 2, dtype=torch.bool))
+    masks.save(tmp_path / "masks.safetensors")
+    assert which_data(TrainConfig(), str(tmp_path), options) == ("elsewhere", ["qaf", "qac"])

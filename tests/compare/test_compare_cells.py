@@ -286,6 +286,9 @@ def test_tables_stand_for_cells_that_were_done_elsewhere(plan, tmp_path):
     for whole, joined in zip(load_tables(plan), load_tables(here, known), strict=True):
         assert list(joined["arm"]) == list(whole["arm"])
         pd.testing.assert_frame_equal(joined, whole, check_dtype=False, rtol=1e-3)
+    longer = dataclasses.replace(here, training={**plan.training, "steps": 600})
+    with pytest.raises(ValueError, match=r"the known cell \w+ of seed 0 has \d+ outer steps, the plan 600"):
+        load_tables(longer, known)
     nothing_here = dataclasses.replace(plan, out=tmp_path / "nothing")
     assert {"static", "dynamic"} == set(plan.arms) - set(load_tables(nothing_here, known)[0]["arm"])
     (elsewhere / "cells.csv").write_text("")

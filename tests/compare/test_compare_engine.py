@@ -55,6 +55,18 @@ def children_of(process: int) -> list[int]:
     return found
 
 
+def test_what_a_killed_process_did_not_tidy_goes(data: Path, tmp_path: Path) -> None:
+    """Between a cell's result and the end of its job: the checkpoints would stay for good."""
+    plan = plan_in(tmp_path / "out", data)
+    for job in plan.jobs:
+        write_result(plan, job, {"scores": []})
+    checkpoint = plan.folder(plan.cells[0]) / "run" / "checkpoints" / "step-1"
+    checkpoint.mkdir(parents=True)
+    in_processes(plan)
+    assert not checkpoint.parent.exists()
+    assert checkpoint.parents[1].exists()
+
+
 def test_two_processes_do_each_job_once_and_not_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

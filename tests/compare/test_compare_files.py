@@ -35,6 +35,14 @@ def test_settings_come_back(plan):
     plan.open()
 
 
+def test_other_data(plan):
+    """Cells of other data would be another comparison's: what was read when it was begun must be there still."""
+    plan.open({"training data of qaa": "1", "test data of qaa": "2"})
+    plan.open({"training data of qaa": "1", "test data of qaa": "2"})
+    with pytest.raises(ValueError, match="begun with other data: test data of qaa changed since"):
+        plan.open({"training data of qaa": "1", "test data of qaa": "3"})
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -204,6 +204,9 @@ def test_the_picture_pairs_arms_by_seed():
     figure = report._draw_gains(PLAN, scores_table(some))
     assert figure.axes[0].images[0].get_array()[1, 0] == 2.0  # fi, 42 against 40
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["random", "static (1 seed)"]
+    some = {key: value for key, value in results().items() if key != (1, "full")}  # nor is there more to pair with
+    figure = report._draw_gains(PLAN, scores_table(some))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["random (1 seed)", "static (1 seed)"]
 
 
 def test_no_picture_without_gains():

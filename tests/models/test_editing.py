@@ -123,7 +123,9 @@ class TestSummary:
         model, subnets, _ = made()
         found = fm.summary(fm.attach(model, subnets))
         _, *lines = found.by_layer().splitlines()
-        assert [line.split()[:2] for line in lines] == [[name, own] for name in found.layers for own in subnets.languages]
+        assert [line.split()[:2] for line in lines] == [
+            [name, own] for name in found.layers for own in subnets.languages
+        ]
         live = [int(line.split()[2].replace(",", "")) for line in lines if line.split()[1] == "bb"]
         assert sum(live) == found.languages["bb"].parameters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -11,11 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
-from fastmask.compare.plan import SETTINGS_FILE
+from fastmask.compare.plan import SETTINGS_FILE, Plan
+from fastmask.compare.report import write_report
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports import ANALYSES, Options, analyses, make_report
 from fastmask.reports.page import Part
-from fastmask.reports.runs import batches_of, studies_of
+from fastmask.reports.runs import SkipError, batches_of, studies_of
+from fastmask.tasks.parsing.task import Parsing
 
 FEW = Options(sentences=4)
 
@@ -209,7 +212,7 @@ def test_few_rows_make_two_batches(count):
 
     class Made:
         device = "cpu"
-        training_examples = staticmethod(lambda rows, name: Some(rows))
+        training_examples = staticmethod(lambda rows, name, kind: Some(rows))
         collate = staticmethod(torch.tensor)
 
     batches = batches_of(Made(), list(range(count)), "xx")
@@ -235,7 +238,7 @@ def test_a_comparison_without_models(comparison, without_models, data, tmp_path)
     for path in whole.report.parent.glob("*.csv"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
     for name in ("overlap", "use", "conflict", "cross", "ablation", "dynamics"):
-        assert says(made, f"{name}: ", "the comparison kept no models (--no-keep-models)"), name
+        assert says(made, f"{name}: ", "the comparison has no models here (--no-keep-models)"), name
     assert not says(made, "comparison (")
     made = make_report([without_models], ["effect", "typology"], tmp_path / "again", FEW)
     assert says(made, "typology", "does not know where its data is: name it with --data")
@@ -247,9 +250,68 @@ def test_a_comparison_with_some_models(comparison, tmp_path):
     shutil.copytree(comparison, copy)
     shutil.rmtree(copy / "seed-1" / "static" / "run")
     made = make_report([copy], ["effect", "overlap"], tmp_path / "out", FEW)
-    assert says(made, "comparison (seed-1/static)", "was not kept")
+    assert says(made, "comparison (seed-1/static)", "is not here")
     assert says(made, "overlap (static, between seeds)", "one seed only")
     assert pd.read_csv(tmp_path / "out" / "effect-seen_methods.csv").seeds.tolist() == [2]
+
+
+def test_cells_that_were_done_elsewhere(comparison, tmp_path):
+    """What `compare --known` took from tables counts as in its summary."""
+    copy = shutil.copytree(comparison, tmp_path / "copy")
+    write_report(Plan.stored(copy))
+    shutil.rmtree(copy / "seed-1" / "static")
+    (study,), (whole,) = studies_of([copy]), studies_of([comparison])
+    assert len(study.scores) == len(whole.scores)
+    assert study.days == whole.days
+    assert study.missing.keys() == {"seed-1/static"}
+    assert "is not here" in study.missing["seed-1/static"]
+    assert [run.config.seed for run in study.variants["static"]] == [0, 1]
+
+
+def test_vectors_are_no_masks(static_run, tmp_path):
+    """Of method vector every language owns everything, of which there is nothing to say."""
+    copy = shutil.copytree(static_run, tmp_path / "vector")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("method: static", "method: vector"))
+    (study,) = studies_of([copy])
+    with pytest.raises(SkipError, match="methods full and vector have none"):
+        _ = study.masked
+
+
+def test_a_language_without_labels(static_run, tmp_path, monkeypatch):
+    """It is left out, and the others are not."""
+    asked = itertools.count()  # of three languages, for each analysis
+    monkeypatch.setattr(Parsing, "has_answers", lambda task, examples: next(asked) % 3 != 0)
+    made = make_report([static_run], ["cross", "ablation"], tmp_path / "out", FEW)
+    for name in ("cross", "ablation"):
+        assert says(made, f"{name} (qaa)", "none of its test sentences have labels")
+    assert set(pd.read_csv(tmp_path / "out" / "ablation-static.csv").language) == {"qab", "qac"}
+
+
+def test_languages_without_subnetworks_in_scores_of_single_runs(static_run, full_run, tmp_path):
+    """The full network reads them, which says nothing of the method."""
+    copy = shutil.copytree(static_run, tmp_path / "static")
+    results = json.loads((copy / "results.json").read_text())
+    results["test"][0]["own"] = None
+    (copy / "results.json").write_text(json.dumps(results))
+    made = make_report([copy, full_run], ["effect"], tmp_path / "out", FEW)
+    assert says(made, "effect (qaa)", "static has no subnetwork of it")
+    assert set(pd.read_csv(tmp_path / "out" / "effect.csv").language) == {"qab", "qac"}
+
+
+def test_scores_of_runs_that_cut_words_into_other_pieces(static_run, full_run, tmp_path):
+    """How many pieces a test set has depends on the model, and on where texts are cut."""
+    copy = shutil.copytree(full_run, tmp_path / "full")
+    results = json.loads((copy / "results.json").read_text())
+    for row in results["test"]:
+        row["words"] += 7
+    (copy / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="the runs have no test set in common"):
+        make_report([static_run, copy], ["effect"], tmp_path / "none", FEW)
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(re.sub("max_length: .*", "max_length: 99", text))
+    make_report([static_run, copy], ["effect"], tmp_path / "out", FEW)
+    assert pd.read_csv(tmp_path / "out" / "effect.csv").language.tolist() == ["qaa", "qab", "qac"]
 
 
 def test_scores_of_single_runs(static_run, full_run, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -191,3 +193,11 @@ def test_a_full_disk_is_not_taken_for_a_bad_file():
         with pytest.raises(OSError, match="the cache of datasets") as raised:
             write(number)
         assert raised.value.errno == number
+
+
+def test_standard_input():
+    """JSON lines, as `fastmask adapt --support -` reads them."""
+    code = "from fastmask.tasks.data.sources import read_file; print(read_file('/dev/stdin'))"
+    lines = '{"text": "one"}\n\n{"text": "two"}\n'
+    done = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[{'text': 'one'}, {'text': 'two'}]"

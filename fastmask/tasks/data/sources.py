@@ -30,6 +30,7 @@ from fastmask.settings import items_of
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.language_codes import same_language
 from fastmask.tasks.data.treebanks import SPLITS, load_treebanks, preparing, trained_languages
+from fastmask.tasks.predicting import rows_of_lines
 
 __all__ = ["languages_of", "load", "read_file"]
 
@@ -102,13 +103,15 @@ def load(
 
 
 def read_file(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
-    """The rows of one file: JSON (lines), CSV, Parquet or CoNLL-U, by its ending.
+    """The rows of one file: JSON (lines), CSV, Parquet or CoNLL-U, by its ending; ``/dev/stdin`` has JSON lines.
 
     Raises:
         FileNotFoundError: there is no such file.
         FileError: another ending, or a file that is not what its name says.
         ConlluError: not CoNLL-U.
     """
+    if os.fspath(path) == "/dev/stdin":
+        return list(rows_of_lines(path))
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file at {os.fspath(path)}")
     if Path(path).suffix == ".conllu":

@@ -68,7 +68,7 @@ def test_tables_of_the_commands(capsys):
     print_masks(masks(), file)
     assert [row[0] for row in cells_of(file.getvalue())][1:] == NAMES
     file = io.StringIO()
-    print_scores([Row(name, None, 1, {"las": 50.0}) for name in NAMES], Parsing, file)
+    print_scores([Row(name, None, 1, 1, {"las": 50.0}) for name in NAMES], Parsing, file)
     assert [row[0] for row in cells_of(file.getvalue())][1 : 1 + len(NAMES)] == NAMES
     file = io.StringIO()
     for name in NAMES:

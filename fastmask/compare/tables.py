@@ -17,7 +17,7 @@ from fastmask.analysis.statistics import SURE, holm, paired
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
 __all__ = [
-    "SCORE_COLUMNS", "by_language_and_seed", "cells_table", "compared", "conditions_in", "decisions", "scores_table",
+    "SCORE_COLUMNS", "by_language_and_seed", "cells_table", "compared", "decisions", "scores_table",
     "summary_table",
 ]  # fmt: skip
 
@@ -58,11 +58,6 @@ def by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
     return scores[scores["arm"] == arm].groupby(["language", "seed"])["score"].mean()
 
 
-def conditions_in(scores: pd.DataFrame) -> list[str]:
-    """The conditions of which there are scores, in their order."""
-    return [condition for condition in CONDITIONS if (scores["condition"] == condition).any()]
-
-
 NOT_COMPARED: dict[str, Any] = {
     **dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "p"), np.nan),
     **dict.fromkeys(("languages", "languages_better", "seeds", "seeds_agree"), 0),
@@ -91,8 +86,10 @@ def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     """
     sign = 1 if plan.task.higher_is_better else -1
     rows: list[dict[str, Any]] = []
-    for condition in conditions_in(scores):
+    for condition in CONDITIONS:
         of_condition = scores[scores["condition"] == condition]
+        if of_condition.empty:
+            continue
         for arm in plan.arms:
             by_seed = by_language_and_seed(of_condition, arm).groupby("seed").mean()
             row: dict[str, Any] = {"condition": condition, "arm": arm, "seeds": len(by_seed)}

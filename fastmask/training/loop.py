@@ -259,9 +259,7 @@ class _Run:
         mine: list[tuple[str, dict[str, float]]] = []
         with self.accelerator.autocast():
             for name in list(self.dev)[self.accelerator.process_index :: self.accelerator.num_processes]:
-                with self.task.reading(name if self.task.is_attached else None):
-                    predictions = self.task.predict(self.dev[name])
-                mine.append((name, self.task.score(self.dev[name], predictions)))
+                mine.append((name, self.task.scored(self.dev[name], name if self.task.is_attached else None)))
         found = dict(gather_object(mine))
         scores = {name: found[name] for name in self.dev}
         mean = sum(score[self.task.metric] for score in scores.values()) / len(scores)

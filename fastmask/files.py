@@ -52,8 +52,10 @@ class FileError(ValueError):
     """A file that is damaged or not what was asked for; the message reads ``FILE: what is wrong (expected)``."""
 
     def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
-        """Build the message, one line."""
-        super().__init__(f"{os.fspath(path)}: {' '.join(problem.split())}")
+        """Build the message, one line that a terminal can show, whatever it repeats of a file."""
+        said = " ".join(problem.split())
+        said = said if len(said) <= 800 else f"{said[:500]} ... {said[-250:]}"
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{os.fspath(path)}: {said}"))
 
 
 def check(path: str | os.PathLike[str], content: Any, kind: type[T] | Any) -> T:

@@ -145,3 +145,12 @@ def test_a_date_that_yaml_writes_is_text(tmp_path):
     """A date in quotation marks and one without are the same text."""
     text = yaml.safe_dump({"a": "2024-01-05", "b": datetime.date(2024, 1, 5)})
     assert files.read_yaml(written(tmp_path, text)) == {"a": "2024-01-05", "b": "2024-01-05"}
+
+
+def test_what_a_message_repeats_of_a_file():
+    """Names with control characters, and headers of any length, stay one line that a terminal can show."""
+    message = str(files.FileError("a\x1b[2J", "holds " + "b" * 5000 + "\x7f\n (expected less)"))
+    assert message.startswith("a\\x1b[2J: holds bbb")
+    assert message.endswith("\\x7f (expected less)")
+    assert message.isprintable()
+    assert len(message) < 1000

@@ -96,13 +96,10 @@ def ablation(
             row = subnets.index(name)
             alive = torch.cat([subnets.units[probe.kind][row, probe.layer, : probe.units] for probe in probes])
             owned = alive.tolist()
+            each = alive.split([probe.units for probe in probes])  # which each pass reads
             # All units are computed: in the full network, which is the language's own where it owns all of them, with
             # what else it has (a vector, say).
-            in_full = language(model, name if all(owned) else None)
-            with (
-                in_full,
-                gated(model, probes, alive.split([probe.units for probe in probes])) as gates,
-            ):  # each pass reads them
+            with language(model, name if all(owned) else None), gated(model, probes, each) as gates:
                 absolute, signed = _scores(name, given, loss, probes, gates)
                 base = _losses(given, loss, gates)
                 examples.append(n := len(base))

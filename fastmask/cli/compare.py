@@ -69,7 +69,7 @@ def run_compare(options: argparse.Namespace) -> None:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
     plan = _plan(options)
     known = None if options.known is None else read_tables(Path(options.known))
-    done = () if known is None else set.intersection(*(cells_of(table) for table in known))
+    done = () if known is None else set.intersection(*(set(cells_of(table)) for table in known))
     jobs = plan.jobs_for(_some_of(options, "arms", plan.arms, default=()), done)
     check_writable(plan.out / "plan")
     check_languages(plan)

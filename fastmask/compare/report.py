@@ -29,15 +29,8 @@ from fastmask.tasks.task import heading
 from fastmask.training.config import Budget
 
 __all__ = [
-    "NOTE",
-    "SCORES_FILE",
-    "cells_of",
-    "load_results",
-    "load_tables",
-    "page_tables",
-    "read_tables",
-    "write_report",
-]
+    "NOTE", "SCORES_FILE", "cells_of", "load_results", "load_tables", "page_tables", "read_tables", "write_report",
+]  # fmt: skip
 
 SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
@@ -101,9 +94,9 @@ def load_tables(plan: Plan, known: Tables | None = None) -> Tables:
     return scores, cells
 
 
-def cells_of(table: pd.DataFrame) -> set[tuple[int, str]]:
-    """(seed, arm) of the rows of a table."""
-    return set() if table.empty else set(zip(table["seed"], table["arm"], strict=True))
+def cells_of(table: pd.DataFrame) -> list[tuple[int, str]]:
+    """(seed, arm) of each row of a table."""
+    return [] if table.empty else list(zip(table["seed"], table["arm"], strict=True))
 
 
 def _check_budget(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> None:
@@ -140,14 +133,10 @@ def _check_alike(scores: pd.DataFrame) -> None:
 
 def _joined(own: pd.DataFrame, other: pd.DataFrame, order: Mapping[tuple[int, str], int]) -> pd.DataFrame:
     """The rows of two tables by the order of cells; of a cell that is in both, those of `own`."""
-
-    def cells(table: pd.DataFrame) -> list[tuple[int, str]]:
-        return [] if table.empty else list(zip(table["seed"], table["arm"], strict=True))
-
-    mine = set(cells(own))
-    rest = other[[cell in order and cell not in mine for cell in cells(other)]]
+    mine = set(cells_of(own))
+    rest = other[[cell in order and cell not in mine for cell in cells_of(other)]]
     table = pd.concat([part for part in (own, rest) if not part.empty] or [own], ignore_index=True)
-    places = np.argsort([order[cell] for cell in cells(table)], kind="stable")
+    places = np.argsort([order[cell] for cell in cells_of(table)], kind="stable")
     return table.iloc[places].reset_index(drop=True)
 
 

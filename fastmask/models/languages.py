@@ -133,8 +133,8 @@ class LanguageCollator:
         """The batch of the other collator, its `language_ids` and its `language_counts`.
 
         A batch of several texts, as sentence-transformers makes them without `input_ids`, has `<text>_language_ids`
-        for each. Where
-        all examples stand in one row (`DataCollatorWithFlattening`), there is an id for each token, [1, T].
+        for each. Where all examples stand in one row (`DataCollatorWithFlattening`), there is an id for each token,
+        [1, T].
         """
         ids = [self._id(example) for example in examples]
         rest = [{name: value for name, value in example.items() if name != self.column} for example in examples]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from fastmask.compare.plan import SETTINGS_FILE, Plan
-from fastmask.compare.report import SCORES_FILE, load_tables, read_tables
+from fastmask.compare.report import SCORES_FILE, cells_of, load_tables, read_tables
 from fastmask.files import read_json, read_tensors
 from fastmask.models import attach
 from fastmask.settings import items_of
@@ -222,7 +222,7 @@ def _comparison(folder: Path) -> Study:
     """A study of the cells of a comparison that are done, here or where others did them."""
     plan = Plan.stored(folder)
     scores, cells = load_tables(plan, read_tables(folder) if (folder / SCORES_FILE).is_file() else None)
-    done = set() if cells.empty else set(zip(cells["seed"], cells["arm"], strict=True))
+    done = set(cells_of(cells))
     kept, others, missing = [], [], {}
     for job in plan.cells:
         run = plan.folder(job) / "run"

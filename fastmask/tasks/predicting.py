@@ -73,7 +73,7 @@ def predicted_lines(task: Task, source: str | os.PathLike[str], target: str | os
 
 
 def rows_of_lines(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines, one after the other; raises what `predict_lines` does."""
+    """The objects of JSON lines, one after the other; raises what `predicted_lines` does."""
     any_row = False
     with open(source, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -290,13 +290,15 @@ def test_an_attached_model_under_accelerate(bert):
     assert_only_moved(bert, optimizer, 1)
 
 
-def test_names_of_attached_languages(bert):
-    """Languages can be given by name, and a misspelt name is refused."""
+@pytest.mark.parametrize("part", ["", "bert"])
+def test_names_of_attached_languages(bert, part):
+    """Languages can be given by name, also to an optimizer of a part of the model; a misspelt name is refused."""
     fm.attach(bert, subnets())
-    optimizer = fm.LiveAdamW(bert.parameters(), lr=1e-2, model=bert)
+    model = bert.get_submodule(part)
+    optimizer = fm.LiveAdamW(model.parameters(), lr=1e-2, model=model)
     bert_loss(bert, language_ids=torch.zeros(2, dtype=torch.int64)).backward()
     optimizer.announce(["fi", 2])
-    assert_only_moved(bert, optimizer, 1, 2)
+    assert_only_moved(model, optimizer, 1, 2)
     with pytest.raises(KeyError, match="did you mean 'ko'"):
         optimizer.step(languages="koo")
 

@@ -129,8 +129,8 @@ class TrainConfig(Settings):
         None, "peak learning rate of the outer steps for a pretrained encoder; encoder_lr if not given", above=0, high=1
     )
 
-    steps: int = _optim(1500, "number of training steps; the demonstration takes 600 unless told otherwise", low=1)
-    batch_size: int = _optim(32, "examples per step, over all languages and processes", low=1)
+    steps: int = _optim(1500, "number of training steps; 450 in the demonstration", low=1)
+    batch_size: int = _optim(32, "examples per step, over all languages and processes; 64 in the demonstration", low=1)
     seed: int = _optim(0, "random seed for weights, order of examples, dropout and random masks", low=0, high=2**32 - 1)
     lr: float = _optim(1e-3, "peak learning rate, outside a pretrained encoder", above=0, high=1)
     encoder_lr: float | None = _optim(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -233,6 +234,18 @@ def test_options_that_would_not_count(run, data, capsys, tmp_path):
     file.write_text("density: 0.5\nsteps: 3\n")
     options = Namespace(config=file, **{"setting:tau": 0.9})
     assert (_config(options).density, _config(options).tau) == (None, 0.9)
+
+
+def test_the_demonstration_is_as_its_help_says():
+    """Without data there are 450 steps of 64 sentences, unless told otherwise; with data, the defaults of the page."""
+    help_of = {field.name: field.metadata["help"] for field in dataclasses.fields(TrainConfig)}
+    for given, steps, size in (({}, 450, 64), ({"steps": 7}, 7, 64), ({"batch_size": 8}, 450, 8)):
+        config = _config(Namespace(config=None, **{f"setting:{name}": value for name, value in given.items()}))
+        assert (config.steps, config.batch_size) == (steps, size)
+    assert "450 in the demonstration" in help_of["steps"]
+    assert "64 in the demonstration" in help_of["batch_size"]
+    config = _config(Namespace(config=None, **{"setting:data": "UD"}))
+    assert (config.steps, config.batch_size) == (1500, 32)
 
 
 def test_discover_in_encoders_from_scratch(small_run, small_data, capsys, tmp_path):

@@ -24,5 +24,5 @@ with fm.language(model, None):
     full = model(**batch).logits
 
 subnets.save("masks.safetensors")
-fm.detach(model).save_pretrained("model")  # the plain Hugging Face model again
+fm.detach(model).save_pretrained("model")  # the plain Hugging Face model again; its masks are in the file above
 print(f"loss {loss.item():.2f}; overlap of the languages' heads:\n{subnets.overlap()}")

@@ -62,7 +62,9 @@ CONDITIONS = {
 class CompareConfig(Settings):
     """Settings of a comparison beside those of training, which its arms share."""
 
-    train: str = setting("", "comma-separated codes or treebank names of the training languages", list=True)
+    train: str = setting(
+        "", "comma-separated codes or treebank names of the training languages; needed without a plan", list=True
+    )
     unseen: str = setting("", "languages that are only adapted to and tested on", list=True)
     seeds: int = setting(3, "number of seeds (0, 1, 2, ...)", low=1, high=1000)
     choose: str = setting("nearest", "how an unseen language gets its subnetwork before adaptation", choices=CHOICES)
@@ -74,12 +76,12 @@ class CompareConfig(Settings):
     adapt_optimizer: str = setting("sgd", "optimizer for adapting to a support set", choices=OPTIMIZERS)
     adapt_lr: float | None = setting(
         None,
-        "learning rate for adapting, outside the encoder; inner_lr of the arm, 3e-5 with adamw, if not given",
+        "learning rate for adapting, outside the encoder; inner_lr of the arm (3e-5 with adamw) if not given",
         above=0,
     )
     adapt_encoder_lr: float | None = setting(
         None,
-        "learning rate for adapting the encoder; inner_encoder_lr of the arm, 3e-5 with adamw, if not given",
+        "learning rate for adapting the encoder; inner_encoder_lr of the arm (3e-5 with adamw) if not given",
         low=0,
     )
     test_sentences: int = setting(200, "test sentences per language, drawn once; 0: all", low=0)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from fastmask.discovery.gates import probes_of
 from fastmask.discovery.scores import Importance
 from fastmask.files import FileError, read_metadata
 from fastmask.models.attach import attached, owner_of
-from fastmask.models.editing import set_subnetwork
+from fastmask.models.editing import set_subnetwork, set_subnetworks
 from fastmask.subnetworks.subnetworks import Subnetworks
 
 __all__ = ["DynamicSubnetworks", "History", "Snapshot"]
@@ -39,22 +38,12 @@ class Snapshot:
     masks: Subnetworks
 
 
-class History(Sequence[Snapshot]):
+class History(list[Snapshot]):
     """Every mask that a language had, in the order of their steps; it begins with those of all languages at step 0."""
 
     def __init__(self, snapshots: Iterable[Snapshot]) -> None:
-        self._snapshots = list(snapshots)
-        self.languages = tuple(dict.fromkeys(snapshot.language for snapshot in self._snapshots))
-
-    def __len__(self) -> int:
-        return len(self._snapshots)
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._snapshots[at]
-
-    def append(self, snapshot: Snapshot) -> None:
-        """Remember the mask that a language has from now on."""
-        self._snapshots.append(snapshot)
+        super().__init__(snapshots)
+        self.languages = tuple(dict.fromkeys(snapshot.language for snapshot in self))
 
     def at(self, step: int) -> Subnetworks:
         """The masks of all languages as they were after `step` steps."""
@@ -78,9 +67,7 @@ class History(Sequence[Snapshot]):
             FileError: a ValueError; the file is damaged, or no such history.
         """
         if not _MARK.items() <= read_metadata(path).items():
-            raise FileError(
-                path, f"is no history of masks (expected {_MARK} in its header, as this fastmask writes it)"
-            )
+            raise FileError(path, f"is no history of masks (expected {_MARK} in its header)")
         masks, snapshots = Subnetworks.load(path), []
         for name in masks.languages:
             language, _, step = name.rpartition("@")
@@ -145,6 +132,7 @@ class DynamicSubnetworks:
         _check_masks(subnets.languages, masks)
         self.model = owner_of(model)
         self.every, self.until, self.swaps, self.seed = every, until, swaps, seed
+        self.languages = subnets.languages
         self.history = History(_snapshot(subnets, 0, language) for language in subnets.languages)
         # Layers may have different numbers of units; masks are as wide as the widest.
         self._units = {
@@ -152,10 +140,6 @@ class DynamicSubnetworks:
         }
         for probe in probes:
             self._units[probe.kind][probe.layer, : probe.units] = True
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        return self.history.languages
 
     def due(self, step: int) -> bool:
         """Whether masks are updated after step number `step`, counted from 1."""
@@ -227,16 +211,12 @@ class DynamicSubnetworks:
         history = History.load(path)
         if history.languages != self.languages:
             raise FileError(path, f"is of languages {list(history.languages)}, expected {list(self.languages)}")
-        given, own = (subnets.units for subnets in (history.at(history[-1].step), self._subnetworks()))
-        shapes = [{kind: tuple(keep.shape[1:]) for kind, keep in masks.items()} for masks in (given, own)]
-        if shapes[0] != shapes[1]:
-            raise FileError(path, f"has masks of shape {shapes[0]}, expected {shapes[1]}")
+        units, weights = history.at(history[-1].step).units, self._subnetworks().weights
         try:
-            _check_masks(self.languages, given)
+            _check_masks(self.languages, units)
+            set_subnetworks(self.model, Subnetworks(self.languages, weights=weights, **units))
         except ValueError as error:
             raise FileError(path, str(error)) from None
-        for row, language in enumerate(self.languages):
-            set_subnetwork(self.model, language, **{kind: keep[row] for kind, keep in given.items()})
         self.history = history
 
     def __repr__(self) -> str:

@@ -7,9 +7,8 @@ Blocks and single weights are walked in tiles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+import torch.nn.functional as F
 from fastmask_kernels.chips import has_tf32
 from fastmask_kernels.packing import pack, unpack
 from fastmask_kernels.plan import Plan
@@ -22,16 +21,7 @@ from fastmask_kernels.tile_weight_grad import tile_weight_grad
 from torch import Tensor
 
 from fastmask.masks import UNPACKED, Mask
-from fastmask.torch_path.layers import (
-    NONE,
-    Grads,
-    Layers,
-    Needs,
-    activate,
-    activation_grad,
-    full_input_grad,
-    full_linear,
-)
+from fastmask.torch_path.layers import NONE, Grads, Layers, Needs, Tensors, activate, activation_grad, full_input_grad
 from fastmask.triton_path.tables import layout_of, plan_of, positions_of, size_of
 
 __all__ = ["backward", "forward", "prepare"]
@@ -43,35 +33,22 @@ def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Plan:
 
 
 def forward(
-    layers: Layers,
-    plan: Plan,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    kept: list[Tensor] | None = None,
+    layers: Layers, plan: Plan, x: Tensor, weights: Tensors, biases: Tensors, kept: list[Tensor] | None = None
 ) -> list[Tensor]:
     """As `torch_path.layers.forward`; of a column mask the transposed weight is kept, nothing of others."""
     (B, T, _), tf32, mask = x.shape, _tf32(x), layers.masks[0]
     rows = activate(_rows(x), layers.activation)
     if layers.full_forward:  # no kernel of ours is faster than the library's where nothing is left out
+        given: list[Tensor | None] = [bias.to(x.dtype) for bias in biases] or [None] * len(weights)
         x = rows.view(B, T, rows.shape[1])
-        given: Sequence[Tensor | None] = biases or [None] * len(weights)
-        return [full_linear(x, w.to(x.dtype), bias) for w, bias in zip(weights, given, strict=True)]
+        return [F.linear(x, w.to(x.dtype), bias) for w, bias in zip(weights, given, strict=True)]
     biases = _biases(biases, x)
     bias = biases[0] if biases else None
     if mask.kind == "rows":
-        packed = row_matmul(
-            rows,
-            [weight.contiguous() for weight in weights],
-            [mask.index for mask in layers.masks],
-            [mask.extents for mask in layers.masks],
-            plan,
-            [_wide(width, mask) for width, mask in zip(layers.widths, layers.masks, strict=True)],
-            biases or None,
-            allow_tf32=tf32,
-        )
-        both = zip(layers.masks, layers.widths, strict=True)
-        ys = [_spread(y, mask, width, plan) for y, (mask, width) in zip(packed, both, strict=True)]
+        widths, matrices = list(map(_wide, layers.widths, layers.masks)), [weight.contiguous() for weight in weights]
+        indices, counts = [mask.index for mask in layers.masks], [mask.extents for mask in layers.masks]
+        packed = row_matmul(rows, matrices, indices, counts, plan, widths, biases or None, allow_tf32=tf32)
+        ys = [_spread(y, mask, width, plan) for y, mask, width in zip(packed, layers.masks, layers.widths, strict=True)]
     elif mask.kind == "columns":
         transposed = _transposed(weights[0], rows)
         if kept is not None:
@@ -85,13 +62,7 @@ def forward(
 
 
 def backward(
-    layers: Layers,
-    plan: Plan,
-    dys: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    needs: Needs,
-    kept: Sequence[Tensor] = (),
+    layers: Layers, plan: Plan, dys: Tensors, x: Tensor, weights: Tensors, needs: Needs, kept: Tensors = ()
 ) -> Grads:
     """As `torch_path.layers.backward`."""
     mask, activation = layers.masks[0], layers.activation
@@ -100,45 +71,34 @@ def backward(
         dx = None if dx is None else activation_grad(dx, x, activation)
         own = layers._replace(full_forward=False)
         return dx, *backward(own, plan, dys, x, weights, needs._replace(x=False))[1:]
-    tf32, before, upstreams = _tf32(x), _rows(x), [_rows(dy) for dy in dys]
+    before, upstreams = _rows(x), [_rows(dy) for dy in dys]
     # A packed column mask's kernel applies the activation, and its derivative, where it writes the gradient of x.
     fused = activation != NONE and needs.x and mask.kind == "columns" and layers.widths[0] != UNPACKED
     rows = before if fused else activate(before, activation)
     if mask.kind == "rows":
-        dx, dws, dbs = _rows_backward(layers, upstreams, rows, weights, plan, tf32, needs)
+        dx, dws, dbs = _rows_backward(layers, upstreams, rows, weights, plan, needs)
+    elif mask.kind == "columns":
+        dx, dws, dbs = _columns_backward(layers, upstreams[0], rows, weights[0], kept, plan, fused, needs)
     else:
-        db = None
-        if mask.kind == "columns":
-            transposed = kept[0] if kept else None
-            dx, dw, db = _columns_backward(
-                layers, upstreams[0], rows, weights[0], transposed, plan, tf32, activation if fused else NONE, needs
-            )
-        else:
-            layout, (dy, weight) = layout_of(mask), (upstreams[0], weights[0])
-            dx = tile_matmul(dy, weight, layout, plan, transposed=True, allow_tf32=tf32) if needs.x else None
-            dw = None
-            if needs.weights[0]:
-                dw = tile_weight_grad(dy, rows, layout, plan, weight_dtype=weight.dtype, allow_tf32=tf32)
-        if needs.biases[0] and db is None:
-            db = upstreams[0].sum(0, dtype=weights[0].dtype)
-        dws, dbs = [dw], [db]
+        layout, (dy,), (weight,), tf32 = layout_of(mask), upstreams, weights, _tf32(x)
+        dws, dbs = [None], [None]
+        dx = tile_matmul(dy, weight, layout, plan, transposed=True, allow_tf32=tf32) if needs.x else None
+        if needs.weights[0]:
+            dws[0] = tile_weight_grad(dy, rows, layout, plan, weight_dtype=weight.dtype, allow_tf32=tf32)
+    for g, (dy, each) in enumerate(zip(upstreams, layers.masks, strict=True)):
+        if needs.biases[g] and dbs[g] is None:  # of tiles, or where the bias alone is trained: no product brings it
+            if each.kind == "rows":
+                dy = _spread(_packed(dy, each, layers.widths[g], plan), each, UNPACKED, plan)
+            dbs[g] = dy.sum(0, dtype=weights[g].dtype)
     if dx is not None and not fused:
         dx = activation_grad(dx, before, activation)
     return None if dx is None else dx.view(x.shape), dws, dbs
 
 
-def _rows_backward(
-    layers: Layers,
-    dys: list[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    plan: Plan,
-    tf32: bool,
-    needs: Needs,
-) -> Grads:
-    masks, widths = layers.masks, layers.widths
+def _rows_backward(layers: Layers, dys: Tensors, x: Tensor, weights: Tensors, plan: Plan, needs: Needs) -> Grads:
+    masks, tf32 = layers.masks, _tf32(x)
     indices, counts = [mask.index for mask in masks], [mask.extents for mask in masks]
-    dys = [_packed(dy, mask, width, plan) for dy, mask, width in zip(dys, masks, widths, strict=True)]
+    dys = [_packed(dy, mask, width, plan) for dy, mask, width in zip(dys, masks, layers.widths, strict=True)]
     dx = None
     if needs.x:
         dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan, allow_tf32=tf32)
@@ -147,47 +107,28 @@ def _rows_backward(
     wanted = [g for g in range(len(masks)) if needs.weights[g]]
     if wanted:
         found_w, found_b = row_weight_grad(
-            [dys[g] for g in wanted],
-            x,
-            [indices[g] for g in wanted],
-            [counts[g] for g in wanted],
-            plan,
-            [weights[g].shape[0] for g in wanted],
-            weight_dtype=weights[0].dtype,
-            units=[masks[g].geometry[0] for g in wanted],
-            with_bias=any(needs.biases[g] for g in wanted),
+            [dys[g] for g in wanted], x, [indices[g] for g in wanted], [counts[g] for g in wanted], plan,
+            [weights[g].shape[0] for g in wanted], weight_dtype=weights[0].dtype,
+            units=[masks[g].geometry[0] for g in wanted], with_bias=any(needs.biases[g] for g in wanted),
             allow_tf32=tf32,
-        )
+        )  # fmt: skip
         for place, g in enumerate(wanted):
             dws[g], dbs[g] = found_w[place], found_b[place] if found_b is not None and needs.biases[g] else None
-    for g, (dy, mask, weight) in enumerate(zip(dys, masks, weights, strict=True)):
-        if needs.biases[g] and not needs.weights[g]:  # as where biases alone are trained: no products
-            spread = _spread(dy, mask, UNPACKED, plan)
-            dbs[g] = spread.sum(0, dtype=weight.dtype)
     return dx, dws, dbs
 
 
 def _columns_backward(
-    layers: Layers,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    transposed: Tensor | None,
-    plan: Plan,
-    tf32: bool,
-    activation: str,
-    needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    (mask,), (width,) = layers.masks, layers.widths
+    layers: Layers, dy: Tensor, x: Tensor, weight: Tensor, kept: Tensors, plan: Plan, fused: bool, needs: Needs
+) -> Grads:
+    (mask,), (width,), tf32 = layers.masks, layers.widths, _tf32(x)
     K, index, counts = weight.shape[1], [mask.index], [mask.extents]
     dx = dw = db = None
     if needs.x:
-        transposed = _transposed(weight, dy) if transposed is None else transposed
-        before = x if activation != NONE else None
-        active = x.new_empty(x.shape) if activation != NONE and needs.weights[0] else None
+        active = x.new_empty(x.shape) if fused and needs.weights[0] else None
         (dx,) = row_matmul(
-            dy, [transposed], index, counts, plan, [_wide(width, mask)], activation=activation, before=before,
-            active=active, allow_tf32=tf32,
+            dy, [*kept] or [_transposed(weight, dy)], index, counts, plan, [_wide(width, mask)],
+            activation=layers.activation if fused else NONE, before=x if fused else None, active=active,
+            allow_tf32=tf32,
         )  # fmt: skip
         dx = _spread(dx, mask, width, plan)
         x = x if active is None else active
@@ -197,10 +138,10 @@ def _columns_backward(
             units=[mask.geometry[0]], transposed=True, column_sums=needs.biases[0], allow_tf32=tf32,
         )  # fmt: skip
         db = None if sums is None else sums[0]
-    return dx, dw, db
+    return dx, [dw], [db]
 
 
-def _biases(biases: Sequence[Tensor], x: Tensor) -> Sequence[Tensor]:
+def _biases(biases: Tensors, x: Tensor) -> Tensors:
     """As kernels read them: without gaps, of x's dtype or float32, all of one; so nearly always as they are."""
     if {bias.dtype for bias in biases} not in ({x.dtype}, {torch.float32}):
         biases = [bias.to(x.dtype) for bias in biases]
@@ -230,9 +171,7 @@ def _packed(x: Tensor, mask: Mask, width: int, plan: Plan) -> Tensor:
 
 def _spread(packed: Tensor, mask: Mask, width: int, plan: Plan) -> Tensor:
     """Undo `_packed`."""
-    if width != UNPACKED:
-        return packed
-    return unpack(packed, mask.index, mask.extents, plan, size_of(mask), table=positions_of(mask))
+    return unpack(packed, positions_of(mask), plan) if width == UNPACKED else packed
 
 
 def _tf32(x: Tensor) -> bool:

@@ -14,18 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from fastmask_kernels import configs
 from fastmask_kernels.chips import chip_of, has_tf32
-from fastmask_kernels.configs import (
-    ROW_MATMUL,
-    ROW_MATMUL_T,
-    ROW_OWNED_GRAD,
-    ROW_TURN_GRAD,
-    Config,
-    cache_file,
-    kind_of,
-    problem,
-    remember,
-)
+from fastmask_kernels.configs import Config, cache_file, kind_of, problem, remember
 from fastmask_kernels.plan import Plan
 from fastmask_kernels.row_matmul import row_matmul
 from fastmask_kernels.row_matmul_t import row_matmul_t
@@ -86,14 +77,14 @@ def tune_rows(
 
     jobs: list[tuple[str, torch.dtype | None, Launch, list[Config]]] = []
     if not owned([unit]):
-        jobs.append(("row_matmul", dtype, forward, ROW_MATMUL[chip, kind]))
-        jobs.append(("row_matmul_t", dtype, transposed, ROW_MATMUL_T[chip, kind]))
+        jobs.append(("row_matmul", dtype, forward, configs.ROW_MATMUL[chip, kind]))
+        jobs.append(("row_matmul_t", dtype, transposed, configs.ROW_MATMUL_T[chip, kind]))
     if dtype == x.dtype and owned([unit]):
-        whole = [config for config in ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
+        whole = [config for config in configs.ROW_OWNED_GRAD[chip, grad_kind] if unit % config["BN"] == 0]
         sizes.append(unit)  # a block may divide no other head
         jobs.append(("row_owned_grad", None, grad, whole))
     elif dtype == x.dtype:
-        jobs.append(("row_turn_grad", None, grad, ROW_TURN_GRAD[chip, grad_kind]))
+        jobs.append(("row_turn_grad", None, grad, configs.ROW_TURN_GRAD[chip, grad_kind]))
     return [
         _keep(problem(name, x, dtype, [width] * G, sizes, plan, tf32), launch, candidates)
         for name, dtype, launch, candidates in jobs

@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 
@@ -68,14 +68,11 @@ class Config:
 Table = dict[tuple[str, str], list[Config]]
 
 
-def _blocks(BM: int, BN: int, BK: int, num_warps: int, num_stages: int, resident: int = 1) -> Config:
-    return Config((("BM", BM), ("BN", BN), ("BK", BK)), num_warps, num_stages, resident)
+def _blocks(BM: int, BN: int, BK: int, num_warps: int, num_stages: int, resident: int = 1, **more: int) -> Config:
+    return Config((("BM", BM), ("BN", BN), ("BK", BK), *more.items()), num_warps, num_stages, resident)
 
 
-def _config(BM: int, BN: int, BK: int, num_warps: int, num_stages: int, resident: int = 1) -> Config:
-    return Config((("BM", BM), ("BN", BN), ("BK", BK), ("GROUP", 8)), num_warps, num_stages, resident)
-
-
+_config = partial(_blocks, GROUP=8)
 _NEW = ("sm_90", "sm_100")  # they take the right operand of a product from shared memory
 
 # "half": activations of 2 bytes and a weight of the same type; "master": the same with a float32 weight; "tf32" and

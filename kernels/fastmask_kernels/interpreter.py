@@ -55,20 +55,18 @@ def interpreter_problem() -> str | None:
     return None
 
 
-def check_runnable(*tensors: Tensor | None) -> None:
-    """See that kernels can run on these tensors here; None stands for an absent one.
+def check_runnable(tensor: Tensor) -> None:
+    """See that kernels can run on a tensor here.
 
     Raises:
-        ValueError: a tensor that is not on a GPU, without the interpreter.
-        RuntimeError: a bfloat16 tensor with it, or an interpreter that does not work with this numpy.
+        ValueError: it is not on a GPU, without the interpreter.
+        RuntimeError: it is bfloat16 with it, or an interpreter that does not work with this numpy.
     """
-    if not interpreting():
-        for tensor in tensors:
-            if tensor is not None and not runs_on(tensor.device):
-                raise ValueError(f"Triton kernels run on a GPU, given a tensor on {tensor.device}")
-    elif problem := interpreter_problem():
+    if not runs_on(tensor.device):
+        raise ValueError(f"Triton kernels run on a GPU, given a tensor on {tensor.device}")
+    if problem := interpreter_problem():
         raise RuntimeError(problem)
-    elif any(tensor is not None and tensor.dtype == torch.bfloat16 for tensor in tensors):
+    if interpreting() and tensor.dtype == torch.bfloat16:
         raise RuntimeError(
             "Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly; use float16 or float32 with it"
         )

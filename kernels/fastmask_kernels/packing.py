@@ -70,32 +70,24 @@ def pack(x: Tensor, index: Tensor, counts: Tensor, plan: Plan, width: int, *, co
     return _gather(x, index, counts, plan, width, config)
 
 
-def unpack(
-    xp: Tensor, index: Tensor, counts: Tensor, plan: Plan, n: int, *, table: Tensor | None = None,
-    config: Config = CONFIG,
-) -> Tensor:  # fmt: skip
+def unpack(xp: Tensor, table: Tensor, plan: Plan, *, config: Config = CONFIG) -> Tensor:
     """Packed columns back to their places, exact zeros where a language owns nothing; undoes `pack`.
 
     Args:
         xp: [M, width], of which what lies behind the live units is never used.
-        index: like what follows, as for `pack`.
-        counts: see there.
-        plan: see there.
-        n: width N of the result.
-        table: `positions(index, counts, n)`, if it is at hand; None makes it.
+        table: int32 [L, N], where each of N units lies: what `positions` makes of the mask.
+        plan: like what follows, as for `pack`.
         config: see there.
 
     Returns:
-        [M, n] in xp's dtype.
+        [M, N] in xp's dtype.
     """
-    if table is None:
-        table = positions(index, counts, n)
-    elif table.dtype != torch.int32 or tuple(table.shape) != (plan.n_languages, n) or not table.is_contiguous():
-        raise ValueError(
-            f"table: expected contiguous int32 {(plan.n_languages, n)}, given {table.dtype} {tuple(table.shape)}"
-        )
-    check_index(0, index, counts, plan, xp.device)
-    return _gather(xp, table, None, plan, n, config)
+    L = plan.n_languages
+    if table.dtype != torch.int32 or table.ndim != 2 or table.shape[0] != L or not table.is_contiguous():
+        raise ValueError(f"table: expected contiguous int32 [{L}, N], given {table.dtype} {tuple(table.shape)}")
+    if table.device != xp.device:
+        raise ValueError(f"table: expected on {xp.device} with the activations, given on {table.device}")
+    return _gather(xp, table, None, plan, table.shape[1], config)
 
 
 def positions(index: Tensor, counts: Tensor, n: int) -> Tensor:

@@ -14,9 +14,8 @@ from torch import Tensor
 from fastmask_kernels.interpreter import check_runnable
 from fastmask_kernels.launching import launch
 
-__all__ = ["FULL", "Plan"]
+__all__ = ["Plan"]
 
-FULL = -1  # the language id of the full, unmasked network
 _BLOCK = 256
 _MANY = 2**14  # examples: to sort them takes less than to compare each with each
 

@@ -159,14 +159,7 @@ class OwnedGrad(NamedTuple):
         blocks, strips = sum(n // BN for n in p.n_rows), triton.cdiv(K, BK)
         programs = blocks * (strips + p.with_bias) + (triton.cdiv(K, rows.SUM_COLUMNS) if p.column_sums else 0)
         xs, acts, lists, lengths, dws, dbs, sums, rest = positions(1, G, G, G, G, G * p.with_bias, p.column_sums, 3)
-        places = [
-            *filled(acts),
-            *xs,
-            *filled(lists),
-            *filled(lengths),
-            *filled(dws),
-            *filled(dbs or dws),
-        ]
+        places = [*filled(acts), *xs, *filled(lists), *filled(lengths), *filled(dws), *filled(dbs or dws)]
         units = max(1, *[index.shape[1] // unit for index in p.indices])
         return cls(
             Prepared(

@@ -163,14 +163,7 @@ class TurnGrad(NamedTuple):
         takes_turns = chip_of(p.x.device) in TURN_CHIPS and not alone
         in_one_launch = n_present if takes_turns else 1
         xs, acts, lists, lengths, dws, dbs, sums, rest = positions(1, G, G, G, G, G * p.with_bias, p.column_sums, 4)
-        places = [
-            *filled(acts),
-            *xs,
-            *filled(lists),
-            *filled(lengths),
-            *filled(dws),
-            *filled(dbs or dws),
-        ]
+        places = [*filled(acts), *xs, *filled(lists), *filled(lengths), *filled(dws), *filled(dbs or dws)]
         runs = []
         for first_slot in range(0, n_present, in_one_launch):
             n_sums = triton.cdiv(K, rows.SUM_COLUMNS) if p.column_sums and first_slot == 0 else 0

@@ -32,10 +32,8 @@ def check(ids: list[int], tokens: int, L: int, N: int, dtype: torch.dtype, confi
     wide = torch.randn(len(s.languages), N, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
     result = pack(wide, index, counts, s.plan, width, config=config)
     assert torch.equal(result, naive_pack(wide, index, counts, s.languages, width))
-    result = unpack(packed, index, counts, s.plan, N, config=config)  # NaN behind the live units
+    result = unpack(packed, positions(index, counts, N), s.plan, config=config)  # NaN behind the live units
     assert torch.equal(result, naive_unpack(packed, index, counts, s.languages, N))
-    table = positions(index, counts, N)
-    assert torch.equal(unpack(packed, index, counts, s.plan, N, table=table, config=config), result)
 
 
 @pytest.mark.parametrize(("shape", "dtype"), covering(SHAPES, [torch.float32, torch.float16], whole=ON_GPU))
@@ -64,7 +62,7 @@ def test_unpack_undoes_pack() -> None:
     s = sample([2, -1, 0, 1], 7, 3, [40], 1)
     wide = torch.randn(len(s.languages), 40, device=DEVICE)
     mask = s.indices[0], s.counts[0], s.plan
-    back = unpack(pack(wide, *mask, s.widths[0], config=SMALL), *mask, 40, config=SMALL)
+    back = unpack(pack(wide, *mask, s.widths[0], config=SMALL), positions(*mask[:2], 40), s.plan, config=SMALL)
     for row, language in enumerate(s.languages):
         live = torch.ones(40, dtype=torch.bool, device=DEVICE)
         if language >= 0:
@@ -95,7 +93,7 @@ def test_an_empty_batch() -> None:
     s = sample([], 7, 3, [40], 1)
     mask = s.indices[0], s.counts[0], s.plan
     assert pack(torch.zeros(0, 40, device=DEVICE), *mask, 9).shape == (0, 9)
-    assert unpack(torch.zeros(0, 9, device=DEVICE), *mask, 40).shape == (0, 40)
+    assert unpack(torch.zeros(0, 9, device=DEVICE), positions(*mask[:2], 40), s.plan).shape == (0, 40)
 
 
 def test_wrong_use_is_named() -> None:
@@ -111,5 +109,5 @@ def test_wrong_use_is_named() -> None:
         pack(x, index, counts, plan, 0)
     with pytest.raises(ValueError, match=r"indices\[0\]: expected int64 \[2, most\]"):
         pack(x, index[:1], counts, plan, 9)
-    with pytest.raises(ValueError, match=r"table: expected contiguous int32 \(2, 16\)"):
-        unpack(x, index, counts, plan, 16, table=index)
+    with pytest.raises(ValueError, match=r"table: expected contiguous int32 \[2, N\]"):
+        unpack(x, index, plan)

@@ -129,7 +129,7 @@ def test_block_sizes_of_large_heads_are_not_those_of_small_ones(monkeypatch):
     x, dy, index = torch.randn(16, 32), torch.randn(16, 128), torch.arange(128).expand(2, 128).contiguous()
     counts, measured = torch.tensor([128, 128]), Config((("BM", 16), ("BN", 128), ("BK", 16)), 4, 2)
     with monkeypatch.context() as patch:
-        patch.setitem(autotune.ROW_OWNED_GRAD, ("sm_90", "ieee"), [measured])
+        patch.setitem(configs.ROW_OWNED_GRAD, ("sm_90", "ieee"), [measured])
         patch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() and 1.0)
         autotune.tune_rows(x, [torch.randn(128, 32)], index, counts, plan, 128)
     taken = []
@@ -147,7 +147,7 @@ def test_three_projections_are_measured_and_taken(monkeypatch):
     rows = [index] * 3, [torch.tensor([16, 8])] * 3, plan
     assert autotune.PROJECTIONS == (1, 3)
     with monkeypatch.context() as patch:
-        for table in (autotune.ROW_MATMUL, autotune.ROW_MATMUL_T, autotune.ROW_TURN_GRAD):
+        for table in (configs.ROW_MATMUL, configs.ROW_MATMUL_T, configs.ROW_TURN_GRAD):
             patch.setitem(table, ("sm_90", "ieee"), [SMALL])
         patch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() is None or 1.0)
         found = autotune.tune_rows(x, weights, index, rows[1][0], plan)

@@ -163,21 +163,17 @@ class Delta:
             ValueError: nothing attached; parameters of other names, shapes or dtypes; something has changed that the
                 language does not own, or experts have; NaN or infinity.
         """
-        subnets, owner, skipped = (
-            attached(model).subnets,
-            owner_of(model),
-            ignore if isinstance(ignore, str) else tuple(ignore),
-        )
+        subnets, owner = attached(model).subnets, owner_of(model)
         if isinstance(beside, str):
             raise ValueError(f"expected beside as a sequence of language names, given the single name {beside!r}")
         own, others = subnets.index(language), [subnets.index(name) for name in beside]
         before = base if isinstance(base, Mapping) else _parameters(owner_of(base))
+        skipped = ignore if isinstance(ignore, str) else tuple(ignore)
         compared = {name: p for name, p in _parameters(owner).items() if not name.startswith(skipped)}
         for name, new in compared.items():
             old = before.get(name)
             if old is None:
-                problem = f"it is of another model (ignore={name!r} leaves it out)"
-                raise ValueError(f"the base has no parameter {name!r}: {problem}")
+                raise ValueError(f"the base has no parameter {name!r} of this model (ignore={name!r} leaves it out)")
             if old.shape != new.shape or old.dtype != new.dtype:
                 raise ValueError(
                     f"{name!r} is {old.dtype} {tuple(old.shape)} in the base, and {new.dtype} {tuple(new.shape)} in "
@@ -200,10 +196,8 @@ class Delta:
             live = live_in(layer, parameter, [own])
             if live.share:
                 was, now = (live.read(of).flatten().cpu() for of in (old, new))
-                if not (bool(was.isfinite().all()) and bool(now.isfinite().all())):
-                    raise ValueError(
-                        f"{name!r} has no delta: it holds NaN or infinity, from which nothing can be subtracted"
-                    )
+                if not (was.isfinite().all() and now.isfinite().all()):
+                    raise ValueError(f"{name!r} has no delta: it holds NaN or infinity")
                 parts[name] = Part(live, tuple(new.shape), digest_of({"": was}, {}), now)
         if not parts:
             raise ValueError(f"{language!r} owns nothing of this {type(owner).__name__}: it has no delta")
@@ -229,8 +223,6 @@ class Delta:
                 already; parameters that have changed since an earlier one was added. The model is then as it was.
         """
         model = owner_of(model)
-        for change in self.changes:
-            _parameters_of(change, model)
         with _without(model) as changes:
             for change in self.changes:
                 if any(other.digest == change.digest for other in changes):

@@ -4,6 +4,6 @@
 `learner` runs episodes, and draws the sentences that they see.
 """
 
-from fastmask.meta.learner import Adapted, Drawn, EpisodeSampler, MetaLearner, Task, TaskResult
+from fastmask.meta.learner import Drawn, EpisodeSampler, MetaLearner, Task, TaskResult
 
-__all__ = ["Adapted", "Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
+__all__ = ["Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]

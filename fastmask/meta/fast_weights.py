@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,7 +125,7 @@ class FastWeights:
             stack.enter_context(sparse_gradients(tables))
             value = loss()
             for parameter, rate in self.rates.items():
-                hook = self._hook(parameter, rate / loss_scale)
+                hook = partial(self._take_step, parameter, rate / loss_scale)
                 stack.callback(parameter.register_hook(hook).remove)
             scaled = value if loss_scale == 1.0 else value * loss_scale
             torch.autograd.grad(scaled, list(self.rates), allow_unused=True)
@@ -138,32 +139,22 @@ class FastWeights:
                 parameter.grad = torch.zeros_like(parameter)
             backup.add_distance(parameter, parameter.grad, scale)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was copied so far."""
-        held = [t for backup in self._backups.values() for t in (backup.live, *(backup.rows or ()))]
-        return sum(tensor.nbytes for tensor in held if tensor is not None)
-
     def _backup(self, parameter: Tensor) -> _Backup:
         if parameter not in self._backups:
             self._backups[parameter] = _Backup(self._live.get(parameter, WHOLE))
         return self._backups[parameter]
 
-    def _hook(self, parameter: Tensor, rate: float) -> Callable[[Tensor], Tensor | None]:
+    @torch.no_grad()
+    def _take_step(self, parameter: Tensor, rate: float, gradient: Tensor) -> Tensor | None:
         """A tensor hook that takes the step and lets go of the gradient.
 
         It runs once in a backward pass, when all uses of the parameter have been differentiated, so nothing that is
         still to come needs the old value; something that did would be told so by autograd.
         """
-
-        @torch.no_grad()
-        def take_step(gradient: Tensor) -> Tensor | None:
-            self._backup(parameter).step(parameter, gradient, rate)
-            # `autograd.grad` collects what a hook returns: one number that looks like the gradient. A sparse one is
-            # small, and cannot be replaced by a dense one.
-            return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
-
-        return take_step
+        self._backup(parameter).step(parameter, gradient, rate)
+        # `autograd.grad` collects what a hook returns: one number that looks like the gradient. A sparse one is small,
+        # and cannot be replaced by a dense one.
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
 
 class _Backup:

@@ -26,7 +26,7 @@ from fastmask.models.attach import attached, number_of, owners_in
 from fastmask.models.attach import language as run_with
 from fastmask.models.contexts import evaluating
 
-__all__ = ["ALGORITHMS", "Adapted", "Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
+__all__ = ["ALGORITHMS", "Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
 
 ALGORITHMS = ("fomaml", "reptile")
 
@@ -56,14 +56,6 @@ class TaskResult:
     language: Language
     support_losses: Tensor  # [K], each from before its inner step
     query_loss: Tensor | None  # [], after the last inner step; None without a query
-
-
-@dataclass(frozen=True)
-class Adapted:
-    """What `MetaLearner.adapt` yields: the model, which holds the fast weights now, and the K support losses."""
-
-    model: nn.Module
-    support_losses: Tensor
 
 
 class MetaLearner:
@@ -191,8 +183,10 @@ class MetaLearner:
         steps: int | None = None,
         keep: bool = False,
         weights: type[FastWeights] = FastWeights,
-    ) -> Iterator[Adapted]:
+    ) -> Iterator[Tensor]:
         """The model after `steps` inner steps (default K) on `support`, inside the context; afterwards as before.
+
+        Yields the support losses [steps], each from before its step.
 
         For few-shot evaluation: an unseen language takes the subnetwork of `language`. Inside, the caller says which
         subnetwork runs, with `language_ids` or `fastmask.language`. With `keep` the adapted weights stay, unless the
@@ -205,7 +199,7 @@ class MetaLearner:
         _check_support(language, support, steps)
         number = number_of(self.model, language)
         with weights(self.model, self.rates(), number, keep) as fast:
-            yield Adapted(self.model, self._inner_loop(fast, number, support, steps))
+            yield self._inner_loop(fast, number, support, steps)
 
     def _inner_loop(self, fast: FastWeights, number: int, support: Sequence[Any], steps: int) -> Tensor:
         losses = []

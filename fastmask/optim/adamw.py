@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmask.errors import unknown
@@ -66,16 +66,14 @@ class LiveAdamW(torch.optim.AdamW):
     Slices that were trained before the subnetworks were attached, or that any language owns from the start, do not pay
     it.
 
-    On a GPU one Triton kernel steps what is live (float32, float16, bfloat16). On a CPU PyTorch's fused step does,
-    which knows no gaps: where half of the heads and neurons live, it takes two to three times as long as where all do,
-    and half as long where one language owns a tenth of them.
+    On a GPU one Triton kernel steps what is live (float32, float16, bfloat16), on a CPU PyTorch's fused step, which
+    knows no gaps (docs/limitations.md).
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`; not all of them need be of `model`.
         lr, betas, eps, weight_decay, maximize: as there.
         model: the model (or a part of it, or a wrapper around it) whose `MaskedLinear` layers say what is live.
             Subnetworks may be attached to it later.
-        process_group: of the processes that share their gradients; None: all.
 
     Raises:
         TypeError: `model` is no module, or a parameter keeps its numbers in other tensors (sharded by FSDP, quantised).
@@ -91,12 +89,11 @@ class LiveAdamW(torch.optim.AdamW):
         *,
         model: nn.Module,
         maximize: bool = False,
-        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected the model as an nn.Module, given {type(model).__name__}")
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize)
-        self.model, self.process_group = model, process_group
+        self.model = model
         self._announced: set[int] | None = None
         # The model's modules and masked layers when they were last looked at, and the parameters that have a mask.
         self._seen: tuple[list[nn.Module], list[tuple[str, int, bool]]] = ([], [])
@@ -105,8 +102,8 @@ class LiveAdamW(torch.optim.AdamW):
         self._notes: weakref.WeakKeyDictionary[nn.Module, Note] = weakref.WeakKeyDictionary()
         self._hooked: Any = WeakIdKeyDictionary()
         # Hooks of an optimizer that is gone would run for as long as the model is trained.
-        self._hooks: list[RemovableHandle] = []
-        weakref.finalize(self, _take_off, self._hooks).atexit = False
+        self._hooks = ExitStack()
+        weakref.finalize(self, self._hooks.close).atexit = False
         # What lives for the languages and masks of the last step, as the next is often like it.
         self._live_for: tuple[set[int], list[Mask]] | None = None
         self._live: dict[Tensor, Live] = {}
@@ -221,15 +218,14 @@ class LiveAdamW(torch.optim.AdamW):
         self._seen, self._layers, self._masked = seen, layers, masked_parameters(self.model)
         self._live_for = None
         for layer in layers:
-            if layer not in self._notes:
-                self._notes[layer] = Note()
-                self._hooks.append(layer.register_forward_hook(self._notes[layer].passed_forward, with_kwargs=True))
-            note = self._notes[layer]
-            carrier = carrier_of(layer)
+            note, carrier = self._notes.get(layer), carrier_of(layer)
+            if note is None:
+                note = self._notes[layer] = Note()
+                self._hooks.callback(layer.register_forward_hook(note.passed_forward, with_kwargs=True).remove)
             # Layers may share a parameter: each notes what came through it.
             if carrier is not None and layer not in self._hooked.setdefault(carrier, weakref.WeakSet()):
-                self._hooks.append(carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer))))
-                self._hooks.append(carrier.register_post_accumulate_grad_hook(note.gradient_has_come))
+                self._hooks.callback(carrier.register_hook(partial(note.gradient_is_coming, weakref.ref(layer))).remove)
+                self._hooks.callback(carrier.register_post_accumulate_grad_hook(note.gradient_has_come).remove)
                 self._hooked[carrier].add(layer)
 
     def _live_parts(self, languages: Languages | None) -> dict[Tensor, Live]:
@@ -295,13 +291,13 @@ class LiveAdamW(torch.optim.AdamW):
     def _of_all_processes(self, ids: set[int]) -> set[int]:
         """The union over the processes, which all take the same step."""
         alone = not (distributed.is_available() and distributed.is_initialized())
-        if alone or not self._masked or distributed.get_world_size(self.process_group) == 1:
+        if alone or not self._masked or distributed.get_world_size() == 1:
             return ids
         parameter, layer = next(iter(self._masked.items()))
         present = torch.zeros(layer.mask.n_languages + 1, dtype=torch.int32, device="cpu")
         present[[language + 1 for language in ids]] = 1
         present = present.to(parameter.device)
-        distributed.all_reduce(present, distributed.ReduceOp.MAX, group=self.process_group)
+        distributed.all_reduce(present, distributed.ReduceOp.MAX)
         return {place - 1 for place in present.nonzero().flatten().tolist()}
 
     # ---- settings and checkpoints
@@ -326,11 +322,10 @@ class LiveAdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """As in torch; where only a part of a parameter has moments, "held" says which one."""
         state_dict = super().state_dict()
-        states = dict(state_dict["state"])
         for number, p in enumerate(self._parameters()):
             if p in self._held:
-                states[number] = {**states[number], HELD: self._held[p].encoded()}
-        return {**state_dict, "state": states}
+                state_dict["state"][number] = {**state_dict["state"][number], HELD: self._held[p].encoded()}
+        return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """As in torch: a state of this optimizer, or of `torch.optim.AdamW` in any of its forms.
@@ -367,11 +362,6 @@ class LiveAdamW(torch.optim.AdamW):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a LiveAdamW belongs to its model and cannot be copied or pickled: use its state_dict")
-
-
-def _take_off(hooks: list[RemovableHandle]) -> None:
-    for hook in hooks:
-        hook.remove()
 
 
 def _is_little(part: Live) -> bool:

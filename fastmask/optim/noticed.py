@@ -28,8 +28,7 @@ class Later:
                 "language ids on a GPU were written to between a forward pass and the optimizer's step, so its "
                 "languages are not known: call step(languages=...), or give each batch a tensor of its own"
             )
-        ids: list[int] = self.ids.tolist()
-        return ids
+        return self.ids.tolist()
 
 
 Ids = Sequence[int] | Later

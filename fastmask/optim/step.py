@@ -10,17 +10,17 @@ vocabulary, and a dense gradient, its norm and a step over table and moments wou
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from fastmask import triton_path
 from fastmask.live import INTEGERS, WHOLE, Live
 
 __all__ = ["Update", "Views", "by_rows", "can_be_sparse", "sparse_gradients", "take_step", "update_of_rows"]
@@ -105,12 +105,7 @@ def _fits(update: Update) -> bool:
 
 
 def _has_kernel(p: Tensor) -> bool:
-    return p.is_cuda and p.dtype != torch.float64 and _runs_kernels(p.device)
-
-
-@cache
-def _runs_kernels(device: torch.device) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return p.is_cuda and triton_path.why_not(p, [p]) is None
 
 
 def _fused(updates: Sequence[tuple[Tensor, ...]], options: dict[str, Any]) -> None:

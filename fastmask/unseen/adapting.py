@@ -234,8 +234,8 @@ def adapted(
     rates = task.rates(head_lr, encoder_lr)
     learner = MetaLearner(task.model, loss, inner_learning_rate=rates, inner_dropout=False)
     batch = task.collate(support).to(task.device)
-    with learner.adapt(language_id, [batch], steps=steps, keep=keep, weights=OPTIMIZERS[optimizer]) as fast:
+    with learner.adapt(language_id, [batch], steps=steps, keep=keep, weights=OPTIMIZERS[optimizer]) as losses:
         name = None if language_id == FULL else names[language_id]
         with evaluating(task.model), task.reading(name), torch.no_grad():
             loss(batch)  # the last step, too, must have left a model that works
-        yield fast.support_losses
+        yield losses

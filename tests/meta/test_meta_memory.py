@@ -58,6 +58,11 @@ def test_peak_memory_grows_neither_with_steps_nor_with_languages(algorithm):
     assert peak_bytes(episode(2, 6)) <= least + 1024
 
 
+def copied(fast):
+    """Bytes of what was copied of dense parameters."""
+    return sum(backup.live.nbytes for backup in fast._backups.values())
+
+
 def test_gradients_of_the_whole_model_never_exist_together():
     """Each inner gradient is used as it comes, so they never take as much memory as the model."""
     layers = [torch.nn.Linear(256, 256, bias=False) for _ in range(12)]
@@ -70,7 +75,7 @@ def test_gradients_of_the_whole_model_never_exist_together():
     x = torch.randn(2, 256)
     with FastWeights(model, dict.fromkeys(model.parameters(), 0.1), -1) as fast:
         fast.step(lambda: loss(x))  # all is copied
-        assert fast.nbytes == 12 * size
+        assert copied(fast) == 12 * size
         assert peak_bytes(lambda: fast.step(lambda: loss(x))) < 3 * size
 
 
@@ -91,6 +96,6 @@ def test_only_live_slices_are_copied(mask, share):
     x = torch.randn(2, 64)
     for language, expected in ((0, share), (-1, 1.0)):
         with FastWeights(layer, {layer.weight: 0.1}, language) as fast:
-            assert fast.nbytes == 0
+            assert copied(fast) == 0
             fast.step(lambda: layer(x, ids + language).square().mean())  # noqa: B023
-            assert fast.nbytes == expected * 64 * 64 * 4
+            assert copied(fast) == expected * 64 * 64 * 4

@@ -48,37 +48,12 @@ _WHERE = {
 }
 
 __all__ = [
-    "Delta",
-    "DynamicSubnetworks",
-    "Family",
-    "LanguageCollator",
-    "LiveAdamW",
-    "Mask",
-    "MaskedLinear",
-    "MetaLearner",
-    "Projections",
-    "Subnetworks",
-    "add_language",
-    "analysis",
-    "attach",
-    "decompositions",
-    "detach",
-    "discover",
-    "extract",
-    "freeze_unmasked",
-    "from_pretrained",
-    "importance",
-    "language",
-    "masked_linear",
-    "merge",
-    "register_family",
-    "remove_language",
-    "save_pretrained",
-    "set_language",
-    "sparse_update_linear",
-    "summary",
+    "Delta", "DynamicSubnetworks", "Family", "LanguageCollator", "LiveAdamW", "Mask", "MaskedLinear", "MetaLearner",
+    "Projections", "Subnetworks", "add_language", "analysis", "attach", "decompositions", "detach", "discover",
+    "extract", "freeze_unmasked", "from_pretrained", "importance", "language", "masked_linear", "merge",
+    "register_family", "remove_language", "save_pretrained", "set_language", "sparse_update_linear", "summary",
     "unseen",
-]
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 __all__ = ["pack", "unpack", "unpack_by_shifts"]
 
+_PACK = 0x0102040810204080  # multiplied with eight flags (bytes 0 or 1), it leaves their bits in the highest byte
+
 if sys.byteorder != "little":  # the words are read as bytes below
     raise ImportError("fastmask stores mask bits in little-endian words and does not support big-endian machines")
 
@@ -25,14 +27,11 @@ def _eight_flags(device: torch.device) -> Tensor:
 def pack(keep: Tensor) -> Tensor:
     """Bool [..., K] -> int32 [..., ceil(K / 32)]; the bits past K are 0."""
     K = keep.shape[-1]
-    words = (K + 31) // 32
-    out = torch.empty(*keep.shape[:-1], words, dtype=torch.int32, device=keep.device)
-    weights = 2 ** torch.arange(8, dtype=torch.int32, device=keep.device)
-    # One leading entry at a time: the int32 copy of the flags is 32 times the size of the bits.
+    out = torch.empty(*keep.shape[:-1], -(-K // 32), dtype=torch.int32, device=keep.device)
+    # One leading entry at a time: what is computed on the way is eight times the size of the bits.
     for source, target in zip(keep.reshape(-1, *keep.shape[-2:]), out.view(-1, *out.shape[-2:]), strict=True):
-        padded = torch.nn.functional.pad(source, (0, words * 32 - K))
-        octets = (padded.unflatten(-1, (words * 4, 8)).to(torch.int32) * weights).sum(-1)
-        target.copy_(octets.to(torch.uint8).view(torch.int32))
+        eights = torch.nn.functional.pad(source, (0, -K % 32)).contiguous().view(torch.int64)
+        target.copy_((eights * _PACK >> 56 & 255).to(torch.uint8).view(torch.int32))
     return out
 
 

@@ -60,8 +60,7 @@ class Kept(Generic[T]):
             places[place] = version, make()
             while len(places) > _MOST:
                 places.pop(next(iter(places)), None)
-        made: T = places[place][1]
-        return made
+        return places[place][1]
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

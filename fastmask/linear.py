@@ -16,6 +16,7 @@ from fastmask.errors import unknown
 from fastmask.masks import UNPACKED, Mask
 from fastmask.operators import autocast, run
 from fastmask.torch_path.layers import Layers
+from fastmask.torch_path.split import languages_of
 
 __all__ = ["FORWARDS", "MaskedLinear", "checked_forward", "masked_linear", "sparse_update_linear"]
 
@@ -25,13 +26,7 @@ Self = TypeVar("Self", bound="MaskedLinear")
 
 
 def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Mask,
-    language_ids: Tensor,
-    bias: Tensor | None = None,
-    *,
-    validate: bool = False,
+    x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None, *, validate: bool = False
 ) -> Tensor:
     """Apply one linear layer under a different mask for each example of the batch.
 
@@ -61,13 +56,7 @@ def masked_linear(
 
 
 def sparse_update_linear(
-    x: Tensor,
-    weight: Tensor,
-    mask: Mask,
-    language_ids: Tensor,
-    bias: Tensor | None = None,
-    *,
-    validate: bool = False,
+    x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None, *, validate: bool = False
 ) -> Tensor:
     """Apply one linear layer whole, and let each example change only what its language's mask leaves.
 
@@ -91,13 +80,7 @@ def checked_forward(forward: str) -> str:
 
 
 def _checked_compute(
-    x: Tensor,
-    weight: Tensor,
-    mask: Mask,
-    language_ids: Tensor,
-    bias: Tensor | None,
-    validate: bool,
-    full_forward: bool,
+    x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None, validate: bool, full_forward: bool
 ) -> Tensor:
     x, (N, K) = autocast(x), (mask.out_features, mask.in_features)
     if tuple(weight.shape) != (N, K):
@@ -123,13 +106,8 @@ def _checked_compute(
         raise ValueError(f"x is on {x.device}, bias on {bias.device}: expected one device")
     if not x.device == weight.device == mask.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.device}, mask on {mask.device}: expected one device")
-    if validate and language_ids.numel():
-        low, high = torch.aminmax(language_ids)
-        if low < -1 or high >= mask.n_languages:
-            raise ValueError(
-                f"language_ids are from {int(low)} to {int(high)}; expected 0 to {mask.n_languages - 1}, "
-                "or -1 for the full network"
-            )
+    if validate:
+        languages_of(language_ids, mask.n_languages)
     layers = Layers([mask], [UNPACKED], full_forward=full_forward)
     return run(layers, x, [weight], [] if bias is None else [bias], language_ids)[0]
 
@@ -173,8 +151,8 @@ class MaskedLinear(nn.Linear):
     @classmethod
     def from_linear(cls: type[Self], linear: nn.Linear, mask: Mask, **options: Any) -> Self:
         """A masked layer that shares the Parameters of `linear`."""
-        has_bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, mask=mask, bias=has_bias, device="meta", **options)
+        N, K = linear.weight.shape[::-1] if cls.transposed else linear.weight.shape
+        layer = cls(K, N, mask=mask, bias=linear.bias is not None, device="meta", **options)
         # Not by assignment: `accelerate.init_empty_weights` puts what is assigned on the meta device.
         layer._parameters.update(linear._parameters)
         layer.mask = mask

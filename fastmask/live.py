@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
@@ -128,9 +128,7 @@ class Live:
             raise ValueError(f"this is no part of a weight of shape {tuple(shape)}: {kind} of {bn} x {bk}")
         across = -(-(K // bk) // 32)
         if len(words) != N // bn * across:
-            raise ValueError(
-                f"expected {N // bn * across} words of flags for a weight of shape {tuple(shape)}, given {len(words)}"
-            )
+            raise ValueError(f"expected {N // bn * across} words of flags, given {len(words)}")
         live = cls(kind, (N, K), (bn, bk), words.view(N // bn, across).to(device or code.device))
         if not torch.equal(bits.pack(live.cells()), live.words):
             raise ValueError(f"this part has flags beyond a weight of shape {tuple(shape)}")
@@ -228,14 +226,9 @@ def _union(mask: Mask, languages: list[int]) -> Live:
     N, K, unit = mask.out_features, mask.in_features, mask.geometry[0]
     if mask.kind in ("blocks", "weights"):
         index = mask.index.detach()  # what is kept with a tensor must not hold it
-        words = index[languages[0]] if languages else torch.zeros_like(index[0])
-        for language in languages[1:]:
-            words = words | index[language]
+        words = reduce(torch.bitwise_or, [index[i] for i in languages] or [torch.zeros_like(index[0])])
         return Live(mask.kind, (N, K), (unit, mask.geometry[1]), words)
-    keep = torch.zeros(N if mask.kind == "rows" else K, dtype=torch.bool, device=mask.device)
-    counts = mask.live_counts()
-    for language in languages:
-        keep[mask.index[language, : counts[language]]] = True
+    keep = mask.flags()[languages].any(0)
     if mask.kind == "rows":
         return Live("rows", (N, K), (1, K), bits.pack(keep[:, None]))
     return Live("columns", (N, K), (N, unit), bits.pack(keep[None, ::unit]))

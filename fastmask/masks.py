@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +48,7 @@ class Mask:
     """
 
     def __init__(
-        self,
-        kind: str,
-        shape: tuple[int, ...],
-        geometry: tuple[int, ...],
-        index: Tensor,
-        extents: Tensor,
+        self, kind: str, shape: tuple[int, ...], geometry: tuple[int, ...], index: Tensor, extents: Tensor
     ) -> None:
         self.kind = kind
         self.n_languages, self.out_features, self.in_features = shape
@@ -66,15 +61,13 @@ class Mask:
     def rows(cls, keep: Tensor, in_features: int) -> Mask:
         """Whole output units: `keep` bool [L, N]. A dead row gives exactly 0, its bias included."""
         keep = _checked(keep, 2, "keep [languages, out_features]")
-        in_features = _positive(in_features, "in_features")
-        return cls._of_units("rows", keep, (*keep.shape, in_features))
+        return cls._of_units("rows", keep, (*keep.shape, _positive(in_features, "in_features")))
 
     @classmethod
     def columns(cls, keep: Tensor, out_features: int) -> Mask:
         """Whole input units: `keep` bool [L, K]. A dead input does not count and gets no gradient."""
         keep = _checked(keep, 2, "keep [languages, in_features]")
-        out_features = _positive(out_features, "out_features")
-        return cls._of_units("columns", keep, (keep.shape[0], out_features, keep.shape[1]))
+        return cls._of_units("columns", keep, (keep.shape[0], _positive(out_features, "out_features"), keep.shape[1]))
 
     @classmethod
     def blocks(cls, keep: Tensor, block: Sequence[int]) -> Mask:
@@ -91,7 +84,13 @@ class Mask:
 
     @classmethod
     def _of_units(cls, kind: str, keep: Tensor, shape: tuple[int, ...]) -> Mask:
-        unit, index, counts = _live_units(keep)
+        # Heads are runs of head_dim rows: knowing it, columns are copied in runs instead of one by one.
+        changes = (keep[:, 1:] != keep[:, :-1]).any(0).nonzero().flatten() + 1
+        unit, counts = math.gcd(keep.shape[1], *changes.tolist()), keep.sum(1)
+        # A stable descending sort of the flags puts the live indices first, in ascending order.
+        order = keep.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        padding = torch.arange(max(1, int(counts.max())), device=keep.device) >= counts[:, None]
+        index = order[:, : padding.shape[1]].masked_fill(padding, 0).contiguous()
         return cls(kind, shape, (unit,), index, counts)
 
     @classmethod
@@ -120,12 +119,19 @@ class Mask:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored mask, all languages together."""
-        return sum(t.numel() * t.element_size() for t in (self.index, self.extents))
+        return self.index.nbytes + self.extents.nbytes
 
     def live_counts(self) -> list[int]:
         """Live rows (or columns) of each language; row and column masks only."""
-        counts: list[int] = self.extents.tolist()
-        return counts
+        return self.extents.tolist()
+
+    def flags(self) -> Tensor:
+        """What `Mask.rows` or `Mask.columns` was given: bool [L, N] or [L, K]."""
+        size = self.out_features if self.kind == "rows" else self.in_features
+        places = torch.arange(self.index.shape[1], device=self.device)
+        held = torch.where(places < self.extents[:, None], self.index, size)
+        flags = torch.zeros(self.n_languages, size + 1, dtype=torch.bool, device=self.device)
+        return flags.scatter_(1, held, True)[:, :size]
 
     def to_dense(self) -> Tensor:
         """The mask as bool [L, N, K], whatever its kind."""
@@ -134,10 +140,7 @@ class Mask:
             bn, bk = self.geometry
             cells = bits.unpack(self.index, K // bk)
             return cells if self.kind == "weights" else cells.repeat_interleave(bn, 1).repeat_interleave(bk, 2)
-        keep = torch.zeros(L, N if self.kind == "rows" else K, dtype=torch.bool, device=self.device)
-        for language, count in enumerate(self.live_counts()):
-            keep[language, self.index[language, :count]] = True
-        return keep[:, :, None].expand(L, N, K) if self.kind == "rows" else keep[:, None, :].expand(L, N, K)
+        return (self.flags()[:, :, None] if self.kind == "rows" else self.flags()[:, None]).expand(L, N, K)
 
     def _checked_id(self, language: int) -> int:
         if not 0 <= operator.index(language) < self.n_languages:
@@ -155,26 +158,6 @@ class Mask:
         if not ids:
             raise ValueError("expected at least one language id, given none")
         return Mask._joined([self], ids)
-
-    @classmethod
-    def stack(cls, masks: Iterable[Mask]) -> Mask:
-        """The languages of several masks of one kind over weights of one shape, one after the other.
-
-        Raises:
-            ValueError: no mask, or masks of another kind, shape, block size or device.
-        """
-        masks = list(masks)
-        if not masks:
-            raise ValueError("no masks to stack")
-        described = [
-            f"{mask.kind}{f' of {mask.geometry}' if mask.kind == 'blocks' else ''} over {mask.out_features} x "
-            f"{mask.in_features} on {mask.device}"
-            for mask in masks
-        ]
-        for other in described:
-            if other != described[0]:
-                raise ValueError(f"cannot stack masks of {described[0]} and of {other}")
-        return cls._joined(masks, range(sum(mask.n_languages for mask in masks)))
 
     @classmethod
     def _joined(cls, masks: Sequence[Mask], ids: Sequence[int]) -> Mask:
@@ -211,26 +194,18 @@ class Mask:
         ids = list(range(self.n_languages))
         ids[self._checked_id(language)] = self.n_languages
         N, K, bn, bk = self.out_features, self.in_features, self.geometry[0], self.geometry[-1]
-        made: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Mask]]] = {
-            "rows": ((N,), lambda own: Mask.rows(own, K)),
-            "columns": ((K,), lambda own: Mask.columns(own, N)),
-            "blocks": ((N // bn, K // bk), lambda own: Mask.blocks(own, (bn, bk))),
-            "weights": ((N, K), Mask.weights),
-        }
-        shape, make = made[self.kind]
-        keep = _checked(keep, len(shape), f"keep {list(shape)} of a mask of {self.kind}").to(self.device)
+        shape = {"rows": (N,), "columns": (K,), "blocks": (N // bn, K // bk), "weights": (N, K)}[self.kind]
+        rest = {"rows": (K,), "columns": (N,), "blocks": ((bn, bk),), "weights": ()}[self.kind]
+        what = f"keep {list(shape)} of a mask of {self.kind}"
+        keep = _checked(keep, len(shape), what).to(self.device)
         if tuple(keep.shape) != shape:
-            raise ValueError(f"expected keep {list(shape)} of a mask of {self.kind}, given shape {tuple(keep.shape)}")
-        return Mask._joined([self, make(keep[None])], ids)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Mask:
-        """The same mask with `function` applied to each stored tensor (to move it between devices)."""
-        shape = (self.n_languages, self.out_features, self.in_features)
-        return Mask(self.kind, shape, self.geometry, function(self.index), function(self.extents))
+            raise ValueError(f"expected {what}, given shape {tuple(keep.shape)}")
+        return Mask._joined([self, getattr(Mask, self.kind)(keep[None], *rest)], ids)
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask on `device`."""
-        return self.map(lambda tensor: tensor.to(device))
+        shape = (self.n_languages, self.out_features, self.in_features)
+        return Mask(self.kind, shape, self.geometry, self.index.to(device), self.extents.to(device))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the tables that products keep with the stored tensors."""
@@ -273,19 +248,3 @@ def _positive(value: int, name: str) -> int:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, given {value!r}")
     return value
-
-
-def _live_units(keep: Tensor) -> tuple[int, Tensor, Tensor]:
-    """The coarsest unit size that describes `keep` [L, width], the live indices [L, most] and their counts [L].
-
-    Heads are runs of head_dim rows: knowing it, columns are copied in runs instead of one by one.
-    """
-    width = keep.shape[1]
-    changes = (keep[:, 1:] != keep[:, :-1]).any(0).nonzero().flatten() + 1
-    unit = math.gcd(width, *changes.tolist())
-    counts = keep.sum(1)
-    # A stable descending sort of the flags puts the live indices first, in ascending order.
-    order = torch.sort(keep.to(torch.int8), dim=1, descending=True, stable=True).indices
-    most = max(1, int(counts.max()))
-    padding = torch.arange(most, device=keep.device)[None, :] >= counts[:, None]
-    return unit, order[:, :most].masked_fill(padding, 0).contiguous(), counts

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from fastmask import triton_path
 from fastmask.torch_path import layers as torch_layers
-from fastmask.torch_path.layers import NONE, Layers, Needs
+from fastmask.torch_path.layers import NONE, Layers, Needs, Tensors
 
 __all__ = ["as_examples", "autocast", "path_for", "run"]
 
@@ -30,9 +29,7 @@ __all__ = ["as_examples", "autocast", "path_for", "run"]
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
 
 
-def run(
-    layers: Layers, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], language_ids: Tensor
-) -> Sequence[Tensor]:
+def run(layers: Layers, x: Tensor, weights: Tensors, biases: Tensors, language_ids: Tensor) -> Tensors:
     """`masked_linear` of layers over one input x [B, ..., K], without its checks: y of each, [B, ..., N or its width].
 
     For layers that were checked once. All weights have a bias, or none has: then `biases` is empty. What is written to
@@ -47,8 +44,7 @@ def run(
         from fastmask import traced  # which imports this module
 
         return traced.run(layers, x, weights, biases, language_ids)
-    computed: Sequence[Tensor] = _Eager.apply(layers, x, language_ids, *weights, *biases)
-    return computed
+    return _Eager.apply(layers, x, language_ids, *weights, *biases)
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -60,13 +56,10 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def as_examples(x: Tensor) -> Tensor:
-    """[B, ..., width] -> [B, T, width]; T is spelled out because -1 is ambiguous in an empty batch."""
+    """[B, ..., width] -> [B, T, width]."""
     if x.ndim == 3:
         return x
-    tokens = 1
-    for size in x.shape[1:-1]:
-        tokens *= size
-    return x.reshape(x.shape[0], tokens, x.shape[-1])
+    return x.flatten(1, -2) if x.ndim > 2 else x[:, None]
 
 
 # ---- eager: autograd.Function takes no lists, so the tensors come one after the other
@@ -106,7 +99,7 @@ class _Eager(torch.autograd.Function):
 # ---- the path
 
 
-def path_for(x: Tensor, weights: Sequence[Tensor]) -> ModuleType:
+def path_for(x: Tensor, weights: Tensors) -> ModuleType:
     """`torch_path.layers` or `triton_path.layers`, for activations x and weights that are on one device.
 
     What the kernels cannot run goes to PyTorch, with one warning that says why.

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.masks import FULL, UNPACKED, Mask
 from fastmask.operators import as_examples, path_for
-from fastmask.torch_path.layers import Layers, Needs, activate
+from fastmask.torch_path.layers import Layers, Needs, Tensors, activate
 from fastmask.torch_path.packing import enter, leave, slots
 
 __all__ = ["decompositions"]
@@ -55,21 +55,16 @@ _BACKWARD = (
 )
 
 
-def run(
-    layers: Layers, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], language_ids: Tensor
-) -> list[Tensor]:
+def run(layers: Layers, x: Tensor, weights: Tensors, biases: Tensors, language_ids: Tensor) -> list[Tensor]:
     """As `operators.run`, for tracers."""
     masks = layers.masks
     geometries = [n for mask in masks for n in (*mask.geometry, 0)[:2]]
     settings = Settings(masks[0].kind, geometries, masks[0].n_languages, *layers[1:])
     indices, extents = [mask.index for mask in masks], [mask.extents for mask in masks]
-    ys: list[Tensor] = torch.ops.fastmask.masked_linear(x, weights, biases, language_ids, indices, extents, *settings)
-    return ys
+    return torch.ops.fastmask.masked_linear(x, weights, biases, language_ids, indices, extents, *settings)
 
 
-def _layers(
-    weights: Sequence[Tensor], indices: Sequence[Tensor], extents: Sequence[Tensor], settings: Settings
-) -> Layers:
+def _layers(weights: Tensors, indices: Tensors, extents: Tensors, settings: Settings) -> Layers:
     """The layers of an operator's arguments."""
     sizes = zip(settings.geometries[::2], settings.geometries[1::2], strict=True)
     masks = [

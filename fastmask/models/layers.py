@@ -25,16 +25,9 @@ from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.layers import NONE, Layers, name_of
 
 __all__ = [
-    "Around",
-    "AttachedConv1D",
-    "AttachedLinear",
-    "Siblings",
-    "check_geometry",
-    "put",
-    "unit_layers",
-    "weight_layers",
+    "Around", "AttachedConv1D", "AttachedLinear", "Siblings", "check_geometry", "put", "unit_layers", "weight_layers",
     "wrapped_in",
-]
+]  # fmt: skip
 
 
 class AttachedLinear(MaskedLinear):
@@ -85,7 +78,7 @@ class AttachedLinear(MaskedLinear):
         self._counts = self._mask.live_counts() if self._mask.kind in ("rows", "columns") else []
         self._of_parts: list[tuple[Mask, list[int]]] = []
         if self.parts:
-            keep = self._mask.to_dense()[:, :, 0].split([size for size, _ in self.parts], 1)
+            keep = self._mask.flags().split([size for size, _ in self.parts], 1)
             masks = [Mask.rows(of_part, self.in_features) for of_part in keep]
             self._of_parts = [(of_part, of_part.live_counts()) for of_part in masks]
 
@@ -147,14 +140,6 @@ class AttachedConv1D(AttachedLinear):
 
     transposed = True
     _stored: tuple[Mask, Mask] | None = None  # a mask, and the same over [in, out]
-
-    @classmethod
-    def from_linear(cls, linear: nn.Module, mask: Mask, **options: Any) -> AttachedConv1D:
-        """A masked layer that shares the Parameters of a `Conv1D`."""
-        layer = cls(mask.in_features, mask.out_features, mask=mask, device="meta", **options)
-        layer._parameters.update(linear._parameters)
-        layer.mask = mask
-        return layer.train(linear.training)
 
     @property
     def matrix(self) -> Tensor:
@@ -227,8 +212,7 @@ class Around:
     @mask.setter
     def mask(self, mask: Mask) -> None:
         self._mask = mask
-        dense = mask.to_dense()
-        dead = ~(dense[:, :, 0] if mask.kind == "rows" else dense[:, 0])
+        dead = ~mask.flags()
         self._dead = torch.cat([dead, torch.zeros_like(dead[:1])])  # the last one is the full network's, -1
 
     def put(self, module: nn.Module) -> None:

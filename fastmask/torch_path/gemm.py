@@ -13,12 +13,14 @@ from fastmask.torch_path import onednn
 from fastmask.torch_path.onednn import by_onednn
 from fastmask.torch_path.scratch import LEFT, PRODUCT, ROWS, Scratch, gather
 
-__all__ = ["Live", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples"]
+__all__ = ["Live", "Tensors", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples"]
 
 GAP = 16  # numbers between rows that are read by columns
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
 TURNED_TOKENS = 512  # whose factors are transposed at once
 MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
+
+Tensors = Sequence[Tensor]
 
 
 class Live(NamedTuple):
@@ -34,12 +36,7 @@ class Live(NamedTuple):
 
 
 def products(
-    activations: Sequence[Tensor],
-    w: Tensor,
-    live: Live | None,
-    outs: Sequence[Tensor],
-    transposed: bool = False,
-    add: bool = False,
+    activations: Tensors, w: Tensor, live: Live | None, outs: Tensors, transposed: bool = False, add: bool = False
 ) -> None:
     """Write (or add) to each language's out the product of its activations and its own rows of w [size, S].
 
@@ -47,31 +44,28 @@ def products(
     all rows are meant. The rows of w, or its columns, lie in one piece each.
     """
     if not by_onednn(w):
-        rows = _gathered(w, live, len(outs))
-        rights = [part.t() for part in rows] if transposed else rows
-        _multiply(activations, rights, outs, live is not None and live.own is not None, add)
+        own = None if live is None else live.own
+        rows: Tensors = [w] * len(outs) if live is None else gather(w, live.rows).split_with_sizes(live.counts)
+        if own is not None:
+            _clear_behind(rows, own)
+        _multiply(activations, [part.t() for part in rows] if transposed else rows, outs, own is not None, add)
         return
     indices: Sequence[Tensor | None] = [None] * len(outs) if live is None else live.rows.split_with_sizes(live.counts)
     for a, index, out in zip(activations, indices, outs, strict=True):
         onednn.product(a, w, index, out, transposed, add)
 
 
-def add_outer(
-    grad: Tensor, live: Live | None, activations: Sequence[Tensor], others: Sequence[Tensor], fresh: bool = False
-) -> None:
+def add_outer(grad: Tensor, live: Live | None, activations: Tensors, others: Tensors, fresh: bool = False) -> None:
     """Add a.T @ c to each language's own rows of a gradient [size, S], for its a [M, n] and c [M, S].
 
     All of the gradient is written if it is `fresh`.
     """
-    if live is None:
-        for a, c in zip(activations, others, strict=True):
-            if fresh and grad.dtype == a.dtype:
-                outer(a, c, grad)
-            elif fresh:
-                grad.copy_(outer(a, c))
-            else:
-                grad.add_(outer(a, c))
-            fresh = False
+    if live is None:  # one language, which owns everything
+        part = outer(activations[0], others[0], grad if fresh and grad.dtype == others[0].dtype else None)
+        if not fresh:
+            grad.add_(part)
+        elif part is not grad:
+            grad.copy_(part)
         return
     if fresh:
         grad.zero_()
@@ -145,9 +139,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _multiply(
-    lefts: Sequence[Tensor], rights: Sequence[Tensor], outs: Sequence[Tensor], alike: bool, add: bool = False
-) -> None:
+def _multiply(lefts: Tensors, rights: Tensors, outs: Tensors, alike: bool, add: bool = False) -> None:
     """Write (or add) the product of each left and right matrix; those that are alike in one call, as far as it pays.
 
     In such a call each thread has products of its own. Where threads share one, a core waits for rows that another has
@@ -163,24 +155,14 @@ def _multiply(
         out.addmm_(left, right) if add else torch.mm(left, right, out=out)
 
 
-def _stacked(matrices: Sequence[Tensor]) -> Tensor:
+def _stacked(matrices: Tensors) -> Tensor:
     """Matrices of one shape that lie evenly spaced in memory, as one tensor."""
     first = matrices[0]
     step = matrices[1].storage_offset() - first.storage_offset() if len(matrices) > 1 else 0
     return first.as_strided((len(matrices), *first.shape), (step, *first.stride()))
 
 
-def _gathered(w: Tensor, live: Live | None, languages: int) -> Sequence[Tensor]:
-    """The rows of w [size, S] of each language."""
-    if live is None:
-        return [w] * languages
-    rows = gather(w, live.rows).split_with_sizes(live.counts)
-    if live.own is not None:
-        _clear_behind(rows, live.own)
-    return rows
-
-
-def _clear_behind(rows: Sequence[Tensor], own: Sequence[int]) -> None:
+def _clear_behind(rows: Tensors, own: Sequence[int]) -> None:
     """Set rows that are not a language's own to zero."""
     for part, n in zip(rows, own, strict=True):
         if n < len(part):

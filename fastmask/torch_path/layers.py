@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, Mask
-from fastmask.torch_path.gemm import by_onednn, cast, products
+from fastmask.torch_path.gemm import Tensors, by_onednn, cast, products
 from fastmask.torch_path.split import Split, languages_of, split_of
 from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
 
 __all__ = [
-    "NONE", "Batch", "Grads", "Layers", "Needs", "activate", "activation_grad", "backward", "forward",
+    "NONE", "Batch", "Grads", "Layers", "Needs", "Tensors", "activate", "activation_grad", "backward", "forward",
     "full_input_grad", "full_linear", "name_of", "prepare",
 ]  # fmt: skip
 
@@ -38,7 +38,8 @@ class Layers(NamedTuple):
 
     Packed, the masked side is compact: live units at the front of the layer's width, zeros behind. A row mask makes
     y [B, ..., width]; a column mask takes x [B, ..., width], where anything finite may lie behind the live units (it
-    meets zeros, if it is read at all). The width must hold the widest language of the batch.
+    meets zeros, if it is read at all). The width must hold the widest language of the batch. So heads and neurons
+    travel from the projection that makes them to the one that consumes them.
 
     Attributes:
         masks: of each layer, all of one kind and of the same languages.
@@ -101,12 +102,7 @@ def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
 
 
 def forward(
-    layers: Layers,
-    batch: Batch,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    kept: list[Tensor] | None = None,
+    layers: Layers, batch: Batch, x: Tensor, weights: Tensors, biases: Tensors, kept: list[Tensor] | None = None
 ) -> list[Tensor]:
     """Run x [B, T, K_in], activated, through each masked weight -> y of each, [B, T, its N_out].
 
@@ -145,13 +141,7 @@ def forward(
 
 
 def backward(
-    layers: Layers,
-    batch: Batch,
-    dys: Sequence[Tensor],
-    x: Tensor,
-    weights: Sequence[Tensor],
-    needs: Needs,
-    kept: Sequence[Tensor] = (),
+    layers: Layers, batch: Batch, dys: Tensors, x: Tensor, weights: Tensors, needs: Needs, kept: Tensors = ()
 ) -> Grads:
     """Gradients of `forward`: (dx, dW of each, db of each), each None unless it is needed.
 
@@ -191,7 +181,7 @@ def backward(
     return None if dx is None else activation_grad(dx, x, layers.activation), dws, dbs
 
 
-def _read(layers: Layers, tables: Sequence[Table], weights: Sequence[Tensor], x: Tensor, split: Split) -> list[Tensor]:
+def _read(layers: Layers, tables: Sequence[Table], weights: Tensors, x: Tensor, split: Split) -> list[Tensor]:
     """The weights as the products of a batch read them."""
     if layers.full_forward:
         return [cast(weight, x.dtype) for weight in weights]
@@ -262,7 +252,7 @@ def full_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def full_input_grad(dys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+def full_input_grad(dys: Tensors, weights: Tensors) -> Tensor:
     """The dX [B, T, K] of the dY [B, T, N] of each weight."""
     B, T, _ = dys[0].shape
     dx = dys[0].new_empty(B * T, weights[0].shape[1])

@@ -66,8 +66,7 @@ def padded(size: int) -> int:
 
 def linear(a: Tensor, w: Tensor) -> Tensor:
     """Multiply a [M, K] by the transpose of w [N, K]; gaps between the rows (or columns) of w make it very slow."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, w, None, "none", [], "")
-    return y
+    return torch.ops.mkldnn._linear_pointwise.default(a, w, None, "none", [], "")
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmask import bits
 from fastmask.masks import FULL, Mask
-from fastmask.torch_path.gemm import add_sampled, by_onednn, cast, outer, products, samples
+from fastmask.torch_path.gemm import Tensors, add_sampled, by_onednn, cast, outer, products, samples
 from fastmask.torch_path.split import Split, first_equals
 
 __all__ = ["Tiles"]
@@ -48,41 +48,35 @@ class Tiles:
     def read(self, weight: Tensor, dtype: torch.dtype, languages: int) -> Tensor:
         return cast(weight, dtype)
 
-    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
-        for language, x, out in zip(languages, xs, outs, strict=True):
-            if self._is_whole(language, x):
-                products([x], self._masked(w, language), None, [out], transposed=True)
-                continue
-            inputs, blocks = _grouped(x, self.bk), self._in_blocks(w)
-            for n, live in enumerate(self._live(language)):
-                rows = slice(n * self.bn, (n + 1) * self.bn)
-                if len(live):
-                    w_live = blocks[n].index_select(1, live).flatten(1)
-                    products([inputs.index_select(1, live).flatten(1)], w_live, None, [out[:, rows]], transposed=True)
-                else:
-                    out[:, rows] = 0
+    def forward(self, languages: Sequence[int], xs: Tensors, w: Tensor, outs: Tensors) -> None:
+        self._multiply(languages, xs, w, outs, add=False, dim=1)
 
     def add_bias(self, y: Tensor, bias: Tensor, split: Split) -> None:
         y += bias
 
-    def input_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
+    def input_grad(self, languages: Sequence[int], dys: Tensors, w: Tensor, outs: Tensors, add: bool) -> None:
+        self._multiply(languages, dys, w, outs, add, dim=0)
+
+    def _multiply(
+        self, languages: Sequence[int], given: Tensors, w: Tensor, outs: Tensors, add: bool, dim: int
     ) -> None:
-        for language, dy, out in zip(languages, dys, outs, strict=True):
-            if self._is_whole(language, dy):
-                products([dy], self._masked(w, language), None, [out], add=add)
+        """Write (or add) the product of each row of blocks (`dim` 1), or of each column of them (`dim` 0)."""
+        sizes = self.bn, self.bk
+        for language, a, out in zip(languages, given, outs, strict=True):
+            if self._is_whole(language, a):
+                products([a], self._masked(w, language), None, [out], dim == 1, add)
                 continue
-            upstream, blocks = _grouped(dy, self.bn), self._in_blocks(w)
-            for k, live in enumerate(self._live(language, of_columns=True)):
-                columns = slice(k * self.bk, (k + 1) * self.bk)
+            parts, places = _grouped(a, sizes[dim]), out.split(sizes[1 - dim], 1)
+            lines = self._in_blocks(w).unbind(0 if dim else 2)
+            for live, line, place in zip(self._live(language, dim == 0), lines, places, strict=True):
                 if len(live):
-                    w_live = blocks[:, :, k].index_select(0, live).flatten(0, 1)
-                    products([upstream.index_select(1, live).flatten(1)], w_live, None, [out[:, columns]], add=add)
+                    own = line.index_select(dim, live).flatten(dim, dim + 1)
+                    products([parts.index_select(1, live).flatten(1)], own, None, [place], dim == 1, add)
                 elif not add:
-                    out[:, columns] = 0
+                    place.zero_()
 
     def weight_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
+        self, languages: Sequence[int], dys: Tensors, xs: Tensors, weight: Tensor, dtype: torch.dtype
     ) -> Tensor:
         only = languages[0] if len(languages) == 1 and dtype == xs[0].dtype else None
         if only is not None and not self._is_sampled(only, xs[0]) and self._is_whole(only, xs[0], SCATTERING_ONEDNN):

@@ -1,9 +1,7 @@
 """Masks over whole rows or whole columns of a weight: live rows are gathered, multiplied, and their gradients added.
 
 Columns are rows of the transposed weight, so both are written once here, for rows of w [size, S]: the weight, or its
-transpose. *Packed* means that the masked side of an activation holds only live units, moved to the front of a buffer as
-wide as the widest language of the batch; what is left over is zero. Heads and neurons travel packed from the projection
-that makes them to the projection that consumes them.
+transpose. What *packed* means is said by `layers.Layers`.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from fastmask.masks import FULL, Mask
 from fastmask.torch_path import packing
-from fastmask.torch_path.gemm import Live, add_outer, by_onednn, cast, products
+from fastmask.torch_path.gemm import Live, Tensors, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
 
 __all__ = ["Units"]
@@ -71,7 +69,7 @@ class Units:
     def _transposes(self, languages: int) -> bool:
         return not self.of_rows and self.unit == 1 and languages >= LEAST_TO_TRANSPOSE
 
-    def forward(self, languages: Sequence[int], xs: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
+    def forward(self, languages: Sequence[int], xs: Tensors, w: Tensor, outs: Tensors) -> None:
         """Write each language's y [M, N or packed width] of its x [M, K or packed width], without the bias."""
         (self._onto if self.of_rows else self._from)(languages, xs, w, outs)
 
@@ -81,9 +79,7 @@ class Units:
             bias = torch.nn.functional.pad(bias, (0, 1))[self.slots[split.ids, None, : y.shape[2]]]
         y += bias
 
-    def input_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor], add: bool
-    ) -> None:
+    def input_grad(self, languages: Sequence[int], dys: Tensors, w: Tensor, outs: Tensors, add: bool) -> None:
         """Write (or add) each language's dx of its dy; shapes as in `forward`."""
         if self.of_rows:
             self._from(languages, dys, w, outs, add)
@@ -95,7 +91,7 @@ class Units:
             torch._foreach_add_(list(outs), parts)
 
     def weight_grad(
-        self, languages: Sequence[int], dys: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, dtype: torch.dtype
+        self, languages: Sequence[int], dys: Tensors, xs: Tensors, weight: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The dW [N, K] of all languages, summed in `dtype`."""
         masked, others = (dys, xs) if self.of_rows else (xs, dys)
@@ -128,7 +124,7 @@ class Units:
 
     # ---- which languages are multiplied together
 
-    def _groups(self, languages: Sequence[int], activations: Sequence[Tensor]) -> list[tuple[slice, Live | None]]:
+    def _groups(self, languages: Sequence[int], activations: Tensors) -> list[tuple[slice, Live | None]]:
         """Languages whose live rows are gathered at once, and those rows; None for all of the weight's.
 
         `activations` are those of each language.
@@ -168,7 +164,7 @@ class Units:
         rows = [self.index[language, :n] for language, n in zip(languages, counts, strict=True)]
         return Live(torch.cat(rows), counts)
 
-    def _narrow(self, languages: Sequence[int], activations: Sequence[Tensor], live: Live | None) -> Sequence[Tensor]:
+    def _narrow(self, languages: Sequence[int], activations: Tensors, live: Live | None) -> Tensors:
         """The part [M, n] of each language's activation [M, width] on the masked side that its rows belong to."""
         if live is None:
             return activations
@@ -182,18 +178,13 @@ class Units:
         return narrow
 
     def _from(
-        self,
-        languages: Sequence[int],
-        activations: Sequence[Tensor],
-        w: Tensor,
-        outs: Sequence[Tensor],
-        add: bool = False,
+        self, languages: Sequence[int], activations: Tensors, w: Tensor, outs: Tensors, add: bool = False
     ) -> None:
         """Write (or add) combinations of live rows."""
         for group, live in self._groups(languages, activations):
             products(self._narrow(languages[group], activations[group], live), w, live, outs[group], add=add)
 
-    def _onto(self, languages: Sequence[int], activations: Sequence[Tensor], w: Tensor, outs: Sequence[Tensor]) -> None:
+    def _onto(self, languages: Sequence[int], activations: Tensors, w: Tensor, outs: Tensors) -> None:
         """Write products with live rows into their places of each out [M, width], and zero elsewhere."""
         for group, live in self._groups(languages, activations):
             if live is None:
@@ -217,14 +208,14 @@ def _left(matrix: Tensor, width: int) -> Tensor:
     return matrix if matrix.shape[1] == width else matrix[:, :width]
 
 
-def _clear_right(matrices: Sequence[Tensor], widths: Sequence[int]) -> None:
+def _clear_right(matrices: Tensors, widths: Sequence[int]) -> None:
     """Set what lies behind so many columns to zero."""
     for matrix, n in zip(matrices, widths, strict=True):
         if n < matrix.shape[1]:
             matrix[:, n:] = 0
 
 
-def _side_by_side(like: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+def _side_by_side(like: Tensors, widths: Sequence[int]) -> list[Tensor]:
     """Uninitialised matrices, one after the other in memory: as long as those given, and so wide."""
     shapes = [(len(matrix), width) for matrix, width in zip(like, widths, strict=True)]
     parts = like[0].new_empty(sum(map(prod, shapes))).split_with_sizes([*map(prod, shapes)])

@@ -134,36 +134,23 @@ def test_select(masked, ids):
     assert all(map(torch.equal, before, stored(mask)))
 
 
-@pytest.mark.parametrize("parts", [[[0, 1, 2, 3, 4]], [[1], [2], [1]], [[3, 0], [2, 4, 1]], [[1, 1], [0]]], ids=str)
-def test_stack(masked, parts):
-    """Stacked masks keep every language's mask, in tables wide enough for all."""
-    mask, dense = masked
-    pieces = [mask.select(ids) for ids in parts]
-    before = [stored(piece) for piece in pieces]
-    with torch.device("meta"):
-        found = Mask.stack(iter(pieces))
-    assert_made_anew(found, dense[[language for ids in parts for language in ids]])
-    for piece, old in zip(pieces, before, strict=True):
-        assert all(map(torch.equal, old, stored(piece)))
-
-
-def test_units_of_stacked_masks():
-    """Stacked masks are copied in runs as long as the units of all of them allow."""
+def test_units_of_a_replaced_mask():
+    """A mask in which one language is replaced is copied in runs as long as the units of old and new allow."""
     coarse = Mask.rows(torch.tensor([[True, False]]).repeat_interleave(12, 1), 3)
-    fine = Mask.rows(torch.tensor([[True, False, False]]).repeat_interleave(8, 1), 3)
-    assert Mask.stack([coarse, coarse]).geometry == (12,)
-    assert Mask.stack([coarse, fine]).geometry == (4,)
+    fine = torch.tensor([True, False, False]).repeat_interleave(8)
+    assert coarse.replaced(0, ~coarse.flags()[0]).geometry == (12,)
+    assert coarse.replaced(0, fine).geometry == (4,)
 
 
 def test_masks_of_inference_mode(masked):
-    """Masks selected or stacked in inference mode can be trained with."""
+    """Masks selected in inference mode can be trained with."""
     mask, dense = masked
     with torch.inference_mode():
-        found = Mask.stack([mask.select([4, 1]), mask])
-    assert_made_anew(found, dense[[4, 1, 0, 1, 2, 3, 4]])
+        found = mask.select([4, 1])
+    assert_made_anew(found, dense[[4, 1]])
 
 
-ROWS, ON = Mask.rows(torch.ones(2, 6, dtype=torch.bool), 4), torch.ones(1, 2, 3, dtype=torch.bool)
+ROWS = Mask.rows(torch.ones(2, 6, dtype=torch.bool), 4)
 
 
 @pytest.mark.parametrize(
@@ -173,26 +160,9 @@ ROWS, ON = Mask.rows(torch.ones(2, 6, dtype=torch.bool), 4), torch.ones(1, 2, 3,
         (lambda: ROWS.select([0, 2]), ValueError, "language id 2 is out of range: expected 0 to 1"),
         (lambda: ROWS.select([-1]), ValueError, "language id -1 is out of range"),
         (lambda: ROWS.select([0.5]), TypeError, "float"),
-        (lambda: Mask.stack([]), ValueError, "no masks to stack"),
-        (
-            lambda: Mask.stack([ROWS, ROWS, Mask.columns(torch.ones(1, 4, dtype=torch.bool), 6)]),
-            ValueError,
-            "cannot stack masks of rows over 6 x 4 on cpu and of columns over 6 x 4 on cpu",
-        ),
-        (
-            lambda: Mask.stack([ROWS, Mask.rows(torch.ones(2, 5, dtype=torch.bool), 4)]),
-            ValueError,
-            "rows over 6 x 4 on cpu and of rows over 5 x 4 on cpu",
-        ),
-        (
-            lambda: Mask.stack([Mask.blocks(ON, (3, 2)), Mask.blocks(torch.ones(1, 3, 2, dtype=torch.bool), (2, 3))]),
-            ValueError,
-            r"blocks of \(3, 2\) over 6 x 6 on cpu and of blocks of \(2, 3\) over 6 x 6 on cpu",
-        ),
-        (lambda: Mask.stack([ROWS, ROWS.to("meta")]), ValueError, "on cpu and of rows over 6 x 4 on meta"),
     ],
 )
-def test_what_cannot_be_selected_or_stacked(build, error, message):
-    """Languages that are not there, and masks over different weights, are refused."""
+def test_what_cannot_be_selected(build, error, message):
+    """Languages that are not there are refused."""
     with pytest.raises(error, match=message):
         build()

@@ -8,6 +8,7 @@ import importlib
 import os
 import shlex
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 
@@ -72,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and not missing.startswith("fastmask"):
+        names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        by = next((name for name in reversed(names) if not name.startswith("importlib")), "")
+        if missing is not None and not missing.startswith("fastmask") and by.startswith("fastmask"):
             extra = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
             print(f"{name}: error: {missing} is not installed: {extra}", file=sys.stderr)
             return 1

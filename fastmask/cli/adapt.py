@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fastmask import unseen
 from fastmask.cli.options import DATA, FILE, RUN, add_device
 from fastmask.cli.report import print_table
+from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.models import attach
 from fastmask.settings import ConfigError
+from fastmask.tasks.data.language_codes import same_language
 from fastmask.tasks.task import UNKNOWN_LABELS, heading
 from fastmask.training.engine import ADAMW_RATE, device_of, inner_rates
 from fastmask.training.run_folder import load_run
@@ -73,7 +75,8 @@ def run_adapt(options: argparse.Namespace) -> None:
     steps = how_fast["steps"]
     rows = task.known_labels(_support(options, loaded), options.unknown_labels)
     support = None if options.support is None else task.training_examples(rows, options.language, "support")
-    if options.choose is None and how == "nearest" and rows and task.profile(rows) is None:
+    asked = options.choose or options.similarity
+    if asked is None and how == "nearest" and rows and task.profile(rows) is None:
         how = "best"  # without trees only URIEL knows what is near, and that may not be there
     test = _test(options, loaded, rows)
     task.model.to(device_of(options.device))
@@ -85,7 +88,8 @@ def run_adapt(options: argparse.Namespace) -> None:
     def score(network: Choice, taken: int) -> None:
         if test is not None:
             found = task.scored(test, None if network.language_id < 0 else network.name)
-            scores.append({"network": _called(network), "steps": taken, **found, "words": int(test.lengths.sum())})
+            size = {"examples": len(test), "words": int(test.lengths.sum())}
+            scores.append({"network": _called(network), "steps": taken, **found, **size})
 
     for network in {each.language_id: each for each in (FULL_CHOICE, choice)}.values():
         score(network, 0)
@@ -120,17 +124,21 @@ def run_adapt(options: argparse.Namespace) -> None:
 
 def _defaults(options: argparse.Namespace, loaded: FinishedRun) -> tuple[str, dict[str, Any]]:
     """How to choose, and how to adapt: like the inner steps of the run."""
-    if options.support is None and (options.steps or options.sentences):
-        raise ConfigError("--steps and --sentences need support examples (expected --support FILE)")
-    for name, least in (("steps", 0), ("sentences", 1), ("seed", 0)):
+    of_support = ("steps", "sentences", "lr", "encoder_lr")
+    if options.support is None and (useless := [name for name in of_support if getattr(options, name)]):
+        option = useless[0].replace("_", "-")
+        raise ConfigError(f"--{option} needs support examples (expected --support FILE)")
+    for name, least in (("steps", 0), ("sentences", 1), ("seed", 0), ("lr", 0), ("encoder_lr", 0)):
         value = getattr(options, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise ConfigError(f"{name} is {value} (expected at least {least})")
     config = loaded.config
     usual = config.inner_steps, *inner_rates(loaded.task, config, options.optimizer)
     given = (0 if options.support is None else options.steps, options.lr, options.encoder_lr)
     steps, head_lr, encoder_lr = (mine if own is None else own for own, mine in zip(given, usual, strict=True))
     how_fast = {"steps": steps, "head_lr": head_lr, "encoder_lr": encoder_lr, "optimizer": options.optimizer}
+    if options.similarity is not None and (loaded.subnetworks is None or options.choose not in (None, "nearest")):
+        raise ConfigError(f"similarity is {options.similarity!r}, which only choose nearest reads (expected none)")
     if loaded.subnetworks is None:
         if options.choose not in (None, "full"):
             raise ConfigError(f"choose is {options.choose!r}, but {options.run} has no subnetworks (expected full)")
@@ -143,7 +151,7 @@ def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:
     """The support examples: all of the file, or as many as asked, drawn by the seed, in the file's order."""
     if options.support is None:
         return []
-    rows = loaded.task.read(options.support, loaded.config.task_settings)
+    rows = _read(options.support, options, loaded)
     if options.sentences is None:
         return rows
     if len(rows) < options.sentences:
@@ -153,11 +161,27 @@ def _support(options: argparse.Namespace, loaded: FinishedRun) -> Rows:
     return [rows[row] for row in sorted(drawn.tolist())]
 
 
+def _read(file: str, options: argparse.Namespace, loaded: FinishedRun) -> Rows:
+    """The rows of a file; of one whose rows name several languages, those of the language that is asked for."""
+    settings = loaded.config.task_settings
+    rows = list(loaded.task.read(file, settings))
+    names = [row.get(settings.language_column) for row in rows]
+    known = {str(name) for name in names if name is not None}
+    if len(known) < 2:
+        return rows
+    own = same_language(options.language, known)
+    if own is None:
+        raise ConfigError(f"{file}: {unknown('language', options.language, known)}")
+    found = [row for row, name in zip(rows, names, strict=True) if name is not None and str(name) == own]
+    print(f"{file}: {len(rows) - len(found)} rows of other languages are left out", file=sys.stderr)
+    return found
+
+
 def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> Any:
     """The test examples, without those that stand in the support set; None if no test was given."""
     task, settings = loaded.task, loaded.config.task_settings
     if options.test:
-        rows = task.read(options.test, settings)
+        rows = _read(options.test, options, loaded)
     elif options.data:
         (splits,) = task.load(options.data, [options.language], settings, splits=("test",)).values()
         rows = list(splits["test"])
@@ -216,10 +240,10 @@ def print_choice(choice: Choice, language: str, by: str | None) -> None:
 def _print_scores(scores: list[dict[str, Any]], task: Task) -> None:
     if not scores:
         return
-    names = [name for name in scores[0] if name not in ("network", "steps", "words")]
+    names = [name for name in scores[0] if name not in ("network", "steps", "examples", "words")]
     rows = [
         {"network": row["network"], "steps": str(row["steps"]), **{heading(name): f"{row[name]:.2f}" for name in names}}
         for row in scores
     ]
-    on, unit = f"{scores[0]['words']} {task.token_word}", ", percent" if task.percent else ""
+    on, unit = f"{scores[0]['examples']} {task.example_word}", ", percent" if task.percent else ""
     print_table(f"{' / '.join(map(heading, names))} on {on}{unit}", rows, sys.stdout)

@@ -14,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from fastmask.files import STDOUT
+from fastmask.tasks.data.language_codes import same_language
 from fastmask.tasks.task import heading
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def scored(task: Task, subnets: Subnetworks | None, tests: Mapping[str, Mapping[
     """Score every language with the full network, and with its subnetwork (attached to the task) where it has one."""
     rows = []
     for language, part, examples in ((name, part, of) for name, parts in tests.items() for part, of in parts.items()):
-        has_own = subnets is not None and language in subnets.languages
-        own = task.scored(examples, language) if has_own else None
+        name = None if subnets is None else same_language(language, subnets.languages)
+        own = None if name is None else task.scored(examples, name)
         size = len(examples), int(examples.lengths.sum())
         rows.append(Row(language, part, *size, task.scored(examples, None), own))
     return rows

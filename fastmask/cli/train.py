@@ -121,6 +121,10 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     file = options.config or (started if given.get("resume") and started.is_file() else None)
     if file == started:
         given["out"] = os.fspath(started.parent)  # where it is now, whatever its settings say
+    if given.get("resume") and file is None and "data" not in given:
+        raise ConfigError(
+            f"{given.get('out', TrainConfig.out)} holds no run (expected the folder of one, to resume it)"
+        )
     base = TrainConfig.load(file) if file else TrainConfig()
     values = {**dataclasses.asdict(base), **given}
     known = base.task_options if values["task"] == base.task else {}  # else they are of another task
@@ -128,6 +132,11 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     if "masks" in given and values["method"] in ("full", "vector"):
         raise ConfigError(
             f"--masks is given, and method {values['method']!r} trains no subnetworks (expected another one)"
+        )
+    found_by = [name for name in ("tau", "density", "units", "score", "draws") if name in given]
+    if "masks" in given and found_by:
+        raise ConfigError(
+            f"--masks and --{found_by[0]} are both given (expected one: masks of a file are not looked for)"
         )
     if values["data"] is None and file is None:
         values |= {name: value for name, value in EMBEDDED.items() if name not in given}

@@ -149,7 +149,7 @@ class LanguageCollator:
             language_ids = language_ids.repeat_interleave(torch.tensor(lengths, device="cpu"))[None]
         added = {"language_ids": language_ids, "language_counts": LanguageCounts.of(language_ids, len(self.languages))}
         texts = [name.removesuffix("input_ids") for name in batch if name.endswith("_input_ids")]
-        if "input_ids" in batch or not texts:  # others are of the same call, as `decoder_input_ids`
+        if "input_ids" in batch or texts in ([], ["decoder_"]):  # others are of the same call, as `decoder_input_ids`
             texts = [""]
         batch.update({text + name: value for text in texts for name, value in added.items()})
         return batch

@@ -42,8 +42,7 @@ class Classification(TransformersTask):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if getattr(self.model.config, "pad_token_id", None) is None:  # GPT-2 looks for the last piece that is none
-            self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoders look for the last piece that is none
         self.labels = labels_of(self.model)
         self.numbers = {label: number for number, label in enumerate(self.labels)}
 

@@ -59,15 +59,28 @@ def predicted_lines(task: Task, source: str | os.PathLike[str], target: str | os
         target: a regular file appears under its name once it is complete; may be `source`, a pipe or ``/dev/stdout``.
 
     Raises:
-        FileError: a line that is not a JSON object in UTF-8, with its number; or there is no line.
+        FileError: a line that is not a JSON object in UTF-8, with its number, or that the task cannot read; or there is
+            no line.
         OSError: the source cannot be read, or the target not written.
     """
 
     def predicted() -> Iterator[str]:
-        rows = rows_of_lines(source)
+        rows, before = rows_of_lines(source), 0
         while chunk := list(itertools.islice(rows, CHUNK)):
-            for row, prediction in zip(chunk, task.predict(task.examples(chunk)), strict=True):
+            for row, prediction in zip(chunk, task.predict(examples_of(chunk, before)), strict=True):
                 yield json.dumps({**row, "prediction": prediction}, ensure_ascii=False) + "\n"
+            before += len(chunk)
+
+    def examples_of(chunk: list[dict[str, Any]], before: int) -> Any:
+        try:
+            return task.examples(chunk)
+        except (ValueError, KeyError):
+            for number, row in enumerate(chunk, start=before + 1):  # which one it was
+                try:
+                    task.examples([row])
+                except (ValueError, KeyError) as error:
+                    raise FileError(f"{os.fspath(source)}, row {number}", str(error)) from None
+            raise
 
     return write_texts(target, predicted())
 

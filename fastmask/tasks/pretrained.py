@@ -116,18 +116,21 @@ def load_tokenizer(name: str) -> Any:
 
 
 def model_type_of(name: str) -> str:
-    """What transformers calls the kind of a model: "bert", "gpt2".
+    """What transformers calls the kind of a model: "bert", "gpt2"; raises what `load_model` does of its config."""
+    return str(_config_of(name).model_type)
 
-    Raises:
-        OSError: there is no such model.
-        FileError: its config is damaged.
-    """
+
+def labels_in(name: str) -> list[str]:
+    """The labels that a model's config has, in order; raises what `model_type_of` does."""
+    return [str(label) for _, label in sorted((_config_of(name).id2label or {}).items())]
+
+
+def _config_of(name: str) -> Any:
     from transformers import AutoConfig
 
     _check_there(name)
     with _clear_errors(name, "a model"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=os.path.isdir(name))
-    return str(config.model_type)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, local_files_only=os.path.isdir(name))
 
 
 def _check_there(name: str) -> None:
@@ -169,7 +172,9 @@ def check_known(unknown: Mapping[str, float], what: str) -> None:
 
 def positions_of(encoder: nn.Module, tokenizer: Any) -> int:
     """Return how many positions a model can take; a table of them with a padding index starts after that (RoBERTa)."""
-    room = rows = int(getattr(encoder.config, "max_position_embeddings", 512))
+    parts = [part.config for part in encoder.modules() if hasattr(part, "config")]
+    named = [getattr(config, "max_position_embeddings", None) for config in parts]
+    room = rows = min((int(n) for n in named if n and n > 0), default=1 << 20)  # none: as many as the tokenizer says
     for name, table in encoder.named_modules():  # by its name and not its class: I-BERT has one of its own
         padding: Any = getattr(table, "padding_idx", None)
         if name.endswith("position_embeddings") and padding is not None and len(table.weight) == rows:

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from fastmask.errors import unknown
-from fastmask.settings import setting
+from fastmask.settings import ConfigError, setting
 from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
 from fastmask.tasks.predicting import CHUNK
 from fastmask.tasks.pretrained import WordPieces
@@ -71,10 +71,15 @@ class Tagging(TransformersTask):
             import seqeval.metrics  # noqa: F401 - whoever does not have it hears so before training
 
             self.metric = "f1"
+            try:
+                _span_scores([self.labels], [self.labels], scheme)
+            except (KeyError, ValueError):
+                raise ConfigError(f"scheme is {scheme!r}, which is not that of {', '.join(self.labels)}") from None
 
     @classmethod
     def new_model(cls, name: str, options: Any, datasets: Splits) -> nn.Module:
-        tags = (tag for of in datasets.values() for tags in of["train"][options.label_column] for tag in tags or ())
+        column = options.label_column
+        tags = (tag for of in datasets.values() for row in of["train"][column] for tag in _tags(row, column) or ())
         return model_for(cls.auto, name, tags)
 
     def examples(self, rows: Rows) -> Examples:
@@ -103,7 +108,7 @@ class Tagging(TransformersTask):
 
     def _features(self, row: Mapping[str, Any], pieces: Mapping[str, list[int]]) -> dict[str, Any]:
         """Pieces of as many words as fit; the tag of a word stands at its first piece."""
-        words, tags = self._words(row), row.get(self.options.label_column)
+        words, tags = self._words(row), _tags(row.get(self.options.label_column), self.options.label_column)
         if tags is not None and len(tags) != len(words):
             raise ValueError(f"{len(words)} words with {len(tags)} tags: {' '.join(words):.60} (expected one for each)")
         ids = self.pieces.prefix.tolist()
@@ -192,6 +197,12 @@ class Tagging(TransformersTask):
 
     def similarity(self, profile: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         return direction_similarity(profile, others)
+
+
+def _tags(found: Any, column: str) -> Sequence[Any] | None:
+    if found is not None and (isinstance(found, str) or not isinstance(found, Sequence)):
+        raise ValueError(f"{column} is {found!r:.60} (expected a list of tags, one for each word)")
+    return found
 
 
 def _span_scores(gold: list[list[Any]], guesses: list[list[Any]], scheme: str) -> dict[str, float]:

@@ -33,6 +33,7 @@ from fastmask.tasks.predicting import like_lengths
 from fastmask.tasks.pretrained import (
     check_fit,
     check_known,
+    labels_in,
     load_model,
     load_tokenizer,
     positions_of,
@@ -177,7 +178,7 @@ class TransformersTask(Task):
         for name, of in loaded.items():
             for split, rows in of.items():
                 where = f"{os.fspath(data)}, {name} {split}"
-                for column in cls.columns(options):
+                for column in cls.columns(options) if split == "train" else cls.input_columns(options):
                     if column not in rows.column_names:
                         raise ValueError(f"{where}: {unknown_name('column', column, rows.column_names)}")
                 found[name][split] = _with_all(rows, cls.input_columns(options), where)
@@ -241,7 +242,8 @@ class TransformersTask(Task):
         """Rows with what the model sees of each; a warning says how many are cut."""
         rows = list(rows)
         features = [self.features(row) for row in rows]
-        if long := sum(len(found["input_ids"]) >= self.max_length for found in features):
+        lists = [[of for of in (found["input_ids"], found.get(LABELS)) if isinstance(of, list)] for found in features]
+        if long := sum(any(len(of) >= self.max_length for of in parts) for parts in lists):
             warnings.warn(
                 f"{long} of {len(rows)} {self.example_word} may be cut: they fill the {self.max_length} "
                 f"{self.token_word} that the model sees",
@@ -257,7 +259,10 @@ class TransformersTask(Task):
             ValueError: no text in it.
         """
         texts = [self.text(row, column) for column in columns if column]
-        return dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False))
+        found = dict(self.tokenizer(*texts, truncation=True, max_length=self.max_length, verbose=False))
+        if not found["input_ids"]:  # of an empty text, and no model reads nothing
+            found = {name: [self.tokenizer.pad_token_id if name == "input_ids" else 0] for name in found}
+        return found
 
     @staticmethod
     def text(row: Mapping[str, Any], column: str) -> str:
@@ -340,11 +345,13 @@ class TransformersTask(Task):
 
 def _with_all(rows: Any, columns: Sequence[str], where: str) -> Any:
     """The rows of a data set that have something in all of some columns."""
+    numbers = np.arange(1, len(rows) + 1)
     for column in columns:
         missing = rows.select_columns([column]).with_format("arrow")[:].column(0).is_null().to_numpy()
         if missing.any():
             said = f"{missing.sum()} of {len(rows)} rows have no {column} and are left out"
-            warnings.warn(f"{where}: {said}; the first is row {missing.argmax() + 1}", stacklevel=3)
+            warnings.warn(f"{where}: {said}; the first is row {numbers[missing.argmax()]}", stacklevel=3)
+            numbers = numbers[~missing]
             rows = rows.select(np.flatnonzero(~missing))
     return rows
 
@@ -354,6 +361,10 @@ def _with_all(rows: Any, columns: Sequence[str], where: str) -> Any:
 
 def name_of(label: Any) -> str | None:
     """A label by its name; None if there is none: not given, or ``_`` as CoNLL-U has it."""
+    if isinstance(label, (list, tuple, dict)):
+        raise ValueError(f"a label is {label!r:.60} (expected a name or a number)")
+    if isinstance(label, float):  # a column of whole numbers with a hole in it; NaN is the hole
+        label = None if label != label else int(label) if label.is_integer() else label
     return None if label is None or label in ("_", "") else str(label)
 
 
@@ -366,6 +377,9 @@ def model_for(auto: str, name: str, labels: Iterable[Any]) -> nn.Module:
     names = sorted({found for label in labels if (found := name_of(label)) is not None}, key=_by_number)
     if len(names) < 2:
         raise ValueError(f"the training data has the labels {', '.join(names) or 'none'} (expected at least two)")
+    theirs = labels_in(name)
+    if sorted(theirs) == sorted(names):
+        names = theirs  # else its head, which has the same shape, would say one class where it means another
     numbers = {label: number for number, label in enumerate(names)}
     return load_model(auto, name, id2label=dict(enumerate(names)), label2id=numbers)
 

@@ -81,7 +81,7 @@ class Translation(TransformersTask):
             number = get(code) if get else self.tokenizer.convert_tokens_to_ids(code)
         except KeyError:
             number = None
-        if number is None or number == self.tokenizer.unk_token_id:
+        if number is None or (not get and code not in self.tokenizer.get_added_vocab()):  # else any piece would do
             raise ValueError(f"{code!r} is neither a column nor a language code of the {type(self.tokenizer).__name__}")
         return int(number)
 

@@ -79,6 +79,8 @@ def profiles_of(
         raise FileNotFoundError(f"{otherwise}: the data that the run was trained on is not there ({data})")
     splits = task.load(data, languages, loaded.config.task_settings, splits=("train",))
     profiles = {name: task.profile(of["train"]) for name, of in splits.items()} | added
+    if silent := [name for name, profile in profiles.items() if profile is None]:
+        raise ValueError(f"the training data of {', '.join(silent)} has no trees to tell what is near: {otherwise}")
     return {language: profiles[language] for language in loaded.subnetworks.languages}
 
 

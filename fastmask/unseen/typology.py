@@ -54,7 +54,7 @@ def direction_profile(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[int]]
         rows = rows.select_columns(list(columns))  # type: ignore[attr-defined]
     counts: defaultdict[str, list[int]] = defaultdict(lambda: [0, 0])
     for row in rows:
-        if not set(columns) <= row.keys():
+        if any(row.get(column) is None for column in columns):
             continue
         for position, (head, deprel) in enumerate(zip(row["heads"], row["deprels"], strict=True), start=1):
             relation = deprel.split(":", 1)[0]

@@ -229,6 +229,11 @@ def test_options_that_would_not_count(run, data, capsys, tmp_path):
         said = output_of(capsys, *start, "--method", method, "--masks", run / "masks.safetensors", code=1)
         assert f"--masks is given, and method '{method}' trains no subnetworks" in said
     assert "--tau and --density are both given" in output_of(capsys, *start, "--tau", "0.9", "--density", "0.5", code=1)
+    for given in (["--density", "0.1"], ["--units", "heads"], ["--score", "entropy"]):
+        said = output_of(capsys, *start, "--masks", run / "masks.safetensors", *given, code=1)
+        assert f"--masks and {given[0]} are both given" in said
+    typo = ["train", "--out", tmp_path / "out", "--resume"]
+    assert f"{tmp_path / 'out'} holds no run" in output_of(capsys, *typo, code=1)
     assert not (tmp_path / "out").exists()
     file = tmp_path / "config.yaml"
     file.write_text("density: 0.5\nsteps: 3\n")

@@ -82,6 +82,17 @@ def test_a_task_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_task_of_ones_own_lacks_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module that somebody's own task imports in vain is no part of the extra `train`."""
+    (tmp_path / "lacking_task.py").write_text("import nothing_of_that_name\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    said = output_of(capsys, "train", "--task", "lacking_task:T", "--out", tmp_path / "run", code=2)
+    assert "No module named 'nothing_of_that_name'" in said
+    assert "extra" not in said
+
+
 def test_interrupted(small_data: Path, tmp_path: Path) -> None:
     """Ctrl-C names the step it stopped after, and the command that resumes the run."""
     run = tmp_path / "a run"

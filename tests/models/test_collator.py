@@ -265,3 +265,15 @@ def test_a_model_takes_what_the_collator_makes():
     made = fm.LanguageCollator(lambda rest: batch(2), model)([{"language": "fi"}, {"language": None}])
     assert torch.equal(model(**made)[0], model(**batch(2), language_ids=torch.tensor([1, -1]))[0])
     assert attached(model).router.running.route is None
+
+
+def test_a_decoder_beside_what_is_no_text():
+    """What a decoder reads is of the same call as sound or pictures: ids are not of the decoder's texts alone."""
+    model = fm.attach(tiny("bert"), SUBNETS)
+
+    def collate(rows):
+        return {"input_features": torch.zeros(2, 3, 4), "decoder_input_ids": torch.ones(2, 3, dtype=torch.long)}
+
+    found = fm.LanguageCollator(collate, model)([{"language": "de"}, {"language": "fi"}])
+    assert found["language_ids"].tolist() == [0, 1]
+    assert "decoder_language_ids" not in found

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from covering import covering
-from tiny_tasks import CASES, LABELS, LANGUAGES, UNSEEN, config_of, rows_of, write_rows
+from tiny_tasks import CASES, LABELS, LANGUAGES, SIZES, UNSEEN, config_of, rows_of, write_rows
 from typed_command import failure_of, output_of
 
 import fastmask as fm
@@ -193,12 +193,48 @@ def test_commands(name, tiny, tmp_path, capsys):
     )  # fmt: skip
     assert load_run(adapted).subnetworks.languages == (*LANGUAGES, UNSEEN)
     assert cls.open(adapted / "model").name == case.task
+    if name == "tagging":
+        _hostile(capsys, run, place, support, tmp_path)
     if name != "masked":
         blank = write_rows(tmp_path / "blank.jsonl", rows)
         given = ["--language", UNSEEN, "--support", blank, "--choose", "best", "--out", tmp_path / "none"]
         said = output_of(capsys, "adapt", run, *given, code=1)
         assert f"language {UNSEEN!r} has no support {cls.example_word} with labels" in said
         assert not (tmp_path / "none").exists()
+
+
+def _hostile(capsys, run, place, support, tmp_path):
+    """What else a person may give the commands."""
+    case = CASES["tagging"]
+    other = write_rows(
+        tmp_path / "AA" / "test.jsonl", [{**row, "language": "AA"} for row in rows_of(case, "aa", "test")]
+    )
+    output_of(capsys, "evaluate", run, "--data", other, "--languages", "aa", "--json", tmp_path / "AA.json")
+    (row,) = json.loads((tmp_path / "AA.json").read_text())
+    assert row["own"] is not None  # under another name, too
+
+    bad = write_rows(tmp_path / "bad.jsonl", [{"words": ["aa1"]}, {"words": None}])
+    assert f"{bad}, row 2: " in output_of(capsys, "predict", run, bad, tmp_path / "no.jsonl", code=1)
+
+    def adapt(*given, code=1):
+        out = ["--out", tmp_path / "again"]
+        return output_of(capsys, "adapt", run, "--language", UNSEEN, *given, *out, code=code)
+
+    with_trees = tmp_path / "trees.conllu"
+    with_trees.write_text("1\tdd1\t_\tNOUN\t_\t_\t2\tnsubj\t_\t_\n2\tdd2\t_\tVERB\t_\t_\t0\troot\t_\t_\n\n")
+    assert "has no trees to tell what is near" in adapt("--support", with_trees, "--similarity", "head-direction")
+    given = ["--support", support, "--choose", "best"]
+    assert "similarity is 'head-direction'" in adapt(*given, "--similarity", "head-direction")
+    assert "lr is -1.0 (expected at least 0)" in adapt(*given, "--lr", "-1")
+    assert "--lr needs support examples" in adapt("--choose", "union", "--lr", "0.1")
+    mixed = write_rows(
+        tmp_path / "mixed.jsonl", [row for of in ("aa", UNSEEN) for row in rows_of(case, of, "train")[:5]]
+    )
+    said = adapt("--support", mixed, "--test", place / "data" / "test.jsonl", "--choose", "best", code=0)
+    assert f"on {SIZES['test']} sentences" in said
+    record = json.loads((tmp_path / "again" / "results.json").read_text())["adaptations"][-1]
+    assert len(record["sent_ids"]) == 5  # of its own language
+    assert record["scores"][0]["examples"] == SIZES["test"]
 
 
 @pytest.mark.parametrize(("name", "called"), [("masked", "perplexity"), ("spans", "F1")])

@@ -98,6 +98,9 @@ def test_the_full_network_runs_with_a_language_or_without(run: Path) -> None:
             one = task.model(task.collate(examples)).states[number]
         torch.testing.assert_close(one, mixed[number])
         assert not torch.allclose(one, plain[number])
+        fm.set_language(task.encoder, name)  # what stands reaches the vectors, too
+        torch.testing.assert_close(task.model(task.collate(examples)).states[number], mixed[number])
+        fm.set_language(task.encoder)
     with torch.no_grad():
         task.model.language_vectors.weight.zero_()
     torch.testing.assert_close(task.model(task.collate(examples, ids)).states, plain)

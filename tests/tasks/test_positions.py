@@ -47,3 +47,16 @@ def test_rotary_positions_have_no_padding() -> None:
     """ESM-2 has no table of positions, so nothing is taken off."""
     model = AutoModel.from_config(AutoConfig.for_model("esm", **SIZES, position_embedding_type="rotary"))
     assert positions_of(model, SimpleNamespace(model_max_length=int(1e30))) == ROWS
+
+
+def test_without_a_table_as_many_as_the_tokenizer_says() -> None:
+    """ALiBi and relative positions have no end; a config of parts says it in its part for text."""
+    sizes = {"vocab_size": 30, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    bloom = AutoModel.from_config(AutoConfig.for_model("bloom", **sizes))
+    assert positions_of(bloom, SimpleNamespace(model_max_length=1024)) == 1024
+    assert bloom(torch.randint(30, (1, 700))).last_hidden_state.shape[1] == 700
+    xlnet = AutoModel.from_config(
+        AutoConfig.for_model("xlnet", vocab_size=30, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    )
+    assert xlnet.config.max_position_embeddings == -1
+    assert positions_of(xlnet, SimpleNamespace(model_max_length=1024)) == 1024

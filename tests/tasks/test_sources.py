@@ -201,3 +201,21 @@ def test_standard_input():
     lines = '{"text": "one"}\n\n{"text": "two"}\n'
     done = subprocess.run([sys.executable, "-c", code], input=lines, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[{'text': 'one'}, {'text': 'two'}]"
+
+
+def test_a_file_that_has_changed_is_read_anew(tmp_path):
+    """Also where its time is what it was, as after unpacking an archive."""
+    path = tmp_path / "train.jsonl"
+    for text in ("old", "new", "a longer one"):
+        write_rows(path, [{"text": text}])
+        os.utime(path, (1e9, 1e9))
+        assert [row["text"] for row in read_file(path)] == [text]
+
+
+def test_a_language_without_a_split(tmp_path):
+    """That the data have no such split of a language does not make it unknown."""
+    write_rows(tmp_path / "train.jsonl", [*rows("en", "train"), *rows("fi", "train")])
+    write_rows(tmp_path / "test.jsonl", rows("en", "test"))
+    for language, split in (("en", "dev"), ("fi", "test")):
+        with pytest.raises(ValueError, match=rf"{language}.* has no {split} split"):
+            load(tmp_path, language, splits=[split])

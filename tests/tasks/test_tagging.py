@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from toy_parser import SENTENCES, conllu
 from transformers import PreTrainedTokenizerFast
 
+from fastmask.settings import ConfigError
 from fastmask.tasks.data.conllu import with_upos
 from fastmask.tasks.pretrained import WordPieces
 from fastmask.tasks.tagging import Tagging
@@ -207,3 +208,16 @@ def test_settings_are_checked(tagger):
     with pytest.raises(ValueError, match="scheme is 'iob'"):
         dataclasses.replace(task.options, scheme="iob")
     assert torch.is_tensor(task.logits(task.collate(task.examples([{"tokens": ["aa1"]}]))))
+
+
+def test_tags_that_are_no_list_are_named(tagger):
+    """A number, or text, whose letters would be tags."""
+    for wrong in (1, "NV", "NOUN VERB"):
+        with pytest.raises(ValueError, match=r"upos is .* \(expected a list of tags, one for each word\)"):
+            tagger().examples([{"words": ["a", "b"], "upos": wrong}])
+
+
+def test_a_scheme_that_the_tags_do_not_follow_is_said_before_training(tagger):
+    """Not when the first dev set is scored."""
+    with pytest.raises(ConfigError, match=r"scheme is 'IOE2', which is not that of B-LOC, B-PER, I-LOC, I-PER, O"):
+        tagger("spans", task_options={**CASES["spans"].options, "scheme": "IOE2"})

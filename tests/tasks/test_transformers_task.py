@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_tasks import CASES, config_of, rows_of
+from tiny_tasks import CASES, config_of, rows_of, save_gpt2, save_tokenizer, write_rows
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaModel
 
 from fastmask.files import FileError
 from fastmask.tasks.classification import Classification
-from fastmask.tasks.transformers_task import Examples, _by_number, cross_entropy
+from fastmask.tasks.transformers_task import Examples, _by_number, cross_entropy, name_of
 from fastmask.tasks.translation import Translation
 
 
@@ -212,3 +213,76 @@ def test_what_makes_examples_the_same_also_of_lists_of_words():
         as_list, as_text = ({column: text} for text in (["a", "word"], "a word"))
         assert task.words_of(as_list, options) == task.words_of(as_text, options)
         assert hash(task.words_of(as_list, options))
+
+
+def test_a_decoder_classifies_by_its_last_piece_whatever_it_calls_padding(tiny, tmp_path):
+    """Where the config knows another padding piece than the tokenizer, logits still do not depend on the batch."""
+    place = tmp_path / "llama"
+    size = save_tokenizer(place, around=False)  # padded with [SEP], which ends a text
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    LlamaModel(LlamaConfig(vocab_size=size, pad_token_id=0, eos_token_id=3, **sizes)).save_pretrained(place)
+    config = config_of("classification", tiny("classification"), tmp_path / "run", model=str(place))
+    task = Classification.build(config, Classification.load(config.data, config.languages, config.task_settings))
+    task.model.double()
+    examples = task.examples([{"text": "aa1 aa2"}, {"text": "aa3 aa4 aa5 aa6 aa7"}])
+    with torch.no_grad():
+        alone = task.logits(task.collate(examples.select(np.array([0]))))[0]
+        torch.testing.assert_close(task.logits(task.collate(examples))[0], alone)
+
+
+def test_a_head_keeps_its_classes(tiny, tmp_path):
+    """The rows of a head that a model brings mean what they meant, in whatever order the labels are found."""
+    place = tmp_path / "bert"
+    size = save_tokenizer(place)
+    names = {0: "2", 1: "0", 2: "1"}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=size, pad_token_id=0, id2label=names, **sizes)
+    model = BertForSequenceClassification(config).eval()
+    model.save_pretrained(place)
+    config = config_of("classification", tiny("classification"), tmp_path / "run", model=str(place))
+    task = Classification.build(config, Classification.load(config.data, config.languages, config.task_settings))
+    assert task.labels == ["2", "0", "1"]
+    assert torch.equal(task.model.classifier.weight, model.classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("label", "name"), [(1, "1"), (1.0, "1"), (0.5, "0.5"), (float("nan"), None), (None, None), ("_", None), ("1", "1")]
+)
+def test_names_of_labels(label, name):
+    """A number is one class, also where a hole in the column made it a float; NaN is the hole."""
+    assert name_of(label) == name
+
+
+@pytest.mark.parametrize("label", [["a", "b"], {"a": 1}])
+def test_labels_that_are_none(label):
+    """Several labels of one text are no name of a class."""
+    with pytest.raises(ValueError, match=r"expected a name or a number"):
+        name_of(label)
+
+
+def test_an_empty_text_alone(tiny, tmp_path):
+    """A tokenizer without special pieces makes nothing of an empty text, which has a prediction all the same."""
+    place = tmp_path / "gpt2"
+    save_gpt2(place)
+    config = config_of("classification", tiny("classification"), tmp_path / "run", model=str(place))
+    task = Classification.build(config, Classification.load(config.data, config.languages, config.task_settings))
+    (alone,) = task.predict(task.examples([{"text": ""}]))
+    assert [alone, *task.predict(task.examples([{"text": "aa1"}]))] == task.predict(
+        task.examples([{"text": ""}, {"text": "aa1"}])
+    )
+
+
+def test_a_test_set_needs_no_column_of_labels(tmp_path):
+    """Only training needs labels; in a row that lacks something, its number counts all rows of the file."""
+    write_rows(tmp_path / "train.jsonl", [{"language": "en", "text": t, "label": t} for t in "ab"])
+    write_rows(tmp_path / "test.jsonl", [{"language": "en", "text": "x"}])
+    loaded = Classification.load(tmp_path, "en", Classification.settings(), ["train", "test"])
+    assert len(loaded["en"]["test"]) == 1
+    (tmp_path / "pairs").mkdir()
+    file = tmp_path / "pairs" / "train.csv"
+    file.write_text("language,premise,hypothesis,label\nen,,h1,0\nen,p2,h2,1\nen,p3,,1\nen,p4,h4,0\n")
+    settings = Classification.settings(text_column="premise", pair_column="hypothesis")
+    with pytest.warns(UserWarning, match="have no") as warned:
+        Classification.load(file, "en", settings, ["train"])
+    assert [str(warning.message).rpartition(" ")[2] for warning in warned] == ["1", "3"]

@@ -135,3 +135,23 @@ def test_codes_need_a_tokenizer_that_knows_some(translator):
     """Codes are refused where the tokenizer does not know any."""
     with pytest.raises(ConfigError, match="knows no language codes"):
         Translation(translator.model, translator.tokenizer, TranslationSettings(target_code="de_DE"))
+
+
+@pytest.mark.parametrize("codes", [("eng", "fra_Latn"), ("eng_Latn", "en"), ("eng_Latn", "code")])
+def test_a_piece_is_no_code(codes):
+    """Any piece of the vocabulary would be taken for a language, and stand in front of every sentence."""
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz", "en", "eng", "code"]
+    tokenizer = NllbTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = MBartForConditionalGeneration(MBartConfig(vocab_size=len(tokenizer), **sizes, **heads))
+    options = TranslationSettings(source_code=codes[0], target_code=codes[1])
+    with pytest.raises(ValueError, match=r"is neither a column nor a language code"):
+        Translation(model, tokenizer, options).examples([{"source": "a b", "target": "b"}])
+
+
+def test_long_targets_are_cut_with_a_warning(translator):
+    """As long sources are."""
+    with pytest.warns(UserWarning, match=r"1 of 1 .* may be cut"):
+        (found,) = translator.examples([{"source": "aa1", "target": " ".join(["aa2"] * 100)}])
+    assert len(found["labels"]) == 64

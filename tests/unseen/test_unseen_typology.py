@@ -36,6 +36,7 @@ class TestHeadDirection:
         """Each dependent is counted on its side, without its subtype; punctuation and root are not."""
         assert direction_profile(ROWS) == COUNTS
         assert direction_profile([{"words": ["a"]}]) == {}
+        assert direction_profile([*ROWS, {"words": ["a"], "heads": None, "deprels": None}]) == COUNTS
 
     def test_similarity_by_hand(self):
         """The similarity is the documented formula."""

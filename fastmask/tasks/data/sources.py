@@ -25,7 +25,7 @@ import numpy as np
 import pandas
 
 from fastmask.errors import unknown
-from fastmask.files import FileError
+from fastmask.files import FileError, sha256_of
 from fastmask.settings import items_of
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.language_codes import same_language
@@ -91,6 +91,9 @@ def load(
     loaded: dict[str, Parts] = {}
     for item in asked:  # all complaints before the rows are read
         name = same_language(item, by_language)
+        if name is None:  # where a column names languages, these are those of the splits asked for
+            by_language = {**_by_language(data, language_column, SPLITS), **by_language}
+            name = same_language(item, by_language)
         if name is None:
             raise unknown("language", item, by_language)
         parts = by_language[name]()
@@ -250,6 +253,8 @@ def _read(path: Path) -> datasets.Dataset:
                 columns = pandas.read_csv(path, nrows=0).columns
                 text = datasets.Features({column: datasets.Value("string") for column in columns})
                 options = {"features": text, "keep_default_na": False, "na_values": [""]}
+            # Named by its content: the cache knows a file by its path and time alone.
+            options["name"] = sha256_of(path)[:16]
             return _named(datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options))
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # not about what the file holds

@@ -258,8 +258,10 @@ class Parser(nn.Module):
             """Of the languages given, or of that of `fastmask.language`, where there are any."""
             if self.language_vectors is None or not attached_now:
                 return inputs
-            ids = attached(self.encoder).router.default.get() if language_ids is None else language_ids
-            return self.language_vectors(inputs, ids)
+            router = attached(self.encoder).router
+            of_context = router.default.get()
+            said = router.standing if of_context is None else of_context
+            return self.language_vectors(inputs, said if language_ids is None else language_ids)
 
         T = int(batch.unit_lengths.max()) if len(batch.unit_lengths) else 0
         attention = (torch.arange(T, device=batch.unit_lengths.device) < batch.unit_lengths[:, None]).long()

@@ -8,8 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["pack", "unpack", "unpack_by_shifts"]
-
 _PACK = 0x0102040810204080  # multiplied with eight flags (bytes 0 or 1), it leaves their bits in the highest byte
 
 if sys.byteorder != "little":  # the words are read as bytes below

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from typing import Annotated, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,13 +20,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastmask.files import FileError, digest_of, parse_json, read_metadata, read_sealed, write_sealed
+from fastmask.files import FileError, StrPath, digest_of, parse_json, read_metadata, read_sealed, write_sealed
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.experts import AttachedExperts
 from fastmask.records import Record
-
-__all__ = ["Change", "Delta", "Part"]
 
 FORMAT, VERSION = "fastmask.delta", "2"
 CONTENT = "content"
@@ -276,7 +273,7 @@ class Delta:
                         )
         return Delta([*self.changes, *other.changes])
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write one safetensors file with a checksum; see `fastmask.files.replace_file`.
 
         Raises:
@@ -293,7 +290,7 @@ class Delta:
         write_sealed(path, tensors, {"format": FORMAT, "version": VERSION, CONTENT: content})
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Delta:
+    def load(cls, path: StrPath) -> Delta:
         """Read what `save` wrote.
 
         Raises:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
 
 import numpy as np
 import torch
@@ -19,12 +18,10 @@ from torch import Tensor, nn
 
 from fastmask.discovery.gates import probes_of
 from fastmask.discovery.scores import Importance
-from fastmask.files import FileError, read_metadata
+from fastmask.files import FileError, StrPath, read_metadata
 from fastmask.models.attach import attached, owner_of
 from fastmask.models.editing import set_subnetwork, set_subnetworks
 from fastmask.subnetworks.subnetworks import Subnetworks
-
-__all__ = ["DynamicSubnetworks", "History", "Snapshot"]
 
 _MARK = {"history": "1"}  # in the header of a file
 
@@ -50,7 +47,7 @@ class History(list[Snapshot]):
         then = {snapshot.language: snapshot.masks for snapshot in self if snapshot.step <= max(step, 0)}
         return Subnetworks.stack(then[name] for name in self.languages)
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the masks as one file of subnetworks, whose languages are called LANGUAGE@STEP; see `Subnetworks.save`.
 
         Of several that a language had from one step on, the last is kept.
@@ -59,7 +56,7 @@ class History(list[Snapshot]):
         Subnetworks.stack(of.masks.rename({of.language: name}) for name, of in named.items()).save(path, _MARK)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> History:
+    def load(cls, path: StrPath) -> History:
         """Read what `save` wrote.
 
         Raises:
@@ -135,9 +132,7 @@ class DynamicSubnetworks:
         self.languages = subnets.languages
         self.history = History(_snapshot(subnets, 0, language) for language in subnets.languages)
         # Layers may have different numbers of units; masks are as wide as the widest.
-        self._units = {
-            kind: torch.zeros(keep.shape[1:], dtype=torch.bool, device="cpu") for kind, keep in masks.items()
-        }
+        self._units = {kind: torch.zeros(of.shape[1:], dtype=torch.bool, device="cpu") for kind, of in masks.items()}
         for probe in probes:
             self._units[probe.kind][probe.layer, : probe.units] = True
 
@@ -165,9 +160,7 @@ class DynamicSubnetworks:
         if step < self.history[-1].step:
             raise ValueError(f"update(step={step}): masks were last changed after step {self.history[-1].step}")
         subnets = self._subnetworks()
-        new = {
-            subnets.index(language): self._swapped(step, language, of_units) for language, of_units in scores.items()
-        }
+        new = {subnets.index(name): self._swapped(step, name, of_units) for name, of_units in scores.items()}
         changed = [(self.languages[row], masks) for row, masks in sorted(new.items()) if masks]
         for language, masks in changed:
             set_subnetwork(self.model, language, **masks)
@@ -196,11 +189,11 @@ class DynamicSubnetworks:
             raise ValueError(f"the model now has subnetworks of {subnets.languages}, these are of {self.languages}")
         return subnets
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write everything that a resumed run needs, the masks included; see `History.save`."""
         self.history.save(path)
 
-    def load(self, path: str | PathLike[str]) -> None:
+    def load(self, path: StrPath) -> None:
         """Go on from what `save` wrote; the masks of the attached model become those of the file.
 
         Raises:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["FastmaskKeyError", "nearest", "unknown"]
-
 
 class FastmaskKeyError(KeyError):
     """A KeyError whose message prints as it was written (KeyError itself prints its repr)."""

@@ -29,13 +29,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "LOCK_FILES", "MANIFEST", "SEAL", "STDOUT", "FileError", "HeldError", "check", "check_files", "check_writable",
-    "digest_of", "files_in", "held", "is_leftover", "parse_json", "partial_name", "read_json", "read_metadata",
-    "read_sealed", "read_tensors", "read_yaml", "remove_leftovers", "remove_tree", "replace_file", "sha256_of",
-    "write_errors", "write_folder", "write_manifest", "write_sealed", "write_tensors", "write_text", "write_yaml",
-]  # fmt: skip
-
 STDOUT = "/dev/stdout"
 LOCK_FILES = LOCK, HOLDER = ".lock", ".holder"
 MANIFEST = "manifest.json"  # has the SHA-256 of every file of a folder, and is written last
@@ -43,6 +36,7 @@ SEAL = "sha256"  # in the header of a sealed file: of everything else in it and 
 _LEFTOVER = re.compile(r"\.(partial|old)-[0-9a-f]{12}-(.+)", re.DOTALL)
 
 T = TypeVar("T")
+StrPath = str | os.PathLike[str]
 
 
 # ---- reading text, JSON and YAML
@@ -51,14 +45,14 @@ T = TypeVar("T")
 class FileError(ValueError):
     """A file that is damaged or not what was asked for; the message reads ``FILE: what is wrong (expected)``."""
 
-    def __init__(self, path: str | os.PathLike[str], problem: str) -> None:
+    def __init__(self, path: StrPath, problem: str) -> None:
         """Build the message, one line that a terminal can show, whatever it repeats of a file."""
         said = " ".join(problem.split())
         said = said if len(said) <= 800 else f"{said[:500]} ... {said[-250:]}"
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{os.fspath(path)}: {said}"))
 
 
-def check(path: str | os.PathLike[str], content: Any, kind: type[T] | Any) -> T:
+def check(path: StrPath, content: Any, kind: type[T] | Any) -> T:
     """Return `content`, read at `path`, if it is of the type `kind`, such as ``dict[str, int]`` or a `records.Record`.
 
     Nothing is converted. Raises FileError, which says where something is of another type, missing or unknown.
@@ -66,12 +60,12 @@ def check(path: str | os.PathLike[str], content: Any, kind: type[T] | Any) -> T:
     return _checked(path, kind, lambda adapter: adapter.validate_python(content, strict=True))
 
 
-def parse_json(path: str | os.PathLike[str], text: str, kind: type[T] | Any = dict) -> T:
+def parse_json(path: StrPath, text: str, kind: type[T] | Any = dict) -> T:
     """Return what a JSON text, read at `path`, holds; see `check`. A list passes for a tuple, which JSON lacks."""
     return _checked(path, kind, lambda adapter: adapter.validate_json(text, strict=True))
 
 
-def _checked(path: str | os.PathLike[str], kind: Any, validate: Callable[[Any], T]) -> T:
+def _checked(path: StrPath, kind: Any, validate: Callable[[Any], T]) -> T:
     from pydantic import TypeAdapter, ValidationError  # not for what reads no files
 
     try:
@@ -85,7 +79,7 @@ def _checked(path: str | os.PathLike[str], kind: Any, validate: Callable[[Any], 
         raise FileError(path, f"{where + ': ' if where else ''}{first['msg']}{given}") from None
 
 
-def read_json(path: str | os.PathLike[str], kind: type[T] | Any = dict) -> T:
+def read_json(path: StrPath, kind: type[T] | Any = dict) -> T:
     """Read a JSON file whose content is of the type `kind`; raises OSError or FileError."""
     return parse_json(path, _read_text(path), kind)
 
@@ -99,7 +93,7 @@ class _Loader(yaml.SafeLoader):
     }
 
 
-def read_yaml(path: str | os.PathLike[str], kind: type[T] | Any = dict) -> T:
+def read_yaml(path: StrPath, kind: type[T] | Any = dict) -> T:
     """Read a YAML file whose content is of the type `kind`, as `read_json` does; an empty file is an empty mapping."""
     text = _read_text(path)
     try:
@@ -109,14 +103,14 @@ def read_yaml(path: str | os.PathLike[str], kind: type[T] | Any = dict) -> T:
     return check(path, {} if content is None else content, kind)
 
 
-def _read_text(path: str | os.PathLike[str]) -> str:
+def _read_text(path: StrPath) -> str:
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(path, f"byte {error.start + 1} is not UTF-8 (expected a UTF-8 file)") from None
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
+def sha256_of(path: StrPath) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits; raises OSError if it cannot be read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -128,18 +122,13 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 # ---- tensors: safetensors
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_metadata(path: StrPath) -> dict[str, str]:
     """Read the header of a safetensors file; raises what `read_tensors` does."""
     return _opened(path).metadata() or {}
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read a whole safetensors file: its tensors by name, on the CPU, and its header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        FileError: not a safetensors file, or a damaged one.
-    """
+def read_tensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a whole safetensors file: its tensors by name, on the CPU, and its header; FileError for another file."""
     file = _opened(path)
     try:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no dict
@@ -147,7 +136,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise FileError(path, f"is damaged ({error})") from None
 
 
-def _opened(path: str | os.PathLike[str]) -> Any:
+def _opened(path: StrPath) -> Any:
     try:
         return safe_open(os.fspath(path), framework="pt")
     except FileNotFoundError:
@@ -156,22 +145,20 @@ def _opened(path: str | os.PathLike[str]) -> Any:
         raise FileError(path, f"is not a safetensors file, or is truncated ({error})") from None
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None
-) -> None:
+def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write a new safetensors file of tensors that may be views, share memory or lie on a GPU."""
     contiguous = torch.contiguous_format
     plain = {name: tensor.detach().cpu().clone(memory_format=contiguous) for name, tensor in tensors.items()}
     save_file(plain, path, metadata=header)
 
 
-def write_sealed(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+def write_sealed(path: StrPath, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write tensors and a header that `read_sealed` reads, and refuses where one bit is another; see `replace_file`."""
     sealed = {**header, SEAL: digest_of(tensors, header)}
     replace_file(path, lambda partial: write_tensors(partial, tensors, sealed))
 
 
-def read_sealed(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_sealed(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what `write_sealed` wrote: tensors and header; raises what `read_tensors` does, also for other content."""
     tensors, header = read_tensors(path)
     seal = header.pop(SEAL, None)
@@ -193,7 +180,7 @@ def digest_of(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
 # ---- writing
 
 
-def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+def replace_file(path: StrPath, write: Callable[[Path], Any]) -> None:
     """Let `write(path to write to)` write a file and put it at `path` at once, in place of the file that is there.
 
     Folders that are not there are made; a file that is there keeps its permissions, and links are followed. What cannot
@@ -219,12 +206,12 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> 
         partial.unlink(missing_ok=True)
 
 
-def _is_stream(path: str | os.PathLike[str]) -> bool:
+def _is_stream(path: StrPath) -> bool:
     """Whether there is something that is no regular file, or a standard output that a shell may have redirected."""
     return os.fspath(path) == STDOUT or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path))
 
 
-def _write_into(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+def _write_into(path: StrPath, write: Callable[[Path], Any]) -> None:
     """Write into what cannot be replaced: all of it or, if `write` fails, nothing."""
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "whole")
@@ -236,12 +223,12 @@ def _write_into(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> N
             shutil.copyfileobj(source, target)
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
+def write_text(path: StrPath, text: str) -> None:
     """Replace a file by a UTF-8 text; see `replace_file`. Line endings are written as they are."""
     replace_file(path, lambda partial: partial.write_bytes(text.encode()))
 
 
-def write_yaml(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+def write_yaml(path: StrPath, content: Mapping[str, Any]) -> None:
     """Write names and values, in their order, as `read_yaml` reads them; see `replace_file`."""
     text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
     if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML writes these as they are, and reads them as spaces
@@ -249,7 +236,7 @@ def write_yaml(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None
     write_text(path, text)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
+def check_writable(path: StrPath) -> None:
     """See, before any work is done, that `replace_file` can put a file at `path`; an OSError names it if not."""
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -261,7 +248,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def write_errors(path: str | os.PathLike[str], partial: Path) -> Iterator[None]:
+def write_errors(path: StrPath, partial: Path) -> Iterator[None]:
     """Say which file could not be written: the system names `partial`, what is written first, or none at all.
 
     An error that names another file is left alone: it is about what is read meanwhile.
@@ -380,7 +367,7 @@ class HeldError(RuntimeError):
 
 
 @contextmanager
-def held(folder: str | os.PathLike[str], wait: float = 0.0) -> Iterator[None]:
+def held(folder: StrPath, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder, which is made if need be; the operating system lets go of it however the process ends.
 
     Where another process holds it, HeldError is raised, after `wait` seconds: it may be ending.

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Kept", "is_capturing", "never_written", "sent"]
-
 T = TypeVar("T")
 
 _NAME = "_fastmask_made"

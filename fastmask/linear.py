@@ -18,8 +18,6 @@ from fastmask.operators import autocast, run
 from fastmask.torch_path.layers import Layers
 from fastmask.torch_path.split import languages_of
 
-__all__ = ["FORWARDS", "MaskedLinear", "checked_forward", "masked_linear", "sparse_update_linear"]
-
 FORWARDS = ("masked", "full")
 
 Self = TypeVar("Self", bound="MaskedLinear")

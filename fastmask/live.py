@@ -21,8 +21,6 @@ from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
 from fastmask.masks import FULL, KINDS, Mask, checked_id
 
-__all__ = ["INTEGERS", "WHOLE", "Live", "live_in", "live_of", "masked_parameters"]
-
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the bits of a floating-point number are read as, by its bytes."""
 

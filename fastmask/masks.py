@@ -16,8 +16,6 @@ from torch import Tensor
 from fastmask import bits
 from fastmask.kept import never_written
 
-__all__ = ["FULL", "KINDS", "UNPACKED", "Mask", "checked_id"]
-
 KINDS = ("rows", "columns", "blocks", "weights")
 FULL = -1  # the language id of the full, unmasked network
 UNPACKED = -1  # the packed width of a layer that is not packed

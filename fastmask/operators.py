@@ -23,8 +23,6 @@ from fastmask import triton_path
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import NONE, Layers, Needs, Tensors
 
-__all__ = ["as_examples", "autocast", "path_for", "run"]
-
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 from pathlib import Path
 
-__all__ = ["cpu_fields", "processor"]
-
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -10,8 +10,6 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["MasksRecord", "Record"]
-
 
 class Record(BaseModel):
     """The base of what a JSON file of ours holds: every field of exactly its type, none missing, none unknown."""

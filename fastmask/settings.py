@@ -15,9 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from typing_extensions import Self
 
 from fastmask.errors import FastmaskKeyError, unknown
-from fastmask.files import read_yaml, write_yaml
-
-__all__ = ["ConfigError", "Settings", "flat", "items_of", "named_errors", "setting"]
+from fastmask.files import StrPath, read_yaml, write_yaml
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -33,13 +31,9 @@ class ConfigError(ValueError):
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """Declare a field: `choices`, or `low`/`high` (inclusive unless `above`/`below`), its help text and its `group`.
 
-    With `list`, a text is several items, separated by commas. A default that is a mapping stands for a new one each
-    time.
+    With `list`, a text is several items, separated by commas.
     """
-    metadata = {"help": help, **limits}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass
@@ -47,10 +41,6 @@ class Settings:
     """The base of all settings; every field is made by `setting`."""
 
     def __post_init__(self) -> None:
-        """Validate."""
-        self.validate()
-
-    def validate(self) -> None:
         """Check types and ranges; raises ConfigError, which names the first setting that is wrong."""
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
@@ -58,12 +48,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from names and values.
-
-        Raises:
-            FastmaskKeyError: a name that is no setting; the nearest names are given.
-            ConfigError: a value that is wrong.
-        """
+        """Build from names and values; FastmaskKeyError for a name that is no setting, ConfigError for a value."""
         names = [item.name for item in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -71,7 +56,7 @@ class Settings:
         return cls(**values)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: StrPath) -> Self:
         """Read a YAML file of settings; what it does not name keeps its default.
 
         Raises what `fastmask.files.read_yaml` and `from_dict` do; every error names the file.
@@ -80,13 +65,13 @@ class Settings:
         with named_errors(path):
             return cls.from_dict(values)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write all settings as YAML; see `fastmask.files.replace_file`."""
         write_yaml(path, dataclasses.asdict(self))
 
 
 @contextmanager
-def named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def named_errors(path: StrPath) -> Iterator[None]:
     """Say in which file a setting is wrong."""
     try:
         yield

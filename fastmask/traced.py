@@ -26,8 +26,6 @@ from fastmask.operators import as_examples, path_for
 from fastmask.torch_path.layers import Layers, Needs, Tensors, activate
 from fastmask.torch_path.packing import enter, leave, slots
 
-__all__ = ["decompositions"]
-
 
 class Settings(NamedTuple):
     """What is not a tensor of G layers over one input: the arguments of the operator behind its tensors.

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
-__all__ = ["processes"]
-
 
 @contextmanager
 def processes(number: int, threads: int) -> Iterator[ProcessPoolExecutor]:

@@ -18,8 +18,6 @@ from fastmask.discovery.gates import Gates, Probe, frozen, gate_gradients, gated
 from fastmask.errors import unknown
 from fastmask.models.attach import attached, language
 
-__all__ = ["ablation"]
-
 GROUPS = {"owned": True, "not owned": False}
 CELLS = 400  # columns of the grid up to which one cell can be told from the next
 

@@ -21,8 +21,6 @@ from fastmask.models.attach import attached, is_attached, language, owner_of
 from fastmask.models.contexts import evaluating
 from fastmask.models.structure import layers_of, structure_of
 
-__all__ = ["along_training", "gradient_conflict", "gradients_of", "products", "side_by_side"]
-
 PANELS = {"all": "all parameters", "encoder": "encoder", "shared": "weights both own"}
 HELD = 4 * 2**30  # bytes of gradients, of all languages together, that are held at a time
 CHUNK = 1 << 16  # coordinates whose float64 products are summed at a time
@@ -154,10 +152,7 @@ def _scopes(model: nn.Module, whole: nn.Module) -> dict[str, list[str]]:
     """To which scopes each parameter of `whole` belongs."""
     owner: Any = owner_of(model)
     layers = layers_of(owner, structure_of(owner))
-    parts = {
-        "encoder": getattr(owner, "base_model", owner),
-        **{f"layer {at}": layer for at, layer in enumerate(layers)},
-    }
+    parts = {"encoder": getattr(owner, "base_model", owner), **{f"layer {k}": layer for k, layer in enumerate(layers)}}
     inside = {scope: {id(parameter) for parameter in part.parameters()} for scope, part in parts.items()}
     return {
         name: ["all", *(scope for scope, members in inside.items() if id(parameter) in members)]
@@ -190,9 +185,8 @@ def gradients_of(
         for (place, (language_name, batches)), half in itertools.product(enumerate(data.items()), (0, 1)):
             sums: Sequence[Tensor] = ()
             for batch in batches[half::2]:
-                of_batch = torch.autograd.grad(
-                    run(language_name, batch), [parameter for _, parameter in group], materialize_grads=True
-                )
+                parameters = [parameter for _, parameter in group]
+                of_batch = torch.autograd.grad(run(language_name, batch), parameters, materialize_grads=True)
                 sums = [a + b for a, b in zip(sums, of_batch, strict=True)] if sums else of_batch
             for (name, _), gradient in zip(group, sums, strict=False):
                 matrix = gradient.reshape(len(gradient), -1) if gradient.ndim else gradient.reshape(1, 1)
@@ -294,9 +288,8 @@ def _draw_side_by_side(table: pd.DataFrame) -> Any:
     bare(*panels)
     panels[0].set_yticks(range(len(variants)), variants)
     panels[0].set_ylim(len(variants) - 0.5, -0.5)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False
-    )
+    shown = panels[0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 

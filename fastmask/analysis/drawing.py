@@ -17,12 +17,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from fastmask.tasks.data.synthetic_languages import LANGUAGES as ARTIFICIAL
 
-__all__ = [
-    "COLOURS", "GREY", "LANGUAGE_FAMILIES", "MARKERS", "ON_LIGHT", "SIGNED", "UNKNOWN_FAMILY", "WRITTEN",
-    "bare", "colour_languages", "families_of", "family_colour", "heatmap", "language_colour",
-    "legend_above", "new_figure",
-]  # fmt: skip
-
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "#777777"

@@ -15,8 +15,6 @@ from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import LEVEL, SAMPLES, SURE, bootstrap_interval, holm, p_text, paired, t_of_mean
 from fastmask.errors import unknown
 
-__all__ = ["effect", "verdict"]
-
 KEYS = ["method", "language", "seed"]
 ENOUGH = 6  # differences from which a sign-flip test can fall below 0.05: 2^(1 - 6) = 0.03
 COLUMNS = 4  # of panels in the picture
@@ -151,19 +149,17 @@ def _draw(table: pd.DataFrame, methods: pd.DataFrame, extent: float) -> Any:
     for panel in panels[len(methods) :]:
         panel.set_axis_off()
     y, mean = np.arange(len(languages)), len(languages) + 0.6
-    for at, (panel, whole) in enumerate(zip(panels, methods.itertuples(), strict=False)):
-        mine = table[table.method == whole.method].set_index("language").reindex(languages)
+    for at, (panel, row) in enumerate(zip(panels, methods.itertuples(), strict=False)):
+        mine = table[table.method == row.method].set_index("language").reindex(languages)
         panel.axvline(0, color=GREY, linewidth=1)
         panel.axhline(len(languages) - 0.2, color=GREY, linewidth=0.6)
         panel.hlines(y, mine.low, mine.high, color=COLOURS[0], linewidth=1.3)
         panel.plot(mine.difference, y, MARKERS[0], color=COLOURS[0], markersize=4)
-        panel.hlines(mean, whole.low, whole.high, color=COLOURS[1], linewidth=2.2)
-        panel.plot(whole.difference, mean, MARKERS[3], color=COLOURS[1], markersize=6)
-        over = "" if one else f"\nover {whole.against}"
-        agree = f"{whole.seeds_agree} of {whole.seeds} seeds agree"
-        panel.set_title(
-            f"{whole.method}: {whole.difference:+.2f}{over}\np = {p_text(whole.p_holm)}, {agree}", fontsize=8
-        )
+        panel.hlines(mean, row.low, row.high, color=COLOURS[1], linewidth=2.2)
+        panel.plot(row.difference, mean, MARKERS[3], color=COLOURS[1], markersize=6)
+        over = "" if one else f"\nover {row.against}"
+        agree = f"{row.seeds_agree} of {row.seeds} seeds agree"
+        panel.set_title(f"{row.method}: {row.difference:+.2f}{over}\np = {p_text(row.p_holm)}, {agree}", fontsize=8)
         panel.grid(axis="x", color=GREY, alpha=0.2)
         panel.set_axisbelow(True)
         bare(panel)

@@ -12,26 +12,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from fastmask.analysis.drawing import (
-    COLOURS,
-    GREY,
-    MARKERS,
-    UNKNOWN_FAMILY,
-    bare,
-    families_of,
-    heatmap,
-    legend_above,
-    new_figure,
-)
+from fastmask.analysis import drawing
+from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, UNKNOWN_FAMILY
 from fastmask.analysis.result import Result, kind_of
 from fastmask.analysis.sharing import chance_jaccard, jaccard
 from fastmask.dynamic import History, Snapshot
-
-__all__ = ["dynamics"]
+from fastmask.files import StrPath
 
 
 def dynamics(
-    history: Sequence[Snapshot] | str | PathLike[str],
+    history: Sequence[Snapshot] | StrPath,
     *,
     units: str | None = None,
     steps: Sequence[int] | None = None,
@@ -61,27 +51,19 @@ def dynamics(
         KeyError: units that the history does not have.
         ValueError: not a history, or an empty one.
     """
-    entries = History.load(history) if isinstance(history, str | PathLike) else history
-    if not len(entries):
+    known = History.load(history) if isinstance(history, str | PathLike) else History(history)
+    if not len(known):
         raise ValueError("this history has no masks")
-    units = kind_of(entries[0].masks, units)
-    changes: dict[int, dict[str, NDArray[np.bool_]]] = {}
-    for entry in entries:
-        changes.setdefault(entry.step, {})[entry.language] = entry.masks.units[units][0].cpu().numpy()
-    start = changes[min(changes)]
-    languages = list(start)
-    groups = families_of(languages, families)
+    units = kind_of(known[0].masks, units)
+    changes, languages = {entry.step for entry in known}, list(known.languages)
+    groups = drawing.families_of(languages, families)
     wanted = sorted(changes if steps is None else {min(changes), *steps})
-    before, rows, pairs = start, [], []
-    for step in wanted:
-        past = [changes[when] for when in sorted(changes) if when <= step]
-        current = {name: mask for change in past for name, mask in change.items()}
-        for name in languages:
-            live, fresh = int(current[name].sum()), int((current[name] & ~before[name]).sum())
-            distance = 1 - jaccard(current[name], start[name])
-            rows.append((step, name, fresh / live if live else 0.0, distance, live))
-        pairs += _pairs(step, current, languages, groups)
-        before = current
+    masks, rows, pairs = [known.at(step).units[units].cpu().numpy() for step in wanted], [], []
+    for step, before, current in zip(wanted, [masks[0], *masks], masks, strict=False):
+        for name, was, mask, first in zip(languages, before, current, masks[0], strict=True):
+            live, fresh = int(mask.sum()), int((mask & ~was).sum())
+            rows.append((step, name, fresh / live if live else 0.0, 1 - jaccard(mask, first), live))
+        pairs += _pairs(step, dict(zip(languages, current, strict=True)), groups)
     table = pd.DataFrame(rows, columns=["step", "language", "churn", "distance", "live"])
     between = pd.DataFrame(pairs, columns=["step", "relation", "pairs", "jaccard", "random"])
     caption = (
@@ -92,42 +74,31 @@ def dynamics(
         "that languages come to share units."
     )
     extent = float(table.churn.max()) or 1.0
-    return Result(
-        "dynamics",
-        table,
-        caption,
-        lambda extent=extent: _draw(table, between, languages, units, extent),
-        {"pairs": between},
-        extent,
-    )
+    draw = functools.partial(_draw, table, between, languages, units)
+    return Result("dynamics", table, caption, draw, {"pairs": between}, extent)
 
 
-def _pairs(
-    step: int, current: Mapping[str, NDArray[np.bool_]], languages: Sequence[str], groups: Mapping[str, str]
-) -> list[tuple[Any, ...]]:
+def _pairs(step: int, current: Mapping[str, NDArray[np.bool_]], groups: Mapping[str, str]) -> list[tuple[Any, ...]]:
     found: dict[str, list[tuple[float, float]]] = {}
     chance = functools.cache(lambda a, b: chance_jaccard(a, b, [units] * len(a)).expected)
     units = next(iter(current.values())).shape[1]
-    for a, b in itertools.combinations(languages, 2):
+    for a, b in itertools.combinations(groups, 2):
         relation = "one family" if groups[a] == groups[b] != UNKNOWN_FAMILY else "two families"
         random = chance(tuple(current[a].sum(1).tolist()), tuple(current[b].sum(1).tolist()))
         found.setdefault(relation, []).append((jaccard(current[a], current[b]), random))
-    return [
-        (step, relation, len(values), *(float(mean) for mean in np.mean(values, 0)))
-        for relation, values in sorted(found.items())
-    ]
+    return [(step, relation, len(values), *np.mean(values, 0).tolist()) for relation, values in sorted(found.items())]
 
 
 def _draw(table: pd.DataFrame, between: pd.DataFrame, languages: Sequence[str], units: str, extent: float) -> Any:
     n, steps = len(languages), sorted(set(table.step))
-    figure = new_figure(11.5, max(3.2, 0.2 * n + 1.2))
+    figure = drawing.new_figure(11.5, max(3.2, 0.2 * n + 1.2))
     left, middle, right = figure.subplots(1, 3, width_ratios=[3, 4, 3])
     churn = table[table.step > steps[0]].groupby("step")["churn"].agg(["min", "max", "mean"]) * 100
     left.fill_between(churn.index, churn["min"], churn["max"], color=GREY, alpha=0.3, linewidth=0)
     left.plot(churn.index, churn["mean"], "o-", color=COLOURS[0], markersize=3)
     left.set(ylim=(0, 103 * extent), ylabel=f"churn: new {units}, %")
     grid = table.pivot(index="language", columns="step", values="distance").loc[list(languages), steps]
-    image = heatmap(middle, grid.to_numpy(), languages, [str(step) for step in steps], low=0, high=1)
+    image = drawing.heatmap(middle, grid.to_numpy(), languages, [str(step) for step in steps], low=0, high=1)
     shown = range(0, len(steps), max(1, -(-len(steps) // 12)))
     middle.set_xticks(list(shown), [str(steps[at]) for at in shown], rotation=90 if len(str(steps[-1])) > 3 else 0)
     figure.colorbar(image, ax=middle, label="distance to the first mask", pad=0.01)
@@ -137,8 +108,8 @@ def _draw(table: pd.DataFrame, between: pd.DataFrame, languages: Sequence[str], 
         right.plot(rows.step, rows.random, "--", color=COLOURS[at], linewidth=1)
     right.set(ylim=(0, 1.03), ylabel="Jaccard between languages")
     if len(between):
-        legend_above(right, ncols=1)
+        drawing.legend_above(right, ncols=1)
     for panel in (left, middle, right):
         panel.set_xlabel("step")
-    bare(left, right)
+    drawing.bare(left, right)
     return figure

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from operator import methodcaller
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ import pandas as pd
 from matplotlib import rc_context
 
 from fastmask.errors import unknown
-from fastmask.files import replace_file
-
-__all__ = ["Result", "kind_of", "span", "write_files"]
+from fastmask.files import StrPath, replace_file
 
 # Letters stay letters in an SVG, so that it is small and can be searched; the fonts are equally wide.
 SVG = {"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana"]}
@@ -54,10 +51,7 @@ class Result:
         return self.draw(self.extent if extent is None else extent)
 
     def pictures(self, extent: float | None = None) -> dict[str, bytes]:
-        """The picture as the content of a PNG and of an SVG file; the same numbers make the same bytes.
-
-        The SVG has no background.
-        """
+        """The picture as a PNG and as an SVG file without background; the same numbers make the same bytes."""
         figure, png, svg = self.figure(extent), BytesIO(), BytesIO()
         figure.savefig(png, dpi=150, format="png")
         with rc_context({**SVG, "svg.hashsalt": self.name}):  # names inside an SVG are random otherwise
@@ -73,7 +67,7 @@ class Result:
         contents = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables().items()}
         return contents | {f"{self.name}.{kind}": content for kind, content in pictures.items()}
 
-    def save(self, folder: str | PathLike[str]) -> list[Path]:
+    def save(self, folder: StrPath) -> list[Path]:
         """Write every table as CSV and the picture as PNG and SVG; returns the paths. Replaces files atomically.
 
         CSV files hold names as they are, to be read again; a spreadsheet takes one starting with ``=`` for a formula.

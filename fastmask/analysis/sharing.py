@@ -25,8 +25,6 @@ from fastmask.analysis.result import Result, kind_of
 from fastmask.analysis.statistics import LEVEL, p_text, share_of_orders
 from fastmask.subnetworks import Subnetworks
 
-__all__ = ["Chance", "chance_jaccard", "chance_owners", "jaccard", "overlap", "unit_use"]
-
 LANGUAGES, SEEDS, BOTH = "languages", "seeds", "languages and seeds"
 DRAWS = 1000  # sets of random masks, one for each language, where no exact band is known
 NEGLIGIBLE = 1e-20  # probabilities below this are left out of sums over a layer
@@ -146,13 +144,8 @@ def overlap(
 
     chance = functools.cache(lambda a, b: chance_jaccard(a, b, shapes))
     every = [
-        (
-            number,
-            name,
-            np.concatenate([layer[row] for layer in of_seed]),
-            tuple(int(layer[row].sum()) for layer in of_seed),
-        )
-        for number, of_seed in enumerate(masks)
+        (number, name, np.concatenate([layer[row] for layer in run]), tuple(int(layer[row].sum()) for layer in run))
+        for number, run in enumerate(masks)
         for row, name in enumerate(languages)
     ]
     rows = []

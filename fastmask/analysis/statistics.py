@@ -27,11 +27,6 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata, ttest_1samp
 
-__all__ = [
-    "LEVEL", "SAMPLES", "SURE", "bootstrap_interval", "crossed_interval", "diagonal_permutation", "holm", "p_text",
-    "paired", "paired_sign_flip", "share_of_orders", "spearman_permutation", "t_of_mean",
-]  # fmt: skip
-
 LEVEL = 0.95  # of every interval and band
 SURE = 0.05  # p-values up to this count
 FLIPS_COUNTED = 20  # differences with at most 2^20 sign patterns, of which half are mirror images

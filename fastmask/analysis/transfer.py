@@ -15,8 +15,6 @@ from fastmask.analysis.drawing import GREY, ON_LIGHT, SIGNED, WRITTEN
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import bootstrap_interval, diagonal_permutation, p_text, spearman_permutation
 
-__all__ = ["cross_evaluation", "typology"]
-
 
 def cross_evaluation(
     evaluate: Callable[[str, str], float],

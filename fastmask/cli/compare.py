@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from fastmask.cli.options import DATA, FILE, Input, add_settings, add_task_settings, given_settings
 from fastmask.cli.report import print_table
-from fastmask.compare.plan import (
-    CONDITIONS,
-    FREE,
-    RESERVED,
-    CompareConfig,
-    Job,
-    Plan,
-    arms_of,
-    check_languages,
-    is_done,
-)
+from fastmask.compare import plan as plans
+from fastmask.compare.plan import RESERVED, CompareConfig, Job, Plan
 from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.settings import ConfigError, items_of
@@ -34,8 +25,6 @@ from fastmask.training.config import METAS, METHODS, TrainConfig
 
 if TYPE_CHECKING:
     from fastmask.compare.report import Tables
-
-__all__ = ["add_compare", "print_tables", "run_compare"]
 
 
 def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
@@ -72,7 +61,7 @@ def run_compare(options: argparse.Namespace) -> None:
     done = () if known is None else set.intersection(*(set(cells_of(table)) for table in known))
     jobs = plan.jobs_for(_some_of(options, "arms", plan.arms, default=()), done)
     check_writable(plan.out / "plan")
-    check_languages(plan)
+    plans.check_languages(plan)
     plan.open(Runner(plan).check())
     threads = plan.training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
     try:
@@ -98,7 +87,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     """The plan of a file, or that which the options say."""
     given = given_settings(options)
     if options.plan is not None:
-        others = [name for name, value in given.items() if name not in FREE and value is not None]
+        others = [name for name, value in given.items() if name not in plans.FREE and value is not None]
         others += [name for name in ("methods", "metas") if getattr(options, name)]
         if others:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(others))
@@ -110,7 +99,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     training = {name: value for name, value in given.items() if name not in own}
     methods = _some_of(options, "methods", METHODS, default=[name for name in METHODS if name != "vector"])
     metas = _some_of(options, "metas", METAS, default=["none", "fomaml"])
-    return Plan(Path(options.out), options.data, config, training, arms_of(methods, metas))
+    return Plan(Path(options.out), options.data, config, training, plans.arms_of(methods, metas))
 
 
 def _some_of(options: argparse.Namespace, name: str, known: Collection[str], default: Sequence[str]) -> list[str]:
@@ -124,7 +113,7 @@ def _some_of(options: argparse.Namespace, name: str, known: Collection[str], def
 
 def _progress(plan: Plan, jobs: Sequence[Job]) -> Callable[[Job, dict[str, Any]], None]:
     """A function that prints one line for each job that is done."""
-    before = sum(is_done(plan, job) for job in jobs)
+    before = sum(plans.is_done(plan, job) for job in jobs)
     began, mine = time.perf_counter(), 0
     if before:
         print(f"{before} of {len(jobs)} jobs are done already", file=sys.stderr)
@@ -138,7 +127,7 @@ def _progress(plan: Plan, jobs: Sequence[Job]) -> Callable[[Job, dict[str, Any]]
             scores = defaultdict(list)
             for row in result["scores"]:
                 scores[row["condition"]].append(row["score"])
-            means = ", ".join(f"{name} {fmean(scores[name]):.2f}" for name in CONDITIONS if name in scores)
+            means = ", ".join(f"{name} {fmean(scores[name]):.2f}" for name in plans.CONDITIONS if name in scores)
             what = f"{heading(next(iter(result['scores'][0]['scores'])))} {means}"
         took = f"{result['seconds']:.0f} s, about {left / 60:.0f} min left"
         print(f"[{before + mine}/{len(jobs)}] {job.name}: {what}; {took}", file=sys.stderr, flush=True)

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from fastmask.discovery import Draw
     from fastmask.tasks.task import Task
 
-__all__ = ["add_discover", "add_masks", "print_masks", "run_discover", "run_masks"]
-
 
 def add_discover(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     add = parser.add_argument
@@ -85,9 +83,7 @@ def _runs(options: argparse.Namespace) -> list[tuple[str, Task, TrainConfig, dic
         for name in ("score", "units", "density", *(("tau",) if configs[first].density is None else ())):
             mine, theirs = (getattr(configs[folder], name) for folder in (first, other))
             if mine != theirs:
-                raise ConfigError(
-                    f"{name} is {mine} in {first} and {theirs} in {other} (expected the same: give --{name})"
-                )
+                raise ConfigError(f"{name} is {mine} in {first}, {theirs} in {other} (expected one: give --{name})")
     runs = []
     for folder, run in loaded.items():
         data, languages = which_data(run.config, folder, options)

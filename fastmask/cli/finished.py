@@ -19,8 +19,6 @@ from fastmask.training.run_folder import load_run
 if TYPE_CHECKING:
     from fastmask.reports.page import Part
 
-__all__ = ["ANALYSES", "add_analyze", "add_evaluate", "add_predict", "run_analyze", "run_evaluate", "run_predict"]
-
 ANALYSES = "effect,overlap,use,conflict,cross,typology,ablation,dynamics"
 
 
@@ -50,12 +48,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
 def add_predict(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", type=RUN, help="folder of a finished run")
-    add(
-        "input",
-        metavar="INPUT",
-        type=FILE,
-        help="file to read, - for standard input: CoNLL-U (parsing, tags) or JSON lines",
-    )
+    add("input", metavar="INPUT", type=FILE, help="file of CoNLL-U (parsing, tags) or JSON lines, - for standard input")
     add("output", metavar="OUTPUT", type=output_file, help="file to write, - for standard output")
     add("--language", help="whose subnetwork to use; the full network if not given")
     add_device(parser)

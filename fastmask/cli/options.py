@@ -20,11 +20,6 @@ from fastmask.subnetworks import Subnetworks
 from fastmask.training.config import DEVICES, TrainConfig
 from fastmask.training.run_folder import MASKS_FILE, data_of
 
-__all__ = [
-    "DATA", "FILE", "MASKS", "RUN", "Input", "add_data", "add_device", "add_settings", "add_task_settings",
-    "check_inputs", "given_settings", "output_file", "which_data",
-]  # fmt: skip
-
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 

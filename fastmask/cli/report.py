@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from fastmask.subnetworks import Subnetworks
     from fastmask.tasks.task import Splits, Task
 
-__all__ = [
-    "Row", "console_of", "examples_of", "print_scores", "print_table", "round_printer", "scored", "stability_lines",
-    "stream_beside",
-]  # fmt: skip
-
 WIDTH = 130  # of tables that do not go to a terminal
 
 

@@ -31,8 +31,6 @@ from fastmask.training.run_folder import CONFIG_FILE, RESULTS_FILE, check_out, d
 if TYPE_CHECKING:
     from fastmask.discovery import Draw
 
-__all__ = ["add_train", "run_train"]
-
 # Of the demonstration, whose sentences are short: with fewer of them, masks would have too few tokens to save anything.
 EMBEDDED = {"steps": 450, "batch_size": 64}
 FILES = {
@@ -97,7 +95,6 @@ def run_train(options: argparse.Namespace) -> None:
         "settings": dataclasses.asdict(config),
         "training_words_per_second": speed,
         "budget": dataclasses.asdict(result.budget),
-        "scouting_share": result.scouting_share,
         "test": [dataclasses.asdict(row) for row in rows],
     }
     folder = Path(config.out)
@@ -108,8 +105,6 @@ def run_train(options: argparse.Namespace) -> None:
     if speed:
         parts = [f"{value:,.0f} {task.token_word}/s {names[name]}" for name, value in speed.items()]
         print(f"training: {', '.join(parts)}")
-    if (share := result.scouting_share) is not None:
-        print(f"updating the subnetworks took {share:.1%} of the time since they were switched on")
     print(f"run: {folder.resolve()}")
     print(f"     {', '.join(f'{name} ({what})' for name, what in FILES.items() if (folder / name).exists())}")
 
@@ -130,9 +125,7 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     known = base.task_options if values["task"] == base.task else {}  # else they are of another task
     values["task_options"] = {**known, **given.get("task_options", {})}
     if "masks" in given and values["method"] in ("full", "vector"):
-        raise ConfigError(
-            f"--masks is given, and method {values['method']!r} trains no subnetworks (expected another one)"
-        )
+        raise ConfigError(f"--masks is given, and method {values['method']!r} trains no subnetworks (expected another)")
     found_by = [name for name in ("tau", "density", "units", "score", "draws") if name in given]
     if "masks" in given and found_by:
         raise ConfigError(

@@ -1,8 +1,7 @@
 """Doing the jobs of a comparison: the shared start of a seed, its subnetworks, and cells trained from there and scored.
 
-A job is done when its ``result.json`` is there. Whoever is killed in a job leaves a run with checkpoints, from which
-the job goes on when the comparison is started again. Jobs run side by side in processes of this machine, or on a Ray
-cluster.
+A job is done when its ``result.json`` is there. One that was killed leaves a run with checkpoints, and goes on from
+there when the comparison is started again.
 """
 
 from __future__ import annotations
@@ -28,21 +27,10 @@ from typing import Any
 import torch
 import transformers
 
+from fastmask import files
 from fastmask.compare.plan import AFTER_THE_SWITCH, Job, Plan, is_done, read_result, write_result
 from fastmask.compare.scoring import Scorer
-from fastmask.files import (
-    MANIFEST,
-    FileError,
-    check_files,
-    files_in,
-    held,
-    remove_leftovers,
-    remove_tree,
-    replace_file,
-    write_folder,
-    write_manifest,
-    write_text,
-)
+from fastmask.files import FileError, held
 from fastmask.processor import processor
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
@@ -53,8 +41,6 @@ from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.loop import MASKS_INPUT, train
 from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of, training_data
 from fastmask.workers import processes
-
-__all__ = ["CellFailedError", "Runner", "branch", "do", "run_all"]
 
 RUN = "run"  # the folder of a job's training run, in the job's
 WAIT = 10.0  # seconds for a process of a comparison that was killed to notice it
@@ -70,22 +56,13 @@ class CellFailedError(RuntimeError):
 
 
 def run_all(
-    plan: Plan,
-    jobs: Sequence[Job],
-    workers: int,
-    threads: int,
-    on_done: Callable[[Job, Result], None],
-    ray: str | None = None,
+    plan: Plan, jobs: Sequence[Job], workers: int, threads: int, on_done: Callable[..., None], ray: str | None = None
 ) -> None:
     """Do the jobs that are not done; a job starts when those it needs are done, and `on_done` gets it and its result.
 
     `workers` processes of this machine do them, or a Ray cluster at the address `ray`, whose machines see the folder of
-    the plan under the same name. Each job has `threads` CPUs, and one that fails stops the others.
-
-    Raises:
-        HeldError: somebody is running this comparison already.
-        CellFailedError: a job failed, or a process was killed.
-        ImportError: Ray is asked for and not installed.
+    the plan under the same name. Each job has `threads` CPUs. One that fails, or is killed, stops the others
+    (CellFailedError). HeldError: somebody is running this comparison already.
     """
     for job in jobs:
         if is_done(plan, job):  # whoever did it may have been killed before this
@@ -110,7 +87,7 @@ def run_all(
                     raise CellFailedError(f"{job.name}: a worker was killed") from None
                 except Exception as error:
                     text = "".join(traceback.format_exception(error))
-                    write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text)
+                    files.write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text)
                     raise CellFailedError(f"{job.name}: {type(error).__name__}: {error}") from error
                 on_done(job, result)
 
@@ -121,10 +98,7 @@ def _ray(address: str, threads: int) -> Iterator[Any]:
     try:
         ray = importlib.import_module("ray")
     except ImportError as error:
-        raise ImportError(
-            "--ray is given, but Ray is not installed: in a checkout of fastmask, pip install -e '.[train,ray]'",
-            name="ray",
-        ) from error
+        raise ImportError("Ray is not installed: in a checkout, pip install -e '.[train,ray]'", name="ray") from error
     ray.init(address=address, log_to_driver=False, logging_level="error")
     remote = ray.remote(num_cpus=threads, max_retries=0)(do)
     try:
@@ -141,7 +115,7 @@ def do(plan: Plan, job: Job) -> Result:
     folder = plan.folder(job)
     with held(folder, wait=WAIT), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* are left out")  # `Runner.check` has said it, once for all jobs
-        remove_leftovers(folder)
+        files.remove_leftovers(folder)
         runner = _runners.setdefault(plan.out, Runner(plan))
         if not is_done(plan, job):
             write_result(plan, job, runner.run(job))
@@ -170,16 +144,12 @@ class Runner:
         """Remove what nobody needs once the result of a job is there; a cell's model stays where it is asked for."""
         run = self.plan.folder(job) / RUN
         if job.kind == "masks" or (job.kind == "cell" and not self.plan.config.keep_models):
-            remove_tree(run)
+            files.remove_tree(run)
         elif job.kind == "cell":
-            remove_tree(run_folder.folder_of(run))
+            files.remove_tree(run_folder.folder_of(run))
 
     def check(self) -> dict[str, str]:
-        """See that data and settings fit, before anything is trained; raises ValueError where they do not.
-
-        Returns:
-            What is read -> its digest, for `Plan.open`.
-        """
+        """See that data and settings fit, before anything is trained; returns what is read -> its digest."""
         masked = any(config.method != "full" for config in self.plan.configs.values())
         nearest = masked and self.plan.config.choose == "nearest"
         tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
@@ -237,7 +207,7 @@ class Runner:
             train(self._task(config), self.datasets, config, stop, progress=False)
         if job.kind == "start":
             return {}
-        replace_file(self.plan.folder(job) / run_folder.MASKS_FILE, found[0].save)
+        files.replace_file(self.plan.folder(job) / run_folder.MASKS_FILE, found[0].save)
         return {"density": _density(found[0])}
 
     def _cell(self, job: Job) -> Result:
@@ -250,11 +220,8 @@ class Runner:
         half = config.precision == "bf16"
         with torch.autocast(trained.task.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             scores = self.scorer.scores(trained.task, trained.subnetworks, config)
-        speeds = [
-            record["words_per_second"]
-            for record in trained.history
-            if "words_per_second" in record and record["step"] > config.shared_steps
-        ]
+        later = [record for record in trained.history if record["step"] > config.shared_steps]
+        speeds = [record["words_per_second"] for record in later if "words_per_second" in record]
         return {
             "training_seconds": round(scored - began, 1),
             "scoring_seconds": round(time.perf_counter() - scored, 1),
@@ -262,7 +229,6 @@ class Runner:
             "gradient_passes": trained.budget.gradient_passes,
             "sentences": trained.budget.sentences,
             "words_per_second": round(statistics.median(speeds), 1),
-            "scouting_share": trained.scouting_share,
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
             "scores": scores,
         }
@@ -289,11 +255,7 @@ def branch(source: Path, config: TrainConfig) -> None:
 
     `train` with `config.resume` then goes on from there, and ends with the weights and metrics of a run that was not
     branched. Files are linked, not copied, where the file system can: a checkpoint is never changed in place.
-
-    Raises:
-        FileNotFoundError: `source` is no run.
-        CheckpointError: the checkpoint of that step is not there, or damaged.
-        ConfigError: `config.out` holds a run, or settings that the shared steps depend on differ.
+    ConfigError: `config.out` holds a run, or settings that the shared steps depend on differ.
     """
     start = run_folder.folder_of(source, config.shared_steps)
     differences = TrainConfig.load(source / run_folder.CONFIG_FILE).differences(config)
@@ -302,7 +264,7 @@ def branch(source: Path, config: TrainConfig) -> None:
         listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in wrong.items())
         raise ConfigError(f"cannot branch off from {source}: {listed} (expected the same until the switch)")
     try:
-        check_files(start)
+        files.check_files(start)
         progress = run_folder.read_progress(start)
     except FileError as error:
         raise run_folder.CheckpointError(f"cannot branch off from a damaged checkpoint: {error}") from error
@@ -311,18 +273,18 @@ def branch(source: Path, config: TrainConfig) -> None:
     changed = progress.model_copy(update={"inputs": inputs}).model_dump_json()
 
     def write(folder: Path) -> None:
-        others = shutil.ignore_patterns(run_folder.PROGRESS, MANIFEST)
+        others = shutil.ignore_patterns(run_folder.PROGRESS, files.MANIFEST)
         shutil.copytree(start, folder, ignore=others, copy_function=_link, dirs_exist_ok=True)
         (folder / run_folder.PROGRESS).write_text(changed, encoding="utf-8")
-        write_manifest(folder / MANIFEST, files_in(folder))
+        files.write_manifest(folder / files.MANIFEST, files.files_in(folder))
 
     alone, out = dataclasses.replace(config, resume=False), Path(config.out)
     run_folder.check_out(alone)
     with held(out):
-        remove_leftovers(run_folder.folder_of(out))
-        write_folder(run_folder.folder_of(out, config.shared_steps), {".": write})
+        files.remove_leftovers(run_folder.folder_of(out))
+        files.write_folder(run_folder.folder_of(out, config.shared_steps), {".": write})
         # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
-        replace_file(out / run_folder.CONFIG_FILE, alone.save)
+        files.replace_file(out / run_folder.CONFIG_FILE, alone.save)
 
 
 def _link(source: str, target: str) -> None:

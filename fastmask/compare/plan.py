@@ -29,11 +29,6 @@ from fastmask.tasks.task import Splits, Task, TaskSettings
 from fastmask.training.config import TrainConfig
 from fastmask.unseen import CHOICES, OPTIMIZERS
 
-__all__ = [
-    "AFTER_THE_SWITCH", "BASELINES", "CONDITIONS", "FREE", "RESERVED", "RESULT_FILE", "SETTINGS_FILE", "CompareConfig",
-    "Hypothesis", "Job", "Plan", "arms_of", "check_languages", "is_done", "read_result", "write_result",
-]  # fmt: skip
-
 SETTINGS_FILE, RESULT_FILE, INPUTS_FILE = "compare.yaml", "result.json", "inputs.json"
 RESERVED = ("data", "languages", "method", "meta", "masks", "out", "seed", "resume", "tensorboard", "keep_checkpoints")
 """Settings of training that the comparison itself decides; an arm may say `method`, `meta` and `masks`."""
@@ -70,19 +65,13 @@ class CompareConfig(Settings):
     choose: str = setting("nearest", "how an unseen language gets its subnetwork before adaptation", choices=CHOICES)
     shots: int | None = setting(None, "sentences in a support set; support_sentences if not given", low=1)
     support_sets: int = setting(3, "random support sets per unseen language and seed", low=1)
-    adapt_steps: int | None = setting(
-        None, "gradient steps on a support set; inner_steps of the arm if not given", low=1
-    )
+    adapt_steps: int | None = setting(None, "steps on a support set; inner_steps of the arm if not given", low=1)
     adapt_optimizer: str = setting("sgd", "optimizer for adapting to a support set", choices=OPTIMIZERS)
     adapt_lr: float | None = setting(
-        None,
-        "learning rate for adapting, outside the encoder; inner_lr of the arm (3e-5 with adamw) if not given",
-        above=0,
+        None, "learning rate outside the encoder; inner_lr of the arm (3e-5 with adamw) if not given", above=0
     )
     adapt_encoder_lr: float | None = setting(
-        None,
-        "learning rate for adapting the encoder; inner_encoder_lr of the arm (3e-5 with adamw) if not given",
-        low=0,
+        None, "learning rate of the encoder; inner_encoder_lr of the arm (3e-5 with adamw) if not given", low=0
     )
     test_sentences: int = setting(200, "test sentences per language, drawn once; 0: all", low=0)
     keep_models: bool = setting(True, "keep the trained model of each cell, for `fastmask analyze`")
@@ -142,9 +131,7 @@ class Plan:
             raise ConfigError("arms is empty (expected at least one way to train)")
         for arm, settings in self.arms.items():
             if not re.fullmatch(r"[\w.+-]+", arm) or arm.startswith(".") or re.fullmatch(r"(start|masks)(-\d+)?", arm):
-                raise ConfigError(
-                    f"an arm is called {arm!r} (expected letters, digits, - + . or _, and not start or masks)"
-                )
+                raise ConfigError(f"an arm is called {arm!r} (expected letters, digits, - + . or _; not start, masks)")
             for name in settings:
                 if name in RESERVED and name not in OF_ARMS:
                     raise ConfigError(f"arm {arm}: {name} is a setting of single runs (a comparison decides it)")
@@ -176,15 +163,8 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """What ``compare.yaml`` holds."""
-        return {
-            "question": self.question,
-            "date": self.date,
-            "comparison": dataclasses.asdict(self.config),
-            "training": dict(self.training),
-            "arms": {name: dict(settings) for name, settings in self.arms.items()},
-            "hypotheses": {name: hypothesis.model_dump() for name, hypothesis in self.hypotheses.items()},
-            "zone": self.zone,
-        }
+        own = {name: getattr(self, name) for name in _Stored.model_fields if name != "comparison"}
+        return _Stored(comparison=dataclasses.asdict(self.config), **own).model_dump()
 
     def open(self, inputs: Mapping[str, str] = MappingProxyType({})) -> None:
         """Write the settings, or see that the folder holds this very comparison; else raise `ConfigError`.
@@ -193,12 +173,10 @@ class Plan:
         """
         self._open_settings()
         file = self.out / INPUTS_FILE
-        known: dict[str, str] = read_json(file) if file.is_file() else dict(inputs)
-        if inputs and (changed := sorted(name for name in {*known, *inputs} if known.get(name) != inputs.get(name))):
-            raise ConfigError(
-                f"{self.out} was begun with other data: {', '.join(changed[:4])} changed since (expected the same to "
-                "go on with it, or a new folder)"
-            )
+        known: dict[str, str] = read_json(file, dict[str, str]) if file.is_file() else dict(inputs)
+        if inputs and (changed := sorted(dict(known.items() ^ inputs.items()))):
+            what = f"{', '.join(changed[:4])} changed since (expected the same to go on with it, or a new folder)"
+            raise ConfigError(f"{self.out} was begun with other data: {what}")
         if inputs and not file.is_file():
             write_text(file, json.dumps(known, indent=1) + "\n")
 
@@ -329,11 +307,8 @@ class Plan:
 
 def arms_of(methods: Iterable[str], metas: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Every method with every kind of meta-learning, as arms: ``static``, ``static-fomaml``."""
-    return {
-        method if meta == "none" else f"{method}-{meta}": {"method": method, "meta": meta}
-        for meta in metas
-        for method in methods
-    }
+    pairs = ((method, meta) for meta in metas for method in methods)
+    return {of if meta == "none" else f"{of}-{meta}": {"method": of, "meta": meta} for of, meta in pairs}
 
 
 def check_languages(plan: Plan) -> None:

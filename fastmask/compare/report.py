@@ -16,21 +16,10 @@ import yaml
 from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan, is_done, read_result
-from fastmask.compare.tables import (
-    SCORE_COLUMNS,
-    by_language_and_seed,
-    cells_table,
-    decisions,
-    scores_table,
-    summary_table,
-)
+from fastmask.compare.tables import COLUMNS, by_language_and_seed, cells_table, decisions, scores_table, summary_table
 from fastmask.files import FileError, replace_file, write_text
 from fastmask.tasks.task import heading
 from fastmask.training.config import Budget
-
-__all__ = [
-    "NOTE", "SCORES_FILE", "cells_of", "load_results", "load_tables", "page_tables", "read_tables", "write_report",
-]  # fmt: skip
 
 SCORES_FILE, CELLS_FILE = "results.csv", "cells.csv"
 
@@ -114,14 +103,12 @@ def _check_budget(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> None
 
 def _check_alike(scores: pd.DataFrame) -> None:
     """See that every cell was scored on the same languages; others are of another comparison."""
-    if missing := [name for name in SCORE_COLUMNS if name not in scores.columns]:
+    if missing := [name for name in COLUMNS if name not in scores.columns]:
         raise ValueError(f"the known scores have no column {', '.join(missing)} (expected those of this plan)")
     of_conditions = scores[scores["condition"].isin(CONDITIONS)]
     first: tuple[Any, set[str]] | None = None
     for cell, rows in of_conditions.groupby(["seed", "arm"], sort=False):
-        languages = {
-            f"{language} ({condition})" for language, condition in zip(rows["language"], rows["condition"], strict=True)
-        }
+        languages = {f"{name} ({where})" for name, where in zip(rows["language"], rows["condition"], strict=True)}
         first = first or (cell, languages)
         if differ := sorted(languages ^ first[1]):
             (seed, arm), (other_seed, other_arm) = cell, first[0]
@@ -218,17 +205,14 @@ def page_tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[t
 
 def _metric(scores: pd.DataFrame) -> str:
     """What tables call the score that decides; it may depend on the labels of the task (of spans it is F1)."""
-    own = [name for name in scores.columns if name not in SCORE_COLUMNS]
+    own = [name for name in scores.columns if name not in COLUMNS]
     return heading(own[0]) if own else "score"
 
 
 def _rows_by_arm(plan: Plan, table: pd.DataFrame, formats: Mapping[str, str]) -> list[dict[str, str]]:
     """A row for each arm that is in the index of a table of numbers."""
-    return [
-        {"arm": arm} | {name: _number(table.loc[arm, name], formats[name]) for name in table}
-        for arm in plan.arms
-        if arm in table.index
-    ]
+    arms = [arm for arm in plan.arms if arm in table.index]
+    return [{"arm": arm} | {name: _number(table.loc[arm, name], formats[name]) for name in table} for arm in arms]
 
 
 def _decision_row(row: Any) -> dict[str, str]:

@@ -20,8 +20,6 @@ from fastmask.training.engine import inner_rates
 from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
 from fastmask.unseen.choosing import FULL_CHOICE
 
-__all__ = ["Scorer"]
-
 SEED = 0  # of which sentences are tested, and which may be in support sets: in every cell alike
 
 Rows = Sequence[Mapping[str, Any]]
@@ -52,10 +50,7 @@ class Scorer:
         return [[pool[row] for row in rows.tolist()] for rows in sets]
 
     def check(self, task: Task, nearest: bool) -> None:
-        """Prepare everything for a new model as `scores` will, so that what is wrong is said before training.
-
-        `nearest`: whether the nearest language will be asked for, which a task must be able to tell.
-        """
+        """Prepare everything for a new model as `scores` will, so that what is wrong is said before training."""
         if silent := [language for language, test in self.tests.items() if not task.has_answers(task.examples(test))]:
             said = f"no test {task.example_word} of {', '.join(silent)} have labels that the model knows"
             raise ValueError(f"{said} (expected some to score)")
@@ -79,12 +74,9 @@ class Scorer:
         return task.similarity(found, self.profiles)
 
     def scores(self, task: Task, subnets: Subnetworks | None, run: TrainConfig) -> list[dict[str, Any]]:
-        """Every score of a trained model, which comes back as it was.
+        """Every score of a trained model, to whose encoder `subnets` are attached; it comes back as it was.
 
-        Args:
-            task: `subnets` are attached to its encoder; nothing is where they are None (method `full`).
-            subnets: of the training languages.
-            run: its seed says which support sets, its inner loop how they are adapted to where the plan does not.
+        The seed of its `run` says which support sets, its inner loop how they are adapted to where the plan does not.
 
         Returns:
             Rows with "language", "condition", "choice" and "subnetwork" (by which rule it was chosen, and which one it
@@ -158,17 +150,15 @@ class _Cell:
         similarity = self.scorer.similarity(self.task, rows) if how == "nearest" else None
         return choose(self.task, self.subnets, support, how, similarity=similarity)
 
-    def _row(
-        self, language: str, test: Any, condition: str, how: str, choice: Choice, steps: int = 0
-    ) -> dict[str, Any]:
-        key = language, choice.language_id
+    def _row(self, name: str, test: Any, condition: str, how: str, choice: Choice, steps: int = 0) -> dict[str, Any]:
+        key = name, choice.language_id
         scores = None if steps else self.known.get(key)  # support sets often agree
         if scores is None:
             scores = self.task.scored(test, None if choice.language_id < 0 else choice.name)
             if not steps:
                 self.known[key] = scores
         return {
-            "language": language,
+            "language": name,
             "condition": condition,
             "choice": how,
             "subnetwork": choice.name,

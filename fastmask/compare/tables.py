@@ -16,12 +16,7 @@ import pandas as pd
 from fastmask.analysis.statistics import SURE, holm, paired
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan
 
-__all__ = [
-    "SCORE_COLUMNS", "by_language_and_seed", "cells_table", "compared", "decisions", "scores_table",
-    "summary_table",
-]  # fmt: skip
-
-SCORE_COLUMNS = (
+COLUMNS = (
     "seed", "arm", "language", "condition", "choice", "subnetwork", "support_set", "steps", "score", "words",
 )  # fmt: skip
 """Of a row of scores, beside the task's own scores; see `fastmask.compare.scoring.Scorer.scores`."""
@@ -79,10 +74,9 @@ def compared(scores: pd.DataFrame, arm: str, other: str, sign: int = 1, more_tha
 
 
 def summary_table(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per condition and arm: the score (mean and deviation over seeds), and how it differs from baselines.
+    """One row per condition and arm: the score (mean and deviation over seeds), and how it differs from `BASELINES`.
 
-    For each of `BASELINES`: ``over_full``, its interval, its two p-values and the larger of them, and ``p_full``,
-    corrected over all tests of the table.
+    Of each ``over_full``, its interval, its p-values, and ``p_full``, corrected over all tests of the table.
     """
     sign = 1 if plan.task.higher_is_better else -1
     rows: list[dict[str, Any]] = []

@@ -20,30 +20,20 @@ from fastmask.models.contexts import evaluating
 from fastmask.models.layers import AttachedLinear
 from fastmask.torch_path.layers import NONE, activate
 
-__all__ = ["Gate", "Gates", "Probe", "frozen", "gate_gradients", "gated", "probes_of"]
-
 
 @dataclass(frozen=True)
 class Probe:
-    """One layer's units of one kind ("heads" or "neurons"), gated at the module that consumes them.
-
-    `unit` is how many of the consumer's inputs belong to one unit, `units` how many there are in the full network.
-    """
+    """One layer's units of one kind ("heads" or "neurons"), gated at the module that consumes them."""
 
     kind: str
     layer: int
     consumer: AttachedLinear
-    unit: int
-    units: int
+    unit: int  # how many of the consumer's inputs belong to one unit
+    units: int  # in the full network
 
 
 def probes_of(model: nn.Module) -> list[Probe]:
-    """Where the masked units of an attached model are gated, in the order of its modules.
-
-    Raises:
-        ValueError: the masks leave no unit out of the forward pass, or are over experts, or stand around an adapter or
-            a quantised layer.
-    """
+    """Where the units of an attached model are gated, in the order of its modules; ValueError where they cannot be."""
     state, owner = attached(model), owner_of(model)
     if state.router.full_forward:
         raise ValueError(
@@ -107,20 +97,14 @@ def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | 
     """Gate the input of every consumer; yields the dict that each forward pass fills with its gates.
 
     A module that the model calls several times in a pass (ALBERT's layers are one) has the same gates each time. To
-    count the passes of the next batch alone, clear the dict.
-
-    Args:
-        model: with subnetworks attached.
-        probes: of `probes_of` the model.
-        values: the gates of each probe, bool or float [units]; None opens all gates of whatever arrives.
+    count the passes of the next batch alone, clear the dict. `values` are the gates of each probe, bool or float
+    [units]; None opens all gates of whatever arrives.
     """
     gates: Gates = {}
     router = attached(model).router
     activations = {probe.consumer: probe.consumer.activation for probe in probes}
 
-    def hook(
-        number: int, probe: Probe, value: Tensor | None
-    ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(number: int, probe: Probe, value: Tensor | None) -> Callable[..., tuple[Any, ...]]:
         def gate(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             # The gate stands behind the activation, also where the module computes it: it is taken out meanwhile.
             x = activate(inputs[0], activations[probe.consumer])
@@ -154,15 +138,9 @@ def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | 
 
 
 def gate_gradients(losses: Tensor, gates: Gates, probes: Sequence[Probe]) -> tuple[Tensor, ...]:
-    """The derivative of each example's loss with respect to its gates: [B, units] of each probe.
+    """The derivative of each example's loss [B] with respect to its gates, those of `gated`: [B, units] of each probe.
 
-    Args:
-        losses: one for each example, [B].
-        gates: what the forward pass behind the losses filled the dict of `gated` with.
-        probes: those that `gated` was given.
-
-    Raises:
-        ValueError: losses of another shape, or of a model that ran not once but never or several times.
+    ValueError: losses of another shape, or of a model that ran not once but never or several times.
     """
     if losses.ndim != 1:
         raise ValueError(f"expected one loss for each example, [batch], given shape {tuple(losses.shape)}")

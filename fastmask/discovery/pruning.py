@@ -33,28 +33,17 @@ from fastmask.models.attach import attach, attached, detach, is_attached, langua
 from fastmask.models.editing import set_subnetwork
 from fastmask.subnetworks.subnetworks import KINDS, UNITS, Subnetworks
 
-__all__ = ["VOTES", "Draw", "Round", "Stability", "combine", "discover", "live_units", "stability"]
-
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of pruning left, and how good it is.
-
-    Attributes:
-        language: whose subnetwork.
-        number: of the round; 0 is the full network.
-        units: live ones by kind ("heads", "neurons").
-        value: the metric on development data, or the loss; None where pruning goes to a density.
-        by_loss: whether it is the mean loss on the scoring examples, as without development data.
-        kept: False where it fell, or the loss rose, too far.
-    """
+    """What one round of pruning left, and how good it is."""
 
     language: str
-    number: int
-    units: dict[str, int]
-    value: float | None
-    by_loss: bool
-    kept: bool
+    number: int  # 0 is the full network
+    units: dict[str, int]  # live ones by kind ("heads", "neurons")
+    value: float | None  # the metric on development data, or the loss; None where pruning goes to a density
+    by_loss: bool  # whether it is the mean loss on the scoring examples, as without development data
+    kept: bool  # False where it fell, or the loss rose, too far
 
 
 def discover(
@@ -160,9 +149,7 @@ def discover(
             scores = ranking or importance(model, scoring, loss, name)
             for kind, keep in masks.items():
                 if not bool(torch.isfinite(scores[kind][keep]).all()):
-                    raise FloatingPointError(
-                        f"{name}: scores of {kind} are not finite; the loss or its gradient is not"
-                    )
+                    raise FloatingPointError(f"{name}: scores of {kind} are not finite, as the loss or its gradient")
             last = {kind: torch.where(keep, scores[kind], last[kind]) for kind, keep in masks.items()}
             smaller = {kind: _without_lowest(keep, scores[kind], drops[kind]) for kind, keep in masks.items()}
             if all(torch.equal(smaller[kind], keep) for kind, keep in masks.items()):
@@ -233,15 +220,10 @@ VOTES = ("majority", "union", "intersection", "most")
 
 @dataclass(frozen=True)
 class Draw:
-    """What one call of `discover` found.
+    """What one call of `discover` found."""
 
-    Attributes:
-        subnetworks: of some languages of one model, or all.
-        scores: language -> what `discover` gave to `on_scores`.
-    """
-
-    subnetworks: Subnetworks
-    scores: Mapping[str, Importance]
+    subnetworks: Subnetworks  # of some languages of one model, or all
+    scores: Mapping[str, Importance]  # language -> what `discover` gave to `on_scores`
 
 
 def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
@@ -260,10 +242,6 @@ def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
 
     Returns:
         Subnetworks of all languages, in the order in which the draws name them first.
-
-    Raises:
-        KeyError: an unknown vote.
-        ValueError: nothing to combine, or draws over different units.
     """
     if vote not in VOTES:
         raise unknown("vote", vote, VOTES)
@@ -306,17 +284,11 @@ def _kept(votes: Tensor, draws: int, scores: Tensor, vote: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Stability:
-    """How much masks of single draws agree: mean Jaccard similarities, |A and B| / |A or B|.
+    """How much masks of single draws agree: mean Jaccard similarities, |A and B| / |A or B|."""
 
-    Attributes:
-        draws: of two draws of one language, mean over languages; None where no language has two.
-        languages: of draws of two languages; None where there is one language.
-        chance: expected of random masks that keep as many units in every layer as these.
-    """
-
-    draws: float | None
-    languages: float | None
-    chance: float
+    draws: float | None  # of two draws of one language, mean over languages; None where no language has two
+    languages: float | None  # of draws of two languages; None where there is one language
+    chance: float  # expected of random masks that keep as many units in every layer as these
 
 
 def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
@@ -324,9 +296,6 @@ def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
 
     Chance is (sum of a * b / n over layers) / (units in either), of masks with a and b of a layer's n units: the
     expectation of the intersection is exact, that of the quotient to first order.
-
-    Raises:
-        ValueError: fewer than two masks, of one language or several.
     """
     names = [name for draw in draws for name in draw.subnetworks.languages]
     if len(names) < 2:

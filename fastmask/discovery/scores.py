@@ -20,10 +20,6 @@ from fastmask.discovery.gates import frozen, gate_gradients, gated, probes_of
 from fastmask.models.attach import attached, language, owner_of
 from fastmask.models.structure import UnitGroup
 
-__all__ = [
-    "COMPARING", "RANKINGS", "SCORES", "Importance", "entropy", "importance", "relative", "shapley",
-]  # fmt: skip
-
 RARE = 0.01
 """Added to how often a neuron is active: of one active on fewer tokens, chance decides which language has the most."""
 
@@ -95,17 +91,12 @@ def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, I
 
     A language's `importance` less the mean of the other languages' (the difference is ours): units that matter do so
     to most languages, whose masks come out alike. Scores add up to 0 over languages.
-
-    Raises:
-        ValueError: a single language, no batch of one, or a loss of another shape.
     """
     _check_several("relative", batches)
     found = {name: importance(model, scoring, loss, name) for name, scoring in batches.items()}
     sums = {kind: torch.stack([of[kind] for of in found.values()]).sum(0) for kind in attached(model).subnets.units}
-    return {
-        name: {kind: of - (sums[kind] - of) / (len(found) - 1) for kind, of in own.items()}
-        for name, own in found.items()
-    }
+    others = len(found) - 1
+    return {name: {kind: of - (sums[kind] - of) / others for kind, of in own.items()} for name, own in found.items()}
 
 
 def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Importance]:
@@ -118,9 +109,6 @@ def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Im
     have no such thing: the mean L2 norm of what a head hands on takes the place of p, which is ours.
 
     What `loss` returns is not read. Padding is left out where it calls the model with `attention_mask`, [B, T].
-
-    Raises:
-        ValueError: a single language, or no batch of one.
     """
     _check_several("entropy", batches)
     rates = {name: _activity(model, name, scoring, loss) for name, scoring in batches.items()}
@@ -205,17 +193,13 @@ def shapley(
     that no order came to has 0. All batches run once for each head and order, forward only: give few examples.
 
     Args:
-        model: with subnetworks over heads attached; put in eval mode for the time of the call.
+        model: with subnetworks over heads attached, and nothing else.
         batches: by language, what `loss` takes.
         loss: runs `model` on a batch, once, and returns one loss for each example, [B].
         orders: of removing the heads, the same for all languages; each odd one is the reverse of the one before.
         truncation: an order ends where the mean loss has risen by more than this share of what it rises by without any
-            head; at 1, and where the loss falls without any head, none ends early, and the values of a language add up
-            to that rise.
+            head; at 1, or where the loss falls without any head, none does, and values add up to that rise.
         seed: of the orders.
-
-    Raises:
-        ValueError: masks over anything but heads, or no batch of a language.
     """
     subnets = attached(model).subnets
     if [*subnets.units] != ["heads"]:
@@ -223,11 +207,8 @@ def shapley(
     probes = probes_of(model)
     sizes = [probe.units for probe in probes]
     generator = torch.Generator().manual_seed(seed)
-    removals: list[list[int]] = []
-    for number in range(orders):
-        removals.append(
-            removals[-1][::-1] if number % 2 else torch.randperm(sum(sizes), generator=generator, device="cpu").tolist()
-        )
+    drawn = [torch.randperm(sum(sizes), generator=generator, device="cpu").tolist() for _ in range(-(-orders // 2))]
+    removals = [order[::way] for order in drawn for way in (1, -1)][:orders]
 
     def values(name: str) -> Tensor:
         """Float64 [heads of all layers]."""

@@ -23,8 +23,6 @@ from fastmask.errors import unknown
 from fastmask.live import WHOLE, Live, live_in, masked_parameters
 from fastmask.optim import can_be_sparse, sparse_gradients
 
-__all__ = ["FastWeights", "InnerRates", "rates_of"]
-
 InnerRates = float | Mapping[str, float]
 """One for all parameters, or one for each beginning of their names."""
 

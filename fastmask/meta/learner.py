@@ -26,8 +26,6 @@ from fastmask.models.attach import attached, number_of, owners_in
 from fastmask.models.attach import language as run_with
 from fastmask.models.contexts import evaluating
 
-__all__ = ["ALGORITHMS", "Drawn", "EpisodeSampler", "MetaLearner", "Task", "TaskResult"]
-
 ALGORITHMS = ("fomaml", "reptile")
 
 Language = str | int | None

@@ -34,11 +34,6 @@ from fastmask.models.routing import Router
 from fastmask.models.structure import Structure, structure_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = [
-    "attach", "attached", "detach", "freeze_unmasked", "is_attached", "language", "number_of", "owner_of", "owners_in",
-    "set_language",
-]  # fmt: skip
-
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -24,8 +24,6 @@ from fastmask.models.languages import ids_of
 if TYPE_CHECKING:
     from fastmask.models.attach import Attached
 
-__all__ = ["INNER", "ORIGIN", "OUTER", "UNLOADED", "attached_class", "inner_models", "plain_class_of", "state_of"]
-
 OUTER, INNER = "_fastmask", "_fastmask_of_outer"  # where the state is kept: on the model, and on models inside of it
 
 ORIGIN = "_fastmask_origin"  # where `from_pretrained` notes what it loaded

@@ -23,8 +23,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["ContextLanguage", "backward_pass", "evaluating", "may_recompute", "recall", "remember"]
-
 backward_pass: Callable[[], int] = torch._C._current_graph_task_id  # of this thread, a number; -1 outside of any
 
 

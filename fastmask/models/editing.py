@@ -15,8 +15,6 @@ from fastmask.models.layers import Around, AttachedLinear, check_geometry
 from fastmask.models.structure import kept_of
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["add_language", "remove_language", "set_subnetwork", "set_subnetworks"]
-
 Masked = AttachedLinear | AttachedExperts | Around
 
 

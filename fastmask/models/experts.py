@@ -21,8 +21,6 @@ from fastmask.masks import FULL, Mask
 from fastmask.models.families import Projections
 from fastmask.models.routing import Router
 
-__all__ = ["AttachedExperts", "Stacked", "stacked_in"]
-
 _STEP = 8  # packed widths are multiples of it: grouped products want rows that begin at a multiple of 16 bytes
 
 

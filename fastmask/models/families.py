@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-__all__ = ["Family", "Projections", "family_of", "register_family"]
-
 
 @dataclass(frozen=True)
 class Projections:

@@ -14,8 +14,6 @@ from fastmask.errors import unknown
 from fastmask.masks import checked_id
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["LanguageCollator", "LanguageCounts", "id_of", "ids_of"]
-
 
 def id_of(name: str | None, languages: tuple[str, ...]) -> int:
     """The id of a language: its position; -1, the full network, for None."""

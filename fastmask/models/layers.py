@@ -24,11 +24,6 @@ from fastmask.operators import run
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.layers import NONE, Layers, name_of
 
-__all__ = [
-    "Around", "AttachedConv1D", "AttachedLinear", "Siblings", "check_geometry", "put", "unit_layers", "weight_layers",
-    "wrapped_in",
-]  # fmt: skip
-
 
 class AttachedLinear(MaskedLinear):
     """A `MaskedLinear` that looks like the `nn.Linear` it replaces.

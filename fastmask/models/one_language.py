@@ -19,8 +19,6 @@ from fastmask.models.experts import AttachedExperts
 from fastmask.models.layers import AttachedLinear
 from fastmask.models.structure import UnitGroup, is_conv1d, kept_of, structure_of
 
-__all__ = ["SIZES", "Part", "Summary", "extract", "merge", "shrink", "summary"]
-
 
 @dataclass(frozen=True)
 class Part:

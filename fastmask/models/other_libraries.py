@@ -15,11 +15,6 @@ from torch import Tensor, nn
 
 from fastmask.models.structure import is_conv1d
 
-__all__ = [
-    "Places", "change_class", "check_model", "check_shared", "is_own", "is_wrapped", "kind_of", "move_hook",
-    "obstacle", "plain_experts", "plain_linear", "unhook_if_alone",
-]  # fmt: skip
-
 # By name: importing them takes seconds, and some belong to libraries that need not be there.
 _WRAPPERS = {
     "OptimizedModule": " of torch.compile",

@@ -33,8 +33,6 @@ from fastmask.models.routing import Route, Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d, kept_of, number_in
 from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = ["Found", "Inputs", "ProofError", "short", "try_layers", "working_inputs"]
-
 Inputs = Mapping[str, Any]
 Recorded = dict[str, list[Tensor]]  # what the projections that read units gave, call by call
 

@@ -16,8 +16,6 @@ from fastmask.masks import checked_id
 from fastmask.models.contexts import ContextLanguage, backward_pass, may_recompute, recall, remember
 from fastmask.models.languages import LanguageCounts
 
-__all__ = ["Route", "Router"]
-
 _RECOMPUTED = (
     "the language of its forward pass is not known there. Pass language_ids in what is checkpointed, or enter "
     "`with fastmask.language(...)` inside of it (once `torch.utils.checkpoint` has seen one language from outside, "

@@ -12,7 +12,6 @@ import importlib
 import tempfile
 import warnings
 from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fastmask.files import FileError, digest_of, read_json, sha256_of, write_text
+from fastmask.files import FileError, StrPath, digest_of, read_json, sha256_of, write_text
 from fastmask.models.attach import attach, attached, is_attached, owner_of
 from fastmask.models.calls import ORIGIN, OUTER, UNLOADED, plain_class_of
 from fastmask.models.editing import set_subnetworks
@@ -28,8 +27,6 @@ from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
 from fastmask.records import Record
 from fastmask.subnetworks.subnetworks import Subnetworks, masks_file
-
-__all__ = ["from_pretrained", "save_pretrained"]
 
 ABOUT, MASKS, CARD = "fastmask.json", "subnetworks.safetensors", "README.md"
 _MARK = "<!-- made by fastmask -->"
@@ -57,7 +54,7 @@ class About(Record):
 
 def save_pretrained(
     model: nn.Module,
-    folder: str | PathLike[str],
+    folder: StrPath,
     *,
     weights: bool = True,
     licence: str | None = None,
@@ -146,7 +143,7 @@ def save_pretrained(
 
 
 def from_pretrained(
-    name: str | PathLike[str],
+    name: StrPath,
     *,
     model_class: Any = None,
     revision: str | None = None,

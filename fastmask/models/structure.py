@@ -22,10 +22,6 @@ from fastmask.models.families import Family, Projections, family_of
 if TYPE_CHECKING:
     from fastmask.subnetworks.subnetworks import Subnetworks
 
-__all__ = [
-    "Structure", "UnitGroup", "is_conv1d", "kept_of", "layers_of", "number_in", "sizes_of", "structure_of",
-]  # fmt: skip
-
 # Modules whose projections look like those of an FFN and are something else: a router's scores choose experts, and
 # tokens inside of one expert have lost which example they belong to (experts in one module are told by `stacked_in`).
 _NOT_OURS = re.compile(r"(^|\.)(router\w*|gate|experts\.\d+|\w*norm\w*|\w*adapter\w*|\w*projector)(\.|$)")

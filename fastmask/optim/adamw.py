@@ -25,8 +25,6 @@ from fastmask.models.attach import number_of
 from fastmask.optim.noticed import Later, Note, carrier_of, names_of
 from fastmask.optim.step import Update, Views, take_step, update_of_rows
 
-__all__ = ["LiveAdamW"]
-
 # Share of a parameter above which copying out and back takes more time than all that it saves: single weights lie
 # apart, and above their share their places are not kept either (`Live`), and found anew in each step.
 LITTLE, LITTLE_OF_WEIGHTS = 1 / 2, 1 / 16

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from fastmask.linear import MaskedLinear
 from fastmask.models.layers import AttachedLinear
 
-__all__ = ["Later", "Note", "carrier_of", "names_of"]
-
 
 class Later:
     """Ids that stay on their GPU until somebody has to know them."""

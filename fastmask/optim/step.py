@@ -23,8 +23,6 @@ from torch.optim.adamw import adamw
 from fastmask import triton_path
 from fastmask.live import INTEGERS, WHOLE, Live
 
-__all__ = ["Update", "Views", "by_rows", "can_be_sparse", "sparse_gradients", "take_step", "update_of_rows"]
-
 STRETCH = 1 << 10  # weights for each thread: shorter stretches take longer to hand over than to step
 PIECE = 1 << 15  # weights for each thread: with what is put aside, float32 fills half of a usual cache
 FEW = 1 / 64  # share of dead weights up to which they are put aside one by one

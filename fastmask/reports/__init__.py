@@ -10,13 +10,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
 from fastmask.analysis.result import write_files
 from fastmask.errors import unknown
-from fastmask.files import is_leftover, read_json, write_text
+from fastmask.files import StrPath, is_leftover, read_json, write_text
 from fastmask.reports.analyses import ANALYSES
 from fastmask.reports.page import Part, Skipped, file_name, render
 from fastmask.reports.runs import Options, studies_of
@@ -36,9 +35,9 @@ class Made(NamedTuple):
 
 
 def make_report(
-    folders: Sequence[str | PathLike[str]],
+    folders: Sequence[StrPath],
     what: Sequence[str] | None = None,
-    out: str | PathLike[str] | None = None,
+    out: StrPath | None = None,
     options: Options | None = None,
     *,
     command: str | None = None,
@@ -49,17 +48,12 @@ def make_report(
     All files are written at the end, each replaced at once, and those of a report that was there before are removed.
 
     Args:
-        folders: of runs, which are put side by side, and of comparisons.
+        folders: of finished runs, which are put side by side, and of comparisons.
         what: names of `ANALYSES`; None: all.
         out: folder of the report; with a single run or comparison by default ``analysis`` in its folder.
         options: what holds for every analysis.
         command: that the page shows to make it again.
         on_part: called after each analysis of each study.
-
-    Raises:
-        FileNotFoundError: a folder that is no finished run or comparison.
-        FastmaskKeyError: an unknown analysis.
-        ValueError: several folders and no `out`, a folder that holds something else, or nothing that could be done.
     """
     for name in what or ():
         if name not in ANALYSES:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -23,8 +24,6 @@ from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.task import Task
 from fastmask.training.run_folder import DYNAMIC_FILE, RESULTS_FILE, complete, step_of
 from fastmask.unseen import direction_profile, direction_similarity, uriel_similarity
-
-__all__ = ["ANALYSES", "cross_values", "mask_seed"]
 
 BASELINE, CONTROL = "full", "random"  # methods, variants of these alone, and columns of the cross-evaluation
 EFFECTS = ("seen", "adapted", "zero-shot")
@@ -82,10 +81,8 @@ def effect(part: Part) -> None:
         for baseline, of_methods in baselines.items():
             against = {method: other for method, other in of_methods.items() if {method, other} <= known}
             if against:
-                result = analysis.effect(
-                    scores, against, seed=part.options.seed, higher_is_better=study.higher_is_better
-                )
-                part.add(f"{title}, over {baseline}", result, name, "" if baseline == BASELINE else baseline, note=note)
+                made = analysis.effect(scores, against, seed=part.options.seed, higher_is_better=study.higher_is_better)
+                part.add(f"{title}, over {baseline}", made, name, "" if baseline == BASELINE else baseline, note=note)
 
 
 def _scores(part: Part) -> pd.DataFrame:
@@ -145,9 +142,7 @@ def typology(part: Part) -> None:
     if len(unseen) < 3 or not seen:
         raise SkipError(f"a correlation needs at least three unseen languages, and there are {len(unseen)}")
     with part.attempt("by head direction"):
-        profiles = {
-            name: direction_profile(row for rows in every[name].values() for row in rows) for name in [*seen, *unseen]
-        }
+        profiles = {name: direction_profile(chain.from_iterable(every[name].values())) for name in [*seen, *unseen]}
         if bare := [name for name, profile in profiles.items() if not profile]:
             raise SkipError(f"no example of {', '.join(bare)} has a tree whose dependents could be counted")
         training = {name: profiles[name] for name in seen}
@@ -348,11 +343,9 @@ def cross(part: Part) -> None:
             table = pd.DataFrame(cells, columns=["seed", "language", "subnetwork", "score"])
             means, seeds = table.groupby(["language", "subnetwork"])["score"].mean(), table.seed.nunique()
 
-            def mean(language: str, network: str, means: pd.Series = means) -> float:
-                return float(means[language, network])
-
+            better, value = study.higher_is_better, means.to_dict()
             result = analysis.cross_evaluation(
-                mean, languages, names, seed=options.seed, higher_is_better=study.higher_is_better
+                lambda *pair, of=value: of[pair], languages, names, seed=options.seed, higher_is_better=better
             )
             note = (
                 f"{study.metric}, mean over {seeds} seed{'s' if seeds > 1 else ''} of {of}; at most "
@@ -369,8 +362,7 @@ def cross_values(
 ) -> dict[tuple[str, str], float]:
     """The score of each language's rows under each subnetwork, the full network ("full") and a random mask ("random").
 
-    Nothing is attached to the task's encoder yet. The random mask of a language without a subnetwork has the sizes of
-    the next language's in turn.
+    The random mask of a language without a subnetwork has the sizes of the next language's in turn.
     """
     names = subnets.languages
     controls = random_like(subnets, mask_seed(seed), task.encoder).rename({name: f"{CONTROL} {name}" for name in names})
@@ -407,14 +399,5 @@ def ablation(part: Part) -> None:
         part.add(f"heads of {variant}, seed {run.config.seed}", result, variant, note=note)
 
 
-ANALYSES: dict[str, Callable[[Part], None]] = {
-    "effect": effect,
-    "overlap": overlap,
-    "use": use,
-    "conflict": conflict,
-    "cross": cross,
-    "typology": typology,
-    "ablation": ablation,
-    "dynamics": dynamics,
-}
+ANALYSES = {of.__name__: of for of in (effect, overlap, use, conflict, cross, typology, ablation, dynamics)}
 """By name, in the order of the report."""

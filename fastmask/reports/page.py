@@ -13,18 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import jinja2
 import pandas as pd
 import torch
 import transformers
+from jinja2 import Environment, StrictUndefined
 
 from fastmask.analysis.drawing import families_of, family_colour, language_colour
 from fastmask.analysis.effects import verdict
 from fastmask.analysis.result import Result
 from fastmask.analysis.statistics import holm, p_text
 from fastmask.reports.runs import Options, SkipError, Study
-
-__all__ = ["EXPECTED", "ROOM", "SHOWN_ROWS", "Part", "Section", "Skipped", "file_name", "render"]
 
 EXPECTED = (ValueError, KeyError, OSError, RuntimeError, ImportError, ArithmeticError)
 """What goes wrong with a run or its data; any other error is a mistake in the code."""
@@ -37,28 +35,13 @@ THEME = (
 NEEDLESS = re.compile(rb""" id="[a-z0-9]+_[0-9]+"| transform="rotate\(-0 [^"]*"|font-family: 'DejaVu[^;"]*;? ?""")
 SHOWS = {
     "effect": ("Effect of each method", "What it does to each language's score, and what of that is inside the noise."),
-    "overlap": (
-        "Overlap of masks",
-        "How much the languages' subnetworks share, beside random masks of the same sizes.",
-    ),
+    "overlap": ("Overlap of masks", "How much languages' subnetworks share, beside random masks of the same sizes."),
     "use": ("Use of heads and neurons", "How many languages own each of them, and how many all, one or none own."),
-    "conflict": (
-        "Gradient conflict",
-        "Whether languages pull parameters the same way, beside one language with itself.",
-    ),
-    "cross": (
-        "Cross-evaluation",
-        "How well each language does under every subnetwork, and whether its own is the best.",
-    ),
+    "conflict": ("Gradient conflict", "Whether languages pull parameters one way, beside one language with itself."),
+    "cross": ("Cross-evaluation", "How well each language does under every subnetwork; whether its own is the best."),
     "typology": ("Typology", "Whether unseen languages gain more, the nearer they are to a training language."),
-    "ablation": (
-        "Ablation of single heads",
-        "What a head is worth to each language, and whether its score foresees it.",
-    ),
-    "dynamics": (
-        "Dynamics of masks",
-        "What changes in training, how far it gets, whether related languages come together.",
-    ),
+    "ablation": ("Ablation of single heads", "What a head is worth to each language; whether its score foresees it."),
+    "dynamics": ("Dynamics of masks", "What changes in training, how far, whether related languages come together."),
 }
 """Title of each analysis, and what it shows."""
 
@@ -165,9 +148,7 @@ def render(studies: Sequence[Study], parts: Sequence[Part], skipped: Sequence[Sk
         picture = _for_the_page(section.pictures["svg"])
         used += len(picture["content"])
         pictures[section.result.name] = picture if used <= ROOM else None
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = importlib.resources.files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     return environment.from_string(text).render(
         studies=studies,

@@ -7,7 +7,6 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,15 @@ import pandas as pd
 
 from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.report import SCORES_FILE, cells_of, load_tables, read_tables
-from fastmask.files import read_json, read_tensors
+from fastmask.files import StrPath, read_json, read_tensors
 from fastmask.models import attach
 from fastmask.settings import items_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, heading
+from fastmask.training import run_folder
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import device_of
-from fastmask.training.run_folder import (
-    CONFIG_FILE,
-    MASKS_FILE,
-    RESULTS_FILE,
-    WEIGHTS,
-    check_finished,
-    data_of,
-    load_run,
-)
-
-__all__ = [
-    "Options", "Row", "Run", "SkipError", "Study", "batches_of", "drawn", "load_data", "studies_of",
-    "task_at", "task_of",
-]  # fmt: skip
+from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, data_of
 
 CONTROLS = ("random", "permuted", "shuffled", "shared", "vector")
 """Methods whose masks are made to be compared with, and not analysed where there are others."""
@@ -75,7 +62,7 @@ class Run:
     @property
     def tested(self) -> list[Any]:
         """What `fastmask train` scored: rows with "language", "words", "full" and "own"; none where it did not."""
-        file = self.folder / RESULTS_FILE
+        file = self.folder / run_folder.RESULTS_FILE
         content: dict[str, Any] = read_json(file) if file.is_file() else {}
         return content.get("test") or []
 
@@ -101,11 +88,7 @@ class Study:
 
     @property
     def kept(self) -> Study:
-        """The same, of the runs whose models are there.
-
-        Raises:
-            SkipError: there is none.
-        """
+        """The same, of the runs whose models are there; SkipError where there is none."""
         runs = tuple(run for run in self.runs if run.kept)
         if not runs:
             raise SkipError("the comparison has no models here (--no-keep-models), and this takes more than scores")
@@ -148,11 +131,7 @@ class Study:
 
     @property
     def masked(self) -> dict[str, list[tuple[Run, Subnetworks]]]:
-        """The analysed variants that have subnetworks, with them; of several with the same ones the first.
-
-        Raises:
-            SkipError: there is none.
-        """
+        """The analysed variants that have subnetworks, with them; of several with the same ones the first."""
         found: dict[str, list[tuple[Run, Subnetworks]]] = {}
         known: list[list[tuple[int, Subnetworks]]] = []
         for name, runs in self.analysed.items():
@@ -170,19 +149,17 @@ class Study:
 # ---- folders
 
 
-def studies_of(folders: Sequence[str | PathLike[str]]) -> list[Study]:
+def studies_of(folders: Sequence[StrPath]) -> list[Study]:
     """The training runs among the folders as one study, and each comparison as one of its own.
 
-    Raises:
-        FileNotFoundError: no such folder, neither a run nor a comparison, a run that has not finished, or a comparison
-            without a finished cell.
+    FileNotFoundError says what a folder is instead.
     """
     studies, runs = [], []
     for folder in {os.path.realpath(given): Path(given) for given in folders}.values():
         if (folder / SETTINGS_FILE).is_file():
             studies.append(_comparison(folder))
         elif (folder / CONFIG_FILE).is_file():
-            check_finished(folder)
+            run_folder.check_finished(folder)
             runs.append((folder, TrainConfig.load(folder / CONFIG_FILE)))
         elif not folder.is_dir():
             raise FileNotFoundError(f"no run at {folder}: there is no such folder")
@@ -231,7 +208,7 @@ def _comparison(folder: Path) -> Study:
         elif not (run / CONFIG_FILE).is_file():
             others.append(Run(run, plan.settings_of(job.arm, job.seed, run), job.arm))
         else:
-            check_finished(run)
+            run_folder.check_finished(run)
             kept.append(Run(run, TrainConfig.load(run / CONFIG_FILE), job.arm))
     if kept:  # else every analysis that needs a model says that there is none
         why = "the model of this cell is not here (--no-keep-models, --known)"
@@ -285,7 +262,7 @@ def drawn(splits: Splits, language: str, split: str, n: int, seed: int) -> list[
 
 def task_of(run: Run, options: Options, attached: bool = True) -> tuple[Task, Subnetworks | None]:
     """The model of a finished run and its subnetworks, attached or not; None for method `full`."""
-    loaded = load_run(run.folder, attached=attached)
+    loaded = run_folder.load_run(run.folder, attached=attached)
     loaded.task.model.to(device_of(options.device))
     return loaded.task, loaded.subnetworks
 
@@ -293,7 +270,7 @@ def task_of(run: Run, options: Options, attached: bool = True) -> tuple[Task, Su
 def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetworks | None]:
     """The model as it was at a checkpoint, with the subnetworks of that moment attached (None before the switch)."""
     task, _ = task_of(run, options, attached=False)
-    task.model.load_state_dict(read_tensors(checkpoint / WEIGHTS)[0])
+    task.model.load_state_dict(read_tensors(checkpoint / run_folder.WEIGHTS)[0])
     masks = checkpoint / MASKS_FILE
     subnets = Subnetworks.load(masks) if masks.is_file() else None
     if subnets is not None:
@@ -304,8 +281,7 @@ def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetw
 def batches_of(task: Task, rows: Sequence[Row], name: str, kind: str = "training") -> list[Any]:
     """Rows of language `name` in batches, in their order, without those that cannot be trained on.
 
-    At most `BATCH` are in one, and of two rows or more at most half: two halves can be set against each other. `kind`
-    says what they are, for messages.
+    At most `BATCH` are in one, and of two rows or more at most half: two halves can be set against each other.
     """
     examples = task.training_examples(rows, name, kind)
     places = np.arange(len(examples))

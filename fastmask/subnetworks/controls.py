@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fastmask.subnetworks.subnetworks import Subnetworks, random_of_sizes
 
-__all__ = ["full_like", "permuted_like", "random_like", "shared_like", "shuffled"]
-
 
 def full_like(subnets: Subnetworks, model: Any = None) -> Subnetworks:
     """Every language owns all that there is of what `subnets` mask; `model` is that of `random_like`."""
@@ -97,13 +95,7 @@ def shuffled(subnets: Subnetworks) -> Subnetworks:
         raise ValueError("shuffling masks needs at least two languages")
     from scipy.optimize import linear_sum_assignment
 
-    overlap = torch.zeros(count, count, dtype=torch.float64, device="cpu")
-    for keep in subnets._tensors().values():
-        flat = keep.flatten(1).double()
-        both = flat @ flat.T
-        sizes = flat.sum(1)
-        overlap += (both / (sizes[:, None] + sizes - both).clamp(min=1)).cpu()
-    overlap.fill_diagonal_(float(count) * 10)  # more than all others together
-    _, source = linear_sum_assignment(overlap.numpy())
-    order = torch.from_numpy(source)
-    return subnets.map(lambda keep: keep[order])
+    kinds = dict.fromkeys(name.partition(".")[0] for name in subnets._tensors())
+    overlap = torch.stack([subnets.overlap(kind).double().cpu() for kind in kinds]).sum(0)
+    _, order = linear_sum_assignment(overlap.fill_diagonal_(10.0 * count))  # more than all others together
+    return subnets.map(lambda keep: keep[torch.from_numpy(order)])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmask.errors import unknown
-from fastmask.files import FileError, parse_json, read_metadata, read_sealed, write_sealed
-
-__all__ = ["UNITS", "Subnetworks", "masks_file", "random_of_sizes"]
+from fastmask.files import FileError, StrPath, parse_json, read_metadata, read_sealed, write_sealed
 
 KINDS = ("heads", "neurons")
 UNITS = (*KINDS, "both")
@@ -240,15 +237,13 @@ class Subnetworks:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        parts = [
-            f"{name} {tuple(keep.shape[1:])} {keep.float().mean():.0%} live" for name, keep in self._tensors().items()
-        ]
+        parts = [f"{name} {tuple(of.shape[1:])} {of.float().mean():.0%} live" for name, of in self._tensors().items()]
         more = f", ... {len(parts) - 3} more" if len(parts) > 3 else ""
         return f"Subnetworks({', '.join(self.languages)}: {', '.join(parts[:3])}{more})"
 
     # ---- files
 
-    def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    def save(self, path: StrPath, metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file, 8 units to a byte, with a checksum; see `fastmask.files.replace_file`.
 
         Args:
@@ -274,7 +269,7 @@ class Subnetworks:
         write_sealed(path, packed, {"format": FORMAT, "version": VERSION, CONTENT: content, **metadata})
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Subnetworks:
+    def load(cls, path: StrPath) -> Subnetworks:
         """Read what `save` wrote; of the folder of a run or a model, the file in it.
 
         Raises:
@@ -288,10 +283,7 @@ class Subnetworks:
         if header.get("format") != FORMAT:
             raise FileError(path, "is a safetensors file, but not one of fastmask subnetworks")
         if (version := header.get("version")) != VERSION:
-            raise FileError(
-                path,
-                f"has format version {version} (expected {VERSION}: write or read it with a fastmask of its version)",
-            )
+            raise FileError(path, f"has format version {version} (expected {VERSION}; a fastmask of its time reads it)")
         packed, header = read_sealed(path)
         content: MasksRecord = parse_json(path, header.get(CONTENT, ""), MasksRecord)
         try:
@@ -301,7 +293,7 @@ class Subnetworks:
             raise FileError(path, f"is damaged: {error}") from None
 
 
-def masks_file(path: str | PathLike[str]) -> str | PathLike[str]:
+def masks_file(path: StrPath) -> StrPath:
     """The file itself; of the folder of a run or of a model with masks, the file in it."""
     return next((inside for name in _IN_FOLDERS if (inside := Path(path, name)).is_file()), path)
 

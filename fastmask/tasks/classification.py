@@ -21,8 +21,6 @@ from fastmask.tasks.transformers_task import (
     note_unknown,
 )
 
-__all__ = ["Classification", "ClassificationSettings"]
-
 
 @dataclass
 class ClassificationSettings(TaskSettings):

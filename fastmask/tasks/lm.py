@@ -18,8 +18,6 @@ from fastmask.tasks.pretrained import around, load_model, model_type_of
 from fastmask.tasks.task import Loss, Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import IGNORE, LABELS, Examples, TransformersTask, cross_entropy
 
-__all__ = ["LanguageModelling", "LanguageModellingSettings"]
-
 MASKED, RANDOM = 0.8, 0.1  # of the chosen tokens; the rest is left as it is (Devlin et al. 2019)
 CLASSES = {"masked": "AutoModelForMaskedLM", "causal": "AutoModelForCausalLM"}
 

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from fastmask.files import FileError
+from fastmask.files import FileError, StrPath
 from fastmask.tasks.data.conllu import write_texts
 
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
-
-__all__ = ["CHUNK", "like_lengths", "predicted_lines", "rows_of_lines"]
 
 CHUNK = 512  # examples of a file that are in memory at a time
 # Positions with which a batch keeps the device busy; and how much of a larger one may be padding.
@@ -50,7 +48,7 @@ def like_lengths(lengths: np.ndarray, most: int, device: torch.device) -> Iterat
         yield order[begin:]
 
 
-def predicted_lines(task: Task, source: str | os.PathLike[str], target: str | os.PathLike[str]) -> int:
+def predicted_lines(task: Task, source: StrPath, target: StrPath) -> int:
     """Read JSON lines, write each with one more field, "prediction"; return how many there are.
 
     Args:
@@ -85,7 +83,7 @@ def predicted_lines(task: Task, source: str | os.PathLike[str], target: str | os
     return write_texts(target, predicted())
 
 
-def rows_of_lines(source: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+def rows_of_lines(source: StrPath) -> Iterator[dict[str, Any]]:
     """The objects of JSON lines, one after the other; raises what `predicted_lines` does."""
     any_row = False
     with open(source, "rb") as file:

@@ -18,11 +18,6 @@ from torch import nn
 
 from fastmask.files import FileError
 
-__all__ = [
-    "WordPieces", "around", "check_fit", "check_known", "input_embeddings", "load_model", "load_tokenizer",
-    "model_type_of", "positions_of", "without_progress_bars",
-]  # fmt: skip
-
 UNKNOWN = 0.5  # share of the text, above which a tokenizer cannot be meant for a language
 PIECES = 10  # beside its special ones: a tokenizer that was made of nothing has up to three
 _UNREAD = re.compile(r"(^|\.)pooler\.")  # parameters that a task does not read, or learns anew

@@ -30,8 +30,6 @@ from fastmask.tasks.transformers_task import (
 )
 from fastmask.unseen.typology import direction_profile, direction_similarity
 
-__all__ = ["Tagging", "TaggingSettings"]
-
 SCHEMES = ("auto", "words", "spans", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU")
 
 

@@ -10,7 +10,6 @@ import abc
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,13 +22,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fastmask.files import StrPath
 from fastmask.models.attach import is_attached, language
 from fastmask.settings import Settings, setting
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
-
-__all__ = ["UNKNOWN_LABELS", "Examples", "Loss", "Rows", "Splits", "Task", "TaskSettings", "heading", "listed"]
 
 UNKNOWN_LABELS = ("fail", "universal", "ignore")
 
@@ -111,7 +109,7 @@ class Task(abc.ABC):
     # ---- data
 
     @classmethod
-    def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
+    def languages(cls, data: StrPath, options: TaskSettings) -> list[str]:
         """Every language of `data` that has training data, sorted."""
         from fastmask.tasks.data.sources import languages_of
 
@@ -120,7 +118,7 @@ class Task(abc.ABC):
     @classmethod
     def load(
         cls,
-        data: str | os.PathLike[str],
+        data: StrPath,
         languages: str | Sequence[str],
         options: TaskSettings,
         splits: Sequence[str] = ("train", "dev", "test"),
@@ -145,7 +143,7 @@ class Task(abc.ABC):
         return load(data, languages, options.language_column, splits, optional)
 
     @classmethod
-    def demo(cls, folder: str | os.PathLike[str]) -> tuple[str, list[str], list[str]] | None:
+    def demo(cls, folder: StrPath) -> tuple[str, list[str], list[str]] | None:
         """Data to show the task on, written below `folder`: where, training languages, others; None if there are none.
 
         Called again for a folder that holds it, this changes nothing.
@@ -153,7 +151,7 @@ class Task(abc.ABC):
         return None
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], options: TaskSettings) -> list[Mapping[str, Any]]:
+    def read(cls, path: StrPath, options: TaskSettings) -> list[Mapping[str, Any]]:
         """The rows of one file, as `load` has them; by default JSON lines, CSV or Parquet by its ending.
 
         Raises:
@@ -176,7 +174,7 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
+    def open(cls, folder: StrPath) -> Self:
         """What `save` wrote; nothing attached, in evaluation mode.
 
         Raises:
@@ -185,7 +183,7 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write model, tokenizer, labels and settings into an existing folder, masks left out; nothing is pickled."""
 
     @property

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import Self
 
 from fastmask.errors import unknown as unknown_name
-from fastmask.files import FileError, read_json, write_text
+from fastmask.files import FileError, StrPath, read_json, write_text
 from fastmask.models.attach import attached
 from fastmask.models.calls import plain_class_of
 from fastmask.models.contexts import evaluating
@@ -43,11 +43,6 @@ from fastmask.tasks.task import UNKNOWN_LABELS, Loss, Rows, Splits, Task, TaskSe
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
-
-__all__ = [
-    "IGNORE", "LABELS", "Examples", "TransformersTask", "check_labels", "cross_entropy", "labels_of", "model_for",
-    "name_of",
-]  # fmt: skip
 
 FILE = "task.json"
 FORMAT_VERSION = 1
@@ -163,7 +158,7 @@ class TransformersTask(Task):
     @classmethod
     def load(
         cls,
-        data: str | os.PathLike[str],
+        data: StrPath,
         languages: str | Sequence[str],
         options: TaskSettings,
         splits: Sequence[str] = ("train", "dev", "test"),
@@ -199,7 +194,7 @@ class TransformersTask(Task):
         return cls(model, tokenizer, config.task_settings, config.max_length)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
+    def open(cls, folder: StrPath) -> Self:
         """Read what `save` wrote."""
         file = Path(folder, FILE)
         if not file.is_file():
@@ -215,7 +210,7 @@ class TransformersTask(Task):
         check_fit(tokenizer, model, name)
         return cls(model, tokenizer, options, saved.max_length)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write a folder that ``from_pretrained`` of transformers reads, and ``task.json`` beside it."""
         with without_progress_bars():
             plain: Any = plain_class_of(self.model)  # a run keeps its masks elsewhere

@@ -14,8 +14,6 @@ from fastmask.tasks.pretrained import without_progress_bars
 from fastmask.tasks.task import TaskSettings
 from fastmask.tasks.transformers_task import IGNORE, LABELS, Examples, TransformersTask
 
-__all__ = ["Translation", "TranslationSettings"]
-
 
 @dataclass
 class TranslationSettings(TaskSettings):

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from fastmask.masks import Mask
 
-__all__ = ["masked_linear_naive"]
-
 
 def masked_linear_naive(
     x: Tensor, weight: Tensor, mask: Mask, language_ids: Tensor, bias: Tensor | None = None

@@ -29,8 +29,6 @@ from torch import Tensor
 from fastmask.processor import cpu_fields
 from fastmask.torch_path.scratch import LEFT, ROWS, gather
 
-__all__ = ["answer_file", "by_onednn", "faster", "linear", "outer", "padded", "product", "suits"]
-
 MOST_TERMS = 256
 MOST_ROWS = 1024  # of a result at once: the parts of larger ones would leave the cache before they are added
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["enter", "leave", "slots"]
-
 
 def slots(index: Tensor, counts: Tensor, size: int, packed: bool) -> Tensor:
     """What each place of the masked side holds for each language, the full network last: int64 [L + 1, size].

@@ -7,8 +7,6 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["LEFT", "PRODUCT", "ROWS", "Scratch", "gather"]
-
 MOST_VIEWS = 256  # one for each size that was asked for
 
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from fastmask.kept import Kept
 from fastmask.masks import FULL
 
-__all__ = ["Split", "first_equals", "languages_of", "split_of"]
-
 
 class Split:
     """A batch with the examples of each language side by side.

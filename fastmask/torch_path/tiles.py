@@ -18,8 +18,6 @@ from fastmask.masks import FULL, Mask
 from fastmask.torch_path.gemm import Tensors, add_sampled, by_onednn, cast, outer, products, samples
 from fastmask.torch_path.split import Split, first_equals
 
-__all__ = ["Tiles"]
-
 # Gathering costs as much as this many rows of products do: it decides from which density on the product is whole.
 GATHERING, GATHERING_ONEDNN = 16, 128
 SCATTERING_ONEDNN = 400  # the same of dW, whose blocks are put back one block row at a time

@@ -19,8 +19,6 @@ from fastmask.torch_path import packing
 from fastmask.torch_path.gemm import Live, Tensors, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
 
-__all__ = ["Units"]
-
 LEAST_TO_TRANSPOSE = 4  # languages in a batch: single columns are gathered faster if each lies in one piece of memory
 MOST_GATHERED = 2**19  # weights of several languages, which should still be in the cache when they are multiplied
 MOST_MULTIPLIED = 2**23  # the same of languages that are multiplied in one call

@@ -8,16 +8,12 @@ Of plain batches, three properties hold at once:
 * **Lengths.** All languages draw from the same length *quantile* of their own sentences at a step, so that a batch is
   little padded although no language is tied to long or to short steps.
 
-Every random decision is a function of (seed, what it is for, a counter), so the state is a handful of counters, and
-batches are the same after a resume.
+Every random decision is a function of (seed, what it is for, a counter), so batches are the same after a resume.
 
 An episode lets every language of a meta-batch take inner steps on a support batch, through its own subnetwork; the
 outer step follows FOMAML's gradient on query batches, or Reptile's displacement. Several processes share an episode's
-languages, and their gradients are summed.
-
-A *step* of a run is what a plain batch of `batch_size` examples moves it on by; learning rate, scores and checkpoints
-follow that axis with and without meta-learning. How many steps an episode moves it on by follows from what runs with
-and without meta-learning have in common (`meta_budget`): the examples that they draw, or the optimizer's steps.
+languages, and their gradients are summed. A *step* of a run is what a plain batch of `batch_size` examples moves it on
+by; an episode is as many as `meta_budget` says (`Budget`), so that learning rate, scores and checkpoints have one axis.
 """
 
 from __future__ import annotations
@@ -35,8 +31,6 @@ from fastmask.meta import Task as EpisodeTask
 from fastmask.tasks.task import Task
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import inner_rates, peak_rates, sum_gradients
-
-__all__ = ["Episodes", "MixedBatches", "MixedLanguageSampler", "Seen", "episode_sampler", "without_conflict"]
 
 _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
 
@@ -66,14 +60,9 @@ class MixedBatches:
         self.joined = type(parts[0]).join(parts)
         self.languages = list(train)
         self.ids: Tensor | None = None
-        self.sampler = MixedLanguageSampler(
-            [examples.lengths for examples in parts],
-            config.batch_size,
-            config.temperature,
-            config.seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-        )
+        among = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        lengths = [examples.lengths for examples in parts]
+        self.sampler = MixedLanguageSampler(lengths, config.batch_size, config.temperature, config.seed, **among)
 
     def use_subnetworks(self, ids: Tensor) -> None:
         """From now on send each example through its language's subnetwork: that of `ids` [languages]."""
@@ -149,9 +138,8 @@ def without_conflict(gradients: Sequence[Tensor], generator: np.random.Generator
 class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
     """Yields (rows int64 [b], languages int64 [b]) for ever, sorted by language.
 
-    Rows count through the sentences of all languages joined in order, which have `lengths`, int [n_l] for each
-    language. `bins` is the number of length quantiles. Process `rank` of `world_size` gets every `world_size`-th of the
-    `batch_size` sentences of a step, so each one sees all languages.
+    Rows count through the sentences of all languages joined in order, of `lengths` [n_l] each; `bins` are length
+    quantiles. Process `rank` gets every `world_size`-th of a step's `batch_size` sentences, so it sees all languages.
     """
 
     def __init__(
@@ -178,8 +166,7 @@ class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
         self._cumulative = np.round(np.cumsum(self.shares) * batch_size, 9)
         self._cumulative[-1] = batch_size
         self._offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        nothing = [[0] * bins for _ in self.lengths]
-        self.load_state_dict({"step": 0, "epochs": [0] * len(self.lengths), "taken": nothing})
+        self.load_state_dict({"step": 0, "epochs": [0] * len(lengths), "taken": [[0] * bins for _ in lengths]})
 
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
         """Return this rank's part of the next batch; never runs dry."""
@@ -238,19 +225,15 @@ def episode_sampler(config: TrainConfig, train: Mapping[str, Any]) -> EpisodeSam
 class Episodes:
     """Training in episodes, through the subnetworks where some are attached.
 
-    The inner steps of FOMAML are those of `fastmask.unseen.adapted`, to the bit: dropout is off in them, as it is when
-    the model is tested, so the meta-gradient is taken at the very weights that a language will be adapted to. It is on
-    in the query pass, whose gradient trains the model. Reptile has no other gradients than those of its inner steps,
-    and keeps dropout in them.
+    The inner steps of FOMAML are those of `fastmask.unseen.adapted`, to the bit: without dropout, so the meta-gradient
+    is taken at the very weights that a language will be adapted to. In the query pass, whose gradient trains the model,
+    dropout is on, and in Reptile's inner steps, which have no other gradients.
     """
 
     title = "episodes"
 
     def __init__(self, task: Task, train: Mapping[str, Any], config: TrainConfig, accelerator: Any) -> None:
-        """Set up sampling and inner steps; raises what `Budget.of` and `episode_sampler` do.
-
-        The model of `task` is not wrapped; it autocasts by itself if `accelerator` has prepared it so.
-        """
+        """Set up sampling and inner steps (of the model itself, not wrapped); raises what `Budget.of` does."""
         self.rates = peak_rates(task, config, episodes=True)
         self.task, self.train, self.config, self.accelerator = task, train, config, accelerator
         self.budget = Budget.of(config, len(train))
@@ -296,7 +279,7 @@ class Episodes:
             {"loss": losses.get("query_loss", losses["support_loss_last"]), **losses},
             round(n_words),
             [draw.language for draw in draws],
-            {"episodes": self.done, **self.budget.after(self.done)},
+            {"episodes": self.done},
         )
 
     def _task(self, draw: Drawn) -> EpisodeTask:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,6 @@ from fastmask.settings import ConfigError, Settings, items_of, setting
 from fastmask.subnetworks.subnetworks import UNITS
 from fastmask.tasks import task_class
 from fastmask.tasks.task import Task, TaskSettings
-
-__all__ = ["DEVICES", "METAS", "METHODS", "Budget", "TrainConfig"]
 
 METHODS = ("full", "static", "dynamic", "random", "permuted", "shuffled", "shared", "vector")
 METAS = ("none", *ALGORITHMS)
@@ -26,30 +24,18 @@ _data, _model, _masks, _meta, _optim, _logging = (partial(setting, group=title) 
 
 @dataclass
 class TrainConfig(Settings):
-    """Settings of a run. Every field's `metadata` has "help", its "group" and the limits that `validate` checks."""
+    """Settings of a run. Every field's `metadata` has "help", its "group" and the limits that are checked."""
 
     task: str = _data("parsing", "parsing, tagging, classification, lm, translation, or your own as module:Class")
     data: str | None = _data(None, "a folder, a file or a name on the Hub; a demonstration if not given")
-    languages: str | None = _data(
-        None, "languages to train on, by code, name or treebank, as in en,ar,UD_Czech-CAC; all if not given", list=True
-    )
-    task_options: dict[str, Any] = _data({}, "settings of the task, by name")  # noqa: RUF009
-    max_length: int = _data(
-        512,
-        "maximum words or pieces per training example; longer ones are dropped or truncated, depending on the task",
-        low=4,
-    )
-    train_sentences: int = _data(
-        0, "training examples per language, drawn at random and the same in all runs; 0: all", low=0
-    )
-    temperature: float = _data(
-        0.0, "mixed batches sample languages in proportion to size ** temperature; 0: uniformly", low=0, high=1
-    )
+    languages: str | None = _data(None, "codes, names or treebanks, as in en,UD_Czech-CAC; all if not given", list=True)
+    task_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "the task's own", "group": "data"})
+    max_length: int = _data(512, "maximum words or pieces per example; a task drops or truncates longer ones", low=4)
+    train_sentences: int = _data(0, "training examples per language, drawn alike in all runs; 0: all", low=0)
+    temperature: float = _data(0.0, "languages are drawn by their size ** temperature; 0: uniformly", low=0, high=1)
 
     model: str = _model("small", "encoder on disk or on the Hub, or small: one that is trained from scratch (parsing)")
-    precision: str = _model(
-        "no", "precision of matrix products: float32 (no) or bfloat16 (bf16)", choices=("no", "bf16")
-    )
+    precision: str = _model("no", "matrix products in float32 (no) or bfloat16 (bf16)", choices=("no", "bf16"))
     device: str = _model("auto", "where to compute; auto: on a GPU if there is one", choices=DEVICES)
     threads: int | None = _model(None, "number of CPU threads; PyTorch's choice if not given", low=1)
 
@@ -66,61 +52,41 @@ class TrainConfig(Settings):
     masks: str | None = _masks(None, "file of subnetworks to train, from `fastmask discover`, instead of finding them")
     score: str = _masks(
         "gradient",
-        "how units are ranked: by the gradients of their gates (gradient), by these minus those of other languages "
-        "(relative), by how much of their activity belongs to the language (entropy), or by Shapley values of heads "
-        "(shapley)",
+        "how units are ranked: by the gradients of their gates, by the language's share of their activity (entropy), "
+        "by these gradients minus those of other languages (relative), or by Shapley values of heads",
         choices=SCORES,
     )
     score_sentences: int = _masks(256, "training examples per language used to score units", low=1)
-    draws: int = _masks(
-        1, "how many times to draw those examples; a language keeps the units that most draws keep", low=1
-    )
+    draws: int = _masks(1, "how often to draw those examples; a language keeps the units that most draws keep", low=1)
     tau: float = _masks(
-        0.95,
-        "prune while the dev score stays at or above tau times that of the full network (without dev data: while the "
-        "loss rises by no more than -ln tau)",
-        above=0,
-        high=1,
+        0.95, "share of the full network's dev score (without dev data: of exp(-loss)) to keep", above=0, high=1
     )
     discover_at: float = _masks(
-        0.6,
-        "share of the steps for which the full network is trained before the switch to subnetworks and episodes",
-        low=0,
-        below=1,
+        0.6, "share of the steps that train the full network, before the switch to subnetworks", low=0, below=1
     )
     update_every: int = _masks(100, "steps between updates of dynamic subnetworks", low=1)
     freeze_masks: float = _masks(
-        0.25,
-        "share of the steps after the switch, at the end, during which dynamic subnetworks no longer change",
-        low=0,
-        high=1,
+        0.25, "share of the steps after the switch, at the end, in which dynamic masks no longer change", low=0, high=1
     )
     update_sentences: int = _masks(16, "training examples per language that an update scores units on", low=1)
 
     meta: str = _meta(
-        "none",
-        "how to train after the switch: in plain mixed batches (none), or in episodes of meta-learning (FOMAML or "
-        "Reptile)",
-        choices=METAS,
+        "none", "what to train on after the switch: plain batches (none), or episodes of meta-learning", choices=METAS
     )
     meta_budget: str = _meta(
         "sentences",
-        "what runs with and without meta-learning share: the number of examples drawn (a support set counts once), "
-        "or the number of optimizer steps (one per episode)",
+        "what runs with and without meta-learning share: examples drawn (sentences), or optimizer steps (updates)",
         choices=("sentences", "updates"),
     )
     inner_steps: int = _meta(5, "SGD steps per episode on the support set of each language", low=1)
     inner_lr: float = _meta(0.03, "learning rate of the inner steps, outside the encoder", above=0)
     inner_encoder_lr: float | None = _meta(
         None,
-        "learning rate of the inner steps for the encoder, in the small parser also for its word embeddings; 0.01 for "
-        "the small one, 0.001 for others if not given",
+        "learning rate of inner steps in the encoder; 0.01 for the small one, 0.001 for others if not given",
         low=0,
     )
     support_sentences: int = _meta(20, "examples in a support batch", low=1)
-    query_sentences: int = _meta(
-        20, "examples in a query batch, on which the meta-gradient is computed (FOMAML)", low=1
-    )
+    query_sentences: int = _meta(20, "examples in a query batch, which gives the meta-gradient (FOMAML)", low=1)
     meta_batch: int | None = _meta(None, "languages sampled for each episode; all if not given", low=1)
     meta_lr: float | None = _meta(
         None, "peak learning rate of the outer steps, outside a pretrained encoder; lr if not given", above=0, high=1
@@ -137,24 +103,18 @@ class TrainConfig(Settings):
         None, "peak learning rate of a pretrained encoder; 2e-4 * 384 / its width if not given", above=0, high=1
     )
     warmup: float = _optim(0.05, "share of the steps over which the learning rate warms up", low=0, below=1)
-    schedule: str = _optim(
-        "cosine", "how the learning rate decays after warmup", choices=("cosine", "linear", "constant")
-    )
+    schedule: str = _optim("cosine", "learning rate's decay after warmup", choices=("cosine", "linear", "constant"))
     freeze_embeddings: bool = _optim(
-        False,
-        "do not train the input embeddings (of a pretrained encoder: pieces, positions and token types), nor adapt "
-        "them",
+        False, "do not train or adapt the input embeddings (of a pretrained encoder: pieces, positions, token types)"
     )
     optimizer: str = _optim(
         "adamw",
-        "AdamW (adamw), or an AdamW that skips weights that no language in the batch owns and rows of the input "
-        "embeddings that the batch does not look up (live)",
+        "AdamW (adamw), or one that skips weights and rows of embeddings that no example of the batch uses (live)",
         choices=("adamw", "live"),
     )
     conflict: str = _optim(
         "none",
-        "what to do when the gradients of two languages conflict: nothing (none), or remove the component of each "
-        "that opposes the other (pcgrad; takes one gradient per language, in plain batches only)",
+        "where gradients of two languages conflict, do nothing (none), or remove what opposes the other (pcgrad)",
         choices=("none", "pcgrad"),
     )
     weight_decay: float = _optim(0.01, "weight decay of AdamW, applied to matrices only", low=0, high=1)
@@ -163,16 +123,10 @@ class TrainConfig(Settings):
     out: str = _logging("runs/run", "folder of the run: settings, metrics, checkpoints, masks, model")
     resume: bool = _logging(False, "continue from the last checkpoint in `out`, with the settings of that run")
     eval_every: int = _logging(250, "steps between evaluations on dev data; 0: only at the end", low=0)
-    dev_sentences: int = _logging(
-        100,
-        "dev examples per language to score during training, drawn at random and the same in all runs; 0: all",
-        low=0,
-    )
+    dev_sentences: int = _logging(100, "dev examples per language to score, drawn alike in all runs; 0: all", low=0)
     checkpoint_every: int = _logging(250, "steps between checkpoints; 0: only at the switch and at the end", low=0)
     keep_checkpoints: int = _logging(
-        2,
-        "how many of the latest checkpoints to keep, besides the one at the switch; 0: all, for `fastmask analyze`",
-        low=0,
+        2, "latest checkpoints to keep, besides the one at the switch; 0: all, for `fastmask analyze`", low=0
     )
     log_every: int = _logging(10, "steps between lines of the metrics file", low=1)
     tensorboard: bool = _logging(False, "write TensorBoard files to `out`")
@@ -214,13 +168,9 @@ class TrainConfig(Settings):
             return self.support_sentences * self.inner_steps, 0
         return self.support_sentences, self.query_sentences
 
-    def validate(self) -> None:
-        """Check types, ranges, and what must fit together.
-
-        Raises:
-            ConfigError: the first setting that is wrong.
-        """
-        super().validate()
+    def __post_init__(self) -> None:
+        """Check types, ranges, and what must fit together."""
+        super().__post_init__()
         self.task_options = dataclasses.asdict(self.task_settings)  # whole, so that runs can be compared
         if self.switch_step is not None and self.switch_step >= self.steps:
             raise ConfigError(
@@ -232,9 +182,7 @@ class TrainConfig(Settings):
         if self.conflict != "none" and self.meta != "none":
             raise ConfigError(f"conflict is {self.conflict!r} (expected none in episodes of {self.meta})")
         if self.meta == "reptile" and self.inner_encoder_lr == 0:
-            raise ConfigError(
-                "inner_encoder_lr is 0.0 (expected > 0 with meta reptile, whose outer step is made of the inner ones)"
-            )
+            raise ConfigError("inner_encoder_lr is 0.0 (expected > 0 with meta reptile, whose outer step it makes)")
 
     def identity(self) -> dict[str, Any]:
         """The settings that make a run this run and no other: all but where it is and how it is computed."""
@@ -253,9 +201,8 @@ class Budget:
     """What a run spends, by which runs with and without meta-learning are compared.
 
     An episode draws, for each of its languages, a support batch once however many inner steps it takes (Reptile draws
-    one for each of them), and FOMAML's query batch. Gradient passes are forward and backward passes over a batch, one
-    that is split over processes counting once: one for a plain step; K, and for FOMAML one more, for each language of
-    an episode. What looking for better masks takes (method `dynamic`) is not in it.
+    one for each of them), and FOMAML's query batch. Gradient passes are forward and backward passes over a whole batch:
+    one for a plain step; K, and for FOMAML one more, for each language of an episode. Updates of masks are not counted.
     """
 
     steps: int  # of the run, in all
@@ -268,12 +215,7 @@ class Budget:
 
     @classmethod
     def of(cls, config: TrainConfig, n_languages: int) -> Budget:
-        """The budget of a run with `n_languages` training languages.
-
-        Raises:
-            ConfigError: the steps after the switch hold less than one episode, or there are fewer languages than a
-                meta-batch takes.
-        """
+        """That of a run with `n_languages` training languages; ConfigError if they, or the steps, hold no episode."""
         plain, episodes, drawn, passes = config.steps, 0, 0, 0
         if config.meta != "none":
             members = n_languages if config.meta_batch is None else config.meta_batch
@@ -293,24 +235,8 @@ class Budget:
         return cls(config.steps, plain, episodes, plain + episodes, drawn, sentences, gradient_passes)
 
     def step_after(self, episode: int) -> int:
-        """The run's step after episode number `episode` (from 1): its share of the steps, rounded.
-
-        The last step is reached with the last episode and not before, also where an episode is less than a step.
-        """
-        if episode == self.episodes:
-            return self.steps
-        share = (self.steps - self.plain_steps) * episode / self.episodes
-        return min(self.plain_steps + round(share), self.steps - 1)
-
-    def after(self, episode: int) -> dict[str, int]:
-        """What is spent after `episode` episodes (of at least one): `outer_steps`, `sentences`, `gradient_passes`."""
-        to_come = self.episodes - episode
-        passes = (self.gradient_passes - self.plain_steps) // self.episodes
-        return {
-            "outer_steps": self.outer_steps - to_come,
-            "sentences": self.sentences - to_come * self.episode_sentences,
-            "gradient_passes": self.gradient_passes - to_come * passes,
-        }
+        """The run's step after episode number `episode` (from 1); the last one comes with the last episode."""
+        return self.plain_steps + (self.steps - self.plain_steps) * episode // self.episodes
 
     def __str__(self) -> str:
         """One line for people."""

@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,12 +20,6 @@ from torch import Tensor, nn
 from fastmask.optim import LiveAdamW, can_be_sparse
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
-
-__all__ = [
-    "ADAMW_RATE", "accelerator_for", "add_parameter", "build_optimizer", "clip_gradients", "device_of",
-    "inner_rates", "learning_rate_factor", "looked_up_tables", "on_first", "peak_rates", "preserved_random_state",
-    "random_state", "set_random_state", "sum_gradients",
-]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -49,10 +43,7 @@ def accelerator_for(device: str, precision: str) -> Any:
 
 
 def on_first(accelerator: Any, work: Callable[[], T]) -> T:
-    """Let the first process do something while the others wait; all get what it returns, and all fail if it does.
-
-    Several processes that wrote to one folder would destroy each other's files.
-    """
+    """Let the first process do something while the others wait; all get what it returns, and all fail if it does."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -64,20 +55,16 @@ def on_first(accelerator: Any, work: Callable[[], T]) -> T:
     broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise RuntimeError(f"the first process failed: {outcome[1]}")
-    result: T = outcome[0]
-    return result
+    return cast(T, outcome[0])
 
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every `.grad` by its sum over all processes, where `DistributedDataParallel` does not do it.
 
-    All processes call this with the same parameters. One without a gradient counts as zeros where others have one, and
-    stays without where none has.
+    A process without a gradient counts as zeros where others have one; it stays without where none has.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    if not trained:
-        return
     present = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=trained[0].device)
     dist.all_reduce(present, dist.ReduceOp.MAX)
     for parameter, somewhere in zip(trained, present.tolist(), strict=True):
@@ -145,17 +132,14 @@ def add_parameter(optimizer: torch.optim.Optimizer, task: Task, parameter: nn.Pa
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, kind: str = "cosine") -> float:
-    """The factor of the peak learning rate at `step` (0 is the first step); no schedule has a state to save.
+    """The factor of the peak learning rate at `step` (0 is the first one), of "cosine", "linear" or "constant" `kind`.
 
-    It climbs over `warmup` steps to 1, falls to 0 at `steps`, and stays there: a cosine that is not held at its end
-    climbs again. `kind` is "cosine", "linear" or "constant".
+    It climbs over `warmup` steps to 1, falls to 0 at `steps`, and stays there: a cosine that is not held climbs again.
     """
     if step < warmup:
         return (step + 1) / warmup
-    if kind == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.5 * (1 + math.cos(math.pi * progress)) if kind == "cosine" else 1 - progress
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[kind]
 
 
 def looked_up_tables(task: Task) -> list[nn.Module]:

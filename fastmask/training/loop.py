@@ -9,7 +9,6 @@ was trained is on disk before it is scored.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -28,20 +27,11 @@ from fastmask.optim import LiveAdamW, by_rows, sparse_gradients
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, heading
-from fastmask.training import engine, run_folder
+from fastmask.training import engine, methods, run_folder
 from fastmask.training.batches import Episodes, MixedBatches
 from fastmask.training.config import Budget, TrainConfig
-from fastmask.training.methods import (
-    SwitchPoint,
-    digest_of_masks,
-    scores_for_update,
-    some_rows,
-    subnetworks_of,
-    training_data,
-)
+from fastmask.training.methods import SwitchPoint
 from fastmask.training.metrics import MetricsLog, TrainingProgress
-
-__all__ = ["MASKS_INPUT", "TrainResult", "TrainingDiverged", "train"]
 
 MASKS_INPUT = "masks file"
 
@@ -59,14 +49,13 @@ class TrainResult:
     history: list[dict[str, Any]] = field(repr=False)  # the records of ``metrics.jsonl``
     run: Path  # the run's folder; the model is in its ``model``, the masks in its ``masks.safetensors``
     budget: Budget  # how many optimizer steps, episodes, gradient passes and examples that took
-    scouting_share: float | None = None  # of the time since the switch or resuming; of method `dynamic`
 
 
 def train(
     task: Task,
     datasets: Splits,
     config: TrainConfig,
-    discover: Callable[[SwitchPoint], Subnetworks] = subnetworks_of,
+    discover: Callable[[SwitchPoint], Subnetworks] = methods.subnetworks_of,
     on_step: Callable[[int], None] | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -82,13 +71,9 @@ def train(
         progress: show how far it is.
 
     Raises:
-        ConfigError: `out` holds another run, settings, data or masks differ from those of the run that is resumed, or
-            no episode fits into the steps after the switch.
-        CheckpointError: there are checkpoints and none is whole, or they do not fit. (A damaged one is named in a
-            warning, and the run goes on from the one before.)
-        HeldError: another process is training in `out`.
-        OSError: something could not be written, as when the disk is full; what was written before is still there.
-        ValueError: the data have too few languages, or a language too few examples, for the episodes asked for.
+        ConfigError, ValueError: what `run_folder.open_run`, `Budget.of` and `episode_sampler` refuse.
+        CheckpointError: there are checkpoints and none is whole (a damaged newer one is a warning), or they do not fit.
+        HeldError, OSError: another process trains in `out`, or it cannot be written; what was there still is.
         TrainingDiverged: loss, gradient or weights are not finite.
     """
     return _Run(task, datasets, config, discover).train(on_step, progress)
@@ -109,14 +94,14 @@ class _Run:
             if getattr(config, name) == value and self.accelerator.num_processes > 1:
                 raise ConfigError(f"{name} is {value!r}, which runs in one process (expected another one)")
         self.folder = Path(config.out)
-        self.data = training_data(task, datasets, config)
+        self.data = methods.training_data(task, datasets, config)
         task.check(self.data)
         dev = {name: splits["dev"] for name, splits in datasets.items() if "dev" in splits}
-        some = {name: task.examples(some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
+        some = {name: task.examples(methods.some_rows(rows, config.dev_sentences)) for name, rows in dev.items()}
         self.dev = task.scorable(some, "dev")
         self.inputs = {f"training data of {name}": task.digest(data) for name, data in self.data.items()}
         self.inputs |= {f"dev data of {name}": task.digest(data) for name, data in self.dev.items()}
-        if given := digest_of_masks(config):
+        if given := methods.digest_of_masks(config):
             self.inputs[MASKS_INPUT] = given
         set_seed(config.seed, device_specific=True)
         task.model.to(self.accelerator.device)
@@ -130,7 +115,6 @@ class _Run:
         self.episodes = None if config.meta == "none" else Episodes(task, self.data, config, self.accelerator)
         self.phase: MixedBatches | Episodes = self.batches
         self.dynamic: DynamicSubnetworks | None = None
-        self.switched_at = self.scouted = 0.0  # when masks became dynamic, and how long scoring for them took
         self.step = 0
         self.unscored = False  # whether the dev scores of this step are still to come
         self.checkpoint: Path | None = None  # the last one
@@ -161,9 +145,8 @@ class _Run:
         self.accelerator.wait_for_everyone()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.task.model.eval()
-        share = None if self.dynamic is None else self.scouted / (time.perf_counter() - self.switched_at)
         budget = Budget.of(config, len(self.data))
-        return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget, share)
+        return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget)
 
     @property
     def subnetworks(self) -> Subnetworks | None:
@@ -220,11 +203,8 @@ class _Run:
             return every > 0 and before // every < self.step // every
 
         if self.dynamic is not None and passed(config.update_every) and self.dynamic.due(self.step):
-            start = time.perf_counter()
-            scores = scores_for_update(self.task, self.data, config, self.step, self.accelerator)
-            changed = self.dynamic.update(self.step, scores)
-            self.scouted += time.perf_counter() - start
-            if changed:
+            scores = methods.scores_for_update(self.task, self.data, config, self.step)
+            if changed := self.dynamic.update(self.step, scores):
                 self.log.add({"step": self.step, "masks_changed": changed})
         if last or passed(config.log_every):
             self.bar.show(self._log_means())
@@ -296,7 +276,6 @@ class _Run:
             # reaches or passes a multiple of it. Masks that change at the end would never be trained.
             last, seed = self.config.last_mask_step, self.config.seed
             self.dynamic = DynamicSubnetworks(self.task.encoder, every=1, until=last, seed=seed)
-            self.switched_at = time.perf_counter()
 
     # ---- what is kept, by one process for all
 

@@ -23,11 +23,6 @@ from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import preserved_random_state
 
-__all__ = [
-    "SwitchPoint", "check_subnetworks", "digest_of_masks", "draws_for", "scores_for_update", "some_rows",
-    "subnetworks_of", "training_data",
-]  # fmt: skip
-
 SCORING_BATCH = 32  # sentences; the scores do not depend on it
 
 
@@ -46,10 +41,9 @@ def subnetworks_of(
     on_round: Callable[[Round], None] | None = None,
     on_draws: Callable[[list[Draw]], None] | None = None,
 ) -> Subnetworks:
-    """The subnetworks that the run's method trains, at the step where they are switched on.
+    """The subnetworks that the run's method trains, from where they are switched on; the same in every process.
 
-    Several draws are joined by vote, after `on_draws` has been called with all of them. Several processes share the
-    languages; each of them returns the same.
+    Several draws are joined by vote, after `on_draws` has been called with all of them. Processes share the languages.
     """
     config, process = point.config, PartialState()
     if config.masks is not None:
@@ -81,10 +75,7 @@ def _trained(found: Subnetworks, task: Task, config: TrainConfig) -> Subnetworks
 def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str]) -> None:
     """See, before anything is trained, that `subnetworks_of` will return something that fits the model.
 
-    Raises:
-        OSError, ValueError, KeyError: the masks file cannot be read, is of another model or lacks a language; the
-            density would leave a layer without a live head or neuron, or nothing to swap; the score is not for these
-            units or so few languages.
+    Raises OSError, ValueError or KeyError for a masks file, a density, a score or a method that does not.
     """
     if config.method in ("full", "vector"):  # every language owns all units
         return
@@ -93,10 +84,8 @@ def check_subnetworks(task: Task, config: TrainConfig, languages: Iterable[str])
         raise ValueError(f"method is 'shuffled' (expected another one with a single language, {languages[0]})")
     if config.masks is None:
         if config.score in COMPARING and len(languages) < 2:
-            raise ValueError(
-                f"score is {config.score!r}, which compares languages (expected another one with a single language, "
-                f"{languages[0]})"
-            )
+            only = f"expected another with a single language, {languages[0]}"
+            raise ValueError(f"score is {config.score!r}, which compares languages ({only})")
         if config.score == "shapley" and config.units != "heads":
             raise ValueError(f"score is 'shapley', which is of heads, and units is {config.units!r} (expected heads)")
         if config.method == "dynamic" and config.density == 1:
@@ -139,13 +128,11 @@ def draws_for(
     on_round: Callable[[Round], None] | None = None,
     only: Sequence[str] | None = None,
 ) -> list[Draw]:
-    """Find one subnetwork for each language of `train`, `config.draws` times, in a model with nothing attached.
+    """Find one subnetwork for each language of `train`, or of `only` some, `config.draws` times; nothing is attached.
 
-    Units are scored on some of the training examples of each language; which ones depends on the run's seed, the draw,
-    and the language's place. Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows
-    of `dev`; a language that has none, and a task whose metric is better when lower, by the loss on the scoring
-    examples (`discover`). `on_round` is called after each round. With `only` some languages of `train` get
-    theirs, the same as if all did. A density that would leave a layer without a live head or neuron is a ValueError.
+    Units are scored on training examples of each language, drawn by the run's seed, the draw, and the language's place.
+    Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows of `dev`; a language that
+    has none, and a task whose metric is better when lower, by the loss on the scoring examples (`discover`).
     """
     _check_density(task, config)
     # A score that compares languages needs all of them, whichever are asked for.
@@ -204,19 +191,16 @@ def some_rows(rows: Iterable[Mapping[str, Any]], limit: int) -> list[Mapping[str
     return [known[int(row)] for row in np.sort(np.random.default_rng(0).permutation(len(known))[:limit])]
 
 
-def scores_for_update(
-    task: Task, train: Mapping[str, Any], config: TrainConfig, step: int, accelerator: Any
-) -> dict[str, Importance]:
+def scores_for_update(task: Task, train: Mapping[str, Any], config: TrainConfig, step: int) -> dict[str, Importance]:
     """Score the units of all subnetworks attached to the encoder, for an update of dynamic masks after `step` steps.
 
-    Each is scored on `config.update_sentences` training examples of its language. Which ones depends on the seed, the
-    step and the language alone, so a resumed run has the same. Several processes share the languages.
+    On training examples drawn by the seed, the step and the language's place, so a resumed run has the same ones.
     """
-    found, mine = [], slice(accelerator.process_index, None, accelerator.num_processes)
-    with preserved_random_state(accelerator.device), evaluating(task.model):
-        for place, (name, examples) in list(enumerate(train.items()))[mine]:
+    found, process = [], PartialState()
+    with preserved_random_state(task.device), evaluating(task.model):
+        for place, (name, examples) in list(enumerate(train.items()))[process.process_index :: process.num_processes]:
             generator = np.random.default_rng([config.seed, step, place])
             rows = generator.permutation(len(examples))[: config.update_sentences]
-            batch = task.collate(examples.select(rows)).to(accelerator.device)
+            batch = task.collate(examples.select(rows)).to(task.device)
             found.append((name, importance(task.encoder, [batch], lambda batch: task.loss(batch).each, name)))
     return dict(gather_object(found))

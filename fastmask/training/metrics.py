@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fastmask.files import write_errors, write_text
+from fastmask.files import StrPath, write_errors, write_text
 from fastmask.settings import flat
-
-__all__ = ["METRICS_FILE", "MetricsLog", "TrainingProgress"]
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,17 +25,9 @@ class MetricsLog:
     """
 
     def __init__(
-        self,
-        run: str | os.PathLike[str],
-        history: Iterable[dict[str, Any]],
-        sums: Mapping[str, float],
-        tensorboard: bool,
-        enabled: bool = True,
+        self, run: StrPath, history: Iterable[Any], sums: Mapping[str, float], tensorboard: bool, enabled: bool = True
     ) -> None:
-        """Start the file with `history` (of the checkpoint that is resumed): later records of a killed run go.
-
-        All processes keep the history; only one is `enabled` to write it.
-        """
+        """Start the file with `history`, that of the checkpoint that is resumed; only one process is `enabled` to."""
         self.history, self.sums = list(history), dict(sums)
         self._path = Path(run, METRICS_FILE) if enabled else None
         self._writer: Any = None

@@ -10,7 +10,6 @@ never read.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,20 +24,13 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from fastmask import files
-from fastmask.files import FileError
+from fastmask.files import FileError, StrPath
 from fastmask.models import attach
 from fastmask.records import Record
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
-
-__all__ = [
-    "CONFIG_FILE", "DYNAMIC_FILE", "MASKS_FILE", "MODEL", "OPTIMIZER", "PROGRESS", "RESULTS_FILE", "WEIGHTS",
-    "CheckpointError", "FinishedRun", "Progress", "check_finished", "check_out", "complete", "data_of", "folder_of",
-    "latest", "load_optimizer", "load_run", "newest_whole", "open_run", "optimizer_tensors", "read_progress", "save",
-    "step_of", "write_finished",
-]  # fmt: skip
 
 CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 MODEL = "model"
@@ -70,7 +62,7 @@ class Progress(Record):
     episodes: dict[str, Any] | None = None  # their counters, once there are episodes
 
 
-def folder_of(run: str | os.PathLike[str], step: int | None = None) -> Path:
+def folder_of(run: StrPath, step: int | None = None) -> Path:
     """The folder of all checkpoints of a run, or of the one after `step` steps."""
     return Path(run, "checkpoints", *([] if step is None else [f"step-{step:08d}"]))
 
@@ -80,22 +72,19 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def complete(run: str | os.PathLike[str]) -> list[Path]:
+def complete(run: StrPath) -> list[Path]:
     """Return the checkpoints of a run, oldest first; damaged ones are among them."""
     found = [path for path in folder_of(run).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=step_of)
 
 
-def latest(run: str | os.PathLike[str]) -> Path | None:
+def latest(run: StrPath) -> Path | None:
     """Return the newest checkpoint of a run, or None."""
     return next(reversed(complete(run)), None)
 
 
-def newest_whole(run: str | os.PathLike[str]) -> Path | None:
-    """The newest checkpoint of a run that is whole; None if there are no checkpoints at all.
-
-    Newer ones that are damaged are named in a warning; if all are damaged, in a CheckpointError.
-    """
+def newest_whole(run: StrPath) -> Path | None:
+    """The newest whole checkpoint of a run, with a warning for each damaged newer one; None if there are none."""
     faults: list[str] = []
     for path in reversed(complete(run)):
         try:
@@ -112,19 +101,11 @@ def newest_whole(run: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def save(
-    run: str | os.PathLike[str],
-    step: int,
-    writers: Writers,
-    progress: Progress,
-    keep: int = 2,
-    pinned: int | None = None,
-) -> Path:
+def save(run: Path, step: int, writers: Writers, progress: Progress, keep: int = 2, pinned: int | None = None) -> Path:
     """Write the checkpoint after `step` steps, and remove all but the last `keep` ones (0: none) and that of `pinned`.
 
-    A whole checkpoint of the same step that is already there is left as it is: the run is deterministic, and replacing
-    it would open a moment without any. If this one cannot be written, an OSError names the file, and the checkpoints
-    before are still there.
+    A whole one of the same step is left as it is: the run is deterministic, and replacing it would open a moment
+    without any. If this one cannot be written, an OSError names the file, and those before are still there.
     """
     target = folder_of(run, step)
     if target.is_dir():
@@ -143,8 +124,7 @@ def save(
 
 def read_progress(path: Path) -> Progress:
     """The progress of a checkpoint; raises FileError if it is damaged."""
-    progress: Progress = files.read_json(path / PROGRESS, Progress)
-    return progress
+    return files.read_json(path / PROGRESS, Progress)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -166,11 +146,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def check_out(config: TrainConfig) -> None:
-    """See that `config.out` is free, or holds the run that is to be resumed; writes nothing.
-
-    Raises:
-        ConfigError: the folder holds a run and `resume` is off, or its settings differ from `config`.
-    """
+    """See that `config.out` is free, or holds the run of these settings that is to be resumed; else ConfigError."""
     settings = Path(config.out, CONFIG_FILE)
     if not config.resume and (settings.is_file() or latest(config.out) is not None):
         raise ConfigError(f"out is {config.out!r}, which holds a run (expected another folder, or resume to go on)")
@@ -182,14 +158,11 @@ def check_out(config: TrainConfig) -> None:
 
 
 def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> Path | None:
-    """Make or reopen the folder `config.out`, which this process holds, for a run of so many processes.
-
-    Returns the newest checkpoint that is whole, to go on from; None at the start.
+    """Make or reopen the folder `config.out`, which this process holds; returns the checkpoint to go on from, if any.
 
     Raises:
         ConfigError: as `check_out`, or the data or masks differ from the run's (`Progress.inputs`).
-        CheckpointError: there are checkpoints and none is whole, another number of processes made them, or the run
-            has finished and has none.
+        CheckpointError: none is whole, other `processes` made them, or the run has finished and has none.
     """
     check_out(config)
     folder = Path(config.out)
@@ -199,11 +172,9 @@ def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> 
     start = newest_whole(folder)
     if start is not None:
         progress = read_progress(start)
-        names = {*progress.inputs, *inputs}
-        if changed := sorted(name for name in names if progress.inputs.get(name) != inputs.get(name)):
+        if changed := ", ".join(sorted(dict(progress.inputs.items() ^ inputs.items()))):
             raise ConfigError(
-                f"{start} was made with other inputs: {', '.join(changed)} changed since "
-                "(expected the same to resume the run)"
+                f"{start} was made with other inputs: {changed} changed since (expected the same to resume)"
             )
         if len(progress.random) != processes:
             raise CheckpointError(f"{start} was made by {len(progress.random)} processes (expected {processes})")
@@ -216,12 +187,8 @@ def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> 
     return start
 
 
-def data_of(config: TrainConfig, run: str | os.PathLike[str]) -> tuple[str, list[str], list[str]]:
-    """Where the data of a run in folder `run` is, its training languages, and others that a demonstration has.
-
-    Raises:
-        ConfigError: the run has no data and its task none to show.
-    """
+def data_of(config: TrainConfig, run: StrPath) -> tuple[str, list[str], list[str]]:
+    """Where the data of a run in folder `run` is, its training languages, and others that a demonstration has."""
     if config.data is not None:
         return config.data, config.language_list or config.task_class.languages(config.data, config.task_settings), []
     demo = config.task_class.demo(run)
@@ -255,7 +222,7 @@ def write_finished(folder: Path, task: Task, writers: Writers) -> None:
     files.replace_file(manifest, lambda path: files.write_manifest(path, names))
 
 
-def check_finished(run: str | os.PathLike[str]) -> Path:
+def check_finished(run: StrPath) -> Path:
     """Return the folder of a run if it has finished; else FileNotFoundError says what it is instead."""
     folder = Path(run)
     if not folder.is_dir():
@@ -272,12 +239,10 @@ def check_finished(run: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load_run(run: str | os.PathLike[str], attached: bool = True) -> FinishedRun:
+def load_run(run: StrPath, attached: bool = True) -> FinishedRun:
     """Load a finished run, with its subnetworks attached unless `attached` is False.
 
-    Raises:
-        FileNotFoundError: no such folder, not a run, or a run that has not finished; the message says which.
-        FileError: a file of it is missing or altered; the message names it.
+    Raises what `check_finished` does, and FileError for a file that is missing or altered.
     """
     folder = check_finished(run)
     files.check_files(folder)

@@ -24,8 +24,6 @@ from fastmask.masks import UNPACKED, Mask
 from fastmask.torch_path.layers import NONE, Grads, Layers, Needs, Tensors, activate, activation_grad, full_input_grad
 from fastmask.triton_path.tables import layout_of, plan_of, positions_of, size_of
 
-__all__ = ["backward", "forward", "prepare"]
-
 
 def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Plan:
     """As `torch_path.layers.prepare`."""

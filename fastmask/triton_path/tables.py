@@ -13,8 +13,6 @@ from fastmask.kept import Kept, sent
 from fastmask.masks import Mask
 from fastmask.torch_path.split import languages_of
 
-__all__ = ["layout_of", "plan_of", "positions_of", "size_of"]
-
 _layouts: Kept[TileLayout] = Kept()
 _positions: Kept[Tensor] = Kept()
 _plans: Kept[Plan] = Kept()

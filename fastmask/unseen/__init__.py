@@ -4,14 +4,7 @@
 the steps, and `adapted_run` stores the result.
 """
 
-from fastmask.unseen.adapting import (
-    OPTIMIZERS,
-    AdaptationDiverged,
-    Pool,
-    adapted,
-    split_pool,
-    support_sets,
-)
+from fastmask.unseen.adapting import OPTIMIZERS, AdaptationDiverged, Pool, adapted, split_pool, support_sets
 from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_losses, with_language, with_union
 from fastmask.unseen.typology import direction_profile, direction_similarity, similarity_measure, uriel_similarity
 

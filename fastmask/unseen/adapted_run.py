@@ -14,19 +14,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastmask.files import MANIFEST, check, files_in, read_json, remove_leftovers, write_folder, write_manifest
+from fastmask.files import MANIFEST, StrPath, check, files_in, read_json, remove_leftovers, write_folder, write_manifest
 from fastmask.settings import ConfigError
 from fastmask.tasks.data.language_codes import same_language
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, MODEL, RESULTS_FILE, FinishedRun, data_of
 from fastmask.unseen.choosing import Choice, with_language
 
-__all__ = ["adaptations_of", "check_new", "check_new_folder", "profiles_of", "save_adapted"]
-
 RECORDS = "adaptations"  # in it, oldest first
 PROFILE = "profile"  # in a record: what the task knows of the language by its support examples, see `Task.profile`
 
 
-def check_new_folder(out: str | os.PathLike[str]) -> Path:
+def check_new_folder(out: StrPath) -> Path:
     """Return the folder of a run that is to be written; raise `ConfigError` if something is there already."""
     folder = Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -34,7 +32,7 @@ def check_new_folder(out: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def adaptations_of(run: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def adaptations_of(run: StrPath) -> list[dict[str, Any]]:
     """The records of the languages that were added to a run, oldest first; raises FileError if they are damaged."""
     path = Path(run, RESULTS_FILE)
     if not path.is_file():
@@ -58,22 +56,16 @@ def check_new(language: str, loaded: FinishedRun, records: Sequence[Mapping[str,
         )
 
 
-def profiles_of(
-    loaded: FinishedRun, run: str | os.PathLike[str], records: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[str, Any]]:
+def profiles_of(loaded: FinishedRun, run: StrPath, records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What the task knows of each language with a subnetwork (`Task.profile`), in order.
 
-    Of a training language by all of its training examples, of one that was added by its support set. Raises
-    FileNotFoundError where the data is not there any more, ValueError where a language was added without examples.
+    Of a training language by all of its training examples, of one that was added by its support set.
     """
     assert loaded.subnetworks is not None
     task, otherwise = loaded.task, "choose best, union or full, or nearest by URIEL"
     added = {record["language"]: record[PROFILE] for record in records}
     if silent := [language for language, profile in added.items() if not profile]:
-        raise ValueError(
-            f"{', '.join(silent)} was added to the run without {task.example_word}, so nothing is known of it: "
-            f"{otherwise}"
-        )
+        raise ValueError(f"{', '.join(silent)} was added to the run without {task.example_word}: {otherwise}")
     data, languages, _ = data_of(loaded.config, run)
     if not os.path.exists(data):
         raise FileNotFoundError(f"{otherwise}: the data that the run was trained on is not there ({data})")

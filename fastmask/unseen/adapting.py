@@ -29,11 +29,6 @@ from fastmask.models.contexts import evaluating
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
 
-__all__ = [
-    "OPTIMIZERS", "AdaptationDiverged", "Pool", "adapted", "split_pool",
-    "support_sets", "without_repeats",
-]  # fmt: skip
-
 SET_ASIDE = 100
 _SETS, _POOL = range(2)  # what a random stream is for
 

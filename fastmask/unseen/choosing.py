@@ -24,8 +24,6 @@ from fastmask.subnetworks.controls import full_like
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
 
-__all__ = ["CHOICES", "FULL_CHOICE", "UNION", "Choice", "choose", "support_losses", "with_language", "with_union"]
-
 CHOICES = ("nearest", "best", "union", "full")
 UNION = "union"
 
@@ -76,10 +74,7 @@ def with_language(subnets: Subnetworks, name: str, choice: Choice, model: Any = 
 
 
 def support_losses(
-    model: nn.Module,
-    batch: Any,
-    candidates: Sequence[int],
-    loss_per_sentence: Callable[[Any], Tensor],
+    model: nn.Module, batch: Any, candidates: Sequence[int], loss_per_sentence: Callable[[Any], Tensor]
 ) -> Tensor:
     """Mean loss of a support batch under each candidate subnetwork, all in one mixed-language forward pass.
 
@@ -174,9 +169,7 @@ def choose(
         )
     there = attached(task.encoder).subnets.languages
     if there != subnets.languages:
-        raise ValueError(
-            f"the model has subnetworks of {', '.join(there)} attached (expected {', '.join(subnets.languages)})"
-        )
+        raise ValueError(f"the model has subnetworks of {', '.join(there)} (expected {', '.join(subnets.languages)})")
     batch, ids = task.collate(support).to(task.device), [subnets.index(name) for name in names]
     losses = support_losses(task.model, batch, ids, lambda some: task.loss(some).each).tolist()
     values = _finite("support loss", dict(zip(names, losses, strict=True)))

@@ -28,10 +28,6 @@ import numpy as np
 
 from fastmask.errors import FastmaskKeyError, unknown
 
-__all__ = [
-    "SIMILARITIES", "direction_profile", "direction_similarity", "similarity_measure", "uriel_similarity",
-]  # fmt: skip
-
 SIMILARITIES = ("uriel", "head-direction")
 
 # Treebanks carry the codes of macrolanguages, which URIEL does not have: the member that their treebanks are in.

@@ -232,9 +232,7 @@ def run_in_a_process(arguments: list[str]) -> subprocess.Popen[bytes]:
 
 def without_times(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     cells = pd.read_csv(folder / "cells.csv")
-    times = [
-        name for name in cells if "seconds" in name or name in ("words_per_second", "resumed", "scouting_share", "day")
-    ]
+    times = [name for name in cells if "seconds" in name or name in ("words_per_second", "resumed", "day")]
     return pd.read_csv(folder / "results.csv"), cells.drop(columns=times)
 
 

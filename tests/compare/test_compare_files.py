@@ -15,7 +15,7 @@ SCORE = {
 }  # fmt: skip
 RESULT = {
     "seconds": 1.0, "resumed": False, "training_seconds": 1.0, "scoring_seconds": 1, "outer_steps": 4,
-    "gradient_passes": 4, "sentences": 8, "words_per_second": 10.5, "scouting_share": None,
+    "gradient_passes": 4, "sentences": 8, "words_per_second": 10.5,
     "density": {"heads": 0.5}, "scores": [SCORE], "day": "2026-01-31", "made_by": "a test",
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ COMPARISON = {
 }  # fmt: skip
 ARMS = arms_of(["static", "dynamic"], ["none"])
 TIMES = ("seconds", "training_seconds", "scoring_seconds", "words_per_second", "resumed")
-TIMES += ("scouting_share", "day")
+TIMES += ("day",)
 WAIT = 300  # seconds
 
 

@@ -15,7 +15,7 @@ from fastmask.cli.compare import print_tables
 from fastmask.compare import report
 from fastmask.compare.plan import CompareConfig, Hypothesis, Plan, arms_of
 from fastmask.compare.report import page_tables
-from fastmask.compare.tables import SCORE_COLUMNS, cells_table, compared, decisions, scores_table, summary_table
+from fastmask.compare.tables import COLUMNS, cells_table, compared, decisions, scores_table, summary_table
 
 # arm -> language -> LAS of seeds 0 and 1
 LAS = {
@@ -170,7 +170,7 @@ def test_numbers_stay_whole_where_a_table_has_little_room(tmp_path, monkeypatch)
     }
     plan = dataclasses.replace(PLAN, out=tmp_path, hypotheses=hypotheses, zone=0.3)
     scores = scores_table(results(las)).assign(choice="own", subnetwork="own", steps=0, words=9)
-    known = scores[list(SCORE_COLUMNS)], cells_table(results(las))
+    known = scores[list(COLUMNS)], cells_table(results(las))
     rows = [row for _, of_table in page_tables(plan, *known) for row in of_table]
     words = ("hypothesis", "arm", "over", "condition", "verdict")
     numbers = {number for row in rows for name, text in row.items() if name not in words for number in text.split()}

@@ -18,11 +18,7 @@ from pathlib import Path
 from conllu.exceptions import ParseException
 from conllu.parser import parse_comment_line, parse_id_value
 
-from fastmask.files import STDOUT, replace_file
-
-__all__ = [
-    "ConlluError", "Sentence", "read_sentences", "read_texts", "with_tree", "with_upos", "write_blocks", "write_texts",
-]  # fmt: skip
+from fastmask.files import STDOUT, StrPath, replace_file
 
 COLUMNS = 10
 ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC = range(COLUMNS)
@@ -36,7 +32,7 @@ _HEAD = re.compile("0|[1-9][0-9]{0,8}")
 class ConlluError(ValueError):
     """A file that is not the CoNLL-U that was asked for; the message reads ``FILE:LINE: what is wrong (expected)``."""
 
-    def __init__(self, path: str | os.PathLike[str], line: int, problem: str) -> None:
+    def __init__(self, path: StrPath, line: int, problem: str) -> None:
         """Build the message, of a bounded length; `line` counts from 1."""
         if len(problem) > 300:
             problem = f"{problem[:200]} ... {problem[-90:]}"
@@ -66,7 +62,7 @@ class Sentence:
     conllu: str
 
 
-def read_sentences(path: str | os.PathLike[str], require_tree: bool = True) -> Iterator[Sentence]:
+def read_sentences(path: StrPath, require_tree: bool = True) -> Iterator[Sentence]:
     """Yield the sentences of a CoNLL-U file one by one.
 
     A byte order mark, Windows line endings, several blank lines and a missing final blank line are accepted.
@@ -85,7 +81,7 @@ def read_sentences(path: str | os.PathLike[str], require_tree: bool = True) -> I
         yield sentence
 
 
-def read_texts(path: str | os.PathLike[str], require_tree: bool = True) -> Iterator[tuple[Sentence, str]]:
+def read_texts(path: StrPath, require_tree: bool = True) -> Iterator[tuple[Sentence, str]]:
     """Yield every sentence with its text as it stands in the file; see `read_sentences`.
 
     The texts hold line endings, blank lines and the byte order mark, too: joined, they are the file.
@@ -169,12 +165,12 @@ def _with_column(conllu_block: str, column: int, values: Sequence[str], what: st
     return "\n".join(lines)
 
 
-def write_blocks(path: str | os.PathLike[str], blocks: Iterable[str]) -> int:
+def write_blocks(path: StrPath, blocks: Iterable[str]) -> int:
     """Write sentences (`Sentence.conllu`) to a UTF-8 file, each with a blank line after it; return how many."""
     return write_texts(path, (block + "\n\n" for block in blocks))
 
 
-def write_texts(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
+def write_texts(path: StrPath, texts: Iterable[str]) -> int:
     """Write the texts of sentences (see `read_texts`) to a UTF-8 file as they are; return how many.
 
     A file appears under its name only once it is complete, so a reader never sees half of it; ``/dev/stdout`` gets the
@@ -196,7 +192,7 @@ def write_texts(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
     return count
 
 
-def _sentence(block: list[str], path: str | os.PathLike[str], first: int, require_tree: bool) -> Sentence:
+def _sentence(block: list[str], path: StrPath, first: int, require_tree: bool) -> Sentence:
     """Check one block whose first line is line `first` of the file, and return its sentence."""
     words: list[str] = []
     upos: list[str] = []
@@ -257,7 +253,7 @@ def _sentence(block: list[str], path: str | os.PathLike[str], first: int, requir
     return Sentence(tuple(words), tuple(upos), tuple(heads), tuple(deprels), sent_id, "\n".join(block))
 
 
-def _special_id(text: str, path: str | os.PathLike[str], number: int, expected: int) -> tuple[str, int, int]:
+def _special_id(text: str, path: StrPath, number: int, expected: int) -> tuple[str, int, int]:
     """Split the id of a range or of an empty node into ("-" or ".", start, end); a plain number gives ("", id, id)."""
     try:
         value = parse_id_value(text)
@@ -286,7 +282,7 @@ def _bad_head(text: str, words: int) -> str:
     return f"HEAD {text} is out of range (expected 0..{words})"
 
 
-def _check_tree(heads: list[int], numbers: list[int], path: str | os.PathLike[str]) -> None:
+def _check_tree(heads: list[int], numbers: list[int], path: StrPath) -> None:
     """Raise unless `heads` has exactly one 0 and every word reaches it."""
     roots = [position for position, head in enumerate(heads) if head == 0]
     if not roots:

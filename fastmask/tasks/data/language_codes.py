@@ -10,8 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["LANGUAGE_CODES", "same_language"]
-
 _TABLE = """
 Abaza=abq Abkhaz=ab Afrikaans=af Akkadian=akk Akuntsu=aqz Albanian=sq Alemannic=gsw Amharic=am Ancient_Greek=grc
 Ancient_Hebrew=hbo Apurina=apu Arabic=ar Armenian=hy Assamese=as Assyrian=aii Azerbaijani=az Bambara=bm Basque=eu

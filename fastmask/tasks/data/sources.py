@@ -25,14 +25,12 @@ import numpy as np
 import pandas
 
 from fastmask.errors import unknown
-from fastmask.files import FileError, sha256_of
+from fastmask.files import FileError, StrPath, sha256_of
 from fastmask.settings import items_of
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.data.language_codes import same_language
 from fastmask.tasks.data.treebanks import SPLITS, load_treebanks, preparing, trained_languages
 from fastmask.tasks.predicting import rows_of_lines
-
-__all__ = ["languages_of", "load", "read_file"]
 
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 _SPLIT_NAMES = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "test": "test"}
@@ -41,7 +39,7 @@ _EXPECTED = "a folder, a file or a name on the Hub"
 Parts = dict[str, Callable[[], datasets.Dataset]]  # split -> reads it
 
 
-def languages_of(data: str | os.PathLike[str], language_column: str) -> list[str]:
+def languages_of(data: StrPath, language_column: str) -> list[str]:
     """Every language of `data` that has training data, sorted; see `load`.
 
     Raises:
@@ -58,7 +56,7 @@ def languages_of(data: str | os.PathLike[str], language_column: str) -> list[str
 
 
 def load(
-    data: str | os.PathLike[str],
+    data: StrPath,
     languages: str | Sequence[str],
     language_column: str = "language",
     splits: Sequence[str] = SPLITS,
@@ -105,7 +103,7 @@ def load(
     return {name: {split: read() for split, read in parts.items()} for name, parts in loaded.items()}
 
 
-def read_file(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
+def read_file(path: StrPath) -> list[Mapping[str, Any]]:
     """The rows of one file: JSON (lines), CSV, Parquet or CoNLL-U, by its ending; ``/dev/stdin`` has JSON lines.
 
     Raises:
@@ -125,14 +123,14 @@ def read_file(path: str | os.PathLike[str]) -> list[Mapping[str, Any]]:
 # ---- where the parts are
 
 
-def _has_treebanks(data: str | os.PathLike[str]) -> bool:
+def _has_treebanks(data: StrPath) -> bool:
     root = Path(data).expanduser()
     if not root.is_dir():
         return False
     return root.resolve().name.startswith("UD_") or any(any(root.glob(p)) for p in ("UD_*/*.conllu", "*/UD_*/*.conllu"))
 
 
-def _by_language(data: str | os.PathLike[str], column: str, splits: Sequence[str]) -> Mapping[str, Callable[[], Parts]]:
+def _by_language(data: StrPath, column: str, splits: Sequence[str]) -> Mapping[str, Callable[[], Parts]]:
     """Language -> finds its parts; where a column says the language, of the splits asked for."""
     groups = _groups(data)
     if not callable(groups):
@@ -153,7 +151,7 @@ def _by_language(data: str | os.PathLike[str], column: str, splits: Sequence[str
     return {name: partial(dict, of) for name, of in found.items()}
 
 
-def _groups(data: str | os.PathLike[str]) -> Callable[[], Parts] | dict[str, Callable[[], Parts]]:
+def _groups(data: StrPath) -> Callable[[], Parts] | dict[str, Callable[[], Parts]]:
     """What finds the parts, or for each language what finds its parts."""
     root = Path(data).expanduser()
     if root.is_file():

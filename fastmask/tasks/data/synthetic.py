@@ -8,13 +8,12 @@ adposition and the noun's class, with noise, so a perfect parser does not score 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastmask.files import write_folder
+from fastmask.files import StrPath, write_folder
 from fastmask.tasks.data.conllu import write_blocks
 from fastmask.tasks.data.synthetic_languages import LANGUAGES, NOUN_CLASSES, SEEN, UNSEEN, Language, lexicon, pick
 
@@ -55,9 +54,7 @@ class _Node:
         return [*left, self, *(word for node in self.after for word in node.words())]
 
 
-def write_treebanks(
-    directory: str | os.PathLike[str], seed: int = 0, sentences: Mapping[str, int] = SENTENCES
-) -> list[str]:
+def write_treebanks(directory: StrPath, seed: int = 0, sentences: Mapping[str, int] = SENTENCES) -> list[str]:
     """Write ``UD_<Name>-Toy/<code>_toy-ud-{train,dev,test}.conllu`` for all languages; return their codes.
 
     The same seed and numbers give the same bytes on every machine.
@@ -293,7 +290,7 @@ class _Grammar:
         return noun
 
 
-def treebanks_in(run: str | os.PathLike[str]) -> Path:
+def treebanks_in(run: StrPath) -> Path:
     """Write the artificial languages to ``RUN/data`` (once) and return that folder."""
     target = Path(run, "data")
     if not target.is_dir():

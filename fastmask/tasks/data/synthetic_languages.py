@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["LANGUAGES", "NOUN_CLASSES", "SEEN", "UNSEEN", "Language", "Lexicon", "lexicon", "pick"]
-
 Item = TypeVar("Item")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,14 +20,9 @@ import datasets
 import huggingface_hub
 
 from fastmask.errors import unknown
-from fastmask.files import sha256_of
+from fastmask.files import StrPath, sha256_of
 from fastmask.tasks.data.conllu import ConlluError, read_sentences
 from fastmask.tasks.data.language_codes import LANGUAGE_CODES, same_language
-
-__all__ = [
-    "FEATURES", "SPLITS", "Treebank", "find_treebanks", "load_treebanks", "preparing", "select_treebanks",
-    "trained_languages",
-]  # fmt: skip
 
 SPLITS = ("train", "dev", "test")
 
@@ -70,7 +64,7 @@ class Treebank:
     files: Mapping[str, tuple[Path, ...]]
 
 
-def find_treebanks(data: str | os.PathLike[str]) -> dict[str, Treebank]:
+def find_treebanks(data: StrPath) -> dict[str, Treebank]:
     """Return the treebanks under `data` by name, sorted.
 
     `data` holds the ``UD_*`` folders, or is the folder above (an unpacked release), or is one treebank itself.
@@ -107,7 +101,7 @@ def _treebank(folder: Path) -> Treebank:
     return Treebank(folder.name, code, folder, files)
 
 
-def trained_languages(data: str | os.PathLike[str]) -> list[str]:
+def trained_languages(data: StrPath) -> list[str]:
     """The codes of a folder's languages that have training data, sorted; see `find_treebanks`."""
     return sorted({bank.code for bank in find_treebanks(data).values() if "train" in bank.files})
 
@@ -141,11 +135,11 @@ def select_treebanks(treebanks: Mapping[str, Treebank], languages: str | Iterabl
 
 
 def load_treebanks(
-    data: str | os.PathLike[str],
+    data: StrPath,
     languages: str | Iterable[str],
     splits: Sequence[str] = SPLITS,
     optional: Sequence[str] = (),
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: StrPath | None = None,
 ) -> dict[str, dict[str, datasets.Dataset]]:
     """Load treebanks; return language code -> split -> data set with the columns of `FEATURES`.
 
@@ -203,7 +197,7 @@ def _check_files(treebank: Treebank, split: str) -> None:
         )
 
 
-def _load(treebank: Treebank, split: str, cache_dir: str | os.PathLike[str] | None) -> datasets.Dataset:
+def _load(treebank: Treebank, split: str, cache_dir: StrPath | None) -> datasets.Dataset:
     """Return one split of one treebank from the cache, reading its files first if they are new or have changed."""
     # A tuple: `datasets` would take a list for shards to deal out.
     files = tuple((str(path), path.stat().st_size, sha256_of(path)) for path in treebank.files[split])

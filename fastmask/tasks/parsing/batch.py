@@ -16,8 +16,6 @@ import torch
 
 from fastmask.tasks.parsing.vocabulary import IGNORE
 
-__all__ = ["Batch", "Encoded", "flat_ranges"]
-
 
 def flat_ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return int64 [sum(counts)]: starts[0], starts[0]+1, ... (counts[0] numbers), then starts[1], ...

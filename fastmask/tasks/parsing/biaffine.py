@@ -16,8 +16,6 @@ import torch
 from torch import nn
 from ufal.chu_liu_edmonds import chu_liu_edmonds
 
-__all__ = ["ArcScorer", "LabelScorer", "maximum_spanning_trees"]
-
 NEVER = -1e9  # score of an arc that cannot be; finite, so that differences of two such scores are not NaN
 
 

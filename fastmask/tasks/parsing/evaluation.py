@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from fastmask.files import StrPath
 from fastmask.tasks.data.conllu import read_texts, with_tree, write_texts
 from fastmask.tasks.parsing.batch import Encoded
 from fastmask.tasks.parsing.features import Features
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS
 from fastmask.tasks.predicting import CHUNK, like_lengths
-
-__all__ = ["Tree", "cut", "encode", "join", "parse", "predict_file", "rows_that_fit", "too_long"]
 
 Tree = tuple[np.ndarray, list[str]]  # heads, 0 for the root, and labels
 
@@ -88,7 +86,7 @@ def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
     return join([result for result in results if result is not None], first, parser.vocabulary.loose)
 
 
-def predict_file(parser: Parser, in_path: str | os.PathLike[str], out_path: str | os.PathLike[str]) -> int:
+def predict_file(parser: Parser, in_path: StrPath, out_path: StrPath) -> int:
     """Parse a CoNLL-U file into another one and return the number of sentences.
 
     Only HEAD and DEPREL of words change: all else stays byte for byte, line endings and a byte order mark included.

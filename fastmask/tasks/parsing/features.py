@@ -16,8 +16,6 @@ from fastmask.tasks.parsing.batch import Batch, Encoded, flat_ranges
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary, universal
 from fastmask.tasks.pretrained import WordPieces
 
-__all__ = ["Features", "PieceFeatures", "TrigramFeatures", "trigrams"]
-
 
 class Features:
     """What the parser and the training loop need from a featuriser.

@@ -15,7 +15,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastmask.files import FileError, read_json, read_tensors, replace_file, write_text
+from fastmask.files import FileError, StrPath, read_json, read_tensors, replace_file, write_text
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.calls import plain_class_of
 from fastmask.models.contexts import evaluating
@@ -31,8 +31,6 @@ from fastmask.tasks.pretrained import (
     positions_of,
     without_progress_bars,
 )
-
-__all__ = ["LanguageVectors", "Parser", "ParserConfig", "ParserOutput"]
 
 FILE, TOKENIZER = "parser.json", "tokenizer"  # a file and a folder
 FORMAT_VERSION = 1
@@ -309,7 +307,7 @@ class Parser(nn.Module):
         best = scores[:, torch.from_numpy(allowed).to(scores.device)].argmax(1).tolist()
         return [self.vocabulary.deprels[allowed[i]] for i in best]
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         """Write ``encoder/`` (save_pretrained), ``parser.safetensors``, ``parser.json`` and, of pieces, ``tokenizer/``.
 
         Nothing is pickled. An attached encoder is saved whole, without its masks.
@@ -336,7 +334,7 @@ class Parser(nn.Module):
         write_text(folder / FILE, saved.model_dump_json(indent=1))
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Parser:
+    def load(cls, folder: StrPath) -> Parser:
         """Read what `save` wrote; the encoder comes back unattached and the parser in evaluation mode.
 
         Raises:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from fastmask.files import StrPath
 from fastmask.settings import setting
 from fastmask.tasks.data import synthetic
 from fastmask.tasks.data.conllu import read_sentences
@@ -29,8 +30,6 @@ from fastmask.unseen.typology import direction_profile, direction_similarity
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
-
-__all__ = ["Parsing", "ParsingSettings"]
 
 COLUMNS = ["words", "upos", "heads", "deprels"]
 
@@ -58,7 +57,7 @@ class Parsing(Task):
             parser.max_length = max_length
 
     @classmethod
-    def languages(cls, data: str | os.PathLike[str], options: TaskSettings) -> list[str]:
+    def languages(cls, data: StrPath, options: TaskSettings) -> list[str]:
         codes = trained_languages(data)
         if not codes:
             raise ValueError(f"no treebank in {os.fspath(data)} has training data (*train.conllu)")
@@ -67,7 +66,7 @@ class Parsing(Task):
     @classmethod
     def load(
         cls,
-        data: str | os.PathLike[str],
+        data: StrPath,
         languages: str | Sequence[str],
         options: TaskSettings,
         splits: Sequence[str] = ("train", "dev", "test"),
@@ -76,11 +75,11 @@ class Parsing(Task):
         return load_treebanks(data, languages, splits, optional)
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str], options: TaskSettings) -> list[Mapping[str, Any]]:
+    def read(cls, path: StrPath, options: TaskSettings) -> list[Mapping[str, Any]]:
         return [dataclasses.asdict(sentence) for sentence in read_sentences(path)]
 
     @classmethod
-    def demo(cls, folder: str | os.PathLike[str]) -> tuple[str, list[str], list[str]]:
+    def demo(cls, folder: StrPath) -> tuple[str, list[str], list[str]]:
         return os.fspath(synthetic.treebanks_in(folder)), list(synthetic.SEEN), list(synthetic.UNSEEN)
 
     @classmethod
@@ -97,10 +96,10 @@ class Parsing(Task):
         return cls(Parser.pretrained(config.model, vocabulary), config.max_length)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
+    def open(cls, folder: StrPath) -> Self:
         return cls(Parser.load(folder))
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
+    def save(self, folder: StrPath) -> None:
         self.model.save(Path(folder))
 
     @property

@@ -13,8 +13,6 @@ from fastmask.errors import nearest
 from fastmask.errors import unknown as unknown_name
 from fastmask.tasks.task import UNKNOWN_LABELS, listed
 
-__all__ = ["IGNORE", "SUBTYPES", "UNKNOWN_UPOS", "Vocabulary", "check_deprels", "universal"]
-
 IGNORE = -100  # target of a word that has no answer; F.cross_entropy skips it by default
 UNKNOWN_UPOS = 0  # row 0 of the UPOS embedding stays zero: an unseen tag adds nothing
 SUBTYPES = ("drop", "keep")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
-import os
-import shutil
 import statistics
 import time
 import traceback
@@ -28,18 +26,17 @@ import torch
 import transformers
 
 from fastmask import files
-from fastmask.compare.plan import AFTER_THE_SWITCH, Job, Plan, is_done, read_result, write_result
+from fastmask.compare.plan import Job, Plan, is_done, read_result, write_result
 from fastmask.compare.scoring import Scorer
-from fastmask.files import FileError, held
+from fastmask.files import held
 from fastmask.processor import processor
-from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training import run_folder
 from fastmask.training.batches import episode_sampler
 from fastmask.training.config import Budget, TrainConfig
-from fastmask.training.loop import MASKS_INPUT, train
-from fastmask.training.methods import SwitchPoint, check_subnetworks, digest_of_masks, subnetworks_of, training_data
+from fastmask.training.loop import TrainResult, train
+from fastmask.training.methods import SwitchPoint, check_subnetworks, subnetworks_of, training_data
 from fastmask.workers import processes
 
 RUN = "run"  # the folder of a job's training run, in the job's
@@ -185,26 +182,25 @@ class Runner:
     def _task(self, config: TrainConfig) -> Task:
         return config.task_class.build(config, self.datasets)
 
-    def _config(self, job: Job) -> TrainConfig:
-        """The settings of a job's run, which is made where it goes on from a start and has not begun."""
+    def _train(self, job: Job, discover: Callable[[SwitchPoint], Subnetworks] = subnetworks_of) -> TrainResult:
+        """The job's run, which goes on from its start, and ends as one that was not shared would."""
         config = self.plan.train_config(job, self.plan.folder(job) / RUN)
         needed = [self.plan.folder(name) for name in job.needs]
         if needed[1:]:
             config = dataclasses.replace(config, masks=str(needed[1] / run_folder.MASKS_FILE))
-        if needed and run_folder.latest(config.out) is None:
-            branch(needed[0] / RUN, config)
-        return config
+        start = run_folder.folder_of(needed[0] / RUN, config.shared_steps) if needed else None
+        return train(self._task(config), self.datasets, config, discover, progress=False, origin=start)
 
     def _shared(self, job: Job) -> Result:
         """Train the full network up to the switch, where the run stays; of masks, find what arms start from there."""
-        config, found = self._config(job), []
+        found: list[Subnetworks] = []
 
         def stop(point: SwitchPoint) -> Subnetworks:
             found.extend([subnetworks_of(point)] if job.kind == "masks" else [])
             raise _StoppedError
 
         with suppress(_StoppedError):
-            train(self._task(config), self.datasets, config, stop, progress=False)
+            self._train(job, stop)
         if job.kind == "start":
             return {}
         files.replace_file(self.plan.folder(job) / run_folder.MASKS_FILE, found[0].save)
@@ -212,9 +208,8 @@ class Runner:
 
     def _cell(self, job: Job) -> Result:
         """Go on from the start of the seed, then score."""
-        config = self._config(job)
-        began = time.perf_counter()
-        trained = train(self._task(config), self.datasets, config, progress=False)
+        began, config = time.perf_counter(), self.plan.train_config(job, self.plan.folder(job) / RUN)
+        trained = self._train(job)
         scored = time.perf_counter()
         # In the precision of training. No copies of weights are kept: adapting changes them.
         half = config.precision == "bf16"
@@ -248,47 +243,3 @@ def _made_by() -> str:
 def _density(subnetworks: Subnetworks) -> dict[str, float]:
     """Share of live units, mean over the languages."""
     return {kind: float(share.mean()) for kind, share in subnetworks.density.items()}
-
-
-def branch(source: Path, config: TrainConfig) -> None:
-    """Make `config.out` a run that stands where the run in `source` stood at step `config.shared_steps`.
-
-    `train` with `config.resume` then goes on from there, and ends with the weights and metrics of a run that was not
-    branched. Files are linked, not copied, where the file system can: a checkpoint is never changed in place.
-    ConfigError: `config.out` holds a run, or settings that the shared steps depend on differ.
-    """
-    start = run_folder.folder_of(source, config.shared_steps)
-    differences = TrainConfig.load(source / run_folder.CONFIG_FILE).differences(config)
-    wrong = {name: values for name, values in differences.items() if name not in AFTER_THE_SWITCH}
-    if wrong:
-        listed = ", ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in wrong.items())
-        raise ConfigError(f"cannot branch off from {source}: {listed} (expected the same until the switch)")
-    try:
-        files.check_files(start)
-        progress = run_folder.read_progress(start)
-    except FileError as error:
-        raise run_folder.CheckpointError(f"cannot branch off from a damaged checkpoint: {error}") from error
-    masks = digest_of_masks(config)
-    inputs = {**progress.inputs, MASKS_INPUT: masks} if masks else progress.inputs
-    changed = progress.model_copy(update={"inputs": inputs}).model_dump_json()
-
-    def write(folder: Path) -> None:
-        others = shutil.ignore_patterns(run_folder.PROGRESS, files.MANIFEST)
-        shutil.copytree(start, folder, ignore=others, copy_function=_link, dirs_exist_ok=True)
-        (folder / run_folder.PROGRESS).write_text(changed, encoding="utf-8")
-        files.write_manifest(folder / files.MANIFEST, files.files_in(folder))
-
-    alone, out = dataclasses.replace(config, resume=False), Path(config.out)
-    run_folder.check_out(alone)
-    with held(out):
-        files.remove_leftovers(run_folder.folder_of(out))
-        files.write_folder(run_folder.folder_of(out, config.shared_steps), {".": write})
-        # The settings come last: a folder with a checkpoint and no settings can be resumed, and ends the same.
-        files.replace_file(out / run_folder.CONFIG_FILE, alone.save)
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        shutil.copy2(source, target)

@@ -33,8 +33,6 @@ from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.methods import SwitchPoint
 from fastmask.training.metrics import MetricsLog, TrainingProgress
 
-MASKS_INPUT = "masks file"
-
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened
     """Loss, gradient or weights are not finite; the message names the step and the last good checkpoint."""
@@ -58,6 +56,7 @@ def train(
     discover: Callable[[SwitchPoint], Subnetworks] = methods.subnetworks_of,
     on_step: Callable[[int], None] | None = None,
     progress: bool = True,
+    origin: Path | None = None,
 ) -> TrainResult:
     """Train the model of `task`, or resume the run in `config.out`.
 
@@ -69,6 +68,7 @@ def train(
             the rest of the run. With several processes each one calls it; the main one's answer counts.
         on_step: called with the number of steps done after each one.
         progress: show how far it is.
+        origin: a checkpoint at the switch of another run, which took the same steps, to go on from.
 
     Raises:
         ConfigError, ValueError: what `run_folder.open_run`, `Budget.of` and `episode_sampler` refuse.
@@ -76,19 +76,19 @@ def train(
         HeldError, OSError: another process trains in `out`, or it cannot be written; what was there still is.
         TrainingDiverged: loss, gradient or weights are not finite.
     """
-    return _Run(task, datasets, config, discover).train(on_step, progress)
+    return _Run(task, datasets, config, discover, origin).train(on_step, progress)
 
 
 class _Run:
     """One run: what is built once, the steps, and what is kept of them."""
 
     def __init__(
-        self, task: Task, datasets: Splits, config: TrainConfig, discover: Callable[[SwitchPoint], Subnetworks]
+        self, task: Task, datasets: Splits, config: TrainConfig, discover: Callable[..., Subnetworks], origin: Any
     ) -> None:
         """Build everything; nothing is written."""
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.task, self.datasets, self.config, self.discover = task, datasets, config, discover
+        self.task, self.datasets, self.config, self.discover, self.origin = task, datasets, config, discover, origin
         self.accelerator = engine.accelerator_for(config.device, config.precision)
         for name, value in (("method", "vector"), ("conflict", "pcgrad")):
             if getattr(config, name) == value and self.accelerator.num_processes > 1:
@@ -102,7 +102,7 @@ class _Run:
         self.inputs = {f"training data of {name}": task.digest(data) for name, data in self.data.items()}
         self.inputs |= {f"dev data of {name}": task.digest(data) for name, data in self.dev.items()}
         if given := methods.digest_of_masks(config):
-            self.inputs[MASKS_INPUT] = given
+            self.inputs[run_folder.MASKS_INPUT] = given
         set_seed(config.seed, device_specific=True)
         task.model.to(self.accelerator.device)
         if config.freeze_embeddings:
@@ -133,7 +133,8 @@ class _Run:
             self._finish_step()  # of a run that was killed after its last checkpoint
             while self.step < config.steps:
                 if self.step == config.shared_steps and not self.switched:
-                    self._save()
+                    if self.origin is None:
+                        self._save()
                     if config.switch_step is not None:
                         self._switch()
                 before = self.step
@@ -310,7 +311,7 @@ class _Run:
 
     def _resume(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Bring the run to where its folder says it was; returns the metrics up to there, and since the last line."""
-        look = partial(run_folder.open_run, self.config, self.inputs, self.accelerator.num_processes)
+        look = partial(run_folder.open_run, self.config, self.inputs, self.accelerator.num_processes, self.origin)
         start = engine.on_first(self.accelerator, look)
         if start is None:
             return [], {}

@@ -36,6 +36,7 @@ CONFIG_FILE, RESULTS_FILE = "config.yaml", "results.json"
 MODEL = "model"
 WEIGHTS, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 MASKS_FILE, DYNAMIC_FILE = "masks.safetensors", "dynamic.safetensors"
+MASKS_INPUT = "masks file"
 
 Writers = Mapping[str, Callable[[Path], Any]]
 """Name of a file or folder -> called with the path to write it to."""
@@ -157,8 +158,10 @@ def check_out(config: TrainConfig) -> None:
             raise ConfigError(f"{settings} has other settings: {listed} (expected the same to resume the run)")
 
 
-def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> Path | None:
+def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int, origin: Path | None) -> Path | None:
     """Make or reopen the folder `config.out`, which this process holds; returns the checkpoint to go on from, if any.
+
+    Where it has none, that is `origin`, of another run at its switch.
 
     Raises:
         ConfigError: as `check_out`, or the data or masks differ from the run's (`Progress.inputs`).
@@ -170,6 +173,9 @@ def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int) -> 
     files.remove_leftovers(folder)
     files.remove_leftovers(folder_of(folder))
     start = newest_whole(folder)
+    if start is None and origin is not None:
+        files.check_files(start := origin)
+        inputs = {name: digest for name, digest in inputs.items() if name != MASKS_INPUT}  # it has no masks yet
     if start is not None:
         progress = read_progress(start)
         if changed := ", ".join(sorted(dict(progress.inputs.items() ^ inputs.items()))):

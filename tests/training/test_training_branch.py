@@ -9,7 +9,7 @@ from test_training_loop import Killed, kill_at, random_subnetworks
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
 
 import fastmask as fm
-from fastmask.compare.cells import branch
+from fastmask.files import FileError
 from fastmask.settings import ConfigError
 from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
@@ -29,8 +29,11 @@ def discover(point: SwitchPoint) -> Any:
     return random_subnetworks(point) if point.config.masks is None else subnetworks_of(point)
 
 
-def run(folder: Path, hook: Any = None, **changes: Any) -> TrainResult:
-    return train(toy_task(), toy_data(), toy_config(folder, **changes), discover, hook, progress=False)
+def run(folder: Path, hook: Any = None, source: Path | None = None, **changes: Any) -> TrainResult:
+    """Train, from where another run stood at its switch if one is given."""
+    config = toy_config(folder, **changes)
+    origin = None if source is None else run_folder.folder_of(source, config.shared_steps)
+    return train(toy_task(), toy_data(), config, discover, hook, progress=False, origin=origin)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,8 @@ def test_a_branch_ends_like_an_unbroken_run(
     """A comparison that shares the first steps makes the runs that `fastmask train` makes."""
     changes = {k: str(masks) if v == "given" else v for k, v in SETTINGS[name].items()}
     unbroken = run(tmp_path / "unbroken", **changes)
-    branch(sources[source], toy_config(tmp_path / "branch", **changes, resume=True))
     steps: list[int] = []
-    branched = run(tmp_path / "branch", steps.append, **changes, resume=True)
+    branched = run(tmp_path / "branch", steps.append, sources[source], **changes)
     assert steps[0] > 6, "the shared steps were taken again"
     assert_same_weights(branched.task.model, unbroken.task.model)
     assert metrics(branched.run) == metrics(unbroken.run)
@@ -75,49 +77,28 @@ def test_the_source_stays_as_it_is(sources: dict[str, Path], tmp_path: Path) -> 
     """A branch that trains on does not change the checkpoint that others start from."""
     start = run_folder.folder_of(sources["full"], 6)
     before = {path.name: path.read_bytes() for path in start.iterdir()}
-    branch(sources["full"], toy_config(tmp_path / "b", method="random", resume=True))
-    run(tmp_path / "b", method="random", resume=True)
+    run(tmp_path / "b", source=sources["full"], method="random")
     assert {path.name: path.read_bytes() for path in start.iterdir()} == before
 
 
-def test_a_branch_of_which_only_half_was_made(sources: dict[str, Path], tmp_path: Path) -> None:
-    """Where a branch was only half made, its folder still trains as a branch: from the step it starts at."""
-    config = toy_config(tmp_path / "b", method="random", resume=True)
-    branch(sources["full"], config)
-    (tmp_path / "b" / "config.yaml").unlink()  # it is written last
-    steps: list[int] = []
-    run(tmp_path / "b", steps.append, method="random", resume=True)
-    assert steps == [7, 8, 9, 10, 11, 12]
-
-
-@pytest.mark.parametrize("name", ["batch_size", "lr", "seed", "eval_every", "steps"])
-def test_settings_of_the_shared_steps_must_agree(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    """A branch whose settings would have taken other first steps is refused."""
-    value = {"batch_size": 9, "lr": 1e-3, "seed": 4, "eval_every": 7, "steps": 24}[name]
-    with pytest.raises(ConfigError, match=rf"cannot branch off from .*: {name} is .* there and {value} here"):
-        branch(sources["full"], toy_config(tmp_path / "b", method="random", **{name: value}))
-    assert not (tmp_path / "b").exists()
+def test_a_killed_branch(sources: dict[str, Path], tmp_path: Path) -> None:
+    """Killed before its own first checkpoint, it starts where it started; after it, from there."""
+    for at, first in ((7, 7), (10, 10)):
+        with pytest.raises(Killed):
+            run(tmp_path / str(at), kill_at(at), sources["full"], method="random")
+        steps: list[int] = []
+        run(tmp_path / str(at), steps.append, sources["full"], method="random", resume=True)
+        assert steps == list(range(first, 13))
 
 
 def test_a_damaged_start(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A branch does not start from a checkpoint that has changed since it was written."""
+    """A branch does not start from a checkpoint that has changed since it was written, or is not there."""
     shutil.copytree(sources["full"], tmp_path / "source")
     weights = run_folder.folder_of(tmp_path / "source", 6) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(RuntimeError, match=rf"cannot branch off from a damaged checkpoint: {weights}: has other"):
-        branch(tmp_path / "source", toy_config(tmp_path / "b", method="random"))
-    assert not (tmp_path / "b").exists()
-
-
-def test_where_no_branch_can_start(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A branch cannot start from a step without a checkpoint, from nowhere, or over another run."""
-    late = toy_config(tmp_path / "b", method="static", discover_at=0.75)
-    with pytest.raises(RuntimeError, match=r"step-00000005.manifest\.json: is missing"):
-        branch(sources["full"], toy_config(tmp_path / "b", method="static", discover_at=0.4))
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
-        branch(tmp_path, toy_config(tmp_path / "b"))
+    with pytest.raises(FileError, match=rf"{weights}: has other"):
+        run(tmp_path / "b", source=tmp_path / "source", method="random")
+    with pytest.raises(FileError, match=r"step-00000005.manifest\.json: is missing"):
+        run(tmp_path / "c", source=sources["full"], method="random", discover_at=0.4)
     with pytest.raises(ConfigError, match="holds a run"):
-        branch(sources["full"], toy_config(sources["random"], method="random", resume=True))
-    assert not (tmp_path / "b").exists()
-    branch(sources["full"], late)  # where there is a checkpoint, a full network may be left later
-    assert run_folder.latest(tmp_path / "b") == run_folder.folder_of(tmp_path / "b", 9)
+        run(sources["random"], source=sources["full"], method="random")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import shutil
@@ -17,9 +16,7 @@ from test_training_loop import Killed, kill_at, random_subnetworks
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_task
 
 import fastmask as fm
-from fastmask.compare.cells import branch
-from fastmask.files import HeldError, check_files, held
-from fastmask.settings import ConfigError
+from fastmask.files import HeldError, check_files
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import run_folder
 from fastmask.training.loop import TrainResult, train
@@ -56,8 +53,6 @@ def test_a_second_process_is_told_who_is_training_there(unbroken: TrainResult, t
     folder = tmp_path / "run"
     process = start_process(train_slowly, str(folder))
     wait_for(run_folder.folder_of(folder, 3), process)
-    with pytest.raises(ConfigError, match="holds a run"):
-        branch(unbroken.run, toy_config(folder, method="random"))
     with pytest.raises(HeldError, match=rf"{folder} is in use by process {process.pid} on .*, since 20"):
         run(folder, resume=True)
     process.join()
@@ -65,13 +60,6 @@ def test_a_second_process_is_told_who_is_training_there(unbroken: TrainResult, t
     assert metrics(folder) == metrics(unbroken.run)
     assert_same_weights(load_run(folder).task.model, load_run(unbroken.run).task.model)
     run(folder, resume=True)  # the folder is free again
-
-
-def test_branching_where_somebody_trains(unbroken: TrainResult, tmp_path: Path) -> None:
-    """A branch is not put into a folder that another process holds."""
-    with held(tmp_path / "b"), pytest.raises(HeldError, match=f"by process {os.getpid()} on"):
-        branch(unbroken.run, toy_config(tmp_path / "b", method="random"))
-    branch(unbroken.run, toy_config(tmp_path / "b", method="random"))
 
 
 # ---- what is deleted, and where is written

@@ -228,7 +228,10 @@ def print_choice(choice: Choice, language: str, by: str | None) -> None:
         return
     by = "support loss" if choice.losses else f"similarity ({by})"
     best_first = sorted(values.items(), key=lambda item: item[1], reverse=choice.losses is None)
-    rows = [{"subnetwork": name, by: f"{x:.4f}", "": "chosen" * (name == choice.name)} for name, x in best_first]
+    rows = [
+        {"subnetwork": name, by: f"{value:.4f}", "": "chosen" if name == choice.name else ""}
+        for name, value in best_first
+    ]
     print_table(f"which subnetwork for {language}", rows, sys.stdout)
 
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,14 +61,16 @@ def run_all(
     the plan under the same name. Each job has `threads` CPUs. One that fails, or is killed, stops the others
     (CellFailedError). HeldError: somebody is running this comparison already.
     """
-    for job in jobs:
-        if is_done(plan, job):  # whoever did it may have been killed before this
-            Runner(plan).tidy(job)
-    waiting = [job for job in jobs if not is_done(plan, job)]
-    if not waiting:
-        return
-    engine = processes(min(workers, len(waiting)), threads) if ray is None else _ray(ray, threads)
-    with held(plan.out), engine as pool:
+    with ExitStack() as stack:
+        stack.enter_context(held(plan.out))  # before anything is touched that workers of another call may be tidying
+        for job in jobs:
+            if is_done(plan, job):  # whoever did it may have been killed before this
+                Runner(plan).tidy(job)
+        waiting = [job for job in jobs if not is_done(plan, job)]
+        if not waiting:
+            return
+        engine = processes(min(workers, len(waiting)), threads) if ray is None else _ray(ray, threads)
+        pool = stack.enter_context(engine)
         running: dict[Future[Result], Job] = {}
         while waiting or running:
             # Not all that can start: on this machine seeds then end one after the other, and not all at the end.

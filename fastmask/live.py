@@ -126,7 +126,8 @@ class Live:
             raise ValueError(f"this is no part of a weight of shape {tuple(shape)}: {kind} of {bn} x {bk}")
         across = -(-(K // bk) // 32)
         if len(words) != N // bn * across:
-            raise ValueError(f"expected {N // bn * across} words of flags, given {len(words)}")
+            expected = f"expected {N // bn * across} words of flags for a weight of shape {tuple(shape)}"
+            raise ValueError(f"{expected}, given {len(words)}")
         live = cls(kind, (N, K), (bn, bk), words.view(N // bn, across).to(device or code.device))
         if not torch.equal(bits.pack(live.cells()), live.words):
             raise ValueError(f"this part has flags beyond a weight of shape {tuple(shape)}")

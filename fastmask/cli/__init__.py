@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        by = next((name for name in reversed(names) if not name.startswith("importlib")), "")
+        by = next((name for name in reversed(names) if not name.startswith(("importlib", "__main__"))), "")
         if missing is not None and not missing.startswith("fastmask") and by.startswith("fastmask"):
             extra = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
             print(f"{name}: error: {missing} is not installed: {extra}", file=sys.stderr)

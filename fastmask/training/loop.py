@@ -83,7 +83,12 @@ class _Run:
     """One run: what is built once, the steps, and what is kept of them."""
 
     def __init__(
-        self, task: Task, datasets: Splits, config: TrainConfig, discover: Callable[..., Subnetworks], origin: Any
+        self,
+        task: Task,
+        datasets: Splits,
+        config: TrainConfig,
+        discover: Callable[[SwitchPoint], Subnetworks],
+        origin: Path | None = None,
     ) -> None:
         """Build everything; nothing is written."""
         if config.threads:

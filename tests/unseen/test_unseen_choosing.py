@@ -183,7 +183,7 @@ class TestChoose:
         plain = fm.Subnetworks(LANGUAGES, subnets.heads[:3], subnets.neurons[:3])
         with pytest.raises(ValueError, match="hold no 'union'"):
             choose(Parsing(parser), plain, support, "union")
-        with pytest.raises(ValueError, match=r"aa, bb, cc, union attached \(expected aa, bb, cc\)"):
+        with pytest.raises(ValueError, match=r"subnetworks of aa, bb, cc, union \(expected aa, bb, cc\)"):
             choose(Parsing(parser), plain, support, "best")
         support.heads[:] = -100
         with pytest.raises(ValueError, match="have no heads"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +44,13 @@ def test_the_page_says_what_the_summary_says(folder):
     said = NUMBER.findall(folder.with_suffix(".md").read_text())
     assert said
     assert not [number for number in said if float(number) not in known]
+
+
+def test_the_curve_is_that_of_the_scores():
+    """The table of scores beside speeds comes out the same from the tables that it joins."""
+    folder = RESULTS / "3-density"
+    found = runpy.run_path(str(folder / "curve.py"))["joined"]().round(2)
+    assert found.to_csv(index=False, float_format="%.2f") == (folder / "curve.csv").read_text()
 
 
 def test_the_readme_says_what_the_summaries_say():

@@ -72,12 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     except Exception as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        by = next((name for name in reversed(names) if not name.startswith(("importlib", "__main__"))), "")
-        if missing is not None and not missing.startswith("fastmask") and by.startswith("fastmask"):
+        if isinstance(error, ModuleNotFoundError) and _is_of_an_extra(error):
             extra = "the command needs the extra `train` (in a checkout: pip install -e '.[train]')"
-            print(f"{name}: error: {missing} is not installed: {extra}", file=sys.stderr)
+            print(f"{name}: error: {error.name} is not installed: {extra}", file=sys.stderr)
             return 1
         if "--debug" in arguments:
             raise
@@ -87,6 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("this is a bug; run again with --debug for the traceback", file=sys.stderr)
         return code
     return 0
+
+
+def _is_of_an_extra(error: ModuleNotFoundError) -> bool:
+    """Whether it is a module of ours that imports what is missing, and not one of the user's task."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    by = next((name for name in reversed(names) if not name.startswith(("importlib", "__main__"))), "")
+    return by.startswith("fastmask") and not (error.name or "fastmask").startswith("fastmask")
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

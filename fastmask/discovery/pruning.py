@@ -242,6 +242,10 @@ def combine(draws: Sequence[Draw], vote: str = "majority") -> Subnetworks:
 
     Returns:
         Subnetworks of all languages, in the order in which the draws name them first.
+
+    Raises:
+        KeyError: an unknown vote.
+        ValueError: nothing to combine, or draws over different units.
     """
     if vote not in VOTES:
         raise unknown("vote", vote, VOTES)
@@ -296,6 +300,9 @@ def stability(draws: Sequence[Draw]) -> dict[str, Stability]:
 
     Chance is (sum of a * b / n over layers) / (units in either), of masks with a and b of a layer's n units: the
     expectation of the intersection is exact, that of the quotient to first order.
+
+    Raises:
+        ValueError: fewer than two masks, of one language or several.
     """
     names = [name for draw in draws for name in draw.subnetworks.languages]
     if len(names) < 2:

@@ -91,6 +91,9 @@ def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, I
 
     A language's `importance` less the mean of the other languages' (the difference is ours): units that matter do so
     to most languages, whose masks come out alike. Scores add up to 0 over languages.
+
+    Raises:
+        ValueError: a single language, no batch of one, or a loss of another shape.
     """
     _check_several("relative", batches)
     found = {name: importance(model, scoring, loss, name) for name, scoring in batches.items()}
@@ -109,6 +112,9 @@ def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Im
     have no such thing: the mean L2 norm of what a head hands on takes the place of p, which is ours.
 
     What `loss` returns is not read. Padding is left out where it calls the model with `attention_mask`, [B, T].
+
+    Raises:
+        ValueError: a single language, or no batch of one.
     """
     _check_several("entropy", batches)
     rates = {name: _activity(model, name, scoring, loss) for name, scoring in batches.items()}
@@ -193,13 +199,17 @@ def shapley(
     that no order came to has 0. All batches run once for each head and order, forward only: give few examples.
 
     Args:
-        model: with subnetworks over heads attached, and nothing else.
+        model: with subnetworks over heads attached, and nothing else; put in eval mode for the time of the call.
         batches: by language, what `loss` takes.
         loss: runs `model` on a batch, once, and returns one loss for each example, [B].
         orders: of removing the heads, the same for all languages; each odd one is the reverse of the one before.
         truncation: an order ends where the mean loss has risen by more than this share of what it rises by without any
-            head; at 1, or where the loss falls without any head, none does, and values add up to that rise.
+            head; at 1, and where the loss falls without any head, none ends early, and the values of a language add up
+            to that rise.
         seed: of the orders.
+
+    Raises:
+        ValueError: masks over anything but heads, or no batch of a language.
     """
     subnets = attached(model).subnets
     if [*subnets.units] != ["heads"]:

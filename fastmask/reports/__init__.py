@@ -54,6 +54,11 @@ def make_report(
         options: what holds for every analysis.
         command: that the page shows to make it again.
         on_part: called after each analysis of each study.
+
+    Raises:
+        FileNotFoundError: a folder that is no finished run or comparison.
+        FastmaskKeyError: an unknown analysis.
+        ValueError: several folders and no `out`, a folder that holds something else, or nothing that could be done.
     """
     for name in what or ():
         if name not in ANALYSES:

@@ -131,7 +131,7 @@ class Study:
 
     @property
     def masked(self) -> dict[str, list[tuple[Run, Subnetworks]]]:
-        """The analysed variants that have subnetworks, with them; of several with the same ones the first."""
+        """The analysed variants with subnetworks, of several alike the first; SkipError where there is none."""
         found: dict[str, list[tuple[Run, Subnetworks]]] = {}
         known: list[list[tuple[int, Subnetworks]]] = []
         for name, runs in self.analysed.items():

@@ -194,7 +194,11 @@ def open_run(config: TrainConfig, inputs: Mapping[str, str], processes: int, ori
 
 
 def data_of(config: TrainConfig, run: StrPath) -> tuple[str, list[str], list[str]]:
-    """Where the data of a run in folder `run` is, its training languages, and others that a demonstration has."""
+    """Where the data of a run in folder `run` is, its training languages, and others that a demonstration has.
+
+    Raises:
+        ConfigError: the run has no data and its task none to show.
+    """
     if config.data is not None:
         return config.data, config.language_list or config.task_class.languages(config.data, config.task_settings), []
     demo = config.task_class.demo(run)

@@ -60,6 +60,10 @@ def profiles_of(loaded: FinishedRun, run: StrPath, records: Sequence[Mapping[str
     """What the task knows of each language with a subnetwork (`Task.profile`), in order.
 
     Of a training language by all of its training examples, of one that was added by its support set.
+
+    Raises:
+        FileNotFoundError: the data is not there any more.
+        ValueError: the data has no trees, or a language was added without examples.
     """
     assert loaded.subnetworks is not None
     task, otherwise = loaded.task, "choose best, union or full, or nearest by URIEL"

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmask.gradients import backward_without_conflict, sum_over_processes
 from fastmask.meta import Drawn, EpisodeSampler, MetaLearner
 from fastmask.meta import Task as EpisodeTask
 from fastmask.tasks.task import Task
 from fastmask.training.config import Budget, TrainConfig
-from fastmask.training.engine import inner_rates, peak_rates, sum_gradients
+from fastmask.training.engine import inner_rates, peak_rates
 
 _COUNTS, _BINS, _ORDER = range(3)  # what a random stream is for
 
@@ -73,7 +74,10 @@ class MixedBatches:
         rows, languages = next(self.sampler)
         words = int(self.joined.lengths[rows].sum())
         if self.config.conflict == "pcgrad":
-            losses = self._without_conflict(step, rows, languages)
+            parts = (self._loss(rows[own], languages[own]) for own in languages == np.unique(languages)[:, None])
+            generator = np.random.default_rng([self.config.seed, step])
+            found = backward_without_conflict(self.model.parameters(), parts, generator)
+            losses = {"loss": found[0], "conflict": found[1]}
         else:
             loss, weight = self._loss(rows, languages)
             if self.accelerator.num_processes > 1:
@@ -91,48 +95,6 @@ class MixedBatches:
         batch = self.task.collate(self.joined.select(rows), ids).to(self.accelerator.device)
         found = self.task.loss(batch, self.model)
         return found.mean, found.weight
-
-    def _without_conflict(self, step: int, rows: np.ndarray, languages: np.ndarray) -> dict[str, float]:
-        """Put the languages' gradients without what points against another's into `.grad`; in one process."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        gradients, losses, weights = [], [], []
-        reached = [False] * len(trained)
-        for number in np.unique(languages):
-            own = languages == number
-            loss, weight = self._loss(rows[own], languages[own])
-            grads = torch.autograd.grad(loss, trained, allow_unused=True)
-            reached = [before or grad is not None for before, grad in zip(reached, grads, strict=True)]
-            pairs = zip(trained, grads, strict=True)
-            dense = [p.new_zeros(p.numel()) if grad is None else grad.to_dense().flatten() for p, grad in pairs]
-            gradients.append(torch.cat(dense) * weight)
-            losses.append(float(loss.detach()) * weight)
-            weights.append(weight)
-        total, share = without_conflict(gradients, np.random.default_rng([self.config.seed, step]))
-        total /= sum(weights)
-        parts = total.split([parameter.numel() for parameter in trained])
-        for parameter, grad, is_reached in zip(trained, parts, reached, strict=True):
-            # Without a gradient, as in plain training, weight decay leaves it alone.
-            parameter.grad = grad.view_as(parameter) if is_reached else None
-        return {"loss": sum(losses) / sum(weights), "conflict": share}
-
-
-def without_conflict(gradients: Sequence[Tensor], generator: np.random.Generator) -> tuple[Tensor, float]:
-    """PCGrad (Yu et al. 2020, arXiv 2001.06782): the sum of the languages' gradients [n], each without its conflicts.
-
-    For every other language in random order, where the inner product of the two is negative, the projection onto the
-    other's own gradient is taken off. Returned with the share of the ordered pairs of languages that were in conflict.
-    """
-    lengths = torch.stack([torch.dot(gradient, gradient) for gradient in gradients])
-    total, conflicts = torch.zeros_like(gradients[0]), 0
-    for number, gradient in enumerate(gradients):
-        own = gradient.clone()
-        for other in generator.permutation(len(gradients)).tolist():
-            product = torch.dot(own, gradients[other])
-            if other != number and bool(product < 0):
-                own.sub_(gradients[other], alpha=float(product / lengths[other]))
-                conflicts += 1
-        total += own
-    return total, conflicts / max(1, len(gradients) * (len(gradients) - 1))
 
 
 class MixedLanguageSampler(Iterator[tuple[np.ndarray, np.ndarray]]):
@@ -259,7 +221,7 @@ class Episodes:
             words += int(lengths[draw.support].sum()) * passes + int(lengths[draw.query].sum())
         results = self.learner.episode(map(self._task, mine), n_languages=len(draws))
         if self.accelerator.num_processes > 1:
-            sum_gradients(self.task.model.parameters())
+            sum_over_processes(self.task.model.parameters())
         if config.meta == "reptile":
             for parameter, rate in self.learner.rates().items():
                 if parameter.grad is not None:  # a distance, to the units of a gradient

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import nn
 
 from fastmask.optim import LiveAdamW, can_be_sparse
 from fastmask.tasks.task import Task
@@ -56,22 +55,6 @@ def on_first(accelerator: Any, work: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise RuntimeError(f"the first process failed: {outcome[1]}")
     return cast(T, outcome[0])
-
-
-@torch.no_grad()
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every `.grad` by its sum over all processes, where `DistributedDataParallel` does not do it.
-
-    A process without a gradient counts as zeros where others have one; it stays without where none has.
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    present = torch.tensor([p.grad is not None for p in trained], dtype=torch.uint8, device=trained[0].device)
-    dist.all_reduce(present, dist.ReduceOp.MAX)
-    for parameter, somewhere in zip(trained, present.tolist(), strict=True):
-        if somewhere:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
 
 
 # ---- optimizer and learning rates
@@ -155,16 +138,6 @@ def looked_up_tables(task: Task) -> list[nn.Module]:
         return []
     weights: dict[nn.Module, Any] = {table: table.weight for table in tables if can_be_sparse(table)}
     return [table for table, weight in weights.items() if weight.requires_grad and uses[weight] == 1]
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """`torch.nn.utils.clip_grad_norm_`, also of sparse gradients, which hold each row once; the norm they had."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    held = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
-    norm = torch.nn.utils.get_total_norm(held)
-    torch._foreach_mul_(held, torch.clamp(limit / (norm + 1e-6), max=1.0))
-    return float(norm)
 
 
 # ---- random states of python, numpy and torch

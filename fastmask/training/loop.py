@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, set_seed
 
+from fastmask import gradients
 from fastmask.dynamic import DynamicSubnetworks
 from fastmask.files import FileError, held, read_tensors, write_tensors
 from fastmask.models import attach
@@ -186,7 +187,7 @@ class _Run:
         for table in self.tables:
             for weight in table.parameters():
                 by_rows(weight)
-        norm = engine.clip_gradients(self.model.parameters(), config.max_grad_norm)
+        norm = gradients.clip(self.model.parameters(), config.max_grad_norm)
         for name, value in {**seen.losses, "norm of the gradient": norm}.items():
             if not math.isfinite(value):
                 raise self._diverged(f"the {name.replace('_', ' ')} is {value}", seen.step)

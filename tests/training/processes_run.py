@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from toy_run import LANGUAGES, toy_config, toy_data, toy_task
 
 import fastmask as fm
+from fastmask.gradients import sum_over_processes
 from fastmask.tasks.parsing.task import Parsing
-from fastmask.training.engine import sum_gradients
 from fastmask.training.loop import train
 from fastmask.training.methods import SwitchPoint, subnetworks_of
 
@@ -91,7 +91,7 @@ def sums(folder: Path) -> None:
         p = parameters[name]
         p.grad = torch.randint(-8, 8, p.shape, generator=generator).to(p.dtype)
     given = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    sum_gradients(parameters.values())
+    sum_over_processes(parameters.values())
     summed = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     torch.save({"given": given, "summed": summed}, folder / f"sums-{rank}.pt")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from toy_run import assert_same_weights, toy_config, toy_data, toy_task
 
+from fastmask.gradients import without_conflict
 from fastmask.settings import ConfigError
-from fastmask.training.batches import MixedBatches, without_conflict
+from fastmask.training.batches import MixedBatches
 from fastmask.training.engine import accelerator_for
 from fastmask.training.loop import train
 

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 from fastmask import bits
 from fastmask.kept import Kept
 from fastmask.linear import MaskedLinear
-from fastmask.masks import FULL, KINDS, Mask, checked_id
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What the bits of a floating-point number are read as, by its bytes."""
+from fastmask.masks import FULL, INTEGERS, KINDS, Mask, checked_id
 
 
 class Live:

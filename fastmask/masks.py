@@ -19,6 +19,7 @@ from fastmask.kept import never_written
 KINDS = ("rows", "columns", "blocks", "weights")
 FULL = -1  # the language id of the full, unmasked network
 UNPACKED = -1  # the packed width of a layer that is not packed
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # that read the bits of a floating-point number, by bytes
 
 
 def checked_id(number: int, n_languages: int) -> int:

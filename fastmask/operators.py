@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmask import triton_path
+from fastmask.masks import UNPACKED, Mask
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import NONE, Layers, Needs, Tensors
 
@@ -37,12 +39,28 @@ def run(layers: Layers, x: Tensor, weights: Tensors, biases: Tensors, language_i
         ValueError: an id on the CPU that is out of range, a language with more live units than the packed side holds.
     """
     x = autocast(x)
-    # A tracer must be shown a custom operator; the tensors it passes are of types of its own.
-    if torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights)):
+    if _is_traced(x, weights):
         from fastmask import traced  # which imports this module
 
         return traced.run(layers, x, weights, biases, language_ids)
     return _Eager.apply(layers, x, language_ids, *weights, *biases)
+
+
+def packing_pays(masks: Sequence[Mask], x: Tensor, weights: Tensors, language_ids: Tensor) -> bool:
+    """Whether layers over rows make their outputs faster if live units are packed than if all stay in their slots.
+
+    They stay where the path would rather multiply the whole weights, as every language were the full network, and close
+    gates behind them: that takes hardly longer than the full network then.
+    """
+    x = autocast(x)
+    if _is_traced(x, weights) or path_for(x, weights) is not torch_layers:
+        return True
+    return not torch_layers.prepare(Layers(masks, [UNPACKED] * len(masks)), as_examples(x), language_ids).gated
+
+
+def _is_traced(x: Tensor, weights: Tensors) -> bool:
+    """Whether a tracer runs, which must be shown a custom operator; the tensors it passes are of types of its own."""
+    return torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights))
 
 
 def autocast(x: Tensor) -> Tensor:

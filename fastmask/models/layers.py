@@ -20,7 +20,7 @@ from fastmask.models.experts import AttachedExperts
 from fastmask.models.other_libraries import is_wrapped, obstacle, plain_experts, plain_linear
 from fastmask.models.routing import Route, Router
 from fastmask.models.structure import Structure, UnitGroup, is_conv1d, sizes_of
-from fastmask.operators import run
+from fastmask.operators import packing_pays, run
 from fastmask.subnetworks.subnetworks import Subnetworks
 from fastmask.torch_path.layers import NONE, Layers, name_of
 
@@ -56,13 +56,14 @@ class AttachedLinear(MaskedLinear):
         parts: Sequence[tuple[int, int]] = (),
         activation: str = NONE,
         siblings: Siblings | None = None,
+        between: Between | None = None,
         **options: Any,
     ) -> None:
         self.parts = tuple(parts)
         forward = "full" if router.full_forward else "masked"
         super().__init__(in_features, out_features, mask, forward=forward, **options)
         self.router, self.unit, self.packs, self.of_heads = router, unit, packs and unit is not None, of_heads
-        self.activation, self.siblings, self.once = activation, siblings, once
+        self.activation, self.siblings, self.between, self.once = activation, siblings, between, once
         if siblings is not None:
             siblings.layers.append(self)
 
@@ -87,6 +88,8 @@ class AttachedLinear(MaskedLinear):
         route = self.router.current()
         if self.siblings is not None and route.shared and not self.siblings.come_one_by_one(x):
             return self.siblings.output_of(self, x, route)
+        if self.between is not None and self.siblings is None and self._mask.kind == "rows":
+            self.between.choose([self], x, route)
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
         layers = Layers([self.mask], [self.packed_width(route, x)], self.activation, self.full_forward)
@@ -95,6 +98,8 @@ class AttachedLinear(MaskedLinear):
 
     def packs_in(self, route: Route) -> bool:
         """Whether live units travel packed in a pass."""
+        if route.spread and self.between in route.spread:
+            return False
         return self.packs and (route.packs_heads or not self.of_heads)
 
     def packed_width(self, route: Route, x: Tensor) -> int:
@@ -151,6 +156,20 @@ class AttachedConv1D(AttachedLinear):
         return self._stored[1]
 
 
+class Between:
+    """What lies between projections that are called with one input and the one that consumes their units."""
+
+    def choose(self, layers: Sequence[AttachedLinear], x: Tensor, route: Route) -> None:
+        """Whether the units are packed in a pass, as the projections' input x says: the consumer follows."""
+        if route.spread is None or not layers[0].packs:
+            return
+        examples, ids = route.examples(x)
+        if packing_pays([layer.mask for layer in layers], examples, [layer.matrix for layer in layers], ids):
+            route.spread.discard(self)
+        else:
+            route.spread.add(self)
+
+
 class Siblings:
     """Row-masked layers that a model calls with one input, one after the other.
 
@@ -176,6 +195,8 @@ class Siblings:
         layers, me, now = self.layers, self.layers.index(layer), (version, torch.is_grad_enabled())
         of, then, left = route.waiting.get(self, (None, None, {}))
         if of is not x or then != now or me not in left:
+            if layer.between is not None:
+                layer.between.choose(layers, x, route)
             examples, ids = route.examples(x)
             masks, widths = [each.mask for each in layers], [each.packed_width(route, x) for each in layers]
             weights, biases = [each.matrix for each in layers], [each.bias for each in layers if each.bias is not None]
@@ -285,6 +306,8 @@ def _of_group(model: nn.Module, group: UnitGroup, keep: Tensor, together: bool, 
         alike = {(linears[name].bias is not None, masks[name].in_features) for name in group.rows}
         fused = any(len(unit) > 1 for unit in group.rows.values())
         siblings = Siblings() if len(alike) == 1 and not fused else None
+    # Projections that are computed apart could choose differently.
+    options = {**options, "between": Between() if siblings is not None or len(group.rows) == 1 else None}
     for name, unit in group.rows.items():
         parts = [(of_part * group.units, of_part) for of_part in unit] if len(unit) > 1 else []
         layers[name] = _layer(linears[name], masks[name], unit=sum(unit), parts=parts, siblings=siblings, **options)

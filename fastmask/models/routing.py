@@ -36,6 +36,8 @@ class Route:
         choices: how many examples of a layer may belong to one of the batch, side by side (multiple choice).
         packs_heads: whether heads travel packed. Not into a cache of keys and values, which other languages may
             continue (`calls`); nor where tokens of a row have several languages: attention joins the same head of all.
+        spread: the groups of units that stay in their slots in this pass, of those that could be packed
+            (`layers.Between`); None where none may.
         model: the number of the model whose standing language, or `fastmask.language`, it comes from, if it does.
         awaits_forward: the model was called, and its forward, which comes next, is to find this route.
         waiting: outputs that layers have computed for one another (`layers.Siblings`).
@@ -54,6 +56,7 @@ class Route:
         self.language_ids, self.present, self.shared = language_ids, present, shared
         self.model, self.tokens, self.choices = model, tokens, choices
         self.packs_heads = shared and tokens is None
+        self.spread: set[Any] | None = None
         self.awaits_forward = False
         tracing = is_compiling()
         self.backward_pass = -1 if tracing else backward_pass()

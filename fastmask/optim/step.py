@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fastmask import triton_path
-from fastmask.live import INTEGERS, WHOLE, Live
+from fastmask.live import WHOLE, Live
+from fastmask.masks import INTEGERS
 
 STRETCH = 1 << 10  # weights for each thread: shorter stretches take longer to hand over than to step
 PIECE = 1 << 15  # weights for each thread: with what is put aside, float32 fills half of a usual cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, Mask
-from fastmask.torch_path.gemm import Tensors, by_onednn, cast, products
+from fastmask.torch_path.gemm import Tensors, by_onednn, cast, products, speed
 from fastmask.torch_path.split import Split, languages_of, split_of
 from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
@@ -90,10 +90,10 @@ def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
         for mask, width in zip(layers.masks, layers.widths, strict=True)
     ]
     split = split_of(languages_of(language_ids, layers.masks[0].n_languages))
-    plans, key = tables[0].plans, (split, x.shape[1], layers.full_forward, *tables[1:])
+    plans, key = tables[0].plans, (split, x.shape[1], x.dtype, layers.full_forward, *tables[1:])
     planned = plans.get(key)
     if planned is None:
-        planned = plans[key] = _planned(tables, split, x.shape[1], layers.full_forward)
+        planned = plans[key] = _planned(tables, split, x, layers.full_forward)
         # A mask may outlive batches and numbers of tokens, of which there can be any number.
         for oldest in list(plans)[:-MOST_PLANS]:
             plans.pop(oldest, None)
@@ -131,12 +131,16 @@ def forward(
     for packed, table, w, bias, weight in zip(layers.widths, tables, read, given, weights, strict=True):
         N = weight.shape[0]
         width = packed if of_rows and packed != UNPACKED else N
-        flat = tokens.new_empty(tokens.shape[0], N if gated else width)
+        if inside.present == (FULL,) and isinstance(table, Units):
+            y = full_linear(x, w if of_rows else w.t(), bias)
+            ys.append(table.leave(y, split, width) if gated and of_rows else y)
+            continue
+        flat = tokens.new_empty(tokens.shape[0], width)
         table.forward(inside.present, pieces, w, inside.pieces(flat, T))
         y = inside.unsorted(flat, T)
         if bias is not None:
             table.add_bias(y, bias, inside)
-        ys.append(table.leave(y, split, width) if gated and of_rows and isinstance(table, Units) else y)
+        ys.append(y)
     return ys
 
 
@@ -198,34 +202,38 @@ def _made(mask: Mask, packed: bool) -> Table:
     return Units(mask, packed) if mask.kind in ("rows", "columns") else Tiles(mask)
 
 
-def _planned(tables: Sequence[Table], split: Split, T: int, full_forward: bool) -> tuple[Split, bool]:
+def _planned(tables: Sequence[Table], split: Split, x: Tensor, full_forward: bool) -> tuple[Split, bool]:
     """The split by masks that differ, and whether the batch is to be run with gates."""
     split = split.merged([table.same_as for table in tables])
     units = [table for table in tables if isinstance(table, Units)]
     can = len(units) == len(tables) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not table.whole(language) for table in units for language in split.present)
-    return split, masked and is_cheaper(units, T, split, full_forward)
+    return split, masked and is_cheaper(units, x, split, full_forward)
 
 
-# What the two ways cost, in multiply-adds; fitted to times of projections of width 384 and 768, 3 to 16 languages, 16
-# to 144 tokens of each and densities of 0.3 to 0.9 on one core, float32.
+# What the two ways cost, in multiply-adds of float32; fitted to times of projections of width 384 and 768, 3 to 16
+# languages, 16 to 144 tokens of each and densities of 0.3 to 0.9 on one core.
 GATHERED = 64  # what gathering a live weight and adding its gradient cost, in tokens that it is multiplied by
 CALLS = 2**21  # what the calls for one language cost
 READ = 64  # what reading the whole weight and writing its gradient cost, in tokens
-GATE = 192  # what a gate on an activation costs
+GATE, GATE_OF_PACKED = 16, 192  # what a gate on an activation costs
 
 
-def is_cheaper(tables: Sequence[Units], tokens: int, split: Split, full_forward: bool = False) -> bool:
-    """Whether layers that share an input of so many tokens an example are run faster whole, with gates.
+def is_cheaper(tables: Sequence[Units], x: Tensor, split: Split, full_forward: bool = False) -> bool:
+    """Whether layers that share an input x [B, T, K] are run faster whole, with gates.
 
     With `full_forward` that is asked of weight gradients alone; the whole weight is read in any case.
     """
     looped = gated = 0.0
-    read = 0 if full_forward else READ
+    tokens = len(split.languages) * x.shape[1]
+    parts = [(language, (last - first) * x.shape[1]) for language, first, last in split.parts]
+    # What is multiplied: in half precision many times as fast, most of all for many tokens.
+    together, apart = tokens / speed(x, tokens), {language: own / speed(x, own) for language, own in parts}
     for table in tables:
-        work = sum(table.live[language] * ((last - first) * tokens + GATHERED) for language, first, last in split.parts)
-        looped += work * table.other + len(split.parts) * CALLS
-        gated += table.size * (len(split.languages) * tokens * (table.other + GATE) + read * table.other)
+        work = sum(table.live[language] * (apart[language] + GATHERED) for language, _ in parts)
+        looped += work * table.other + len(parts) * CALLS
+        gate = tokens * (GATE_OF_PACKED if table.packed else GATE)
+        gated += table.size * ((together + (0 if full_forward else READ)) * table.other + gate)
     return gated < looped
 
 

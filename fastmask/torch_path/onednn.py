@@ -13,20 +13,13 @@ on a Zen 4 it is not. No name of a processor tells, so it is measured once. Two 
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import platform
-import tempfile
-import time
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastmask.processor import cpu_fields
+from fastmask.torch_path.measured import gains
 from fastmask.torch_path.scratch import LEFT, ROWS, gather
 
 MOST_TERMS = 256
@@ -35,11 +28,7 @@ LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes 
 LEAST_SIDE = 16  # of a result: thinner ones are not what its kernels are made for
 GRAIN = 32
 
-GAIN = 1.15  # how much faster it must be, for each of the sizes: less does not pay for what it needs around it
-SIZES = ((144, 384, 768), (512, 768, 768), (1024, 768, 1536))  # tokens x in x out, of encoders at half density
-ROUNDS = 9
-
-Product = Callable[[Tensor, Tensor], Tensor]
+GAIN = 1.15  # how much faster it must be, for all that is measured: less does not pay for what it needs around it
 
 
 def by_onednn(x: Tensor) -> bool:
@@ -78,7 +67,7 @@ def _chosen() -> bool:
         return True
     # Elsewhere PyTorch's products are not MKL's, or there is no AVX-512 that MKL could leave unused.
     held_back = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return held_back and faster(lambda a, w: a @ w.t(), linear)
+    return held_back and min(gains("products", lambda a, w: a @ w.t(), linear)) >= GAIN
 
 
 def _works() -> bool:
@@ -147,65 +136,3 @@ def _put(out: Tensor, product: Tensor, add: bool) -> None:
 def _without_gaps(w: Tensor) -> Tensor:
     """The matrix, its rows or its columns one after the other."""
     return w if w.is_contiguous() or w.t().is_contiguous() else w.contiguous()
-
-
-# ---- which library is faster
-
-
-def answer_file() -> Path:
-    """Where is kept how much faster oneDNN is than MKL, for each of `SIZES`, with this processor and this PyTorch."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fastmask")
-    wanted, known = ("vendor_id", "cpu family", "model", "model name", "stepping"), cpu_fields()
-    name = "-".join(known[name] for name in wanted if name in known) or platform.processor() or platform.machine()
-    described = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}")
-    return folder / f"products-{described}.json"
-
-
-def faster(mkl: Product, onednn: Product) -> bool:
-    """Whether `onednn` is to multiply in place of `mkl`: a [M, K] by the transpose of w [N, K].
-
-    A run that is resumed must multiply as it did before, to end with the same bits. So the answer is kept on disk, and
-    the first process that finds it out decides for all; where nothing can be written, each finds out for itself.
-    """
-    path = answer_file()
-    gains = _remembered(path)
-    if gains is None:
-        gains = [_gain(mkl, onednn, *size) for size in SIZES]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                whole = Path(folder, path.name)
-                whole.write_text(json.dumps(gains), encoding="utf-8")
-                if _remembered(path) is None:
-                    path.unlink(missing_ok=True)  # damaged
-                os.link(whole, path)  # fails where there is one, and the file is whole as soon as it is there
-        except OSError:
-            gains = _remembered(path) or gains  # another process may have been first
-    return min(gains) >= GAIN
-
-
-def _remembered(path: Path) -> list[float] | None:
-    try:
-        gains = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    whole = isinstance(gains, list) and len(gains) == len(SIZES) and all(isinstance(gain, float) for gain in gains)
-    return gains if whole else None
-
-
-def _gain(mkl: Product, onednn: Product, M: int, K: int, N: int) -> float:
-    """The time of `mkl` over that of `onednn`, each the least of some: what else runs only ever adds to it."""
-    generator = torch.Generator().manual_seed(0)
-    a, w = (torch.randn(rows, K, generator=generator, device="cpu") for rows in (M, N))
-    least, threads = [math.inf, math.inf], torch.get_num_threads()
-    torch.set_num_threads(1)  # several wait for one another, and on a busy machine that is all that would be measured
-    try:
-        for number in range(ROUNDS + 1):
-            for i, product in enumerate((mkl, onednn)):
-                began = time.perf_counter()
-                product(a, w)
-                if number:  # the first one compiles
-                    least[i] = min(least[i], time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
-    return least[0] / least[1]

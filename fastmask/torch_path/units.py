@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastmask.masks import FULL, Mask
+from fastmask.masks import FULL, INTEGERS, Mask
 from fastmask.torch_path import packing
 from fastmask.torch_path.gemm import Live, Tensors, add_outer, by_onednn, cast, products
 from fastmask.torch_path.split import Split, first_equals
@@ -92,6 +92,10 @@ class Units:
         self, languages: Sequence[int], dys: Tensors, xs: Tensors, weight: Tensor, dtype: torch.dtype
     ) -> Tensor:
         """The dW [N, K] of all languages, summed in `dtype`."""
+        if tuple(languages) == (FULL,):  # that of a dense layer, whichever side the mask is on
+            grad = torch.empty_like(weight, dtype=dtype)
+            add_outer(grad, None, dys, xs, fresh=True)
+            return grad
         masked, others = (dys, xs) if self.of_rows else (xs, dys)
         if self._transposes(len(languages)):
             grad = weight.new_empty(self.size, self.other, dtype=dtype)
@@ -104,7 +108,9 @@ class Units:
 
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
         """The db [N] of dy [B, T, N or packed width], summed in `dtype`."""
-        if not self.of_rows or split.present == (FULL,):
+        if split.present == (FULL,):
+            return cast(dy.sum((0, 1)), dtype)  # added up in float32 all the same, but not copied to it
+        if not self.of_rows:
             return dy.sum((0, 1), dtype=dtype)
         sums, slots = dy.sum(1, dtype=dtype), self.slots[split.ids, : dy.shape[2]]
         grad = torch.zeros(self.size + 1, dtype=dtype, device=dy.device).index_add_(0, slots.flatten(), sums.flatten())
@@ -114,11 +120,26 @@ class Units:
 
     def enter(self, given: Tensor, split: Split) -> Tensor:
         """An activation's masked side as the whole weight takes it: [B, T, width] -> [B, T, size], dead units zero."""
-        return packing.enter(given, self.slots[split.ids], self.size)
+        if self.packed:
+            return packing.enter(given, self.slots[split.ids], self.size)
+        opened = self._open(given.dtype)[split.ids, None]
+        return (given.view(opened.dtype) & opened).view(given.dtype)
 
     def leave(self, wide: Tensor, split: Split, width: int) -> Tensor:
-        """Undo `enter`: [B, T, size] -> [B, T, width], zero at what is dead."""
-        return packing.leave(wide, self.slots[split.ids], width)
+        """Undo `enter`: [B, T, size] -> [B, T, width], zero at what is dead; `wide` may be overwritten."""
+        if self.packed:
+            return packing.leave(wide, self.slots[split.ids], width)
+        opened = self._open(wide.dtype)[split.ids, None]
+        wide.view(opened.dtype).bitwise_and_(opened)
+        return wide
+
+    def _open(self, dtype: torch.dtype) -> Tensor:
+        """All bits of what lives, none of what is dead [L + 1, size]: even NaN becomes zero, and no gate is cheaper."""
+        return self._live_bits.to(INTEGERS[dtype.itemsize])
+
+    @cached_property
+    def _live_bits(self) -> Tensor:
+        return -(self.slots < self.size).to(torch.int16)
 
     # ---- which languages are multiplied together
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -10,6 +12,7 @@ import fastmask as fm
 from fastmask.torch_path import gemm
 from fastmask.torch_path import onednn as onednn_file
 from fastmask.torch_path import scratch as scratch_file
+from fastmask.torch_path.measured import answer_file, gains
 
 pytestmark = pytest.mark.skipif(not onednn_file._works(), reason="this PyTorch has no oneDNN")
 
@@ -268,16 +271,16 @@ def slow(a, w):
 
 def test_the_faster_library_is_taken(cache):
     """The library that was measured to be faster is taken, whatever the processor is called."""
-    assert onednn_file.faster(slow, quick)
-    onednn_file.answer_file().unlink()
-    assert not onednn_file.faster(quick, slow)
+    assert min(gains("any", slow, quick)) > 1
+    answer_file("any").unlink()
+    assert max(gains("any", quick, slow)) < 1
 
 
 def test_the_first_answer_stands(cache):
     """A resumed run multiplies by the library it began with, and so ends with the same bits."""
-    first = onednn_file.faster(slow, quick)
-    assert onednn_file.faster(quick, slow) == first
-    assert [path.name for path in cache.iterdir()] == [onednn_file.answer_file().name]
+    first = gains("any", slow, quick)
+    assert gains("any", quick, slow) == first
+    assert [path.name for path in cache.iterdir()] == [answer_file("any").name]
 
 
 CONTENTS = ["", "{", "[1.5, 2.5]", "[1, 2, 3]", '["a", 1.5, 2.5]', '{"a": 1.5, "b": 2.5, "c": 2.5}', "3"]
@@ -287,16 +290,29 @@ CONTENTS = ["", "{", "[1.5, 2.5]", "[1, 2, 3]", '["a", 1.5, 2.5]', '{"a": 1.5, "
 def test_a_damaged_answer_is_found_anew(cache, content):
     """A damaged file in the user's cache is measured again."""
     cache.mkdir()
-    onednn_file.answer_file().write_text(content)
-    assert not onednn_file.faster(quick, slow)
-    assert len(onednn_file._remembered(onednn_file.answer_file())) == len(onednn_file.SIZES)
+    answer_file("any").write_text(content)
+    found = gains("any", quick, slow)
+    assert max(found) < 1
+    assert json.loads(answer_file("any").read_text()) == found
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     """Training works where the home folder is read-only."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert onednn_file.faster(slow, quick)
+    assert min(gains("any", slow, quick)) > 1
+
+
+def test_it_is_measured_as_asked(cache):
+    """Whoever asks first may be under autocast, which would multiply in another dtype than is asked about."""
+    seen = set()
+
+    def product(a, w):
+        seen.add((a @ w.t()).dtype)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        gains("any", product, product, (torch.float32, torch.float16))
+    assert seen == {torch.float32, torch.float16}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

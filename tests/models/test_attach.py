@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastmask as fm
+from fastmask.torch_path import layers as torch_layers
 
 LANGUAGES = ["aa", "bb", "cc"]
 MIXED = [2, 0, 1, 1, 0, 2, 0]
@@ -110,8 +111,9 @@ def test_a_zero_filled_head_contributes_nothing():
             torch.testing.assert_close(parameter.grad, grads[name])
 
 
-def test_dead_heads_are_not_computed():
+def test_dead_heads_are_not_computed(monkeypatch):
     """Projections and neurons have the size of the live units, which is what saves memory and time."""
+    monkeypatch.setattr(torch_layers, "is_cheaper", lambda *batch: False)
     model = tiny("bert")
     fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.25, 0, units="both"))
     shapes = []
@@ -375,3 +377,33 @@ class TestBadInput:
         model = fm.attach(tiny("bert"), subnetworks(tiny("bert")))
         with pytest.raises(RuntimeError, match="outside the forward pass"):
             model.encoder.layer[0].output.dense(torch.zeros(1, 1, 20))
+
+
+def test_units_stay_in_their_slots_where_that_is_cheaper(monkeypatch):
+    """A batch that is multiplied whole is not packed, neither heads nor neurons, and computes the same."""
+    shapes, found = [], []
+    for cheaper in (True, False):
+        monkeypatch.setattr(torch_layers, "is_cheaper", lambda *batch, cheaper=cheaper: cheaper)
+        model = tiny("bert")
+        fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.25, 0, units="both"))
+        layer = model.encoder.layer[0]
+        for module in (layer.attention.self.query, layer.intermediate.dense):
+            module.register_forward_hook(lambda m, args, out: shapes.append(out.shape[-1]))
+        output = model(**batch(2), language_ids=torch.tensor([0, 1]))[0]
+        found.append({"output": output.detach(), **gradients_of(model, output, torch.ones_like(output))})
+    assert shapes == [24, 20, 6, 5]
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("languages", [[1, 1], [0, 1]])
+def test_a_cache_does_not_depend_on_what_is_cheaper(monkeypatch, languages):
+    """Keys and values of a longer pass are continued by shorter ones, which would choose differently."""
+    monkeypatch.setattr(torch_layers, "is_cheaper", lambda tables, x, *rest: x.shape[1] == 1)
+    model = tiny("gpt2", "causal")
+    fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.5, 0, units="both"))
+    ids, tokens = torch.tensor(languages), batch(2)["input_ids"]
+    whole = model(input_ids=tokens, language_ids=ids).logits
+    first = model(input_ids=tokens[:, :-1], language_ids=ids, use_cache=True)
+    last = model(input_ids=tokens[:, -1:], language_ids=ids, past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-9, atol=1e-9)

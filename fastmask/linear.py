@@ -169,10 +169,10 @@ class MaskedLinear(nn.Linear):
     @property
     def mask(self) -> Mask:
         """The mask, on the device of the weight (where it was, while the weight is on the meta device)."""
-        mask = self._beside_weight(self._mask)
-        if mask is not self._mask:
-            self._mask = mask
-        return mask
+        weight = self._parameters.get("weight")
+        if weight is None or weight.device != self._mask.extents.device:
+            self._mask = self._beside_weight(self._mask)
+        return self._mask
 
     @mask.setter
     def mask(self, mask: Mask) -> None:

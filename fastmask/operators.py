@@ -28,6 +28,8 @@ from fastmask.torch_path.layers import NONE, Layers, Needs, Tensors
 # The path, for tests: torch or triton, which without a GPU needs Triton's interpreter.
 FORCED = os.environ.get("FASTMASK_BACKEND", "")
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
 
 def run(layers: Layers, x: Tensor, weights: Tensors, biases: Tensors, language_ids: Tensor) -> Tensors:
     """`masked_linear` of layers over one input x [B, ..., K], without its checks: y of each, [B, ..., N or its width].
@@ -60,7 +62,7 @@ def packing_pays(masks: Sequence[Mask], x: Tensor, weights: Tensors, language_id
 
 def _is_traced(x: Tensor, weights: Tensors) -> bool:
     """Whether a tracer runs, which must be shown a custom operator; the tensors it passes are of types of its own."""
-    return torch.compiler.is_compiling() or any(type(tensor) not in (Tensor, nn.Parameter) for tensor in (x, *weights))
+    return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, (x, *weights)))
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -89,19 +91,26 @@ class _Eager(torch.autograd.Function):
         kept: list[Tensor] | None = [] if ctx.needs_input_grad[1] else None
         path, examples = path_for(x, weights), as_examples(x)
         batch = path.prepare(layers, examples, language_ids)
-        computed = path.forward(layers, batch, examples, weights, biases, kept)
-        ys = [y.view(*x.shape[:-1], y.shape[2]) for y in computed]
+        ys = path.forward(layers, batch, examples, weights, biases, kept)
+        if x.ndim != 3:
+            ys = [y.view(*x.shape[:-1], y.shape[2]) for y in ys]
         # The backward pass is of the same languages, whatever is written to the ids meanwhile.
         ctx.path, ctx.layers, ctx.batch, ctx.has_bias = path, layers, batch, bool(biases)
         # A frozen layer needs nothing of x but its shape: it is neither kept nor must it stay as it was.
         reads_x, ctx.shape = any(ctx.needs_input_grad[3 : 3 + G]) or layers.activation != NONE, x.shape
         ctx.save_for_backward(x if reads_x else x.new_empty(0), *weights, *(kept or ()))
         # Not as views of what was made inside: models write to outputs of their layers, which autograd refuses then.
-        return tuple(y.data if y._is_view() else y for y in ys)
+        return tuple([y.data if y._is_view() else y for y in ys])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
+        # What `once_differentiable` does, but for the time that it takes where nobody asks.
+        if torch.is_grad_enabled():
+            return once_differentiable(_Eager._backward)(ctx, *dys)
+        return _Eager._backward(ctx, *dys)
+
+    @staticmethod
+    def _backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         G = len(ctx.layers.masks)
         x, *tensors = ctx.saved_tensors
         needs_x, given = ctx.needs_input_grad[1], ctx.needs_input_grad[3:]

@@ -323,6 +323,7 @@ def test_gate_takes_the_tests_that_run_there(monkeypatch):
     assert files[:2] == [os.path.join("tests", "gpu"), os.path.join("tests", "triton_path")]
     names = {Path(path).name for path in files[2:]}
     assert names >= {"test_row_kernels.py", "test_tile_kernels.py", "test_pair_kernels.py", "test_packing.py"}
+    assert "test_row_owned_grad.py" in names
     assert any("from hypothesis" in (ROOT / path).read_text() for path in files[2:])
     monkeypatch.setattr(gate.importlib.util, "find_spec", lambda name: None)
     few = gate.test_files(ROOT)

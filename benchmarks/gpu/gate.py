@@ -28,7 +28,8 @@ def test_files(root: Path) -> list[str]:
     kernels = []
     for path in sorted((root / "tests" / "triton_kernels").glob("test_*.py")):
         text = path.read_text(encoding="utf-8")
-        if "DEVICE" in text and ("from hypothesis" not in text or importlib.util.find_spec("hypothesis")):
+        launches = "DEVICE" in text or "launches_kernels" in text
+        if launches and ("from hypothesis" not in text or importlib.util.find_spec("hypothesis")):
             kernels.append(path)
     paths = [root / "tests" / "gpu", root / "tests" / "triton_path", *kernels]
     return [str(path.relative_to(root)) for path in paths if path.exists()]

@@ -122,13 +122,13 @@ def gated(model: nn.Module, probes: Sequence[Probe], values: Sequence[Tensor] | 
 
         return gate
 
-    for consumer in activations:
-        consumer.activation = NONE
-    handles = [
-        probe.consumer.register_forward_pre_hook(hook(number, probe, None if values is None else values[number]))
-        for number, probe in enumerate(probes)
-    ]
+    handles = []
     try:
+        for consumer in activations:
+            consumer.activation = NONE
+        for number, probe in enumerate(probes):
+            value = None if values is None else values[number]
+            handles.append(probe.consumer.register_forward_pre_hook(hook(number, probe, value)))
         yield gates
     finally:
         for handle in handles:

@@ -85,16 +85,16 @@ class AttachedLinear(MaskedLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """[B, ..., in or packed in] -> [B, ..., out or packed out]."""
-        route = self.router.current()
-        if self.siblings is not None and route.shared and not self.siblings.come_one_by_one(x):
-            return self.siblings.output_of(self, x, route)
-        if self.between is not None and self.siblings is None and self._mask.kind == "rows":
+        route, siblings = self.router.current(), self.siblings
+        if siblings is not None and route.shared and (siblings in route.waiting or not siblings.come_one_by_one(x)):
+            return siblings.output_of(self, x, route)
+        if self.between is not None and siblings is None and self._mask.kind == "rows":
             self.between.choose([self], x, route)
         if self.parts and self.packs_in(route):
             return self._parts_side_by_side(x, route)
         layers = Layers([self.mask], [self.packed_width(route, x)], self.activation, self.full_forward)
-        examples, ids = route.examples(x, self.once)
-        return route.joined(run(layers, examples, [self.matrix], [] if self.bias is None else [self.bias], ids)[0])
+        (examples, ids), bias = route.examples(x, self.once), self.bias
+        return route.joined(run(layers, examples, [self.matrix], [] if bias is None else [bias], ids)[0])
 
     def packs_in(self, route: Route) -> bool:
         """Whether live units travel packed in a pass."""
@@ -161,7 +161,7 @@ class Between:
 
     def choose(self, layers: Sequence[AttachedLinear], x: Tensor, route: Route) -> None:
         """Whether the units are packed in a pass, as the projections' input x says: the consumer follows."""
-        if route.spread is None or not layers[0].packs:
+        if route.spread is None or not layers[0].packs or not x.is_cpu:
             return
         examples, ids = route.examples(x)
         if packing_pays([layer.mask for layer in layers], examples, [layer.matrix for layer in layers], ids):
@@ -185,7 +185,7 @@ class Siblings:
         if x.is_meta:
             return False
         weights = [layer._parameters.get("weight") for layer in self.layers]
-        return any(weight is not None and weight.is_meta for weight in weights)
+        return any([weight is not None and weight.is_meta for weight in weights])
 
     def output_of(self, layer: AttachedLinear, x: Tensor, route: Route) -> Tensor:
         """The output of one of the layers for x [B, ..., in]."""
@@ -199,7 +199,8 @@ class Siblings:
                 layer.between.choose(layers, x, route)
             examples, ids = route.examples(x)
             masks, widths = [each.mask for each in layers], [each.packed_width(route, x) for each in layers]
-            weights, biases = [each.matrix for each in layers], [each.bias for each in layers if each.bias is not None]
+            weights, biases = [each.matrix for each in layers], [each.bias for each in layers]  # all have one, or none
+            biases = [] if biases[0] is None else biases
             ys = run(Layers(masks, widths, NONE, layer.full_forward), examples, weights, biases, ids)
             left = dict(enumerate(map(route.joined, ys)))
             route.waiting[self] = x, now, left

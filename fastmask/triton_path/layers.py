@@ -7,6 +7,8 @@ Blocks and single weights are walked in tiles.
 
 from __future__ import annotations
 
+from itertools import compress
+
 import torch
 import torch.nn.functional as F
 from fastmask_kernels.chips import has_tf32
@@ -43,10 +45,14 @@ def forward(
     biases = _biases(biases, x)
     bias = biases[0] if biases else None
     if mask.kind == "rows":
-        widths, matrices = list(map(_wide, layers.widths, layers.masks)), [weight.contiguous() for weight in weights]
+        widths, matrices = layers.widths, [weight.contiguous() for weight in weights]
+        if UNPACKED in widths:
+            widths = list(map(_wide, widths, layers.masks))
         indices, counts = [mask.index for mask in layers.masks], [mask.extents for mask in layers.masks]
         packed = row_matmul(rows, matrices, indices, counts, plan, widths, biases or None, allow_tf32=tf32)
-        ys = [_spread(y, mask, width, plan) for y, mask, width in zip(packed, layers.masks, layers.widths, strict=True)]
+        ys = packed
+        if UNPACKED in layers.widths:
+            ys = [_spread(y, m, w, plan) for y, m, w in zip(packed, layers.masks, layers.widths, strict=True)]
     elif mask.kind == "columns":
         transposed = _transposed(weights[0], rows)
         if kept is not None:
@@ -96,18 +102,20 @@ def backward(
 def _rows_backward(layers: Layers, dys: Tensors, x: Tensor, weights: Tensors, plan: Plan, needs: Needs) -> Grads:
     masks, tf32 = layers.masks, _tf32(x)
     indices, counts = [mask.index for mask in masks], [mask.extents for mask in masks]
-    dys = [_packed(dy, mask, width, plan) for dy, mask, width in zip(dys, masks, layers.widths, strict=True)]
+    if UNPACKED in layers.widths:
+        dys = [_packed(dy, m, w, plan) for dy, m, w in zip(dys, masks, layers.widths, strict=True)]
     dx = None
     if needs.x:
         dx = row_matmul_t(dys, [w.contiguous() for w in weights], indices, counts, plan, allow_tf32=tf32)
     dws: list[Tensor | None] = [None] * len(masks)
     dbs: list[Tensor | None] = [None] * len(masks)
-    wanted = [g for g in range(len(masks)) if needs.weights[g]]
+    wanted = [*compress(range(len(masks)), needs.weights)]
     if wanted:
+        own = [*compress(masks, needs.weights)]
         found_w, found_b = row_weight_grad(
-            [dys[g] for g in wanted], x, [indices[g] for g in wanted], [counts[g] for g in wanted], plan,
-            [weights[g].shape[0] for g in wanted], weight_dtype=weights[0].dtype,
-            units=[masks[g].geometry[0] for g in wanted], with_bias=any(needs.biases[g] for g in wanted),
+            [*compress(dys, needs.weights)], x, [*compress(indices, needs.weights)], [*compress(counts, needs.weights)],
+            plan, [mask.out_features for mask in own], weight_dtype=weights[0].dtype,
+            units=[mask.geometry[0] for mask in own], with_bias=any(compress(needs.biases, needs.weights)),
             allow_tf32=tf32,
         )  # fmt: skip
         for place, g in enumerate(wanted):
@@ -154,7 +162,7 @@ def _transposed(weight: Tensor, like: Tensor) -> Tensor:
 def _rows(x: Tensor) -> Tensor:
     """Activations [B, T, width] as [B * T, width]; rows may lie apart, where each begins at a multiple of 16 bytes."""
     rows = x.reshape(x.shape[0] * x.shape[1], x.shape[2])
-    return rows if rows.stride(1) == 1 and aligned(rows) else rows.contiguous()
+    return rows if rows.is_contiguous() or (rows.stride(1) == 1 and aligned(rows)) else rows.contiguous()
 
 
 def _wide(width: int, mask: Mask) -> int:

@@ -66,7 +66,8 @@ class Row:
 def collect(targets: Sequence[str], module: str = LAUNCHED, kernel: str = "", quick: bool = False) -> list[Variant]:
     """What `variants(chip)` of a module gives for each of `targets`, where its description contains `kernel`.
 
-    `quick`: of those that share kernel, flags and precision the one with the largest tile, which needs most registers.
+    `quick`: of those that share kernel, flags and precision, with odd sizes or without, the one with the largest tile,
+    which needs most registers.
     """
     variants = importlib.import_module(module).variants
     found = [variant for target in targets for variant in variants(target) if kernel in str(variant)]
@@ -75,7 +76,8 @@ def collect(targets: Sequence[str], module: str = LAUNCHED, kernel: str = "", qu
     largest: dict[tuple[object, ...], tuple[tuple[int, ...], Variant]] = {}
     for variant in found:
         flags = [(k, v) for k, v in sorted(variant.constexprs.items()) if isinstance(v, bool | str)]
-        kind = (variant.chip, variant.kernel, operand_bits(variant), *flags)
+        master = "*fp32" in variant.source.signature.values()  # float32 weights under half precision, say
+        kind = (variant.chip, variant.kernel, operand_bits(variant), master, bool(variant.unhinted), *flags)
         size = (step_flops(variant), variant.num_stages, len(variant.unhinted))
         if kind not in largest or size > largest[kind][0]:
             largest[kind] = size, variant

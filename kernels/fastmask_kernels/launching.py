@@ -9,7 +9,7 @@ for one thing: Triton has variants for pointers that are multiples of 16, and fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter, methodcaller
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 _MOST = 4096  # batches may come in any number of shapes
 _found: dict[Hashable, Any] = {}
+_address, _description = methodcaller("data_ptr"), attrgetter("_fastmask_described")
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -46,7 +47,7 @@ class Prepared:
         options: constexprs, `num_warps` and `num_stages`.
     """
 
-    __slots__ = ("_compiled", "_grid", "_kernel", "_numbers", "_options", "_placed", "_rest")
+    __slots__ = ("_compiled", "_driver", "_grid", "_kernel", "_numbers", "_options", "_placed", "_rest")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], places: Sequence[int], *numbers: int, **options: Any
@@ -54,11 +55,12 @@ class Prepared:
         self._kernel, self._grid, self._numbers, self._options = kernel, grid, numbers, options
         self._placed = itemgetter(*places)
         self._compiled: Any = None
+        self._driver: Any = None
         self._rest: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch on the device of the first; their number, dtypes and device must be those of the first call."""
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        pointers = [*map(_address, tensors)]
         bits = 0
         for pointer in pointers:
             bits |= pointer
@@ -70,9 +72,9 @@ class Prepared:
                 behind = self._kernel.arg_names[len(arguments) :]
                 self._rest = (*self._numbers, *(self._options[name] for name in behind))
                 self._grid = (*self._grid, 1, 1)[:3]
-                self._compiled = found
+                self._compiled, self._driver = found, drivers.active
             return
-        driver = drivers.active
+        driver = self._driver
         device = driver.get_current_device()
         if tensors[0].is_cuda and tensors[0].get_device() != device:
             with torch.cuda.device_of(tensors[0]):
@@ -88,7 +90,8 @@ class Prepared:
 def _watched() -> bool:
     """Whether a profiler asks for every launch: it is told by Triton's own way only."""
     runtime = triton.knobs.runtime
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def described(*tensors: Tensor) -> tuple[Hashable, ...]:
@@ -96,14 +99,14 @@ def described(*tensors: Tensor) -> tuple[Hashable, ...]:
     return tuple([(t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() % 16) for t in tensors])
 
 
-def described_masks(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
-    """`described` of a mask's tensors, each of which never changes: kept with them."""
+def described_masks(*tensors: Tensor) -> tuple[Hashable, ...]:
+    """`described` of masks' tensors, each of which never changes: kept with them."""
     try:
-        return tuple([tensor._fastmask_described for tensor in tensors])  # type: ignore[attr-defined]
+        return tuple(map(_description, tensors))
     except AttributeError:
         for tensor in tensors:
             tensor._fastmask_described = described(tensor)  # type: ignore[attr-defined]
-        return described_masks(tensors)
+        return described_masks(*tensors)
 
 
 def prepared(key: Hashable, make: Callable[[], T]) -> T:

@@ -195,10 +195,10 @@ def row_matmul(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    more = [tensor for tensor in (before, active) if tensor is not None]
     key = (
-        "row_matmul", described(x, *weights), described_masks(indices), described_masks(counts), plan.sizes,
-        tuple(widths), biases and described(*biases), activation, None if before is None else described(before),
-        None if active is None else described(active), config, allow_tf32,
+        "row_matmul", described(x, *weights, *(biases or ()), *more), described_masks(*indices, *counts), plan.sizes,
+        tuple(widths), biases is None, before is None, active is None, activation, config, allow_tf32,
     )  # fmt: skip
     BM, run = prepared(
         key,
@@ -208,7 +208,6 @@ def row_matmul(
     )
     ys = [torch.empty(plan.n_rows, width, dtype=x.dtype, device=x.device) for width in widths]
     if run is not None:
-        more = [tensor for tensor in (before, active) if tensor is not None]
         run(x, *weights, *indices, *counts, *(biases or ()), *ys, *more, plan.token_rows, plan.tiles(BM))
     return ys
 

@@ -118,14 +118,14 @@ def row_matmul_t(
     Raises:
         TypeError, ValueError: what does not fit. RuntimeError: bfloat16 in the interpreter.
     """
+    given = () if bias is None else (bias,)
     key = (
-        "row_matmul_t", described(*xs), described(*weights), described_masks(indices), described_masks(counts),
-        plan.sizes, bias is not None and described(bias), config, allow_tf32,
+        "row_matmul_t", described(*xs, *weights, *given), described_masks(*indices, *counts), plan.sizes, len(xs),
+        len(given), config, allow_tf32,
     )  # fmt: skip
     BM, run = prepared(key, lambda: _prepare(xs, weights, indices, counts, plan, bias, config, allow_tf32))
     y = torch.empty(plan.n_rows, weights[0].shape[1], dtype=xs[0].dtype, device=xs[0].device)
     if run is not None:
-        given = () if bias is None else (bias,)
         run(*xs, *weights, *indices, *counts, *given, y, plan.token_rows, plan.tiles(BM))
     return y
 

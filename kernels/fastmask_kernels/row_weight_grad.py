@@ -72,7 +72,7 @@ def row_weight_grad(
         column_sums, config, allow_tf32,
     )  # fmt: skip
     key = (
-        "row_weight_grad", described(x, *dys), described_masks(indices), described_masks(counts), plan.sizes,
+        "row_weight_grad", described(x, *dys), described_masks(*indices, *counts), plan.sizes,
         tuple(n_rows), units and tuple(units), weight_dtype, with_bias, transposed, column_sums, config, allow_tf32,
     )  # fmt: skip
     kind = OwnedGrad if owned(problem.units) else TurnGrad

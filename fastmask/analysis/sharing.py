@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -231,7 +232,9 @@ def _draw_overlap(matrix: NDArray[np.float64], table: pd.DataFrame, groups: Mapp
         distance = 1 - matrix
         np.fill_diagonal(distance, 0)
         joined = linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
-        drawn = dendrogram(joined, ax=tree, orientation="left", color_threshold=0, above_threshold_color=GREY)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that of equal masks has no width
+            drawn = dendrogram(joined, ax=tree, orientation="left", color_threshold=0, above_threshold_color=GREY)
         order = drawn["leaves"]
         tree.set_ylim(10 * n, 0)
     tree.set(yticks=[], xlim=(1, 0), xlabel="1 - Jaccard")

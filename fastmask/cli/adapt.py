@@ -18,7 +18,7 @@ from fastmask.files import check_writable
 from fastmask.models import attach
 from fastmask.settings import ConfigError
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.tasks.task import UNKNOWN_LABELS, heading
+from fastmask.tasks.task import UNKNOWN_LABELS, heading, warn_of_pooling
 from fastmask.training.engine import ADAMW_RATE, device_of, inner_rates
 from fastmask.training.run_folder import load_run
 from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, profiles_of, save_adapted
@@ -185,6 +185,7 @@ def _test(options: argparse.Namespace, loaded: FinishedRun, support: Rows) -> An
         rows = list(splits["test"])
     else:
         return None
+    warn_of_pooling(options.language, rows)
     left, word = without_repeats(rows, support, partial(task.words_of, options=settings)), task.example_word
     if len(left) < len(rows):
         print(f"{len(rows) - len(left)} test {word} are left out: they are also in the support set", file=sys.stderr)

@@ -71,7 +71,7 @@ def add_analyze(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
     add("runs", nargs="+", metavar="RUN", type=runs, help="folders of finished runs, to be compared, or of comparisons")
     add("--what", metavar="LIST", default=ANALYSES, help="comma-separated list of analyses")
     add("--out", metavar="DIR", help="folder of the report (default: RUN/analysis, if there is one RUN)")
-    add("--data", metavar="DIR", type=DATA, help="folder of UD treebanks; that of the runs if not given")
+    add("--data", metavar="DIR", type=DATA, help="a folder, a file or a name on the Hub; that of the runs if not given")
     add("--sentences", type=int, metavar="N", help="sentences per language to run the model on (default: 64 to 128)")
     add("--seed", type=int, default=0, help="seed for the choice of sentences, random masks and permutations")
     add_device(parser)

@@ -21,7 +21,7 @@ from fastmask.cli.report import examples_of, print_scores, round_printer, scored
 from fastmask.files import check_writable, write_text
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.task import Splits, Task
+from fastmask.tasks.task import Splits, Task, treebanks_of
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import device_of
 from fastmask.training.loop import train
@@ -70,26 +70,21 @@ def run_train(options: argparse.Namespace) -> None:
         tests = examples_of(task, {**datasets, **unseen}, "test")
         _print_start(task, config, datasets)
     on_round = round_printer(sys.stderr, config.tau, task.metric) if first else None
-    done = 0
 
     def show_agreement(draws: list[Draw]) -> None:
         for line in stability_lines(draws) if first else ():
             tqdm.write(line, file=sys.stderr)
 
-    def note(step: int) -> None:
-        nonlocal done
-        done = step
-
     try:
-        result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round, show_agreement), note)
-    except KeyboardInterrupt:
+        result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round, show_agreement))
+        if not first:
+            return
+        print("scoring the test sets", file=sys.stderr)
+        rows = scored(result.task, result.subnetworks, tests)
+    except KeyboardInterrupt as error:
         again = shlex.join(["fastmask", "train", "--out", config.out, "--resume"])
-        raise KeyboardInterrupt(f"after step {done}; to resume from the last checkpoint: {again}") from None
-    if not first:
-        return
-
-    print("scoring the test sets", file=sys.stderr)
-    rows = scored(result.task, result.subnetworks, tests)
+        where = str(error) or f"after step {config.steps}"
+        raise KeyboardInterrupt(f"{where}; to resume from the last checkpoint: {again}") from None
     speed = _training_speed(result.history, config)
     report = {
         "settings": dataclasses.asdict(config),
@@ -157,7 +152,9 @@ def _print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
         limit = config.train_sentences or len(splits["train"])
         some = f"{limit:,} of " if limit < len(splits["train"]) else ""
         sizes = ", ".join(f"{some * (split == 'train')}{len(rows):,} {split}" for split, rows in splits.items())
-        print(f"  {name}: {sizes} {task.example_word}", file=sys.stderr)
+        banks = dict.fromkeys(bank for rows in splits.values() for bank in treebanks_of(rows))
+        of = f" ({', '.join(banks)})" if banks else ""
+        print(f"  {name}{of}: {sizes} {task.example_word}", file=sys.stderr)
     print(f"  {Budget.of(config, len(datasets))}", file=sys.stderr)
 
 

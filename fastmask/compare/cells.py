@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib
+import os
 import statistics
 import time
 import traceback
@@ -99,11 +100,17 @@ def _ray(address: str, threads: int) -> Iterator[Any]:
     except ImportError as error:
         raise ImportError("Ray is not installed: in a checkout, pip install -e '.[train,ray]'", name="ray") from error
     ray.init(address=address, log_to_driver=False, logging_level="error")
-    remote = ray.remote(num_cpus=threads, max_retries=0)(do)
+    remote, here = ray.remote(num_cpus=threads, max_retries=0)(_do_in), os.getcwd()
     try:
-        yield SimpleNamespace(submit=lambda _, plan, job: remote.remote(plan, job).future())
+        yield SimpleNamespace(submit=lambda _, plan, job: remote.remote(here, plan, job).future())
     finally:
         ray.shutdown()  # stops what is still running
+
+
+def _do_in(folder: str, plan: Plan, job: Job) -> Result:
+    """`do` where relative paths are meant from: workers of a cluster start wherever it was started."""
+    os.chdir(folder)
+    return do(plan, job)
 
 
 _runners: dict[Path, Runner] = {}  # of this process: data is read once for all of its jobs

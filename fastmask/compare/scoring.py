@@ -14,7 +14,7 @@ import numpy as np
 from fastmask.compare.plan import Plan
 from fastmask.models import attach, detach
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.task import Splits, Task
+from fastmask.tasks.task import Splits, Task, warn_of_pooling
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import inner_rates
 from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
@@ -54,6 +54,8 @@ class Scorer:
         if silent := [language for language, test in self.tests.items() if not task.has_answers(task.examples(test))]:
             said = f"no test {task.example_word} of {', '.join(silent)} have labels that the model knows"
             raise ValueError(f"{said} (expected some to score)")
+        for language, test in self.tests.items():
+            warn_of_pooling(language, test)
         for language in self.unseen:
             sets = [rows for seed in range(self.config.seeds) for rows in self.supports(language, seed)]
             task.training_examples([row for rows in sets for row in rows], language, "support")  # warns once for all

@@ -191,10 +191,12 @@ def sparse_gradients(tables: Iterable[nn.Module]) -> Iterator[None]:
 
 @torch.no_grad()
 def by_rows(parameter: Tensor) -> None:
-    """Make the gradient of a table [V, D] sparse: the rows with anything but zeros, or those that it holds, once."""
+    """Make the gradient of a table [V, D] sparse: the rows with anything but zeros, each once."""
     if parameter.grad is not None:
-        sparse = parameter.grad if parameter.grad.is_sparse else parameter.grad.to_sparse(1)
-        parameter.grad = sparse.coalesce()
+        sparse = (parameter.grad if parameter.grad.is_sparse else parameter.grad.to_sparse(1)).coalesce()
+        moved = sparse.values().any(1)  # padding is looked up and has no gradient
+        held = sparse.indices()[:, moved], sparse.values()[moved], sparse.shape
+        parameter.grad = torch.sparse_coo_tensor(*held, is_coalesced=True, check_invariants=False)
 
 
 def update_of_rows(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> Update:

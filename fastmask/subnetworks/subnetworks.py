@@ -295,7 +295,10 @@ class Subnetworks:
 
 def masks_file(path: StrPath) -> StrPath:
     """The file itself; of the folder of a run or of a model with masks, the file in it."""
-    return next((inside for name in _IN_FOLDERS if (inside := Path(path, name)).is_file()), path)
+    found = next((inside for name in _IN_FOLDERS if (inside := Path(path, name)).is_file()), path)
+    if Path(found).is_dir():
+        raise FileNotFoundError(f"{path} has no {_IN_FOLDERS[0]} (expected a file of subnetworks, or a run with one)")
+    return found
 
 
 def _unpacked(packed: Tensor, shape: tuple[int, int, int]) -> Tensor:

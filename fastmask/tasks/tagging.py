@@ -15,6 +15,7 @@ from torch import nn
 from fastmask.errors import unknown
 from fastmask.settings import ConfigError, setting
 from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
+from fastmask.tasks.data.head_direction import direction_profile, direction_similarity
 from fastmask.tasks.predicting import CHUNK
 from fastmask.tasks.pretrained import WordPieces
 from fastmask.tasks.task import Rows, Splits, TaskSettings
@@ -28,7 +29,6 @@ from fastmask.tasks.transformers_task import (
     name_of,
     note_unknown,
 )
-from fastmask.unseen.typology import direction_profile, direction_similarity
 
 SCHEMES = ("auto", "words", "spans", "IOB1", "IOB2", "IOE1", "IOE2", "IOBES", "BILOU")
 

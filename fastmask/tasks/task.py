@@ -407,6 +407,19 @@ def _exactly(value: Any) -> Any:
     return str(value)
 
 
+def treebanks_of(rows: Rows) -> list[str]:
+    """The treebanks that rows come from, in order; none of data of another kind."""
+    if hasattr(rows, "column_names"):
+        return list(rows.unique("treebank")) if "treebank" in rows.column_names else []  # type: ignore[attr-defined]
+    return list(dict.fromkeys(row["treebank"] for row in rows if "treebank" in row))
+
+
+def warn_of_pooling(language: str, rows: Rows) -> None:
+    """Say which treebanks of a language are about to be scored as one."""
+    if len(names := treebanks_of(rows)) > 1:
+        warnings.warn(f"{language}: {', '.join(names)} are scored together (name one to score it alone)", stacklevel=2)
+
+
 def heading(metric: str) -> str:
     """What tables call a score: LAS, but accuracy."""
     return metric.upper() if len(metric) <= 4 else metric.replace("_", " ")

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 
 from fastmask.optim import LiveAdamW, can_be_sparse
+from fastmask.settings import ConfigError
 from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 
@@ -35,10 +36,21 @@ def device_of(name: str) -> torch.device:
 
 
 def accelerator_for(device: str, precision: str) -> Any:
-    """An `accelerate.Accelerator`; a second one in the same process may have another precision than the first."""
+    """An `accelerate.Accelerator`; a second one in the same process may have another precision than the first.
+
+    Raises:
+        ValueError: as `device_of`. ConfigError: accelerate is set to split the model over processes.
+    """
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=device_of(device).type == "cpu")
+    accelerator = Accelerator(mixed_precision=precision, cpu=device_of(device).type == "cpu")
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate is set to {kind.value} (expected DistributedDataParallel, or a loop of your own: languages of "
+            "different processes run different layers here)"
+        )
+    return accelerator
 
 
 def on_first(accelerator: Any, work: Callable[[], T]) -> T:
@@ -129,7 +141,7 @@ def looked_up_tables(task: Task) -> list[nn.Module]:
     """The trainable input embeddings of which a step needs only the rows that a batch looks up: nothing else uses them.
 
     `LiveAdamW` steps those rows alone: momentum and weight decay of a row wait until it is looked up again, as in
-    `torch.optim.SparseAdam`. (With several processes a row counts as looked up whose gradient is not all zeros.)
+    `torch.optim.SparseAdam`. A row counts as looked up if its gradient is not all zeros.
     """
     uses = Counter(parameter for _, parameter in task.model.named_parameters(remove_duplicate=False))
     try:

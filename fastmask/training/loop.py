@@ -9,8 +9,8 @@ was trained is on disk before it is scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,7 @@ class _Run:
     def train(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
         """Take the steps that are left."""
         config, main = self.config, self.accelerator.is_main_process
-        with ExitStack() as stack:
+        with ExitStack() as stack, self._step_in_interruptions():
             engine.on_first(self.accelerator, lambda: stack.enter_context(held(self.folder)))
             history, sums = self._resume()
             self.log = stack.enter_context(closing(MetricsLog(self.folder, history, sums, config.tensorboard, main)))
@@ -145,8 +145,8 @@ class _Run:
                         self._switch()
                 before = self.step
                 self._update()
+                self.bar.step(self.step, self.log.sums["loss"] / self.log.sums["steps"])
                 self._after(before)
-                self.bar.step(self.step)
                 if on_step is not None:
                     on_step(self.step)
         self.accelerator.wait_for_everyone()
@@ -154,6 +154,13 @@ class _Run:
         self.task.model.eval()
         budget = Budget.of(config, len(self.data))
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget)
+
+    @contextmanager
+    def _step_in_interruptions(self) -> Iterator[None]:
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"after step {self.step}") from None
 
     @property
     def subnetworks(self) -> Subnetworks | None:

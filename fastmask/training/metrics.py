@@ -94,7 +94,6 @@ class TrainingProgress:
         self._total, self._step, self._first = total, done, done
         self._phase, self._said = "", set[str]()
         self._values: dict[str, str] = {}  # of `_forms`, once they are known
-        self._shown = ""
         self._began = self._last = time.perf_counter()
 
     def __enter__(self) -> TrainingProgress:
@@ -114,8 +113,9 @@ class TrainingProgress:
             print(name, file=sys.stderr, flush=True)
         self._said.add(name)
 
-    def step(self, step: int) -> None:
-        """Move the bar."""
+    def step(self, step: int, loss: float) -> None:
+        """Move the bar; this loss stands there until the first line of the metrics says one."""
+        self._values.setdefault("loss", self._forms["loss"].format(loss))
         self._bar.update(step - self._bar.n)
         self._step = step
         if step < self._total and time.perf_counter() - self._last > self.EVERY:
@@ -125,11 +125,14 @@ class TrainingProgress:
     def show(self, record: dict[str, Any]) -> None:
         """Show what of loss, score and speed the record holds."""
         self._values |= {name: form.format(record[name]) for name, form in self._forms.items() if name in record}
-        self._shown = " · ".join(self._values[name] for name in self._forms if name in self._values)
         self._step = record["step"]
         self._bar.set_postfix_str(self._shown, refresh=False)
         if "dev_score" in record and self._step < self._total:
             self._line()
+
+    @property
+    def _shown(self) -> str:
+        return " · ".join(self._values[name] for name in self._forms if name in self._values)
 
     def _line(self, *rest: str) -> None:
         """Where there is no bar, say how far it is."""

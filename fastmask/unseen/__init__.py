@@ -4,9 +4,10 @@
 the steps, and `adapted_run` stores the result.
 """
 
+from fastmask.tasks.data.head_direction import direction_profile, direction_similarity
 from fastmask.unseen.adapting import OPTIMIZERS, AdaptationDiverged, Pool, adapted, split_pool, support_sets
 from fastmask.unseen.choosing import CHOICES, UNION, Choice, choose, support_losses, with_language, with_union
-from fastmask.unseen.typology import direction_profile, direction_similarity, similarity_measure, uriel_similarity
+from fastmask.unseen.typology import similarity_measure, uriel_similarity
 
 __all__ = [
     "CHOICES", "OPTIMIZERS", "UNION", "AdaptationDiverged", "Choice", "Pool", "adapted", "choose",

@@ -14,7 +14,9 @@ from processes import exit_code, start_command
 from typed_command import failure_of, output_of
 
 from fastmask.cli import main
+from fastmask.cli import train as train_command
 from fastmask.tasks.data.treebanks import find_treebanks, select_treebanks
+from fastmask.training import loop
 
 TRAIN = ["--steps", "4", "--batch-size", "4", "--method", "full", "--dev-sentences", "2", "--threads", "1"]
 
@@ -46,7 +48,7 @@ def test_what_is_done_is_said_without_a_terminal(small_data: Path, tmp_path: Pat
     said = (tmp_path / "nohup.out").read_text()
     assert "parsing, method full, model small" in said
     assert "on cpu, 1 threads;" in said
-    assert "  qaa: 12 train, 3 dev, 3 test sentences" in said
+    assert "  qaa (UD_Avaran-Toy): 12 train, 3 dev, 3 test sentences" in said
     assert "full network" in said.splitlines()
     assert "step 4/4 (full network)" in said
     assert "scoring the test sets" in said
@@ -72,6 +74,8 @@ def test_a_file_for_a_folder(small_data: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_run_for_a_masks_file(small_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The masks of a run are shown, and trained, by its folder's name."""
     assert output_of(capsys, "masks", small_run) == output_of(capsys, "masks", small_run / "masks.safetensors")
+    expected = f"{small_run.parent} has no masks.safetensors (expected a file of subnetworks, or a run with one)"
+    assert expected in failure_of(capsys, "masks", small_run.parent)
 
 
 def test_a_task_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,3 +116,19 @@ def test_interrupted(small_data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in said
     again = shlex.split(line.rpartition(": ")[2])
     assert again == ["fastmask", "train", "--out", str(run), "--resume"]
+
+
+@pytest.mark.parametrize("when", ["resumed", "scoring"])
+def test_interrupted_beside_the_steps(
+    small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Ctrl-C before the first step of a resumed run, and after the last one, names the step all the same."""
+    run = ["--data", small_data, "--languages", "qaa,qac", "--out", tmp_path / "run"]
+    output_of(capsys, "train", *run, *TRAIN)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*((train_command, "scored") if when == "scoring" else (loop._Run, "_finish_step")), interrupt)
+    said = output_of(capsys, "train", "--out", tmp_path / "run", "--resume", code=130)
+    assert "interrupted: after step 4; to resume from the last checkpoint: fastmask train --out" in said

@@ -84,3 +84,14 @@ def test_what_is_refused() -> None:
         optimizer.step()
     assert not can_be_sparse(nn.EmbeddingBag(3, 2, mode="max"))
     assert not can_be_sparse(nn.Embedding(3, 2, max_norm=1.0))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_rows_without_a_gradient_stay(sparse: bool) -> None:
+    """Padding is looked up and learns nothing, whether the gradient is sparse, as in one process, or not."""
+    table = nn.Parameter(torch.ones(5, 2))
+    gradient = torch.tensor([[0.0, 0], [1, 0], [0, 0], [0, torch.nan], [0, 0]])
+    table.grad = gradient if not sparse else torch.sparse_coo_tensor([[0, 1, 3]], gradient[[0, 1, 3]], (5, 2))
+    by_rows(table)
+    assert table.grad.is_coalesced()
+    assert table.grad.indices().tolist() == [[1, 3]]

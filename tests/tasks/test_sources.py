@@ -162,6 +162,9 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch):
     broken.write_text("")
     assert f"{broken}: is empty" in said(broken, "en")
     assert ".txt: is of an unknown kind" in said(write_rows(tmp_path / "a.txt", rows("en", "train")), "en")
+    (tmp_path / "a.jsonl.gz").touch()
+    assert ".gz: is of an unknown kind" in said(tmp_path / "a.jsonl.gz", "en")
+    assert said(tmp_path / "a.jsonl.gz", "en").endswith(".parquet: unpack it)")
 
     def refuse(name):
         raise ConnectionError("no network")

@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one-language": {"method": "random", "meta": "fomaml", **META, "meta_batch": 1},
     "frozen": {"method": "random", "freeze_embeddings": True},
     "found": {"method": "static", "density": 0.5, "score_sentences": 8},
+    "dynamic": {"method": "dynamic", "density": 0.5, "score_sentences": 8, "update_every": 2},
+    "live": {"method": "random", "optimizer": "live"},
 }
 """`dead`: subnetworks that have whole layers dead. `one-language`: nothing to do for the second process. `found`: by
 discovery, which the processes share."""

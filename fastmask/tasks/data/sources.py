@@ -33,6 +33,7 @@ from fastmask.tasks.data.treebanks import SPLITS, load_treebanks, preparing, tra
 from fastmask.tasks.predicting import rows_of_lines
 
 KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
+PACKED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 _SPLIT_NAMES = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "val": "dev", "test": "test"}
 _EXPECTED = "a folder, a file or a name on the Hub"
 
@@ -156,7 +157,8 @@ def _groups(data: StrPath) -> Callable[[], Parts] | dict[str, Callable[[], Parts
     root = Path(data).expanduser()
     if root.is_file():
         if root.suffix.lower() not in KINDS:
-            raise FileError(root, f"is of an unknown kind (expected {', '.join(KINDS)})")
+            way_out = ": unpack it" if root.suffix.lower() in PACKED else ", or a folder of UD_* treebanks"
+            raise FileError(root, f"is of an unknown kind (expected {', '.join(KINDS)}{way_out})")
         return lambda: {_split_of(root) or "train": partial(_read, root)}
     if not root.is_dir():
         return _of_hub(os.fspath(data))

@@ -17,8 +17,8 @@ from typing_extensions import Self
 
 from fastmask.files import StrPath
 from fastmask.settings import setting
-from fastmask.tasks.data import synthetic
 from fastmask.tasks.data.conllu import read_sentences
+from fastmask.tasks.data.head_direction import direction_profile, direction_similarity
 from fastmask.tasks.data.treebanks import load_treebanks, trained_languages
 from fastmask.tasks.parsing.batch import Batch, Encoded
 from fastmask.tasks.parsing.evaluation import Tree, encode, parse, predict_file, rows_that_fit
@@ -26,7 +26,6 @@ from fastmask.tasks.parsing.parser import LanguageVectors, Parser
 from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary, check_deprels, universal
 from fastmask.tasks.pretrained import check_known
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
-from fastmask.unseen.typology import direction_profile, direction_similarity
 
 if TYPE_CHECKING:
     from fastmask.training.config import TrainConfig
@@ -80,6 +79,8 @@ class Parsing(Task):
 
     @classmethod
     def demo(cls, folder: StrPath) -> tuple[str, list[str], list[str]]:
+        from fastmask.tasks.data import synthetic
+
         return os.fspath(synthetic.treebanks_in(folder)), list(synthetic.SEEN), list(synthetic.UNSEEN)
 
     @classmethod

@@ -48,14 +48,14 @@ def run(layers: Layers, x: Tensor, weights: Tensors, biases: Tensors, language_i
     return _Eager.apply(layers, x, language_ids, *weights, *biases)
 
 
-def packing_pays(masks: Sequence[Mask], x: Tensor, weights: Tensors, language_ids: Tensor) -> bool:
+def packing_pays(masks: Sequence[Mask], x: Tensor, language_ids: Tensor) -> bool:
     """Whether layers over rows make their outputs faster if live units are packed than if all stay in their slots.
 
     They stay where the path would rather multiply the whole weights, as every language were the full network, and close
     gates behind them: that takes hardly longer than the full network then.
     """
     x = autocast(x)
-    if _is_traced(x, weights) or path_for(x, weights) is not torch_layers:
+    if _is_traced(x, ()) or path_for(x, ()) is not torch_layers:
         return True
     return not torch_layers.prepare(Layers(masks, [UNPACKED] * len(masks)), as_examples(x), language_ids).gated
 

@@ -83,9 +83,9 @@ def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | 
             continue
         rows: Any = of[split]
         parts: dict[str | None, Any] = {None: rows}
-        if len(names := treebanks_of(rows)) > 1:  # which a code may join
+        if hasattr(rows, "select") and len(names := treebanks_of(rows)) > 1:  # which a code may join
             banks = list(rows["treebank"])
-            parts = {name: rows.select([i for i, bank in enumerate(banks) if bank == name]) for name in names}
+            parts = {name: rows.select([i for i, bank in enumerate(banks) if str(bank) == name]) for name in names}
         there = task.scorable({bank or language: task.examples(part) for bank, part in parts.items()}, split)
         found[language] = {bank: there[bank or language] for bank in parts if (bank or language) in there}
     return found

@@ -75,16 +75,17 @@ def run_train(options: argparse.Namespace) -> None:
         for line in stability_lines(draws) if first else ():
             tqdm.write(line, file=sys.stderr)
 
+    where = "before training began"
     try:
         result = train(task, datasets, config, lambda point: subnetworks_of(point, on_round, show_agreement))
+        where = f"after step {config.steps}"
         if not first:
             return
         print("scoring the test sets", file=sys.stderr)
         rows = scored(result.task, result.subnetworks, tests)
     except KeyboardInterrupt as error:
         again = shlex.join(["fastmask", "train", "--out", config.out, "--resume"])
-        where = str(error) or f"after step {config.steps}"
-        raise KeyboardInterrupt(f"{where}; to resume from the last checkpoint: {again}") from None
+        raise KeyboardInterrupt(f"{str(error) or where}; to resume from the last checkpoint: {again}") from None
     speed = _training_speed(result.history, config)
     report = {
         "settings": dataclasses.asdict(config),

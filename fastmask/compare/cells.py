@@ -109,7 +109,8 @@ def _ray(address: str, threads: int) -> Iterator[Any]:
 
 def _do_in(folder: str, plan: Plan, job: Job) -> Result:
     """`do` where relative paths are meant from: workers of a cluster start wherever it was started."""
-    os.chdir(folder)
+    if os.path.isdir(folder):  # else all paths are absolute, or the job says which is missing
+        os.chdir(folder)
     return do(plan, job)
 
 

@@ -70,9 +70,9 @@ def attach(
     [batch], or one for each choice; ids [batch, tokens] are those of single tokens, for packed rows of several
     languages. Without any of these, `language(...)` and then `set_language` say it.
     Batches may mix languages; they run fastest sorted by language.
-    Dead heads and neurons are not computed, forward or backward; attention probabilities that the model returns are
-    those of the live heads, in order. Several threads, and tasks of an event loop, may run the model at the same time,
-    each with languages of its own.
+    Dead heads and neurons are not computed, forward or backward, but in mixed batches on a CPU that are multiplied
+    faster whole; attention probabilities that the model returns are those of the live heads, in order. Several threads,
+    and tasks of an event loop, may run the model at the same time, each with languages of its own.
 
     A cache of keys and values may be continued under other languages than it was filled under, the full network
     included, and without some of its rows. No cache is made unless the call gives one or says `use_cache=True`, as

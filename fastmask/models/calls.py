@@ -151,8 +151,11 @@ def attached_class(plain: type[nn.Module]) -> type[nn.Module]:
             pass  # keys and values are those of all heads
         elif cache is None and not arguments.given("use_cache", args, kwargs):
             args, kwargs = arguments.without_cache(args, kwargs)
-            if route.packs_heads and route.present is not None and len(route.present) > 1:
-                route.spread = set()  # no cache will hold what one pass has chosen
+            asked = arguments.given("output_attentions", args, kwargs)
+            asked = getattr(getattr(self, "config", None), "output_attentions", False) if asked is None else asked
+            # No cache will hold what one pass has chosen; attention probabilities are of live heads, however chosen.
+            if route.packs_heads and not asked and route.present is not None and len(route.present) > 1:
+                route.spread = set()
         elif state.subnets.heads is not None:
             one_stack = state.structure.one_stack and not state.unpacked
             route.packs_heads = one_stack and packs_heads(cache, state.subnets.heads, route.present)

@@ -28,18 +28,21 @@ from fastmask.torch_path.layers import NONE, Layers, name_of
 class AttachedLinear(MaskedLinear):
     """A `MaskedLinear` that looks like the `nn.Linear` it replaces.
 
-    With `packs` it works packed: a row mask puts each example's live heads (or neurons) at the front of an output
-    as wide as the widest language of the batch, and a column mask reads such an input. The attention code in between
-    reshapes with -1 heads and so needs no change; a slot that is left over is a head of zeros, which adds nothing.
+    With `packs` it works packed, unless its units are `spread` in a pass (`Route`): a row mask puts each example's live
+    heads (or neurons) at the front of an output as wide as the widest language of the batch, and a column mask reads
+    such an input. The attention code in between reshapes with -1 heads and so needs no change; a slot that is left over
+    is a head of zeros, which adds nothing.
 
     Args:
         unit: rows or columns of one head (or neuron); the packed width is a multiple of it and holds at least one unit,
             because attention code cannot reshape zero heads. None for a mask that is not over units.
-        packs: whether live units are packed; otherwise each stays in its slot, and dead ones are zeros.
+        packs: whether live units may be packed; otherwise each stays in its slot, and dead ones are zeros.
         of_heads: whether the units are heads, which a route may want unpacked.
         once: whether the model also runs the layer on one example that the whole batch reads (`Route.examples`).
         parts: output rows of each of several projections that the weight holds, and of a unit in each; () for one.
         activation: a name of `torch_path.layers`, applied to the input in place of the model's own.
+        siblings: the layers that are called with the same input, if there are some.
+        between: says whether units are packed in a pass, to the projections that make them and the one that reads them.
     """
 
     def __init__(
@@ -164,7 +167,7 @@ class Between:
         if route.spread is None or not layers[0].packs or not x.is_cpu:
             return
         examples, ids = route.examples(x)
-        if packing_pays([layer.mask for layer in layers], examples, [layer.matrix for layer in layers], ids):
+        if packing_pays([layer.mask for layer in layers], examples, ids):
             route.spread.discard(self)
         else:
             route.spread.add(self)

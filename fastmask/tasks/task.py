@@ -409,9 +409,10 @@ def _exactly(value: Any) -> Any:
 
 def treebanks_of(rows: Rows) -> list[str]:
     """The treebanks that rows come from, in order; none of data of another kind."""
+    names: Iterable[Any] = (row.get("treebank") for row in rows)
     if hasattr(rows, "column_names"):
-        return list(rows.unique("treebank")) if "treebank" in rows.column_names else []  # type: ignore[attr-defined]
-    return list(dict.fromkeys(row["treebank"] for row in rows if "treebank" in row))
+        names = rows["treebank"] if "treebank" in rows.column_names else ()  # type: ignore[index]
+    return [str(name) for name in dict.fromkeys(names) if name is not None]
 
 
 def warn_of_pooling(language: str, rows: Rows) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastmask.processor import cpu_fields
 
 SIZES = ((144, 384, 768), (512, 768, 768), (1024, 768, 1536))  # tokens x in x out, of encoders at half density
-ROUNDS = 20
+ROUNDS, MOST_SECONDS = 20, 1.0  # of one size; where a product is slow, few rounds tell
 
 Product = Callable[[Tensor, Tensor], Tensor]  # of a [M, K] and the transpose of w [N, K]
 
@@ -73,6 +73,7 @@ def _gain(products: Sequence[Product], dtypes: Sequence[torch.dtype], M: int, K:
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(rows, K, generator=generator, device="cpu") for rows in (M, N)]
     operands = [[matrix.to(dtype) for matrix in drawn] for dtype in dtypes]
+    started = time.perf_counter()
     least, threads = [math.inf, math.inf], torch.get_num_threads()
     torch.set_num_threads(1)  # several wait for one another, and on a busy machine that is all that would be measured
     try:
@@ -83,6 +84,8 @@ def _gain(products: Sequence[Product], dtypes: Sequence[torch.dtype], M: int, K:
                     product(*operands[i])
                     if number:  # the first one compiles
                         least[i] = min(least[i], time.perf_counter() - began)
+                if number and time.perf_counter() - started > MOST_SECONDS:
+                    break
     finally:
         torch.set_num_threads(threads)
     return least[0] / least[1]

@@ -109,7 +109,9 @@ class Units:
     def bias_grad(self, dy: Tensor, split: Split, dtype: torch.dtype) -> Tensor:
         """The db [N] of dy [B, T, N or packed width], summed in `dtype`."""
         if split.present == (FULL,):
-            return cast(dy.sum((0, 1)), dtype)  # added up in float32 all the same, but not copied to it
+            if dy.dtype == torch.bfloat16:  # added up in float32 all the same, but not copied to it
+                return cast(dy.sum((0, 1)), dtype)
+            return dy.sum((0, 1), dtype=dtype)
         if not self.of_rows:
             return dy.sum((0, 1), dtype=dtype)
         sums, slots = dy.sum(1, dtype=dtype), self.slots[split.ids, : dy.shape[2]]
@@ -123,7 +125,7 @@ class Units:
         if self.packed:
             return packing.enter(given, self.slots[split.ids], self.size)
         opened = self._open(given.dtype)[split.ids, None]
-        return (given.view(opened.dtype) & opened).view(given.dtype)
+        return (given.resolve_neg().view(opened.dtype) & opened).view(given.dtype)
 
     def leave(self, wide: Tensor, split: Split, width: int) -> Tensor:
         """Undo `enter`: [B, T, size] -> [B, T, width], zero at what is dead; `wide` may be overwritten."""

@@ -115,7 +115,9 @@ class TrainingProgress:
 
     def step(self, step: int, loss: float) -> None:
         """Move the bar; this loss stands there until the first line of the metrics says one."""
-        self._values.setdefault("loss", self._forms["loss"].format(loss))
+        if "loss" not in self._values:
+            self._values["loss"] = self._forms["loss"].format(loss)
+            self._bar.set_postfix_str(self._shown, refresh=False)
         self._bar.update(step - self._bar.n)
         self._step = step
         if step < self._total and time.perf_counter() - self._last > self.EVERY:

@@ -137,7 +137,8 @@ def choose(
             only.
         support: `Examples` of the unseen language, for "best"; None or empty where there are none.
         how: "best": lowest mean support loss; "nearest": highest of `similarity`; "union"; "full".
-        similarity: of each training language to the unseen one, for "nearest"; see `fastmask.unseen.typology`.
+        similarity: of each training language to the unseen one, for "nearest"; see `fastmask.unseen.typology` and
+            `fastmask.tasks.data.head_direction`.
 
     Raises:
         KeyError: `how` is not one of `CHOICES`, or `similarity` lacks a training language.

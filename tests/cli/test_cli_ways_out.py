@@ -118,17 +118,19 @@ def test_interrupted(small_data: Path, tmp_path: Path) -> None:
     assert again == ["fastmask", "train", "--out", str(run), "--resume"]
 
 
-@pytest.mark.parametrize("when", ["resumed", "scoring"])
+@pytest.mark.parametrize("when", ["prepared", "resumed", "scoring"])
 def test_interrupted_beside_the_steps(
     small_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Ctrl-C before the first step of a resumed run, and after the last one, names the step all the same."""
+    """Ctrl-C before the first step, and after the last one, says where it was all the same."""
     run = ["--data", small_data, "--languages", "qaa,qac", "--out", tmp_path / "run"]
     output_of(capsys, "train", *run, *TRAIN)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(*((train_command, "scored") if when == "scoring" else (loop._Run, "_finish_step")), interrupt)
+    places = {"prepared": (loop._Run, "__init__"), "resumed": (loop._Run, "_finish_step")}
+    monkeypatch.setattr(*places.get(when, (train_command, "scored")), interrupt)
     said = output_of(capsys, "train", "--out", tmp_path / "run", "--resume", code=130)
-    assert "interrupted: after step 4; to resume from the last checkpoint: fastmask train --out" in said
+    where = "before training began" if when == "prepared" else "after step 4"
+    assert f"interrupted: {where}; to resume from the last checkpoint: fastmask train --out" in said

@@ -331,7 +331,8 @@ give what weights multiplied by masks would. This page is generated
 for its {types} types of language and speech models: a tiny random model runs a batch of three languages (one of them
 the full network), and the output and the gradient of every parameter are checked.
 
-- **packed** ({packed}): dead heads and neurons are never computed.
+- **packed** ({packed}): dead heads and neurons are not computed, but in mixed batches on a CPU that are multiplied
+  faster whole.
 - **partly packed** ({partly_packed}): some places are not packed, mostly attention code that requires a fixed
   number of heads. There, projections skip dead units, which are then zeros; results are just as correct.
 - **unpacked** ({unpacked}): nothing is packed.

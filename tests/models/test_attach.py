@@ -396,6 +396,17 @@ def test_units_stay_in_their_slots_where_that_is_cheaper(monkeypatch):
         torch.testing.assert_close(found[0][name], expected, rtol=1e-9, atol=1e-9)
 
 
+def test_attention_probabilities_do_not_depend_on_what_is_cheaper(monkeypatch):
+    """Those that a model is asked for, by the call or by its config, are of live heads."""
+    monkeypatch.setattr(torch_layers, "is_cheaper", lambda *batch: True)
+    for asked in ("call", "config"):
+        model = tiny("bert", attention="eager", output_attentions=asked == "config")
+        fm.attach(model, fm.Subnetworks.random(model.config, LANGUAGES, 0.5, 0))
+        more = {"output_attentions": True} if asked == "call" else {}
+        found = model(**batch(2), language_ids=torch.tensor([0, 1]), **more).attentions
+        assert [probabilities.shape[1] for probabilities in found] == [2, 2]
+
+
 @pytest.mark.parametrize("languages", [[1, 1], [0, 1]])
 def test_a_cache_does_not_depend_on_what_is_cheaper(monkeypatch, languages):
     """Keys and values of a longer pass are continued by shorter ones, which would choose differently."""

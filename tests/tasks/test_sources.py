@@ -14,6 +14,7 @@ from toy_parser import SENTENCES, conllu
 
 from fastmask.tasks.data.sources import languages_of, load, read_file
 from fastmask.tasks.data.treebanks import preparing
+from fastmask.tasks.task import treebanks_of, warn_of_pooling
 
 LANGUAGES = ("en", "de")
 pytestmark = pytest.mark.usefixtures("datasets_cache")
@@ -222,3 +223,12 @@ def test_a_language_without_a_split(tmp_path):
     for language, split in (("en", "dev"), ("fi", "test")):
         with pytest.raises(ValueError, match=rf"{language}.* has no {split} split"):
             load(tmp_path, language, splits=[split])
+
+
+def test_treebanks_of_rows():
+    """Of a data set or of rows; what has none, or no name, does not count."""
+    named = [{"treebank": name} for name in ("b", None, "a", "b")]
+    assert treebanks_of(named) == treebanks_of(datasets.Dataset.from_list(named)) == ["b", "a"]
+    assert treebanks_of([{"text": "x"}]) == treebanks_of(datasets.Dataset.from_list([{"text": "x"}])) == []
+    with pytest.warns(UserWarning, match="xx: b, a are scored together"):
+        warn_of_pooling("xx", named)

@@ -26,7 +26,7 @@ from fastmask.models.editing import set_subnetworks
 from fastmask.models.families import Family
 from fastmask.models.one_language import SIZES, shrink
 from fastmask.records import Record
-from fastmask.subnetworks.subnetworks import Subnetworks, masks_file
+from fastmask.subnetworks.subnetworks import Subnetworks, masks_in
 
 ABOUT, MASKS, CARD = "fastmask.json", "subnetworks.safetensors", "README.md"
 _MARK = "<!-- made by fastmask -->"
@@ -171,7 +171,7 @@ def from_pretrained(
         folder = Path(_downloaded(str(name), revision))
     if not (folder / ABOUT).exists():
         hint = ""
-        if run := next((run for run in (folder, folder.parent) if masks_file(run) != run), None):
+        if run := next((run for run in (folder, folder.parent) if masks_in(run)), None):
             load = f"fastmask.Subnetworks.load({str(run)!r})"
             hint = f" (masks of a run are beside its model: attach {load} to the plain model)"
         raise FileNotFoundError(f"{folder}: has no {ABOUT}, so it was not saved by fastmask.save_pretrained{hint}")

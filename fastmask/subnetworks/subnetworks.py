@@ -293,9 +293,14 @@ class Subnetworks:
             raise FileError(path, f"is damaged: {error}") from None
 
 
+def masks_in(folder: StrPath) -> Path | None:
+    """The masks file of a run, or of a model with masks, by its folder; None if there is none."""
+    return next((inside for name in _IN_FOLDERS if (inside := Path(folder, name)).is_file()), None)
+
+
 def masks_file(path: StrPath) -> StrPath:
-    """The file itself; of the folder of a run or of a model with masks, the file in it."""
-    found = next((inside for name in _IN_FOLDERS if (inside := Path(path, name)).is_file()), path)
+    """The file itself, or the one in a folder; FileNotFoundError for a folder without one."""
+    found = masks_in(path) or path
     if Path(found).is_dir():
         raise FileNotFoundError(f"{path} has no {_IN_FOLDERS[0]} (expected a file of subnetworks, or a run with one)")
     return found

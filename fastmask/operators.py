@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastmask import triton_path
-from fastmask.masks import UNPACKED, Mask
+from fastmask.masks import Mask
 from fastmask.torch_path import layers as torch_layers
 from fastmask.torch_path.layers import NONE, Layers, Needs, Tensors
 
@@ -49,15 +49,11 @@ def run(layers: Layers, x: Tensor, weights: Tensors, biases: Tensors, language_i
 
 
 def packing_pays(masks: Sequence[Mask], x: Tensor, language_ids: Tensor) -> bool:
-    """Whether layers over rows make their outputs faster if live units are packed than if all stay in their slots.
-
-    They stay where the path would rather multiply the whole weights, as every language were the full network, and close
-    gates behind them: that takes hardly longer than the full network then.
-    """
+    """As `torch_path.layers.packing_pays`, for x [B, ..., K]; whatever else computes layers packs."""
     x = autocast(x)
     if _is_traced(x, ()) or path_for(x, ()) is not torch_layers:
         return True
-    return not torch_layers.prepare(Layers(masks, [UNPACKED] * len(masks)), as_examples(x), language_ids).gated
+    return torch_layers.packing_pays(masks, as_examples(x), language_ids)
 
 
 def _is_traced(x: Tensor, weights: Tensors) -> bool:

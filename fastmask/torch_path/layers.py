@@ -217,12 +217,25 @@ GATHERED = 64  # what gathering a live weight and adding its gradient cost, in t
 CALLS = 2**21  # what the calls for one language cost
 READ = 64  # what reading the whole weight and writing its gradient cost, in tokens
 GATE, GATE_OF_PACKED = 16, 192  # what a gate on an activation costs
+ATTENTION, ELEMENTWISE = 256, 16  # what the model does with a number of a head, and of a neuron, between projections
 
 
-def is_cheaper(tables: Sequence[Units], x: Tensor, split: Split, full_forward: bool = False) -> bool:
+def packing_pays(masks: Sequence[Mask], x: Tensor, language_ids: Tensor) -> bool:
+    """Whether layers over rows, and what comes between them and the layer that consumes their units, run faster packed.
+
+    If not, all are best multiplied whole, as if every language were the full network, and units stay in their slots.
+    """
+    _, split, gated = prepare(Layers(masks, [UNPACKED] * len(masks)), x, language_ids)
+    return not (gated and is_cheaper(gated, x, split, False, True))
+
+
+def is_cheaper(
+    tables: Sequence[Units], x: Tensor, split: Split, full_forward: bool = False, with_between: bool = False
+) -> bool:
     """Whether layers that share an input x [B, T, K] are run faster whole, with gates.
 
-    With `full_forward` that is asked of weight gradients alone; the whole weight is read in any case.
+    With `full_forward` that is asked of weight gradients alone; the whole weight is read in any case. `with_between`
+    counts what the model computes of their outputs, which dead units are spared if they travel packed.
     """
     looped = gated = 0.0
     tokens = len(split.languages) * x.shape[1]
@@ -234,6 +247,10 @@ def is_cheaper(tables: Sequence[Units], x: Tensor, split: Split, full_forward: b
         looped += work * table.other + len(parts) * CALLS
         gate = tokens * (GATE_OF_PACKED if table.packed else GATE)
         gated += table.size * ((together + (0 if full_forward else READ)) * table.other + gate)
+        if with_between:
+            between = ATTENTION if table.unit > 1 else ELEMENTWISE
+            looped += between * sum(table.live[language] * own for language, own in parts)
+            gated += between * table.size * tokens
     return gated < looped
 
 

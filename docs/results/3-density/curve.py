@@ -4,8 +4,8 @@
 
 ``speed.csv`` was measured on a machine that did nothing else, by::
 
-    python -m benchmarks encoder --shape minilm --layers 12 --unit heads,both --density 0.25,0.35,0.5,0.7,0.85 \
-        --present 1,8 --batch 32 --tokens 36 --dtype bfloat16 --implementations fastmask --parts forward+backward \
+    python -m benchmarks encoder --shape minilm --layers 4 --unit both,heads --density 0.85,0.7,0.5,0.35,0.25 \
+        --present 8,1 --batch 32 --tokens 36 --dtype bfloat16 --implementations fastmask --parts forward+backward \
         --seconds 3 --csv speed.csv
 """
 

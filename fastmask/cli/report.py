@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastmask.files import STDOUT
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.tasks.task import heading, treebanks_of
+from fastmask.tasks.task import heading
 
 if TYPE_CHECKING:
     from fastmask.discovery import Draw, Round
@@ -82,10 +82,10 @@ def examples_of(task: Task, splits: Splits, split: str) -> dict[str, dict[str | 
         if split not in of:
             continue
         rows: Any = of[split]
+        banks = list(rows["treebank"]) if "treebank" in getattr(rows, "column_names", ()) else []
         parts: dict[str | None, Any] = {None: rows}
-        if hasattr(rows, "select") and len(names := treebanks_of(rows)) > 1:  # which a code may join
-            banks = list(rows["treebank"])
-            parts = {name: rows.select([i for i, bank in enumerate(banks) if str(bank) == name]) for name in names}
+        if len(names := list(dict.fromkeys(banks))) > 1:  # which a code may join
+            parts = {name: rows.select([i for i, bank in enumerate(banks) if bank == name]) for name in names}
         there = task.scorable({bank or language: task.examples(part) for bank, part in parts.items()}, split)
         found[language] = {bank: there[bank or language] for bank in parts if (bank or language) in there}
     return found

@@ -16,11 +16,14 @@ from fastmask.torch_path.measured import SIZES, gains
 from fastmask.torch_path.onednn import by_onednn
 from fastmask.torch_path.scratch import LEFT, PRODUCT, ROWS, Scratch, gather
 
-__all__ = ["Live", "Tensors", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples", "speed"]
+__all__ = [
+    "HALF", "Live", "Tensors", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples", "speed",
+]  # fmt: skip
 
 GAP = 16  # numbers between rows that are read by columns
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
 TURNED_TOKENS = 512  # whose factors are transposed at once
+HALF = (torch.bfloat16, torch.float16)
 MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
 
 Tensors = Sequence[Tensor]
@@ -144,7 +147,7 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def speed(x: Tensor, tokens: int) -> float:
     """How many times as fast products of so many tokens with x are as in float32, on this CPU, as first measured."""
-    if x.dtype not in (torch.bfloat16, torch.float16) or not x.is_cpu:
+    if x.dtype not in HALF or not x.is_cpu:
         return 1.0
     near = min(range(len(SIZES)), key=lambda number: abs(math.log(SIZES[number][0] / max(1, tokens))))
     return _speeds(x.dtype)[near]

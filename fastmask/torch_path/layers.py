@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmask.kept import Kept
 from fastmask.masks import FULL, UNPACKED, Mask
-from fastmask.torch_path.gemm import Tensors, by_onednn, cast, products, speed
+from fastmask.torch_path.gemm import HALF, Tensors, by_onednn, cast, products, speed
 from fastmask.torch_path.split import Split, languages_of, split_of
 from fastmask.torch_path.tiles import Tiles
 from fastmask.torch_path.units import Units
@@ -30,7 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 NONE = ""  # the name of no activation function
-HALF = (torch.bfloat16, torch.float16)
 
 
 class Layers(NamedTuple):
@@ -72,11 +71,13 @@ class Batch(NamedTuple):
     """What the passes of layers know of a batch: tables of each mask, where the examples of each language are.
 
     gated: the tables once more, if the batch is to be run with gates.
+    packs: whether that is slower than with packed units, with all that comes between projections (`packing_pays`).
     """
 
     tables: Sequence[Table]
     split: Split
     gated: Sequence[Units]
+    packs: bool
 
 
 def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
@@ -97,8 +98,8 @@ def prepare(layers: Layers, x: Tensor, language_ids: Tensor) -> Batch:
         # A mask may outlive batches and numbers of tokens, of which there can be any number.
         for oldest in list(plans)[:-MOST_PLANS]:
             plans.pop(oldest, None)
-    split, is_gated = planned
-    return Batch(tables, split, tables if is_gated else ())  # type: ignore[arg-type]  # only units are gated
+    split, is_gated, packs = planned
+    return Batch(tables, split, tables if is_gated else (), packs)  # type: ignore[arg-type]  # only units are gated
 
 
 def forward(
@@ -112,7 +113,7 @@ def forward(
     Raises:
         ValueError: a language with more live units than the packed side holds.
     """
-    tables, split, gated = batch
+    tables, split, gated, _ = batch
     for width, table in zip(layers.widths, tables, strict=True):
         _check_packed(width, table, split)
     x = activate(x, layers.activation)
@@ -152,7 +153,7 @@ def backward(
     `kept` is what the forward pass left there. Half-precision weights are summed in float32 when several languages add
     to them. With `full_forward` only dW and db are of the languages, and zero at what they do not own.
     """
-    tables, split, gated = batch
+    tables, split, gated, _ = batch
     active, inside = activate(x, layers.activation), split.full if gated else split
     read = kept or (_read(layers, tables, weights, x, inside) if needs.x else ())
     if gated and gated[0].of_rows:
@@ -202,13 +203,14 @@ def _made(mask: Mask, packed: bool) -> Table:
     return Units(mask, packed) if mask.kind in ("rows", "columns") else Tiles(mask)
 
 
-def _planned(tables: Sequence[Table], split: Split, x: Tensor, full_forward: bool) -> tuple[Split, bool]:
-    """The split by masks that differ, and whether the batch is to be run with gates."""
+def _planned(tables: Sequence[Table], split: Split, x: Tensor, full_forward: bool) -> tuple[Split, bool, bool]:
+    """The split by masks that differ, whether to run the batch with gates, and whether it had better be packed."""
     split = split.merged([table.same_as for table in tables])
     units = [table for table in tables if isinstance(table, Units)]
     can = len(units) == len(tables) and (units[0].of_rows or len(units) == 1)
     masked = can and any(not table.whole(language) for table in units for language in split.present)
-    return split, masked and is_cheaper(units, x, split, full_forward)
+    gated = masked and is_cheaper(units, x, split, full_forward)
+    return split, gated, not (gated and is_cheaper(units, x, split, full_forward, True))
 
 
 # What the two ways cost, in multiply-adds of float32; fitted to times of projections of width 384 and 768, 3 to 16
@@ -225,8 +227,7 @@ def packing_pays(masks: Sequence[Mask], x: Tensor, language_ids: Tensor) -> bool
 
     If not, all are best multiplied whole, as if every language were the full network, and units stay in their slots.
     """
-    _, split, gated = prepare(Layers(masks, [UNPACKED] * len(masks)), x, language_ids)
-    return not (gated and is_cheaper(gated, x, split, False, True))
+    return prepare(Layers(masks, [UNPACKED] * len(masks)), x, language_ids).packs
 
 
 def is_cheaper(

@@ -32,7 +32,7 @@ class Tiles:
         self.N, self.K, (self.bn, self.bk), self.kind = mask.out_features, mask.in_features, mask.geometry, mask.kind
         self.words = mask.index.detach()
         self.density = [*(live / (self.N * self.K) for live in mask.extents.tolist()), 1.0]  # the last is that of FULL
-        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}
+        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool, bool]] = {}
         self._places: dict[tuple[int, bool], list[Tensor]] = {}
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}
 

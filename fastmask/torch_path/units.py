@@ -39,7 +39,7 @@ class Units:
             self.size, self.other = self.other, self.size
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
-        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool]] = {}
+        self.plans: dict[tuple[Hashable, ...], tuple[Split, bool, bool]] = {}
         self._grouped: tuple[tuple[tuple[int, ...], tuple[bool, ...]], list[tuple[slice, Live | None]]] | None = None
 
     @cached_property

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from processes import start_process
 from safetensors.torch import load_file
 from toy_run import LANGUAGES, assert_same_weights, metrics, toy_config, toy_data, toy_parser, toy_task
@@ -24,7 +26,7 @@ from fastmask.settings import ConfigError
 from fastmask.tasks.parsing.evaluation import encode, parse
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
-from fastmask.training import run_folder
+from fastmask.training import engine, run_folder
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
 from fastmask.training.methods import SwitchPoint, some_rows
 
@@ -387,3 +389,11 @@ def test_resumed_dynamic_run_ends_like_the_unbroken_one(
     for name in ("masks.safetensors", "dynamic.safetensors"):
         ours, theirs = (load_file(run.run / name) for run in (resumed, unbroken_dynamic))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_model_split_over_processes_is_refused(monkeypatch):
+    """What accelerate was set up for is said before anything is built."""
+    set_up = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(engine, "Accelerator", lambda **_: set_up)
+    with pytest.raises(ConfigError, match=r"accelerate is set to FSDP \(expected DistributedDataParallel"):
+        engine.accelerator_for("cpu", "no")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fastmask.files import FileError, StrPath
-from fastmask.tasks.data.conllu import write_texts
+from fastmask.tasks.data.conllu import Sentence, read_texts, with_columns, write_texts
 
 if TYPE_CHECKING:
     from fastmask.tasks.task import Task
@@ -79,6 +79,32 @@ def predicted_lines(task: Task, source: StrPath, target: StrPath) -> int:
                 except (ValueError, KeyError) as error:
                     raise FileError(f"{os.fspath(source)}, row {number}", str(error)) from None
             raise
+
+    return write_texts(target, predicted())
+
+
+def predicted_sentences(
+    source: StrPath, target: StrPath, predict: Callable[[list[Sentence]], Iterable[Mapping[int, Sequence[str]]]]
+) -> int:
+    """Read CoNLL-U, write it with what `predict` says of some columns of each sentence; return how many there are.
+
+    All else stays byte for byte, line endings and a byte order mark included. The file may be of any length.
+
+    Args:
+        source: UTF-8 CoNLL-U, a file or ``/dev/stdin``; HEAD and DEPREL may hold anything.
+        target: as in `predicted_lines`.
+        predict: of some sentences, for each the new values of its words by column.
+
+    Raises:
+        ConlluError: the source is not CoNLL-U.
+        OSError: it cannot be read, or the target not written.
+    """
+
+    def predicted() -> Iterator[str]:
+        sentences = read_texts(source, require_tree=False)
+        while chunk := list(itertools.islice(sentences, CHUNK)):
+            for (_, text), columns in zip(chunk, predict([sentence for sentence, _ in chunk]), strict=True):
+                yield with_columns(text, columns)
 
     return write_texts(target, predicted())
 

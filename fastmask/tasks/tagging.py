@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from torch import nn
 
 from fastmask.errors import unknown
 from fastmask.settings import ConfigError, setting
-from fastmask.tasks.data.conllu import read_texts, with_upos, write_texts
+from fastmask.tasks.data.conllu import UPOS, Sentence
 from fastmask.tasks.data.head_direction import direction_profile, direction_similarity
-from fastmask.tasks.predicting import CHUNK
+from fastmask.tasks.predicting import predicted_sentences
 from fastmask.tasks.pretrained import WordPieces
 from fastmask.tasks.task import Rows, Splits, TaskSettings
 from fastmask.tasks.transformers_task import (
@@ -171,14 +170,11 @@ class Tagging(TransformersTask):
         if self.options.label_column != "upos" or Path(source).suffix in (".json", ".jsonl", ".ndjson"):
             return super().predict_file(source, target)
 
-        def tagged() -> Iterator[str]:
-            sentences = read_texts(source, require_tree=False)
-            while chunk := list(itertools.islice(sentences, CHUNK)):
-                found = self.predict(self.examples({self.options.text_column: s.words} for s, _ in chunk))
-                for (_, text), tags in zip(chunk, found, strict=True):
-                    yield with_upos(text, tags)
+        def tagged(sentences: list[Sentence]) -> list[dict[int, list[str]]]:
+            rows = [{self.options.text_column: sentence.words} for sentence in sentences]
+            return [{UPOS: tags} for tags in self.predict(self.examples(rows))]
 
-        return write_texts(target, tagged())
+        return predicted_sentences(source, target, tagged)
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
         column = self.options.label_column

@@ -11,7 +11,6 @@ from toy_parser import SENTENCES, small_parser
 
 from fastmask.tasks.data.conllu import read_sentences
 from fastmask.tasks.parsing.evaluation import (
-    CHUNK,
     cut,
     encode,
     join,
@@ -23,6 +22,7 @@ from fastmask.tasks.parsing.evaluation import (
 from fastmask.tasks.parsing.features import TrigramFeatures
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
+from fastmask.tasks.predicting import CHUNK
 
 
 class CountedFeatures(TrigramFeatures):

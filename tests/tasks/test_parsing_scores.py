@@ -11,7 +11,7 @@ import pytest
 from toy_parser import small_parser
 from udtools.udeval import evaluate, load_conllu
 
-from fastmask.tasks.data.conllu import read_sentences, with_tree
+from fastmask.tasks.data.conllu import DEPREL, HEAD, read_sentences, with_columns
 from fastmask.tasks.parsing.biaffine import maximum_spanning_trees
 from fastmask.tasks.parsing.features import TrigramFeatures
 from fastmask.tasks.parsing.task import Parsing
@@ -82,7 +82,8 @@ def test_the_numbers_are_those_of_the_official_scorer(ud_dir: Path, subtypes: st
         if subtypes == "drop":  # as a parser without subtypes predicts
             trees = [(heads, [name.partition(":")[0] for name in names]) for heads, names in trees]
         predicted = [
-            with_tree(s.conllu, heads.tolist(), names) for s, (heads, names) in zip(sentences, trees, strict=True)
+            with_columns(s.conllu, {HEAD: [str(head) for head in heads], DEPREL: names})
+            for s, (heads, names) in zip(sentences, trees, strict=True)
         ]
         sides = ([sentence.conllu for sentence in sentences], predicted)
         official = evaluate(*(load_conllu(StringIO("".join(b + "\n\n" for b in side)), "", {}) for side in sides))

@@ -14,7 +14,7 @@ from toy_parser import SENTENCES, conllu
 from transformers import PreTrainedTokenizerFast
 
 from fastmask.settings import ConfigError
-from fastmask.tasks.data.conllu import with_upos
+from fastmask.tasks.data.conllu import UPOS, with_columns
 from fastmask.tasks.pretrained import WordPieces
 from fastmask.tasks.tagging import Tagging
 from fastmask.tasks.transformers_task import Examples
@@ -157,10 +157,10 @@ def test_predictions_of_treebanks_change_upos_only(tagger, tmp_path):
         r"(?m)^((?:[^\t\n]*\t){3})[^\t]*", r"\1_", text
     )
     assert re.findall(r"(?m)^\d(?:\t[^\t]*){2}\t([^\t]*)", found) == [tag for of in tags for tag in of]
-    with pytest.raises(ValueError, match="1 tags for a sentence of 4 words"):
-        with_upos(conllu(SENTENCES[0]), ["X"])
+    with pytest.raises(ValueError, match="1 values of UPOS for a sentence of 4 words"):
+        with_columns(conllu(SENTENCES[0]), {UPOS: ["X"]})
     with pytest.raises(ValueError, match="holds white space"):
-        with_upos(conllu(SENTENCES[1]), ["a b"])
+        with_columns(conllu(SENTENCES[1]), {UPOS: ["a b"]})
 
 
 def test_unknown_tags_of_a_support_set(tagger):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from conllu.parser import parse_comment_line, parse_id_value
 
 from fastmask.files import STDOUT, StrPath, replace_file
 
-COLUMNS = 10
-ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC = range(COLUMNS)
+NAMES = ("ID", "FORM", "LEMMA", "UPOS", "XPOS", "FEATS", "HEAD", "DEPREL", "DEPS", "MISC")
+ID, FORM, LEMMA, UPOS, XPOS, FEATS, HEAD, DEPREL, DEPS, MISC = range(len(NAMES))
 NO_HEAD = -1
 
 _BOM = "\ufeff"
@@ -117,51 +117,30 @@ def read_texts(path: StrPath, require_tree: bool = True) -> Iterator[tuple[Sente
     yield _sentence(lines, path, first, require_tree), "".join(text)
 
 
-def with_tree(conllu_block: str, heads: Sequence[int], deprels: Sequence[str]) -> str:
-    """Return the block with columns 7 (HEAD) and 8 (DEPREL) of its n word lines replaced, all else byte for byte.
+def with_columns(block: str, columns: Mapping[int, Sequence[str]]) -> str:
+    """Return the block with some columns of its n word lines replaced, all else byte for byte.
 
     Args:
-        conllu_block: one sentence, as in `Sentence.conllu` or from `read_texts`.
-        heads: n integers in 0..n, 0 for the root.
-        deprels: n labels.
+        block: one sentence, as in `Sentence.conllu` or from `read_texts`.
+        columns: which column (`UPOS`, `HEAD`, `DEPREL`, ...) -> its n values.
 
     Raises:
-        ValueError: a length differs from the number of words, a head is out of range, or a label is empty or holds
-            white space.
+        ValueError: another number of values, or one that is empty or holds white space.
     """
-    n = sum(_WORD_LINE.match(line) is not None for line in conllu_block.split("\n"))
-    if len(heads) != n or len(deprels) != n:
-        raise ValueError(
-            f"{len(heads)} heads and {len(deprels)} deprels for a sentence of {n} words (expected {n} each)"
-        )
-    for word, head in enumerate(heads, start=1):
-        if not 0 <= head <= n:
-            raise ValueError(f"head {head} of word {word} is out of range (expected 0..{n})")
-    with_heads = _with_column(conllu_block, HEAD, [str(head) for head in heads], "head")
-    return _with_column(with_heads, DEPREL, deprels, "deprel")
-
-
-def with_upos(conllu_block: str, upos: Sequence[str]) -> str:
-    """Return the block with column 4 (UPOS) of its n word lines replaced by n tags, all else byte for byte.
-
-    Raises:
-        ValueError: another number of tags, or one that is empty or holds white space.
-    """
-    return _with_column(conllu_block, UPOS, upos, "tag")
-
-
-def _with_column(conllu_block: str, column: int, values: Sequence[str], what: str) -> str:
-    """Replace one column of the word lines, all else byte for byte."""
-    lines = conllu_block.split("\n")
+    lines = block.split("\n")
     places = [i for i, line in enumerate(lines) if _WORD_LINE.match(line)]
-    if len(values) != len(places):
-        raise ValueError(f"{len(values)} {what}s for a sentence of {len(places)} words (expected {len(places)})")
-    for word, (place, value) in enumerate(zip(places, values, strict=True), start=1):
-        if not value or any(character.isspace() for character in value):
-            raise ValueError(f"{what} {value!r} of word {word} is empty or holds white space")
-        columns = lines[place].split("\t")
-        columns[column] = value
-        lines[place] = "\t".join(columns)
+    for column, values in columns.items():
+        name = NAMES[column]
+        if len(values) != len(places):
+            raise ValueError(
+                f"{len(values)} values of {name} for a sentence of {len(places)} words (expected {len(places)})"
+            )
+        for word, (place, value) in enumerate(zip(places, values, strict=True), start=1):
+            if not value or any(character.isspace() for character in value):
+                raise ValueError(f"{name} {value!r} of word {word} is empty or holds white space")
+            cells = lines[place].split("\t")
+            cells[column] = value
+            lines[place] = "\t".join(cells)
     return "\n".join(lines)
 
 
@@ -212,8 +191,8 @@ def _sentence(block: list[str], path: StrPath, first: int, require_tree: bool) -
             continue
         started = True
         columns = line.split("\t")
-        if len(columns) != COLUMNS:
-            raise ConlluError(path, number, f"{len(columns)} columns (expected {COLUMNS}, separated by tabs)")
+        if len(columns) != len(NAMES):
+            raise ConlluError(path, number, f"{len(columns)} columns (expected {len(NAMES)}, separated by tabs)")
         if not columns[FORM]:
             raise ConlluError(path, number, "FORM is empty (expected a word form)")
 

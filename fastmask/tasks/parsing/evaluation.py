@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from fastmask.files import StrPath
-from fastmask.tasks.data.conllu import read_texts, with_tree, write_texts
+from fastmask.tasks.data.conllu import DEPREL, HEAD, Sentence
 from fastmask.tasks.parsing.batch import Encoded
 from fastmask.tasks.parsing.features import Features
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS
-from fastmask.tasks.predicting import CHUNK, like_lengths
+from fastmask.tasks.predicting import like_lengths, predicted_sentences
 
 Tree = tuple[np.ndarray, list[str]]  # heads, 0 for the root, and labels
 
@@ -87,34 +87,23 @@ def parse(parser: Parser, encoded: Encoded, batch_size: int = 64) -> list[Tree]:
 
 
 def predict_file(parser: Parser, in_path: StrPath, out_path: StrPath) -> int:
-    """Parse a CoNLL-U file into another one and return the number of sentences.
+    """Parse a CoNLL-U file into another one and return the number of sentences; see `predicted_sentences`.
 
-    Only HEAD and DEPREL of words change: all else stays byte for byte, line endings and a byte order mark included.
-    Every sentence gets a tree with one root, labelled ``root`` as no other word is. A regular file appears under its
-    name once it is complete; the input may be of any length, and so may a sentence.
-
-    Args:
-        parser: its encoder may be attached.
-        in_path: UTF-8 CoNLL-U, a file or ``/dev/stdin``; HEAD and DEPREL may hold anything. The small model reads UPOS,
-            and warns where it is missing.
-        out_path: where to write; may be `in_path`, a pipe or ``/dev/stdout``.
-
-    Raises:
-        ConlluError: the input is not CoNLL-U.
-        OSError: the input cannot be read, or the output not written.
+    Only HEAD and DEPREL of words change. Every sentence gets a tree with one root, labelled ``root`` as no other word
+    is. The small model reads UPOS, and warns where it is missing.
     """
+    noticed = _Noticed(parser)
 
-    def predicted() -> Iterator[str]:
-        sentences, noticed = read_texts(in_path, require_tree=False), _Noticed(parser)
-        while chunk := list(itertools.islice(sentences, CHUNK)):
-            rows = [vars(sentence) for sentence, _ in chunk]
-            encoded = parser.features.encode(rows, parser.vocabulary)
-            noticed.look(encoded, rows)
-            for (_, text), (heads, labels) in zip(chunk, parse(parser, encoded), strict=True):
-                yield with_tree(text, heads.tolist(), labels)
-        noticed.warn(tags=True)
+    def trees(sentences: list[Sentence]) -> Iterator[dict[int, Sequence[str]]]:
+        rows = [vars(sentence) for sentence in sentences]
+        encoded = parser.features.encode(rows, parser.vocabulary)
+        noticed.look(encoded, rows)
+        for heads, labels in parse(parser, encoded):
+            yield {HEAD: [str(head) for head in heads.tolist()], DEPREL: labels}
 
-    return write_texts(out_path, predicted())
+    count = predicted_sentences(in_path, out_path, trees)
+    noticed.warn(tags=True)
+    return count
 
 
 # ---- sentences that are longer than the encoder: left out of training, and parsed in windows whose trees are joined

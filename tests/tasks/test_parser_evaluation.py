@@ -13,7 +13,6 @@ from toy_parser import SENTENCES, rows, small_parser
 from udtools.validator import Validator
 
 from fastmask.tasks.data.conllu import ConlluError, read_sentences
-from fastmask.tasks.parsing.evaluation import encode, parse, predict_file
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import Vocabulary
@@ -30,10 +29,10 @@ BLOCK = """# sent_id = 1
 def test_order_is_restored_whatever_the_batches() -> None:
     """Trees come back in the order of their sentences, whatever the batches."""
     parser = small_parser().eval()
-    data = encode(parser, rows() * 3)
-    singles = [parse(parser, encode(parser, [row]))[0] for row in rows() * 3]
+    data = Parsing(parser).examples(rows() * 3)
+    singles = [Parsing(parser).predict(Parsing(parser).examples([row]))[0] for row in rows() * 3]
     for size in (1, 2, 64):
-        found = parse(parser, data, batch_size=size)
+        found = Parsing(parser).predict(data, batch_size=size)
         assert [(h.tolist(), d) for h, d in found] == [(h.tolist(), d) for h, d in singles]
 
 
@@ -47,7 +46,7 @@ def test_evaluation_scores_and_leaves_the_training_alone() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert parser.training
     assert all(module.training for module in parser.modules())
-    trees = parse(parser, encode(parser, rows()))
+    trees = Parsing(parser).predict(Parsing(parser).examples(rows()))
     right = sum(
         int(h == g)
         for (heads, _), row in zip(trees, rows(), strict=True)
@@ -61,7 +60,7 @@ def test_predict_file_changes_heads_and_labels_only(tmp_path) -> None:
     """Multiword tokens, empty nodes, comments and other columns survive prediction."""
     source, target = tmp_path / "in.conllu", tmp_path / "out.conllu"
     source.write_text("\n\n".join([BLOCK] * 700) + "\n\n", encoding="utf-8")  # more than one chunk
-    assert predict_file(small_parser(), source, target) == 700
+    assert Parsing(small_parser()).predict_file(source, target) == 700
     found = target.read_text(encoding="utf-8").strip().split("\n\n")
     assert len(found) == 700
     for before, after in zip(BLOCK.split("\n"), found[-1].split("\n"), strict=True):
@@ -78,11 +77,11 @@ def test_predict_file_says_what_is_wrong(tmp_path) -> None:
     source, target = tmp_path / "in.conllu", tmp_path / "out.conllu"
     source.write_text(BLOCK + "\n\n1\tbroken\n\n", encoding="utf-8")
     with pytest.raises(ConlluError, match="columns"):
-        predict_file(small_parser(), source, target)
+        Parsing(small_parser()).predict_file(source, target)
     assert [path.name for path in tmp_path.iterdir()] == ["in.conllu"]
     source.write_text(BLOCK.replace("NOUN", "_") + "\n\n", encoding="utf-8")
     with pytest.warns(UserWarning, match="1 words have no UPOS"):
-        predict_file(small_parser(), source, target)
+        Parsing(small_parser()).predict_file(source, target)
     with pytest.raises(ValueError, match="no subnetworks attached"), Parsing(small_parser()).reading("en"):
         pass
 
@@ -97,7 +96,7 @@ def test_predict_changes_nothing_else_in_any_file(tmp_path_factory, content: byt
     """All but HEAD and DEPREL of words stays byte for byte, and the trees that are written are trees."""
     folder = tmp_path_factory.mktemp("any")
     (folder / "in").write_bytes(content)
-    predict_file(ANY_PARSER, folder / "in", folder / "out")
+    Parsing(ANY_PARSER).predict_file(folder / "in", folder / "out")
     written = (folder / "out").read_bytes()
     assert head_and_deprel_away(written) == head_and_deprel_away(content)
     for before, after in zip(read_sentences(folder / "in", False), read_sentences(folder / "out", False), strict=True):
@@ -113,7 +112,7 @@ def test_an_input_is_not_refused_for_what_is_overwritten(tmp_path) -> None:
     heads = ["_", "", "-1", "1", "3", "99999999999", "x", "0.5", "0", " "]
     text = "".join(f"1\ta\t_\tNOUN\t_\t_\t{head}\t{head}\t_\t_\n2\tb" + "\t_" * 8 + "\n\n" for head in heads)
     source.write_text(text)
-    assert predict_file(small_parser(), source, target) == len(heads)
+    assert Parsing(small_parser()).predict_file(source, target) == len(heads)
     assert len({sentence.heads for sentence in read_sentences(target)}) == 1  # and makes no difference
 
 
@@ -129,7 +128,9 @@ def test_only_the_root_is_labelled_root(labels, seed) -> None:
     parser = Parser.small(Vocabulary(labels, ["NOUN"], "keep"), 1, 2, 8, 32, buckets=64, max_positions=32)
     torch.nn.init.normal_(parser.arcs.bilinear.weight)
     torch.nn.init.normal_(parser.labels.forms)
-    for sentence, (heads, names) in zip(SENTENCES, parse(parser, encode(parser, rows())), strict=True):
+    for sentence, (heads, names) in zip(
+        SENTENCES, Parsing(parser).predict(Parsing(parser).examples(rows())), strict=True
+    ):
         assert [name.partition(":")[0] == "root" for name in names] == [head == 0 for head in heads]
         assert set(names) <= {*labels, "root", "dep"}
         assert len(names) == len(sentence["words"])
@@ -138,7 +139,7 @@ def test_only_the_root_is_labelled_root(labels, seed) -> None:
 def test_labels_are_the_best_of_those_that_are_allowed() -> None:
     """A label may differ from the best of all only where that one is not allowed."""
     parser = small_parser(seed=3).eval()
-    batch = parser.features.collate(encode(parser, rows()))
+    batch = parser.features.collate(Parsing(parser).examples(rows()))
     heads, names = parser.predict(batch)
     states = parser.encode(batch)
     changed = 0
@@ -164,7 +165,7 @@ def test_real_treebanks_stay_valid(ud_dir, tmp_path) -> None:
         parser = Parser.small(vocabulary, 1, 2, 8, 32, buckets=64)
         torch.nn.init.normal_(parser.arcs.bilinear.weight)
         torch.nn.init.normal_(parser.labels.forms)
-        predict_file(parser, source, target)
+        Parsing(parser).predict_file(source, target)
         assert faults(target) <= faults(source), path
 
 
@@ -180,32 +181,32 @@ def test_where_predictions_are_written(tmp_path, out: str) -> None:
     """What is no regular file is written into and stays, a link's target is replaced, the input may be the output."""
     source, target = tmp_path / "in", tmp_path / "out"
     source.write_text("\n\n".join(row["conllu"] for row in rows()) + "\n\n")
-    predict_file(small_parser(), source, tmp_path / "expected")
+    Parsing(small_parser()).predict_file(source, tmp_path / "expected")
     expected = (tmp_path / "expected").read_bytes()
     if out == "fifo":
         os.mkfifo(target)
         read: list[bytes] = []
         reader = threading.Thread(target=lambda: read.append(target.read_bytes()), daemon=True)
         reader.start()
-        predict_file(small_parser(), source, target)
+        Parsing(small_parser()).predict_file(source, target)
         reader.join(60)
         assert read == [expected]
         assert target.is_fifo()
     elif out == "link":
         (tmp_path / "kept").write_text("old")
         target.symlink_to("kept")
-        predict_file(small_parser(), source, target)
+        Parsing(small_parser()).predict_file(source, target)
         assert target.is_symlink()
         assert (tmp_path / "kept").read_bytes() == expected
     elif out == "itself":
-        predict_file(small_parser(), source, source)
+        Parsing(small_parser()).predict_file(source, source)
         assert source.read_bytes() == expected
     else:
         try:  # one of our own: a fault must not cost the machine its /dev/null
             os.mknod(target, stat.S_IFCHR | 0o600, os.makedev(1, 3))
         except PermissionError:
             pytest.skip("only root can make devices")
-        predict_file(small_parser(), source, target)
+        Parsing(small_parser()).predict_file(source, target)
         assert target.is_char_device()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -213,7 +214,7 @@ def test_where_predictions_are_written(tmp_path, out: str) -> None:
 def test_an_input_that_is_missing_is_not_called_an_output(tmp_path) -> None:
     """The message must name the file that cannot be read."""
     with pytest.raises(FileNotFoundError) as error:
-        predict_file(small_parser(), tmp_path / "nowhere", tmp_path / "out")
+        Parsing(small_parser()).predict_file(tmp_path / "nowhere", tmp_path / "out")
     assert error.value.filename == str(tmp_path / "nowhere")
     assert "cannot write" not in str(error.value)
 
@@ -236,10 +237,10 @@ def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
     import fastmask as fm
 
     parser = small_parser().eval()
-    full = parser(parser.features.collate(encode(parser, rows()))).arc_scores
+    full = parser(parser.features.collate(Parsing(parser).examples(rows()))).arc_scores
     heads = torch.tensor([[[True, False], [True, True]], [[False, True], [False, True]]])
     fm.attach(parser.encoder, fm.Subnetworks(["de", "en"], heads=heads))
-    batch = parser.features.collate(encode(parser, rows()))
+    batch = parser.features.collate(Parsing(parser).examples(rows()))
     mixed = parser(batch, torch.tensor([-1, 0, 1])).arc_scores
     torch.testing.assert_close(mixed[0], full[0], rtol=1e-5, atol=1e-5)
     for row, code in ((1, "de"), (2, "en")):
@@ -252,10 +253,10 @@ def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
     task = Parsing(parser)
     with task.reading("en"):
         task.predict_file(str(source), str(tmp_path / "en.conllu"))
-        trees = parse(parser, encode(parser, rows()))
+        trees = Parsing(parser).predict(Parsing(parser).examples(rows()))
     lines = [line.split("\t") for line in (tmp_path / "en.conllu").read_text().splitlines() if line]
     assert [int(line[6]) for line in lines] == [int(head) for heads, _ in trees for head in heads]
     with pytest.raises(KeyError, match="'enn'"), task.reading("enn"):
         pass
     with pytest.raises(ValueError, match="no language was given"):
-        parse(parser, encode(parser, rows()))
+        Parsing(parser).predict(Parsing(parser).examples(rows()))

@@ -12,10 +12,11 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers,
 from toy_parser import SENTENCES
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
-from fastmask.tasks.parsing.batch import Encoded, flat_ranges
 from fastmask.tasks.parsing.features import (
+    Encoded,
     PieceFeatures,
     TrigramFeatures,
+    flat_ranges,
     trigrams,
 )
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary

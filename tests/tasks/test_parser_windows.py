@@ -10,16 +10,7 @@ from hypothesis import strategies as st
 from toy_parser import SENTENCES, small_parser
 
 from fastmask.tasks.data.conllu import read_sentences
-from fastmask.tasks.parsing.evaluation import (
-    cut,
-    encode,
-    join,
-    parse,
-    predict_file,
-    rows_that_fit,
-    too_long,
-)
-from fastmask.tasks.parsing.features import TrigramFeatures
+from fastmask.tasks.parsing.features import TrigramFeatures, cut, join
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.tasks.parsing.vocabulary import IGNORE, Vocabulary
 from fastmask.tasks.predicting import CHUNK
@@ -59,7 +50,7 @@ def test_windows_hold_the_most_words_that_fit(sizes: list[list[int]]) -> None:
             assert windows[0].heads.tolist() == whole.heads.tolist()
         else:
             assert {head for window in windows for head in window.heads.tolist()} == {IGNORE}
-    assert too_long(features, encoded).tolist() == [row for row, words in enumerate(sizes) if sum(words) > 7]
+    assert features.too_long(encoded).tolist() == [row for row, words in enumerate(sizes) if sum(words) > 7]
 
 
 def test_trees_of_windows_become_one_tree() -> None:
@@ -97,17 +88,17 @@ def test_a_long_sentence_is_parsed_as_its_windows_and_disturbs_no_other() -> Non
     long = [f"w{i}" for i in range(70)]
     rows = [sentence_of(words) for words in (["a", "b"], long, ["c"], long[:31])]
     with pytest.warns(UserWarning, match=r"1 of 4 sentences do not fit .* 32 positions .* sentence 2 with 70 words"):
-        data = encode(parser, rows)
-    found = parse(parser, data, batch_size=2)
+        data = Parsing(parser).examples(rows)
+    found = Parsing(parser).predict(data, batch_size=2)
     windows = [sentence_of(long[first : first + 31]) for first in (0, 31, 62)]
-    trees = parse(parser, encode(parser, windows))
+    trees = Parsing(parser).predict(Parsing(parser).examples(windows))
     (heads, labels), *others = join(trees, np.array([0, 3]), "nsubj")  # the label that is most frequent
     assert not others
     assert found[1][0].tolist() == heads.tolist()
     assert found[1][1] == labels
     assert parser.vocabulary.loose == "nsubj"
     for row in (0, 2, 3):
-        (alone,) = parse(parser, encode(parser, [rows[row]]))
+        (alone,) = Parsing(parser).predict(Parsing(parser).examples([rows[row]]))
         assert (found[row][0].tolist(), found[row][1]) == (alone[0].tolist(), alone[1])
     gold = [label for row in rows for label in row["deprels"]]
     right = [
@@ -126,7 +117,7 @@ def test_a_long_sentence_loses_no_file_and_is_named_once(tmp_path) -> None:
     (tmp_path / "in").write_text(text + long)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
-        assert predict_file(small_parser(), tmp_path / "in", tmp_path / "out") == CHUNK + 2
+        assert Parsing(small_parser()).predict_file(tmp_path / "in", tmp_path / "out") == CHUNK + 2
     assert [str(warning.message) for warning in given] == [
         f"2 of {CHUNK + 2} sentences do not fit into the encoder's 32 positions and are parsed in parts; the first is "
         "sentence 1 (first) with 600 words"
@@ -136,15 +127,17 @@ def test_a_long_sentence_loses_no_file_and_is_named_once(tmp_path) -> None:
 
 def test_sentences_to_learn_from_are_left_out_if_they_are_too_long() -> None:
     """A sentence cannot be learnt in parts; the others are, and an error says that there are none."""
-    features, vocabulary = TrigramFeatures(64, max_positions=4), Vocabulary.build(SENTENCES)
-    encoded = features.encode([sentence_of(["a"] * n) for n in (2, 4, 3, 5)], vocabulary)
-    with pytest.warns(UserWarning, match="2 of 4 support sentences are left out: they need more than 4 positions"):
-        assert rows_that_fit(features, encoded, "support sentences").tolist() == [0, 2]
-    with pytest.warns(UserWarning, match="de: 3 of 4 .* 3 positions"):
-        assert rows_that_fit(features, encoded, "support sentences", "de", 3).tolist() == [0]
-    with pytest.raises(ValueError, match="none of the 2 support sentences fits into 4 positions"):
-        rows_that_fit(features, encoded.select(np.array([1, 3])), "support sentences")
-    assert len(rows_that_fit(features, encoded.select(np.array([], dtype=int)), "support sentences")) == 0
+    rows = [sentence_of(["a"] * n) for n in (2, 4, 3, 5, 40)]
+    task = Parsing(small_parser(), max_length=100)  # its encoder has 32 positions
+    with pytest.warns(UserWarning, match="de: 1 of 5 support sentences are left out: they need more than 32 positions"):
+        assert task.training_examples(rows, "de", "support").lengths.tolist() == [2, 4, 3, 5]
+    task = Parsing(small_parser(), max_length=4)
+    with pytest.warns(UserWarning, match="de: 3 of 5 .* 4 positions"):
+        assert task.training_examples(rows, "de", "support").lengths.tolist() == [2, 3]
+    with pytest.raises(ValueError, match="de: none of the 2 support sentences fits into 4 positions"):
+        task.training_examples([rows[1], rows[3]], "de", "support")
+    with pytest.raises(ValueError, match="language 'de' has no support sentences"):
+        task.training_examples([], "de", "support")
 
 
 def test_an_opened_parser_leaves_out_what_its_run_did(tmp_path) -> None:

@@ -100,7 +100,7 @@ class TestSupportLosses:
 
     def test_pieces(self):
         """Batches of subword pieces are repeated as those of trigrams are."""
-        from fastmask.tasks.parsing.batch import Batch
+        from fastmask.tasks.parsing.features import Batch
 
         parser, _ = parser_with_subnets()
         trigrams = parser.features.collate(support_of(parser))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import fastmask as fm
-from fastmask.tasks.parsing.batch import Encoded
+from fastmask.tasks.parsing.features import Encoded
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.unseen import with_union
 from tests.tasks.toy_parser import SENTENCES, small_parser

@@ -20,9 +20,8 @@ from fastmask.models.attach import attached, is_attached
 from fastmask.models.calls import plain_class_of
 from fastmask.models.contexts import evaluating
 from fastmask.records import Record
-from fastmask.tasks.parsing.batch import Batch
 from fastmask.tasks.parsing.biaffine import ArcScorer, LabelScorer, maximum_spanning_trees
-from fastmask.tasks.parsing.features import Features, PieceFeatures, TrigramFeatures
+from fastmask.tasks.parsing.features import Batch, Features, PieceFeatures, TrigramFeatures
 from fastmask.tasks.parsing.vocabulary import IGNORE, ROOT, UNSPECIFIED, Vocabulary
 from fastmask.tasks.pretrained import (
     check_fit,

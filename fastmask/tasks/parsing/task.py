@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,13 @@ from typing_extensions import Self
 
 from fastmask.files import StrPath
 from fastmask.settings import setting
-from fastmask.tasks.data.conllu import read_sentences
+from fastmask.tasks.data.conllu import DEPREL, HEAD, Sentence, read_sentences
 from fastmask.tasks.data.head_direction import direction_profile, direction_similarity
 from fastmask.tasks.data.treebanks import load_treebanks, trained_languages
-from fastmask.tasks.parsing.batch import Batch, Encoded
-from fastmask.tasks.parsing.evaluation import Tree, encode, parse, predict_file, rows_that_fit
+from fastmask.tasks.parsing.features import Batch, Encoded, Tree, cut, join
 from fastmask.tasks.parsing.parser import LanguageVectors, Parser
-from fastmask.tasks.parsing.vocabulary import SUBTYPES, Vocabulary, check_deprels, universal
+from fastmask.tasks.parsing.vocabulary import SUBTYPES, UNKNOWN_UPOS, Vocabulary, check_deprels, universal
+from fastmask.tasks.predicting import like_lengths, predicted_sentences
 from fastmask.tasks.pretrained import check_known
 from fastmask.tasks.task import Loss, Rows, Splits, Task, TaskSettings
 
@@ -132,15 +133,26 @@ class Parsing(Task):
             self.model.language_vectors = self.model.language_vectors.with_copy(like)
 
     def examples(self, rows: Rows) -> Encoded:
-        return encode(self.model, rows)
+        noticed = _Noticed(self.model)
+        encoded = noticed.encode(list(rows))
+        noticed.warn()
+        return encoded
 
     def training_examples(self, rows: Rows, name: str, kind: str = "training") -> Encoded:
         """Sentences as arrays, without those that are too long."""
+        features, limit = self.model.features, self.model.max_length
         select = getattr(rows, "select_columns", None)
-        every = self.model.features.encode(select(COLUMNS) if select else rows, self.model.vocabulary)
-        fits = rows_that_fit(self.model.features, every, f"{kind} sentences", name, self.model.max_length)
-        if not len(fits):
+        every = features.encode(select(COLUMNS) if select else rows, self.model.vocabulary)
+        if not len(every):
             raise ValueError(f"language {name!r} has no {kind} sentences")
+        room = features.max_positions if limit is None else min(limit, features.max_positions)
+        long = features.positions(every) > room
+        fits = np.flatnonzero((every.lengths > 0) & ~long)
+        if not len(fits):
+            raise ValueError(f"{name}: none of the {len(every)} {kind} sentences fits into {room} positions")
+        if long.any():
+            said = f"{long.sum()} of {len(every)} {kind} sentences are left out: they need more than {room} positions"
+            warnings.warn(f"{name}: {said}", stacklevel=2)
         return every.select(fits)
 
     def known_labels(self, rows: Sequence[Mapping[str, Any]], unknown: str = "fail") -> list[Mapping[str, Any]]:
@@ -164,7 +176,14 @@ class Parsing(Task):
         return Loss(found.loss, found.loss_per_sentence, batch.n_words)
 
     def predict(self, examples: Encoded, batch_size: int = 64) -> list[Tree]:
-        return parse(self.model, examples, batch_size)
+        """Heads and labels of every sentence, in order; one that is longer than the encoder is parsed in windows."""
+        features = self.model.features
+        windows, first = cut(features, examples)
+        trees: dict[int, Tree] = {}
+        for rows in like_lengths(features.positions(windows), batch_size, self.device):
+            batch = features.collate(windows.select(rows)).to(self.device)
+            trees.update(zip(rows.tolist(), zip(*self.model.predict(batch), strict=True), strict=True))
+        return join([trees[row] for row in range(len(windows))], first, self.model.vocabulary.loose)
 
     def score(self, examples: Encoded, predictions: Sequence[Tree]) -> dict[str, float]:
         """Percent of the words, punctuation included, with the right head and relation (LAS), and head (UAS).
@@ -179,8 +198,21 @@ class Parsing(Task):
         las = right & (relations == examples.relations)
         return {"las": 100 * float(las.mean()), "uas": 100 * float(right.mean())}
 
-    def predict_file(self, source: str, target: str) -> int:
-        return predict_file(self.model, source, target)
+    def predict_file(self, source: StrPath, target: StrPath) -> int:
+        """Parse a CoNLL-U file into another one; see `predicted_sentences`.
+
+        Only HEAD and DEPREL of words change. Every sentence gets a tree with one root, labelled ``root`` as no other
+        word is. The small model reads UPOS, and warns where it is missing.
+        """
+        noticed = _Noticed(self.model)
+
+        def trees(sentences: list[Sentence]) -> Iterator[dict[int, Sequence[str]]]:
+            for heads, labels in self.predict(noticed.encode([vars(sentence) for sentence in sentences])):
+                yield {HEAD: [str(head) for head in heads.tolist()], DEPREL: labels}
+
+        count = predicted_sentences(source, target, trees)
+        noticed.warn(tags=True)
+        return count
 
     def digest(self, examples: Encoded) -> str:
         """Of words, tags, heads and labels, in their order."""
@@ -203,3 +235,46 @@ class Parsing(Task):
     @classmethod
     def words_of(cls, row: Mapping[str, Any], options: TaskSettings) -> tuple[str, ...]:
         return tuple(row["words"])
+
+
+class _Noticed:
+    """What is noticed about sentences, of which a data set or a file has many, and said once."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+        self.sentences = self.words = self.long = self.unknown = self.untagged = 0
+        self.longest = ""  # not the longest one, but the first that is too long
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> Encoded:
+        """Some sentences, looked at."""
+        encoded = self.parser.features.encode(rows, self.parser.vocabulary)
+        long = self.parser.features.too_long(encoded)
+        if len(long) and not self.long:
+            row = int(long[0])
+            name = str(rows[row].get("sent_id") or "")
+            called = f" ({name if name.isprintable() else repr(name)})" if name else ""
+            self.longest = f"sentence {self.sentences + row + 1}{called} with {int(encoded.lengths[row])} words"
+        self.long += len(long)
+        self.sentences += len(encoded)
+        self.words += int(encoded.word_start[-1])
+        self.unknown += int(self.parser.features.unknown(encoded).sum())
+        self.untagged += int((encoded.upos == UNKNOWN_UPOS).sum())
+        return encoded
+
+    def warn(self, tags: bool = False) -> None:
+        """Say it; of missing tags only where asked: a language's test set may well have a tag that is new."""
+        if self.long:
+            warnings.warn(
+                f"{self.long} of {self.sentences} sentences do not fit into the encoder's "
+                f"{self.parser.features.max_positions} positions and are parsed in parts; the first is {self.longest}",
+                stacklevel=3,
+            )
+        if self.unknown > self.words / 2:
+            warnings.warn(
+                f"{self.unknown} of {self.words} words are unknown to the model's tokenizer: it reads nothing of them",
+                stacklevel=3,
+            )
+        if tags and self.untagged and self.parser.upos is not None:
+            warnings.warn(
+                f"{self.untagged} words have no UPOS, or one not seen in training; this model leans on it", stacklevel=3
+            )

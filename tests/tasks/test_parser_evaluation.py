@@ -3,6 +3,7 @@
 import os
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,7 +242,7 @@ def test_each_language_is_parsed_by_its_own_subnetwork(tmp_path) -> None:
     heads = torch.tensor([[[True, False], [True, True]], [[False, True], [False, True]]])
     fm.attach(parser.encoder, fm.Subnetworks(["de", "en"], heads=heads))
     batch = parser.features.collate(Parsing(parser).examples(rows()))
-    mixed = parser(batch, torch.tensor([-1, 0, 1])).arc_scores
+    mixed = parser(replace(batch, language_ids=torch.tensor([-1, 0, 1]))).arc_scores
     torch.testing.assert_close(mixed[0], full[0], rtol=1e-5, atol=1e-5)
     for row, code in ((1, "de"), (2, "en")):
         with fm.language(parser.encoder, code):

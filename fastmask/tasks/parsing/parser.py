@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastmask.files import FileError, StrPath, read_json, read_tensors, replace_file, write_text
+from fastmask.files import FileError, StrPath, read_json, read_tensors, replace_file, write_tensors, write_text
 from fastmask.models.attach import attached, is_attached
 from fastmask.models.calls import plain_class_of
 from fastmask.models.contexts import evaluating
@@ -155,6 +153,7 @@ class Parser(nn.Module):
             nn.init.normal_(self.upos.weight, std=scale)
             with torch.no_grad():
                 self.upos.weight[0].zero_()
+            encoder.get_input_embeddings().requires_grad_(False)  # type: ignore[operator] # which are never looked up
         else:
             self.trigrams = self.upos = None
         self.language_vectors: LanguageVectors | None = None  # of method `vector`
@@ -190,7 +189,6 @@ class Parser(nn.Module):
             attention_probs_dropout_prob=encoder_dropout,
         )
         encoder = BertModel(bert, add_pooling_layer=False)
-        encoder.embeddings.word_embeddings.weight.requires_grad_(False)
         return cls(encoder, TrigramFeatures(buckets, max_positions), vocabulary, config or ParserConfig())
 
     @classmethod
@@ -214,24 +212,9 @@ class Parser(nn.Module):
             return self.root
         return self.encoder.get_input_embeddings().weight  # type: ignore[operator]
 
-    def rates(self, head: float, encoder: float) -> dict[str, float]:
-        """Two learning rates by the beginning of parameters' names, as `fastmask.MetaLearner` takes them.
-
-        What makes the small encoder's input counts as encoder: the embeddings of words, tags and the root.
-        """
-        below = ["encoder"] if self.trigrams is None else ["encoder", "trigrams", "upos", "root"]
-        below += [] if self.language_vectors is None else ["language_vectors"]
-        return {"": head, **dict.fromkeys(below, encoder)}
-
-    def forward(self, batch: Batch, language_ids: Tensor | None = None) -> ParserOutput:
-        """Score all arcs, and the losses where the batch has gold heads.
-
-        Args:
-            batch: B sentences of at most W words.
-            language_ids: int64 [B], -1 for the full network; default `batch.language_ids`. None leaves the choice to
-                `fastmask.language`.
-        """
-        states = self.dropout(self.encode(batch, batch.language_ids if language_ids is None else language_ids))
+    def forward(self, batch: Batch) -> ParserOutput:
+        """Score all arcs of a batch, and the losses where it has gold heads."""
+        states = self.dropout(self.encode(batch))
         mask = batch.word_mask
         scores = self.arcs(states, mask)
         rows, columns = mask.nonzero(as_tuple=True)
@@ -246,9 +229,12 @@ class Parser(nn.Module):
         per_sentence = total.new_zeros(len(batch.lengths)).index_add(0, rows, total) / batch.lengths
         return ParserOutput(scores, states, per_sentence, total.mean())
 
-    def encode(self, batch: Batch, language_ids: Tensor | None = None) -> Tensor:
-        """Return the states [B, W + 1, D] of the root (first) and the words."""
-        attached_now = is_attached(self.encoder)
+    def encode(self, batch: Batch) -> Tensor:
+        """Return the states [B, W + 1, D] of the root (first) and the words.
+
+        A batch without language ids leaves the choice to `fastmask.language`.
+        """
+        attached_now, language_ids = is_attached(self.encoder), batch.language_ids
         extra = {"language_ids": language_ids} if attached_now and language_ids is not None else {}
 
         def with_vectors(inputs: Tensor) -> Tensor:
@@ -277,14 +263,14 @@ class Parser(nn.Module):
         return torch.cat([root, states[rows, batch.places]], dim=1)
 
     @torch.no_grad()
-    def predict(self, batch: Batch, language_ids: Tensor | None = None) -> tuple[list[np.ndarray], list[list[str]]]:
+    def predict(self, batch: Batch) -> tuple[list[np.ndarray], list[list[str]]]:
         """Return the heads (int arrays, 0 = root) of the best single-rooted trees and the labels of their arcs.
 
         The root is labelled ``root`` (or a subtype of it), and no other word is. Runs with dropout off and leaves every
         module in the mode it was in.
         """
         with evaluating(self):
-            states = self.encode(batch, batch.language_ids if language_ids is None else language_ids)
+            states = self.encode(batch)
             mask = batch.word_mask
             trees = maximum_spanning_trees(self.arcs(states, mask).cpu().numpy(), batch.lengths_list)
             rows, columns = mask.nonzero(as_tuple=True)
@@ -316,8 +302,8 @@ class Parser(nn.Module):
         with without_progress_bars():
             plain: Any = plain_class_of(self.encoder)  # a run keeps its masks beside the parser
             plain.save_pretrained(self.encoder, folder / "encoder")
-        own = {k: v.contiguous() for k, v in self.state_dict().items() if not k.startswith("encoder.")}
-        replace_file(folder / "parser.safetensors", partial(save_file, own))
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("encoder.")}
+        replace_file(folder / "parser.safetensors", lambda path: write_tensors(path, own))
         if isinstance(self.features, PieceFeatures):
             self.features.tokenizer.save_pretrained(folder / TOKENIZER)
         saved = _Saved(
@@ -364,8 +350,6 @@ class Parser(nn.Module):
             check_fit(features.tokenizer, encoder, os.fspath(folder))
         parser = cls(encoder, features, vocabulary, saved.sizes)
         parser.max_length = saved.max_length
-        if parser.trigrams is not None:
-            parser.encoder.embeddings.word_embeddings.weight.requires_grad_(False)  # type: ignore[union-attr]
         parser._load_own(folder / "parser.safetensors")
         return parser.eval()
 

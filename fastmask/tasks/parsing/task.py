@@ -117,7 +117,10 @@ class Parsing(Task):
         return self.model.trigrams is None
 
     def rates(self, head: float, encoder: float) -> dict[str, float]:
-        return self.model.rates(head, encoder)
+        """What makes the small encoder's input counts as encoder: the embeddings of words, tags and the root."""
+        below = ["encoder"] if self.model.trigrams is None else ["encoder", "trigrams", "upos", "root"]
+        below += [] if self.model.language_vectors is None else ["language_vectors"]
+        return {"": head, **dict.fromkeys(below, encoder)}
 
     def input_embeddings(self) -> list[nn.Module]:
         """Of the small encoder those of trigrams and tags."""

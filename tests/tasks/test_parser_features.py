@@ -16,7 +16,6 @@ from fastmask.tasks.parsing.features import (
     Encoded,
     PieceFeatures,
     TrigramFeatures,
-    flat_ranges,
     trigrams,
 )
 from fastmask.tasks.parsing.vocabulary import IGNORE, UNKNOWN_UPOS, Vocabulary
@@ -86,13 +85,6 @@ def test_every_word_has_trigrams_within_range(word: str) -> None:
     assert all(0 <= unit < 97 for unit in units)
 
 
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 5)), max_size=8))
-def test_flat_ranges(pairs: list[tuple[int, int]]) -> None:
-    """Ranges of words are joined in order, empty ones included."""
-    starts, counts = (np.array([p[i] for p in pairs], dtype=np.int64) for i in (0, 1))
-    assert flat_ranges(starts, counts).tolist() == [s + i for s, n in pairs for i in range(n)]
-
-
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=6), st.sampled_from(["trigrams", "wordpiece"]))
 def test_select_and_join_equal_encoding_the_same_sentences(rows: list[int], kind: str) -> None:
@@ -102,8 +94,9 @@ def test_select_and_join_equal_encoding_the_same_sentences(rows: list[int], kind
     wanted = features.encode([SENTENCES[i] for i in rows], vocabulary)
     joined = Encoded.join([features.encode([sentence], vocabulary) for sentence in SENTENCES])
     found = joined.select(np.array(rows))
-    for name in ("word_start", "unit_start", "units", "upos", "heads", "deprels"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=name)
+    assert found.lengths.tolist() == wanted.lengths.tolist()
+    for name in ("counts", "units", "upos", "heads", "deprels", "relations"):
+        np.testing.assert_array_equal(found.flat(name), wanted.flat(name), err_msg=name)
 
 
 def test_trigram_batch_points_every_word_at_its_own_trigrams() -> None:
@@ -156,10 +149,10 @@ def test_a_word_that_is_longer_than_the_encoder_is_cut() -> None:
     sentence = {"words": ["run", "run" * 900], "upos": ["X"] * 2, "heads": [0, 1], "deprels": ["root", "dep"]}
     encoded = features.encode([sentence], Vocabulary.build(SENTENCES))
     whole = features.tokenizer("run" * 900, add_special_tokens=False)["input_ids"]
-    counts = features.word_positions(encoded)
+    counts = features.word_positions(encoded[0])
     assert len(whole) > 8
     assert counts[1] == 8
-    assert encoded.units[counts[0] :].tolist() == whole[:8]
+    assert encoded[0].units[counts[0] :].tolist() == whole[:8]
     assert features.positions(encoded).tolist() == [counts.sum() + 2]
 
 

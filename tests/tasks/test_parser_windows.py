@@ -19,9 +19,9 @@ from fastmask.tasks.predicting import CHUNK
 class CountedFeatures(TrigramFeatures):
     """A word of n letters takes n positions, as pieces do."""
 
-    def word_positions(self, encoded):
+    def word_positions(self, sentence):
         """Two units fewer than trigrams and the whole word."""
-        return np.diff(encoded.unit_start) - (np.diff(encoded.unit_start) > 1)
+        return sentence.counts - (sentence.counts > 1)
 
 
 def sentence_of(words: list[str]) -> dict:
@@ -39,12 +39,12 @@ def test_windows_hold_the_most_words_that_fit(sizes: list[list[int]]) -> None:
     assert first[0] == 0
     assert first[-1] == len(parts)
     for row, words in enumerate(sizes):
-        windows = [parts.select(np.array([window])) for window in range(first[row], first[row + 1])]
+        windows = parts[first[row] : first[row + 1]]
         taken = [features.word_positions(window).tolist() for window in windows]
         assert list(itertools.chain(*taken)) == words
         assert all(sum(found) <= 7 for found in taken)
         assert all(sum(found) + after[0] > 7 for found, after in itertools.pairwise(taken))
-        whole = encoded.select(np.array([row]))
+        whole = encoded[row]
         assert np.concatenate([window.units for window in windows]).tolist() == whole.units.tolist()
         if len(windows) == 1:
             assert windows[0].heads.tolist() == whole.heads.tolist()

@@ -185,6 +185,7 @@ class TestChoose:
             choose(Parsing(parser), plain, support, "union")
         with pytest.raises(ValueError, match=r"subnetworks of aa, bb, cc, union \(expected aa, bb, cc\)"):
             choose(Parsing(parser), plain, support, "best")
-        support.heads[:] = -100
+        for sentence in support:
+            sentence.heads[:] = -100
         with pytest.raises(ValueError, match="have no heads"):
             choose(Parsing(parser), subnets, support, "best")

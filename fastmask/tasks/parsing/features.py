@@ -3,8 +3,6 @@
 A sentence has words, and a word has units: hashed character trigrams (UPOS beside them), or the pieces of a Hugging
 Face tokenizer. Both featurisers turn sentences into an `Encoded` once (`encode`) and rows of it into a `Batch`
 (`collate`). Sentences are mappings with "words", "upos", "heads" and "deprels", as the rows of a treebank have them.
-Everything is stored flat, one array for the whole data set, so that a batch is cut out with a few numpy calls and no
-Python loop over words.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import itertools
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,82 +23,53 @@ from fastmask.tasks.pretrained import WordPieces
 Tree = tuple[np.ndarray, list[str]]  # heads, 0 for the root, and labels
 
 
-def flat_ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return int64 [sum(counts)]: starts[0], starts[0]+1, ... (counts[0] numbers), then starts[1], ...
-
-    Args:
-        starts: int64 [n].
-        counts: int64 [n], not negative.
-    """
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total, dtype=np.int64) + np.repeat(starts - (ends - counts), counts)
-
-
 @dataclass(frozen=True)
-class Encoded:
-    """N sentences with n words and u units in all.
+class EncodedSentence:
+    """A sentence of n words, as integer arrays (int64).
 
     Attributes:
-        word_start: int64 [N + 1], the words of sentence i are word_start[i] .. word_start[i + 1].
-        unit_start: int64 [n + 1], the units of word j are unit_start[j] .. unit_start[j + 1]; at least one each.
-        units: int32 [u].
-        upos: int32 [n].
-        heads: int32 [n], 0 for the root, i for the i-th word, `IGNORE` where there is none.
-        deprels: int32 [n], `IGNORE` where there is none or it was not seen in training.
+        units: [u], those of all words, one after the other.
+        counts: [n], how many of them each word has, at least one.
+        upos: [n].
+        heads: [n], 0 for the root, i for the i-th word, `IGNORE` where there is none.
+        deprels: [n], `IGNORE` where there is none or it was not seen in training.
         relations: object [n], the universal part of every word's relation as the data has it, to score against.
     """
 
-    word_start: np.ndarray
-    unit_start: np.ndarray
     units: np.ndarray
+    counts: np.ndarray
     upos: np.ndarray
     heads: np.ndarray
     deprels: np.ndarray
     relations: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.word_start) - 1
+    def part(self, begin: int, end: int) -> EncodedSentence:
+        """Words `begin` to `end` by themselves, without heads."""
+        first, last = (int(self.counts[:word].sum()) for word in (begin, end))
+        own = {name: of[begin:end] for name, of in vars(self).items()}
+        none = np.full(end - begin, IGNORE, dtype=np.int64)
+        return EncodedSentence(**{**own, "units": self.units[first:last], "heads": none})
 
-    @property
+
+class Encoded(list[EncodedSentence]):
+    """N sentences."""
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Words of every sentence, int64 [N]."""
-        return np.diff(self.word_start)
+        return np.array([len(sentence.counts) for sentence in self], dtype=np.int64)
 
-    @property
-    def unit_lengths(self) -> np.ndarray:
-        """Units of every sentence, int64 [N]."""
-        return np.diff(self.unit_start[self.word_start])
+    def flat(self, name: str) -> np.ndarray:
+        """One of the arrays of all sentences, one after the other."""
+        return joined(getattr(sentence, name) for sentence in self)
 
     @staticmethod
     def join(parts: Sequence[Encoded]) -> Encoded:
-
-        def starts(arrays: list[np.ndarray]) -> np.ndarray:
-            offsets = np.cumsum([0] + [int(a[-1]) for a in arrays[:-1]])
-            shifted = [a[:-1] + offset for a, offset in zip(arrays, offsets, strict=True)]
-            return np.concatenate([*shifted, arrays[-1][-1:] + offsets[-1]])
-
-        flat = ("units", "upos", "heads", "deprels", "relations")
-        return Encoded(
-            word_start=starts([p.word_start for p in parts]),
-            unit_start=starts([p.unit_start for p in parts]),
-            **{name: np.concatenate([getattr(p, name) for p in parts]) for name in flat},
-        )
+        return Encoded(itertools.chain.from_iterable(parts))
 
     def select(self, rows: np.ndarray) -> Encoded:
         """Return sentences `rows` (int64 [m]), in that order, as a data set of their own."""
-        lengths = self.lengths[rows]
-        words = flat_ranges(self.word_start[rows], lengths)
-        counts = np.diff(self.unit_start)[words]
-        return Encoded(
-            word_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            unit_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            units=self.units[flat_ranges(self.unit_start[words], counts)],
-            upos=self.upos[words],
-            heads=self.heads[words],
-            deprels=self.deprels[words],
-            relations=self.relations[words],
-        )
+        return Encoded(self[row] for row in rows)
 
 
 @dataclass
@@ -158,27 +128,31 @@ class Batch:
         return replace(self, **again, lengths_list=self.lengths_list * times)
 
     @staticmethod
-    def cut(part: Encoded, units: np.ndarray, places: np.ndarray, unit_lengths: np.ndarray) -> Batch:
-        """Pad the word columns of `part` (the sentences of one batch) and put its units beside them."""
-        lengths = part.lengths
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        columns = flat_ranges(np.zeros_like(lengths), lengths)
-
-        def padded(values: np.ndarray, fill: int) -> torch.Tensor:
-            out = np.full((len(lengths), int(lengths.max(initial=0))), fill, dtype=np.int64)
-            out[rows, columns] = values
-            return torch.from_numpy(out)
-
+    def of(part: Encoded, units: torch.Tensor, places: torch.Tensor, unit_lengths: np.ndarray) -> Batch:
+        """The sentences of `part` as one batch, their units beside them."""
         return Batch(
-            lengths=torch.from_numpy(lengths.astype(np.int64)),
-            upos=padded(part.upos, 0),
-            heads=padded(part.heads, IGNORE),
-            deprels=padded(part.deprels, IGNORE),
-            units=torch.from_numpy(units.astype(np.int64)),
-            places=torch.from_numpy(places.astype(np.int64)),
-            unit_lengths=torch.from_numpy(unit_lengths.astype(np.int64)),
-            lengths_list=[int(n) for n in lengths],
+            lengths=torch.from_numpy(part.lengths),
+            upos=padded([sentence.upos for sentence in part], 0),
+            heads=padded([sentence.heads for sentence in part], IGNORE),
+            deprels=padded([sentence.deprels for sentence in part], IGNORE),
+            units=units,
+            places=places,
+            unit_lengths=torch.from_numpy(unit_lengths),
+            lengths_list=part.lengths.tolist(),
         )
+
+
+def padded(arrays: Sequence[np.ndarray], fill: int) -> torch.Tensor:
+    """The rows of a batch, [B, longest]."""
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    rows = np.full((len(arrays), int(lengths.max(initial=0))), fill, dtype=np.int64)
+    rows[np.arange(rows.shape[1]) < lengths[:, None]] = joined(arrays)
+    return torch.from_numpy(rows)
+
+
+def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """One after the other; int64 where there is none."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
 
 
 class Features:
@@ -194,36 +168,22 @@ class Features:
 
     def encode(self, sentences: Iterable[Mapping[str, Any]], vocabulary: Vocabulary) -> Encoded:
         """Return all sentences as integer arrays, in order."""
-        forms: list[str] = []
-        lengths: list[int] = []
-        upos, heads, deprels = [], [], []
-        relations: list[str] = []
-        for sentence in sentences:
-            words = sentence["words"]
-            lengths.append(len(words))
-            forms.extend(words)
-            upos.append(vocabulary.upos_ids(sentence["upos"]))
-            head = np.asarray(sentence["heads"], dtype=np.int64)
-            heads.append(np.where((head < 0) | (head > len(words)), IGNORE, head))
-            deprels.append(vocabulary.deprel_ids(sentence["deprels"]))
-            relations.extend(universal(label) for label in sentence["deprels"])
-        distinct = list(dict.fromkeys(forms))
-        units = dict(zip(distinct, self.units_of(distinct), strict=True))
-        per_word = [units[form] for form in forms]
-        counts = np.fromiter((len(found) for found in per_word), np.int64, len(per_word))
+        rows = list(sentences)
+        words = list(dict.fromkeys(word for row in rows for word in row["words"]))
+        units = dict(zip(words, self.units_of(words), strict=True))
 
-        def joined(parts: list[np.ndarray]) -> np.ndarray:
-            return np.concatenate(parts).astype(np.int32) if parts else np.zeros(0, np.int32)
+        def encoded(row: Mapping[str, Any]) -> EncodedSentence:
+            own, heads = [units[word] for word in row["words"]], np.asarray(row["heads"], dtype=np.int64)
+            return EncodedSentence(
+                units=joined(own),
+                counts=np.array([len(found) for found in own], dtype=np.int64),
+                upos=vocabulary.upos_ids(row["upos"]),
+                heads=np.where((heads < 0) | (heads > len(own)), IGNORE, heads),
+                deprels=vocabulary.deprel_ids(row["deprels"]),
+                relations=np.array([universal(label) for label in row["deprels"]], dtype=object),
+            )
 
-        return Encoded(
-            word_start=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            unit_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            units=joined(per_word),
-            upos=joined(upos),
-            heads=joined(heads),
-            deprels=joined(deprels),
-            relations=np.array(relations, dtype=object),
-        )
+        return Encoded(map(encoded, rows))
 
     def units_of(self, words: list[str]) -> list[np.ndarray]:
         """Return the units of every word, int32, at least one and no more than fit into the encoder."""
@@ -233,22 +193,22 @@ class Features:
         """Return the sentences of `part`, each of which fits into the encoder, as one padded batch."""
         raise NotImplementedError
 
-    def word_positions(self, encoded: Encoded) -> np.ndarray:
-        """Return int64 [n]: the positions every word needs in the encoder."""
+    def word_positions(self, sentence: EncodedSentence) -> np.ndarray:
+        """Return int64 [n]: the positions every word of a sentence needs in the encoder."""
         raise NotImplementedError
 
     def positions(self, encoded: Encoded) -> np.ndarray:
         """Return int64 [N]: the positions every sentence needs in the encoder."""
-        ends = np.concatenate([[0], np.cumsum(self.word_positions(encoded))])
-        return np.diff(ends[encoded.word_start]) + self.special_positions
+        of_words = [int(self.word_positions(sentence).sum()) for sentence in encoded]
+        return np.array(of_words, dtype=np.int64) + self.special_positions
 
     def too_long(self, encoded: Encoded) -> np.ndarray:
         """Return int64 [m]: the sentences that need more positions than the encoder has."""
         return np.flatnonzero(self.positions(encoded) > self.max_positions)
 
     def unknown(self, encoded: Encoded) -> np.ndarray:
-        """Return bool [n]: words of which nothing is known but that they are there."""
-        return np.zeros(int(encoded.word_start[-1]), dtype=bool)
+        """Return bool, of every word whether nothing is known of it but that it is there."""
+        return np.zeros(int(encoded.lengths.sum()), dtype=bool)
 
 
 def trigrams(word: str, buckets: int) -> list[int]:
@@ -282,16 +242,12 @@ class TrigramFeatures(Features):
 
     def collate(self, part: Encoded) -> Batch:
         """Return a batch whose `units` are flat and whose `places` are the bag offsets of [B * W] words."""
-        lengths = part.lengths
-        counts = np.zeros((len(lengths), int(lengths.max(initial=0))), dtype=np.int64)
-        counts[np.repeat(np.arange(len(lengths)), lengths), flat_ranges(np.zeros_like(lengths), lengths)] = np.diff(
-            part.unit_start
-        )
-        offsets = np.cumsum(counts.ravel()) - counts.ravel()
-        return Batch.cut(part, part.units, offsets, lengths + 1)
+        counts = padded([sentence.counts for sentence in part], 0).flatten()
+        offsets = counts.cumsum(0) - counts
+        return Batch.of(part, torch.from_numpy(part.flat("units")), offsets, part.lengths + 1)
 
-    def word_positions(self, encoded: Encoded) -> np.ndarray:
-        return np.ones(int(encoded.word_start[-1]), dtype=np.int64)
+    def word_positions(self, sentence: EncodedSentence) -> np.ndarray:
+        return np.ones_like(sentence.counts)
 
 
 class PieceFeatures(WordPieces, Features):
@@ -299,32 +255,20 @@ class PieceFeatures(WordPieces, Features):
 
     def collate(self, part: Encoded) -> Batch:
         """Return a batch whose `units` are input ids [B, T] and whose `places` are first pieces [B, W]."""
-        lengths, unit_lengths = part.lengths, part.unit_lengths
-        B, before = len(lengths), len(self.prefix)
-        total = unit_lengths + self.special_positions
-        ids = np.full((B, int(total.max(initial=0))), self.pad, dtype=np.int64)
-        ids[:, :before] = self.prefix
-        rows = np.repeat(np.arange(B), unit_lengths)
-        ids[rows, flat_ranges(np.full(B, before), unit_lengths)] = part.units
-        for i, piece in enumerate(self.suffix):
-            ids[np.arange(B), before + unit_lengths + i] = piece
-        first = np.zeros((B, int(lengths.max(initial=0))), dtype=np.int64)
-        word_rows = np.repeat(np.arange(B), lengths)
-        sentence_start = part.unit_start[part.word_start[:-1]]
-        first[word_rows, flat_ranges(np.zeros_like(lengths), lengths)] = (
-            part.unit_start[:-1] - sentence_start[word_rows] + before
-        )
-        return Batch.cut(part, ids, first, total)
+        ids = [np.concatenate([self.prefix, sentence.units, self.suffix]) for sentence in part]
+        first = [len(self.prefix) + np.cumsum(sentence.counts) - sentence.counts for sentence in part]
+        return Batch.of(part, padded(ids, self.pad), padded(first, 0), np.array([len(of) for of in ids]))
 
-    def word_positions(self, encoded: Encoded) -> np.ndarray:
-        return np.diff(encoded.unit_start)
+    def word_positions(self, sentence: EncodedSentence) -> np.ndarray:
+        return sentence.counts
 
     def unknown(self, encoded: Encoded) -> np.ndarray:
-        """Return bool [n]: words all of whose pieces are the unknown piece."""
-        if not len(encoded.units):
+        """Return bool, of every word whether all of its pieces are the unknown piece."""
+        units, counts = encoded.flat("units"), encoded.flat("counts")
+        if not len(units):
             return super().unknown(encoded)
-        is_known = encoded.units != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)
-        return ~np.logical_or.reduceat(is_known, encoded.unit_start[:-1])
+        is_known = units != (-1 if self.tokenizer.unk_token_id is None else self.tokenizer.unk_token_id)
+        return ~np.logical_or.reduceat(is_known, np.cumsum(counts) - counts)
 
 
 # ---- sentences that are longer than the encoder: parsed in windows, whose trees are joined
@@ -338,20 +282,16 @@ def cut(features: Features, encoded: Encoded) -> tuple[Encoded, np.ndarray]:
         the windows of sentence i are first[i] .. first[i + 1].
     """
     room = features.max_positions - features.special_positions
-    ends = np.concatenate([[0], np.cumsum(features.word_positions(encoded))])  # positions up to each word
-    windows = np.ones(len(encoded), dtype=np.int64)
-    heads, starts = encoded.heads.copy(), [encoded.word_start]
-    for sentence in features.too_long(encoded):
-        word, end = (int(place) for place in encoded.word_start[sentence : sentence + 2])
-        heads[word:end] = IGNORE
-        cuts = []
-        while ends[end] - ends[word] > room:
-            word = int(np.searchsorted(ends, ends[word] + room, side="right")) - 1
-            cuts.append(word)
-        windows[sentence] += len(cuts)
-        starts.append(np.array(cuts, dtype=np.int64))
-    parts = replace(encoded, word_start=np.sort(np.concatenate(starts)), heads=heads)
-    return parts, np.concatenate([[0], np.cumsum(windows)])
+    windows, first = Encoded(), [0]
+    for sentence in encoded:
+        ends = np.concatenate([[0], np.cumsum(features.word_positions(sentence))])  # positions up to each word
+        cuts = [0]
+        while ends[-1] - ends[cuts[-1]] > room:
+            cuts.append(int(np.searchsorted(ends, ends[cuts[-1]] + room, side="right")) - 1)
+        pairs = itertools.pairwise([*cuts, len(sentence.counts)])
+        windows += [sentence] if len(cuts) == 1 else [sentence.part(begin, end) for begin, end in pairs]
+        first.append(len(windows))
+    return windows, np.array(first)
 
 
 def join(trees: Sequence[Tree], first: np.ndarray, label: str) -> list[Tree]:

@@ -197,8 +197,8 @@ class Parsing(Task):
             raise ValueError("no sentences to score")
         heads = np.concatenate([heads for heads, _ in predictions])
         relations = np.array([universal(label) for _, labels in predictions for label in labels], dtype=object)
-        right = heads == examples.heads
-        las = right & (relations == examples.relations)
+        right = heads == examples.flat("heads")
+        las = right & (relations == examples.flat("relations"))
         return {"las": 100 * float(las.mean()), "uas": 100 * float(right.mean())}
 
     def predict_file(self, source: StrPath, target: StrPath) -> int:
@@ -220,10 +220,12 @@ class Parsing(Task):
     def digest(self, examples: Encoded) -> str:
         """Of words, tags, heads and labels, in their order."""
         digest, vocabulary = hashlib.sha256(), self.model.vocabulary
-        for numbers in (examples.word_start, examples.unit_start, examples.units, examples.heads):
+        starts = [np.concatenate([[0], np.cumsum(of)]) for of in (examples.lengths, examples.flat("counts"))]
+        for numbers in (*starts, examples.flat("units"), examples.flat("heads")):
             digest.update(numbers.astype("<i8").tobytes())
         # By name: one label more in one language moves the numbers of all.
-        for ids, names in ((examples.upos, ["", *vocabulary.upos]), (examples.deprels, [*vocabulary.deprels, ""])):
+        for of, names in (("upos", ["", *vocabulary.upos]), ("deprels", [*vocabulary.deprels, ""])):
+            ids = examples.flat(of)
             known = np.where(ids < 0, len(names) - 1, ids)
             digest.update("\t".join(np.array(names, dtype=object)[known]).encode())
         return digest.hexdigest()
@@ -259,9 +261,9 @@ class _Noticed:
             self.longest = f"sentence {self.sentences + row + 1}{called} with {int(encoded.lengths[row])} words"
         self.long += len(long)
         self.sentences += len(encoded)
-        self.words += int(encoded.word_start[-1])
+        self.words += int(encoded.lengths.sum())
         self.unknown += int(self.parser.features.unknown(encoded).sum())
-        self.untagged += int((encoded.upos == UNKNOWN_UPOS).sum())
+        self.untagged += int((encoded.flat("upos") == UNKNOWN_UPOS).sum())
         return encoded
 
     def warn(self, tags: bool = False) -> None:

@@ -9,8 +9,8 @@ was trained is on disk before it is scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,21 @@ from accelerate.utils import gather_object, set_seed
 
 from fastmask import gradients
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.files import FileError, held, read_tensors, write_tensors
+from fastmask.files import SEAL, FileError, held, read_metadata, read_tensors, write_tensors
 from fastmask.models import attach
 from fastmask.models.attach import attached
 from fastmask.optim import LiveAdamW, by_rows, sparse_gradients
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
+from fastmask.subnetworks.subnetworks import masks_file
 from fastmask.tasks.task import Splits, Task, heading
 from fastmask.training import engine, methods, run_folder
 from fastmask.training.batches import Episodes, MixedBatches
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.methods import SwitchPoint
 from fastmask.training.metrics import MetricsLog, TrainingProgress
+
+Discover = Callable[[SwitchPoint], Subnetworks]
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 - it names what happened
@@ -54,7 +57,7 @@ def train(
     task: Task,
     datasets: Splits,
     config: TrainConfig,
-    discover: Callable[[SwitchPoint], Subnetworks] = methods.subnetworks_of,
+    discover: Discover = methods.subnetworks_of,
     on_step: Callable[[int], None] | None = None,
     progress: bool = True,
     origin: Path | None = None,
@@ -77,19 +80,18 @@ def train(
         HeldError, OSError: another process trains in `out`, or it cannot be written; what was there still is.
         TrainingDiverged: loss, gradient or weights are not finite.
     """
-    return _Run(task, datasets, config, discover, origin).train(on_step, progress)
+    run = _Run(task, datasets, config, discover, origin)
+    try:
+        return run.train(on_step, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"after step {run.step}") from None
 
 
 class _Run:
     """One run: what is built once, the steps, and what is kept of them."""
 
     def __init__(
-        self,
-        task: Task,
-        datasets: Splits,
-        config: TrainConfig,
-        discover: Callable[[SwitchPoint], Subnetworks],
-        origin: Path | None = None,
+        self, task: Task, datasets: Splits, config: TrainConfig, discover: Discover, origin: Path | None = None
     ) -> None:
         """Build everything; nothing is written."""
         if config.threads:
@@ -107,8 +109,8 @@ class _Run:
         self.dev = task.scorable(some, "dev")
         self.inputs = {f"training data of {name}": task.digest(data) for name, data in self.data.items()}
         self.inputs |= {f"dev data of {name}": task.digest(data) for name, data in self.dev.items()}
-        if given := methods.digest_of_masks(config):
-            self.inputs[run_folder.MASKS_INPUT] = given
+        if config.masks is not None and config.method != "full":
+            self.inputs[run_folder.MASKS_INPUT] = read_metadata(masks_file(config.masks)).get(SEAL, "")
         set_seed(config.seed, device_specific=True)
         task.model.to(self.accelerator.device)
         if config.freeze_embeddings:
@@ -129,7 +131,7 @@ class _Run:
     def train(self, on_step: Callable[[int], None] | None, show: bool) -> TrainResult:
         """Take the steps that are left."""
         config, main = self.config, self.accelerator.is_main_process
-        with ExitStack() as stack, self._step_in_interruptions():
+        with ExitStack() as stack:
             engine.on_first(self.accelerator, lambda: stack.enter_context(held(self.folder)))
             history, sums = self._resume()
             self.log = stack.enter_context(closing(MetricsLog(self.folder, history, sums, config.tensorboard, main)))
@@ -154,13 +156,6 @@ class _Run:
         self.task.model.eval()
         budget = Budget.of(config, len(self.data))
         return TrainResult(self.task, self.subnetworks, self.log.history, self.folder, budget)
-
-    @contextmanager
-    def _step_in_interruptions(self) -> Iterator[None]:
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"after step {self.step}") from None
 
     @property
     def subnetworks(self) -> Subnetworks | None:

@@ -12,13 +12,11 @@ from accelerate.utils import gather_object
 
 from fastmask.discovery import COMPARING, Draw, Importance, Round, combine, discover, importance
 from fastmask.dynamic import DynamicSubnetworks
-from fastmask.files import SEAL, read_metadata
 from fastmask.models import attach, detach
 from fastmask.models.contexts import evaluating
 from fastmask.models.structure import structure_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
-from fastmask.subnetworks.subnetworks import masks_file
 from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import preserved_random_state
@@ -111,13 +109,6 @@ def _check_density(task: Task, config: TrainConfig) -> None:
                 f"density is {config.density}: that is {kept} of the {sum(sizes)} {kind}, "
                 f"which would kill a layer (expected at least {len(sizes) / sum(sizes):g}: one in each layer)"
             )
-
-
-def digest_of_masks(config: TrainConfig) -> str | None:
-    """The checksum of the masks that are given to a run, if any are."""
-    if config.masks is None or config.method == "full":
-        return None
-    return read_metadata(masks_file(config.masks)).get(SEAL)
 
 
 def draws_for(

@@ -20,7 +20,6 @@ from fastmask.tasks.data.conllu import (
     read_sentences,
     read_texts,
     with_columns,
-    write_blocks,
     write_texts,
 )
 from fastmask.tasks.parsing.features import TrigramFeatures
@@ -272,14 +271,14 @@ def test_columns_that_would_break_the_file_are_refused(deprels: list[str], messa
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     """Under the final name is the old file or the whole new one."""
     path = tmp_path / "out.conllu"
-    assert write_blocks(path, [GOOD]) == 1
+    assert write_texts(path, [GOOD + "\n\n"]) == 1
 
     def broken():
         yield "# half"
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
-        write_blocks(path, broken())
+        write_texts(path, broken())
     assert path.read_bytes() == (GOOD + "\n\n").encode()
     assert list(tmp_path.iterdir()) == [path]
 
@@ -289,9 +288,9 @@ def test_real_treebanks_come_back_byte_for_byte(ud_dir: Path, tmp_path: Path) ->
     paths = sorted(ud_dir.glob("UD_*/*.conllu"))
     assert paths
     for path in paths:
-        blocks = [
-            with_columns(s.conllu, {HEAD: [str(head) for head in s.heads], DEPREL: s.deprels})
-            for s in read_sentences(path)
+        texts = [
+            with_columns(text, {HEAD: [str(head) for head in s.heads], DEPREL: s.deprels})
+            for s, text in read_texts(path)
         ]
-        write_blocks(tmp_path / "copy.conllu", blocks)
+        write_texts(tmp_path / "copy.conllu", texts)
         assert (tmp_path / "copy.conllu").read_bytes() == path.read_bytes(), path

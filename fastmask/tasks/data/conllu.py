@@ -9,6 +9,7 @@ Format: https://universaldependencies.org/format.html
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -144,11 +145,6 @@ def with_columns(block: str, columns: Mapping[int, Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_blocks(path: StrPath, blocks: Iterable[str]) -> int:
-    """Write sentences (`Sentence.conllu`) to a UTF-8 file, each with a blank line after it; return how many."""
-    return write_texts(path, (block + "\n\n" for block in blocks))
-
-
 def write_texts(path: StrPath, texts: Iterable[str]) -> int:
     """Write the texts of sentences (see `read_texts`) to a UTF-8 file as they are; return how many.
 
@@ -269,18 +265,15 @@ def _check_tree(heads: list[int], numbers: list[int], path: StrPath) -> None:
     if len(roots) > 1:
         where = ", ".join(str(position + 1) for position in roots)
         raise ConlluError(path, numbers[roots[1]], f"several roots, words {where} (expected one word with HEAD 0)")
-    reaches = [False] * len(heads)
-    for start in range(len(heads)):
-        walked: list[int] = []
-        seen: set[int] = set()
+    reaches = {0}
+    for start in range(1, len(heads) + 1):
+        walked: dict[int, None] = {}  # in order
         word = start
-        while word >= 0 and not reaches[word]:
-            if word in seen:
-                cycle = sorted(walked[walked.index(word) :])
-                where = ", ".join(str(position + 1) for position in cycle)
-                raise ConlluError(path, numbers[cycle[0]], f"cycle through words {where} (expected a tree)")
-            seen.add(word)
-            walked.append(word)
-            word = heads[word] - 1
-        for position in walked:
-            reaches[position] = True
+        while word not in reaches and word not in walked:
+            walked[word] = None
+            word = heads[word - 1]
+        if word in walked:
+            cycle = sorted(itertools.dropwhile(word.__ne__, walked))
+            where = ", ".join(map(str, cycle))
+            raise ConlluError(path, numbers[cycle[0] - 1], f"cycle through words {where} (expected a tree)")
+        reaches.update(walked)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastmask.files import StrPath, write_folder
-from fastmask.tasks.data.conllu import write_blocks
+from fastmask.tasks.data.conllu import write_texts
 from fastmask.tasks.data.synthetic_languages import LANGUAGES, NOUN_CLASSES, SEEN, UNSEEN, Language, lexicon, pick
 
 __all__ = ["LANGUAGES", "SEEN", "SENTENCES", "UNSEEN", "UNSEEN_TRAIN", "treebanks_in", "write_treebanks"]
@@ -82,7 +82,7 @@ def write_treebanks(directory: StrPath, seed: int = 0, sentences: Mapping[str, i
                 if SHORTEST <= len(words) <= LONGEST and text not in written:
                     written.add(text)
                     blocks.append(_block(words, f"{code}-{split}-{len(blocks) + 1}", language.contractions))
-            write_blocks(folder / f"{code}_toy-ud-{split}.conllu", blocks)
+            write_texts(folder / f"{code}_toy-ud-{split}.conllu", blocks)
     return list(LANGUAGES)
 
 
@@ -111,7 +111,7 @@ def _block(words: list[_Node], sent_id: str, contractions: bool) -> str:
         lemma = word.lemma or word.form
         columns = (position, word.form, lemma, word.upos, "_", word.feats, head, word.deprel, "_", misc)
         lines.append("\t".join(str(column) for column in columns))
-    return "\n".join([f"# sent_id = {sent_id}", f"# text = {text.strip()}", *lines])
+    return "\n".join([f"# sent_id = {sent_id}", f"# text = {text.strip()}", *lines, "", ""])
 
 
 class _Grammar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,12 +279,9 @@ class Parser(nn.Module):
             scores = self.labels(states, rows, columns + 1, heads)
         roots = self._best(scores, self.vocabulary.roots, ROOT)
         others = self._best(scores, self.vocabulary.others, UNSPECIFIED)
-        names = [root if head == 0 else other for root, other, head in zip(roots, others, heads.tolist(), strict=True)]
-        labels, start = [], 0
-        for length in batch.lengths_list:
-            labels.append(names[start : start + length])
-            start += length
-        return trees, labels
+        every = zip(roots, others, heads.tolist(), strict=True)
+        names = (root if head == 0 else other for root, other, head in every)
+        return trees, [list(itertools.islice(names, length)) for length in batch.lengths_list]
 
     def _best(self, scores: Tensor, allowed: np.ndarray, otherwise: str) -> list[str]:
         """The best label of every row of `scores` [n, R] out of the numbers in `allowed`; `otherwise` if none is."""

@@ -67,13 +67,9 @@ class Vocabulary:
         deprels: Counter[str] = Counter()
         upos: Counter[str] = Counter()
         for sentence in sentences:
-            deprels.update(sentence["deprels"])
+            labels = sentence["deprels"]
+            deprels.update(map(universal, labels) if subtypes == "drop" else labels)
             upos.update(sentence["upos"])
-        if subtypes == "drop":
-            whole: Counter[str] = Counter()
-            for label, count in deprels.items():
-                whole[universal(label)] += count
-            deprels = whole
         for counts in (deprels, upos):
             counts.pop("_", None)  # CoNLL-U's "not given"
 

@@ -73,11 +73,11 @@ def is_tree(heads):
 
 
 def plainly(content, trees):
-    """Lines, words, tags and, of trees, heads and labels, by splitting at line ends and tabs."""
+    """Words, tags and, of trees, heads and labels, by splitting at line ends and tabs."""
     found = []
     for block in blocks_of(content):
         words = words_of(block)
-        sentence = ["\n".join(block), [row[1] for row in words], [row[3] or "_" for row in words]]
+        sentence = [[row[1] for row in words], [row[3] or "_" for row in words]]
         if trees:
             heads = [int(row[6]) for row in words]
             assert is_tree(heads)
@@ -90,7 +90,7 @@ def plainly(content, trees):
 def read(path, trees):
     found = []
     for sentence in read_sentences(path, require_tree=trees):
-        row = [sentence.conllu, list(sentence.words), list(sentence.upos)]
+        row = [list(sentence.words), list(sentence.upos)]
         if trees:
             row += [list(sentence.heads), list(sentence.deprels)]
         found.append(row)

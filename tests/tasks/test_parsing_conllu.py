@@ -67,7 +67,6 @@ def test_words_are_the_syntactic_words_only(read) -> None:
     assert sentence.heads == (0, 1, 1, 1)
     assert sentence.deprels == ("root", "iobj", "obj:x", "advmod")
     assert sentence.sent_id == "s-1"
-    assert sentence.conllu == GOOD
 
 
 @pytest.mark.parametrize(
@@ -77,8 +76,7 @@ def test_words_are_the_syntactic_words_only(read) -> None:
 )
 def test_harmless_variants_read_the_same(read, text: str) -> None:
     """Files written on another system or by another tool are read alike."""
-    (sentence,) = read(text)
-    assert sentence.conllu == GOOD
+    assert read(text) == read(GOOD + "\n\n")
 
 
 def test_sentences_stream(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from toy_parser import small_parser
 from udtools.udeval import evaluate, load_conllu
 
-from fastmask.tasks.data.conllu import DEPREL, HEAD, read_sentences, with_columns
+from fastmask.tasks.data.conllu import DEPREL, HEAD, read_texts, with_columns
 from fastmask.tasks.parsing.biaffine import maximum_spanning_trees
 from fastmask.tasks.parsing.features import TrigramFeatures
 from fastmask.tasks.parsing.task import Parsing
@@ -76,17 +76,16 @@ def test_the_numbers_are_those_of_the_official_scorer(ud_dir: Path, subtypes: st
     files, random = sorted(ud_dir.glob("UD_*/test.conllu"))[:: 3 if subtypes == "drop" else 5], np.random.default_rng(0)
     assert len(files) > 5
     for path in files:
-        sentences = list(itertools.islice(read_sentences(path), 60))
+        sentences, texts = zip(*itertools.islice(read_texts(path), 60), strict=True)
         labels = sorted({label for sentence in sentences for label in sentence.deprels})
         trees = [worse(sentence, labels, random) for sentence in sentences]
         if subtypes == "drop":  # as a parser without subtypes predicts
             trees = [(heads, [name.partition(":")[0] for name in names]) for heads, names in trees]
         predicted = [
-            with_columns(s.conllu, {HEAD: [str(head) for head in heads], DEPREL: names})
-            for s, (heads, names) in zip(sentences, trees, strict=True)
+            with_columns(text, {HEAD: [str(head) for head in heads], DEPREL: names})
+            for text, (heads, names) in zip(texts, trees, strict=True)
         ]
-        sides = ([sentence.conllu for sentence in sentences], predicted)
-        official = evaluate(*(load_conllu(StringIO("".join(b + "\n\n" for b in side)), "", {}) for side in sides))
+        official = evaluate(*(load_conllu(StringIO("".join(side)), "", {}) for side in (texts, predicted)))
         found = scores_of([vars(sentence) for sentence in sentences], trees, subtypes)
         assert 20 < found["las"] < found["uas"] < 100
         for metric, score in found.items():

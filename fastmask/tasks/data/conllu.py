@@ -42,9 +42,9 @@ class ConlluError(ValueError):
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence: its n syntactic words and the block of text it came from.
+    """One sentence: its n syntactic words.
 
-    Multiword-token ranges (``3-4``) and empty nodes (``5.1``) are not words; they stay in `conllu`.
+    Multiword-token ranges (``3-4``) and empty nodes (``5.1``) are not words; they are in the text (`read_texts`).
 
     Attributes:
         words: n forms.
@@ -52,7 +52,6 @@ class Sentence:
         heads: n numbers: 0 for the root, i for the i-th word (from 1), -1 where the file has no usable one.
         deprels: n relation labels with their subtypes, ``_`` where the file has none.
         sent_id: the ``# sent_id`` comment, or an empty string.
-        conllu: comments and token lines joined by newlines, without a trailing newline.
     """
 
     words: tuple[str, ...]
@@ -60,7 +59,6 @@ class Sentence:
     heads: tuple[int, ...]
     deprels: tuple[str, ...]
     sent_id: str
-    conllu: str
 
 
 def read_sentences(path: StrPath, require_tree: bool = True) -> Iterator[Sentence]:
@@ -122,7 +120,7 @@ def with_columns(block: str, columns: Mapping[int, Sequence[str]]) -> str:
     """Return the block with some columns of its n word lines replaced, all else byte for byte.
 
     Args:
-        block: one sentence, as in `Sentence.conllu` or from `read_texts`.
+        block: the text of one sentence, as from `read_texts`.
         columns: which column (`UPOS`, `HEAD`, `DEPREL`, ...) -> its n values.
 
     Raises:
@@ -225,7 +223,7 @@ def _sentence(block: list[str], path: StrPath, first: int, require_tree: bool) -
             if any(character.isspace() for character in label):
                 raise ConlluError(path, number, f"DEPREL {label!r} holds white space (expected a relation label)")
         _check_tree(heads, numbers, path)
-    return Sentence(tuple(words), tuple(upos), tuple(heads), tuple(deprels), sent_id, "\n".join(block))
+    return Sentence(tuple(words), tuple(upos), tuple(heads), tuple(deprels), sent_id)
 
 
 def _special_id(text: str, path: StrPath, number: int, expected: int) -> tuple[str, int, int]:

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastmask import unseen
 from fastmask.cli.options import DATA, FILE, RUN, add_device
@@ -18,18 +18,13 @@ from fastmask.files import check_writable
 from fastmask.models import attach
 from fastmask.settings import ConfigError
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.tasks.task import UNKNOWN_LABELS, heading, warn_of_pooling
+from fastmask.tasks.task import UNKNOWN_LABELS, Task, heading, warn_of_pooling
 from fastmask.training.engine import ADAMW_RATE, device_of, inner_rates
-from fastmask.training.run_folder import load_run
+from fastmask.training.run_folder import FinishedRun, load_run
 from fastmask.unseen.adapted_run import adaptations_of, check_new, check_new_folder, profiles_of, save_adapted
 from fastmask.unseen.adapting import without_repeats
-from fastmask.unseen.choosing import FULL_CHOICE
+from fastmask.unseen.choosing import FULL_CHOICE, Choice
 from fastmask.unseen.typology import SIMILARITIES
-
-if TYPE_CHECKING:
-    from fastmask.tasks.task import Task
-    from fastmask.training.run_folder import FinishedRun
-    from fastmask.unseen import Choice
 
 Rows = list[Mapping[str, Any]]
 

@@ -13,24 +13,21 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from fastmask.cli.options import MASKS, RUN, add_data, add_settings, given_settings, output_file, which_data
 from fastmask.cli.report import print_table, round_printer, stability_lines, stream_beside
 from fastmask.compare.plan import FOUND_BY
-from fastmask.discovery import VOTES, combine
+from fastmask.discovery import VOTES, Draw, combine
 from fastmask.files import check_writable, read_metadata
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.subnetworks.subnetworks import masks_file
+from fastmask.tasks.task import Task
 from fastmask.training.config import TrainConfig
 from fastmask.training.engine import device_of
 from fastmask.training.methods import draws_for, training_data
 from fastmask.training.run_folder import load_run
-
-if TYPE_CHECKING:
-    from fastmask.discovery import Draw
-    from fastmask.tasks.task import Task
 
 
 def add_discover(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

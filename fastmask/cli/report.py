@@ -7,20 +7,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from fastmask.discovery import Draw, Round, stability
 from fastmask.files import STDOUT
+from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.tasks.task import heading
-
-if TYPE_CHECKING:
-    from fastmask.discovery import Draw, Round
-    from fastmask.subnetworks import Subnetworks
-    from fastmask.tasks.task import Splits, Task
+from fastmask.tasks.task import Splits, Task, heading
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -150,8 +147,6 @@ def round_printer(file: TextIO, tau: float, metric: str) -> Callable[[Round], No
 
 def stability_lines(draws: Sequence[Draw]) -> list[str]:
     """For each kind of unit, how much draws agree within a language and between languages; none for a single mask."""
-    from fastmask.discovery import stability
-
     if sum(len(draw.subnetworks.languages) for draw in draws) < 2:
         return []
     lines = []

@@ -11,13 +11,14 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from fastmask.cli.options import FILE, add_settings, add_task_settings, given_settings
 from fastmask.cli.report import examples_of, print_scores, round_printer, scored, stability_lines
+from fastmask.discovery import Draw
 from fastmask.files import check_writable, write_text
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
@@ -27,9 +28,6 @@ from fastmask.training.engine import device_of
 from fastmask.training.loop import train
 from fastmask.training.methods import check_subnetworks, subnetworks_of
 from fastmask.training.run_folder import CONFIG_FILE, RESULTS_FILE, check_out, data_of
-
-if TYPE_CHECKING:
-    from fastmask.discovery import Draw
 
 # Of the demonstration, whose sentences are short: with fewer of them, masks would have too few tokens to save anything.
 EMBEDDED = {"steps": 450, "batch_size": 64}

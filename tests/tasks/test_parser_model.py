@@ -154,7 +154,8 @@ def test_small_parser_back_from_a_folder(tmp_path) -> None:
     again = Parser.load(tmp_path)
     assert not again.training
     torch.testing.assert_close(again(batch).loss, parser(batch).loss, rtol=0, atol=0)
-    assert again.vocabulary == parser.vocabulary
+    for name in ("deprels", "upos", "subtypes"):
+        assert getattr(again.vocabulary, name) == getattr(parser.vocabulary, name)
     assert again.config == parser.config
     assert (again.features.buckets, again.features.max_positions, again.max_length) == (64, 32, None)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {

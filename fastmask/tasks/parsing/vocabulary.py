@@ -101,13 +101,6 @@ class Vocabulary:
         known = [self.deprels[i] for i in self.others]
         return next((label for label in (LOOSE, UNSPECIFIED, *known) if label in known), UNSPECIFIED)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Vocabulary):
-            return NotImplemented
-        return (self.deprels, self.upos, self.subtypes) == (other.deprels, other.upos, other.subtypes)
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 def check_deprels(
     rows: Sequence[Mapping[str, Any]], vocabulary: Vocabulary, unknown: str = "fail"

@@ -61,7 +61,6 @@ def run_compare(options: argparse.Namespace) -> None:
     done = () if known is None else set.intersection(*(set(cells_of(table)) for table in known))
     jobs = plan.jobs_for(_some_of(options, "arms", plan.arms, default=()), done)
     check_writable(plan.out / "plan")
-    plans.check_languages(plan)
     plan.open(Runner(plan).check())
     threads = plan.training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
     try:

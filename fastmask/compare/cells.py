@@ -31,6 +31,7 @@ from fastmask.compare.plan import Job, Plan, is_done, read_result, write_result
 from fastmask.compare.scoring import Scorer
 from fastmask.files import held
 from fastmask.processor import processor
+from fastmask.settings import ConfigError, items_of
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task
 from fastmask.training import run_folder
@@ -157,6 +158,10 @@ class Runner:
 
     def check(self) -> dict[str, str]:
         """See that data and settings fit, before anything is trained; returns what is read -> its digest."""
+        for name in ("train", "unseen"):
+            if not items_of(getattr(self.plan.config, name)):
+                raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
+        scorer = self.scorer  # reads all data, before a model is built
         masked = any(config.method != "full" for config in self.plan.configs.values())
         nearest = masked and self.plan.config.choose == "nearest"
         tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
@@ -166,7 +171,7 @@ class Runner:
                 task = self._task(config)
                 train = training_data(task, self.datasets, config)
                 task.check(train)
-                self.scorer.check(task, nearest)
+                scorer.check(task, nearest)
                 tasks[job.name] = task, train
             if job.kind == "cell":
                 task, train = tasks[job.needs[0].replace(f"seed-{job.seed}/", "seed-0/")]
@@ -175,7 +180,7 @@ class Runner:
                     Budget.of(config, len(train))
                     episode_sampler(config, train)
         task, train = next(iter(tasks.values()))
-        test = {name: task.examples(rows) for name, rows in self.scorer.tests.items()}
+        test = {name: task.examples(rows) for name, rows in scorer.tests.items()}
         parts = {"training": train, "test": test}
         return {f"{kind} data of {name}": task.digest(of[name]) for kind, of in parts.items() for name in of}
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from fastmask.errors import unknown
 from fastmask.files import is_leftover, read_json, read_yaml, write_text, write_yaml
 from fastmask.records import Record
-from fastmask.settings import ConfigError, Settings, flat, items_of, named_errors, setting
+from fastmask.settings import ConfigError, Settings, flat, named_errors, setting
 from fastmask.tasks.task import Splits, Task, TaskSettings
 from fastmask.training.config import TrainConfig
 from fastmask.unseen import CHOICES, OPTIMIZERS
@@ -309,17 +309,6 @@ def arms_of(methods: Iterable[str], metas: Iterable[str]) -> dict[str, dict[str,
     """Every method with every kind of meta-learning, as arms: ``static``, ``static-fomaml``."""
     pairs = ((method, meta) for meta in metas for method in methods)
     return {of if meta == "none" else f"{of}-{meta}": {"method": of, "meta": meta} for of, meta in pairs}
-
-
-def check_languages(plan: Plan) -> None:
-    """See that both lists name languages that the data has, and that none is in both."""
-    for name in ("train", "unseen"):
-        if not items_of(getattr(plan.config, name)):
-            raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
-    train, unseen = (plan.load(languages, splits=("test",)) for languages in (plan.config.train, plan.config.unseen))
-    both = [code for code in unseen if code in train]
-    if both:
-        raise ConfigError(f"{', '.join(both)} is in both train and unseen (expected an unseen language to be unseen)")
 
 
 def is_done(plan: Plan, job: Job | str) -> bool:

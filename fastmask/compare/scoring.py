@@ -13,6 +13,7 @@ import numpy as np
 
 from fastmask.compare.plan import Plan
 from fastmask.models import attach, detach
+from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.task import Splits, Task, warn_of_pooling
 from fastmask.training.config import TrainConfig
@@ -26,7 +27,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class Scorer:
-    """The examples that cells are scored on; raises ValueError where a language has too few of them."""
+    """The examples that cells are scored on; ValueError where a language has too few, or where an unseen one is not."""
 
     def __init__(self, plan: Plan, seen: Splits) -> None:
         self.config, self.shots = plan.config, plan.shots
@@ -35,6 +36,8 @@ class Scorer:
         self.seen = {language: self._some(language, splits.get("test")) for language, splits in seen.items()}
         same = partial(plan.task.words_of, options=plan.task_settings)
         unseen = plan.load(plan.config.unseen, optional=("train", "dev"))
+        if both := [code for code in unseen if code in seen]:
+            raise ConfigError(f"{', '.join(both)} is in both train and unseen (expected unseen languages to be unseen)")
         pools = {language: split_pool(of, self.shots, SEED, language, same=same) for language, of in unseen.items()}
         self.unseen = {name: replace(pool, test=self._some(name, pool.test)) for name, pool in pools.items()}
 

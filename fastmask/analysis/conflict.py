@@ -250,11 +250,14 @@ def _draw(table: pd.DataFrame, per_language: pd.DataFrame, summary: pd.DataFrame
     return figure
 
 
-# ---- several models, and one along its training
+# ---- several networks
 
 
-def side_by_side(table: pd.DataFrame) -> Result:
-    """Several networks: `table` is `more["scopes"]` of each, with columns `variant` and `seed`."""
+def side_by_side(table: pd.DataFrame, name: str = "conflict") -> Result:
+    """Several networks: `table` is `more["scopes"]` of each, with columns `variant` and `seed`.
+
+    They may be one network at several checkpoints.
+    """
     table = table[["variant", "seed", *table.columns.drop(["variant", "seed"])]]
     caption = (
         f"Cosine of gradients in {table.variant.nunique()} networks, {table.seed.nunique()} "
@@ -263,7 +266,7 @@ def side_by_side(table: pd.DataFrame) -> Result:
         "Languages conflict as far as the first is lower. Weights both own: those in masked modules that belong to "
         "both."
     )
-    return Result("conflict", table, caption, partial(_draw_side_by_side, table))
+    return Result(name, table, caption, partial(_draw_side_by_side, table))
 
 
 def _draw_side_by_side(table: pd.DataFrame) -> Any:
@@ -290,41 +293,4 @@ def _draw_side_by_side(table: pd.DataFrame) -> Any:
     panels[0].set_ylim(len(variants) - 0.5, -0.5)
     shown = panels[0].get_legend_handles_labels()
     figure.legend(*shown, loc="outside lower center", ncols=2, fontsize=9, frameon=False)
-    return figure
-
-
-def along_training(table: pd.DataFrame, switch: int | None) -> Result:
-    """One network at several checkpoints: `table` is `more["scopes"]` of each, with columns `step` and `sentences`.
-
-    From the step `switch` on languages had their subnetworks, or episodes (None: no such step).
-    """
-    table = table.sort_values("step", kind="stable", ignore_index=True)
-    caption = (
-        f"Cosine of gradients at {table.step.nunique()} checkpoints, from step {table.step.min()} to "
-        f"{table.step.max()}, on the same at most {table.sentences.max()} training sentences of each language. Left: "
-        "mean over pairs of languages (halves of the sentences) and, the control, over languages of one with itself; "
-        "the gap between them is conflict. Right: share of the coordinates in which the signs of two languages' "
-        "gradients differ; one half for gradients that know nothing of each other."
-        + ("" if switch is None else " Dashed: from there on subnetworks, or episodes.")
-    )
-    return Result("conflict-along", table, caption, partial(_draw_along, table, switch))
-
-
-def _draw_along(table: pd.DataFrame, switch: int | None) -> Any:
-    figure = new_figure(9.0, 3.4)
-    left, right = figure.subplots(1, 2)
-    encoder = table[table.scope == "encoder"]
-    left.plot(encoder.step, encoder["mean"], f"{MARKERS[0]}-", color=COLOURS[0], label="two languages")
-    left.plot(encoder.step, encoder.split_half, f"{MARKERS[1]}--", color=COLOURS[1], label="one with itself")
-    left.axhline(0, color=GREY, linewidth=0.8)
-    for at, scope in enumerate(("encoder", "shared")):
-        rows = table[table.scope == scope]
-        right.plot(rows.step, 100 * rows.conflict, f"{MARKERS[at]}-", color=COLOURS[at], label=PANELS[scope])
-    right.axhline(50, color=GREY, linewidth=0.8)
-    for panel, label in ((left, "cosine in the encoder"), (right, "coordinates in conflict, %")):
-        panel.set(xlabel="step", ylabel=label)
-        if switch is not None:
-            panel.axvline(switch, color="black", linewidth=0.8, linestyle="--")
-        legend_above(panel)
-    bare(left, right)
     return figure

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fastmask import analysis
-from fastmask.analysis.conflict import along_training, side_by_side
+from fastmask.analysis.conflict import side_by_side
 from fastmask.analysis.result import span
 from fastmask.compare.plan import CONDITIONS
 from fastmask.compare.tables import by_language_and_seed
@@ -296,15 +296,14 @@ def _along_checkpoints(part: Part) -> None:
                     check_files(steps[at])
                     task, subnets = task_at(run, steps[at], part.options)
                     result = _conflict(task, rows)
-                    table = result.more["scopes"]
-                    table.insert(0, "step", step_of(steps[at]))
-                    table.insert(1, "network", "full network" if subnets is None else "subnetworks")
-                    table.insert(2, "sentences", int(result.more["languages"].examples.max()))
-                    tables.append(table)
+                    step, network = step_of(steps[at]), "full network" if subnets is None else "subnetworks"
+                    own = {"variant": f"step {step}, {network}", "seed": run.config.seed}
+                    tables.append(result.more["scopes"].assign(**own, step=step, network=network))
             if tables:
                 seed = f"seed {run.config.seed}"
-                result = along_training(pd.concat(tables, ignore_index=True), run.config.switch_step)
-                part.add(f"{run.variant}, {seed}, along training", result, run.variant, seed)
+                result = side_by_side(pd.concat(tables, ignore_index=True), "conflict-along")
+                note = "The networks are one, at its checkpoints, on the same sentences."
+                part.add(f"{run.variant}, {seed}, along training", result, run.variant, seed, note=note)
 
 
 # ---- the models under other masks

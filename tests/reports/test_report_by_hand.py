@@ -111,12 +111,13 @@ def test_conflict_along_checkpoints(static_run, tables_of):
     networks = found.drop_duplicates("step").set_index("step").network
     assert networks.to_dict() == {2: "full network", 3: "full network", 4: "subnetworks", 6: "subnetworks"}
     # The last checkpoint is the finished model.
-    last = found[found.step == 6].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
+    added = ["variant", "seed", "step", "network"]
+    last = found[found.step == 6].drop(columns=added).reset_index(drop=True)
     same(last, conflict_by_hand(attached_task(static_run), static_run).more["scopes"])
     second = next(path for path in complete(static_run) if path.name.endswith("2"))
     task = load_run(static_run, attached=False).task
     task.model.load_state_dict(load_file(second / "model.safetensors"))
-    early = found[found.step == 2].drop(columns=["step", "network", "sentences"]).reset_index(drop=True)
+    early = found[found.step == 2].drop(columns=added).reset_index(drop=True)
     same(early, conflict_by_hand(task, static_run).more["scopes"])
 
 

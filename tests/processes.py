@@ -14,7 +14,7 @@ from typing import IO, Any
 import pytest
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-PRELOADED = ["accelerate", "datasets", "fastmask.compare.cells", "fastmask.training.loop", "torch._dynamo"]
+PRELOADED = ["accelerate", "datasets", "fastmask.compare.plan", "fastmask.training.loop", "torch._dynamo"]
 PRELOADED += ["transformers.models.auto", "transformers.models.bert.modeling_bert"]
 FORKSERVER.set_forkserver_preload(PRELOADED)
 

@@ -51,7 +51,7 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
 def run_compare(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
-    from fastmask.compare.cells import Runner, run_all
+    from fastmask.compare.plan import Runner, run_all
     from fastmask.compare.report import cells_of, read_tables, write_report
 
     if options.workers < 1:

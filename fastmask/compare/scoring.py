@@ -7,11 +7,10 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastmask.compare.plan import Plan
 from fastmask.models import attach, detach
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
@@ -20,6 +19,9 @@ from fastmask.training.config import TrainConfig
 from fastmask.training.engine import inner_rates
 from fastmask.unseen import Choice, adapted, choose, split_pool, support_sets, with_union
 from fastmask.unseen.choosing import FULL_CHOICE
+
+if TYPE_CHECKING:
+    from fastmask.compare.plan import Plan
 
 SEED = 0  # of which sentences are tested, and which may be in support sets: in every cell alike
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from tiny_encoder import tiny_encoder
 
 from fastmask.cli import main
-from fastmask.compare.cells import Runner, do
-from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, arms_of, is_done, read_result
+from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, Runner, arms_of, do, is_done, read_result
 from fastmask.compare.report import load_tables, read_tables, write_report
 from fastmask.files import FileError
 from fastmask.tasks.data.synthetic import write_treebanks

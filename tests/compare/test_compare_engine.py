@@ -15,9 +15,19 @@ import pytest
 from processes import fork_pools, start_process
 from test_compare_kills import ARMS, COMPARISON, TRAINING
 
-from fastmask.compare import cells
-from fastmask.compare.cells import CellFailedError, do, run_all
-from fastmask.compare.plan import RESULT_FILE, CompareConfig, Job, Plan, is_done, read_result, write_result
+from fastmask.compare import plan as plans
+from fastmask.compare.plan import (
+    RESULT_FILE,
+    CellFailedError,
+    CompareConfig,
+    Job,
+    Plan,
+    do,
+    is_done,
+    read_result,
+    run_all,
+    write_result,
+)
 from fastmask.files import HeldError, held
 
 LIMIT = 240.0  # seconds
@@ -156,8 +166,8 @@ def test_seeds_end_one_after_the_other(data: Path, tmp_path: Path, monkeypatch: 
         write_result(plan, job, {})
         return {}
 
-    monkeypatch.setattr(cells, "processes", threads)
-    monkeypatch.setattr(cells, "do", done_at_once)
+    monkeypatch.setattr(plans, "processes", threads)
+    monkeypatch.setattr(plans, "do", done_at_once)
     plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seeds=4))
     seeds: list[int] = []
     run_all(plan, plan.jobs, 1, 1, lambda job, result: seeds.append(job.seed))

@@ -21,8 +21,7 @@ from kills import die_before
 from processes import FORKSERVER, start_process
 from toy_run import metrics
 
-from fastmask.compare.cells import Runner, do
-from fastmask.compare.plan import CompareConfig, Plan, arms_of, is_done
+from fastmask.compare.plan import CompareConfig, Plan, Runner, arms_of, do, is_done
 from fastmask.files import LOCK_FILES
 
 TRAINING = {

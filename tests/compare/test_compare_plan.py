@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastmask.cli import main
-from fastmask.compare.cells import Runner
-from fastmask.compare.plan import CompareConfig, Plan, arms_of
+from fastmask.compare.plan import CompareConfig, Plan, Runner, arms_of
 from fastmask.settings import ConfigError
 from fastmask.tasks.data.synthetic import write_treebanks
 

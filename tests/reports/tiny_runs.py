@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from fastmask.cli.report import examples_of, scored
-from fastmask.compare.cells import do
-from fastmask.compare.plan import CompareConfig, Plan
+from fastmask.compare.plan import CompareConfig, Plan, do
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training.config import TrainConfig

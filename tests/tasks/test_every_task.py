@@ -17,8 +17,7 @@ from typed_command import failure_of, output_of
 
 import fastmask as fm
 from fastmask.cli import main
-from fastmask.compare.cells import Runner, do
-from fastmask.compare.plan import RESERVED, CompareConfig, Plan
+from fastmask.compare.plan import RESERVED, CompareConfig, Plan, Runner, do
 from fastmask.compare.report import write_report
 from fastmask.tasks import task_class
 from fastmask.tasks.task import Task

@@ -7,21 +7,22 @@ import dataclasses
 import os
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fastmask.cli.options import DATA, FILE, Input, add_settings, add_task_settings, given_settings
-from fastmask.cli.report import print_table
+from fastmask.cli.report import model_of, print_sizes, print_table
 from fastmask.compare import plan as plans
-from fastmask.compare.plan import RESERVED, CompareConfig, Job, Plan
+from fastmask.compare.plan import RESERVED, CompareConfig, Job, Plan, Runner, run_all
 from fastmask.errors import unknown
 from fastmask.files import check_writable
 from fastmask.settings import ConfigError, items_of
 from fastmask.tasks.task import heading
-from fastmask.training.config import METAS, METHODS, TrainConfig
+from fastmask.training.config import METAS, METHODS, Budget, TrainConfig
+from fastmask.training.engine import device_of
 
 if TYPE_CHECKING:
     from fastmask.compare.report import Tables
@@ -51,7 +52,6 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
 def run_compare(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
-    from fastmask.compare.plan import Runner, run_all
     from fastmask.compare.report import cells_of, read_tables, write_report
 
     if options.workers < 1:
@@ -61,8 +61,8 @@ def run_compare(options: argparse.Namespace) -> None:
     done = () if known is None else set.intersection(*(set(cells_of(table)) for table in known))
     jobs = plan.jobs_for(_some_of(options, "arms", plan.arms, default=()), done)
     check_writable(plan.out / "plan")
-    plan.open(Runner(plan).check())
     threads = plan.training.get("threads") or max(1, (os.cpu_count() or 1) // options.workers)
+    _open(plan, jobs, options, threads)
     try:
         run_all(plan, jobs, options.workers, threads, _progress(plan, jobs), options.ray)
     except KeyboardInterrupt:
@@ -71,6 +71,30 @@ def run_compare(options: argparse.Namespace) -> None:
     files = write_report(plan, options.command_line, known)
     print(f"comparison: {plan.out.resolve()}")
     print(f"            {', '.join(file.name for file in files)}")
+
+
+def _open(plan: Plan, jobs: Sequence[Job], options: argparse.Namespace, threads: int) -> None:
+    """See that everything fits, and say what is about to be done, on what and where, before it takes long."""
+    runner, models, kinds = Runner(plan), dict[str, int](), Counter(job.kind for job in jobs)
+    plan.open(runner.check(lambda task, config: models.update([model_of(task, config)])))
+    where = (
+        f"on {device_of(plan.training.get('device', 'auto'))}, workers: {options.workers}, threads of each: {threads}"
+    )
+    if options.ray is not None:
+        where = f"on the Ray cluster {options.ray}, CPUs of each job: {threads}"
+    # A start keeps two checkpoints, a job at work up to four, and a cell its weights: at most a third of one.
+    kept = 2 * kinds["start"] + 4 * min(options.workers, len(jobs)) + plan.config.keep_models * kinds["cell"] / 3
+    print(
+        f"{plan.task.name}, {kinds['cell']} cells of {len({job.arm for job in jobs})} arms ({len(jobs)} jobs), "
+        f"{', '.join(models)}, {where}; takes up to {kept * max(models.values()) / 1e9:.1f} GB in {plan.out}",
+        file=sys.stderr,
+    )
+    sizes = {name: {**of, "test": runner.scorer.seen[name]} for name, of in runner.datasets.items()}
+    for name, pool in runner.scorer.unseen.items():
+        sizes[f"{name}, unseen"] = {"support": pool.support, "test": pool.test}
+    print_sizes(sizes, plan.task.example_word, plan.training.get("train_sentences"))
+    for budget in dict.fromkeys(str(Budget.of(config, len(runner.datasets))) for config in plan.configs.values()):
+        print(f"  a cell: {budget}", file=sys.stderr)
 
 
 def print_tables(plan: Plan, file: TextIO, known: Tables | None = None) -> None:

@@ -17,7 +17,10 @@ from fastmask.discovery import Draw, Round, stability
 from fastmask.files import STDOUT
 from fastmask.subnetworks import Subnetworks
 from fastmask.tasks.data.language_codes import same_language
-from fastmask.tasks.task import Splits, Task, heading
+from fastmask.tasks.task import Splits, Task, heading, treebanks_of
+
+if TYPE_CHECKING:
+    from fastmask.training.config import TrainConfig
 
 WIDTH = 130  # of tables that do not go to a terminal
 
@@ -50,6 +53,26 @@ def print_table(
         table.add_section()
         table.add_row(*last.values())
     console_of(file).print(table)
+
+
+def model_of(task: Task, config: TrainConfig) -> tuple[str, int]:
+    """A model and its size in words, and the bytes of a checkpoint: weights, and two moments of those trained."""
+    size = sum(parameter.numel() for parameter in task.model.parameters())
+    frozen = {p for table in task.input_embeddings() for p in table.parameters()} if config.freeze_embeddings else ()
+    left = sum(parameter.numel() for parameter in frozen)
+    of_them = f", {(size - left) / 1e6:.1f} M of them trained" if frozen else ""
+    return f"model {config.model} ({size / 1e6:.1f} M parameters{of_them})", 12 * size - 8 * left
+
+
+def print_sizes(splits: Splits, word: str, limit: int | None = None) -> None:
+    """How many examples there are of each language, on standard error; at most `limit` of them are trained on."""
+    for name, of_language in splits.items():
+        most = limit or len(of_language.get("train", ()))
+        some = f"{most:,} of " if most < len(of_language.get("train", ())) else ""
+        sizes = ", ".join(f"{some * (split == 'train')}{len(rows):,} {split}" for split, rows in of_language.items())
+        banks = dict.fromkeys(bank for rows in of_language.values() for bank in treebanks_of(rows))
+        of = f" ({', '.join(banks)})" if banks else ""
+        print(f"  {name}{of}: {sizes} {word}", file=sys.stderr)
 
 
 def stream_beside(target: str | None) -> TextIO:

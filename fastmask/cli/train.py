@@ -17,12 +17,12 @@ import torch
 from tqdm import tqdm
 
 from fastmask.cli.options import FILE, add_settings, add_task_settings, given_settings
-from fastmask.cli.report import examples_of, print_scores, round_printer, scored, stability_lines
+from fastmask.cli.report import examples_of, model_of, print_scores, print_sizes, round_printer, scored, stability_lines
 from fastmask.discovery import Draw
 from fastmask.files import check_writable, write_text
 from fastmask.settings import ConfigError
 from fastmask.subnetworks import Subnetworks
-from fastmask.tasks.task import Splits, Task, treebanks_of
+from fastmask.tasks.task import Splits, Task
 from fastmask.training.config import Budget, TrainConfig
 from fastmask.training.engine import device_of
 from fastmask.training.loop import train
@@ -136,24 +136,15 @@ def _print_start(task: Task, config: TrainConfig, datasets: Splits) -> None:
     """What is about to be done, on what and where, before it takes long."""
     device = device_of(config.device)
     threads = f", {config.threads or torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    size = sum(parameter.numel() for parameter in task.model.parameters())
-    frozen = {p for table in task.input_embeddings() for p in table.parameters()} if config.freeze_embeddings else ()
-    left = sum(parameter.numel() for parameter in frozen)
+    model, checkpoint = model_of(task, config)
     kept = -(-config.steps // (config.checkpoint_every or config.steps))
-    need = (12 * size - 8 * left) * (1 + (config.keep_checkpoints or kept))
-    of_them = f", {(size - left) / 1e6:.1f} M of them trained" if frozen else ""
+    need = checkpoint * (1 + (config.keep_checkpoints or kept))
     print(
-        f"{config.task}, method {config.method}, model {config.model} ({size / 1e6:.1f} M parameters{of_them}) on "
-        f"{device}{threads}; checkpoints take up to {need / 1e9:.1f} GB in {config.out}",
+        f"{config.task}, method {config.method}, {model} on {device}{threads}; "
+        f"checkpoints take up to {need / 1e9:.1f} GB in {config.out}",
         file=sys.stderr,
     )
-    for name, splits in datasets.items():
-        limit = config.train_sentences or len(splits["train"])
-        some = f"{limit:,} of " if limit < len(splits["train"]) else ""
-        sizes = ", ".join(f"{some * (split == 'train')}{len(rows):,} {split}" for split, rows in splits.items())
-        banks = dict.fromkeys(bank for rows in splits.values() for bank in treebanks_of(rows))
-        of = f" ({', '.join(banks)})" if banks else ""
-        print(f"  {name}{of}: {sizes} {task.example_word}", file=sys.stderr)
+    print_sizes(datasets, task.example_word, config.train_sentences)
     print(f"  {Budget.of(config, len(datasets))}", file=sys.stderr)
 
 

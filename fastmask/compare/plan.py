@@ -462,8 +462,11 @@ class Runner:
         elif job.kind == "cell":
             files.remove_tree(run_folder.folder_of(run))
 
-    def check(self) -> dict[str, str]:
-        """See that data and settings fit, before anything is trained; returns what is read -> its digest."""
+    def check(self, on_model: Callable[[Task, TrainConfig], None] = lambda *_: None) -> dict[str, str]:
+        """See that data and settings fit, before anything is trained; returns what is read -> its digest.
+
+        Every model that a start trains is built for that, and `on_model` called with it.
+        """
         for name in ("train", "unseen"):
             if not items_of(getattr(self.plan.config, name)):
                 raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
@@ -477,6 +480,7 @@ class Runner:
                 task = config.task_class.build(config, self.datasets)
                 train = training_data(task, self.datasets, config)
                 task.check(train)
+                on_model(task, config)
                 scorer.check(task, nearest)
                 tasks[job.name] = task, train
             if job.kind == "cell":

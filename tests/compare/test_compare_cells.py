@@ -325,5 +325,10 @@ def test_a_failing_cell_is_named_and_the_rest_stays(data, tmp_path, capsys):
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "seed-0/full: AdaptationDiverged" in error
+    first, trained, *rest = error.splitlines()  # said before anything is trained
+    assert first.startswith("parsing, 2 cells of 2 arms (4 jobs), model ")
+    assert "on cpu, workers: 1, threads of each: 1; takes up to 0.0 GB in" in first
+    assert trained.endswith(": 24 train, 6 dev, 6 test sentences")
+    assert any("qad, unseen" in line and " support, " in line for line in rest)
     assert json.loads((tmp_path / "out" / "seed-0" / "masks" / "result.json").read_text())["density"]
     assert not is_done(Plan.stored(tmp_path / "out"), "seed-0/full")

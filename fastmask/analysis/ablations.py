@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastmask.analysis.drawing import COLOURS, GREY, MARKERS, SIGNED, bare, heatmap, legend_above, new_figure
-from fastmask.analysis.result import Result, span
+from fastmask.analysis.result import Result, kind_of, span
 from fastmask.analysis.statistics import spearman_permutation
 from fastmask.discovery.gates import Gates, Probe, frozen, gate_gradients, gated, probes_of
-from fastmask.errors import unknown
 from fastmask.models.attach import attached, language
 
 GROUPS = {"owned": True, "not owned": False}
@@ -62,16 +61,13 @@ def ablation(
             `predicted_rho`, `predicted_p`; the language "all" has the mean over languages.
 
     Raises:
-        KeyError: a language without a subnetwork, an unknown kind of unit.
-        ValueError: units that are not masked, masks over single weights beside them (the full network is run, where
-            these are not in force), a language without batches, a loss of another shape.
+        KeyError: a language without a subnetwork, units that are not masked.
+        ValueError: masks over single weights beside them (the full network is run, where these are not in force), a
+            language without batches, a loss of another shape.
         FloatingPointError: a loss or a gradient that is not finite.
     """
     subnets = attached(model).subnets
-    if units not in ("heads", "neurons"):
-        raise unknown("kind of unit", units, ("heads", "neurons"))
-    if (keep := getattr(subnets, units)) is None:
-        raise ValueError(f"the attached subnetworks do not mask {units}")
+    keep = getattr(subnets, kind_of(subnets, units))
     data = {name: list(given) for name, given in batches.items()}
     for name, given in data.items():
         subnets.index(name)

@@ -206,8 +206,8 @@ def test_masks_over_single_weights_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"units": "head"}, "unknown kind of unit 'head'"),
-        ({"units": "neurons"}, "do not mask neurons"),
+        ({"units": "head"}, "unknown masked part 'head'; did you mean 'heads'"),
+        ({"units": "neurons"}, "unknown masked part 'neurons'. Known: heads"),
         ({"batches": {"ab": []}}, "unknown language 'ab'"),
         ({"batches": {"aa": []}}, "no batch of language 'aa'"),
     ],

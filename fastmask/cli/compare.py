@@ -52,12 +52,14 @@ def add_compare(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> No
 
 def run_compare(options: argparse.Namespace) -> None:
     """Check everything, do what is not done yet, and show it."""
-    from fastmask.compare.report import cells_of, read_tables, write_report
+    from fastmask.compare.report import cells_of, load_tables, read_tables, write_report
 
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers} (expected at least 1)")
     plan = _plan(options)
     known = None if options.known is None else read_tables(Path(options.known))
+    if known is not None:
+        load_tables(plan, known)  # what does not fit the plan is said before anything is trained
     done = () if known is None else set.intersection(*(set(cells_of(table)) for table in known))
     jobs = plan.jobs_for(_some_of(options, "arms", plan.arms, default=()), done)
     check_writable(plan.out / "plan")

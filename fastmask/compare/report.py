@@ -48,20 +48,22 @@ def load_results(plan: Plan) -> dict[tuple[int, str], dict[str, Any]]:
 
 def read_tables(folder: Path) -> Tables:
     """Every score, and every cell, of a comparison of which only the tables were kept; raises FileError for others."""
-    return _read(folder / SCORES_FILE), _read(folder / CELLS_FILE)
+    return _read(folder / SCORES_FILE, COLUMNS), _read(
+        folder / CELLS_FILE, ("seed", "arm", "day", "made_by", "seconds")
+    )
 
 
 TEXTS = ("arm", "language", "condition", "choice", "subnetwork")  # columns of tables
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path, needed: Sequence[str]) -> pd.DataFrame:
     try:
         # Names as text, whatever they look like: nan is the code of a language.
         table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(TEXTS, str))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise FileError(file, f"{error} (expected a table of a comparison)") from error
-    if not {"seed", "arm"} <= set(table.columns):
-        raise FileError(file, "no columns seed and arm (expected a table of a comparison)")
+    if missing := [name for name in needed if name not in table.columns]:
+        raise FileError(file, f"no column {', '.join(missing)} (expected a table of a comparison)")
     return table
 
 
@@ -90,7 +92,7 @@ def cells_of(table: pd.DataFrame) -> list[tuple[int, str]]:
 
 def _check_budget(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> None:
     """See that known cells took the steps that the plan says."""
-    seen = scores.loc[scores["condition"] == "seen", "language"].nunique() if "condition" in scores else 0
+    seen = scores.loc[scores["condition"] == "seen", "language"].nunique()
     for cell in cells[cells["arm"].isin(plan.arms)].to_dict("records") if seen else ():
         budget = Budget.of(plan.configs[cell["arm"]], seen)
         for name in ("outer_steps", "gradient_passes", "sentences"):
@@ -103,8 +105,6 @@ def _check_budget(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> None
 
 def _check_alike(scores: pd.DataFrame) -> None:
     """See that every cell was scored on the same languages; others are of another comparison."""
-    if missing := [name for name in COLUMNS if name not in scores.columns]:
-        raise ValueError(f"the known scores have no column {', '.join(missing)} (expected those of this plan)")
     of_conditions = scores[scores["condition"].isin(CONDITIONS)]
     first: tuple[Any, set[str]] | None = None
     for cell, rows in of_conditions.groupby(["seed", "arm"], sort=False):

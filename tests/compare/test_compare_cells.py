@@ -19,6 +19,7 @@ from tiny_encoder import tiny_encoder
 from fastmask.cli import main
 from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, Runner, arms_of, do, is_done, read_result
 from fastmask.compare.report import load_tables, read_tables, write_report
+from fastmask.compare.tables import COLUMNS
 from fastmask.files import FileError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
@@ -288,6 +289,10 @@ def test_tables_stand_for_cells_that_were_done_elsewhere(plan, tmp_path):
         load_tables(longer, known)
     nothing_here = dataclasses.replace(plan, out=tmp_path / "nothing")
     assert {"static", "dynamic"} == set(plan.arms) - set(load_tables(nothing_here, known)[0]["arm"])
+    cells = pd.read_csv(elsewhere / "cells.csv")
+    cells.drop(columns="day").to_csv(elsewhere / "cells.csv", index=False)
+    with pytest.raises(FileError, match=r"cells\.csv: no column day .expected a table of a comparison"):
+        read_tables(elsewhere)
     (elsewhere / "cells.csv").write_text("")
     with pytest.raises(FileError, match=r"cells\.csv.*expected a table of a comparison"):
         read_tables(elsewhere)
@@ -296,7 +301,9 @@ def test_tables_stand_for_cells_that_were_done_elsewhere(plan, tmp_path):
 @pytest.mark.slow
 def test_names_in_tables_are_text(tmp_path):
     """Whatever a language or an arm is called: nan is the code of Min Nan."""
-    rows = [{"seed": 0, "arm": arm, "language": "nan", "choice": None, "score": 1.5} for arm in ("None", "0.50", "1")]
+    others = dict.fromkeys((*COLUMNS, "day", "made_by", "seconds"), 0)
+    row = {**others, "language": "nan", "choice": None, "score": 1.5}
+    rows = [{**row, "arm": arm} for arm in ("None", "0.50", "1")]
     for name in ("results.csv", "cells.csv"):
         pd.DataFrame(rows).to_csv(tmp_path / name, index=False)
     for table in read_tables(tmp_path):
@@ -332,3 +339,15 @@ def test_a_failing_cell_is_named_and_the_rest_stays(data, tmp_path, capsys):
     assert any("qad, unseen" in line and " support, " in line for line in rest)
     assert json.loads((tmp_path / "out" / "seed-0" / "masks" / "result.json").read_text())["density"]
     assert not is_done(Plan.stored(tmp_path / "out"), "seed-0/full")
+
+
+def test_known_cells_of_another_budget_are_refused_before_training(plan, data, tmp_path, capsys):
+    """Hours of training must not come before the message that their tables cannot be joined."""
+    write_report(plan)
+    settings = {**COMPARISON, **training(data), "seeds": 1, "steps": 600, "metas": "none", "methods": "full"}
+    arguments = ["compare", "--data", str(data), "--known", str(plan.out), "--out", str(tmp_path / "out")]
+    for name, value in settings.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    assert main(arguments) == 1
+    assert "the known cell full of seed 0 has 10 outer steps, the plan 600" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -87,7 +87,7 @@ def effect(part: Part) -> None:
 
 def _scores(part: Part) -> pd.DataFrame:
     """The test scores that the runs have, of languages that all of them were scored in on as many words."""
-    (first, *others), rows, without = part.study.runs, [], set()
+    (first, *others), rows = part.study.runs, []
     for run in others:
         if (run.config.task, run.config.task_options) != (first.config.task, first.config.task_options):
             raise SkipError(f"{run.folder} has another task, or other settings of it, than {first.folder}")
@@ -98,10 +98,9 @@ def _scores(part: Part) -> pd.DataFrame:
         for row in tested:  # of the score that decides, a language's is the mean over its treebanks
             if row["own"] is None and run.config.method != BASELINE:
                 part.skip(row["language"], f"{variant} has no subnetwork of it")
-                without.add(row["language"])
-                continue
-            score = next(iter((row["own"] or row["full"]).values()))
-            rows.append((variant, row["language"], seed, row.get("examples", row["words"]), row["words"], score))
+            else:
+                score = next(iter((row["own"] or row["full"]).values()))
+                rows.append((variant, row["language"], seed, row.get("examples", row["words"]), row["words"], score))
     if not rows:
         raise SkipError("no run has test scores")
     every = pd.DataFrame(rows, columns=["method", "language", "seed", "examples", "words", "score"])
@@ -110,11 +109,9 @@ def _scores(part: Part) -> pd.DataFrame:
     # Pieces of words, which many tasks count, depend on the model, and on where texts are cut.
     alike = len({(run.config.model, run.config.max_length) for run in (first, *others)}) == 1
     size = ["examples", "words"] if alike else ["examples"]
-    known = len(every[["method", "seed"]].drop_duplicates())
+    known = sum(bool(run.tested) for run in part.study.runs)
     for language, sizes in scores[size].groupby("language", sort=False):
-        if language in without:
-            pass
-        elif len(sizes) < known:
+        if len(sizes) < known:
             part.skip(language, f"it was scored in {len(sizes)} of {known} runs")
         elif (differ := next((name for name in size if sizes[name].nunique() > 1), None)) is not None:
             part.skip(language, f"the runs were scored on different test sets, of {span(sizes[differ])} {differ}")

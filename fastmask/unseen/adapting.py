@@ -146,14 +146,13 @@ class AdamWeights(FastWeights):
         return self
 
     def step(self, loss: Callable[[], Tensor], loss_scale: float = 1.0) -> Tensor:
+        assert loss_scale == 1.0  # of training in half precision, which adapting is not
         value = loss()
-        scaled = value if loss_scale == 1.0 else value * loss_scale
-        found = torch.autograd.grad(scaled, list(self.rates), allow_unused=True)
+        found = torch.autograd.grad(value, list(self.rates), allow_unused=True)
         theirs = [parameter.grad for parameter in self.rates]
         try:
             for parameter, gradient in zip(self.rates, found, strict=True):
-                live = None if gradient is None else self._backup(parameter).part.only(gradient)
-                parameter.grad = live if live is None or loss_scale == 1.0 else live / loss_scale
+                parameter.grad = None if gradient is None else self._backup(parameter).part.only(gradient)
             self._adam.step()
         finally:
             for parameter, own in zip(self.rates, theirs, strict=True):

@@ -11,6 +11,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from tiny_runs import make_run
 
 from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.report import write_report
@@ -267,6 +268,15 @@ def test_cells_that_were_done_elsewhere(comparison, tmp_path):
     assert study.missing.keys() == {"seed-1/static"}
     assert "is not here" in study.missing["seed-1/static"]
     assert [run.config.seed for run in study.variants["static"]] == [0, 1]
+
+
+def test_vectors_along_training(data, tmp_path):
+    """A model that got its vectors at the switch can be analysed as it was before."""
+    run = make_run(tmp_path / "vector", data, "vector", keep_checkpoints=0)
+    made = make_report([run], ["conflict"], tmp_path / "out", FEW)
+    assert not made.skipped
+    found = pd.read_csv(tmp_path / "out" / "conflict-along-vector-seed-0.csv")
+    assert sorted(set(found.step)) == [2, 3, 4, 6]
 
 
 def test_vectors_are_no_masks(static_run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def first_meta_gradient(parser: Parser, config: TrainConfig, subnetworks: Any = 
         def gradient(rows: np.ndarray, draw: Any = draw, phi: Parser = phi, number: int = language_id) -> None:
             phi.zero_grad(set_to_none=True)
             batch = phi.features.collate(data[draw.language].select(rows))
-            phi(batch, torch.full((len(rows),), number)).loss.backward()
+            phi(replace(batch, language_ids=torch.full((len(rows),), number))).loss.backward()
 
         K = config.inner_steps
         batches = [draw.support] * K if config.meta == "fomaml" else np.split(draw.support, K)

@@ -33,7 +33,6 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
-import transformers
 from pydantic import Field
 
 from fastmask import files
@@ -563,6 +562,8 @@ class _StoppedError(Exception):
 
 
 def _made_by() -> str:
+    import transformers  # here: commands that only read plans need not wait for it
+
     import fastmask
 
     versions = {"fastmask": fastmask.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -302,7 +302,7 @@ def join(trees: Sequence[Tree], first: np.ndarray, label: str) -> list[Tree]:
         first: as `cut` returns it.
         label: of the arcs from the first window's root to the roots of the others.
     """
-    joined = []
+    whole = []
     for begin, end in itertools.pairwise(first.tolist()):
         heads, labels = trees[begin]
         root = int(np.flatnonzero(heads == 0)[0]) + 1 if end > begin + 1 else 0
@@ -310,5 +310,5 @@ def join(trees: Sequence[Tree], first: np.ndarray, label: str) -> list[Tree]:
             own = int(np.flatnonzero(more == 0)[0])
             heads = np.concatenate([heads, np.where(more == 0, root, more + len(heads))])
             labels = [*labels, *names[:own], label, *names[own + 1 :]]
-        joined.append((heads, labels))
-    return joined
+        whole.append((heads, labels))
+    return whole

@@ -252,18 +252,21 @@ def test_new_columns_change_nothing_else_of_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("deprels", "message"),
+    ("heads", "deprels", "message"),
     [
-        (["a"] * 3, "3 values of DEPREL for a sentence of 4 words"),
-        (["a", "b\tc", "d", "e"], "DEPREL 'b\\tc' of word 2"),
-        (["a", "", "d", "e"], "DEPREL '' of word 2"),
+        ([0, 1, 1], ["a"] * 4, "3 values of HEAD for a sentence of 4 words"),
+        ([0, 1, 1, 1], ["a"] * 3, "3 values of DEPREL for a sentence of 4 words"),
+        ([0, 1, 1, 5], ["a"] * 4, "head 5 of word 4 is out of range"),
+        ([0, 1, 1, -1], ["a"] * 4, "head -1 of word 4 is out of range"),
+        ([0, 1, 1, 1], ["a", "b\tc", "d", "e"], "DEPREL 'b\\tc' of word 2"),
+        ([0, 1, 1, 1], ["a", "", "d", "e"], "DEPREL '' of word 2"),
     ],
-    ids=["length", "tab", "empty"],
+    ids=["heads", "length", "range", "negative", "tab", "empty"],
 )
-def test_columns_that_would_break_the_file_are_refused(deprels: list[str], message: str) -> None:
+def test_columns_that_would_break_the_file_are_refused(heads: list[int], deprels: list[str], message: str) -> None:
     """Nothing is written that no reader would accept."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        with_columns(GOOD, {HEAD: ["0", "1", "1", "1"], DEPREL: deprels})
+        with_columns(GOOD, {HEAD: [str(head) for head in heads], DEPREL: deprels})
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

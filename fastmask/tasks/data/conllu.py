@@ -124,10 +124,11 @@ def with_columns(block: str, columns: Mapping[int, Sequence[str]]) -> str:
         columns: which column (`UPOS`, `HEAD`, `DEPREL`, ...) -> its n values.
 
     Raises:
-        ValueError: another number of values, or one that is empty or holds white space.
+        ValueError: another number of values, one that is empty or holds white space, or a head that is not 0..n.
     """
     lines = block.split("\n")
     places = [i for i, line in enumerate(lines) if _WORD_LINE.match(line)]
+    heads = {str(head) for head in range(len(places) + 1)}
     for column, values in columns.items():
         name = NAMES[column]
         if len(values) != len(places):
@@ -137,6 +138,8 @@ def with_columns(block: str, columns: Mapping[int, Sequence[str]]) -> str:
         for word, (place, value) in enumerate(zip(places, values, strict=True), start=1):
             if not value or any(character.isspace() for character in value):
                 raise ValueError(f"{name} {value!r} of word {word} is empty or holds white space")
+            if column == HEAD and value not in heads:
+                raise ValueError(f"head {value} of word {word} is out of range (expected 0..{len(places)})")
             cells = lines[place].split("\t")
             cells[column] = value
             lines[place] = "\t".join(cells)

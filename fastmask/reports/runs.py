@@ -270,10 +270,10 @@ def task_of(run: Run, options: Options, attached: bool = True) -> tuple[Task, Su
 def task_at(run: Run, checkpoint: Path, options: Options) -> tuple[Task, Subnetworks | None]:
     """The model as it was at a checkpoint, with the subnetworks of that moment attached (None before the switch)."""
     task, _ = task_of(run, options, attached=False)
-    weights, _ = read_tensors(checkpoint / run_folder.WEIGHTS)
-    # Before the switch a run of method vector has no vectors; without subnetworks attached, its model reads none.
-    task.model.load_state_dict(weights, strict=run.config.method != "vector")
     masks = checkpoint / MASKS_FILE
+    # Before the switch a run of method vector has no vectors; without subnetworks attached, its model reads none.
+    has_all = run.config.method != "vector" or masks.is_file()
+    task.model.load_state_dict(read_tensors(checkpoint / run_folder.WEIGHTS)[0], strict=has_all)
     subnets = Subnetworks.load(masks) if masks.is_file() else None
     if subnets is not None:
         attach(task.encoder, subnets)

@@ -13,17 +13,18 @@ from torch import Tensor
 
 from fastmask.torch_path import onednn
 from fastmask.torch_path.measured import SIZES, gains
-from fastmask.torch_path.onednn import by_onednn
-from fastmask.torch_path.scratch import LEFT, PRODUCT, ROWS, Scratch, gather
+from fastmask.torch_path.onednn import HALF, by_onednn, compiles
+from fastmask.torch_path.scratch import LEFT, PRODUCT, ROWS, Scratch, gather_each
 
 __all__ = [
-    "HALF", "Live", "Tensors", "add_outer", "add_sampled", "by_onednn", "cast", "outer", "products", "samples", "speed",
+    "HALF", "Live", "Tensors", "add_outer", "add_sampled", "by_onednn", "cast", "compiles", "outer", "products",
+    "samples", "speed",
 ]  # fmt: skip
 
 GAP = 16  # numbers between rows that are read by columns
 SAMPLED_TOKENS = 64  # of a sampled product at once: both factors should stay in the cache
 TURNED_TOKENS = 512  # whose factors are transposed at once
-HALF = (torch.bfloat16, torch.float16)
+MOST_PADDED = 512  # tokens; of more, a product takes so long that it pays to compile code for their number
 MOST_ADDED = 2**19  # weights whose gradients are added at once: what is added should still be in the cache
 
 Tensors = Sequence[Tensor]
@@ -32,8 +33,9 @@ Tensors = Sequence[Tensor]
 class Live(NamedTuple):
     """Rows of a weight: indices of all languages' own ones, one language after the other, and how many each has.
 
-    own: where languages are alike in their numbers of tokens and rows, to be multiplied in one call: how many of the
-        rows are really a language's own. Those behind them fill it up and count as zeros.
+    own: where that is rounded up, how many of the rows are really a language's own. Those behind them count as zeros.
+        In half precision that makes few shapes of many; otherwise languages are alike then in their numbers of rows
+        and of tokens, and multiplied in one call.
     """
 
     rows: Tensor
@@ -51,10 +53,14 @@ def products(
     """
     if not by_onednn(w):
         own = None if live is None else live.own
-        rows: Tensors = [w] * len(outs) if live is None else gather(w, live.rows).split_with_sizes(live.counts)
+        rows: Tensors = [w] * len(outs) if live is None else gather_each(w, live.rows, live.counts)
         if own is not None:
             _clear_behind(rows, own)
-        _multiply(activations, [part.t() for part in rows] if transposed else rows, outs, own is not None, add)
+        rights = [part.t() for part in rows] if transposed else rows
+        if compiles(w):
+            _multiply_padded(activations, rights, outs, add)
+        else:
+            _multiply(activations, rights, outs, own is not None, add)
         return
     indices: Sequence[Tensor | None] = [None] * len(outs) if live is None else live.rows.split_with_sizes(live.counts)
     for a, index, out in zip(activations, indices, outs, strict=True):
@@ -82,7 +88,7 @@ def add_outer(grad: Tensor, live: Live | None, activations: Tensors, others: Ten
         rows = live.rows[begin : begin + sum(counts)]
         parts = PRODUCT.take(len(rows), grad.shape[1], activations[0])
         pieces = parts.split_with_sizes(counts)
-        if by_onednn(others[0]):
+        if compiles(others[0]) or by_onednn(others[0]):
             for a, c, piece in zip(activations[some], others[some], pieces, strict=True):
                 outer(a, c, piece)
         else:
@@ -103,7 +109,7 @@ def outer(a: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
     if by_onednn(a) and onednn.suits(n, S, M):
         onednn.outer(a, c, out)
     else:
-        torch.mm(a.t(), c, out=out)
+        torch.mm(_padded(a, LEFT).t(), _padded(c, ROWS), out=out)
     return out
 
 
@@ -175,6 +181,28 @@ def _multiply(lefts: Tensors, rights: Tensors, outs: Tensors, alike: bool, add: 
         out.baddbmm_(left, right) if add else torch.bmm(left, right, out=out)
     for left, right, out in zip(lefts[first:], rights[first:], outs[first:], strict=True):
         out.addmm_(left, right) if add else torch.mm(left, right, out=out)
+
+
+def _multiply_padded(lefts: Tensors, rights: Tensors, outs: Tensors, add: bool) -> None:
+    """As `_multiply`, one after the other, where code is compiled for each shape and stride of a matrix."""
+    for left, right, out in zip(lefts, rights, outs, strict=True):
+        whole = _padded(left, LEFT)
+        if len(left) > MOST_PADDED or (whole is left and out.is_contiguous() and not add):
+            out.addmm_(left, right) if add else torch.mm(left, right, out=out)
+        else:
+            product = torch.mm(whole, right, out=PRODUCT.take(len(whole), out.shape[1], out))[: len(out)]
+            out.add_(product) if add else out.copy_(product)
+
+
+def _padded(x: Tensor, memory: Scratch) -> Tensor:
+    """As x [M, n], with rows of zeros behind and none of its gaps, where code is compiled for each shape and stride."""
+    M, whole = len(x), onednn.padded(len(x))
+    if not compiles(x) or M > MOST_PADDED or (whole == M and x.is_contiguous()):
+        return x
+    longer = memory.take(whole, x.shape[1], x)
+    longer[:M] = x
+    longer[M:] = 0
+    return longer
 
 
 def _stacked(matrices: Tensors) -> Tensor:

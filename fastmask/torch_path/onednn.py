@@ -1,14 +1,15 @@
-"""Large float32 products by oneDNN, on machines where it is faster than MKL.
+"""What products by oneDNN need: those in half precision, and large ones in float32 where it is faster than MKL.
 
 PyTorch leaves float32 products on a CPU to MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN, which
-PyTorch brings along for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast,
-on a Zen 4 it is not. No name of a processor tells, so it is measured once. Two things have to be seen to:
+PyTorch takes for half precision, asks what a processor can do: with AVX-512 on an AMD Zen 5 it is twice as fast, on a
+Zen 4 it is not. No name of a processor tells, so it is measured once. Two things have to be seen to:
 
-- It adds up all K terms of an element one after the other, whose rounding errors grow to three times those of MKL. So
-  it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those of MKL.
-- It compiles code for every new shape, which takes longer than a small product, and keeps that of the last 1024.
-  Batches of sentences hardly ever repeat a shape. So sizes are rounded up to the few of `padded`, and what is too much
-  is left out of the result.
+- It compiles code for every new shape, which takes 2 to 8 ms where a small product takes 0.1, and keeps that of the
+  last 1024. Batches of sentences hardly ever repeat a shape. So sizes are rounded up to the few of `padded`, and what
+  is too much is left out of the result.
+- In float32 it adds up all K terms of an element one after the other, whose rounding errors grow to three times those
+  of MKL. So it is given at most `MOST_TERMS` terms at a time, and the parts are added: the errors are then about those
+  of MKL.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from fastmask.torch_path.measured import gains
 from fastmask.torch_path.scratch import LEFT, ROWS, gather
 
+HALF = (torch.bfloat16, torch.float16)
 MOST_TERMS = 256
 MOST_ROWS = 1024  # of a result at once: the parts of larger ones would leave the cache before they are added
 LEAST_MULTIPLICATIONS = 2**20  # below it the 10 us that a call of oneDNN takes are more than it saves
@@ -38,6 +40,11 @@ def by_onednn(x: Tensor) -> bool:
     otherwise, as it was when first asked.
     """
     return _chosen() and x.dtype == torch.float32 and x.is_cpu and bool(torch.backends.mkldnn.enabled)
+
+
+def compiles(x: Tensor) -> bool:
+    """Whether PyTorch's own products with x are oneDNN's, which compiles code for each new shape."""
+    return x.dtype in HALF and x.is_cpu and bool(torch.backends.mkldnn.enabled)
 
 
 def suits(M: int, N: int, K: int) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastmask.masks import FULL, INTEGERS, Mask
 from fastmask.torch_path import packing
-from fastmask.torch_path.gemm import Live, Tensors, add_outer, by_onednn, cast, products
+from fastmask.torch_path.gemm import Live, Tensors, add_outer, by_onednn, cast, compiles, products
+from fastmask.torch_path.onednn import padded
 from fastmask.torch_path.split import Split, first_equals
 
 LEAST_TO_TRANSPOSE = 4  # languages in a batch: single columns are gathered faster if each lies in one piece of memory
@@ -40,7 +41,7 @@ class Units:
         self.index, self.counts = mask.index.detach(), mask.extents.detach()
         self.live: list[int] = [*self.counts.tolist(), self.size]  # of each language, and of `FULL`
         self.plans: dict[tuple[Hashable, ...], tuple[Split, bool, bool]] = {}
-        self._grouped: tuple[tuple[tuple[int, ...], tuple[bool, ...]], list[tuple[slice, Live | None]]] | None = None
+        self._grouped: tuple[Hashable, list[tuple[slice, Live | None]]] | None = None
 
     @cached_property
     def same_as(self) -> list[int]:
@@ -150,16 +151,17 @@ class Units:
 
         `activations` are those of each language.
         """
-        alone = by_onednn(activations[0]) if activations else True
+        rounds = bool(activations) and compiles(activations[0])
+        alone = rounds or not activations or by_onednn(activations[0])
         alike = [not alone and len(left) == len(right) for left, right in pairwise(activations)]
-        key, made = (tuple(languages), tuple(alike)), self._grouped  # which another thread may change meanwhile
+        key, made = (tuple(languages), tuple(alike), rounds), self._grouped  # which another thread may change meanwhile
         if made is None or made[0] != key:
             most = max([self.live[language] for language in languages if not self.whole(language)], default=0)
             groups: list[tuple[slice, Live | None]] = []
             first = 0
             for end in range(1, len(languages) + 1):
                 if end == len(languages) or not self._at_once(languages[first : end + 1], all(alike[first:end]), most):
-                    live = self._live_rows(languages[first:end], all(alike[first : end - 1]), most)
+                    live = self._live_rows(languages[first:end], all(alike[first : end - 1]), rounds, most)
                     groups.append((slice(first, end), live))
                     first = end
             made = self._grouped = key, groups
@@ -175,15 +177,19 @@ class Units:
         few = most * len(counts) * self.other <= MOST_MULTIPLIED or len(counts) <= torch.get_num_threads()
         return alike and few and _can_be_filled(counts, most)
 
-    def _live_rows(self, languages: Sequence[int], alike: bool, most: int) -> Live | None:
-        """The rows of some languages; where they are alike, filled up to the `most` that one of the batch has."""
+    def _live_rows(self, languages: Sequence[int], alike: bool, rounds: bool, most: int) -> Live | None:
+        """The rows of some languages.
+
+        Filled up to the `most` that one of the batch has where they are alike, and as far as `padded` says if `rounds`.
+        """
         if self.whole(languages[0]):
             return None
         counts = [self.live[language] for language in languages]
         if alike and len(counts) > 1 and _can_be_filled(counts, most):
             return Live(self.index[list(languages), :most].flatten(), [most] * len(counts), counts)
-        rows = [self.index[language, :n] for language, n in zip(languages, counts, strict=True)]
-        return Live(torch.cat(rows), counts)
+        filled = [min(padded(n), most) for n in counts] if rounds else counts
+        rows = [self.index[language, :n] for language, n in zip(languages, filled, strict=True)]
+        return Live(torch.cat(rows), filled, counts if rounds else None)
 
     def _narrow(self, languages: Sequence[int], activations: Tensors, live: Live | None) -> Tensors:
         """The part [M, n] of each language's activation [M, width] on the masked side that its rows belong to."""

@@ -247,7 +247,7 @@ class Parser(nn.Module):
             said = router.standing if of_context is None else of_context
             return self.language_vectors(inputs, said if language_ids is None else language_ids)
 
-        T = int(batch.unit_lengths.max()) if len(batch.unit_lengths) else 0
+        T = batch.upos.shape[1] + 1 if self.trigrams is not None else batch.units.shape[1]
         attention = (torch.arange(T, device=batch.unit_lengths.device) < batch.unit_lengths[:, None]).long()
         if self.trigrams is not None and self.upos is not None:
             B, W = batch.upos.shape

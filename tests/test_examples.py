@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,10 +56,27 @@ def test_a_language_more_by_changing_little(tmp_path):
     )
     rows = list(csv.DictReader((tmp_path / "sparse.csv").open()))
     size = {row["way"]: int(row["bytes"]) for row in rows}
-    assert list(size) == ["none", "all", "weights", "units", "norms", "lora"]
+    assert list(size) == ["none", "all", "weights", "units", "random", "norms", "lora"]
     assert size["none"] == 0 < size["norms"] < size["weights"] < size["all"]
-    assert size["units"] < size["all"]
+    assert size["norms"] < size["units"] == size["random"] < size["all"]
     assert 0.5 < size["lora"] / (0.05 * 4 * 4 * (4 * 256**2 + 2 * 256 * 1024)) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--sentences", "6,13"], "qad has 12 training sentences (expected 13 or more)"),
+        (["--sentences", "6", "--ways", "bias"], "there is no way called bias (expected some of none, all, "),
+        (["--sentences", "6", "--rates", "lor=1"], "there is no way called lor (expected some of none, all, "),
+    ],
+)
+def test_a_language_more_needs_what_it_is_asked_for(tmp_path, options, error):
+    """Too few sentences, and ways that do not exist, are said before anything is read of the run."""
+    write_treebanks(tmp_path / "ud", sentences={"train": 12, "dev": 2, "test": 6})
+    command = [sys.executable, ROOT / "examples" / "sparse_language.py", tmp_path / "no-run", tmp_path / "ud"]
+    done = subprocess.run([*command, "--languages", "qad", *options], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert error in done.stderr
 
 
 @pytest.mark.slow

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from fastmask.analysis.movement import dynamics
     from fastmask.analysis.result import Result
     from fastmask.analysis.sharing import overlap, unit_use
-    from fastmask.analysis.transfer import cross_evaluation, typology
+    from fastmask.analysis.transfer import cross_evaluation, specificity, typology
 
 # The modules have other names than their functions: a submodule that is imported becomes an attribute of its package.
 _WHERE = {
     "ablation": "ablations", "cross_evaluation": "transfer", "dynamics": "movement", "effect": "effects",
-    "gradient_conflict": "conflict", "overlap": "sharing", "Result": "result", "typology": "transfer",
-    "unit_use": "sharing",
+    "gradient_conflict": "conflict", "overlap": "sharing", "Result": "result",
+    "specificity": "transfer", "typology": "transfer", "unit_use": "sharing",
 }  # fmt: skip
 
 __all__ = [
-    "Result", "ablation", "cross_evaluation", "dynamics", "effect", "gradient_conflict", "overlap", "typology",
-    "unit_use",
+    "Result", "ablation", "cross_evaluation", "dynamics", "effect", "gradient_conflict", "overlap", "specificity",
+    "typology", "unit_use",
 ]  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from fastmask.training.run_folder import load_run
 if TYPE_CHECKING:
     from fastmask.reports.page import Part
 
-ANALYSES = "effect,overlap,use,conflict,cross,typology,ablation,dynamics"
+ANALYSES = "effect,overlap,use,conflict,cross,specificity,typology,ablation,dynamics"
 
 
 def add_evaluate(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:

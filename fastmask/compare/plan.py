@@ -37,6 +37,7 @@ from pydantic import Field
 
 from fastmask import files
 from fastmask.compare.scoring import Scorer
+from fastmask.discovery import Draw, stability
 from fastmask.errors import unknown
 from fastmask.files import held, is_leftover, read_json, read_yaml, write_text, write_yaml
 from fastmask.processor import processor
@@ -111,6 +112,7 @@ class Hypothesis(Record):
     over: str
     condition: Literal["seen", "zero-shot", "chosen", "adapted"]
     more_than: float = 0.0
+    languages: list[str] = Field(default_factory=list)  # codes, as tables show them; all of the condition if none
 
 
 @dataclass(frozen=True)
@@ -427,7 +429,8 @@ def do(plan: Plan, job: Job, at: str = ".") -> Result:
         os.chdir(at)
     folder = plan.folder(job)
     with held(folder, wait=WAIT), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* are left out")  # `Runner.check` has said it, once for all jobs
+        # `Runner.check` has said it, once for all jobs.
+        warnings.filterwarnings("ignore", ".* are left out|fewer training rows")
         files.remove_leftovers(folder)
         runner = _runners.setdefault(plan.out, Runner(plan))
         if not is_done(plan, job):
@@ -470,6 +473,11 @@ class Runner:
             if not items_of(getattr(self.plan.config, name)):
                 raise ConfigError(f"{name} names no language (expected codes or treebank names, as in en,UD_Czech-CAC)")
         scorer = self.scorer  # reads all data, before a model is built
+        for name, hypothesis in self.plan.hypotheses.items():
+            tested = scorer.seen if hypothesis.condition == "seen" else scorer.unseen
+            for language in hypothesis.languages:
+                if language not in tested:
+                    raise ConfigError(f"hypothesis {name}: {unknown('language', language, tested)}")
         masked = any(config.method != "full" for config in self.plan.configs.values())
         nearest = masked and self.plan.config.choose == "nearest"
         tasks: dict[str, tuple[Task, dict[str, Any]]] = {}  # of each start of the first seed, and what it trains on
@@ -522,9 +530,14 @@ class Runner:
     def _shared(self, job: Job) -> Result:
         """Train the full network up to the switch, where the run stays; of masks, find what arms start from there."""
         found: list[Subnetworks] = []
+        agreement: dict[str, Any] = {}
+
+        def note(draws: list[Draw]) -> None:
+            if sum(len(draw.subnetworks.languages) for draw in draws) > 1:
+                agreement.update((kind, dataclasses.asdict(of)) for kind, of in stability(draws).items())
 
         def stop(point: SwitchPoint) -> Subnetworks:
-            found.extend([subnetworks_of(point)] if job.kind == "masks" else [])
+            found.extend([subnetworks_of(point, on_draws=note)] if job.kind == "masks" else [])
             raise _StoppedError
 
         with suppress(_StoppedError):
@@ -532,7 +545,7 @@ class Runner:
         if job.kind == "start":
             return {}
         files.replace_file(self.plan.folder(job) / run_folder.MASKS_FILE, found[0].save)
-        return {"density": _density(found[0])}
+        return {"density": _density(found[0]), "agreement": agreement}
 
     def _cell(self, job: Job) -> Result:
         """Go on from the start of the seed, then score."""
@@ -553,6 +566,7 @@ class Runner:
             "sentences": trained.budget.sentences,
             "words_per_second": round(statistics.median(speeds), 1),
             "density": None if trained.subnetworks is None else _density(trained.subnetworks),
+            "agreement": read_result(self.plan, job.needs[1]).get("agreement", {}) if job.needs[1:] else {},
             "scores": scores,
         }
 

@@ -16,7 +16,15 @@ import yaml
 from fastmask.analysis.drawing import SIGNED, heatmap, new_figure
 from fastmask.analysis.statistics import p_text
 from fastmask.compare.plan import BASELINES, CONDITIONS, Plan, is_done, read_result
-from fastmask.compare.tables import COLUMNS, by_language_and_seed, cells_table, decisions, scores_table, summary_table
+from fastmask.compare.tables import (
+    AGREEMENT,
+    COLUMNS,
+    by_language_and_seed,
+    cells_table,
+    decisions,
+    scores_table,
+    summary_table,
+)
 from fastmask.files import FileError, replace_file, write_text
 from fastmask.tasks.task import heading
 from fastmask.training.config import Budget
@@ -27,12 +35,13 @@ NOTE = (
     "Scores: mean over languages, with its standard deviation over seeds. over full, over random: difference of the "
     "means over languages in points, more is better, then its 95% interval (bootstrap over languages and seeds). Each "
     "arm is compared with the arm of that method that has the other settings in common with it. p: the larger of that "
-    "of a sign-flip test over languages and that of a t-test over seeds, corrected (Holm) over all tests of these "
-    "tables; none with a single seed. won: languages in which the row is better."
+    "of a sign-flip test over languages (of n languages never below 2^(1-n)) and that of a t-test over seeds, then "
+    "corrected (Holm) over all tests of these tables; none with a single seed. won: languages where the row is better."
 )
 DECIDED = (
     "What the plan set out to decide. p is corrected over these hypotheses alone: they were written down before the "
-    "runs. A hypothesis holds, or does not, where p is at most 0.05; else it is open."
+    "runs. A hypothesis holds, or does not, where p is at most 0.05; else it is open. p crossed: of one t-test over "
+    "languages and seeds together (two-way layout, Satterthwaite's degrees of freedom), not corrected, for comparison."
 )
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
@@ -200,6 +209,12 @@ def page_tables(plan: Plan, scores: pd.DataFrame, cells: pd.DataFrame) -> list[t
     named = cells.rename(columns=lambda column: column.replace("_", " "))
     costs = named.groupby("arm")[[column for column in formats if column in named]].mean()
     tables.append(("cost of a cell, mean over seeds", _rows_by_arm(plan, costs, formats)))
+    columns = [name for name in cells if name.endswith(tuple(AGREEMENT.values()))]
+    agreement = cells.groupby("arm")[columns].mean().dropna(how="all").dropna(how="all", axis=1)
+    if agreement.size:
+        agreement = agreement.rename(columns=lambda name: name.replace("_", " "))
+        rows = _rows_by_arm(plan, agreement, dict.fromkeys(agreement, ".2f"))
+        tables.append(("agreement of the masks that were found, mean Jaccard", rows))
     return tables
 
 
@@ -221,12 +236,13 @@ def _decision_row(row: Any) -> dict[str, str]:
         "hypothesis": row.hypothesis,
         "arm": row.arm,
         "over": f"{row.over}{by}",
-        "condition": row.condition,
+        "condition": row.condition + (f" ({', '.join(row.only)})" if row.only else ""),
         "difference": _number(row.difference, "+.2f"),
         "95% interval": _interval(row.low, row.high),
         "languages better": f"{row.languages_better}/{row.languages}",
         "p languages": _p(row.p_languages),
         "p seeds": _p(row.p_seeds),
+        "p crossed": _p(row.p_crossed),
         "p": _p(row.p),
         "verdict": row.verdict,
     }

@@ -21,6 +21,9 @@ COLUMNS = (
 )  # fmt: skip
 """Of a row of scores, beside the task's own scores; see `fastmask.compare.scoring.Scorer.scores`."""
 
+AGREEMENT = {"draws": "of_draws", "languages": "of_languages", "chance": "by_chance"}
+"""Of masks, mean Jaccard similarities (`fastmask.discovery.Stability`): the ends of the names of their columns."""
+
 Results = Mapping[tuple[int, str], Mapping[str, Any]]
 """(seed, arm) -> what the cell's ``result.json`` holds."""
 
@@ -38,11 +41,17 @@ def scores_table(results: Results) -> pd.DataFrame:
 
 
 def cells_table(results: Results) -> pd.DataFrame:
-    """One row per cell: its day, budget, time and speed."""
+    """One row per cell: its day, budget, time and speed, and how much the masks agree that it started from."""
     rows = [
         {"seed": seed, "arm": arm}
-        | {name: value for name, value in result.items() if name not in ("scores", "density")}
+        | {name: value for name, value in result.items() if name not in ("scores", "density", "agreement")}
         | {f"live_{kind}": share for kind, share in (result["density"] or {}).items()}
+        | {
+            f"{kind}_{AGREEMENT[what]}": value
+            for kind, agreement in result.get("agreement", {}).items()
+            for what, value in agreement.items()
+            if value is not None
+        }
         for (seed, arm), result in results.items()
     ]
     return pd.DataFrame(rows)
@@ -54,7 +63,7 @@ def by_language_and_seed(scores: pd.DataFrame, arm: str) -> pd.Series:
 
 
 NOT_COMPARED: dict[str, Any] = {
-    **dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "p"), np.nan),
+    **dict.fromkeys(("difference", "low", "high", "p_languages", "p_seeds", "p_crossed", "p"), np.nan),
     **dict.fromkeys(("languages", "languages_better", "seeds", "seeds_agree"), 0),
 }
 """What `compared` returns where there is nothing in common."""
@@ -114,8 +123,10 @@ def decisions(plan: Plan, scores: pd.DataFrame) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for name, wanted in plan.hypotheses.items():
         of_condition = scores[scores["condition"] == wanted.condition]
+        if wanted.languages:
+            of_condition = of_condition[of_condition["language"].isin(wanted.languages)]
         found = compared(of_condition, wanted.arm, wanted.over, sign, wanted.more_than)
-        rows.append({"hypothesis": name, **wanted.model_dump(), **found})
+        rows.append({"hypothesis": name, **wanted.model_dump(exclude={"languages"}), "only": wanted.languages, **found})
     table = pd.DataFrame(rows).rename(columns={"p": "uncorrected_p"})
     if len(table):
         # One that is not measured yet counts as a test: a p-value must not grow when the rest of the plan is done.

@@ -13,12 +13,21 @@ from fastmask.subnetworks.subnetworks import Subnetworks, random_of_sizes
 
 def full_like(subnets: Subnetworks, model: Any = None) -> Subnetworks:
     """Every language owns all that there is of what `subnets` mask; `model` is that of `random_like`."""
+    return _map(subnets, model, _all)
 
-    def full(keep: Tensor, units: Sequence[int]) -> Tensor:
-        there = torch.arange(keep.shape[-1], device="cpu") < torch.tensor(units, device="cpu")[:, None]
-        return there.to(keep.device).expand_as(keep).clone()
 
-    return _map(subnets, model, full)
+def without_own(subnets: Subnetworks, model: Any = None) -> Subnetworks:
+    """For each language all units but its own: those of its mask that fewer than half of the other languages have.
+
+    A layer that would lose all of its units keeps them. `model` is that of `random_like`.
+    """
+
+    def others(keep: Tensor, units: Sequence[int]) -> Tensor:
+        own = keep & (2 * (keep.sum(0) - keep.long()) < len(keep) - 1)
+        left = _all(keep, units) & ~own
+        return torch.where(left.any(-1, keepdim=True), left, _all(keep, units))
+
+    return _map(subnets, model, others)
 
 
 def random_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetworks:
@@ -64,6 +73,12 @@ def permuted_like(subnets: Subnetworks, seed: int, model: Any = None) -> Subnetw
         return result
 
     return _map(subnets, model, permuted)
+
+
+def _all(keep: Tensor, units: Sequence[int]) -> Tensor:
+    """A mask like `keep` of all units that there are."""
+    there = torch.arange(keep.shape[-1], device="cpu") < torch.tensor(units, device="cpu")[:, None]
+    return there.to(keep.device).expand_as(keep).clone()
 
 
 def _map(subnets: Subnetworks, model: Any, function: Callable[[Tensor, Sequence[int]], Tensor]) -> Subnetworks:

@@ -42,9 +42,9 @@ class TrainConfig(Settings):
     method: str = _masks(
         "static",
         "which subnetworks to train: none (full), one found per language (static), the same but updated during "
-        "training (dynamic), or a control: random ones, found ones moved to other units (permuted), another "
-        "language's (shuffled), one for all languages (shared), or the full network with a learned vector per "
-        "language (vector)",
+        "training (dynamic, which has not been better than static), or a control: random ones, found ones moved to "
+        "other units (permuted), another language's (shuffled), one for all languages (shared), or the full network "
+        "with a learned vector per language (vector)",
         choices=METHODS,
     )
     units: str = _masks("both", "what subnetworks are made of", choices=UNITS)
@@ -66,7 +66,7 @@ class TrainConfig(Settings):
     )
     update_every: int = _masks(100, "steps between updates of dynamic subnetworks", low=1)
     freeze_masks: float = _masks(
-        0.25, "share of the steps after the switch, at the end, in which dynamic masks no longer change", low=0, high=1
+        0.25, "dynamic masks no longer change in this last share of the steps that follow the switch", low=0, high=1
     )
     update_sentences: int = _masks(16, "training examples per language that an update scores units on", low=1)
 

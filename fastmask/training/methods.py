@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,10 +165,15 @@ def draws_for(
 
 
 def training_data(task: Task, datasets: Splits, config: TrainConfig) -> dict[str, Any]:
-    """The training examples of every language: `config.train_sentences` of its rows, those that can be trained on."""
+    """The training examples of every language: `config.train_sentences` of its rows, those that can be trained on.
+
+    Warns where a language has fewer.
+    """
     rows = {name: splits["train"] for name, splits in datasets.items()}
     if limit := config.train_sentences:
         rows = {name: some_rows(of, limit) for name, of in rows.items()}
+        if fewer := [f"{name} {len(of):,}" for name, of in rows.items() if len(of) < limit]:
+            warnings.warn(f"fewer training rows than train_sentences, {limit:,}: {', '.join(fewer)}", stacklevel=2)
     return {name: task.training_examples(of, name) for name, of in rows.items()}
 
 

@@ -53,6 +53,11 @@ def cross(languages):
     return fm.analysis.cross_evaluation(lambda a, b: generator.normal(60, 2), languages)
 
 
+def specificity(languages):
+    generator = np.random.default_rng(0)
+    return fm.analysis.specificity(lambda a, b: generator.normal(60, 2), languages)
+
+
 def typology(languages):
     generator = np.random.default_rng(0)
     near = {c: round(generator.beta(2, 2), 1) for c in languages}
@@ -89,7 +94,7 @@ def ablation(languages):
     return fm.analysis.ablation(model, lambda b: model(b)[0][:, 0, :3].exp().sum(1), batches)
 
 
-ANALYSES = [overlap, use, use_of_neurons, effect, cross, typology, dynamics, conflict, ablation]
+ANALYSES = [overlap, use, use_of_neurons, effect, cross, specificity, typology, dynamics, conflict, ablation]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,40 @@ def test_cross_evaluation_of_a_loss():
     np.testing.assert_allclose(down.more["languages"].advantage, up.more["languages"].advantage / 100)
 
 
+LEFT = {  # what a language scores when nothing, a language's own units, or as many random ones are off
+    "en": {"nothing": 60, "en": 50, "no": 58, "hi": 60, "random": 57},
+    "no": {"nothing": 58, "en": 53, "no": 52, "hi": 57, "random": 58},
+    "hi": {"nothing": 40, "en": 39, "no": 40, "hi": 41, "random": 38},
+}
+
+
+def test_specificity_by_hand():
+    """Rows lose what columns switch off, and units are specific where their own language loses more than the others."""
+    calls, names = [], list(LEFT)
+
+    def evaluate(language, off):
+        calls.append((language, off))
+        return LEFT[language][off]
+
+    result = fm.analysis.specificity(evaluate, names)
+    assert calls == [(a, b) for a in names for b in ("nothing", *names, "random")]
+    table = result.table.set_index(["language", "off"])
+    assert table.loss["no", "en"] == 5
+    assert table.kind.tolist() == ["random" if b == "random" else "own" if a == b else "other" for a, b in table.index]
+    rows = result.more["languages"].set_index("language")
+    assert rows.own.tolist() == [10, 6, -1]
+    assert rows.random.tolist() == [3, 0, 2]
+    assert rows.others.tolist() == [(5 + 1) / 2, (2 + 0) / 2, (0 + 1) / 2]  # of columns: en is off for no and hi
+    assert rows.specificity.tolist() == [7, 5, -1.5]
+    overall = result.more["overall"].iloc[0]
+    assert (overall.languages, overall.most_of_all, overall.own, overall.specificity) == (3, 2, 5, 3.5)
+    square = [[10, 2, 0], [5, 6, 1], [1, 0, -1]]
+    sums = [sum(square[i][o[i]] for i in range(3)) for o in itertools.permutations(range(3))]
+    assert overall.p == sum(s >= 15 for s in sums) / 6
+    down = fm.analysis.specificity(lambda a, b: 1 - LEFT[a][b] / 100, names, higher_is_better=False)
+    np.testing.assert_allclose(down.table.loss, result.table.loss / 100)
+
+
 def test_typology_by_hand():
     """A gain is set against the same language's similarity, and the p-value is that of this correlation."""
     gains = {"de": [1.0, 2.0], "fi": 0.5, "ja": [-1.0], "fr": 0.7}
@@ -170,6 +204,9 @@ def test_history_of_a_run(tmp_path):
         (lambda: fm.analysis.cross_evaluation(lambda a, b: 1.0, []), "at least one language"),
         (lambda: fm.analysis.cross_evaluation(lambda a, b: 1.0, ["a", "a"]), "distinct names"),
         (lambda: fm.analysis.cross_evaluation(lambda a, b: float("nan"), ["a"]), "metric of 'a' under 'a' is nan"),
+        (lambda: fm.analysis.specificity(lambda a, b: 1.0, ["a"]), "two distinct languages or more, given .'a'"),
+        (lambda: fm.analysis.specificity(lambda a, b: 1.0, ["a", "a"]), "two distinct languages or more"),
+        (lambda: fm.analysis.specificity(lambda a, b: float("nan"), ["a", "b"]), "metric of 'a' without .* 'a' is not"),
         (lambda: fm.analysis.typology({"a": 1, "b": 2}, {}), "at least three"),
         (lambda: fm.analysis.typology({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 1}), "no similarity of c"),
         (lambda: fm.analysis.dynamics(HISTORY, units="neurons"), "unknown masked part 'neurons'"),

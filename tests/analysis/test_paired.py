@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
 import fastmask as fm
 from fastmask.analysis import statistics
-from fastmask.analysis.statistics import paired_sign_flip, t_of_mean
+from fastmask.analysis.statistics import crossed_t, paired_sign_flip, t_of_mean
 from fastmask.compare import tables
 
 
@@ -35,6 +36,27 @@ def test_by_hand():
     assert (found.languages, found.languages_better, found.seeds, found.seeds_agree) == (3, 2, 2, 2)
     with pytest.raises(ValueError, match="given none"):
         paired(differences({"fi": [np.nan]}))
+
+
+def test_both_sources_of_chance_at_once_by_hand():
+    """Six languages and six seeds, i + j - 3: mean 2, mean squares 21, 21 and 0, so a variance of 42 / 36."""
+    table = np.add.outer(np.arange(6.0), np.arange(6.0)) - 3
+    # 42 ** 2 / (21 ** 2 / 5 + 21 ** 2 / 5 + 0) = 10 degrees of freedom
+    assert crossed_t(table) == pytest.approx(2 * student.sf(2 / np.sqrt(42 / 36), 10)) == pytest.approx(0.094, abs=1e-3)
+    assert t_of_mean(table.mean(0)) == t_of_mean(table.mean(1)) == pytest.approx(0.047, abs=1e-3)  # one source each
+    alike = np.repeat([[1.0], [2.0], [4.0]], 5, axis=1)  # seeds that say the same are one seed
+    assert crossed_t(alike) == t_of_mean([1.0, 2.0, 4.0])
+    assert np.isnan(crossed_t(table[:1]))
+    assert np.isnan(crossed_t([[1.0, np.nan], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match=r"expected a table, given shape \(2,\)"):
+        crossed_t([1.0, 2.0])
+
+
+def test_both_sources_of_chance_give_false_alarms_no_more_often_than_said():
+    """Where languages and seeds vary alike, 5 in 100 tables without a difference fall below 0.05."""
+    draw = np.random.default_rng(0).normal
+    tables = [draw(size=(8, 1)) + draw(size=(1, 6)) + draw(size=(8, 6)) for _ in range(1000)]
+    assert 0.02 < np.mean([crossed_t(table) <= 0.05 for table in tables]) < 0.06
 
 
 def test_more_seeds_are_not_more_languages():

@@ -42,6 +42,10 @@ def results(las=LAS, end=""):
     }
 
 
+def tables_of(cells):
+    return scores_table(cells).assign(choice="own"), cells_table(cells)
+
+
 def summary(cells):
     return summary_table(PLAN, scores_table(cells)).set_index("arm")
 
@@ -57,6 +61,32 @@ def test_differences_are_paired_by_language_and_seed():
     worse = compared(scores_table(results()), "static", "full", sign=-1)
     assert worse["difference"] == pytest.approx(-4 / 3)
     assert (worse["languages_better"], worse["p"]) == (0, pytest.approx(found["p"]))
+
+
+def test_a_hypothesis_can_be_about_some_languages():
+    """It is tested on those alone, and the table names them."""
+    wanted = {"arm": "static", "over": "full", "condition": "adapted"}
+    hypotheses = {"all": Hypothesis(**wanted), "two": Hypothesis(**wanted, languages=["fi", "ta"])}
+    plan = dataclasses.replace(PLAN, hypotheses=hypotheses)
+    scores, cells = tables_of(results())
+    found = decisions(plan, scores).set_index("hypothesis")
+    assert found.loc["all", "difference"] == pytest.approx(4 / 3)
+    assert found.loc["two", ["difference", "languages"]].tolist() == [1.0, 2]  # fi +2, 0; ta 0, +2
+    rows = dict(page_tables(plan, scores, cells))["what was decided, score"]
+    assert [row["condition"] for row in rows] == ["adapted", "adapted (fi, ta)"]
+
+
+def test_agreement_of_masks_stands_beside_chance():
+    """What the masks that an arm started from have in common: of draws, of languages, and by chance."""
+    found = results()
+    for (_, arm), result in found.items():
+        agreement = {"draws": None, "languages": 0.8, "chance": 0.5}
+        result["agreement"] = {} if arm == "full" else {"heads": agreement}
+    tables = dict(page_tables(PLAN, *tables_of(found)))
+    assert tables["agreement of the masks that were found, mean Jaccard"] == [
+        {"arm": arm, "heads of languages": "0.80", "heads by chance": "0.50"} for arm in ("random", "static")
+    ]
+    assert not any(title.startswith("agreement") for title in dict(page_tables(PLAN, *tables_of(results()))))
 
 
 def test_the_summary_holds_means_deviations_and_corrected_p_values():

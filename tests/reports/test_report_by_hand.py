@@ -150,6 +150,36 @@ def test_cross(comparison, tables_of):
     assert one.score.item() == pytest.approx(values["qad", "qab"][1])
 
 
+def test_specificity(comparison, tables_of):
+    """Each language is parsed by the whole network without the units its column names, and seeds are averaged."""
+    found = tables_of([comparison], "specificity")
+    (study,) = studies_of([comparison])
+    splits, _ = load_data(study.runs[0], "test", None)
+    rows = {language: drawn(splits, language, "test", 6, 3) for language in LANGUAGES}
+    values, off = {}, []
+    for seed in (0, 1):
+        run = comparison / f"seed-{seed}" / "static" / "run"
+        own = {}
+        for kind, keep in masks_of(run).units.items():
+            of_others = torch.stack([keep.sum(0) - keep[language].int() for language in range(3)])
+            own[kind] = keep & (of_others == 0)
+            own[kind] &= ~own[kind].all(-1, keepdim=True)
+        off.append(sum(of_kind.sum((1, 2)) for of_kind in own.values()).tolist())
+        left = fm.Subnetworks(LANGUAGES, **{kind: ~of_kind for kind, of_kind in own.items()})
+        for name in ["nothing", *LANGUAGES, "random"]:
+            task = load_run(run, attached=False).task
+            attach(task.encoder, random_like(left, mask_seed(3)) if name == "random" else left)
+            for language in LANGUAGES:
+                network = {"nothing": None, "random": language}.get(name, name)
+                las = task.scored(task.examples(rows[language]), network)["las"]
+                values.setdefault((language, name), []).append(las)
+    means = {pair: sum(of_seeds) / 2 for pair, of_seeds in values.items()}
+    wanted = fm.analysis.specificity(lambda a, b: means[a, b], LANGUAGES, seed=3)
+    same(found["specificity-static"], wanted.table)
+    same(found["specificity-static_overall"], wanted.more["overall"])
+    assert found["specificity-static_languages"]["units"].tolist() == [sum(of) / 2 for of in zip(*off, strict=True)]
+
+
 def test_random_masks_are_not_those_of_a_run(static_run):
     """A run with random masks is compared with other random masks, not with its own."""
     found = masks_of(static_run)

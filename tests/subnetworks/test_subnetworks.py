@@ -7,7 +7,7 @@ import torch
 from transformers import BertConfig, BertModel, LlamaConfig
 
 from fastmask import Subnetworks
-from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled
+from fastmask.subnetworks.controls import permuted_like, random_like, shared_like, shuffled, without_own
 
 CONFIG = BertConfig(num_hidden_layers=3, num_attention_heads=8, hidden_size=16, intermediate_size=24)
 
@@ -74,6 +74,18 @@ def test_random_like_keeps_sizes():
     assert torch.equal(control.heads.sum(-1), subnets.heads.sum(-1))
     assert torch.equal(control.neurons.sum(-1), subnets.neurons.sum(-1))
     assert control != subnets
+
+
+def test_what_is_left_without_a_languages_own_units():
+    """Own is what fewer than half of the others have, too; a layer of nothing else stays whole."""
+    rows = [[1, 1, 0, 0, 1], [0, 1, 1, 0, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]
+    heads = torch.tensor(rows, dtype=torch.bool)[:, None]
+    left = without_own(Subnetworks(["a", "b", "c", "d"], heads)).heads[:, 0]
+    # Unit 1 is in the masks of two of a's three others.
+    assert left.int().tolist() == [[0, 1, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]
+    neurons = torch.tensor([[[1, 1], [1, 1]], *[[[0, 0], [1, 0]]] * 3], dtype=torch.bool)
+    left = without_own(Subnetworks(["a", "b", "c", "d"], neurons=neurons)).neurons
+    assert left[0].int().tolist() == [[1, 1], [1, 0]]
 
 
 def test_shared_like_takes_the_most_voted_units():

@@ -27,7 +27,7 @@ from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
 from fastmask.training import engine, run_folder
 from fastmask.training.loop import TrainingDiverged, TrainResult, train
-from fastmask.training.methods import SwitchPoint, some_rows
+from fastmask.training.methods import SwitchPoint, some_rows, training_data
 
 
 class Killed(Exception):  # noqa: N818
@@ -264,6 +264,14 @@ def test_few_training_sentences_are_the_only_ones(tmp_path: Path) -> None:
     assert metrics(asked.run) == metrics(given.run)
     with pytest.raises(ConfigError, match="train_sentences was 4 and is 0"):
         train(toy_task(), few, toy_config(tmp_path / "asked", resume=True, train_sentences=0), progress=False)
+
+
+def test_fewer_training_sentences_than_asked_for_are_named(tmp_path: Path) -> None:
+    """Else an experiment on 1,000 sentences a language is one on 400 of some, and nobody sees it."""
+    data = toy_data()
+    data["qab"]["train"] = data["qab"]["train"].select(range(7))
+    with pytest.warns(UserWarning, match="fewer training rows than train_sentences, 40: qab 7$"):
+        training_data(toy_task(), data, toy_config(tmp_path / "run", train_sentences=40))
 
 
 def test_progress_without_a_terminal(tmp_path: Path, capsys: Any) -> None:

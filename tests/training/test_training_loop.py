@@ -269,7 +269,7 @@ def test_few_training_sentences_are_the_only_ones(tmp_path: Path) -> None:
 def test_fewer_training_sentences_than_asked_for_are_named(tmp_path: Path) -> None:
     """Else an experiment on 1,000 sentences a language is one on 400 of some, and nobody sees it."""
     data = toy_data()
-    data["qab"]["train"] = data["qab"]["train"].select(range(7))
+    data = {**data, "qab": {**data["qab"], "train": data["qab"]["train"].select(range(7))}}
     with pytest.warns(UserWarning, match="fewer training rows than train_sentences, 40: qab 7$"):
         training_data(toy_task(), data, toy_config(tmp_path / "run", train_sentences=40))
 

@@ -289,6 +289,10 @@ class Plan:
         """Where a job keeps its files."""
         return self.out / (job if isinstance(job, str) else job.name)
 
+    def failure(self, job: Job) -> Path:
+        """Where the traceback of a job that failed is, until the job is done."""
+        return self.out / f"failed-{job.name.replace('/', '-')}.txt"
+
     def baseline(self, arm: str, method: str) -> str | None:
         """The arm of method `method` that differs least from `arm` in all else; None if there is none but itself.
 
@@ -397,7 +401,7 @@ def run_all(
                     raise CellFailedError(f"{job.name}: a worker was killed") from None
                 except Exception as error:
                     text = "".join(traceback.format_exception(error))
-                    write_text(plan.out / f"failed-{job.name.replace('/', '-')}.txt", text)
+                    write_text(plan.failure(job), text)
                     raise CellFailedError(f"{job.name}: {type(error).__name__}: {error}") from error
                 on_done(job, result)
 
@@ -458,6 +462,7 @@ class Runner:
 
     def tidy(self, job: Job) -> None:
         """Remove what nobody needs once the result of a job is there; a cell's model stays where it is asked for."""
+        self.plan.failure(job).unlink(missing_ok=True)
         run = self.plan.folder(job) / RUN
         if job.kind == "masks" or (job.kind == "cell" and not self.plan.config.keep_models):
             files.remove_tree(run)

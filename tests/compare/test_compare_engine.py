@@ -100,13 +100,18 @@ def test_a_job_that_is_done_meanwhile_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_a_job_that_fails_is_named(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the job and says what it raised, and the traceback is kept in a file."""
+    """The error names the job and says what it raised; the traceback is kept in a file until the job is done."""
     fork_pools(monkeypatch)
     plan = plan_in(tmp_path / "out", data)
     with pytest.raises(CellFailedError, match=r"seed-0/\S+: "):
         in_processes(dataclasses.replace(plan, data=str(tmp_path / "nowhere")))
     (failure,) = plan.out.glob("failed-*.txt")
     assert "does not exist (expected a folder of UD_* treebanks)" in failure.read_text()
+    in_processes(plan)
+    assert not list(plan.out.glob("failed-*.txt"))
+    failure.write_text("left by a process that was killed between the result and this")
+    in_processes(plan)
+    assert not failure.exists()
 
 
 def test_a_comparison_runs_once_at_a_time(data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,45 +12,84 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import run_script
 from tiny_tasks import save_bert, write_rows
 from typed_command import failure_of, output_of
 
+import fastmask as fm
 from fastmask.cli import _parser
+from fastmask.tasks import task_class
 from fastmask.tasks.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["--steps", "4", "--batch-size", "4", "--density", "0.5", "--score-sentences", "4", "--threads", "1"]
+
+
+def pairs_of(language, count):
+    """Random pairs of words that the tokenizer of `save_bert` knows."""
+    random = np.random.default_rng(ord(language[0]))
+    pairs = [[f"{language}{n}" for n in random.integers(8, size=2)] for _ in range(count)]
+    return [{"language": language, "first": a, "second": b, "similarity": float(a < b)} for a, b in pairs]
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A model and data in three languages, as options of the command."""
+    for split in ("train", "dev", "test"):
+        rows = [row for name in ("aa", "bb", "cc") for row in pairs_of(name, 12)]
+        write_rows(tmp_path / "pairs" / f"{split}.jsonl", rows)
+    save_bert(tmp_path / "model")
+    return ["--model", tmp_path / "model", "--data", tmp_path / "pairs", "--languages", "aa,bb"]
 
 
 @pytest.mark.usefixtures("datasets_cache")
-def test_every_command_takes_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_every_command_takes_a_task_of_ones_own(given, tmp_path, monkeypatch, capsys):
     """Every command works with a class given as module:Class."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    random = np.random.default_rng(0)
-
-    def rows(language, count):
-        pairs = [[f"{language}{n}" for n in random.integers(8, size=2)] for _ in range(count)]
-        return [{"language": language, "first": a, "second": b, "similarity": float(a < b)} for a, b in pairs]
-
-    for split in ("train", "dev", "test"):
-        write_rows(
-            tmp_path / "pairs" / f"{split}.jsonl", [row for name in ("aa", "bb", "cc") for row in rows(name, 12)]
-        )
-    save_bert(tmp_path / "model")
-    run, asked = tmp_path / "run", ["train", "--task", "own_task:Similarity", "--model", tmp_path / "model"]
-    short = ["--steps", "4", "--batch-size", "4", "--density", "0.5", "--score-sentences", "4", "--threads", "1"]
-    data = ["--data", tmp_path / "pairs", "--languages", "aa,bb", "--first-column", "first"]
-    assert "correlation" in output_of(capsys, *asked, *short, *data, "--out", run)
+    run, asked = tmp_path / "run", ["train", "--task", "own_task:Similarity", *given]
+    assert "correlation" in output_of(capsys, *asked, *SHORT, "--first-column", "first", "--out", run)
     assert "correlation" in output_of(capsys, "evaluate", run)
     source = write_rows(tmp_path / "in.jsonl", [{"first": "aa1", "second": "aa2"}])
     output_of(capsys, "predict", run, source, tmp_path / "out.jsonl")
     assert isinstance(json.loads((tmp_path / "out.jsonl").read_text())["prediction"], float)
-    support = write_rows(tmp_path / "support.jsonl", rows("cc", 3))
-    given = ["--language", "cc", "--support", support, "--choose", "best", "--steps", "1", "--data", tmp_path / "pairs"]
-    output_of(capsys, "adapt", run, *given, "--out", tmp_path / "adapted")
-    column = [*data[:4], "--first-column", "frist"]
-    assert "unknown column 'frist'; did you mean 'first'" in failure_of(
-        capsys, *asked, *column, "--out", tmp_path / "no"
-    )
+    support = write_rows(tmp_path / "support.jsonl", pairs_of("cc", 3))
+    few = ["--language", "cc", "--support", support, "--choose", "best", "--steps", "1", "--data", tmp_path / "pairs"]
+    output_of(capsys, "adapt", run, *few, "--out", tmp_path / "adapted")
+    said = failure_of(capsys, *asked, "--first-column", "frist", "--out", tmp_path / "no")
+    assert "unknown column 'frist'; did you mean 'first'" in said
+
+
+INSTALLED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))  # as a folder of installed packages is there
+from fastmask.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_package_offers_a_task_by_name(given, tmp_path, monkeypatch):
+    """A task that an installed package declares as an entry point is trained and loaded by its name."""
+    site = tmp_path / "site"
+    metadata = site / "somebodys_tasks-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    shutil.copy(ROOT / "examples" / "own_task.py", site / "somebodys_tasks.py")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: somebodys-tasks\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[fastmask.tasks]\nsimilar = somebodys_tasks:Similarity\n")
+    (tmp_path / "script.py").write_text(INSTALLED)
+
+    def command(*arguments):
+        run_script(tmp_path / "script.py", tmp_path, *map(str, (site, *arguments)))
+
+    command("train", "--task", "similar", *given, *SHORT, "--first-column", "first", "--out", "run")
+    assert "task: similar\n" in (tmp_path / "run" / "config.yaml").read_text()
+    assert fm.Subnetworks.load(tmp_path / "run").languages == ("aa", "bb")
+    command("evaluate", "run", "--json", "scores.json")
+    assert all("correlation" in row["own"] for row in json.loads((tmp_path / "scores.json").read_text()))
+    with pytest.raises(KeyError, match="unknown task 'similar'"):  # not installed in this process
+        task_class("similar")
+    monkeypatch.syspath_prepend(str(site))
+    with pytest.raises(KeyError, match="unknown task 'simlar'; did you mean 'similar'"):
+        task_class("simlar")
 
 
 @dataclass

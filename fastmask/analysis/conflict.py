@@ -262,7 +262,7 @@ def side_by_side(table: pd.DataFrame, name: str = "conflict") -> Result:
     caption = (
         f"Cosine of gradients in {table.variant.nunique()} networks, {table.seed.nunique()} "
         f"seed{'s' if table.seed.nunique() > 1 else ''} (small: each seed, large: their mean): over pairs of two "
-        "languages, beside the control, one language with itself on other sentences; both from halves of equally many. "
+        "languages, beside the control, one language with itself on other examples; both from halves of equally many. "
         "Languages conflict as far as the first is lower. Weights both own: those in masked modules that belong to "
         "both."
     )

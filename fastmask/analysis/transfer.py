@@ -176,7 +176,7 @@ def specificity(
         f"{found['random']:.2f}; in {found['most_of_all']} of {len(names)} it loses most of all. Where columns stand "
         "out, units matter to all languages alike; where frames do, they are a language's own."
     )
-    label = f"loss ({'points' if higher_is_better else 'more loss'})"
+    label = f"loss (the metric {'falls' if higher_is_better else 'rises'} by)"
     draw = partial(_draw_grid, losses, -losses, len(names), label, "units switched off of")
     more = {"languages": per_language, "overall": pd.DataFrame([found])}
     return Result("specificity", table, caption, draw, more, _extent(losses))

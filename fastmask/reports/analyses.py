@@ -259,7 +259,8 @@ def conflict(part: Part) -> None:
     if len(at_end) > 1:
         part.add("all of them, side by side", side_by_side(pd.concat(at_end, ignore_index=True)), "all")
     for variant, seed, result in of_first:
-        note = f"Sentences of the train split, the weights of seed {seed} at the end of training."
+        word = part.study.example_word.capitalize()
+        note = f"{word} of the train split, the weights of seed {seed} at the end of training."
         part.add(f"{variant}, seed {seed}", result, variant, note=note)
     with part.attempt("along checkpoints"):
         _along_checkpoints(part)
@@ -300,7 +301,7 @@ def _along_checkpoints(part: Part) -> None:
             if tables:
                 seed = f"seed {run.config.seed}"
                 result = side_by_side(pd.concat(tables, ignore_index=True), "conflict-along")
-                note = "The networks are one, at its checkpoints, on the same sentences."
+                note = f"The networks are one, at its checkpoints, on the same {task.example_word}."
                 part.add(f"{run.variant}, {seed}, along training", result, run.variant, seed, note=note)
 
 
@@ -396,7 +397,7 @@ def _scored(part: Part, of: str, table: pd.DataFrame) -> str:
     seeds = table.seed.nunique()
     return (
         f"{part.study.metric}, mean over {seeds} seed{'s' if seeds > 1 else ''} of {of}; at most "
-        f"{part.options.sentences or CROSSED} test sentences of each language"
+        f"{part.options.sentences or CROSSED} test {part.study.example_word} of each language"
     )
 
 
@@ -455,7 +456,7 @@ def ablation(part: Part) -> None:
         result = analysis.ablation(
             task.encoder, lambda batch: task.loss(batch).each, batches, whole=task.model, seed=part.options.seed
         )
-        note = "Sentences of the test split; loss: that of training."
+        note = f"{task.example_word.capitalize()} of the test split; loss: that of training."
         part.add(f"heads of {variant}, seed {run.config.seed}", result, variant, note=note)
 
 

@@ -124,6 +124,11 @@ class Study:
         return self.runs[0].config.task_class.higher_is_better
 
     @property
+    def example_word(self) -> str:
+        """What the runs' task calls examples: sentences, texts."""
+        return self.runs[0].config.task_class.example_word
+
+    @property
     def analysed(self) -> dict[str, list[Run]]:
         """The variants without the controls, where there are any others."""
         others = {name: runs for name, runs in self.variants.items() if runs[0].config.method not in CONTROLS}

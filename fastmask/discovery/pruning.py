@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmask.discovery.gates import frozen
-from fastmask.discovery.scores import RANKINGS, SCORES, Importance, importance
+from fastmask.discovery.scores import COMPARING, RANKINGS, SCORES, Gather, Importance, importance
 from fastmask.errors import unknown
 from fastmask.models.attach import attach, attached, detach, is_attached, language
 from fastmask.models.editing import set_subnetwork
@@ -59,6 +59,7 @@ def discover(
     drop: float | None = None,
     on_round: Callable[[Round], None] | None = None,
     on_scores: Callable[[str, Importance], None] | None = None,
+    gather: Gather | None = None,
 ) -> Subnetworks:
     """Find one subnetwork for each language.
 
@@ -83,6 +84,9 @@ def discover(
         on_round: called after each round.
         on_scores: called with each language and the last score of each of its units, float32 [layers, units]: that by
             which it was dropped, or by which it was not (0 where nothing was ever scored).
+        gather: where several processes each find the subnetworks of some languages, and the score compares languages:
+            called once, in every process, with what this one measured, float [layers, units] by kind for each language
+            of `batches`; returns that of all languages, in the same order in every process.
 
     Returns:
         Subnetworks over the languages of `batches`, in their order, with at least one unit in every layer.
@@ -165,7 +169,8 @@ def discover(
     found = []
     attach(model, Subnetworks.full(model, list(batches), units))
     try:
-        rankings = RANKINGS[score](model, batches, loss) if score in RANKINGS else {}
+        more = {"gather": gather} if score in COMPARING else {}
+        rankings = RANKINGS[score](model, batches, loss, **more) if score in RANKINGS else {}
         for name, scoring in batches.items():
             subnets, scores = prune(name, scoring, rankings.get(name))
             found.append(subnets)

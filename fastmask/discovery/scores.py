@@ -30,6 +30,9 @@ BatchLoss = Callable[[Any], Tensor]  # runs the model on a batch -> one loss for
 Importance = dict[str, Tensor]
 """Scores of units, float32 [layers, units], by kind ("heads", "neurons"); dead units have 0."""
 
+Gather = Callable[[dict[str, Importance]], dict[str, Importance]]
+"""What one process measured of its languages, by name -> what all did, in one order everywhere."""
+
 
 def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, language_name: str) -> Importance:
     """Score every live unit of one language by the gradient of its gate.
@@ -86,7 +89,9 @@ def importance(model: nn.Module, batches: Iterable[Any], loss: BatchLoss, langua
     return scores
 
 
-def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Importance]:
+def relative(
+    model: nn.Module, batches: Batches, loss: BatchLoss, gather: Gather | None = None
+) -> dict[str, Importance]:
     """How much more each unit of the full network matters to a language than to the others.
 
     A language's `importance` less the mean of the other languages' (the difference is ours): units that matter do so
@@ -95,14 +100,13 @@ def relative(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, I
     Raises:
         ValueError: a single language, no batch of one, or a loss of another shape.
     """
-    _check_several("relative", batches)
-    found = {name: importance(model, scoring, loss, name) for name, scoring in batches.items()}
+    found = _of_all("relative", batches, gather, lambda name, scoring: importance(model, scoring, loss, name))
     sums = {kind: torch.stack([of[kind] for of in found.values()]).sum(0) for kind in attached(model).subnets.units}
     others = len(found) - 1
     return {name: {kind: of - (sums[kind] - of) / others for kind, of in own.items()} for name, own in found.items()}
 
 
-def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Importance]:
+def entropy(model: nn.Module, batches: Batches, loss: BatchLoss, gather: Gather | None = None) -> dict[str, Importance]:
     """How much the activity of each unit of the full network is one language's own, without any gradient.
 
     Language activation probability entropy (LAPE; Tang et al. 2024, arXiv 2402.16438) takes the probability p of each
@@ -116,8 +120,7 @@ def entropy(model: nn.Module, batches: Batches, loss: BatchLoss) -> dict[str, Im
     Raises:
         ValueError: a single language, or no batch of one.
     """
-    _check_several("entropy", batches)
-    rates = {name: _activity(model, name, scoring, loss) for name, scoring in batches.items()}
+    rates = _of_all("entropy", batches, gather, lambda name, scoring: _activity(model, name, scoring, loss))
     kinds = attached(model).subnets.units
     totals = {kind: torch.stack([of[kind] for of in rates.values()]).sum(0).clamp(min=1e-30) for kind in kinds}
     return {name: {kind: (rate / totals[kind]).float() for kind, rate in of.items()} for name, of in rates.items()}
@@ -262,9 +265,21 @@ def shapley(
     return found
 
 
-def _check_several(score: str, batches: Batches) -> None:
-    if len(batches) < 2:
-        raise ValueError(f"the score {score!r} compares languages: expected two or more, given {', '.join(batches)}")
+def _of_all(
+    score: str, batches: Batches, gather: Gather | None, measure: Callable[[str, Iterable[Any]], Importance]
+) -> dict[str, Importance]:
+    """What `measure` finds of each language of `batches`, and of those that other processes measure."""
+
+    def check(names: Iterable[str]) -> None:
+        if len(names := list(names)) < 2:
+            raise ValueError(f"the score {score!r} compares languages: expected two or more, given {', '.join(names)}")
+
+    if gather is None:
+        check(batches)  # before anything is computed
+    found = {name: measure(name, scoring) for name, scoring in batches.items()}
+    if gather is not None:
+        check(found := gather(found))
+    return found
 
 
 COMPARING = {"entropy": entropy, "relative": relative}

@@ -50,7 +50,7 @@ def subnetworks_of(
     else:
         dev = {code: splits["dev"] for code, splits in point.datasets.items() if "dev" in splits}
         mine = list(point.train)[process.process_index :: process.num_processes]
-        draws = gather_object(draws_for(point.task, point.train, dev, config, on_round, only=mine) if mine else [])
+        draws = gather_object(draws_for(point.task, point.train, dev, config, on_round, only=mine))
         if on_draws is not None:
             on_draws(draws)
         vote = "majority" if config.density is None else "most"
@@ -122,13 +122,15 @@ def draws_for(
 ) -> list[Draw]:
     """Find one subnetwork for each language of `train`, or of `only` some, `config.draws` times; nothing is attached.
 
+    With `only`, which may be none, other processes call this with the other languages, and a score that compares
+    languages is of all of them.
+
     Units are scored on training examples of each language, drawn by the run's seed, the draw, and the language's place.
     Without a density, pruning goes by tau, a share of the score (`Task.metric`) on the rows of `dev`; a language that
     has none, and a task whose metric is better when lower, by the loss on the scoring examples (`discover`).
     """
     _check_density(task, config)
-    # A score that compares languages needs all of them, whichever are asked for.
-    names = list(train) if only is None or config.score in COMPARING else only
+    names = list(train) if only is None else only
     by_score = [name for name in train if name in dev and config.density is None and task.higher_is_better]
     some = {name: task.examples(some_rows(dev[name], config.dev_sentences)) for name in by_score}
     scored = {name: examples for name, examples in some.items() if task.has_answers(examples)}
@@ -144,8 +146,17 @@ def draws_for(
         firsts = range(0, len(rows), SCORING_BATCH)
         return [task.collate(examples.select(rows[first : first + SCORING_BATCH])) for first in firsts]
 
+    def gather(mine: dict[str, Importance]) -> dict[str, Importance]:
+        """Of all processes, in the order of the languages: sums then do not depend on which process had which."""
+        every = dict(gather_object(list(mine.items())))
+        return {name: every[name] for name in train}
+
     found = []
     for draw in range(config.draws):
+        if not names:  # more processes than languages
+            if config.score in COMPARING:
+                gather({})  # the others wait for it
+            continue
         scores: dict[str, Any] = {}
         with evaluating(task.model):  # batches, too: some tasks draw what is predicted while they train
             subnets = discover(
@@ -159,8 +170,9 @@ def draws_for(
                 density=config.density,
                 on_round=on_round,
                 on_scores=scores.__setitem__,
+                gather=None if only is None else gather,
             )
-        found.append(Draw(subnets if only is None else subnets.select(only), scores))
+        found.append(Draw(subnets, scores))
     return found
 
 

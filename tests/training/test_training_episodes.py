@@ -26,6 +26,7 @@ from fastmask.settings import ConfigError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
+from fastmask.tasks.task import Task
 from fastmask.training import run_folder
 from fastmask.training.batches import Episodes, episode_sampler
 from fastmask.training.config import TrainConfig
@@ -96,7 +97,7 @@ def test_the_optimizer_gets_the_literal_meta_gradient(
 
     with pytest.raises(Killed):
         train(Parsing(parser), toy_data(), config, random_subnetworks, stop, progress=False)
-    moments = first_moments(tmp_path / "run", parser, config)
+    moments = first_moments(tmp_path / "run", Parsing(parser), config)
     for name, gradient in expected.items():
         # AdamW's first moment after one step is 0.1 times the gradient it was given. Scores are float32 in any case.
         assert_close(name, gradient, moments[name] * 10, 1e-6)
@@ -150,16 +151,15 @@ def assert_close(name: str, expected: torch.Tensor, given: torch.Tensor, ratio: 
     assert error <= ratio * float(expected.norm()) + 1e-8, f"{name}: {error} of {float(expected.norm())}"
 
 
-def first_moments(run: Path, parser: Parser, config: TrainConfig) -> dict[str, torch.Tensor]:
+def first_moments(run: Path, task: Task, config: TrainConfig) -> dict[str, torch.Tensor]:
     """AdamW's first moments in the last checkpoint of a run, by parameter name."""
     latest = run_folder.latest(run)
     assert latest is not None
     moments = read_tensors(latest / "optimizer.safetensors")[0]
-    task = Parsing(parser)
     if config.freeze_embeddings:
         task.freeze_embeddings()
     order = [p for group in build_optimizer(task, config).param_groups for p in group["params"]]
-    names = {p: name for name, p in parser.named_parameters()}
+    names = {p: name for name, p in task.model.named_parameters()}
     return {names[p]: moments[f"{i}.exp_avg"] for i, p in enumerate(order) if f"{i}.exp_avg" in moments}
 
 

@@ -269,17 +269,17 @@ def _of_all(
     score: str, batches: Batches, gather: Gather | None, measure: Callable[[str, Iterable[Any]], Importance]
 ) -> dict[str, Importance]:
     """What `measure` finds of each language of `batches`, and of those that other processes measure."""
-
-    def check(names: Iterable[str]) -> None:
-        if len(names := list(names)) < 2:
-            raise ValueError(f"the score {score!r} compares languages: expected two or more, given {', '.join(names)}")
-
     if gather is None:
-        check(batches)  # before anything is computed
+        _check_several(score, batches)  # before anything is computed
     found = {name: measure(name, scoring) for name, scoring in batches.items()}
     if gather is not None:
-        check(found := gather(found))
+        _check_several(score, found := gather(found))
     return found
+
+
+def _check_several(score: str, languages: Mapping[str, Any]) -> None:
+    if len(languages) < 2:
+        raise ValueError(f"the score {score!r} compares languages: expected two or more, given {', '.join(languages)}")
 
 
 COMPARING = {"entropy": entropy, "relative": relative}

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BartConfig, BartModel, BertConfig, BertModel, LlamaConfig, LlamaModel, Phi3Config, Phi3Model
 
 import fastmask as fm
-from fastmask.discovery import entropy, importance, relative, shapley
+from fastmask.discovery import COMPARING, entropy, importance, relative, shapley
 from fastmask.discovery.scores import RARE
 
 LANGUAGES = ["a", "b"]
@@ -296,3 +296,30 @@ class TestRelative:
         assert found["relative"].neurons.sum((1, 2)).tolist() == found["gradient"].neurons.sum((1, 2)).tolist()
         with pytest.raises(ValueError, match="expected two or more, given a"):
             fm.discover(model, {"a": DATA["a"]}, losses(model), density=0.5, score="relative")
+
+
+@pytest.mark.parametrize("score", COMPARING)
+def test_processes_that_share_the_languages(score):
+    """Each measures its own languages and gets what the others measured: the masks are those of one process."""
+    model, measured = made(), {}
+
+    def found(batches, gather):
+        options = {"units": "both", "density": 0.5, "score": score}
+        return fm.discover(model, batches, losses(model), gather=gather, **options)
+
+    def alone(mine):
+        measured.update(mine)
+        return mine
+
+    def beside_others(mine):
+        for name, scores in mine.items():
+            assert all(torch.equal(scores[kind], measured[name][kind]) for kind in ("heads", "neurons"))
+        assert len(mine) == 1
+        return measured
+
+    whole = found(DATA, alone)
+    assert whole == found(DATA, None)
+    for name in LANGUAGES:
+        assert found({name: DATA[name]}, beside_others) == whole.select([name])
+    with pytest.raises(ValueError, match="expected two or more, given a"):
+        found({"a": DATA["a"]}, alone)

@@ -102,7 +102,8 @@ def started(folder: Path, case: str, out: str, **changes: Any) -> tuple[Task, Sp
     if case in CASES:
         return exact_task(), toy_data(), toy_config(folder / out, **{**CASES[case], **changes})
     name, _, meta = case.partition("-")
-    settings = {"method": "static", "meta": meta or "none", "eval_every": 3, **changes}
+    # Batches are of one length: an odd one has parts with more and fewer tokens to average over.
+    settings = {"method": "static", "meta": meta or "none", "eval_every": 3, "batch_size": 5, **changes}
     config = tiny_tasks.config_of(name, folder / "tiny" / name, folder / out, **settings)
     data = {
         code: {

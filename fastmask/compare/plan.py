@@ -380,7 +380,8 @@ def run_all(
         stack.enter_context(held(plan.out))  # before anything is touched that workers of another call may be tidying
         for job in jobs:
             if is_done(plan, job):  # whoever did it may have been killed before this
-                Runner(plan).tidy(job)
+                with held(plan.folder(job), wait=WAIT):
+                    Runner(plan).tidy(job)
         waiting = [job for job in jobs if not is_done(plan, job)]
         if not waiting:
             return
@@ -435,9 +436,9 @@ def do(plan: Plan, job: Job, at: str = ".") -> Result:
     with held(folder, wait=WAIT), warnings.catch_warnings():
         # `Runner.check` has said it, once for all jobs.
         warnings.filterwarnings("ignore", ".* are left out|fewer training rows")
-        files.remove_leftovers(folder)
         runner = _runners.setdefault(plan.out, Runner(plan))
         if not is_done(plan, job):
+            files.remove_leftovers(folder)
             write_result(plan, job, runner.run(job))
         runner.tidy(job)
         return read_result(plan, job)
@@ -461,9 +462,15 @@ class Runner:
         return {"day": day, "made_by": _made_by(), "seconds": seconds, "resumed": resumed, **result}
 
     def tidy(self, job: Job) -> None:
-        """Remove what nobody needs once the result of a job is there; a cell's model stays where it is asked for."""
+        """Remove what nobody needs once the result of a job is there; a cell's model stays where it is asked for.
+
+        Whoever did this before may have been killed at any moment. The caller holds the job's folder.
+        """
         self.plan.failure(job).unlink(missing_ok=True)
-        run = self.plan.folder(job) / RUN
+        folder = self.plan.folder(job)
+        run = folder / RUN
+        for place in (folder, run):
+            files.remove_leftovers(place)
         if job.kind == "masks" or (job.kind == "cell" and not self.plan.config.keep_models):
             files.remove_tree(run)
         elif job.kind == "cell":

@@ -28,7 +28,7 @@ from fastmask.compare.plan import (
     run_all,
     write_result,
 )
-from fastmask.files import HeldError, held
+from fastmask.files import HeldError, held, partial_name
 
 LIMIT = 240.0  # seconds
 
@@ -66,14 +66,19 @@ def children_of(process: int) -> list[int]:
 
 
 def test_what_a_killed_process_did_not_tidy_goes(data: Path, tmp_path: Path) -> None:
-    """Between a cell's result and the end of its job: the checkpoints would stay for good."""
+    """Between a job's result and its end: checkpoints, or what was half deleted of them, would stay for good."""
     plan = plan_in(tmp_path / "out", data)
     for job in plan.jobs:
         write_result(plan, job, {"scores": []})
     checkpoint = plan.folder(plan.cells[0]) / "run" / "checkpoints" / "step-1"
     checkpoint.mkdir(parents=True)
+    (masks,) = (plan.folder(job) for job in plan.jobs if job.kind == "masks")
+    half = [partial_name(path, "old") for path in (checkpoint.parent, masks / "run")]
+    for folder in half:
+        (folder / "step-1").mkdir(parents=True)
     in_processes(plan)
     assert not checkpoint.parent.exists()
+    assert not any(folder.exists() for folder in half)
     assert checkpoint.parents[1].exists()
 
 

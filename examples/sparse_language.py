@@ -24,23 +24,23 @@ from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks
 from fastmask.training.run_folder import load_run
 
-# Of multilingual-e5-small, by docs/results/6-sparse.md; `--rates` gives others.
+# Starting points, which no search has chosen: `--rates` gives others.
 RATES = {"none": 0.0, "all": 1e-4, "weights": 3e-4, "units": 3e-4, "random": 3e-4, "norms": 1e-3, "lora": 1e-3}
 MASKED = ("weights", "units", "random")
 
-options = argparse.ArgumentParser()
-options.add_argument("run", help="folder of a finished run on treebanks")
-options.add_argument("data", help="folder of UD_* treebanks")
-options.add_argument("--languages", required=True, help="codes or treebanks, as in hy,UD_Faroese-FarPaHC")
-options.add_argument("--sentences", default="20,100,500")
-options.add_argument("--ways", default=",".join(RATES))
-options.add_argument("--rates", default="", help="other learning rates, as in all=3e-5,lora=3e-3")
-options.add_argument("--steps", type=int, default=60)
-options.add_argument("--seeds", type=int, default=3, help="draws of the sentences")
-options.add_argument("--test", type=int, default=150, help="test sentences")
-options.add_argument("--precision", default="no", choices=("no", "bf16"))
-options.add_argument("--csv", default="sparse.csv")
-parser, options = options, options.parse_args()
+parser = argparse.ArgumentParser()
+parser.add_argument("run", help="folder of a finished run on treebanks")
+parser.add_argument("data", help="folder of UD_* treebanks")
+parser.add_argument("--languages", required=True, help="codes or treebanks, as in hy,UD_Faroese-FarPaHC")
+parser.add_argument("--sentences", default="20,100,500")
+parser.add_argument("--ways", default=",".join(RATES))
+parser.add_argument("--rates", default="", help="other learning rates, as in all=3e-5,lora=3e-3")
+parser.add_argument("--steps", type=int, default=60)
+parser.add_argument("--seeds", type=int, default=3, help="draws of the sentences")
+parser.add_argument("--test", type=int, default=150, help="test sentences")
+parser.add_argument("--precision", default="no", choices=("no", "bf16"))
+parser.add_argument("--csv", default="sparse.csv")
+options = parser.parse_args()
 given = (item.partition("=") for item in options.rates.split(",") if item)
 rates = RATES | {name: float(rate) for name, _, rate in given}
 ways, counts = options.ways.split(","), [int(count) for count in options.sentences.split(",")]

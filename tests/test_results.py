@@ -53,6 +53,16 @@ def test_the_curve_is_that_of_the_scores():
     assert found.to_csv(index=False, float_format="%.2f") == (folder / "curve.csv").read_text()
 
 
+def test_the_small_treebanks_are_those_of_the_scores():
+    """The means of the languages that are small come out the same from the scores beside them."""
+    scores = pd.read_csv(RESULTS / "5-unequal" / "results.csv")
+    seen = scores[scores["condition"] == "seen"].pivot_table(
+        index="arm", columns="language", values="score", sort=False
+    )
+    table = pd.DataFrame({"en": seen["en"], "mean of the seven small": seen.drop(columns="en").mean(axis=1)})
+    assert table.to_csv(float_format="%.2f") == (RESULTS / "5-unequal" / "small.csv").read_text()
+
+
 def test_the_readme_says_what_the_summaries_say():
     """Every score with a deviation in the README stands in the summary of a page."""
     said = re.findall(r"\d+\.\d\d ± \d+\.\d\d", (RESULTS.parents[1] / "README.md").read_text())

@@ -140,24 +140,16 @@ def specificity(
     if len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"specificity needs two distinct languages or more, given {names}")
     sign = 1.0 if higher_is_better else -1.0
-    losses = pd.DataFrame(index=names, columns=[*names, "random"], dtype=np.float64)
+    cells = []
     for language in names:
         whole = float(evaluate(language, "nothing"))
-        for off in losses.columns:
-            losses.loc[language, off] = loss = sign * (whole - float(evaluate(language, off)))
+        for off in (*names, "random"):
+            loss = sign * (whole - float(evaluate(language, off)))
             if not np.isfinite(loss):
                 raise ValueError(f"the metric of {language!r} without the units of {off!r} is not finite")
-    cells = [
-        (
-            language,
-            off,
-            "random" if off == "random" else "own" if off == language else "other",
-            losses.loc[language, off],
-        )
-        for language in names
-        for off in losses.columns
-    ]
+            cells.append((language, off, {language: "own", "random": "random"}.get(off, "other"), loss))
     table = pd.DataFrame(cells, columns=["language", "off", "kind", "loss"])
+    losses = table.pivot(index="language", columns="off", values="loss").loc[names, [*names, "random"]]
     square = losses[names].to_numpy()
     own = np.diag(square)
     others = (square.sum(0) - own) / (len(names) - 1)

@@ -39,8 +39,8 @@ SHOWS = {
     "use": ("Use of heads and neurons", "How many languages own each of them, and how many all, one or none own."),
     "conflict": ("Gradient conflict", "Whether languages pull parameters one way, beside one language with itself."),
     "cross": ("Cross-evaluation", "How well each language does under every subnetwork; whether its own is the best."),
-    "typology": ("Typology", "Whether unseen languages gain more, the nearer they are to a training language."),
     "specificity": ("Specificity", "What each language loses without the units that are another one's own."),
+    "typology": ("Typology", "Whether unseen languages gain more, the nearer they are to a training language."),
     "ablation": ("Ablation of single heads", "What a head is worth to each language; whether its score foresees it."),
     "dynamics": ("Dynamics of masks", "What changes in training, how far, whether related languages come together."),
 }

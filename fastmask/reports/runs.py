@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +25,12 @@ from fastmask.training.config import TrainConfig
 from fastmask.training.engine import device_of
 from fastmask.training.run_folder import CONFIG_FILE, MASKS_FILE, data_of
 
+if TYPE_CHECKING:
+    from fastmask.reports.page import Part
+
 CONTROLS = ("random", "permuted", "shuffled", "shared", "vector")
 """Methods whose masks are made to be compared with, and not analysed where there are others."""
+BASELINE, CONTROL = "full", "random"  # methods, variants of these alone, and columns of the cross-evaluation
 BATCH = 16  # examples that are computed at once, in an order that has nothing to do with their length
 Row = Mapping[str, Any]
 
@@ -295,3 +299,18 @@ def batches_of(task: Task, rows: Sequence[Row], name: str, kind: str = "training
     size = min(BATCH, -(-len(places) // 2))
     pieces = [places[first : first + size] for first in range(0, len(places), size)]
     return [task.collate(examples.select(piece)).to(task.device) for piece in pieces]
+
+
+def rows_for(part: Part, run: Run, split: str, n: int, more: str = "") -> dict[str, list[Row]]:
+    """At most `n` examples of each language that has the split, of those of the run and `more`."""
+    options = part.options
+    splits, missing = load_data(run, split, options.data, more)
+    part.skip_all(missing)
+    return {name: drawn(splits, name, split, options.sentences or n, options.seed) for name in splits}
+
+
+def labelled(part: Part, task: Task, rows: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
+    """Those of the languages whose rows can be scored."""
+    silent = [name for name, own in rows.items() if not task.has_answers(task.examples(own))]
+    part.skip_all(dict.fromkeys(silent, f"none of its test {task.example_word} have labels that the model knows"))
+    return {name: own for name, own in rows.items() if name not in silent}

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 from tiny_encoder import tiny_encoder
 
 from fastmask.cli import main
-from fastmask.compare.plan import CONDITIONS, CompareConfig, Plan, Runner, arms_of, do, is_done, read_result
+from fastmask.compare.plan import CONDITIONS, CompareConfig, Hypothesis, Plan, Runner, arms_of, do, is_done, read_result
 from fastmask.compare.report import load_tables, read_tables, write_report
 from fastmask.compare.tables import COLUMNS
 from fastmask.files import FileError
+from fastmask.settings import ConfigError
 from fastmask.tasks.data.synthetic import write_treebanks
 from fastmask.tasks.parsing.parser import Parser
 from fastmask.tasks.parsing.task import Parsing
@@ -101,6 +102,17 @@ def test_a_cell_is_the_run_that_it_is_called_after(plan, name, tmp_path):
     assert of_cell.keys() == alone.keys()
     for key, value in alone.items():
         assert torch.equal(value, of_cell[key]), key
+
+
+def test_a_hypothesis_names_languages_that_are_scored(data, tmp_path):
+    """Else it would be tested on nothing, after everything was trained."""
+    wanted = {"arm": "full", "over": "full", "condition": "seen"}
+    config = CompareConfig(**COMPARISON, seeds=1)
+    for condition, language, known in (("seen", "qad", "qaa"), ("adapted", "qaa", "qad")):
+        hypotheses = {"H": Hypothesis(**{**wanted, "condition": condition}, languages=[known, language])}
+        made = Plan(tmp_path, str(data), config, training(data), {"full": {"method": "full"}}, hypotheses=hypotheses)
+        with pytest.raises(ConfigError, match=f"hypothesis H: unknown language '{language}'"):
+            Runner(made).check()
 
 
 def test_what_is_left_out_is_said_once(data, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import fastmask as fm
 from fastmask.models import attach
 from fastmask.reports import Options, make_report
-from fastmask.reports.analyses import cross_values, mask_seed
+from fastmask.reports.other_masks import cross_values, mask_seed
 from fastmask.reports.runs import batches_of, drawn, load_data, studies_of
 from fastmask.subnetworks.controls import random_like
 from fastmask.tasks.data.treebanks import load_treebanks

@@ -13,12 +13,13 @@ import pytest
 import torch
 from tiny_runs import make_run
 
+import fastmask as fm
 from fastmask.compare.plan import SETTINGS_FILE, Plan
 from fastmask.compare.report import write_report
 from fastmask.errors import FastmaskKeyError
 from fastmask.reports import ANALYSES, Options, analyses, make_report
 from fastmask.reports.page import Part
-from fastmask.reports.runs import SkipError, batches_of, studies_of
+from fastmask.reports.runs import Run, SkipError, batches_of, studies_of
 from fastmask.tasks.parsing.task import Parsing
 
 FEW = Options(sentences=4)
@@ -341,6 +342,14 @@ def test_scores_of_single_runs(static_run, full_run, tmp_path):
     assert says(made, "effect (qaa)", "different test sets, of ")
     assert says(made, "effect (qab)", "scored in 2 of 3 runs")
     assert pd.read_csv(tmp_path / "out" / "effect.csv").language.tolist() == ["qac"]
+
+
+def test_masks_of_weights_have_no_units_to_switch_off(static_run, tmp_path, monkeypatch):
+    """The report says so."""
+    weights = fm.Subnetworks(["qaa", "qab"], weights={"layer": torch.ones(2, 3, 4, dtype=torch.bool)})
+    monkeypatch.setattr(Run, "masks", property(lambda run: weights))
+    made = make_report([static_run], ["effect", "overlap", "specificity"], tmp_path / "out", FEW)
+    assert says(made, "specificity", "the subnetworks mask neither heads nor neurons")
 
 
 def test_the_control_of_cross_evaluation_is_found_by_its_method(static_run):

@@ -83,6 +83,10 @@ def test_what_is_left_without_a_languages_own_units():
     left = without_own(Subnetworks(["a", "b", "c", "d"], heads)).heads[:, 0]
     # Unit 1 is in the masks of two of a's three others.
     assert left.int().tolist() == [[0, 1, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]]
+    half = torch.tensor(
+        [[[1, 1, 0]], [[1, 0, 0]], [[0, 0, 1]]], dtype=torch.bool
+    )  # unit 0: one of a's two others has it
+    assert without_own(Subnetworks(["a", "b", "c"], half)).heads[0, 0].int().tolist() == [1, 0, 1]
     neurons = torch.tensor([[[1, 1], [1, 1]], *[[[0, 0], [1, 0]]] * 3], dtype=torch.bool)
     left = without_own(Subnetworks(["a", "b", "c", "d"], neurons=neurons)).neurons
     assert left[0].int().tolist() == [[1, 1], [1, 0]]

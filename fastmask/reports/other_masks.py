@@ -61,8 +61,7 @@ def specificity(part: Part) -> None:
         )
         off = [_switched_off(run) for run in study.variants[of]]  # of each seed
         rows = result.more["languages"].assign(units=[np.mean([each[name] for each in off]) for name in languages])
-        seeds = table.rename(columns={"subnetwork": "off"})
-        part.add(of, replace(result, more={**result.more, "languages": rows, "seeds": seeds}), of, note=note)
+        part.add(of, replace(result, more={**result.more, "languages": rows, "seeds": table}), of, note=note)
 
 
 def _switched_off(run: Run) -> dict[str, int]:
